@@ -1,0 +1,1 @@
+"""Fine-tune language models with LoRA and QLoRA from one YAML recipe."""
