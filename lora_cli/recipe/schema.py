@@ -20,8 +20,8 @@ def _whole(value: object) -> object:
 
 
 Switch = Annotated[bool, BeforeValidator(_switch)]
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_whole)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -41,7 +41,7 @@ class ModelSpec(Section):
     revision: str | None = None
     """Branch, tag or commit that pins a hub model; default: the hub's main branch."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the base weights and of the compute; auto: bfloat16 where the device computes in it, else float32."""
+    """Dtype of base weights and compute; auto: bfloat16 where the device computes in it, else float32."""
     attention: str = "auto"
     """auto, sdpa, eager, flash_attention_2, ...; auto: the fastest one that keeps packed rows apart here."""
     trust_remote_code: Switch = False
@@ -81,24 +81,24 @@ class AdapterSpec(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of the adapter's inputs that is zeroed at each training step. From 0 to below 1."""
     target_modules: str | list[str] = "all-linear"
-    """all-linear (every linear layer but the output head), a list of module names, or a regex over full names."""
+    """all-linear (every linear layer but the output head), a list of names, or a regex over full names."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases of the base are trained too. Anything but none changes the base model's output when disabled."""
+    """Biases of the base that are trained too. Other than none, switching the adapter off is not the base."""
 
 
 class SourceSpec(Section):
     """One source of rows."""
 
     path: str = Field(min_length=1)
-    """File (.jsonl .json .csv .parquet .txt), folder of them, folder of `datasets`' save_to_disk, or hub dataset id."""
+    """File (.jsonl .json .csv .parquet .txt), folder of them or saved by `datasets`, or hub dataset id."""
     split: str | None = None
-    """Split of a hub dataset or saved dataset dict; default: train (for data.eval: validation, test or train)."""
+    """Split of a hub or saved dataset; default: train (for data.eval: validation, test or train)."""
     format: Literal["auto"] | FormatName | None = None
     """Row format of this source; default: data.format."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Times each row is seen per epoch: 2 repeats every row, 0.5 takes a seeded half of them."""
     columns: dict[str, str] = {}
-    """Renames: {prompt: question} reads the format's `prompt` from column `question`. Adds to data.columns."""
+    """Renames: {prompt: question} reads the format's `prompt` from `question`. Adds to data.columns."""
 
 
 class DataSpec(Section):
@@ -107,13 +107,13 @@ class DataSpec(Section):
     train: str | list[SourceSpec]
     """Rows to train on: a path or hub dataset id, or a list of sources."""
     eval: str | Annotated[float, Field(gt=0.0, lt=1.0)] | list[SourceSpec] | None = 0.05
-    """Rows to evaluate on: a path, a list of sources, a fraction held out of train (0 to 1), or null for none."""
+    """Rows to evaluate on: a path, a list of sources, a fraction held out of train, or null for none."""
     format: Literal["auto"] | FormatName = "auto"
     """Row format; auto looks at the columns, says what it found, and refuses when rows disagree."""
     columns: dict[str, str] = {}
     """Renames for every source: {prompt: question} reads the format's `prompt` from column `question`."""
     chat_template: str | None = None
-    """For a base model without one: a named template (chatml, ...), a path, or inline Jinja. Default: the tokenizer's."""
+    """Named template (chatml, ...), path or inline Jinja, for a model without. Default: the tokenizer's."""
     loss_on: Literal["assistant", "last-turn", "all"] = "assistant"
     """Tokens that carry loss: every assistant turn, only the last one, or every token of the row."""
     max_length: Count = 1024
@@ -123,8 +123,7 @@ class DataSpec(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with rows that cannot be read: stop and list them, or leave them out, counted and shown."""
     max_loss: Fraction | None = None
-    """Largest share of rows that may be lost before the run stops. Default: 0 with overlong and on_bad_row
-    at error, else 0.1."""
+    """Largest share of rows that may be lost. Default: 0 with overlong and on_bad_row at error, else 0.1."""
     packing: Switch = True
     """Fill each batch with whole rows end to end, attention confined to the row, instead of padding."""
 
@@ -155,9 +154,8 @@ class TrainingSpec(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this L2 norm where theirs is larger; null switches it off."""
     gradient_checkpointing: Literal["auto"] | Switch = "auto"
-    """Recompute activations in the backward pass: less memory, about a third more time. auto: only where the
-    memory plan needs it."""
-    seed: CountOrZero = 42
+    """Recompute activations in the backward pass: less memory, a third more time. auto: only if needed."""
+    seed: Seed = 42
     """Seed of adapter initialisation, dropout, row order and held-out rows."""
     eval_every: Count | None = 100
     """Optimizer steps between evaluations; before the first and after the last step there is always one."""

@@ -1,0 +1,108 @@
+"""The command line: parse, call one function of commands/, show a user's mistake in two lines. No torch."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.errors import LoraError
+from lora_cli.run import console
+
+app = typer.Typer(
+    help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe: --set training.learning_rate=1e-4."),
+]
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Only the recipe and the rows' format.")] = False,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 2,
+) -> None:
+    """Validate a recipe: rows, labels, target modules and memory, without loading weights."""
+    from lora_cli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from lora_cli.commands import check as command
+
+    if no_model:
+        command.check_without_model(loaded)
+    else:
+        command.check(loaded, rows=rows)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Run folder, in place of the recipe's.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run that is there and start again.")] = False,
+) -> None:
+    """Train an adapter, and verify what was written."""
+    from lora_cli.recipe.load import load_recipe
+
+    given = [*(overrides or [])]
+    given += [f"output={json.dumps(output)}"] if output else []
+    given += [f"distributed.processes={processes}"] if processes else []
+    loaded = load_recipe(recipe, given)
+    from lora_cli.commands.train import train as command
+
+    raise typer.Exit(command(loaded, resume=resume, fresh=fresh, arguments=sys.argv[1:]))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|RUN|ADAPTER", help="What to measure.", show_default=False)],
+    adapters: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="A further adapter of the same base.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to measure on, in place of data.eval.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Rows whose answers are shown side by side.")] = 0,
+) -> None:
+    """Measure base and adapters on held-out rows: loss, perplexity and token accuracy."""
+    from lora_cli.commands.evaluate import evaluate as command
+
+    command(target, adapters=adapters or [], data=data, json_file=json_file, answers=answers)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe, by which editors complete and check it."""
+    from lora_cli.recipe.dump import recipe_schema
+
+    sys.stdout.write(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Run the command line; a LoraError becomes its details, one `error:` and one `hint:` line, and its exit code."""
+    try:
+        app()
+    except LoraError as mistake:
+        for line in mistake.details:
+            console.say(line)
+        console.say(f"error: {mistake.message}")
+        if mistake.hint:
+            console.say(f"hint: {mistake.hint}")
+        sys.exit(mistake.exit_code)
+    except BrokenPipeError:
+        # The reader of stdout has gone (`| head`): nothing is wrong, and nothing more can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""One file a subcommand: its whole story, readable from top to bottom."""

@@ -1,0 +1,54 @@
+"""What train, check and eval begin with: the device, the base model's place, its tokenizer and the encoded rows."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lora_cli.data.prepare import Prepared, prepare
+from lora_cli.errors import LoraError
+from lora_cli.model import base
+from lora_cli.recipe.schema import DataSpec, ModelSpec
+
+
+class Opening(NamedTuple):
+    """Everything but the weights."""
+
+    device: torch.device
+    dtype: torch.dtype
+    source: base.Source
+    tokenizer: PreTrainedTokenizerBase
+    data: Prepared
+
+
+def open_run_inputs(model: ModelSpec, data: DataSpec, *, seed: int, say: Callable[[str], None]) -> Opening:
+    """Find the base model, load its tokenizer and encode the rows.
+
+    Raises:
+        LoraError: whatever is wrong with the model's path, its tokenizer or the rows.
+    """
+    device = base.pick_device()
+    dtype = base.pick_dtype(model.dtype, device)
+    source = base.locate(model, dtype=dtype, say=say)
+    tokenizer = base.load_tokenizer(source)
+    prepared = prepare(data, tokenizer, seed=seed, cache=base.cache_folder(), say=say)
+    _refuse_longer_than_model(source, data)
+    return Opening(device, dtype, source, tokenizer, prepared)
+
+
+def _refuse_longer_than_model(source: base.Source, data: DataSpec) -> None:
+    limit = getattr(base.load_config(source).get_text_config(), "max_position_embeddings", None)
+    if limit is not None and data.max_length > limit:
+        raise LoraError(
+            f"data.max_length: {data.max_length:,} tokens, but the model has positions for {limit:,}",
+            hint=f"at most {limit}",
+        )
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do to pad with, since padding is masked and carries no loss; the tokenizer's own where it has one."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0

@@ -1,0 +1,175 @@
+"""Encode a source once: rows and tally go to `cache/encoded/<key>/`, and a second start maps them. No torch."""
+
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from lora_cli.data.encode import Encoded, Encoder, truncated
+from lora_cli.data.intake import BadRows, Item, opened, where
+from lora_cli.data.ledger import Tally
+from lora_cli.data.records import LISTED, BadRow, refuse
+from lora_cli.data.rows import SCHEMA, Placed, Stored, batch_of
+from lora_cli.data.sources import Source, content_hash
+from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import DataSpec
+from lora_cli.run import atomic
+
+CODE = 1  # raise it when the same rows and options would be encoded otherwise than before
+TOGETHER = 512  # rows that are tokenised in one call and written as one Arrow batch
+PATIENCE = 10.0  # seconds between messages while encoding
+
+
+class EncodedSource(NamedTuple):
+    """A source as the model will read it."""
+
+    source: Source
+    content: str  # hash of its bytes
+    tally: Tally
+    rows: Stored
+
+
+def encoded(
+    source: Source, spec: DataSpec, encoder: Encoder, *, cache: Path, say: Callable[[str], None]
+) -> EncodedSource:
+    """The rows of a source, from the cache where they are there.
+
+    Safe with other processes at the same time: one encodes, the others wait for it and map its result.
+
+    Raises:
+        LoraError: bad or overlong rows that the recipe does not let pass; nothing is cached then.
+    """
+    content = content_hash(source)
+    folder = cache / "encoded" / _key(source, spec, encoder, content)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if (found := _load(folder, source, content)) is not None:
+        return found
+    with _locked(folder.with_name(f".lock-{folder.name}"), say):
+        if (found := _load(folder, source, content)) is not None:
+            return found
+        atomic.sweep(folder.parent)
+        with atomic.folder(folder, replace=True) as fresh:
+            tally = _build(source, spec, encoder, fresh / "rows.arrow", say)
+            (fresh / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")
+    found = _load(folder, source, content)
+    assert found is not None, folder
+    return found
+
+
+def _key(source: Source, spec: DataSpec, encoder: Encoder, content: str) -> str:
+    parts = [
+        CODE,
+        content,
+        encoder.identity(),
+        [source.spec.format, source.spec.columns, spec.on_bad_row],
+        # Both decide how a template is rendered and a text cut into tokens.
+        [version("transformers"), version("tokenizers")],
+    ]
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _load(folder: Path, source: Source, content: str) -> EncodedSource | None:
+    try:
+        tally = Tally.from_json(json.loads((folder / "tally.json").read_text(encoding="utf-8")))
+        rows = Stored(folder / "rows.arrow", source.names)
+    except (FileNotFoundError, ValueError, pa.ArrowInvalid):
+        return None  # not there, or damaged by something other than us: encoded again
+    return EncodedSource(source, content, tally, rows) if len(rows) == tally.kept else None
+
+
+@contextmanager
+def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+    # The system drops the lock with the process, however it ends; the file stays, because to delete it under
+    # someone who waits for it would let two in.
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is encoding the same rows: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(source: Source, spec: DataSpec, encoder: Encoder, path: Path, say: Callable[[str], None]) -> Tally:
+    intake = opened(source)
+    say(f"{source.name}: encoding, format {intake.format.name} ({intake.format.why})")
+    tally = Tally(format=intake.format.name, why=intake.format.why)
+    bad = BadRows()
+    overlong: list[str] = []
+    started = said = time.monotonic()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        while items := list(islice(intake.items, TOGETHER)):
+            tally.read += len(items)
+            fits = []
+            for item, row in _results(items, encoder, read_only=bool(bad.first) and spec.on_bad_row == "error"):
+                if isinstance(row, BadRow):
+                    bad.add(where(source, item), row)
+                    tally.dropped[row.reason] += 1
+                elif (kept := _fitting(row, spec, tally)) is not None:
+                    fits.append(Placed(item.file, item.line, kept))
+                elif len(overlong) < LISTED:
+                    overlong.append(f"{where(source, item)}: {len(row.ids):,} tokens")
+            if fits:
+                writer.write_batch(batch_of(fits))
+            tally.kept += len(fits)
+            if time.monotonic() > said + PATIENCE:
+                said = time.monotonic()
+                say(f"{source.name}: {tally.read:,} rows, {tally.read / (said - started):,.0f} rows/s")
+    if bad.first and spec.on_bad_row == "error":
+        raise bad.refusal(source, read=tally.read)
+    if overlong and spec.overlong == "error":
+        raise _overlong(source, spec, overlong, tally)
+    for finding in bad.first:
+        say(f"skipped {finding}")
+    tally.ignored = dict(sorted(intake.ignored.items()))
+    tally.check()
+    return tally
+
+
+def _results(items: list[Item], encoder: Encoder, *, read_only: bool) -> Iterator[tuple[Item, Encoded | BadRow]]:
+    """Every item that has a result; where the run will stop anyway, only bad ones are of interest."""
+    good = [item.example for item in items if not isinstance(item.example, BadRow)]
+    results = encoder.encode([] if read_only else good)
+    for item in items:
+        if isinstance(item.example, BadRow):
+            yield item, item.example
+        elif not read_only:
+            yield item, next(results)
+
+
+TOO_LONG = "longer than data.max_length"
+
+
+def _fitting(row: Encoded, spec: DataSpec, tally: Tally) -> Encoded | None:
+    """The row as `data.overlong` has it, or None where it is left out; counts what it costs."""
+    fits = len(row.ids) <= spec.max_length
+    kept = row if fits else truncated(row, spec.max_length)
+    if not fits and (spec.overlong != "truncate" or not kept.runs):
+        tally.dropped[TOO_LONG if spec.overlong != "truncate" else "nothing to learn after the cut"] += 1
+        return None
+    tally.splits += row.split
+    tally.rewritten += row.rewritten
+    if not fits:
+        tally.cut += 1
+        tally.answers_cut += sum(start < spec.max_length < stop for start, stop in row.answers)
+        tally.ends_lost += sum(stop > spec.max_length for _, stop in row.answers)
+    return kept
+
+
+def _overlong(source: Source, spec: DataSpec, first: list[str], tally: Tally) -> LoraError:
+    total = tally.dropped[TOO_LONG]
+    return refuse(
+        f"{source.name}: {total:,} of {tally.read:,} rows {'is' if total == 1 else 'are'} longer than "
+        f"data.max_length ({spec.max_length:,} tokens)",
+        first,
+        total,
+        hint="raise data.max_length, or set data.overlong to drop or truncate, counted",
+    )

@@ -1,0 +1,284 @@
+"""Turn one dataset row into a conversation, a completion, a text or tokens. Pure: no tokenizer, no torch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lora_cli.data.conversation import Conversation, Message, conversation
+from lora_cli.data.readers import kind, nested, shown
+from lora_cli.data.records import BadRow
+from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import FormatName
+
+DETECTED_ON = 32  # rows that `auto` looks at before it says what they are
+
+
+class Completion(NamedTuple):
+    """Literal text without a chat template: the prompt is read, the completion learnt."""
+
+    prompt: str
+    completion: str
+
+
+class Text(NamedTuple):
+    """A document, learnt as a whole."""
+
+    text: str
+
+
+class Tokens(NamedTuple):
+    """Ready token ids."""
+
+    input_ids: list[int]
+    labels: list[int] | None  # each -100 or the id at its place; None: everything is learnt
+
+
+Example = Conversation | Completion | Text | Tokens
+Row = Mapping[str, Any]
+
+
+class Format(NamedTuple):
+    """One row format: its columns, and the function that reads them."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[Row], Example]
+    summary: str
+
+
+def messages(row: Row) -> Conversation:
+    """The chat format of OpenAI and transformers."""
+    return conversation(_list(row, "messages"), field="messages", tools=row.get("tools"))
+
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+def sharegpt(row: Row) -> Conversation:
+    """Turns of `from` and `value`; function calls and observations become tool calls and results."""
+    turns = [_sharegpt_turn(turn, f"conversations[{i}]") for i, turn in enumerate(_list(row, "conversations"))]
+    if system := _optional(row, "system"):
+        turns.insert(0, {"role": "system", "content": system})
+    return conversation(turns, field="conversations", tools=row.get("tools"))
+
+
+def _sharegpt_turn(turn: object, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRow("message is no object", f"is {kind(turn)}, not an object with from and value", field=place)
+    speaker, value = turn.get("from"), turn.get("value")
+    if speaker not in SHAREGPT_ROLES:
+        problem = "is missing" if speaker is None else f"{shown(speaker)} is no role: known are human, gpt, system, ..."
+        raise BadRow("unknown role", problem, field=f"{place}.from")
+    if not isinstance(value, str):
+        raise BadRow("content is no text", f"is {kind(value)}, not a string", field=f"{place}.value")
+    if speaker not in {"function_call", "tool_call"}:
+        return {"role": SHAREGPT_ROLES[speaker], "content": value}
+    calls = nested(value, field=f"{place}.value")
+    return {"role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
+def alpaca(row: Row) -> Conversation:
+    """An instruction with optional input, system text and earlier turns."""
+    # One line break between instruction and input, as LLaMA-Factory joins them.
+    given = [_text(row, "instruction"), _optional(row, "input")]
+    turns: list[Message] = []
+    if system := _optional(row, "system"):
+        turns.append({"role": "system", "content": system})
+    for index, pair in enumerate(_list(row, "history") if row.get("history") else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow("wrong history", "is no pair of question and answer", field=f"history[{index}]")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    output = _text(row, "output")
+    if not output.strip():
+        raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field="output")
+    turns.append({"role": "user", "content": "\n".join(part for part in given if part)})
+    turns.append({"role": "assistant", "content": output})
+    return conversation(turns, field="history")
+
+
+def prompt_completion(row: Row) -> Completion | Conversation:
+    """Two literal texts, or two lists of messages that make one conversation."""
+    prompt, completion = _present(row, "prompt"), _present(row, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        if any(isinstance(turn, dict) and turn.get("role") != "assistant" for turn in completion[:1]):
+            raise BadRow("wrong role order", "starts with another role than assistant", field="completion")
+        return conversation([*prompt, *completion], field="prompt + completion", tools=row.get("tools"))
+    literal = Completion(_text(row, "prompt"), _text(row, "completion"))
+    if not literal.completion.strip():
+        raise BadRow("nothing to learn", "is empty: there is nothing to learn from", field="completion")
+    return literal
+
+
+def text(row: Row) -> Text:
+    """A document."""
+    found = _text(row, "text")
+    if not found.strip():
+        raise BadRow("nothing to learn", "is empty", field="text")
+    return Text(found)
+
+
+def tokens(row: Row) -> Tokens:
+    """Ready ids; labels, where there are any, decide alone what carries loss."""
+    ids = _whole_numbers(row, "input_ids")
+    labels = _whole_numbers(row, "labels") if row.get("labels") is not None else None
+    if labels is not None:
+        if len(labels) != len(ids):
+            problem = f"has {len(labels)} entries where input_ids has {len(ids)}"
+            raise BadRow("labels do not fit", problem, field="labels")
+        for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
+            if label not in {-100, token}:
+                problem = f"is {label}: a label is -100 or the id at its place, here {token} (not shifted)"
+                raise BadRow("labels do not fit", problem, field=f"labels[{index}]")
+    if row.get("attention_mask") is not None:
+        mask = _whole_numbers(row, "attention_mask")
+        if mask != [1] * len(ids):
+            raise BadRow("masked tokens", "is not all ones: leave padding out", field="attention_mask")
+    if len(ids) < 2:
+        raise BadRow("nothing to learn", "is shorter than 2 ids: nothing follows the first", field="input_ids")
+    return Tokens(ids, labels)
+
+
+# In the order in which `auto` tries them: the more columns a format needs, the surer the match.
+FORMATS: dict[FormatName, Format] = {
+    "alpaca": Format(
+        ("instruction", "output"),
+        ("input", "system", "history"),
+        alpaca,
+        "instruction, optional input, output; becomes a conversation",
+    ),
+    "prompt-completion": Format(
+        ("prompt", "completion"),
+        ("tools",),
+        prompt_completion,
+        "strings: literal text and EOS, no chat template; lists of messages: a conversation",
+    ),
+    "messages": Format(("messages",), ("tools",), messages, "messages with role and content, optional tools"),
+    "sharegpt": Format(("conversations",), ("system", "tools"), sharegpt, "conversations of from and value"),
+    "tokens": Format(("input_ids",), ("labels", "attention_mask"), tokens, "input_ids, optional labels"),
+    "text": Format(("text",), (), text, "a document: every token is learnt, EOS at its end"),
+}
+
+
+def rename(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """`row` with the format's names for its columns, as `data.columns` says."""
+    if not columns:
+        return row
+    taken = {*columns, *columns.values()}
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return {**kept, **{name: row[column] for name, column in columns.items() if column in row}}
+
+
+def read(row: Row, name: FormatName) -> Example:
+    """`row` read as the named format.
+
+    Raises:
+        BadRow: it is not one.
+    """
+    wanted = FORMATS[name]
+    for column in wanted.required:
+        if column not in row:
+            raise BadRow("missing field", f"is missing; the row has {listed(row)}", field=column)
+    return wanted.read(row)
+
+
+class Detected(NamedTuple):
+    """What `auto` made of a source."""
+
+    name: FormatName
+    why: str
+    columns: dict[str, str]  # renames that the format needs here, as in data.columns
+
+
+def detect(places: Sequence[str], rows: Sequence[Row]) -> Detected:
+    """The one format that all the given first rows have; `places` names them in messages.
+
+    Raises:
+        LoraError: none fits, or the rows disagree; names the rows.
+    """
+    found = [(place, name) for place, row in zip(places, rows, strict=True) if (name := _detect_one(place, row))]
+    if not found:
+        raise LoraError(
+            f"{places[0]}: no known format has these columns: {listed(rows[0])}",
+            hint="map them, as in data.columns: {prompt: question, completion: answer}",
+        )
+    # Rows that look like nothing are bad rows, and reported as such; rows that look like something else are a mixture.
+    at, first = found[0]
+    for place, name in found:
+        if name != first:
+            raise LoraError(
+                f"data: rows of several formats: {at} looks like {first}, {place} like {name}",
+                hint="set data.format, or list the rows of each format as a source of its own",
+            )
+    row = next(row for row in rows if _detect_one(at, row))
+    if first == "messages" and "messages" not in row:
+        return Detected("messages", "role and content in column conversations", {"messages": "conversations"})
+    seen = [column for column in (*FORMATS[first].required, *FORMATS[first].optional) if column in row]
+    return Detected(first, f"its rows have {' + '.join(seen)}", {})
+
+
+def _detect_one(place: str, row: Row) -> FormatName | None:
+    if "chosen" in row and "rejected" in row:
+        raise LoraError(
+            f"{place}: a preference row (chosen and rejected answers), which `task: causal-lm` cannot learn from",
+            hint="to learn the chosen answers: format: prompt-completion, columns: {completion: chosen}",
+        )
+    turns = row.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
+        return "messages"
+    return next((name for name, known in FORMATS.items() if all(c in row for c in known.required)), None)
+
+
+def listed(row: Row) -> str:
+    """The columns of a row, for a message."""
+    names = [shown(name) if not name.isidentifier() else name for name in row]
+    return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "no fields"
+
+
+def _present(row: Row, field: str) -> Any:
+    value = row[field]
+    if value is None:
+        raise BadRow("null field", "is null", field=field)
+    return value
+
+
+def _text(row: Row, field: str) -> str:
+    value = _present(row, field)
+    if not isinstance(value, str):
+        raise BadRow("not a string", f"is {kind(value)}, not a string", field=field)
+    return value
+
+
+def _optional(row: Row, field: str) -> str:
+    return "" if row.get(field) is None else _text(row, field)
+
+
+def _list(row: Row, field: str) -> list[Any]:
+    value = _present(row, field)
+    if isinstance(value, str):
+        # Tables (.csv, many .parquet files) hold lists as JSON text.
+        value = nested(value, field=field)
+    if not isinstance(value, list):
+        raise BadRow("not a list", f"is {kind(value)}, not a list", field=field)
+    return value
+
+
+def _whole_numbers(row: Row, field: str) -> list[int]:
+    values = _list(row, field)
+    for index, value in enumerate(values):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise BadRow("not a token id", f"is {kind(value)}, not a whole number", field=f"{field}[{index}]")
+    return values

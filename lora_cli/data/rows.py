@@ -1,0 +1,142 @@
+"""Encoded rows on disk as Arrow files, mapped into memory: a million rows cost no more than their index."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.data.encode import Encoded
+
+SCHEMA = pa.schema(
+    [
+        ("ids", pa.list_(pa.int32())),
+        ("runs", pa.list_(pa.int32())),  # start, stop, start, stop, ...: the tokens that carry loss
+        ("supervised", pa.int32()),
+        ("key", pa.uint64()),
+        ("file", pa.int32()),
+        ("line", pa.int64()),
+    ]
+)
+
+
+class Row(NamedTuple):
+    """One encoded row, as batches are made of."""
+
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]  # the id at its place where it carries loss, else -100; not shifted
+    where: str  # `data/train.jsonl:17`
+
+
+class Placed(NamedTuple):
+    """An encoded row and where it came from."""
+
+    file: int
+    line: int
+    row: Encoded
+
+
+def batch_of(rows: Sequence[Placed]) -> pa.RecordBatch:
+    """The rows as one batch of the file."""
+    columns = [
+        _lists([placed.row.ids for placed in rows]),
+        _lists([np.array(placed.row.runs, dtype=np.int32).ravel() for placed in rows]),
+        pa.array([placed.row.supervised for placed in rows], pa.int32()),
+        pa.array([placed.row.key for placed in rows], pa.uint64()),
+        pa.array([placed.file for placed in rows], pa.int32()),
+        pa.array([placed.line for placed in rows], pa.int64()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _lists(arrays: list[npt.NDArray[np.int32]]) -> pa.Array:
+    offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+
+
+class Stored:
+    """One file of encoded rows, mapped: its rows are read from disk when they are asked for."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._batches = [_Batch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(len(batch.keys) for batch in self._batches)])
+        empty = np.zeros(0, np.int32)
+        self.lengths = np.concatenate([empty, *(np.diff(batch.offsets) for batch in self._batches)])
+        self.supervised = np.concatenate([empty, *(batch.supervised for batch in self._batches)])
+        self.keys = np.concatenate([empty.astype(np.uint64), *(batch.keys for batch in self._batches)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Row:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._batches[number].row(index - int(self._starts[number]), self._names)
+
+
+class _Batch:
+    """Views into one mapped record batch."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        ids, runs = batch.column("ids"), batch.column("runs")
+        self.offsets: npt.NDArray[np.int32] = ids.offsets.to_numpy()
+        self._ids: npt.NDArray[np.int32] = ids.values.to_numpy()
+        self._run_offsets: npt.NDArray[np.int32] = runs.offsets.to_numpy()
+        self._runs: npt.NDArray[np.int32] = runs.values.to_numpy()
+        self.supervised: npt.NDArray[np.int32] = batch.column("supervised").to_numpy()
+        self.keys: npt.NDArray[np.uint64] = batch.column("key").to_numpy()
+        self._files: npt.NDArray[np.int32] = batch.column("file").to_numpy()
+        self._lines: npt.NDArray[np.int64] = batch.column("line").to_numpy()
+
+    def row(self, index: int, names: Sequence[str]) -> Row:
+        ids = self._ids[self.offsets[index] : self.offsets[index + 1]]
+        labels = np.full_like(ids, -100)
+        runs = self._runs[self._run_offsets[index] : self._run_offsets[index + 1]]
+        for start, stop in runs.reshape(-1, 2):
+            labels[start:stop] = ids[start:stop]
+        return Row(ids, labels, f"{names[self._files[index]]}:{self._lines[index]}")
+
+
+class Rows:
+    """A split: rows of stored files in a fixed order, by file, then as they lie in it. Immutable."""
+
+    def __init__(self, parts: Sequence[tuple[Stored, npt.NDArray[np.int64]]]) -> None:
+        self._parts = [stored for stored, _ in parts]
+        chosen = [index for _, index in parts]
+        self._starts = np.cumsum([0, *(len(index) for index in chosen)])
+        self._index = np.concatenate([np.zeros(0, np.int64), *chosen])
+        empty = np.zeros(0, np.int32)
+        self.lengths: npt.NDArray[np.int32] = np.concatenate([empty, *(s.lengths[i] for s, i in parts)])
+        self.supervised: npt.NDArray[np.int32] = np.concatenate([empty, *(s.supervised[i] for s, i in parts)])
+        self.keys: npt.NDArray[np.uint64] = np.concatenate([empty.astype(np.uint64), *(s.keys[i] for s, i in parts)])
+        for array in (self._index, self.lengths, self.supervised, self.keys):
+            array.flags.writeable = False
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        place = index % len(self)
+        part = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self._parts[part][int(self._index[place])]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all ids and labels in their order: equal only for equal rows."""
+        return hashlib.blake2b(self.keys.astype("<u8").tobytes(), digest_size=16).hexdigest()
+
+
+def xray(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Every token of a row as text, and whether it carries loss; for `lora check` to colour."""
+    pairs = zip(row.input_ids.tolist(), row.labels.tolist(), strict=True)
+    return [(tokenizer.decode([token], skip_special_tokens=False), label != -100) for token, label in pairs]

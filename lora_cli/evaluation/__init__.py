@@ -1,0 +1,1 @@
+"""Measuring a model: likelihood of held-out rows, and what it answers."""

@@ -1,0 +1,67 @@
+"""What a model answers: greedy generation from the prompts of encoded rows."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lora_cli.data.batches import IGNORED
+from lora_cli.data.rows import Row
+
+
+class Answer(NamedTuple):
+    """One generated answer."""
+
+    text: str
+    finished: bool  # it ended by itself, before the limit
+
+
+def prompt_ids(row: Row) -> list[int]:
+    """The ids before the row's first supervised token."""
+    supervised = (row.labels != IGNORED).nonzero()[0]
+    return list(map(int, row.input_ids[: supervised[0]]))
+
+
+def reference_ids(row: Row) -> list[int]:
+    """The ids of the row's first run of supervised tokens."""
+    supervised = (row.labels != IGNORED).nonzero()[0]
+    run = 1
+    while run < len(supervised) and supervised[run] == supervised[0] + run:
+        run += 1
+    return list(map(int, row.input_ids[supervised[0] : supervised[0] + run]))
+
+
+@torch.no_grad()
+def greedy(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[int],
+) -> list[Answer]:
+    """The most likely continuation of each prompt (token ids), generated as one left-padded batch.
+
+    `stop` are the ids that end an answer. The model's attention must be one that transformers makes masks for.
+    """
+    device = next(model.parameters()).device
+    longest = max(len(prompt) for prompt in prompts)
+    pad = stop[0]
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=pad, use_cache=True
+    )
+    training = model.training
+    model.eval()
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    model.train(training)
+    answers = []
+    for line in output[:, longest:].tolist():
+        ends = [i for i, token in enumerate(line) if token in stop]
+        text = tokenizer.decode(line[: ends[0]] if ends else line, skip_special_tokens=True)
+        answers.append(Answer(text.strip(), bool(ends)))
+    return answers

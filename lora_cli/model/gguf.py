@@ -1,0 +1,61 @@
+"""Turn a GGUF file into a plain transformers folder, once: the same numbers, dequantised, then loaded in a second.
+
+transformers reads a GGUF's vocabulary and tensors through Python loops that take half a minute on a small model,
+at every start; the folder this makes beside the other caches is read in one.
+"""
+
+import hashlib
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lora_cli.errors import LoraError
+from lora_cli.run import atomic
+
+
+def unpack(file: Path, *, dtype: torch.dtype, cache: Path, say: Callable[[str], None]) -> Path:
+    """The folder of model, config and tokenizer in `file`, its weights dequantised to `dtype`; made if need be.
+
+    Raises:
+        LoraError: the `gguf` package is missing, or the file is not a GGUF that transformers can read.
+    """
+    stat = file.stat()
+    name = str(dtype).removeprefix("torch.")
+    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{name}|{version('transformers')}"
+    folder = cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    if find_spec("gguf") is None:
+        raise LoraError(f"{file}: reading GGUF needs the package gguf", hint='pip install "lora-cli[gguf]"')
+    with file.open("rb") as start:
+        if start.read(4) != b"GGUF":
+            raise LoraError(
+                f"{file}: not a GGUF file", hint="model.path takes a .gguf file, a local folder or a hub id"
+            )
+    say(f"dequantising {file.name} to {name}, once; kept in {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    where, what = str(file.parent), {"gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **what)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **what
+        )
+    except (ValueError, NotImplementedError, KeyError) as reason:
+        raise LoraError(
+            f"{file}: transformers cannot read this GGUF: {str(reason).splitlines()[0]}",
+            hint="use the model's original (safetensors) folder or hub id as model.path",
+        ) from reason
+    model.config.name_or_path = file.stem
+    try:
+        with atomic.folder(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    except OSError:
+        # Two runs may make it at once: the first to finish wins, the other uses what is there.
+        if not folder.is_dir():
+            raise
+    return folder

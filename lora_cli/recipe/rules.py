@@ -1,0 +1,226 @@
+"""Rules between the fields of a recipe: a value without effect is refused, never ignored. No torch."""
+
+import re
+from collections.abc import Callable, Iterator
+from itertools import combinations
+from os.path import exists, expanduser, isdir, normpath
+from pathlib import PurePath
+from typing import NamedTuple
+
+from lora_cli.recipe.problem import show
+from lora_cli.recipe.scalars import scalar
+from lora_cli.recipe.schema import Recipe, SourceSpec
+
+ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+NO_CONVERSATION = {"text", "tokens"}
+
+
+class Conflict(NamedTuple):
+    """Values that do not go together."""
+
+    key: str  # where it is reported
+    found: str
+    fix: str
+    reads: tuple[str, ...] = ()  # the other keys it hangs on
+
+
+def conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Every rule that the recipe breaks."""
+    for rule in RULES:
+        yield from rule(recipe)
+
+
+def _model(recipe: Recipe) -> Iterator[Conflict]:
+    model = recipe.model
+    gguf = model.path.endswith(".gguf")
+    local = gguf or model.path.startswith((".", "/")) or isdir(model.path)
+    if model.revision is not None and local:
+        fix = "remove it: only hub models have revisions"
+        yield Conflict("model.revision", "has no effect on a local model", fix, ("model.path",))
+    if model.trust_remote_code and gguf:
+        yield Conflict("model.trust_remote_code", "has no effect on a .gguf file", "remove it", ("model.path",))
+    if model.revision is not None and _is_none(model.revision):
+        yield Conflict("model.revision", f"'{model.revision}' is read as a branch", "write null for none")
+    if model.attention.lower().replace("-", "_") in ("flash", "flash_attn", "flash_attention", "fa2"):
+        found = f"'{show(model.attention)}' is no name of transformers"
+        yield Conflict("model.attention", found, "did you mean flash_attention_2?")
+
+
+def _quantization(recipe: Recipe) -> Iterator[Conflict]:
+    spec = recipe.quantization
+    if spec and spec.bits == 8:
+        for name in ("type", "double_quant"):
+            if getattr(spec, name) is not None:
+                key = f"quantization.{name}"
+                yield Conflict(key, "has no effect with 8 bits", "remove it, or write bits: 4", ("quantization.bits",))
+
+
+def _target_modules(recipe: Recipe) -> Iterator[Conflict]:
+    key = "adapter.target_modules"
+    given = recipe.adapter.target_modules
+    if isinstance(given, list):
+        if not given:
+            yield Conflict(key, "an empty list adapts no layer", "name modules, or write all-linear")
+        for index, name in enumerate(given):
+            if not name:
+                yield Conflict(f"{key}[{index}]", "an empty name", "remove it")
+            elif name in given[:index]:
+                yield Conflict(f"{key}[{index}]", f"'{show(name)}' is listed twice", "keep one")
+            elif _is_all(name):
+                fix = "write target_modules: all-linear, without the list"
+                yield Conflict(f"{key}[{index}]", f"'{show(name)}' in a list is a module of that name", fix)
+        return
+    if given == "all-linear":
+        return
+    if not given:
+        yield Conflict(key, "an empty text names no module", "name modules, or write all-linear")
+        return
+    words = [word.strip() for word in given.split(",")]
+    if _is_all(given):
+        yield Conflict(key, f"'{show(given)}' names no module", "did you mean all-linear?")
+    elif all(re.fullmatch(r"\w+", word) for word in words):
+        found = f"'{show(given)}' is a regex over full names, and matches none"
+        yield Conflict(key, found, f"write a list: [{show(', '.join(words))}]")
+    else:
+        try:
+            re.compile(given)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield Conflict(key, f"'{show(given)}' is no regex ({error})", "mend it, or write a list of names")
+
+
+def _is_all(name: str) -> bool:
+    return name.lower().replace("_", "-") in ("all", "all-linear", "alllinear", "linear", "auto")
+
+
+def _sources(recipe: Recipe) -> Iterator[Conflict]:
+    data = recipe.data
+    for key, given in (("data.train", data.train), ("data.eval", data.eval)):
+        if given == []:
+            fix = "name a path" if key == "data.train" else "name a path, or write null for none"
+            yield Conflict(key, "an empty list of sources", fix)
+        if isinstance(given, str) and "," in given and not exists(given):
+            fix = "for several sources, write a list of {path: ...}"
+            yield Conflict(key, f"'{show(given)}' is one path with a comma in it", fix)
+        if isinstance(given, list):
+            for (_, one), (index, two) in combinations(enumerate(given), 2):
+                if one.model_copy(update={"weight": two.weight}) == two:
+                    fix = "remove it; to see rows more often, raise the weight of the first"
+                    yield Conflict(f"{key}[{index}]", f"'{show(two.path)}' is listed twice", fix)
+
+
+def _eval(recipe: Recipe) -> Iterator[Conflict]:
+    data, key = recipe.data, "data.eval"
+    if isinstance(data.eval, str):
+        word = data.eval.lower()
+        if word in ("", "no", "off", "none", "false"):
+            yield Conflict(key, f"'{data.eval}' is read as a path", "write null for none")
+        elif isinstance(number := scalar(word.removesuffix("%")), int | float):
+            fix = f"write {number / 100:g}" if word.endswith("%") else "remove the quotes"
+            yield Conflict(key, f"'{show(data.eval)}' is read as a path", fix)
+    for one in _as_sources(data.train):
+        for two in _as_sources(data.eval):
+            # The same hub id is no leak by itself: train and eval take different splits of it.
+            same_part = one.split == two.split if one.split and two.split else one.path.endswith(ROW_FILES)
+            if normpath(one.path) == normpath(two.path) and same_part:
+                fix = "name other rows, or hold a fraction out: 0.05"
+                yield Conflict(key, f"'{show(two.path)}' is trained on too", fix, ("data.train",))
+
+
+def _as_sources(given: str | float | list[SourceSpec] | None) -> list[SourceSpec]:
+    if isinstance(given, str):
+        return [SourceSpec(path=given)] if given else []
+    return given if isinstance(given, list) else []
+
+
+def _formats(recipe: Recipe) -> Iterator[Conflict]:
+    data = recipe.data
+    if data.chat_template is not None and _is_none(data.chat_template):
+        found = f"'{show(data.chat_template)}' is read as a template"
+        yield Conflict("data.chat_template", found, "write null for the tokenizer's own")
+    formats = {source.format or data.format for source in _as_sources(data.train)}
+    if not formats or not formats <= NO_CONVERSATION:
+        return
+    found = f"has no effect on rows of format {' and '.join(sorted(formats))}"
+    reads = ("data.format", "data.train")
+    if data.chat_template is not None:
+        yield Conflict("data.chat_template", found, "remove it", reads)
+    if data.loss_on == "last-turn":
+        yield Conflict("data.loss_on", found, "remove it: they have no turns", reads)
+
+
+def _loss_of_rows(recipe: Recipe) -> Iterator[Conflict]:
+    data = recipe.data
+    if data.max_loss and data.overlong == data.on_bad_row == "error":
+        found = "has no effect where the first lost row stops the run"
+        fix = "write overlong: drop or on_bad_row: skip, or remove it"
+        yield Conflict("data.max_loss", found, fix, ("data.overlong", "data.on_bad_row"))
+
+
+def _steps(recipe: Recipe) -> Iterator[Conflict]:
+    training = recipe.training
+    if training.epochs is not None and training.max_steps is not None:
+        later = ("training.epochs",)
+        yield Conflict("training.max_steps", "epochs and max_steps are both set", "keep one", later)
+    if training.warmup >= 1 and not training.warmup.is_integer():
+        found = f"{training.warmup:g} is neither a fraction below 1 nor a whole number of steps"
+        yield Conflict("training.warmup", found, f"write {training.warmup:.0f} for steps")
+    elif training.warmup >= 1 and training.max_steps and training.warmup > training.max_steps:
+        found = f"{training.warmup:g} steps of warmup do not fit into {training.max_steps} steps"
+        fix = "write fewer, or a fraction such as 0.03"
+        yield Conflict("training.warmup", found, fix, ("training.max_steps",))
+
+
+def _batches(recipe: Recipe) -> Iterator[Conflict]:
+    training, data = recipe.training, recipe.data
+    if not data.packing and training.tokens_per_batch is not None:
+        fix = "write batch_size, or packing: true"
+        yield Conflict("training.tokens_per_batch", "has no effect without packing", fix, ("data.packing",))
+    if data.packing and training.batch_size is not None:
+        fix = "write tokens_per_batch, or `data: {packing: false}`"
+        yield Conflict("training.batch_size", "has no effect with packing", fix, ("data.packing",))
+    if data.packing and training.tokens_per_batch and training.tokens_per_batch < data.max_length:
+        found = f"{training.tokens_per_batch} is less than data.max_length, {data.max_length}"
+        fix = "a batch has to hold the longest row: raise it, or lower data.max_length"
+        yield Conflict("training.tokens_per_batch", found, fix, ("data.packing", "data.max_length"))
+
+
+def _paths(recipe: Recipe) -> Iterator[Conflict]:
+    for key, path in _all_paths(recipe):
+        if path.startswith("~"):
+            yield Conflict(key, "`~` is not filled in", f"write the folder out: {show(expanduser(path))}")
+        elif re.search(r"\$\w|\$\{", path):
+            yield Conflict(key, "variables are not filled in", f"write it out, or use --set {key}=...")
+    output = normpath(recipe.output)
+    for key, path in _all_paths(recipe):
+        if key != "output" and normpath(path) == output:
+            yield Conflict("output", f"'{show(recipe.output)}' is {key} too", "name a folder of its own", (key,))
+    if PurePath(output).suffix in (*ROW_FILES, ".yaml", ".yml", ".gguf", ".safetensors"):
+        yield Conflict("output", f"'{show(recipe.output)}' is named like a file", "name a folder")
+
+
+def _all_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "model.path", recipe.model.path
+    for key, given in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        if isinstance(given, list):
+            yield from ((f"{key}[{index}].path", source.path) for index, source in enumerate(given))
+        elif isinstance(given, str):
+            yield key, given
+    yield "output", recipe.output
+
+
+def _is_none(word: str) -> bool:
+    return word.strip().lower() in ("", "none", "nil")
+
+
+RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
+    _model,
+    _quantization,
+    _target_modules,
+    _sources,
+    _eval,
+    _formats,
+    _loss_of_rows,
+    _steps,
+    _batches,
+    _paths,
+)

@@ -1,0 +1,126 @@
+"""The only writer of results: written beside their place, fsynced, and renamed into it. No torch.
+
+Whoever reads a path finds what was there before or what is there now, whole, however the writer died. What a
+killed writer left beside it, `sweep` clears.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LEFTOVER = re.compile(r"\.(tmp|old)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put `data` into the file `path`, in place of any file there."""
+    beside = _beside(path, "tmp")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put `text` into the file `path` as UTF-8, in place of any file there."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Put `value` into the file `path` as JSON for people to read, in place of any file there."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder beside `path` to write into, which becomes `path` when the block ends well.
+
+    Args:
+        path: where the folder is meant to be.
+        replace: swap it for a folder that is there; without it, one that is there is an error.
+
+    Raises:
+        FileExistsError: before anything is written, where `path` exists and is not to be replaced.
+    """
+    if not replace and path.exists():
+        raise FileExistsError(f"{path} exists")
+    beside = _beside(path, "tmp")
+    beside.mkdir()
+    try:
+        yield beside
+        for parent, _, names in os.walk(beside):
+            for name in names:
+                _sync(Path(parent, name))
+            _sync(Path(parent))
+        _swap(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    _sync(path.parent)
+
+
+def _swap(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    # No portable call exchanges two folders. Between the renames the old one is only aside, under a name by
+    # which `sweep` puts it back.
+    old = _beside(path, "old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def sweep(parent: Path) -> None:
+    """Clear what killed processes left in `parent`: half-written results go, a folder put aside comes back.
+
+    Only this machine's processes are known, so a folder that other machines write to is swept under its lock.
+    """
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        match = LEFTOVER.fullmatch(path.name)
+        if not match or _alive(int(match["pid"])):
+            continue
+        meant = parent / match["name"]
+        # Another process may be sweeping the same: what it took first is no error.
+        with suppress(FileNotFoundError):
+            if match[1] == "old" and not meant.exists():
+                path.rename(meant)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{kind}-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names are in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

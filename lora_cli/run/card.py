@@ -1,0 +1,73 @@
+"""The adapter's README.md: base, recipe, data ledger and losses, with no path of this machine. No torch."""
+
+from pathlib import Path
+from typing import Any
+
+from lora_cli.recipe.schema import Recipe
+
+
+def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results: dict[str, dict[str, float]]) -> str:
+    """The model card as Markdown with YAML front matter.
+
+    Args:
+        recipe: the recipe of the run.
+        recipe_text: the same, resolved, as YAML.
+        ledger: `Ledger.to_json()`.
+        results: evaluation loss and accuracy by name ("base", "adapter"); empty where nothing was held out.
+    """
+    base = public(recipe.model.path)
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "library_name: peft",
+        f"tags: [{recipe.adapter.method}]",
+        "---",
+        f"# {recipe.adapter.method} adapter of {base}",
+        "",
+        f"Rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}, on {_targets(recipe)}. A plain PEFT adapter:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
+        "```",
+        "",
+        "## Data",
+        "",
+    ]
+    for entry in ledger["sources"]:
+        dropped = sum(entry["dropped"].values())
+        lines.append(
+            f"- {public(entry['source'])} ({entry['format']}): {entry['read']:,} rows read, {entry['kept']:,} kept, "
+            f"{dropped:,} dropped, {entry['held_out']:,} held out, {entry['cut']:,} cut"
+        )
+    for split in ("train", "eval"):
+        if ledger[split]:
+            totals = ledger[split]
+            lines.append(
+                f"- {split}: {totals['rows']:,} rows, {totals['tokens']:,} tokens, {totals['supervised']:,} supervised"
+            )
+    if results:
+        lines += ["", "## Held-out rows", "", "| | loss | token accuracy |", "|---|---|---|"]
+        lines += [f"| {name} | {r['loss']:.4f} | {r['accuracy']:.1%} |" for name, r in results.items()]
+    return "\n".join([*lines, "", "## Recipe", "", "```yaml", _scrubbed(recipe, recipe_text).rstrip(), "```", ""])
+
+
+def public(path: str) -> str:
+    """A path as strangers may see it: whole if it is relative or a hub id, else its last part."""
+    return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
+
+
+def _targets(recipe: Recipe) -> str:
+    modules = recipe.adapter.target_modules
+    return modules if isinstance(modules, str) else ", ".join(modules)
+
+
+def _scrubbed(recipe: Recipe, text: str) -> str:
+    data = recipe.data
+    sources = [s for s in (data.train, data.eval) if isinstance(s, str)]
+    sources += [spec.path for part in (data.train, data.eval) if isinstance(part, list) for spec in part]
+    local = [recipe.model.path, recipe.output, *sources, data.chat_template or ""]
+    for path in sorted(local, key=len, reverse=True):
+        if path != public(path):
+            text = text.replace(path, public(path))
+    return text

@@ -1,0 +1,129 @@
+"""The training loop: a generator of steps. Logging, evaluation and checkpoints are the body of the `for` around it."""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lora_cli.data.batches import Batch, Plan
+from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import TrainingSpec
+from lora_cli.model.score import Scorer
+from lora_cli.training.optim import learning_rate
+
+
+class Step(NamedTuple):
+    """One optimizer step, over all processes."""
+
+    number: int  # from 1
+    epoch: float  # passes over the rows so far
+    loss: float  # nats per supervised token, mean over this update
+    learning_rate: float
+    grad_norm: float  # L2, before clipping
+    tokens: int  # real tokens, padding not counted
+    supervised: int  # tokens that carried loss
+    seconds: float  # wall time of this step
+
+
+def fit(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    spec: TrainingSpec,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    total: int,
+    start: int = 0,
+) -> Iterator[Step]:
+    """Take optimizer steps `start`+1 to `total`, yielding after each.
+
+    The loss of a step is the mean over the supervised tokens of all its batches on all processes, whatever their
+    shapes. Every random number comes from a seed made of (run seed, step, place of the batch in the step): a resumed
+    run draws what the uninterrupted one drew, and two processes draw what one would have.
+
+    Raises:
+        LoraError: the loss or the gradient is not finite; raised before the parameters are touched.
+    """
+    scorer = Scorer(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    world, rank = accelerator.num_processes, accelerator.process_index
+    model.train()
+    for number in range(start, total):
+        began = time.perf_counter()
+        batches = list(plan.step(number, rank=rank, world=world))
+        counts = torch.tensor(
+            [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
+        )
+        supervised, tokens = (int(n) for n in _sum(accelerator, counts))
+        loss_sum = torch.zeros((), device=accelerator.device)
+        losses: list[tuple[Batch, Tensor]] = []
+        for place, batch in batches:
+            if len(batch.targets) == 0:
+                continue
+            torch.manual_seed(_seed(spec.seed, number, place))
+            loss = scorer(batch).loss
+            (loss / supervised).backward()
+            losses.append((batch, loss.detach()))
+            loss_sum += loss.detach()
+        grad_norm = _reduce_gradients(trained, accelerator)
+        loss_sum = _sum(accelerator, loss_sum)
+        if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
+            raise _not_finite(number + 1, losses, plan)
+        rate = learning_rate(number, spec=spec, total=total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if spec.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield Step(
+            number=number + 1,
+            epoch=(number + 1) / plan.steps_per_epoch,
+            loss=float(loss_sum) / supervised,
+            learning_rate=rate,
+            grad_norm=float(grad_norm),
+            tokens=tokens,
+            supervised=supervised,
+            seconds=time.perf_counter() - began,
+        )
+
+
+def _seed(run: int, step: int, place: int) -> int:
+    # A large odd multiplier keeps the seeds of neighbouring steps and batches apart.
+    return (run * 1_000_003 + step * 8191 + place) % (1 << 63)
+
+
+def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
+    reduced: Tensor = accelerator.reduce(value, reduction="sum")
+    return reduced
+
+
+def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator) -> Tensor:
+    """Sum the gradients of all processes in one message; returns their L2 norm.
+
+    An adapter is small, so one flat message costs less than DDP's buckets and hooks, and processes may have
+    different numbers of batches, which DDP does not allow.
+    """
+    if accelerator.num_processes > 1:
+        # Whether a parameter got a gradient can differ between processes: an absent one counts as zero.
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+        flat = _sum(accelerator, flat)
+        for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+            parameter.grad = part.view_as(parameter)
+    return nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+
+
+def _not_finite(number: int, losses: list[tuple[Batch, Tensor]], plan: Plan) -> LoraError:
+    broken = [batch for batch, loss in losses if not torch.isfinite(loss)]
+    what = "loss" if broken else "gradient"
+    rows = [plan.rows[i].where for batch in (broken or [b for b, _ in losses]) for i in batch.rows]
+    named = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    return LoraError(
+        f"step {number}: the {what} is not finite; its rows: {named or 'of another process'}",
+        hint="the last checkpoint is from before it; try a lower training.learning_rate or a longer training.warmup, "
+        "and look at these rows",
+        exit_code=1,
+    )

