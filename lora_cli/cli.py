@@ -1,5 +1,6 @@
 """The command line: parse, call one function of commands/, show a user's mistake in two lines. No torch."""
 
+import errno
 import json
 import os
 import sys
@@ -10,6 +11,17 @@ import typer
 
 from lora_cli.errors import LoraError
 from lora_cli.run import console
+from lora_cli.run.quiet import hush
+
+# What a disk or its permissions refuse is the user's to mend; any other OSError is a bug, and keeps its traceback.
+DISK = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or have the quota raised",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or name a place on another disk",
+    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: "see its permissions, or name another place",
+    errno.EPERM: "see its permissions, or name another place",
+}
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
@@ -93,6 +105,7 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line; a LoraError becomes its details, one `error:` and one `hint:` line, and its exit code."""
+    hush()
     try:
         app()
     except LoraError as mistake:
@@ -105,4 +118,11 @@ def main() -> None:
     except BrokenPipeError:
         # The reader of stdout has gone (`| head`): nothing is wrong, and nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as trouble:
+        if trouble.errno not in DISK:
+            raise
+        where = f"{trouble.filename}: " if trouble.filename else ""
+        console.say(f"error: {where}{trouble.strerror}")
+        console.say(f"hint: {DISK[trouble.errno]}; what was written before is whole, and a run goes on with --resume")
         sys.exit(1)

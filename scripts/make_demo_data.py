@@ -14,28 +14,29 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-MODULES = """
+NAMES = """
 abc argparse array ast asyncio base64 bisect builtins calendar cmath cmd code codecs collections colorsys compileall
 concurrent.futures configparser contextlib copy copyreg csv ctypes dataclasses datetime decimal difflib dis doctest
-email.message email.utils enum errno fileinput filecmp fnmatch fractions functools gc getopt glob graphlib gzip hashlib
-heapq hmac html html.parser http.client http.cookies http.server imaplib importlib.metadata importlib.util inspect io
-ipaddress itertools json keyword linecache locale logging logging.handlers lzma mailbox math mimetypes multiprocessing
-numbers operator os os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile pstats
-py_compile queue quopri random re reprlib rlcompleter runpy sched secrets select selectors shelve shlex shutil signal
-smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sys sysconfig
-tabnanny tarfile tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types typing
-unicodedata unittest unittest.mock urllib.parse urllib.request urllib.robotparser uuid warnings wave weakref webbrowser
-xml.dom.minidom xml.etree.ElementTree xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
-""".split()
+email.message email.utils enum errno fileinput filecmp fnmatch fractions functools gc getopt glob graphlib gzip
+hashlib heapq hmac html html.parser http.client http.cookies http.server imaplib importlib.metadata importlib.util
+inspect io ipaddress itertools json keyword linecache locale logging logging.handlers lzma mailbox math mimetypes
+multiprocessing numbers operator os os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint
+profile pstats py_compile queue quopri random re reprlib rlcompleter runpy sched secrets select selectors shelve
+shlex shutil signal smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess
+symtable sys sysconfig tabnanny tarfile tempfile textwrap threading time timeit token tokenize trace traceback
+tracemalloc types typing unicodedata unittest unittest.mock urllib.parse urllib.request urllib.robotparser uuid
+warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree xmlrpc.client zipapp zipfile zipimport zlib
+zoneinfo
+"""
 
 LONGEST = 700  # characters of an answer; docstrings beyond it are manuals, not answers
 SHORTEST = 30
 
 
 def rows() -> Iterator[dict[str, object]]:
-    """Each documented name once, in the order of the modules and of the alphabet."""
+    """Each documented name once, in the order of NAMES and of the alphabet."""
     seen: set[str] = set()
-    for module_name in MODULES:
+    for module_name in NAMES.split():
         try:
             module = importlib.import_module(module_name)
         except ImportError:  # optional in some builds of Python

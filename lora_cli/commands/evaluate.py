@@ -1,19 +1,17 @@
 """`lora eval`: base and adapters side by side on held-out rows, the base loaded once."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from peft import PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from lora_cli.commands.opening import Opening, open_run_inputs
 from lora_cli.commands.train import batch_plan
-from lora_cli.data.rows import Row, Rows
+from lora_cli.data.rows import Row
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generate import Answer, greedy, prompt_ids, reference_ids
 from lora_cli.evaluation.likelihood import Likelihood, measure

@@ -7,6 +7,7 @@ import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.prepare import Prepared, prepare
+from lora_cli.data.templates import resolve
 from lora_cli.errors import LoraError
 from lora_cli.model import base
 from lora_cli.recipe.schema import DataSpec, ModelSpec
@@ -33,6 +34,10 @@ def open_run_inputs(model: ModelSpec, data: DataSpec, *, seed: int, say: Callabl
     source = base.locate(model, dtype=dtype, say=say)
     tokenizer = base.load_tokenizer(source)
     prepared = prepare(data, tokenizer, seed=seed, cache=base.cache_folder(), say=say)
+    if data.chat_template is not None:
+        # What is saved beside the adapter must prompt it as it was trained.
+        template = resolve(data.chat_template, tokenizer)
+        tokenizer.chat_template = template.source if template else None
     _refuse_longer_than_model(source, data)
     return Opening(device, dtype, source, tokenizer, prepared)
 

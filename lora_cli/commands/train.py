@@ -86,14 +86,15 @@ class Training:
             return stopped
         if self.run:
             self._finish(self.run, opening, built.model)
-        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
         return 0
 
     def _begin(self, run: RunFolder, opening: Opening, built: "Built", total: int, done: int) -> None:
         run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(run.recipe, dump_recipe(self.recipe))
         atomic.write_json(run.manifest, _manifest(self.recipe, opening, built, total))
-        journal.truncate_after(run.metrics, done)
+        # A start from nothing evaluates the base again, so not even step 0 stays.
+        journal.truncate_after(run.metrics, done or -1)
 
     def _steps(
         self,
@@ -136,14 +137,16 @@ class Training:
                 if metrics:
                     metrics.write(step._asdict())
                     meter.step(step.number, _figures(step, opening.device))
-                stopping = step.number < total and self._anyone_wishes(wish)
-                if step.number == total or stopping or _due(step.number, spec.save_every):
+                last = step.number == total
+                stopping = not last and self._anyone_wishes(wish)
+                # Before the checkpoint: a resumed run starts behind both.
+                if last or _due(step.number, spec.eval_every):
+                    evaluate(step.number, say)
+                if last or stopping or _due(step.number, spec.save_every):
                     save(step.number)
                 if stopping:
                     say(f"stopped after step {step.number}, which is saved; --resume goes on from there")
                     return wish.exit_code or 1
-                if step.number == total or _due(step.number, spec.eval_every):
-                    evaluate(step.number, say)
         if metrics:
             metrics.close()
         return 0

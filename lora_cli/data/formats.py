@@ -209,21 +209,21 @@ def detect(places: Sequence[str], rows: Sequence[Row]) -> Detected:
     Raises:
         LoraError: none fits, or the rows disagree; names the rows.
     """
-    found = [(place, name) for place, row in zip(places, rows, strict=True) if (name := _detect_one(place, row))]
-    if not found:
+    looks = [(place, row, _detect_one(place, row)) for place, row in zip(places, rows, strict=True)]
+    # Rows that look like nothing are bad rows, and reported as such; rows that look like something else are a mixture.
+    known = [(place, row, name) for place, row, name in looks if name is not None]
+    if not known:
         raise LoraError(
             f"{places[0]}: no known format has these columns: {listed(rows[0])}",
             hint="map them, as in data.columns: {prompt: question, completion: answer}",
         )
-    # Rows that look like nothing are bad rows, and reported as such; rows that look like something else are a mixture.
-    at, first = found[0]
-    for place, name in found:
+    at, row, first = known[0]
+    for place, _, name in known:
         if name != first:
             raise LoraError(
                 f"data: rows of several formats: {at} looks like {first}, {place} like {name}",
                 hint="set data.format, or list the rows of each format as a source of its own",
             )
-    row = next(row for row in rows if _detect_one(at, row))
     if first == "messages" and "messages" not in row:
         return Detected("messages", "role and content in column conversations", {"messages": "conversations"})
     seen = [column for column in (*FORMATS[first].required, *FORMATS[first].optional) if column in row]

@@ -71,7 +71,8 @@ def rendered(layout: Layout, chat: Conversation) -> Rendered:
     for message in chat.messages:
         if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
             raise BadRow("text left out", f"the chat template leaves the {message['role']} message out")
-    return Rendered(text, spans, sum(map(_rewritten, answers, [text[a:b] for a, b in spans], [text] * len(spans))))
+    rewritten = (_rewritten(answer, text[a:b], text) for answer, (a, b) in zip(answers, spans, strict=True))
+    return Rendered(text, spans, sum(rewritten))
 
 
 def _everything(chat: Conversation) -> str:

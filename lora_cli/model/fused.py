@@ -90,7 +90,7 @@ def draw_dropped(count: int, p: float) -> Tensor:
 def _zeroed(x: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         return x
-    copy = x.clone()
+    copy = x.clone(memory_format=torch.contiguous_format)  # else a transposed x would have no flat view
     copy.view(-1)[positions] = 0
     return copy
 

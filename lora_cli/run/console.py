@@ -1,6 +1,5 @@
 """What a person sees: results on stdout, progress and messages on stderr; plain lines where that is no terminal."""
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,8 +7,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-out = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
-err = Console(file=sys.stderr, highlight=False, soft_wrap=True, markup=False)
+# Without a file given, rich asks for sys.stdout and sys.stderr at each line: whoever replaces them is heard.
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def say(line: str) -> None:

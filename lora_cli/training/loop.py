@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lora_cli.data.batches import Batch, Plan
 from lora_cli.errors import LoraError
-from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.model.score import Scorer
+from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training.optim import learning_rate
 
 

@@ -150,6 +150,16 @@ def test_text_and_completion_end_with_eos_and_begin_with_one_bos(prepared, base)
         assert found.input_ids.tolist().count(base.eos_token_id) == 1
 
 
+def test_bytes_and_blanks_as_sentencepiece_writes_them(prepared):
+    tokenizer = tiny.build_sentencepiece(tiny.MISTRAL)
+    messages = chat("Hello", "the capital é漢", "  And?", "The answer")
+    row = prepared(tokenizer, files=file_of({"messages": messages})).train[0]
+    assert row.input_ids.tolist() == tokenizer.apply_chat_template(messages)["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(row.labels[row.labels != -100].tolist())
+    assert tokens[:2] == ["▁the", "▁capital"]
+    assert tokens[-7:] == ["<0xE6>", "<0xBC>", "<0xA2>", "</s>", "▁The", "▁answer", "</s>"]
+
+
 def test_a_token_across_the_border_is_split_and_counted(prepared, chatml):
     # "capital" is one token of the tiny vocabulary; the answer begins within it.
     assert len(chatml(" capital")["input_ids"]) == 1

@@ -1,5 +1,6 @@
 """Small real tokenizers, trained here on a few lines, and chat templates as the known model families have them."""
 
+import json
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -41,6 +42,23 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def build_sentencepiece(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2 and Mistral have one: blanks are letters, unknown characters are bytes."""
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    core.train_from_iterator(TEXTS, trainer)
+    plain = json.loads(core.to_str())
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] not in bytes_]
+    core = Tokenizer.from_str(json.dumps(plain))
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", bos_token="<s>", unk_token="<unk>", chat_template=template
+    )
+
 
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}"

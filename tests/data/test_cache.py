@@ -1,0 +1,189 @@
+"""Rows are encoded once: reused, rebuilt when anything that matters changes, safe with others and when killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora_cli.data import cache
+from lora_cli.data.encode import Encoder
+from lora_cli.data.prepare import Prepared
+from tests.inputs.tiny_tokenizers import CHATML, MARKED, MARKED_SHORT, build
+
+ROWS = "".join(json.dumps({"text": f"the answer {i} is capital"}) + "\n" for i in range(50))
+
+
+def stored(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "cache/encoded").iterdir() if not path.name.startswith(".lock-"))
+
+
+def count_encoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, examples):
+        calls.append(len(examples))
+        return encode(self, examples)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    return calls
+
+
+def same(one: Prepared, two: Prepared) -> bool:
+    return (one.fingerprint, one.ledger) == (two.fingerprint, two.ledger)
+
+
+def test_a_second_start_encodes_nothing(prepared, chatml, monkeypatch, tmp_path):
+    calls = count_encoding(monkeypatch)
+    first = prepared(chatml, files={"train.jsonl": ROWS}, eval=0.2)
+    assert calls == [50]
+    assert same(first, prepared(chatml, eval=0.2))
+    # What is picked from the rows at the start is no reason to encode them again.
+    prepared(chatml, eval=0.5, seed=3, train=[{"path": "train.jsonl", "weight": 2.5}])
+    assert calls == [50]
+    assert len(stored(tmp_path)) == 1
+
+
+def test_a_moved_file_keeps_its_rows_and_gets_its_new_name(prepared, chatml, monkeypatch, tmp_path):
+    prepared(chatml, files={"train.jsonl": ROWS})
+    calls = count_encoding(monkeypatch)
+    (tmp_path / "train.jsonl").rename(tmp_path / "moved.jsonl")
+    assert prepared(chatml, train="moved.jsonl").train[7].where == "moved.jsonl:8"
+    assert calls == []
+
+
+def test_anything_that_changes_the_rows_is_a_new_entry(prepared, tmp_path):
+    special = ("<|im_start|>",)
+    chat = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    tokenizer = build(*special, eos="<|im_end|>", template=CHATML)
+    changes = [
+        {"files": {"train.jsonl": chat}},
+        {"files": {"train.jsonl": chat + "\n\n"}},
+        {"loss_on": "all"},
+        {"max_length": 500},
+        {"overlong": "drop"},
+        {"on_bad_row": "skip"},
+        {"format": "messages"},
+        {"chat_template": MARKED},
+        {"tokenizer": build(*special, eos="<|im_end|>", template=MARKED_SHORT)},
+        {"tokenizer": build(*special, eos="<|im_end|>", template=CHATML, vocabulary=390)},
+    ]
+    for number, change in enumerate(changes, 1):
+        prepared(**{"tokenizer": tokenizer, **change})
+        assert len(stored(tmp_path)) == number, change
+
+
+def test_what_others_damaged_is_built_again(prepared, chatml, tmp_path):
+    first = prepared(chatml, files={"train.jsonl": ROWS})
+    (folder,) = (path for path in (tmp_path / "cache/encoded").iterdir() if not path.name.startswith("."))
+    for name, content in (("rows.arrow", b"ARROW1"), ("tally.json", b"{"), ("rows.arrow", b"")):
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+        assert same(first, prepared(chatml))
+
+
+def test_a_refused_source_leaves_nothing(prepared, chatml, tmp_path):
+    with pytest.raises(Exception, match="is bad"):
+        prepared(chatml, files={"train.jsonl": ROWS + "nope\n"})
+    assert stored(tmp_path) == []
+
+
+# A process that prepares the rows, slowly enough for others to come in between.
+WORKER = """
+import sys, time
+from pathlib import Path
+from lora_cli.data import cache
+from lora_cli.data.encode import Encoder
+from lora_cli.data.prepare import prepare
+from lora_cli.recipe.schema import DataSpec
+from tests.inputs.tiny_tokenizers import CHATML, build
+
+cache.TOGETHER = 5
+encode = Encoder.encode
+def slow(self, examples):
+    time.sleep(0.05)
+    print("batch", flush=True)
+    return encode(self, examples)
+Encoder.encode = slow
+tokenizer = build("<|im_start|>", "<|endoftext|>", "<think>", "</think>", eos="<|im_end|>", template=CHATML)
+data = prepare(DataSpec(train="train.jsonl", eval=None), tokenizer, seed=0, cache=Path("cache"), say=print)
+print(data.fingerprint, flush=True)
+"""
+
+
+def worker(folder: Path) -> "subprocess.Popen[str]":
+    root = str(Path(cache.__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+
+
+def test_two_at_once_encode_once(prepared, chatml, tmp_path):
+    (tmp_path / "train.jsonl").write_text(ROWS)
+    said = [process.communicate(timeout=60)[0].splitlines() for process in [worker(tmp_path), worker(tmp_path)]]
+    assert sum(line == "batch" for lines in said for line in lines) == 10
+    assert said[0][-1] == said[1][-1] == prepared(chatml).fingerprint
+    assert len(stored(tmp_path)) == 1
+
+
+def test_killed_half_way_leaves_no_half_rows(prepared, chatml, tmp_path):
+    (tmp_path / "train.jsonl").write_text(ROWS)
+    process = worker(tmp_path)
+    assert process.stdout is not None
+    while process.stdout.readline() != "batch\n":
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [name.startswith(".tmp-") for name in stored(tmp_path)] == [True]
+    started = time.monotonic()
+    data = prepared(chatml)
+    assert time.monotonic() - started < 5  # the dead one's lock holds nobody up
+    assert len(data.train) == 50
+    assert [name.startswith(".") for name in stored(tmp_path)] == [False]
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from lora_cli.data.prepare import prepare
+from lora_cli.recipe.schema import DataSpec
+from tests.inputs.tiny_tokenizers import CHATML, build
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+tokenizer = build("<|im_start|>", eos="<|im_end|>", template=CHATML)
+def run(name):
+    return prepare(DataSpec(train=name, eval=0.01), tokenizer, seed=0, cache=Path("cache"), say=print)
+run("small.jsonl")
+before = peak()
+print(len(run("large.jsonl").train), peak() - before)
+"""
+
+
+def test_memory_stays_flat(tmp_path):
+    """15,000 rows, 8 MB of text and 8 MB of ids, cost less than either: memory grows by the index alone."""
+    for name, count in (("small", 3_000), ("large", 15_000)):
+        with (tmp_path / f"{name}.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": f"{i} the capital answer " * 26}) + "\n" for i in range(count))
+    root = str(Path(cache.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows, growth = done.stdout.splitlines()[-1].split()
+    assert int(rows) > 14_000
+    assert float(growth) < 5, "MiB"

@@ -1,0 +1,185 @@
+"""The fused LoRA layer is PEFT's own, output and gradients; where it might not be, PEFT's forward stays."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
+
+from lora_cli.model import fused
+from lora_cli.model.fused import LoraProduct, draw_dropped
+from tests.model import zoo
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
+def layers(model: PeftModel) -> list[LoraLinear]:
+    return [module for module in model.modules() if type(module) is LoraLinear]
+
+
+def is_fused(layer: LoraLinear) -> bool:
+    return isinstance(layer.__dict__.get("forward"), partial)
+
+
+def outcome(forward, layer: LoraLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Output, and gradients of x, A and B."""
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    parameters = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), (x, *parameters))]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (7, 64), (2, 5, 64)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_it_is_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: str, family: str):
+    model = zoo.adapted(zoo.make(family, dtype=dtype), method=method)
+    layer = next(layer for layer in layers(model) if layer.in_features == 64)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weights = torch.randn((*shape[:-1], layer.out_features), generator=generator).to(dtype)
+    expected = outcome(layer.forward, layer, x, weights)
+    assert fused.fuse(model) == len(layers(model)) > 0
+    assert is_fused(layer)
+    for mine, theirs in zip(outcome(layer, layer, x, weights), expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert mine.shape == theirs.shape
+        assert zoo.relative(mine.double(), theirs.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bool):
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x = (draw(6, 9).T if transposed else draw(9, 6)).detach()
+    w, bias, a, b = draw(5, 6), draw(5), draw(3, 6), draw(5, 3)
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    torch.manual_seed(3)
+    dropped = draw_dropped(x.numel(), p)
+    kept = torch.ones(x.numel(), dtype=torch.float64)
+    kept[dropped] = 0
+    weights = draw(9, 5)
+    expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
+    got = LoraProduct.apply(x, w, bias, a, b, 2.0 / (1 - p), dropped)
+    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(
+        torch.autograd.grad((got * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_layer_drops_in_training_only_and_as_the_seed_says():
+    model = zoo.adapted(zoo.make("llama"), dropout=0.5)
+    fused.fuse(model)
+    layer, x = layers(model)[0], torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+
+    def output(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return layer(x).detach()
+
+    layer.eval()
+    still = output(0)
+    assert torch.equal(output(1), still)
+    layer.train()
+    assert torch.equal(output(1), output(1))
+    assert not torch.equal(output(1), output(2))
+    # Unbiased: the mean over draws is the layer without dropout, within the error of 600 of them.
+    draws = torch.stack([output(seed) for seed in range(600)])
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - still).abs() < 5.5 * error + 1e-6).all()
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 20_000), p=st.floats(1e-6, 0.99), seed=st.integers(0, 2**32 - 1))
+def test_dropped_positions_are_ascending_unique_and_in_range(count: int, p: float, seed: int):
+    torch.manual_seed(seed)
+    positions = draw_dropped(count, p)
+    assert positions.dtype == torch.int64
+    assert (positions.diff() > 0).all()
+    if len(positions):
+        assert int(positions[0]) >= 0
+        assert int(positions[-1]) < count
+
+
+@pytest.mark.parametrize("p", [1e-4, 0.01, 0.05, 0.3, 0.5, 0.9])
+def test_each_position_is_dropped_independently_with_probability_p(p: float):
+    torch.manual_seed(7)
+    count, rounds = 10_000, 200
+    hit = torch.zeros(rounds, count, dtype=torch.bool)
+    for line in hit:
+        line[draw_dropped(count, p)] = True
+
+    def within(share: float, expected: float, trials: int) -> bool:
+        return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / trials)
+
+    drawn = hit.float()
+    assert within(float(drawn.mean()), p, rounds * count)
+    for edge in (slice(0, 50), slice(-50, None)):  # the first and last positions are as likely as any
+        assert within(float(drawn[:, edge].mean()), p, rounds * 50)
+    for step in (1, 2, 64):  # neighbours do not know of each other
+        together = (drawn[:, :-step] * drawn[:, step:]).mean()
+        assert within(float(together), p * p, rounds * (count - step) // 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        ("llama", {"method": "dora"}),
+        ("gpt2", {}),  # Conv1D
+        ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj"]}),
+    ],
+)
+def test_other_layers_keep_pefts_forward(family: str, spec: dict[str, object]):
+    model = zoo.adapted(zoo.make(family), **spec)
+    assert fused.fuse(model) == 0
+    assert not any("forward" in module.__dict__ for module in layers(model))
+
+
+def test_layers_on_another_device_keep_pefts_forward():
+    with torch.device("meta"):
+        model = zoo.make("llama").to("meta")
+    model = zoo.adapter.attach(model, zoo.AdapterSpec(), seed=0)
+    assert fused.fuse(model) == 0
+
+
+def test_a_second_adapter_gives_the_layers_back_and_one_alone_takes_them_again():
+    model = zoo.adapted(zoo.make("llama"))
+    count = fused.fuse(model)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    assert fused.fuse(model) == 0
+    assert not any(is_fused(layer) for layer in layers(model))
+    model.set_adapter("second")
+    assert fused.fuse(model) == count
+
+
+def test_disabled_and_merged_layers_are_pefts():
+    model = zoo.adapted(zoo.make("llama"))
+    ids = torch.arange(3, 30)[None]
+    trained = model(ids).logits.detach()
+    base = zoo.make("llama")(ids).logits
+    fused.fuse(model)
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, base)
+    model.merge_adapter()
+    assert zoo.relative(model(ids).logits.detach(), trained) < 1e-5
+    model.unmerge_adapter()
+    assert zoo.relative(model(ids).logits.detach(), trained) < 1e-5
+
+
+def test_pefts_class_is_untouched():
+    before = LoraLinear.forward
+    fused.fuse(zoo.adapted(zoo.make("llama")))
+    assert LoraLinear.forward is before
