@@ -1,5 +1,6 @@
 """`lora eval`: base and adapters side by side on held-out rows, the base loaded once."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +35,8 @@ class Target(NamedTuple):
 
 def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_file: Path | None, answers: int) -> None:
     """Print a table of base and adapters; `answers` rows with what each says; the figures as JSON if asked."""
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise LoraError(f"--json {json_file}: there is no folder {json_file.parent}", hint="make it first")
     found = _find(Path(target), adapters)
     recipe = found.recipe
     spec = recipe.data if data is None else recipe.data.model_copy(update={"train": data, "eval": None})
@@ -150,8 +153,10 @@ def _table(figures: dict[str, Likelihood]) -> Table:
     return table
 
 
-def _record(found: Likelihood) -> dict[str, float]:
-    return {**found._asdict(), "perplexity": found.perplexity}
+def _record(found: Likelihood) -> dict[str, float | None]:
+    # JSON has no infinity, and no NaN.
+    values = {**found._asdict(), "perplexity": found.perplexity}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _show_answers(

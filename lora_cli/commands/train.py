@@ -1,5 +1,6 @@
 """`lora train`: from a recipe to a verified adapter."""
 
+import math
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, card, console, journal
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.training import checkpoint, host, launch
+from lora_cli.training.disk import full_disk_is_os_error
 from lora_cli.training.interrupt import StopWish, stop_after_step
 from lora_cli.training.loop import Step, fit
 from lora_cli.training.optim import make_optimizer
@@ -47,7 +49,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         host.set_up_cpu(accelerator.num_processes)
     if not accelerator.is_main_process:
         return Training(recipe, accelerator, run=None, resume=resume).go()
-    with open_run(recipe.output, resume=resume, fresh=fresh) as run:
+    with open_run(recipe.output, resume=resume, fresh=fresh) as run, full_disk_is_os_error(run.path):
         return Training(recipe, accelerator, run=run, resume=resume).go()
 
 
@@ -118,6 +120,14 @@ class Training:
             if eval_plan is None:
                 return
             found = measure(scorer, eval_plan, accelerator=self.accelerator)
+            if not math.isfinite(found.loss):
+                raise LoraError(
+                    f"the loss on the held-out rows is not finite at step {step}",
+                    hint="it is the base model's own: see model.path and model.dtype"
+                    if step == 0
+                    else "the last checkpoint is from before it; try a lower training.learning_rate",
+                    exit_code=1,
+                )
             say(f"eval at step {step}: {_shown(found)}")
             if metrics:
                 metrics.write({"step": step, "eval_loss": found.loss, "eval_accuracy": found.accuracy})
@@ -135,7 +145,7 @@ class Training:
                 model, plan, spec=spec, optimizer=optimizer, accelerator=self.accelerator, total=total, start=done
             ):
                 if metrics:
-                    metrics.write(step._asdict())
+                    metrics.write(_record(step))
                     meter.step(step.number, _figures(step, opening.device))
                 last = step.number == total
                 stopping = not last and self._anyone_wishes(wish)
@@ -235,7 +245,8 @@ def build(recipe: Recipe, opening: Opening, *, tokens: int, say: Say) -> Built:
     where = f"{str(opening.dtype).removeprefix('torch.')} on {opening.device}"
     say(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
     if proof:
-        say(f"packed rows are apart: one changes another's logits by {proof.leak:.1e} of their size")
+        seen = f"by {proof.leak:.0e} of their size" if proof.leak else "by nothing"
+        say(f"packing tried on this model: changing one row changes its neighbour's logits {seen}")
     for line in coverage_table(adapter.coverage(peft_model, layers), trainable):
         say(line)
     if _checkpoints_activations(recipe, opening, model, trainable, tokens, say):
@@ -310,6 +321,12 @@ def _manifest(recipe: Recipe, opening: Opening, built: Built, total: int) -> dic
         "data_fingerprint": opening.data.fingerprint,
         "ledger": opening.data.ledger.to_json(),
     }
+
+
+def _record(step: Step) -> dict[str, float]:
+    """A line of metrics.jsonl; `step` is its key in every record, as `journal.truncate_after` wants."""
+    values = step._asdict()
+    return {"step": values.pop("number"), **values}
 
 
 def _figures(step: Step, device: torch.device) -> dict[str, str]:

@@ -110,7 +110,7 @@ def _group_attention(
         return x.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, -1, x.shape[-1])
 
     mask = _causal(length, window, query.dtype).repeat(share, 1)[None]
-    out: Tensor = _ShortRows.apply(padded(query), padded(key), padded(value), scale, mask)
+    out: Tensor = _ShortRows.apply(padded(query), padded(key), padded(value), scale, mask)  # type: ignore[no-untyped-call]
     out = out.view(rows, kv_heads, share, length, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(rows * length, heads, -1).index_select(0, group.real)
 

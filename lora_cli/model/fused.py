@@ -62,7 +62,7 @@ def _forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if isinstance(dropout, nn.Dropout) and layer.training:
         dropped = draw_dropped(x.numel(), dropout.p)
         scale = scale / (1 - dropout.p)
-    fused: Tensor = LoraProduct.apply(
+    fused: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
         x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
     )
     return fused

@@ -6,15 +6,19 @@ at every start; the folder this makes beside the other caches is read in one.
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
+
+# Its bar runs four seconds at most, once, and fills logs with a line for each tensor; `unpack` says what it does.
+modeling_gguf_pytorch_utils.tqdm = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
 
 
 def unpack(file: Path, *, dtype: torch.dtype, cache: Path, say: Callable[[str], None]) -> Path:

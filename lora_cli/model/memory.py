@@ -68,14 +68,14 @@ def plan(
 
 
 def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype, quantization: QuantizationSpec | None) -> int:
-    whole = sum(p.numel() for p in model.parameters())
+    whole: int = sum(p.numel() for p in model.parameters())
     if quantization is None:
-        return whole * dtype.itemsize
-    packed = sum(m.weight.numel() for m in linear_layers(model).values() if isinstance(m, nn.Linear))
+        return whole * int(dtype.itemsize)
+    packed: int = sum(m.weight.numel() for m in linear_layers(model).values() if isinstance(m, nn.Linear))
     # Scales: one fp32 per 64 weights, or about 0.127 bits a weight where they are quantised too (QLoRA, section 3).
     scales = 0.127 / 8 if quantization.double_quant else 4 / 64
     per_weight = 1.0 if quantization.bits == 8 else 0.5 + scales
-    return int(packed * per_weight) + (whole - packed) * dtype.itemsize
+    return int(packed * per_weight) + (whole - packed) * int(dtype.itemsize)
 
 
 def available(device: torch.device) -> int:

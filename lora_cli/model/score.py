@@ -45,7 +45,7 @@ class Scorer:
         if self.plain_head:
             hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[predict]
             head = self.base.get_output_embeddings()
-            loss, correct = HeadLoss.apply(hidden, head.weight, head.bias, targets)
+            loss, correct = HeadLoss.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
             return Score(loss, correct, len(targets))
         # Heads that do more than multiply (caps, scales, adapters of their own) compute the logits themselves.
         logits = self.base(**inputs).logits.flatten(0, 1)[predict].float()
