@@ -90,6 +90,10 @@ def evaluate(
     answers: Annotated[int, typer.Option(min=0, help="Rows whose answers are shown side by side.")] = 0,
 ) -> None:
     """Measure base and adapters on held-out rows: loss, perplexity and token accuracy."""
+    if Path(target).is_file():
+        from lora_cli.recipe.load import load_recipe
+
+        load_recipe(Path(target))  # refused here, if at all: before the seconds that torch takes to import
     from lora_cli.commands.evaluate import evaluate as command
 
     command(target, adapters=adapters or [], data=data, json_file=json_file, answers=answers)

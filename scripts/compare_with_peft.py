@@ -7,6 +7,7 @@ DATA.json is an alpaca file: a list of {instruction, input, output}. Exits 1 whe
 parameters, or where a step's loss differs by more than 2 %.
 """
 
+# ruff: noqa: E402 - what the libraries read while they are imported is set first
 import argparse
 import json
 import os
@@ -225,8 +226,10 @@ def compare_speed(arguments: argparse.Namespace, chosen: "Chosen", scratch: Path
         print(
             f"{number:5} {rounds[-1][0]:16.0f} {rounds[-1][1]:16.0f} {rounds[-1][0] / rounds[-1][1]:8.2f}", flush=True
         )
-    our, their = (median(rates) for rates in zip(*rounds, strict=True))
-    print(f"{'median':>6} {our:15.0f} {their:16.0f} {our / their:8.2f}")
+    # The best of each is what the machine does when nobody else uses it.
+    for name, pick in (("median", median), ("best", max)):
+        our, their = (pick(rates) for rates in zip(*rounds, strict=True))
+        print(f"{name:>6} {our:15.0f} {their:16.0f} {our / their:8.2f}")
 
 
 def _rate(run: Run) -> float:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.prepare import Prepared, prepare
 from lora_cli.data.templates import resolve
 from lora_cli.errors import LoraError
-from lora_cli.model import base
+from lora_cli.model import attention, base
 from lora_cli.recipe.schema import DataSpec, ModelSpec
 
 
@@ -32,13 +33,15 @@ def open_run_inputs(model: ModelSpec, data: DataSpec, *, seed: int, say: Callabl
     device = base.pick_device()
     dtype = base.pick_dtype(model.dtype, device)
     source = base.locate(model, dtype=dtype, say=say)
+    # All that can refuse the model in a second comes before the rows, which can take minutes.
+    _refuse_longer_than_model(source, data)
+    _refuse_unknown_attention(model.attention)
     tokenizer = base.load_tokenizer(source)
     prepared = prepare(data, tokenizer, seed=seed, cache=base.cache_folder(), say=say)
     if data.chat_template is not None:
         # What is saved beside the adapter must prompt it as it was trained.
         template = resolve(data.chat_template, tokenizer)
         tokenizer.chat_template = template.source if template else None
-    _refuse_longer_than_model(source, data)
     return Opening(device, dtype, source, tokenizer, prepared)
 
 
@@ -49,6 +52,13 @@ def _refuse_longer_than_model(source: base.Source, data: DataSpec) -> None:
             f"data.max_length: {data.max_length:,} tokens, but the model has positions for {limit:,}",
             hint=f"at most {limit}",
         )
+
+
+def _refuse_unknown_attention(name: str) -> None:
+    known = sorted(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key and key != attention.NAME)
+    # With a slash it is a kernel of the hub, which only the hub knows.
+    if name not in ("auto", "eager", *known) and "/" not in name:
+        raise LoraError(f"model.attention: {name} is not known", hint=f"known are auto, eager, {', '.join(known)}")
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

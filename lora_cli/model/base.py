@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
 from lora_cli.model.gguf import unpack
-from lora_cli.model.quantize import library_config
+from lora_cli.model.quantize import guard_cpu, library_config
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 
 Say = Callable[[str], None]
@@ -129,6 +129,8 @@ def load_base(
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.where, **arguments)
     if quantization is None:
         model.to(device)
+    else:
+        guard_cpu(model)
     return model.requires_grad_(False)
 
 

@@ -5,6 +5,7 @@ at every start; the folder this makes beside the other caches is read in one.
 """
 
 import hashlib
+import struct
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -48,6 +49,11 @@ def unpack(file: Path, *, dtype: torch.dtype, cache: Path, say: Callable[[str], 
         model = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **what
         )
+    except (struct.error, IndexError) as reason:  # of the reader, past the end of the file
+        raise LoraError(
+            f"{file}: transformers cannot read this GGUF: the file is cut short",
+            hint="fetch it again, or use the model's original (safetensors) folder or hub id as model.path",
+        ) from reason
     except (ValueError, NotImplementedError, KeyError) as reason:
         raise LoraError(
             f"{file}: transformers cannot read this GGUF: {str(reason).splitlines()[0]}",

@@ -4,9 +4,13 @@ from typing import cast
 
 import torch
 from peft import prepare_model_for_kbit_training
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import QuantizationSpec
+
+BLOCK = 64  # weights that share a scale
 
 
 def library_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
@@ -25,3 +29,27 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Freeze a quantised base and put its norms in fp32; checkpointing is the loop's to switch."""
     prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return cast(PreTrainedModel, prepared)
+
+
+def guard_cpu(model: PreTrainedModel) -> None:
+    """Keep two faults of bitsandbytes' CPU kernels (0.50) out of the results; nothing to do on a GPU.
+
+    At the first forward in eval mode on a CPU with AVX512-BF16 it packs 4-bit weights anew, for good, and the product
+    with packed weights has no backward: training after an evaluation would pass no gradient through the base,
+    silently. And where a row of weights is no whole number of blocks, it gives blocks the scales of others.
+
+    Raises:
+        LoraError: the model has such rows.
+    """
+    ragged = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit
+            module.support_avx512bf16_for_cpu = False
+            if module.weight.device.type == "cpu" and module.in_features % BLOCK:
+                ragged[name.rpartition(".")[2]] = module.in_features
+    if ragged:
+        listed = ", ".join(f"{kind} ({width:,})" for kind, width in ragged.items())
+        raise LoraError(
+            f"quantization: on the CPU, 4-bit layers take inputs of a multiple of {BLOCK} only; not so: {listed}",
+            hint="use a GPU, bits: 8, or leave quantization out",
+        )

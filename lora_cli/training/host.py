@@ -11,13 +11,18 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
+def cores() -> int:
+    """Cores that this process may use: fewer than the machine has under Slurm, taskset or a cpuset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def set_up_cpu(processes: int = 1) -> None:
     """Share the cores among `processes` of this machine, and stop glibc from giving large blocks back.
 
     By default glibc maps and unmaps every tensor of more than 32 MiB, and trims its heap, so that each step
     faults all its pages in anew: about a sixth of a step's time on a small model.
     """
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, cores() // processes))
     if sys.platform == "linux":
         libc = ctypes.CDLL(ctypes.util.find_library("c"))
         if hasattr(libc, "mallopt"):

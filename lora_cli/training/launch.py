@@ -9,6 +9,7 @@ from torch.distributed.run import get_args_parser, run
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DistributedSpec
+from lora_cli.training.host import cores
 
 
 def launched() -> bool:
@@ -37,7 +38,7 @@ def spawn(processes: int, arguments: list[str]) -> int:
     """Run `lora ARGUMENTS` in `processes` workers of this machine; returns the exit code of the first that failed."""
     command = ["--standalone", f"--nproc-per-node={processes}", "-m", "lora_cli", *arguments]
     # torchrun gives each worker one thread unless told otherwise; the workers set their own share.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     try:
         run(get_args_parser().parse_args(command))
     except ChildFailedError as failed:

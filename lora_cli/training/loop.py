@@ -82,7 +82,7 @@ def fit(
         yield Step(
             number=number + 1,
             epoch=(number + 1) / plan.steps_per_epoch,
-            loss=float(loss_sum) / supervised,
+            loss=float(loss_sum) / max(1, supervised),  # a step may hold no label: rows of one token, say
             learning_rate=rate,
             grad_norm=float(grad_norm),
             tokens=tokens,

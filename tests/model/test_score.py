@@ -9,7 +9,7 @@ from lora_cli.model import attention
 from lora_cli.model.score import CHUNK, HeadLoss, Scorer
 from tests.model import zoo
 
-# (dtype, tolerance of the loss, tolerance of the gradient): in bf16 the reference is made in fp32 from the same numbers.
+# (dtype, tolerance of the loss, of the gradient); for bf16 the reference is made in fp32 from the same numbers.
 PRECISIONS = [(torch.float64, 1e-13, 1e-12), (torch.float32, 1e-6, 1e-5), (torch.bfloat16, 5e-3, 2e-2)]
 
 

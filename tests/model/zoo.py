@@ -23,7 +23,7 @@ COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "max_position_embeddings": 2048,
     "initializer_range": 0.2,
     "pad_token_id": 0,

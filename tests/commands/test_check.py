@@ -1,0 +1,111 @@
+"""`lora check`, `lora schema`, `lora --help`: what they say, and how little they need for it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_cli.recipe.names import all_keys
+from lora_cli.recipe.schema import Recipe
+from tests.commands.conftest import Finished, Lora, WriteRecipe
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
+
+
+def test_check_shows_rows_labels_targets_and_memory(recipe: WriteRecipe, lora: Lora):
+    done = lora("check", recipe())
+    assert done.code == 0
+    assert "24 rows read = " in done.out
+    assert "rows.jsonl:" in done.out
+    assert "[[" in done.out
+    assert "<|im_end|>]]" in done.out  # the end-of-turn token carries loss
+    assert "([[ ]] carries loss)" in done.out
+    assert "q_proj" in done.out
+    assert "2/2 layers" in done.out
+    assert "trainable parameters in all" in done.out
+    assert "memory, estimated: " in done.out
+    assert done.out.splitlines()[-1] == "ok: lora train would train base on these rows"
+    assert not Path("runs").exists()
+
+
+def test_check_counts_what_train_trains(finished: Finished, recipe: WriteRecipe, lora: Lora):
+    count = json.loads((finished.folder / "manifest.json").read_text())["trainable_parameters"]
+    assert f"{count:,} trainable parameters in all" in lora("check", recipe()).out
+
+
+def test_check_without_a_model(recipe: WriteRecipe, lora: Lora):
+    done = lora("check", recipe({"model.path": "org/not-here"}), "--no-model")
+    assert done.code == 0
+    assert done.out.splitlines() == [
+        "rows.jsonl: 24 rows of format messages",
+        "ok: the recipe is valid; model, labels and memory were not looked at",
+    ]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[str(c.relative_to(ROOT)) for c in CONFIGS])
+def test_every_recipe_of_configs_passes(config: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    done = lora("check", config, "--no-model")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("ok: ")
+
+
+def test_schema_describes_every_key_and_is_closed(lora: Lora):
+    schema = json.loads(lora("schema").out)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert set(all_keys(schema)) == set(all_keys(Recipe.model_json_schema()))
+    text = json.dumps(schema)
+    for name in re.findall(r'"#/\$defs/(\w+)"', text):
+        assert name in schema["$defs"]
+    assert {section["additionalProperties"] for section in [schema, *schema["$defs"].values()]} == {False}
+
+
+# --- as a process of its own: what is imported, and how long that takes ------------------------------------------
+
+SPY = """
+import atexit, sys
+heavy = ("torch", "transformers", "peft", "datasets", "numpy", "pyarrow", "accelerate")
+atexit.register(lambda: print("imported", *sorted(set(heavy) & set(sys.modules)), file=sys.stderr))
+sys.argv = ["lora", *sys.argv[1:]]
+from lora_cli.cli import main
+main()
+"""
+
+
+def cpu_seconds(*command: str) -> tuple[float, int]:
+    """Processor time of a command, which other work on the machine hardly changes, and its exit code."""
+    process = os.posix_spawn(
+        command[0],
+        command,
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)],
+    )
+    _, status, usage = os.wait4(process, 0)
+    return usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "limit"),
+    [
+        (["--help"], 0, 0.4),
+        (["train", "--help"], 0, 0.4),
+        (["train", "bad.yaml"], 2, 0.6),
+        (["eval", "bad.yaml"], 2, 0.6),
+    ],
+    ids=["help", "train --help", "rejected by train", "rejected by eval"],
+)
+def test_is_quick_and_light(words: list[str], code: int, limit: float, place: Path):
+    Path("bad.yaml").write_text("base_model: x\nlora_r: 8\n")
+    spied = subprocess.run([sys.executable, "-c", SPY, *words], capture_output=True, text=True, check=False)
+    assert spied.returncode == code, spied.stderr
+    assert spied.stderr.splitlines()[-1] == "imported", spied.stderr
+    assert "Traceback" not in spied.stderr
+    measured = [cpu_seconds(sys.executable, "-m", "lora_cli", *words) for _ in range(5)]
+    assert {ended for _, ended in measured} == {code}
+    # What the command needs; the others also wait for whoever else uses the cores' caches.
+    assert min(seconds for seconds, _ in measured) < limit

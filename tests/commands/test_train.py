@@ -1,0 +1,217 @@
+"""`lora train` as a user types it: what it prints, what it leaves behind, and how it goes on."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from lora_cli.run import console, journal
+from lora_cli.run.folder import LOCK
+from tests.commands.conftest import Finished, Lora, WriteRecipe
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_prints_the_adapter_alone_on_stdout(finished: Finished):
+    done = finished.done
+    assert (done.code, done.out) == (0, "runs/a/adapter\n")
+    assert "24 rows read = " in done.err
+    assert "q_proj" in done.err
+    assert re.search(r"^step 4/4  loss \d", done.err, re.MULTILINE)
+    assert "verified: the adapter on disk" in done.err
+    assert re.search(r"^eval loss \d+\.\d+ -> ", done.err, re.MULTILINE)
+
+
+def test_every_line_is_its_own_and_not_a_librarys(finished: Finished):
+    ours = (
+        r"rows\.jsonl: |  24 rows read|train: |eval: |4 steps of |base: |packing |adapter on:|  \w+_proj "
+        r"|  [\d,]+ trainable|eval at step |step \d/4 |verified: |eval loss "
+    )
+    assert [line for line in finished.done.err.splitlines() if not re.match(ours, line)] == []
+
+
+def test_leaves_the_folder_of_the_house_plan(finished: Finished):
+    trained = finished.folder
+    assert {p.name for p in trained.iterdir()} == {
+        LOCK,
+        "recipe.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+    }
+    assert [p.name for p in sorted((trained / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
+    names = {p.name for p in (trained / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= names
+    resolved = yaml.safe_load((trained / "recipe.yaml").read_text())
+    assert resolved["training"]["optimizer"] == "adamw"  # a default, filled in
+    assert resolved["training"]["max_steps"] == 4
+
+
+def test_the_manifest_says_what_was_used(finished: Finished):
+    trained = finished.folder
+    manifest = json.loads((trained / "manifest.json").read_text())
+    assert {"python", "torch", "transformers", "peft", "tokenizers", "lora-cli"} <= manifest["versions"].keys()
+    assert re.fullmatch(r"[0-9a-f]{64}", manifest["base"]["fingerprint"])
+    assert manifest["seed"] == 42
+    assert manifest["steps"] == 4
+    assert manifest["trainable_parameters"] == sum(
+        tensor.numel() for tensor in load_file(trained / "adapter" / "adapter_model.safetensors").values()
+    )
+    [source] = manifest["ledger"]["sources"]
+    assert source["content"]
+    assert source["read"] == source["kept"] == 24
+    assert manifest["ledger"]["train"]["rows"] + manifest["ledger"]["eval"]["rows"] == 24
+
+
+def test_metrics_have_every_step_and_the_evaluations(finished: Finished):
+    records = metrics(finished.folder)
+    assert [(r["step"], "eval_loss" in r) for r in records] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (2, True),
+        (3, False),
+        (4, False),
+        (4, True),
+    ]
+    assert {"loss", "learning_rate", "grad_norm", "tokens", "supervised", "seconds"} <= records[1].keys()
+    assert records[-1]["eval_loss"] < records[0]["eval_loss"]
+
+
+def test_the_card_names_no_path_of_this_machine(recipe: WriteRecipe, lora: Lora, place: Path):
+    file = recipe({"model.path": str(place / "base"), "data.train": str(place / "rows.jsonl")})
+    assert lora("train", file, "--output", place / "elsewhere").code == 0
+    text = (place / "elsewhere" / "adapter" / "README.md").read_text()
+    assert str(place) not in text
+    assert "base_model: base" in text
+    assert "rows.jsonl (messages): 24 rows read" in text
+    assert "| adapter |" in text
+
+
+def test_there_is_no_pickle(finished: Finished):
+    files = [p for p in finished.folder.rglob("*") if p.is_file()]
+    kinds = {p.suffix for p in files if p.name != LOCK}
+    assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".jinja"}
+    # A zip (what torch.save writes) or a pickle begins with these bytes.
+    assert not [p for p in files if p.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")]
+
+
+def test_two_runs_of_one_seed_are_equal(trained: Path, lora: Lora):
+    assert lora("train", "recipe.yaml", "--output", "runs/b").code == 0
+    assert adapter(trained) == adapter(Path("runs/b"))
+    assert lora("train", "recipe.yaml", "--output", "runs/c", "--set", "training.seed=7").code == 0
+    assert adapter(trained) != adapter(Path("runs/c"))
+
+
+def test_a_second_start_is_refused_and_told_what_to_do(trained: Path, lora: Lora):
+    before = adapter(trained)
+    done = lora("train", "recipe.yaml")
+    assert done.code == 2
+    assert done.out == ""
+    assert done.last_two == [
+        "error: runs/a holds a run already",
+        "hint: --resume continues it, --fresh removes it and starts again; or name another output",
+    ]
+    assert adapter(trained) == before
+
+
+def test_fresh_starts_again(trained: Path, lora: Lora):
+    done = lora("train", "recipe.yaml", "--fresh", "--set", "training.max_steps=2")
+    assert done.code == 0
+    assert [p.name for p in (trained / "checkpoints").iterdir()] == ["step-00000002"]
+    assert [r["step"] for r in metrics(trained)] == [0, 1, 2, 2]
+
+
+def test_resuming_a_complete_run_changes_nothing(trained: Path, lora: Lora):
+    before, records = adapter(trained), metrics(trained)
+    done = lora("train", "recipe.yaml", "--resume")
+    assert (done.code, done.out) == (0, "runs/a/adapter\n")
+    assert adapter(trained) == before
+    assert metrics(trained) == records
+
+
+def test_resume_refuses_another_recipe(trained: Path, lora: Lora):
+    done = lora("train", "recipe.yaml", "--resume", "--set", "adapter.alpha=3")
+    assert done.code == 2
+    assert re.fullmatch(
+        r"error: .*step-00000004: cannot resume, changed since this checkpoint: adapter", done.last_two[0]
+    )
+    assert done.last_two[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_resume_ends_where_the_uninterrupted_run_does(
+    sent: signal.Signals, code: int, trained: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    show = console.Meter.step
+
+    def signalled(meter: console.Meter, number: int, values: dict[str, str]) -> None:
+        show(meter, number, values)
+        if number == 3:
+            os.kill(os.getpid(), sent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console.Meter, "step", signalled)
+        stopped = lora("train", "recipe.yaml", "--output", "runs/b")
+    assert (stopped.code, stopped.out) == (code, "")
+    assert stopped.err.splitlines()[-1] == "stopped after step 3, which is saved; --resume goes on from there"
+    assert Path("runs/b/checkpoints/step-00000003").is_dir()
+    assert not Path("runs/b/adapter").exists()
+    resumed = lora("train", "recipe.yaml", "--output", "runs/b", "--resume")
+    assert resumed.code == 0
+    assert "resuming after step 3" in resumed.err
+    assert adapter(Path("runs/b")) == adapter(trained)
+    drop_time = [{k: v for k, v in r.items() if k != "seconds"} for r in metrics(Path("runs/b"))]
+    assert drop_time == [{k: v for k, v in r.items() if k != "seconds"} for r in metrics(trained)]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    from lora_cli.model.score import Score, Scorer
+
+    recipe({"data.eval": None, "training.save_every": 1})
+    score, calls = Scorer.__call__, []
+
+    def third_is_broken(scorer: Scorer, batch: Any) -> Score:
+        calls.append(batch)
+        found = score(scorer, batch)
+        return found._replace(loss=found.loss * float("nan")) if len(calls) == 3 else found
+
+    monkeypatch.setattr(Scorer, "__call__", third_is_broken)
+    done = lora("train", "recipe.yaml")
+    assert (done.code, done.out) == (1, "")
+    assert re.fullmatch(r"error: step 3: the loss is not finite; its rows: rows\.jsonl:\d+.*", done.last_two[0])
+    assert done.last_two[1].startswith("hint: the last checkpoint is from before it")
+    assert sorted(p.name for p in Path("runs/a/checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert [r["step"] for r in journal.read(Path("runs/a/metrics.jsonl"))] == [1, 2]
+
+
+def test_a_base_that_is_broken_is_told_at_the_first_evaluation(
+    recipe: WriteRecipe, lora: Lora, tiny: Any, tiny_folder: Path
+):
+    tiny.resize_token_embeddings(json.loads((tiny_folder / "config.json").read_text())["vocab_size"])
+    tiny.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    tiny.save_pretrained("broken")
+    for file in tiny_folder.glob("*token*"):
+        (Path("broken") / file.name).write_bytes(file.read_bytes())
+    (Path("broken") / "chat_template.jinja").write_bytes((tiny_folder / "chat_template.jinja").read_bytes())
+    done = lora("train", recipe({"model.path": "broken", "data.packing": False}))
+    assert done.code == 1
+    assert done.last_two == [
+        "error: the loss on the held-out rows is not finite at step 0",
+        "hint: it is the base model's own: see model.path and model.dtype",
+    ]

@@ -1,0 +1,55 @@
+"""Greedy answers: each prompt in a padded batch gets what it would get alone, cut at its stop token."""
+
+import numpy as np
+import pytest
+import torch
+
+from lora_cli.data.rows import Row
+from lora_cli.evaluation.generate import greedy, prompt_ids, reference_ids
+from tests.inputs.tiny_tokenizers import CHATML, build
+from tests.model import zoo
+
+TOKENIZER = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
+
+
+@torch.no_grad()
+def alone(model: torch.nn.Module, prompt: list[int], *, limit: int, stop: list[int]) -> tuple[list[int], bool]:
+    """The definition: the most likely next token, again and again, nothing cached, nothing padded."""
+    ids = list(prompt)
+    for _ in range(limit):
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token in stop:
+            return ids[len(prompt) :], True
+        ids.append(token)
+    return ids[len(prompt) :], False
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_answers_as_each_prompt_alone(training: bool):
+    model = zoo.make("llama", vocab_size=len(TOKENIZER), attention="sdpa")
+    prompts = [list(range(5, 5 + n)) for n in (1, 9, 4, 17)]
+    # A stop that some of them reach: the third token of the second answer.
+    free, _ = alone(model, prompts[1], limit=12, stop=[])
+    stop = [free[2], TOKENIZER.eos_token_id]
+    expected = [alone(model, prompt, limit=12, stop=stop) for prompt in prompts]
+    assert {finished for _, finished in expected} == {True, False}
+    answers = greedy(model.train(training), TOKENIZER, prompts, max_new_tokens=12, stop=stop)
+    assert [(a.text, a.finished) for a in answers] == [
+        (TOKENIZER.decode(ids, skip_special_tokens=True).strip(), finished) for ids, finished in expected
+    ]
+    assert model.training is training
+
+
+@pytest.mark.parametrize(
+    ("supervised", "prompt", "reference"),
+    [
+        ([0, 0, 1, 1, 1], [10, 11], [12, 13, 14]),
+        ([0, 1, 1, 0, 1], [10], [11, 12]),  # the first answer of several
+        ([1, 1, 1, 1, 1], [], [10, 11, 12, 13, 14]),
+        ([0, 0, 0, 0, 1], [10, 11, 12, 13], [14]),
+    ],
+)
+def test_prompt_and_reference_are_cut_at_the_labels(supervised: list[int], prompt: list[int], reference: list[int]):
+    ids = np.arange(10, 15, dtype=np.int32)
+    row = Row(ids, np.where(np.array(supervised) == 1, ids, -100).astype(np.int32), "rows.jsonl:1")
+    assert (prompt_ids(row), reference_ids(row)) == (prompt, reference)

@@ -1,0 +1,82 @@
+"""Likelihood is transformers' own loss, whatever the batches and however many share them."""
+
+import math
+
+import pytest
+import torch
+
+from lora_cli.data.batches import Plan
+from lora_cli.evaluation.likelihood import Likelihood, measure
+from lora_cli.model import attention
+from lora_cli.model.score import Scorer
+from tests.model import zoo
+
+ROWS = zoo.rows_of([3, 41, 12, 7, 30, 2, 19, 8, 25, 11])
+
+
+@torch.no_grad()
+def reference(model: torch.nn.Module) -> Likelihood:
+    total, count = zoo.loss_row_by_row(model, ROWS)
+    hits = 0
+    for i in range(len(ROWS)):
+        row = ROWS[i]
+        best = model(input_ids=torch.tensor(row.input_ids[None].astype("int64"))).logits[0].argmax(-1)
+        hits += sum(
+            int(best[t]) == int(row.labels[t + 1]) for t in range(len(row.labels) - 1) if row.labels[t + 1] != -100
+        )
+    return Likelihood(float(total) / count, hits / count, count)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(("packing", "size"), [(True, 41), (True, 1000), (False, 1), (False, 4)])
+def test_it_is_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size: int):
+    model = zoo.adapted(zoo.make(family), dropout=0.5)
+    expected = reference(model.eval())
+    if family == "llama":
+        model.get_base_model().set_attn_implementation(attention.NAME if packing else "sdpa")
+    found = measure(Scorer(model.train()), Plan(ROWS, packing=packing, size=size, per_step=1, seed=0))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert (found.accuracy, found.tokens) == (expected.accuracy, expected.tokens)
+    assert found.perplexity == pytest.approx(math.exp(expected.loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_leaves_the_mode_alone_and_records_no_gradient(training: bool):
+    model = zoo.adapted(zoo.make("llama")).train(training)
+    measure(Scorer(model), Plan(ROWS, packing=False, size=3, per_step=1, seed=0))
+    assert {module.training for module in model.get_base_model().modules()} == {training}
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Shared:
+    """One process of several, as an Accelerator shows it; `reduce` keeps what this one had to give."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.process_index, self.num_processes = rank, world
+
+    def reduce(self, value: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        self.gave = value
+        return value
+
+
+def test_shares_of_the_processes_add_up():
+    scorer, plan = Scorer(zoo.make("llama")), Plan(ROWS, packing=False, size=3, per_step=1, seed=0)
+    shares = [Shared(rank, 3) for rank in range(3)]
+    for share in shares:
+        measure(scorer, plan, accelerator=share)
+    loss, correct, tokens = torch.stack([share.gave for share in shares]).sum(0).tolist()
+    whole = measure(scorer, plan)
+    assert (correct / tokens, tokens) == (whole.accuracy, whole.tokens)
+    assert loss / tokens == pytest.approx(whole.loss, rel=1e-12)
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(0.0, 1.0), (699.0, math.exp(699.0)), (800.0, math.inf)])
+def test_perplexity_never_overflows(loss: float, perplexity: float):
+    assert Likelihood(loss, 0.0, 1).perplexity == perplexity
+
+
+def test_no_supervised_token_is_no_division():
+    rows = zoo.rows_of([4])
+    rows[0].labels[:] = -100
+    assert measure(Scorer(zoo.make("llama")), Plan(rows, packing=False, size=1, per_step=1, seed=0)).tokens == 0

@@ -1,0 +1,103 @@
+"""What is saved is what was trained: plain PEFT reads it, and a folder that differs in anything is found out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lora_cli.errors import LoraError
+from lora_cli.model import adapter
+from lora_cli.recipe.schema import AdapterSpec
+from tests.model import zoo
+
+IDS = torch.arange(3, 40)[None]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
+@pytest.mark.parametrize("method", adapter.METHODS)
+def test_plain_peft_loads_the_trained_model(tmp_path: Path, method: str, targets: str | list[str], bias: str):
+    model = zoo.adapted(zoo.make("qwen2"), method=method, target_modules=targets, bias=bias, dropout=0.1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+    adapter.save(model, tmp_path, base="org/base", revision="abc")
+    assert adapter.reload_difference(model, tmp_path, lambda: logits(model)) == 0
+    loaded = PeftModel.from_pretrained(zoo.make("qwen2"), str(tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+    assert zoo.relative(logits(loaded), logits(zoo.make("qwen2"))) > 1e-2
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[PeftModel, Path]:
+    model = zoo.adapted(zoo.make("llama"))
+    adapter.save(model, tmp_path / "adapter", base="org/base", revision=None)
+    return model, tmp_path / "adapter"
+
+
+def without_a_tensor(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(list(tensors.items())[1:])
+
+
+def one_bit_off(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] = torch.nextafter(tensors[name][0, 0], torch.tensor(9.0))
+    return tensors
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("layers.0", "layers.7"): tensor for name, tensor in tensors.items()}
+
+
+def in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("damage", [without_a_tensor, one_bit_off, renamed, in_bf16])
+def test_a_folder_that_is_not_the_trained_adapter_is_found_out(saved: tuple[PeftModel, Path], damage):
+    model, folder = saved
+    before = [p.clone() for p in model.parameters()]
+    file = folder / "adapter_model.safetensors"
+    save_file(damage(load_file(file)), file)
+    assert adapter.reload_difference(model, folder, lambda: logits(model)) > 0
+    # Whatever was found, the trained model is as it was.
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_another_scale_in_the_config_is_found_out(saved: tuple[PeftModel, Path]):
+    model, folder = saved
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
+    with pytest.raises(LoraError, match="differs in lora_alpha"):
+        adapter.reload_difference(model, folder, lambda: logits(model))
+
+
+def test_the_seed_draws_a_and_b_is_zero():
+    def drawn(seed: int) -> dict[str, Tensor]:
+        model = adapter.attach(zoo.make("llama"), AdapterSpec(rank=4), seed=seed)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    for name, parameter in one.items():
+        assert torch.equal(parameter, other[name]) == ("lora_B" in name)
+        assert bool((parameter == 0).all()) == ("lora_B" in name)
+
+
+@pytest.mark.parametrize("method", adapter.METHODS)
+def test_trained_weights_are_fp32_over_a_bf16_base(method: str):
+    model = zoo.adapted(zoo.make("llama", dtype=torch.bfloat16), method=method)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}

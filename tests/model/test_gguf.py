@@ -1,0 +1,182 @@
+"""A GGUF file becomes a plain folder once, with the numbers its blocks stand for."""
+
+import json
+import threading
+from pathlib import Path
+
+import gguf as library
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lora_cli.errors import LoraError
+from lora_cli.model.gguf import unpack
+from tests.inputs.tiny_tokenizers import CHATML, build
+from tests.model import zoo
+
+KINDS = {
+    "F32": library.GGMLQuantizationType.F32,
+    "Q8_0": library.GGMLQuantizationType.Q8_0,
+    "Q4_1": library.GGMLQuantizationType.Q4_1,  # as the demo model has it
+}
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q and k in llama.cpp's order of rotary pairs."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Write the tiny llama as llama.cpp's converter would; returns the weights it stands for, by their names in it."""
+    tokenizer = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
+    model = zoo.make("llama", vocab_size=len(tokenizer))
+    writer = library.GGUFWriter(path, "llama")
+    config = model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in core["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
+    writer.add_chat_template(CHATML)
+    meant = {}
+    for name, tensor in model.state_dict().items():
+        weight = tensor.numpy()
+        *_, layer, part = ["", *name.removesuffix(".weight").removeprefix("model.layers.").split(".", 1)]
+        its_name = NAMES.get(name) or f"blk.{layer}.{PARTS[part]}.weight"
+        heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(part)
+        stored = interleave(weight, heads) if heads else weight
+        its_kind = KINDS[kind] if weight.ndim == 2 else KINDS["F32"]
+        blocks = library.quantize(np.ascontiguousarray(stored), its_kind)
+        writer.add_tensor(its_name, blocks, raw_dtype=its_kind)
+        held = library.dequantize(blocks, its_kind)
+        back = held.reshape(heads, -1, 2, held.shape[1]).swapaxes(1, 2).reshape(held.shape) if heads else held
+        meant[name] = torch.tensor(back)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.Q8_0.gguf"
+    write_gguf(path, "Q8_0")
+    return path
+
+
+def silence(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tensor_is_what_its_blocks_stand_for(tmp_path: Path, kind: str, dtype: torch.dtype):
+    path = tmp_path / f"tiny.{kind}.gguf"
+    meant = write_gguf(path, kind)
+    folder = unpack(path, dtype=dtype, cache=tmp_path, say=silence)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    found = model.state_dict()
+    assert found.keys() == meant.keys()
+    for name, tensor in meant.items():
+        assert found[name].dtype == dtype
+        assert torch.equal(found[name], tensor.to(dtype)), name
+    ids = torch.arange(3, 40)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+    )
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, theirs(ids).logits)
+
+
+def test_the_tokenizer_is_the_same(file: Path, tmp_path: Path):
+    folder = unpack(file, dtype=torch.float32, cache=tmp_path, say=silence)
+    mine, theirs = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
+    )
+    for text in ("Hello, how are you?\n\n 42", "<|im_start|>user\nüñ<|im_end|>"):
+        assert mine(text)["input_ids"] == theirs(text)["input_ids"]
+        assert mine.decode(mine(text)["input_ids"]) == text
+    assert mine.chat_template == CHATML
+    assert mine.eos_token == "<|im_end|>"
+
+
+def test_the_second_time_it_is_only_looked_up(file: Path, tmp_path: Path):
+    said: list[str] = []
+    first = unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append)
+    stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append) == first
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == stamps
+    assert len(said) == 1
+    assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, say=said.append) != first
+    file.touch()  # perhaps other contents
+    assert unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append) != first
+
+
+def test_two_at_once_make_one_folder(file: Path, tmp_path: Path):
+    gate, found = threading.Barrier(2), []
+
+    def make() -> None:
+        # Both have seen that nothing is there when they say so.
+        found.append(unpack(file, dtype=torch.float32, cache=tmp_path, say=lambda line: gate.wait() and None))
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert list((tmp_path / "gguf").iterdir()) == [found[0]]
+    AutoModelForCausalLM.from_pretrained(found[0])
+
+
+BAD = {
+    "empty": (b"", "not a GGUF file"),
+    "text": (b"model: tiny", "not a GGUF file"),
+    "header alone": (b"GGUF", "transformers cannot read this GGUF"),
+    "cut short": (None, "transformers cannot read this GGUF"),
+    "another version": (b"GGUF" + b"\xff" * 64, "transformers cannot read this GGUF"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, name: str):
+    content, said = BAD[name]
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(file.read_bytes()[:-5000] if content is None else content)
+    with pytest.raises(LoraError, match=said) as caught:
+        unpack(bad, dtype=torch.float32, cache=tmp_path / "cache", say=silence)
+    assert "bad.gguf" in caught.value.message
+    assert not list((tmp_path / "cache").glob("gguf/*"))

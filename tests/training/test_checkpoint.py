@@ -1,0 +1,141 @@
+"""A checkpoint is whole or not there, holds all that the next step needs, and fits only the run it is of."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from lora_cli.errors import LoraError
+from lora_cli.model import adapter
+from lora_cli.recipe.schema import TrainingSpec
+from lora_cli.training import checkpoint
+from lora_cli.training.optim import make_optimizer
+from tests.model import zoo
+
+STATE = {"total_steps": 9, "data": "abc", "training": {"seed": 1, "epochs": 1.0}, "quantization": None}
+
+
+def start(seed: int = 0, family: str = "llama", **spec: object) -> tuple[PeftModel, torch.optim.Optimizer]:
+    model = zoo.adapted(zoo.make(family), seed=seed, **spec)
+    return model, make_optimizer((p for p in model.parameters() if p.requires_grad), TrainingSpec(learning_rate=0.01))
+
+
+def advance(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int, *, seed: int = 0) -> None:
+    for number in range(steps):
+        ids = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(seed + number))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def parameters(model: PeftModel) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("method", adapter.METHODS)
+def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path, method: str, bias: str):
+    model, optimizer = start(method=method, bias=bias, family="qwen2")
+    advance(model, optimizer, 3)
+    checkpoint.save(tmp_path, model, optimizer, step=3, state=STATE, keep=2)
+    other, its_optimizer = start(seed=5, method=method, bias=bias, family="qwen2")
+    assert checkpoint.load(tmp_path, other, its_optimizer, state=STATE) == 3
+    for each, its in ((model, optimizer), (other, its_optimizer)):
+        advance(each, its, 3, seed=100)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(other), strict=True))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path, keep: int):
+    model, optimizer = start()
+    advance(model, optimizer, 1)
+    for step in (2, 9, 10, 100):
+        checkpoint.save(tmp_path, model, optimizer, step=step, state=STATE, keep=keep)
+    names = [f"step-{step:08d}" for step in (2, 9, 10, 100)][-keep:]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert checkpoint.load(tmp_path, *start(), state=STATE) == 100
+
+
+def test_everything_in_it_is_safetensors_or_json(tmp_path: Path):
+    model, optimizer = start()
+    advance(model, optimizer, 1)
+    folder = checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"adapter_model.safetensors", "optimizer.safetensors", "state.json"}
+    state = json.loads((folder / "state.json").read_text())
+    assert STATE.items() <= state.items()
+    moments = load_file(folder / "optimizer.safetensors")
+    count = sum(1 for p in model.parameters() if p.requires_grad)
+    assert len(moments) == 3 * count
+    assert len(load_file(folder / "adapter_model.safetensors")) == count
+
+
+def test_none_there_is_step_zero_and_touches_nothing(tmp_path: Path):
+    model, optimizer = start()
+    before = parameters(model)
+    assert checkpoint.load(tmp_path, model, optimizer, state=STATE) == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"data": "abd"}, "data"),
+        ({"training": {"seed": 2, "epochs": 1.0}}, "training"),
+        ({"quantization": {"bits": 4}}, "quantization"),
+        ({"data": "abd", "total_steps": 10}, "total_steps, data"),
+        ({"new": 1}, "new"),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, object], named: str):
+    model, optimizer = start()
+    advance(model, optimizer, 1)
+    checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    other, its_optimizer = start(seed=5)
+    before = parameters(other)
+    with pytest.raises(LoraError, match=f"changed since this checkpoint: {named}$"):
+        checkpoint.load(tmp_path, other, its_optimizer, state={**STATE, **change})
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(other), strict=True))
+    assert not its_optimizer.state
+
+
+def test_an_adapter_with_other_tensors_is_refused(tmp_path: Path):
+    model, optimizer = start()
+    advance(model, optimizer, 1)
+    checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    with pytest.raises(LoraError, match="its adapter has other tensors"):
+        checkpoint.load(tmp_path, *start(target_modules=["q_proj"]), state=STATE)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str):
+    model, optimizer = start()
+    advance(model, optimizer, 1)
+    checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    kept = parameters(model)
+    advance(model, optimizer, 1)
+
+    class Full(Exception):
+        """The disk, say."""
+
+    def dying(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if path.name == file:
+            raise Full
+        save_file(tensors, path)
+
+    def dying_text(path: Path, *_: object, **__: object) -> None:
+        raise Full
+
+    monkeypatch.setattr(checkpoint, "save_file", dying)
+    if file == "state.json":
+        monkeypatch.setattr(Path, "write_text", dying_text)
+    with pytest.raises(Full):
+        checkpoint.save(tmp_path, model, optimizer, step=2, state=STATE, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    other, its_optimizer = start(seed=5)
+    assert checkpoint.load(tmp_path, other, its_optimizer, state=STATE) == 1
+    assert all(torch.equal(a, b) for a, b in zip(kept, parameters(other), strict=True))

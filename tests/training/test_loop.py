@@ -1,0 +1,165 @@
+"""`fit` beyond its gradients: what it refuses, what it counts, and that recomputing changes nothing."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+
+from lora_cli.data.batches import Plan
+from lora_cli.errors import LoraError
+from lora_cli.model import attention, fused
+from lora_cli.recipe.schema import TrainingSpec
+from lora_cli.training.loop import Step, fit
+from lora_cli.training.optim import make_optimizer
+from tests.model import zoo
+
+LENGTHS = [3, 41, 12, 7, 30, 2, 19, 8, 25, 11, 5, 17]
+
+
+def ready(**spec: object) -> PeftModel:
+    model = zoo.adapted(zoo.make("llama", attention=attention.NAME), **spec)
+    fused.fuse(model)
+    return model
+
+
+def trained(model: PeftModel) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+def run(model: PeftModel, plan: Plan, *, total: int, start: int = 0, **spec: object) -> list[Step]:
+    training = TrainingSpec.model_validate({"learning_rate": 1e-2, "schedule": "constant", "warmup": 0, **spec})
+    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), training)
+    accelerator = Accelerator(cpu=True)
+    return list(fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=total, start=start))
+
+
+def plan_of(lengths: Sequence[int] = LENGTHS, *, per_step: int = 2, size: int = 50) -> Plan:
+    return Plan(zoo.rows_of(lengths), packing=True, size=size, per_step=per_step, seed=1)
+
+
+def test_training_lowers_the_loss_and_moves_only_the_adapter():
+    model = ready(dropout=0.1)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = trained(model)
+    steps = run(model, plan_of(), total=30)
+    assert sum(s.loss for s in steps[-4:]) < 0.8 * sum(s.loss for s in steps[:4])
+    assert all(not torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if not p.requires_grad)
+    assert [s.number for s in steps] == list(range(1, 31))
+    assert steps[1].epoch == 1.0  # four batches, two a step
+    assert steps[0].tokens + steps[1].tokens == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("packing", [True, False])
+def test_gradient_checkpointing_changes_nothing(dropout: float, packing: bool):
+    found = []
+    for recompute in (False, True):
+        model = ready(dropout=dropout)
+        base = model.get_base_model()
+        calls: list[int] = []
+        # Before, not after: recomputation stops at the last tensor that is needed.
+        base.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        if not packing:
+            base.set_attn_implementation("sdpa")
+        if recompute:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.enable_input_require_grads()
+        plan = Plan(zoo.rows_of(LENGTHS), packing=packing, size=50 if packing else 4, per_step=2, seed=1)
+        steps = run(model, plan, total=3)
+        found.append((trained(model), [(s.loss, s.grad_norm) for s in steps], len(calls)))
+    off, on = found
+    assert on[2] > off[2]  # it did recompute
+    assert on[1] == off[1]
+    assert all(torch.equal(a, b) for a, b in zip(off[0], on[0], strict=True))
+
+
+def test_clipping_scales_the_gradient_to_its_norm():
+    steps, moved = [], []
+    for limit in (None, 1e-3):
+        model = ready()
+        before = trained(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        spec = TrainingSpec(learning_rate=1.0, schedule="constant", warmup=0, max_grad_norm=limit)
+        accelerator = Accelerator(cpu=True)
+        steps += list(fit(model, plan_of(), spec=spec, optimizer=optimizer, accelerator=accelerator, total=1))
+        moved.append(torch.cat([(a - b).flatten() for a, b in zip(before, trained(model), strict=True)]))
+    assert steps[0].grad_norm == steps[1].grad_norm > 1e-2  # reported as it was
+    assert float(moved[0].norm()) == pytest.approx(steps[0].grad_norm, rel=1e-4)
+    assert float(moved[1].norm()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def poison_weight(model: PeftModel) -> None:
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].mlp.up_proj.lora_B["default"].weight[0, 0] = torch.inf
+
+
+def poison_gradient(model: PeftModel) -> None:
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda grad: grad * torch.nan)
+
+
+@pytest.mark.parametrize(("poison", "what"), [(poison_weight, "loss"), (poison_gradient, "gradient")])
+def test_what_is_not_finite_stops_before_the_step(poison: Callable[[PeftModel], None], what: str):
+    model, plan = ready(), plan_of()
+    training = TrainingSpec(learning_rate=1e-2)
+    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), training)
+    accelerator = Accelerator(cpu=True)
+    steps = fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=9)
+    next(steps)
+    next(steps)
+    poison(model)
+    before, moments = trained(model), [v.clone() for s in optimizer.state.values() for v in s.values()]
+    with pytest.raises(LoraError) as caught:
+        next(steps)
+    rows = [plan.rows[i].where for _, batch in plan.step(2) for i in batch.rows]
+    message = caught.value.message
+    assert message.startswith(f"step 3: the {what} is not finite; its rows: {rows[0]}, ")
+    assert [row for row in rows[:5] if row not in message] == []
+    assert f"and {len(rows) - 5} more" in message or len(rows) <= 5
+    assert caught.value.exit_code == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+    after = [v for s in optimizer.state.values() for v in s.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+
+
+def test_one_bad_row_names_its_batch_alone():
+    model, plan = ready(), plan_of()
+    (_, good), (_, bad) = plan.step(0)
+    token = next(int(t) for t in bad.input_ids[0] if t not in good.input_ids)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    with pytest.raises(LoraError) as caught:
+        run(model, plan, total=1)
+    named = [plan.rows[i].where for i in bad.rows]
+    assert caught.value.message.endswith("its rows: " + ", ".join(named[:5]) + _more(named))
+
+
+def _more(rows: list[str]) -> str:
+    return f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+
+
+def test_batches_without_a_label_are_stepped_over():
+    rows = zoo.rows_of([20, 20, 20])
+    rows[1].labels[:] = -100
+    plan = Plan(rows, packing=False, size=1, per_step=3, seed=0)
+    model = ready()
+    model.get_base_model().set_attn_implementation("sdpa")
+    (step,) = run(model, plan, total=1)
+    total, count = zoo.loss_row_by_row(zoo.adapted(zoo.make("llama")), zoo.MemoryRows([rows[0], rows[2]]))
+    assert (step.supervised, step.tokens) == (count, 60)
+    assert step.loss == pytest.approx(total.item() / count, rel=1e-5)
+
+
+def test_a_step_without_any_label_moves_nothing():
+    rows = zoo.rows_of([20, 20])
+    for row in (rows[0], rows[1]):
+        row.labels[:] = -100
+    model = ready()
+    before = trained(model)
+    (step,) = run(model, Plan(rows, packing=True, size=40, per_step=1, seed=0), total=1)
+    assert (step.supervised, step.loss) == (0, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
