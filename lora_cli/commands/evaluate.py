@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -57,7 +57,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     )
     isolation.settle(model, recipe.model.attention, packing=recipe.data.packing)
     model.eval()
-    loaded = _load(model, found.adapters)
+    loaded = _load(model, found.adapters, base_path=recipe.model.path)
     plan = batch_plan(recipe, opening, rows, per_step=1)
     figures = {}
     for name in _each(loaded, found.adapters):
@@ -115,9 +115,13 @@ def _find(target: Path, named: Sequence[str]) -> Target:
     return Target(recipe, adapters)
 
 
-def _load(model: PreTrainedModel, adapters: dict[str, Path]) -> PeftModel | PreTrainedModel:
+def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) -> PeftModel | PreTrainedModel:
     loaded: PeftModel | PreTrainedModel = model
     for name, folder in adapters.items():
+        trained_on = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        if trained_on != base_path:
+            # One model has many names (hub id, folder, GGUF), so this may be right: it is said, not refused.
+            console.say(f"note: {folder} names its base {trained_on}, and is measured on {base_path}")
         try:
             if isinstance(loaded, PeftModel):
                 loaded.load_adapter(str(folder), adapter_name=name)

@@ -71,7 +71,7 @@ class Training:
         plan = batch_plan(self.recipe, opening, opening.data.train, per_step=world * self.spec.gradient_accumulation)
         total = plan.steps_in(epochs=self.spec.epochs, max_steps=self.spec.max_steps)
         self.say(
-            f"{total:,} steps of {plan.per_step} batch{'es' * (plan.per_step > 1)}, "
+            f"{total:,} step{'s' * (total > 1)} of {plan.per_step} batch{'es' * (plan.per_step > 1)}, "
             f"{plan.steps_per_epoch:,} an epoch; {plan.fill:.1%} of each batch is tokens"
         )
         built = build(self.recipe, opening, tokens=plan.largest, say=self.say)
@@ -137,7 +137,8 @@ class Training:
                 checkpoint.save(run.checkpoints, model, optimizer, step=step, state=same, keep=spec.keep_checkpoints)
             self.accelerator.wait_for_everyone()
 
-        if done == 0:
+        if done == 0 and held_out:
+            self.say(f"measuring the base on {len(held_out):,} held-out rows")
             evaluate(0, self.say)
         with stop_after_step() as wish, console.meter(total, done=done, every=spec.log_every) as meter:
             say = meter.say if run else console.silence

@@ -1,6 +1,6 @@
 """The recipe's quantization section as bitsandbytes takes it, and the base made ready for training on it."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import prepare_model_for_kbit_training
@@ -44,7 +44,8 @@ def guard_cpu(model: PreTrainedModel) -> None:
     ragged = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit
-            module.support_avx512bf16_for_cpu = False
+            layer: Any = module
+            layer.support_avx512bf16_for_cpu = False
             if module.weight.device.type == "cpu" and module.in_features % BLOCK:
                 ragged[name.rpartition(".")[2]] = module.in_features
     if ragged:

@@ -59,6 +59,8 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         yield beside
         for parent, _, names in os.walk(beside):
             for name in names:
+                # safetensors keeps its files to their owner; whoever serves the adapter may be another user.
+                Path(parent, name).chmod(0o666 & ~_umask())
                 _sync(Path(parent, name))
             _sync(Path(parent))
         _swap(beside, path)
@@ -115,6 +117,12 @@ def _alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # the only way to read it is to set it
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

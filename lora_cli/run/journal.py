@@ -25,7 +25,9 @@ class Journal:
         Raises:
             ValueError: where a number in it is not finite, which JSON cannot hold.
         """
-        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        while line:  # a disk that fills up takes a part first, and refuses the rest at the next call
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

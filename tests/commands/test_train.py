@@ -37,7 +37,7 @@ def test_prints_the_adapter_alone_on_stdout(finished: Finished):
 def test_every_line_is_its_own_and_not_a_librarys(finished: Finished):
     ours = (
         r"rows\.jsonl: |  24 rows read|train: |eval: |4 steps of |base: |packing |adapter on:|  \w+_proj "
-        r"|  [\d,]+ trainable|eval at step |step \d/4 |verified: |eval loss "
+        r"|  [\d,]+ trainable|eval at step |step \d/4 |verified: |eval loss |measuring the base "
     )
     assert [line for line in finished.done.err.splitlines() if not re.match(ours, line)] == []
 
