@@ -86,6 +86,11 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in metrics(run) if "loss" in record]
 
 
+def taken(run: Path, until: int) -> list[dict[str, Any]]:
+    """Records up to step `until` with their times: they change where a resumed run starts from the beginning."""
+    return [record for record in journal.read(run / "metrics.jsonl") if record["step"] <= until]
+
+
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -146,7 +151,9 @@ def test_stopped_by_sigint_and_resumed_is_uninterrupted(place: Place, whole: Pat
     done = int(saved.name.removeprefix("step-"))
     assert 0 < done < STEPS
     assert f"stopped after step {done}" in said
+    before = taken(file.parent, done)
     resumed = place.train("stopped", resume=True)
+    assert taken(resumed, done) == before
     assert same_bits(weights(resumed), weights(whole))
     assert metrics(resumed) == metrics(whole)
 
@@ -159,6 +166,8 @@ def test_killed_and_resumed_from_an_older_checkpoint_is_uninterrupted(place: Pla
     for later in sorted((cut / "checkpoints").iterdir())[1:]:
         shutil.rmtree(later)
     resumed = place.train("cut", resume=True, save_every=7, keep_checkpoints=9)
+    assert taken(resumed, 7) == taken(straight, 7)
+    assert taken(resumed, STEPS) != taken(straight, STEPS)
     assert same_bits(weights(resumed), weights(straight))
     assert metrics(resumed) == metrics(straight)
 

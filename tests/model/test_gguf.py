@@ -162,6 +162,21 @@ def test_two_at_once_make_one_folder(file: Path, tmp_path: Path):
     AutoModelForCausalLM.from_pretrained(found[0])
 
 
+def test_who_comes_second_takes_what_is_there(file: Path, tmp_path: Path):
+    """Another run begins later and is done before."""
+    found: list[Path] = []
+
+    def meanwhile(line: str) -> None:
+        found.append(unpack(file, dtype=torch.float32, cache=tmp_path, say=silence))
+        stamps.update({path: path.stat().st_ino for path in found[0].iterdir()})
+
+    stamps: dict[Path, int] = {}
+    found.append(unpack(file, dtype=torch.float32, cache=tmp_path, say=meanwhile))
+    assert found[0] == found[1]
+    assert {path: path.stat().st_ino for path in found[1].iterdir()} == stamps
+    assert list((tmp_path / "gguf").iterdir()) == [found[0]]
+
+
 BAD = {
     "empty": (b"", "not a GGUF file"),
     "text": (b"model: tiny", "not a GGUF file"),
