@@ -4,13 +4,13 @@ from pathlib import Path
 
 from rich.text import Text
 
-from lora_cli.commands.opening import Opening, open_run_inputs
-from lora_cli.commands.train import batch_plan, coverage_table
+from lora_cli.commands import card
+from lora_cli.commands.opening import Opening, batch_plan, coverage_table, open_run_inputs
 from lora_cli.data.intake import read_only_check
 from lora_cli.data.rows import Row, xray
 from lora_cli.model import adapter, base, memory, targets
 from lora_cli.recipe.schema import Recipe, SourceSpec
-from lora_cli.run import card, console
+from lora_cli.run import console
 
 
 def check(recipe: Recipe, *, rows: int) -> None:

@@ -10,13 +10,11 @@ from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lora_cli.commands.opening import Opening, open_run_inputs
-from lora_cli.commands.train import batch_plan
+from lora_cli.commands.opening import Opening, batch_plan, load_base, open_run_inputs
 from lora_cli.data.rows import Row
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generate import Answer, greedy, prompt_ids, reference_ids
 from lora_cli.evaluation.likelihood import Likelihood, measure
-from lora_cli.model import base, isolation
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
@@ -48,14 +46,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         )
     if opening.device.type == "cpu":
         host.set_up_cpu()
-    model = base.load_base(
-        opening.source,
-        dtype=opening.dtype,
-        device=opening.device,
-        attention="sdpa" if recipe.model.attention == "auto" else recipe.model.attention,
-        quantization=recipe.quantization,
-    )
-    isolation.settle(model, recipe.model.attention, packing=recipe.data.packing)
+    model, _ = load_base(recipe, opening)
     model.eval()
     loaded = _load(model, found.adapters, base_path=recipe.model.path)
     plan = batch_plan(recipe, opening, rows, per_step=1)

@@ -4,14 +4,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lora_cli.data.batches import Plan
 from lora_cli.data.prepare import Prepared, prepare
+from lora_cli.data.rows import Rows
 from lora_cli.data.templates import resolve
 from lora_cli.errors import LoraError
-from lora_cli.model import attention, base
-from lora_cli.recipe.schema import DataSpec, ModelSpec
+from lora_cli.model import attention, base, isolation, quantize, targets
+from lora_cli.recipe.schema import DataSpec, ModelSpec, Recipe
 
 
 class Opening(NamedTuple):
@@ -61,7 +64,44 @@ def _refuse_unknown_attention(name: str) -> None:
         raise LoraError(f"model.attention: {name} is not known", hint=f"known are auto, eager, {', '.join(known)}")
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def load_base(recipe: Recipe, opening: Opening) -> tuple[PreTrainedModel, isolation.Proof | None]:
+    """The base model, frozen, with the attention that suits it; and with packing, the proof that rows are apart."""
+    model = base.load_base(
+        opening.source,
+        dtype=opening.dtype,
+        device=opening.device,
+        attention="sdpa" if recipe.model.attention == "auto" else recipe.model.attention,
+        quantization=recipe.quantization,
+    )
+    if recipe.quantization is not None:
+        model = quantize.prepare(model)
+    return model, isolation.settle(model, recipe.model.attention, packing=recipe.data.packing)
+
+
+def batch_plan(recipe: Recipe, opening: Opening, rows: Rows, *, per_step: int) -> Plan:
+    """The batches of `rows` as the recipe wants them."""
+    size = recipe.training.tokens_per_batch if recipe.data.packing else recipe.training.batch_size
+    assert size is not None  # the schema fills the one that packing leaves in use
+    return Plan(
+        rows,
+        packing=recipe.data.packing,
+        size=size,
+        per_step=per_step,
+        seed=recipe.training.seed,
+        pad_id=_pad_id(opening.tokenizer),
+    )
+
+
+def coverage_table(rows: list[targets.Coverage], trainable: int) -> list[str]:
+    """Which kinds of layers carry the adapter, line by line."""
+    width = max((len(row.kind) for row in rows), default=0)
+    lines = [
+        f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters" for row in rows
+    ]
+    return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in all"]
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any id will do to pad with, since padding is masked and carries no loss; the tokenizer's own where it has one."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(candidate, int):

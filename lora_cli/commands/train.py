@@ -11,16 +11,16 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from lora_cli.commands.opening import Opening, open_run_inputs, pad_id
+from lora_cli.commands import card
+from lora_cli.commands.opening import Opening, batch_plan, coverage_table, load_base, open_run_inputs
 from lora_cli.data.batches import Plan
-from lora_cli.data.rows import Rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import Likelihood, measure
-from lora_cli.model import adapter, base, fused, isolation, memory, quantize, targets
+from lora_cli.model import adapter, base, fused, isolation, memory, targets
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import atomic, card, console, journal
+from lora_cli.run import atomic, console, journal
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.training import checkpoint, host, launch
 from lora_cli.training.disk import full_disk_is_os_error
@@ -230,16 +230,7 @@ class Built(NamedTuple):
 
 def build(recipe: Recipe, opening: Opening, *, tokens: int, say: Say) -> Built:
     """Load the base, choose its attention, put the adapter on it, and say what was done."""
-    model = base.load_base(
-        opening.source,
-        dtype=opening.dtype,
-        device=opening.device,
-        attention="sdpa" if recipe.model.attention == "auto" else recipe.model.attention,
-        quantization=recipe.quantization,
-    )
-    if recipe.quantization is not None:
-        model = quantize.prepare(model)
-    proof = isolation.settle(model, recipe.model.attention, packing=recipe.data.packing)
+    model, proof = load_base(recipe, opening)
     layers = targets.linear_layers(model)
     peft_model = adapter.attach(model, recipe.adapter, seed=recipe.training.seed)
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
@@ -254,29 +245,6 @@ def build(recipe: Recipe, opening: Opening, *, tokens: int, say: Say) -> Built:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return Built(peft_model, trainable, proof, fused.fuse(peft_model))
-
-
-def coverage_table(rows: list[targets.Coverage], trainable: int) -> list[str]:
-    """Which kinds of layers carry the adapter, line by line."""
-    width = max((len(row.kind) for row in rows), default=0)
-    lines = [
-        f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters" for row in rows
-    ]
-    return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in all"]
-
-
-def batch_plan(recipe: Recipe, opening: Opening, rows: Rows, *, per_step: int) -> Plan:
-    """The batches of `rows` as the recipe wants them."""
-    size = recipe.training.tokens_per_batch if recipe.data.packing else recipe.training.batch_size
-    assert size is not None  # the schema fills the one that packing leaves in use
-    return Plan(
-        rows,
-        packing=recipe.data.packing,
-        size=size,
-        per_step=per_step,
-        seed=recipe.training.seed,
-        pad_id=pad_id(opening.tokenizer),
-    )
 
 
 def _checkpoints_activations(
