@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -116,6 +117,10 @@ def main() -> None:
     try:
         app()
     except LoraError as mistake:
+        if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+            # One of several processes: the first of this machine tells it, unless this exit ends it before it can.
+            time.sleep(1)
+            sys.exit(mistake.exit_code)
         for line in mistake.details:
             console.say(line)
         console.say(f"error: {mistake.message}")
@@ -131,5 +136,6 @@ def main() -> None:
             raise
         where = f"{trouble.filename}: " if trouble.filename else ""
         console.say(f"error: {where}{trouble.strerror}")
-        console.say(f"hint: {DISK[trouble.errno]}; what was written before is whole, and a run goes on with --resume")
+        onward = ", and a run goes on with --resume" if sys.argv[1:2] == ["train"] else ""
+        console.say(f"hint: {DISK[trouble.errno]}; what was written before is whole{onward}")
         sys.exit(1)

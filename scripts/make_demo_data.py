@@ -29,7 +29,7 @@ warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree xmlrpc.cl
 zoneinfo
 """
 
-LONGEST = 700  # characters of an answer; docstrings beyond it are manuals, not answers
+LONGEST = 300  # characters of an answer; longer docstrings are manuals, not answers
 SHORTEST = 30
 
 

@@ -16,7 +16,7 @@ from lora_cli.run import console
 def check(recipe: Recipe, *, rows: int) -> None:
     """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan."""
     say = console.out.print
-    opening = open_run_inputs(recipe.model, recipe.data, seed=recipe.training.seed, say=console.say)
+    opening = open_run_inputs(recipe.model, recipe.data, seed=recipe.training.seed, say=console.say, weights=False)
     for line in opening.data.ledger.table():
         say(line)
     for number in range(min(rows, len(opening.data.train))):
@@ -35,15 +35,14 @@ def check(recipe: Recipe, *, rows: int) -> None:
 
 def _count(recipe: Recipe, opening: Opening, *, tokens: int) -> None:
     """Target modules and the memory plan, from the modules' shapes on the meta device."""
-    config = base.load_config(opening.source)
-    model = base.skeleton(config, trust_remote_code=recipe.model.trust_remote_code)
+    model = base.skeleton(base.load_config(opening.source), trust_remote_code=recipe.model.trust_remote_code)
     layers = targets.linear_layers(model)
     adapted = adapter.attach(model, recipe.adapter, seed=recipe.training.seed)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     for line in coverage_table(adapter.coverage(adapted, layers), trainable):
         console.out.print(line)
     plan = memory.plan(
-        base.skeleton(config, trust_remote_code=recipe.model.trust_remote_code),
+        adapted.unload(),  # the base's modules as they were
         dtype=opening.dtype,
         trainable=trainable,
         tokens=tokens,

@@ -1,19 +1,18 @@
 """`lora eval`: base and adapters side by side on held-out rows, the base loaded once."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from lora_cli.commands.opening import Opening, batch_plan, load_base, open_run_inputs
-from lora_cli.data.rows import Row
+from lora_cli.data.rows import Row, Rows
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.generate import Answer, greedy, prompt_ids, reference_ids
+from lora_cli.evaluation.generate import Answer, greedy, prompt_ids, reference_ids, stop_ids
 from lora_cli.evaluation.likelihood import Likelihood, measure
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.load import load_recipe
@@ -22,6 +21,7 @@ from lora_cli.run import atomic, console
 from lora_cli.training import host
 
 BASE = "base"
+SHORTEST_PROMPT = 2  # tokens; one alone is the begin mark
 
 
 class Target(NamedTuple):
@@ -36,9 +36,12 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise LoraError(f"--json {json_file}: there is no folder {json_file.parent}", hint="make it first")
     found = _find(Path(target), adapters)
+    _refuse_biases_of_several(found.adapters)
     recipe = found.recipe
     spec = recipe.data if data is None else recipe.data.model_copy(update={"train": data, "eval": None})
-    opening = open_run_inputs(recipe.model, spec, seed=recipe.training.seed, say=console.say)
+    opening = open_run_inputs(
+        recipe.model, spec, seed=recipe.training.seed, say=console.say, train_key="data.train" if data is None else data
+    )
     rows = opening.data.train if data is not None else opening.data.eval
     if rows is None:
         raise LoraError(
@@ -48,17 +51,25 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         host.set_up_cpu()
     model, _ = load_base(recipe, opening)
     model.eval()
-    loaded = _load(model, found.adapters, base_path=recipe.model.path)
     plan = batch_plan(recipe, opening, rows, per_step=1)
-    figures = {}
-    for name in _each(loaded, found.adapters):
+    asked = _asked(rows, answers, loss_on=recipe.data.loss_on)
+    figures, said = {}, {}
+
+    def look(name: str, at: PeftModel | PreTrainedModel) -> None:
         console.say(f"measuring {name} on {len(rows):,} rows")
-        with _only(loaded, name):
-            figures[name] = measure(Scorer(loaded), plan)
+        figures[name] = measure(Scorer(at), plan)
+        if asked:
+            said[name] = _answers(at, opening, asked)
+
+    # Before any adapter is there: biases that one has trained stay when it is switched off.
+    look(BASE, model)
+    if found.adapters:
+        loaded = _load(model, found.adapters, base_path=recipe.model.path)
+        for name in found.adapters:
+            loaded.set_adapter(name)
+            look(name, loaded)
     console.out.print(_table(figures))
-    if answers:
-        chosen = [rows[i] for i in range(min(answers, len(rows)))]
-        _show_answers(loaded, found.adapters, opening, chosen)
+    _show(asked, said, opening)
     if json_file is not None:
         report = {"rows": len(rows), "data": rows.fingerprint, "results": {n: _record(f) for n, f in figures.items()}}
         atomic.write_json(json_file, report)
@@ -106,7 +117,18 @@ def _find(target: Path, named: Sequence[str]) -> Target:
     return Target(recipe, adapters)
 
 
-def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) -> PeftModel | PreTrainedModel:
+def _refuse_biases_of_several(adapters: dict[str, Path]) -> None:
+    """An adapter that brings biases puts them into the base, where the next one would be measured with them."""
+    for folder in adapters.values():
+        # Kinds of PEFT that have no such option train no biases.
+        if len(adapters) > 1 and getattr(PeftConfig.from_pretrained(str(folder)), "bias", "none") != "none":
+            raise LoraError(
+                f"{folder}: trained the base's biases too, and cannot be measured beside others",
+                hint="measure each adapter by itself",
+            )
+
+
+def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) -> PeftModel:
     loaded: PeftModel | PreTrainedModel = model
     for name, folder in adapters.items():
         trained_on = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
@@ -126,19 +148,6 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
     return loaded
 
 
-def _each(loaded: PeftModel | PreTrainedModel, adapters: dict[str, Path]) -> Iterator[str]:
-    """`base`, then each adapter, made the active one."""
-    yield BASE
-    for name in adapters:
-        loaded.set_adapter(name)
-        yield name
-
-
-def _only(loaded: PeftModel | PreTrainedModel, name: str) -> Any:
-    """Within the block, the base stands alone if it is the one named."""
-    return loaded.disable_adapter() if name == BASE and isinstance(loaded, PeftModel) else nullcontext()
-
-
 def _table(figures: dict[str, Likelihood]) -> Table:
     table = Table("", "loss", "perplexity", "token accuracy", "supervised tokens", box=None)
     for name, found in figures.items():
@@ -154,25 +163,49 @@ def _record(found: Likelihood) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _show_answers(
-    loaded: PeftModel | PreTrainedModel, adapters: dict[str, Path], opening: Opening, rows: Sequence[Row]
-) -> None:
-    prompts, references = [prompt_ids(row) for row in rows], [reference_ids(row) for row in rows]
-    # An answer ends where the rows' own answers do, or at the tokenizer's end token.
-    stop = sorted({ids[-1] for ids in references} | {opening.tokenizer.eos_token_id})
-    longest = max(len(ids) for ids in references)
-    inner = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
+def _asked(rows: Rows, count: int, *, loss_on: str) -> list[Row]:
+    """The first `count` rows that have a prompt to answer."""
+    if count and loss_on == "all":
+        console.say("--answers: none, since with data.loss_on: all no row has a prompt apart from its answer")
+        return []
+    asked: list[Row] = []
+    without = 0
+    for row in rows:
+        if len(asked) == count:
+            break
+        if len(prompt_ids(row)) < SHORTEST_PROMPT:
+            without += 1
+        else:
+            asked.append(row)
+    if without:
+        skipped = "1 row" if without == 1 else f"{without:,} rows"
+        console.say(f"--answers: {skipped} skipped, as no prompt stands before the first supervised token")
+    return asked
+
+
+def _answers(model: PeftModel | PreTrainedModel, opening: Opening, rows: Sequence[Row]) -> list[Answer]:
+    references = [reference_ids(row) for row in rows]
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Ours packs rows; generation is left-padded.
+    measured_with = inner.config._attn_implementation
     inner.set_attn_implementation("sdpa")
-    said: dict[str, list[Answer]] = {}
-    for name in _each(loaded, adapters):
-        with _only(loaded, name):
-            said[name] = greedy(loaded, opening.tokenizer, prompts, max_new_tokens=min(200, 2 * longest), stop=stop)
+    answered = greedy(
+        model,
+        opening.tokenizer,
+        [prompt_ids(row) for row in rows],
+        max_new_tokens=min(200, 2 * max(len(ids) for ids in references)),
+        stop=stop_ids(opening.tokenizer, inner, references),
+    )
+    inner.set_attn_implementation(measured_with)
+    return answered
+
+
+def _show(rows: Sequence[Row], said: dict[str, list[Answer]], opening: Opening) -> None:
+    decode = opening.tokenizer.decode
     for number, row in enumerate(rows):
         console.out.print(f"\n--- {row.where}")
-        console.out.print(opening.tokenizer.decode(prompts[number], skip_special_tokens=False).strip())
-        console.out.print(
-            f"[reference] {opening.tokenizer.decode(references[number], skip_special_tokens=True).strip()}"
-        )
+        console.out.print(decode(prompt_ids(row), skip_special_tokens=False).strip())
+        console.out.print(f"[reference] {decode(reference_ids(row), skip_special_tokens=True).strip()}")
         for name, answered in said.items():
             ended = "" if answered[number].finished else " ... (not finished)"
             console.out.print(f"[{name}] {answered[number].text}{ended}")

@@ -1,12 +1,14 @@
 """What train, check and eval begin with: the device, the base model's place, its tokenizer and the encoded rows."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from lora_cli.data.batches import Plan
 from lora_cli.data.prepare import Prepared, prepare
@@ -15,6 +17,13 @@ from lora_cli.data.templates import resolve
 from lora_cli.errors import LoraError
 from lora_cli.model import attention, base, isolation, quantize, targets
 from lora_cli.recipe.schema import DataSpec, ModelSpec, Recipe
+
+# Whether the package that an attention needs, or its kernel on the hub, works here.
+FLASH: dict[str, Callable[[], bool]] = {
+    "flash_attention_2": partial(is_flash_attn_2_available, kernels_fallback_ok=True),
+    "flash_attention_3": partial(is_flash_attn_3_available, kernels_fallback_ok=True),
+    "flash_attention_4": partial(is_flash_attn_4_available, kernels_fallback_ok=True),
+}
 
 
 class Opening(NamedTuple):
@@ -27,20 +36,36 @@ class Opening(NamedTuple):
     data: Prepared
 
 
-def open_run_inputs(model: ModelSpec, data: DataSpec, *, seed: int, say: Callable[[str], None]) -> Opening:
+def open_run_inputs(
+    model: ModelSpec,
+    data: DataSpec,
+    *,
+    seed: int,
+    say: Callable[[str], None],
+    weights: bool = True,
+    train_key: str = "data.train",
+) -> Opening:
     """Find the base model, load its tokenizer and encode the rows.
+
+    Args:
+        model: the base.
+        data: the rows.
+        seed: picks the held-out rows.
+        say: takes progress lines.
+        weights: whether the model will be loaded from what is found.
+        train_key: what the user knows `data.train` by.
 
     Raises:
         LoraError: whatever is wrong with the model's path, its tokenizer or the rows.
     """
     device = base.pick_device()
     dtype = base.pick_dtype(model.dtype, device)
-    source = base.locate(model, dtype=dtype, say=say)
+    source = base.locate(model, dtype=dtype, say=say, weights=weights)
     # All that can refuse the model in a second comes before the rows, which can take minutes.
     _refuse_longer_than_model(source, data)
     _refuse_unknown_attention(model.attention)
     tokenizer = base.load_tokenizer(source)
-    prepared = prepare(data, tokenizer, seed=seed, cache=base.cache_folder(), say=say)
+    prepared = prepare(data, tokenizer, seed=seed, cache=base.cache_folder(), say=say, train_key=train_key)
     if data.chat_template is not None:
         # What is saved beside the adapter must prompt it as it was trained.
         template = resolve(data.chat_template, tokenizer)
@@ -62,6 +87,11 @@ def _refuse_unknown_attention(name: str) -> None:
     # With a slash it is a kernel of the hub, which only the hub knows.
     if name not in ("auto", "eager", *known) and "/" not in name:
         raise LoraError(f"model.attention: {name} is not known", hint=f"known are auto, eager, {', '.join(known)}")
+    if not FLASH.get(name, lambda: True)():
+        raise LoraError(
+            f"model.attention: {name} needs its package, which is not installed or does not work here",
+            hint="write auto, or install the package that fits your GPU and torch",
+        )
 
 
 def load_base(recipe: Recipe, opening: Opening) -> tuple[PreTrainedModel, isolation.Proof | None]:

@@ -40,17 +40,19 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         processes = launch.wanted_processes(recipe.distributed)
         if processes > 1:
             # What would refuse the run refuses it here, once, and not in every process.
-            open_run(recipe.output, resume=resume, fresh=fresh).close()
+            with open_run(recipe.output, resume=resume, fresh=fresh):
+                open_run_inputs(recipe.model, recipe.data, seed=recipe.training.seed, say=console.say)
             console.say(f"starting {processes} processes")
             return launch.spawn(processes, arguments)
     on_cpu = base.pick_device().type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu)
+    accelerator = launch.join(cpu=on_cpu)
     if on_cpu:
-        host.set_up_cpu(accelerator.num_processes)
-    if not accelerator.is_main_process:
-        return Training(recipe, accelerator, run=None, resume=resume).go()
-    with open_run(recipe.output, resume=resume, fresh=fresh) as run, full_disk_is_os_error(run.path):
-        return Training(recipe, accelerator, run=run, resume=resume).go()
+        host.set_up_cpu(launch.neighbours(accelerator))
+    with launch.outliving_peers():
+        if not accelerator.is_main_process:
+            return Training(recipe, accelerator, run=None, resume=resume).go()
+        with open_run(recipe.output, resume=resume, fresh=fresh) as run, full_disk_is_os_error(run.path):
+            return Training(recipe, accelerator, run=run, resume=resume).go()
 
 
 class Training:
@@ -76,20 +78,21 @@ class Training:
         )
         built = build(self.recipe, opening, tokens=plan.largest, say=self.say)
         optimizer = make_optimizer((p for p in built.model.parameters() if p.requires_grad), self.spec)
-        same = self._resumable(opening, plan, total)
+        same = self._resumable(opening, built, plan, total)
         done = 0
         if self.resume:
             done = checkpoint.load(Path(self.recipe.output) / "checkpoints", built.model, optimizer, state=same)
             self.say(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
         if self.run:
             self._begin(self.run, opening, built, total, done)
-        stopped = self._steps(opening, built.model, plan, optimizer, total=total, done=done, same=same)
-        if stopped:
-            return stopped
-        if self.run:
+        try:
+            stopped = self._steps(opening, built.model, plan, optimizer, total=total, done=done, same=same)
+        except torch.OutOfMemoryError:
+            raise self._out_of_memory() from None
+        if self.run and not stopped:
             self._finish(self.run, opening, built.model)
         self.accelerator.end_training()
-        return 0
+        return stopped
 
     def _begin(self, run: RunFolder, opening: Opening, built: "Built", total: int, done: int) -> None:
         run.checkpoints.mkdir(exist_ok=True)
@@ -140,7 +143,10 @@ class Training:
         if done == 0 and held_out:
             self.say(f"measuring the base on {len(held_out):,} held-out rows")
             evaluate(0, self.say)
-        with stop_after_step() as wish, console.meter(total, done=done, every=spec.log_every) as meter:
+        with (
+            stop_after_step() as wish,
+            console.meter(total, done=done, every=spec.log_every, bar=run is not None) as meter,
+        ):
             say = meter.say if run else console.silence
             for step in fit(
                 model, plan, spec=spec, optimizer=optimizer, accelerator=self.accelerator, total=total, start=done
@@ -169,7 +175,17 @@ class Training:
         mine = torch.tensor(int(wish.signal is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(mine, reduction="sum"))
 
-    def _resumable(self, opening: Opening, plan: Plan, total: int) -> dict[str, Any]:
+    def _out_of_memory(self) -> LoraError:
+        size = "tokens_per_batch" if self.recipe.data.packing else "batch_size"
+        message = f"{self.accelerator.device} has too little memory for a step"
+        hint = f"lower training.{size}, or set training.gradient_checkpointing to true"
+        if not self.accelerator.is_local_main_process:
+            # It may have come to this process alone, and `main` lets only the first of a machine speak.
+            console.say(f"error: {message}")
+            console.say(f"hint: {hint}")
+        return LoraError(message, hint=hint, exit_code=1)
+
+    def _resumable(self, opening: Opening, built: "Built", plan: Plan, total: int) -> dict[str, Any]:
         """What must not change for a resumed run to be the uninterrupted one."""
         without_effect = {"eval_every", "save_every", "keep_checkpoints", "log_every", "gradient_accumulation"}
         return {
@@ -177,6 +193,8 @@ class Training:
             "batches_per_step": plan.per_step,
             "data": opening.data.fingerprint,
             "model": base.fingerprint(opening.source),
+            "dtype": str(opening.dtype).removeprefix("torch."),
+            "attention": built.model.get_base_model().config._attn_implementation,
             "training": self.spec.model_dump(mode="json", exclude=without_effect),
             "adapter": self.recipe.adapter.model_dump(mode="json"),
             "quantization": self.recipe.quantization and self.recipe.quantization.model_dump(mode="json"),
@@ -242,7 +260,7 @@ def build(recipe: Recipe, opening: Opening, *, tokens: int, say: Say) -> Built:
     for line in coverage_table(adapter.coverage(peft_model, layers), trainable):
         say(line)
     if _checkpoints_activations(recipe, opening, model, trainable, tokens, say):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return Built(peft_model, trainable, proof, fused.fuse(peft_model))
 
@@ -279,6 +297,7 @@ def _manifest(recipe: Recipe, opening: Opening, built: Built, total: int) -> dic
         "base": {
             "path": recipe.model.path,
             "revision": recipe.model.revision,
+            "commit": base.commit(opening.source),
             "fingerprint": base.fingerprint(opening.source),
             "dtype": str(opening.dtype).removeprefix("torch."),
         },

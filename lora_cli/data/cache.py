@@ -1,4 +1,4 @@
-"""Encode a source once: rows and tally go to `cache/encoded/<key>/`, and a second start maps them. No torch."""
+"""Encode a source once: rows and tally go to `cache/encoded/<key>/`, and a second start maps them. No tensors."""
 
 import fcntl
 import hashlib
@@ -55,7 +55,7 @@ def encoded(
     with _locked(folder.with_name(f".lock-{folder.name}"), say):
         if (found := _load(folder, source, content)) is not None:
             return found
-        atomic.sweep(folder.parent)
+        atomic.sweep(folder.parent, folder.name)  # other keys may be another machine's, at work on them
         with atomic.folder(folder, replace=True) as fresh:
             tally = _build(source, spec, encoder, fresh / "rows.arrow", say)
             (fresh / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")

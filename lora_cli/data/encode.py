@@ -1,4 +1,4 @@
-"""Turn an example into token ids and the runs of them that carry loss. No torch."""
+"""Turn an example into token ids and the runs of them that carry loss. Imports tokenizers, not models."""
 
 import hashlib
 import json

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -112,12 +113,21 @@ class BadRows:
         hint = "mend them, or set data.on_bad_row: skip to leave them out, counted"
         if self.reasons.keys() == {"missing field"} and total == read:
             hint = "map the columns, as in data.columns: {prompt: question, completion: answer}"
+            if (other := _looks_like(source)) not in (None, source.spec.format):
+                hint = f"they look like {other}: write format: auto"
         return refuse(
             f"{source.name}: {total:,} of {read:,} rows {'is' if total == 1 else 'are'} bad",
             self.first,
             total,
             hint=hint,
         )
+
+
+def _looks_like(source: Source) -> str | None:
+    """The format that auto would find."""
+    with suppress(LoraError):
+        return opened(source._replace(spec=source.spec.model_copy(update={"format": "auto"}))).format.name
+    return None
 
 
 class Checked(NamedTuple):

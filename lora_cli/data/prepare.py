@@ -42,6 +42,7 @@ def prepare(
     seed: int,
     cache: Path,
     say: Callable[[str], None],
+    train_key: str = "data.train",
 ) -> Prepared:
     """Reads, checks, encodes and splits the rows that a recipe names.
 
@@ -51,6 +52,7 @@ def prepare(
         seed: picks the held-out rows, and those that a weight leaves out.
         cache: folder for encoded rows; a second call with the same content, tokenizer and options maps them.
         say: takes progress lines.
+        train_key: what the user knows `spec.train` by.
 
     Raises:
         LoraError: no row, bad rows, a template that cannot be trained with, more loss than allowed, ...
@@ -71,9 +73,9 @@ def prepare(
         entries.append(_entry(item, "eval", index, held_out=0))
     check_loss(entries, limit=_limit(spec))
     rows, tested = Rows(parts), Rows(evaluation)
-    for split, name in ((rows, "train"), (tested, "eval")):
-        if not len(split) and (name == "train" or own):
-            raise LoraError(f"data.{name}: no row is left", hint="see data.on_bad_row, data.overlong and the weights")
+    for split, name in ((rows, train_key), (tested, "data.eval")):
+        if not len(split) and (split is rows or own):
+            raise LoraError(f"{name}: no row is left", hint="see data.on_bad_row, data.overlong and the weights")
     if not len(tested) and spec.eval is not None:
         say("data.eval: there is only one row, so none is held out")
     leaked = int(np.isin(tested.keys, rows.keys).sum()) if own else 0

@@ -1,4 +1,4 @@
-"""Find the assistant's turns in a rendered conversation, exactly or not at all. No torch.
+"""Find the assistant's turns in a rendered conversation, exactly or not at all. Text only, no tensors.
 
 A turn's span starts behind the header that `add_generation_prompt` writes, and stops right behind its end-of-turn
 token. Three ways lead there, each checked on probe conversations before the first row:

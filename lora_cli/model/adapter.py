@@ -1,6 +1,8 @@
 """Put the adapter on the base, count it, save it as a plain PEFT folder, and prove that the folder is the model."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,19 +55,24 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> PeftModel
         # fp32 master weights: AdamW's small updates would be rounded away in bf16.
         return get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as reason:
-        raise LoraError(
-            f"adapter: PEFT refuses it: {str(reason).splitlines()[0]}",
-            hint="choose other adapter.target_modules or another adapter.method",
-        ) from reason
+        first = str(reason).splitlines()[0]
+        hint = "choose other adapter.target_modules or another adapter.method"
+        if "lora_dropout" in first:  # experts whose weights are one parameter
+            hint = "set adapter.dropout: 0, or choose other adapter.target_modules"
+        raise LoraError(f"adapter: PEFT refuses it: {first}", hint=hint) from reason
 
 
 def adapted_layers(model: PeftModel) -> dict[str, int]:
     """Full name of each layer that carries the adapter, as in the base model → its trainable parameters."""
-    return {
-        name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
+    counts: Counter[str] = Counter()
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            # Experts with two adapted parameters are a wrapper in a wrapper: one layer, each parameter counted once.
+            inner = (m for m in module.modules() if m is not module and isinstance(m, BaseTunerLayer))
+            others = {id(p) for m in inner for p in m.parameters()}
+            own = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) not in others)
+            counts[re.sub(r"(\.base_layer)+$", "", name)] += own
+    return dict(counts)
 
 
 def coverage(model: PeftModel, layers: dict[str, torch.nn.Module]) -> list[targets.Coverage]:

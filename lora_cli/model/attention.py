@@ -21,6 +21,16 @@ LONG_ROW = 320
 # without splitting short rows into many tiny products.
 SMALLEST_SHARE = 0.75
 SMALL_GAP = 48
+# Keywords that models hand down to attention and that change no result here. All others are refused, because one that
+# is not understood (a chunk size, a cap, a sink) is one that is left out.
+HARMLESS = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
 
 
 class Group(NamedTuple):
@@ -145,6 +155,7 @@ def row_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each row of a pack, as transformers' attention interface calls it.
@@ -156,6 +167,8 @@ def row_attention(
         row_plan: rows of the pack, handed to the model's forward as a keyword argument.
         scaling: factor of QKᵀ; 1/sqrt(D) if None.
         sliding_window: keys a query sees at most, itself included; None for all.
+        is_causal: refused if False.
+        others: refused unless None or harmless.
 
     Returns:
         [1, T, H, E] and None in place of the weights.
@@ -163,7 +176,9 @@ def row_attention(
     Raises:
         NotImplementedError: the model asks for something that changes the result and is not done here.
     """
-    unmet = [name for name in ("softcap", "s_aux", "position_bias", "cache") if others.get(name) is not None]
+    unmet = [name for name, value in others.items() if value is not None and name not in HARMLESS]
+    if is_causal is False:
+        unmet.append("attention to later tokens")
     if row_plan is None:
         unmet.append("a forward pass that hands keyword arguments on to its attention layers")
     if dropout:

@@ -56,8 +56,8 @@ def _cpu_multiplies_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def locate(spec: ModelSpec, *, dtype: torch.dtype, say: Say) -> Source:
-    """Find the base model; unpacks a GGUF file on the way.
+def locate(spec: ModelSpec, *, dtype: torch.dtype, say: Say, weights: bool = True) -> Source:
+    """Find the base model; unpacks a GGUF file on the way, without its tensors where no `weights` are needed.
 
     Raises:
         LoraError: a local path that is not there, or not a model.
@@ -67,7 +67,7 @@ def locate(spec: ModelSpec, *, dtype: torch.dtype, say: Say) -> Source:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise LoraError(f"model.path: there is no file {spec.path}", hint=_near(path))
-        return Source(str(unpack(path, dtype=dtype, cache=cache_folder(), say=say)), options)
+        return Source(str(unpack(path, dtype=dtype, cache=cache_folder(), say=say, weights=weights)), options)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = "model.path takes a folder that save_pretrained wrote, a .gguf file or a hub id"
@@ -81,7 +81,9 @@ def locate(spec: ModelSpec, *, dtype: torch.dtype, say: Say) -> Source:
 
 
 def _near(path: Path) -> str:
-    there = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either; model.path takes a .gguf file, a folder or a hub id"
+    there = sorted(p.name for p in path.parent.glob("*"))
     listed = ", ".join(there[:5]) or "nothing"
     return f"{path.parent} holds {listed}; model.path takes a .gguf file, a folder or a hub id"
 
@@ -95,6 +97,17 @@ def load_config(source: Source) -> PretrainedConfig:
     with _library_errors(source):
         config: PretrainedConfig = AutoConfig.from_pretrained(source.where, **source.options)
         return config
+
+
+def commit(source: Source) -> str | None:
+    """The commit that a loaded hub model's revision stands for; None for a local model."""
+    if Path(source.where).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(source.where, "config.json", revision=str(source.options.get("revision", "main")))
+    # The cache keeps a repository's files in snapshots/<commit>/.
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -180,6 +193,10 @@ class _library_errors:  # a function to its users: `with _library_errors(source)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
         hint = "check the hub id, or give a local folder or .gguf file as model.path"
-        if offline and not Path(self.source.where).is_dir():
+        if "does not recognize this architecture" in first:
+            hint = "give a model that the installed transformers knows, or upgrade it: pip install -U transformers"
+        elif Path(self.source.where).is_dir():
+            hint = "model.path takes a folder that save_pretrained wrote, a .gguf file or a hub id"
+        elif offline:
             hint = "HF_HUB_OFFLINE is set and this model is not in the cache; unset it, or give a local path"
         raise LoraError(f"model.path: {self.source.where} cannot be loaded: {first}", hint=hint) from error

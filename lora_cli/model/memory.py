@@ -75,7 +75,7 @@ def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype, quantization: Quan
     # Scales: one fp32 per 64 weights, or about 0.127 bits a weight where they are quantised too (QLoRA, section 3).
     scales = 0.127 / 8 if quantization.double_quant else 4 / 64
     per_weight = 1.0 if quantization.bits == 8 else 0.5 + scales
-    return int(packed * per_weight) + (whole - packed) * int(dtype.itemsize)
+    return int(packed * per_weight) + (whole - packed) * 4  # quantize.prepare puts all others in fp32
 
 
 def available(device: torch.device) -> int:

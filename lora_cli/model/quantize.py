@@ -26,7 +26,7 @@ def library_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze a quantised base and put its norms in fp32; checkpointing is the loop's to switch."""
+    """Freeze a quantised base and put all that is not quantised in fp32; checkpointing is the loop's to switch."""
     prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return cast(PreTrainedModel, prepared)
 

@@ -4,6 +4,7 @@ The output head and the loss are one step, a few hundred tokens at a time, so th
 often the largest tensor of a training step, never exists as a whole, and its gradient overwrites it in place.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -48,22 +49,14 @@ class Scorer:
             loss, correct = HeadLoss.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
             return Score(loss, correct, len(targets))
         # Heads that do more than multiply (caps, scales, adapters of their own) compute the logits themselves.
-        logits = self.base(**inputs).logits.flatten(0, 1)[predict].float()
+        logits = kept_logits(self.base, inputs, predict)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         return Score(loss, (logits.argmax(-1) == targets).sum(), len(targets))
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the model's forward for `batch`, row boundaries included."""
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids.to(self.device),
-            "position_ids": batch.position_ids.to(self.device),
-            "use_cache": False,
-        }
-        if batch.attention_mask is not None:
-            inputs["attention_mask"] = batch.attention_mask.to(self.device)
-        elif self.base.config._attn_implementation == attention.NAME:
-            inputs["row_plan"] = attention.plan_rows(batch.lengths)
-        return inputs
+        return model_inputs(self.base, batch)
 
     def _has_plain_head(self) -> bool:
         """Whether logits are head(last hidden state) and no more: tried once, exactly, on two tokens."""
@@ -75,11 +68,42 @@ class Scorer:
         inputs = self.inputs(probe)
         training = self.base.training
         self.base.eval()
-        with torch.no_grad():
-            logits = self.base(**inputs).logits
-            plain = head(self.base.base_model(**inputs).last_hidden_state)
-        self.base.train(training)
+        try:
+            with torch.no_grad():
+                logits = self.base(**inputs).logits
+                plain = head(self.base.base_model(**inputs).last_hidden_state)
+        finally:
+            self.base.train(training)
         return torch.equal(logits, plain)
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """Keyword arguments of the forward of `model` for `batch`, row boundaries included."""
+    device = model.get_input_embeddings().weight.device
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(device),
+        "position_ids": batch.position_ids.to(device),
+        "use_cache": False,
+    }
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask.to(device)
+    elif model.config._attn_implementation == attention.NAME:
+        inputs["row_plan"] = attention.plan_rows(batch.lengths)
+    return inputs
+
+
+def kept_logits(model: PreTrainedModel, inputs: dict[str, Any], places: Tensor) -> Tensor:
+    """Logits [n, vocabulary] at `places` of the flattened batch, through the head as the model has it.
+
+    The head runs over the columns of the batch that hold a place, where the model's forward can be told so.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        whole: Tensor = model(**inputs).logits.flatten(0, 1)
+        return whole[places]
+    width = inputs["input_ids"].shape[1]
+    columns, column = (places % width).unique(return_inverse=True)
+    logits: Tensor = model(**inputs, logits_to_keep=columns).logits
+    return logits[places // width, column]
 
 
 class HeadLoss(torch.autograd.Function):

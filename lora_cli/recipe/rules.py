@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lora_cli.recipe.problem import show
 from lora_cli.recipe.scalars import scalar
-from lora_cli.recipe.schema import Recipe, SourceSpec
+from lora_cli.recipe.schema import QuantizationSpec, Recipe, SourceSpec
 
 ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 NO_CONVERSATION = {"text", "tokens"}
@@ -53,6 +53,10 @@ def _quantization(recipe: Recipe) -> Iterator[Conflict]:
             if getattr(spec, name) is not None:
                 key = f"quantization.{name}"
                 yield Conflict(key, "has no effect with 8 bits", "remove it, or write bits: 4", ("quantization.bits",))
+        # The default passes: it stands in every resolved recipe.
+        if spec.compute_dtype != QuantizationSpec.model_fields["compute_dtype"].default:
+            key, fix = "quantization.compute_dtype", "remove it, or write bits: 4"
+            yield Conflict(key, "has no effect with 8 bits", fix, ("quantization.bits",))
 
 
 def _target_modules(recipe: Recipe) -> Iterator[Conflict]:

@@ -49,7 +49,7 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: swap it for a folder that is there; without it, one that is there is an error.
 
     Raises:
-        FileExistsError: before anything is written, where `path` exists and is not to be replaced.
+        FileExistsError: `path` is not to be replaced, and exists: found before anything is written, or at the end.
     """
     if not replace and path.exists():
         raise FileExistsError(f"{path} exists")
@@ -63,15 +63,20 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 Path(parent, name).chmod(0o666 & ~_umask())
                 _sync(Path(parent, name))
             _sync(Path(parent))
-        _swap(beside, path)
+        _put(beside, path, replace=replace)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _sync(path.parent)
 
 
-def _swap(new: Path, path: Path) -> None:
-    if not path.exists():
-        new.rename(path)
+def _put(new: Path, path: Path, *, replace: bool) -> None:
+    if not (replace and path.exists()):
+        try:
+            new.rename(path)
+        except OSError:
+            if path.exists():  # another was first
+                raise FileExistsError(f"{path} exists") from None
+            raise
         return
     # No portable call exchanges two folders. Between the renames the old one is only aside, under a name by
     # which `sweep` puts it back.
@@ -85,14 +90,15 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
-def sweep(parent: Path) -> None:
+def sweep(parent: Path, name: str | None = None) -> None:
     """Clear what killed processes left in `parent`: half-written results go, a folder put aside comes back.
 
-    Only this machine's processes are known, so a folder that other machines write to is swept under its lock.
+    Only this machine's processes are known. So whoever sweeps where other machines write holds the lock on all that
+    is written there, or on the one result `name`, and then sweeps that alone.
     """
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         match = LEFTOVER.fullmatch(path.name)
-        if not match or _alive(int(match["pid"])):
+        if not match or name not in (None, match["name"]) or _alive(int(match["pid"])):
             continue
         meant = parent / match["name"]
         # Another process may be sweeping the same: what it took first is no error.

@@ -45,14 +45,14 @@ class Meter:
 
 
 @contextmanager
-def meter(total: int, *, done: int = 0, every: int = 1) -> Iterator[Meter]:
-    """A meter for `total` steps of which `done` are done."""
-    if not err.is_terminal:
+def meter(total: int, *, done: int = 0, every: int = 1, bar: bool = True) -> Iterator[Meter]:
+    """A meter for `total` steps of which `done` are done; without `bar` it draws none on a terminal either."""
+    if not (bar and err.is_terminal):
         yield Meter(None, total=total, done=done, every=every)
         return
     columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
-    with Progress(*columns, console=err) as bar:
-        yield Meter(bar, total=total, done=done, every=every)
+    with Progress(*columns, console=err) as progress:
+        yield Meter(progress, total=total, done=done, every=every)
 
 
 def duration(seconds: float) -> str:

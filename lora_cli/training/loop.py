@@ -65,10 +65,11 @@ def fit(
                 continue
             torch.manual_seed(_seed(spec.seed, number, place))
             loss = scorer(batch).loss
-            (loss / supervised).backward()
+            # The sum, not the mean: shares of 1/supervised would vanish below fp16's smallest number on their way down.
+            loss.backward()
             losses.append((batch, loss.detach()))
             loss_sum += loss.detach()
-        grad_norm = _reduce_gradients(trained, accelerator)
+        grad_norm = _reduce_gradients(trained, accelerator, share=max(1, supervised))
         loss_sum = _sum(accelerator, loss_sum)
         if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
             raise _not_finite(number + 1, losses, plan)
@@ -101,8 +102,8 @@ def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
     return reduced
 
 
-def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator) -> Tensor:
-    """Sum the gradients of all processes in one message; returns their L2 norm.
+def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: int) -> Tensor:
+    """Sum the gradients of all processes in one message and divide them by `share`; returns their L2 norm.
 
     An adapter is small, so one flat message costs less than DDP's buckets and hooks, and processes may have
     different numbers of batches, which DDP does not allow.
@@ -113,7 +114,10 @@ def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator) -> 
         flat = _sum(accelerator, flat)
         for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
             parameter.grad = part.view_as(parameter)
-    return nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    gradients = [p.grad for p in trained if p.grad is not None]
+    for gradient in gradients:
+        gradient.div_(share)
+    return nn.utils.get_total_norm(gradients)
 
 
 def _not_finite(number: int, losses: list[tuple[Batch, Tensor]], plan: Plan) -> LoraError:

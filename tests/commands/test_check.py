@@ -12,6 +12,7 @@ import pytest
 from lora_cli.recipe.names import all_keys
 from lora_cli.recipe.schema import Recipe
 from tests.commands.conftest import Finished, Lora, WriteRecipe
+from tests.model.test_gguf import write_gguf
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
@@ -36,6 +37,23 @@ def test_check_shows_rows_labels_targets_and_memory(recipe: WriteRecipe, lora: L
 def test_check_counts_what_train_trains(finished: Finished, recipe: WriteRecipe, lora: Lora):
     count = json.loads((finished.folder / "manifest.json").read_text())["trainable_parameters"]
     assert f"{count:,} trainable parameters in all" in lora("check", recipe()).out
+
+
+def test_check_of_a_gguf_loads_no_weights_and_encodes_for_the_run(
+    recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LORA_CACHE", "cache")
+    write_gguf(Path("tiny.gguf"), "Q8_0")
+    path = recipe({"model.path": "tiny.gguf"})
+    checked = lora("check", path)
+    assert checked.code == 0, checked.err
+    assert "encoding" in checked.err
+    assert not list(Path("cache/gguf").rglob("*.safetensors"))
+    ran = lora("eval", path)
+    assert ran.code == 0, ran.err
+    assert "dequantising tiny.gguf" in ran.err
+    assert "encoding" not in ran.err
+    assert lora("check", path).out == checked.out
 
 
 def test_check_without_a_model(recipe: WriteRecipe, lora: Lora):

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from lora_cli.model import adapter
 from tests.commands.conftest import Lora, WriteRecipe, rows, write_recipe
+from tests.model import zoo
 
 
 def table(out: str) -> dict[str, list[str]]:
@@ -74,6 +77,55 @@ def test_answers_side_by_side(trained: Path, lora: Lora):
     assert len(re.findall(r"^--- rows\.jsonl:\d+$", out, re.MULTILINE)) == 2
     for who in ("reference", "base", "adapter"):
         assert len(re.findall(rf"^\[{who}\]", out, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "said"),
+    [
+        (["--data", "long.jsonl"], {"data.loss_on": "all"}, "with data.loss_on: all no row has a prompt"),
+        (["--data", "text.txt"], {}, "--answers: 2 rows skipped, as no prompt stands before"),
+    ],
+    ids=["loss_on all", "texts"],
+)
+def test_rows_without_a_prompt_are_not_answered(
+    words: list[str], changes: dict[str, str], said: str, recipe: WriteRecipe, lora: Lora
+):
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(2)))
+    Path("text.txt").write_text("one line\nanother\n")
+    done = lora("eval", recipe(changes), *words, "--answers", "2")
+    assert done.code == 0, done.err
+    assert said in done.err
+    assert "---" not in done.out
+
+
+@pytest.fixture
+def with_biases(place: Path) -> Path:
+    """A base with biases as `qwen`, and an adapter in `biased` that changed them."""
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    model = zoo.make("qwen2", vocab_size=len(tokenizer))
+    model.save_pretrained("qwen")
+    tokenizer.save_pretrained("qwen")
+    adapted = zoo.adapted(model, bias="all")
+    for name, parameter in adapted.named_parameters():
+        if "bias" in name:
+            parameter.data += 1.0
+    adapter.save(adapted, Path("biased"), base="qwen", revision=None)
+    return Path("biased")
+
+
+def test_the_base_is_measured_without_the_biases_of_an_adapter(with_biases: Path, recipe: WriteRecipe, lora: Lora):
+    path = recipe({"model.path": "qwen"})
+    alone, beside = lora("eval", path, "--answers", "2"), lora("eval", path, "--adapter", "x=biased", "--answers", "2")
+    assert beside.code == 0, beside.err
+    assert table(beside.out)["base"] == table(alone.out)["base"] != table(beside.out)["x"]
+    said = [re.findall(r"^\[base\].*", done.out, re.MULTILINE) for done in (alone, beside)]
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
+    several = lora("eval", path, "--adapter", "x=biased", "--adapter", "y=biased")
+    assert several.last_two == [
+        "error: biased: trained the base's biases too, and cannot be measured beside others",
+        "hint: measure each adapter by itself",
+    ]
 
 
 @pytest.mark.parametrize(

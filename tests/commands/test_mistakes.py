@@ -67,7 +67,7 @@ MISTAKES = {
         {"data.format": "alpaca"},
         [
             "error: rows.jsonl: 24 of 24 rows are bad",
-            "hint: map the columns, as in data.columns: {prompt: question, completion: answer}",
+            "hint: they look like messages: write format: auto",
         ],
     ),
     "a folder without rows": Mistake(
@@ -86,7 +86,7 @@ MISTAKES = {
         {"model.path": "models/x.gguf"},
         [
             "error: model.path: there is no file models/x.gguf",
-            "hint: models holds nothing; model.path takes a .gguf file, a folder or a hub id",
+            "hint: there is no folder models either; model.path takes a .gguf file, a folder or a hub id",
         ],
     ),
     "a gguf that is none": Mistake(
@@ -122,7 +122,7 @@ MISTAKES = {
         {"model.path": "x"},
         [
             "error: model.path: x cannot be loaded: The checkpoint you are trying to load has model type `gizmo` but Transformers does not recognize this architecture. This could be because of an issue with the checkpoint, or because your version of Transformers is out of date.",
-            "hint: check the hub id, or give a local folder or .gguf file as model.path",
+            "hint: give a model that the installed transformers knows, or upgrade it: pip install -U transformers",
         ],
         before=folder("x", "config.json", '{"model_type": "gizmo"}'),
     ),
@@ -178,6 +178,13 @@ MISTAKES = {
             "hint: known are auto, eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa",
         ],
     ),
+    "an attention without its package": Mistake(
+        {"model.attention": "flash_attention_2"},
+        [
+            "error: model.attention: flash_attention_2 needs its package, which is not installed or does not work here",
+            "hint: write auto, or install the package that fits your GPU and torch",
+        ],
+    ),
     "epochs and max_steps": Mistake(
         {"training.epochs": 1},
         [
@@ -212,6 +219,15 @@ MISTAKES = {
         {},
         ["--set training.seed: no `=` — write it as training.learning_rate=1e-4", "error: 1 problem in recipe.yaml"],
         words="train recipe.yaml --set training.seed",
+    ),
+    "eval on rows that are all left out": Mistake(
+        {"data.on_bad_row": "skip", "data.max_loss": 1.0},
+        [
+            "error: other.jsonl: no row is left",
+            "hint: see data.on_bad_row, data.overlong and the weights",
+        ],
+        words="eval recipe.yaml --data other.jsonl",
+        before=write("other.jsonl", "nope\n"),
     ),
     "eval of a base model": Mistake(
         {},

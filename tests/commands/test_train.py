@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from lora_cli.run import console, journal
 from lora_cli.run.folder import LOCK
+from lora_cli.training import launch
 from tests.commands.conftest import Finished, Lora, WriteRecipe
 
 
@@ -150,6 +152,51 @@ def test_resume_refuses_another_recipe(trained: Path, lora: Lora):
         r"error: .*step-00000004: cannot resume, changed since this checkpoint: adapter", done.last_two[0]
     )
     assert done.last_two[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize(("key", "value"), [("dtype", "bfloat16"), ("attention", "eager")])
+def test_resume_refuses_another_arithmetic(key: str, value: str, trained: Path, lora: Lora):
+    packing = ("--set", "data.packing=false", "--set", "training.batch_size=4")
+    assert lora("train", "recipe.yaml", "--output", "runs/b", *packing).code == 0
+    done = lora("train", "recipe.yaml", "--output", "runs/b", *packing, "--resume", "--set", f"model.{key}={value}")
+    assert done.code == 2
+    assert done.last_two[0].endswith(f"cannot resume, changed since this checkpoint: {key}")
+
+
+def test_bad_rows_are_told_before_any_process_is_started(
+    recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launch, "spawn", lambda *_: pytest.fail("started"))
+    with Path("rows.jsonl").open("a") as rows:
+        rows.write('{"messages": 3}\n')
+    done = lora("train", recipe(), "--processes", "2")
+    assert done.code == 2
+    assert done.err.count("error: ") == 1
+    assert done.last_two[0] == "error: rows.jsonl: 1 of 25 rows is bad"
+
+
+def test_of_several_processes_the_first_tells_a_mistake(
+    recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    recipe({"training.max_steps": -1})
+    assert "error: " in lora("train", "recipe.yaml").err
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert lora("train", "recipe.yaml") == (2, "", "")
+
+
+def test_too_little_memory_names_what_to_lower(recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    from lora_cli.model.score import Scorer
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Scorer, "__call__", full)
+    done = lora("train", recipe())
+    assert (done.code, done.out) == (1, "")
+    assert done.last_two == [
+        "error: cpu has too little memory for a step",
+        "hint: lower training.tokens_per_batch, or set training.gradient_checkpointing to true",
+    ]
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lora_cli.data.rows import Row
-from lora_cli.evaluation.generate import greedy, prompt_ids, reference_ids
+from lora_cli.evaluation.generate import greedy, prompt_ids, reference_ids, stop_ids
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
 
@@ -24,9 +24,10 @@ def alone(model: torch.nn.Module, prompt: list[int], *, limit: int, stop: list[i
     return ids[len(prompt) :], False
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_batch_answers_as_each_prompt_alone(training: bool):
-    model = zoo.make("llama", vocab_size=len(TOKENIZER), attention="sdpa")
+@pytest.mark.parametrize(("family", "training"), [("llama", True), ("llama", False), ("gpt2", False)])
+def test_a_batch_answers_as_each_prompt_alone(family: str, training: bool):
+    model = zoo.make(family, vocab_size=len(TOKENIZER), attention="sdpa")
+    model.generation_config.repetition_penalty = 2.0  # as chat models ship it; not what greedy means here
     prompts = [list(range(5, 5 + n)) for n in (1, 9, 4, 17)]
     # A stop that some of them reach: the third token of the second answer.
     free, _ = alone(model, prompts[1], limit=12, stop=[])
@@ -38,6 +39,18 @@ def test_a_batch_answers_as_each_prompt_alone(training: bool):
         (TOKENIZER.decode(ids, skip_special_tokens=True).strip(), finished) for ids, finished in expected
     ]
     assert model.training is training
+
+
+def test_only_end_marks_stop_an_answer():
+    model = zoo.make("llama", vocab_size=len(TOKENIZER))
+    end, start, word = *TOKENIZER.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]), TOKENIZER("a")["input_ids"][0]
+    for of_model, marks in ((2, {2}), ([2, 7], {2, 7}), (None, set())):
+        model.generation_config.eos_token_id = of_model
+        assert set(stop_ids(TOKENIZER, model, [[start, word], [word, end]])) == {end, *marks}
+    blank = build("<|im_start|>", eos="<|im_end|>", template=CHATML)
+    blank.eos_token = None
+    assert stop_ids(blank, model, [[3, 4]]) == []
+    assert not greedy(model, blank, [[5, 6]], max_new_tokens=3, stop=[])[0].finished
 
 
 @pytest.mark.parametrize(

@@ -61,5 +61,8 @@ def test_a_permission_that_is_taken_away(trained: Path, lora: Lora, monkeypatch:
     monkeypatch.setattr(atomic, "write_bytes", denied)
     done = lora("eval", "runs/a", "--json", "figures.json")
     assert done.code == 1
-    assert done.last_two[0] == "error: figures.json: Permission denied"
+    assert done.last_two == [
+        "error: figures.json: Permission denied",
+        "hint: see its permissions, or name another place; what was written before is whole",
+    ]
     assert "Traceback" not in done.err

@@ -162,6 +162,8 @@ def test_a_row_plan_holds_every_position_once_and_pads_little(lengths: list[int]
     ("asked", "named"),
     [
         ({"softcap": 30.0}, "softcap"),
+        ({"chunk_size": 16}, "chunk_size"),  # as any keyword that it does not know
+        ({"is_causal": False}, "later tokens"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"dropout": 0.1}, "attention dropout"),
         ({"row_plan": None}, "keyword arguments"),

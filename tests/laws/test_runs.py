@@ -207,6 +207,23 @@ def test_two_processes_are_one(place: Place, whole: Path):
         assert float((tensor - weights(whole)[name]).norm() / tensor.norm()) < 1e-5
 
 
+def test_two_processes_stopped_by_sigint_save_and_say_so_once(place: Place):
+    process = place.start("pair", "--processes", "2", max_steps=2000, eval_every=None)
+    file = place.folder / "pair" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and losses(file.parent)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    (saved,) = (place.folder / "pair" / "checkpoints").iterdir()
+    done = int(saved.name.removeprefix("step-"))
+    assert said.splitlines()[-1] == f"stopped after step {done}, which is saved; --resume goes on from there"
+    assert "Traceback" not in said
+
+
 def test_saved_is_loaded_by_plain_peft(place: Place, whole: Path):
     last = metrics(whole)[-1]["eval_loss"]
     ids = torch.arange(5, 60)[None]

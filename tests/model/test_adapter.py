@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import LoraError
 from lora_cli.model import adapter
@@ -101,3 +103,26 @@ def test_trained_weights_are_fp32_over_a_bf16_base(method: str):
     model = zoo.adapted(zoo.make("llama", dtype=torch.bfloat16), method=method)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def experts() -> Any:
+    """A model whose experts' weights are single parameters."""
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **zoo.COMMON, **options))
+    return model.requires_grad_(False)
+
+
+def test_each_trained_parameter_of_experts_is_counted_once():
+    model = zoo.adapted(experts())
+    layers = adapter.adapted_layers(model)
+    assert sum(layers.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert {name.rpartition(".")[2] for name in layers} >= {"q_proj", "experts"}
+    assert not [name for name in layers if "base_layer" in name]
+
+
+def test_dropout_over_experts_is_refused_with_what_to_write():
+    with pytest.raises(LoraError, match="lora_dropout") as caught:
+        zoo.adapted(experts(), dropout=0.1)
+    assert caught.value.hint is not None
+    assert "adapter.dropout: 0" in caught.value.hint

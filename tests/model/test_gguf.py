@@ -8,10 +8,13 @@ import gguf as library
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from lora_cli.data.encode import Encoder
 from lora_cli.errors import LoraError
+from lora_cli.model import base
 from lora_cli.model.gguf import unpack
+from lora_cli.recipe.schema import DataSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
 
@@ -177,21 +180,42 @@ def test_who_comes_second_takes_what_is_there(file: Path, tmp_path: Path):
     assert list((tmp_path / "gguf").iterdir()) == [found[0]]
 
 
+def test_without_weights_config_and_tokenizer_are_the_same(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.model.gguf.AutoModelForCausalLM", None)
+        light = unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append, weights=False)
+        assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, say=said.append, weights=False) == light
+    assert said == [f"reading config and tokenizer of tiny.Q8_0.gguf, once; kept in {light}"]
+    assert not list(light.glob("*.safetensors"))
+    full = unpack(file, dtype=torch.float32, cache=tmp_path, say=silence)
+    assert full != light
+    assert unpack(file, dtype=torch.float32, cache=tmp_path, say=silence, weights=False) == full
+    encoders = [Encoder(DataSpec(train="x"), AutoTokenizer.from_pretrained(folder)) for folder in (light, full)]
+    assert encoders[0].identity() == encoders[1].identity()
+    shapes = [
+        {name: p.shape for name, p in base.skeleton(AutoConfig.from_pretrained(folder)).named_parameters()}
+        for folder in (light, full)
+    ]
+    assert shapes[0] == shapes[1]
+
+
 BAD = {
     "empty": (b"", "not a GGUF file"),
     "text": (b"model: tiny", "not a GGUF file"),
     "header alone": (b"GGUF", "transformers cannot read this GGUF"),
-    "cut short": (None, "transformers cannot read this GGUF"),
+    "cut short": (None, "the file is cut short"),
     "another version": (b"GGUF" + b"\xff" * 64, "transformers cannot read this GGUF"),
 }
 
 
+@pytest.mark.parametrize("weights", [True, False])
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, name: str):
+def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, name: str, weights: bool):
     content, said = BAD[name]
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(file.read_bytes()[:-5000] if content is None else content)
     with pytest.raises(LoraError, match=said) as caught:
-        unpack(bad, dtype=torch.float32, cache=tmp_path / "cache", say=silence)
+        unpack(bad, dtype=torch.float32, cache=tmp_path / "cache", say=silence, weights=weights)
     assert "bad.gguf" in caught.value.message
     assert not list((tmp_path / "cache").glob("gguf/*"))

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import LoraError
-from lora_cli.model import isolation
+from lora_cli.model import attention, isolation
 from lora_cli.model.attention import NAME
 from lora_cli.model.isolation import TOLERANCE, candidates, settle
 from tests.model import zoo
@@ -113,3 +114,62 @@ def test_settling_leaves_the_mode_alone():
         model = zoo.make("llama").train(training)
         settle(model, "auto", packing=True)
         assert model.training is training
+
+
+@pytest.mark.parametrize(("family", "key"), [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")])
+def test_attention_dropout_takes_an_attention_that_has_it(family: str, key: str):
+    model = zoo.make(family, **{key: 0.1})
+    proof = settle(model, "auto", packing=True)
+    assert proof is not None
+    assert proof.attention == "sdpa"
+    model.train()(**isolation._inputs(model, [torch.arange(9), torch.arange(5)]))  # as the first step does
+
+
+def test_layers_that_attend_in_chunks_are_not_left_to_row_attention():
+    """Its own rows agree with each other, packed or not, and none of them with the model."""
+    options = {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **zoo.COMMON, **options)).eval()
+    proof = settle(model, "auto", packing=True)
+    assert proof is not None
+    assert proof.attention == "sdpa"
+    with pytest.raises(LoraError, match=r"lora_rows \(layers of chunked_attention\)"):
+        settle(model, NAME, packing=True)
+
+
+@pytest.mark.parametrize("broken", ["_long_attention", "_group_attention"])
+def test_rows_are_held_against_eager_attention_long_ones_too(monkeypatch: pytest.MonkeyPatch, broken: str):
+    """Wrong in the same way packed and apart: only another attention can tell."""
+    right = getattr(attention, broken)
+    monkeypatch.setattr(attention, broken, lambda *x, scale, **kw: right(*x, scale=2 * scale, **kw))
+    model = zoo.make("llama")
+    proof = settle(model, "auto", packing=True)
+    assert proof is not None
+    assert proof.attention == "sdpa"
+    with pytest.raises(LoraError, match=r"logits by 0\.0%, packed is off by"):
+        settle(model, NAME, packing=True)
+
+
+def test_a_model_of_few_positions_is_measured_within_them():
+    model = zoo.make("gpt2", n_positions=32)
+    assert settle(model, "auto", packing=True) is not None
+
+
+def test_rounding_in_half_precision_is_no_leak():
+    """As many layers as would add up to more than two layers show."""
+    model = zoo.make("llama", dtype=BF16, num_hidden_layers=12)
+    proof = settle(model, "auto", packing=True)
+    assert proof is not None
+    assert (proof.attention, proof.leak) == (NAME, 0)
+    assert proof.difference > TOLERANCE[FP32]
+
+
+def test_a_leak_below_rounding_is_seen_in_half_precision_too():
+    model = zoo.make("llama", dtype=BF16)
+    embeddings = model.get_input_embeddings()
+    # Each token also carries a little of the token seven before.
+    embeddings.register_forward_hook(lambda layer, args, out: out + 0.003 * out.roll(7, dims=1))
+    proof = None
+    with pytest.raises(LoraError, match="does not keep packed rows apart"):
+        proof = settle(model, "auto", packing=True)
+    assert proof is None

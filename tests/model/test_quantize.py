@@ -110,3 +110,27 @@ def test_training_moves_the_adapter_alone(nf4: Any):
     assert steps[-1].loss < 0.9 * steps[0].loss
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in trained), name
+
+
+def test_packing_is_judged_by_the_dtype_of_the_products(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The defaults: what is not quantised is fp32, but the products are made in bf16 and are as exact as that."""
+    model = quantize.prepare(load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "bfloat16"})))
+    assert model.dtype == torch.float32
+    assert isolation.product_dtype(model) == torch.bfloat16
+    asked = []
+    right = isolation.candidates
+    monkeypatch.setattr(isolation, "candidates", lambda *x, **kw: asked.append(kw["dtype"]) or right(*x, **kw))
+    proof = isolation.settle(model, "sdpa", packing=True)  # as on a GPU
+    assert asked == [torch.bfloat16]  # flash attention would be tried
+    assert proof is not None
+    assert proof.leak == 0
+    assert proof.difference > isolation.TOLERANCE[torch.float32]
+
+
+def test_int8_is_refused_for_its_outliers_not_for_the_model(tiny_folder: Path):
+    model = quantize.prepare(load(tiny_folder, QuantizationSpec(bits=8)))
+    assert isolation.product_dtype(model) == torch.float16
+    with pytest.raises(LoraError, match=r"data\.packing: 8-bit layers .* outlier columns") as caught:
+        isolation.settle(model, "auto", packing=True)
+    assert "quantization.bits: 8" in str(caught.value.hint)
+    assert "data.packing: false" in str(caught.value.hint)

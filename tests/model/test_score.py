@@ -116,3 +116,23 @@ def test_the_active_adapter_counts():
         base = float(scorer(batch).loss.detach())
     assert base == pytest.approx(float(Scorer(zoo.make("llama"))(batch).loss), rel=1e-6)
     assert float(scorer(batch).loss.detach()) != pytest.approx(base, rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_no_head_computes_logits_where_there_is_no_label(family: str, packing: bool):
+    model = zoo.make(family, attention="eager")
+    scorer = Scorer(model)
+    rows = zoo.rows_of([12, 5, 31, 8])
+    for i in range(len(rows)):
+        rows[i].labels[:-2] = -100
+        rows[i].labels[-2:] = rows[i].input_ids[-2:]
+    batch = (join_packed if packing else join_padded)([rows[i] for i in range(len(rows))], range(4), 0)
+    multiplied: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, out: multiplied.append(out.numel() // 97))
+    score = scorer(batch)
+    assert score.tokens == 8
+    # Padded, the head takes whole columns: at most four rows for each label.
+    assert multiplied == [8] or (not packing and multiplied[0] <= 4 * 8)
+    total, _ = zoo.loss_row_by_row(model, rows)
+    assert score.loss.item() == pytest.approx(total.item(), rel=1e-5)

@@ -48,7 +48,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", {"logit_scale": 0.25}),
     "phi3": ("phi3", {}),
     "gpt-neox": ("gpt_neox", {}),
-    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048}),  # Conv1D layers
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048, "attn_pdrop": 0.0},
+    ),  # Conv1D layers
     "deepseek3": (  # values are narrower than keys
         "deepseek_v3",
         {

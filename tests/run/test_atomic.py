@@ -85,6 +85,21 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path: Path):
     assert names(tmp_path) == {"adapter"}
 
 
+def test_the_first_to_finish_a_folder_wins(tmp_path: Path):
+    path = tmp_path / "adapter"
+
+    def overtaken() -> None:
+        with atomic.folder(path) as late:
+            (late / "late").touch()
+            with atomic.folder(path) as first:
+                (first / "first").touch()
+
+    with pytest.raises(FileExistsError):
+        overtaken()
+    assert names(path) == {"first"}
+    assert names(tmp_path) == {"adapter"}
+
+
 def test_a_swap_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "adapter"
     with atomic.folder(path) as new:
@@ -114,6 +129,14 @@ def test_sweep_takes_only_what_the_dead_left(tmp_path: Path):
     atomic.sweep(tmp_path)
     atomic.sweep(tmp_path / "missing")
     assert names(tmp_path) == keep
+
+
+def test_sweep_of_one_name_leaves_the_others(tmp_path: Path):
+    other = f".tmp-other-{DEAD}-0123abcd"
+    for name in (other, f".tmp-mine-{DEAD}-0123abcd"):
+        (tmp_path / name).mkdir()
+    atomic.sweep(tmp_path, "mine")
+    assert names(tmp_path) == {other}
 
 
 def test_sweep_puts_back_what_was_aside_between_the_renames(tmp_path: Path):

@@ -12,6 +12,7 @@ from lora_cli.data.batches import Plan
 from lora_cli.errors import LoraError
 from lora_cli.model import attention, fused
 from lora_cli.recipe.schema import TrainingSpec
+from lora_cli.training import loop
 from lora_cli.training.loop import Step, fit
 from lora_cli.training.optim import make_optimizer
 from tests.model import zoo
@@ -66,7 +67,7 @@ def test_gradient_checkpointing_changes_nothing(dropout: float, packing: bool):
         if not packing:
             base.set_attn_implementation("sdpa")
         if recompute:
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.activation_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
         plan = Plan(zoo.rows_of(LENGTHS), packing=packing, size=50 if packing else 4, per_step=2, seed=1)
         steps = run(model, plan, total=3)
@@ -163,3 +164,23 @@ def test_a_step_without_any_label_moves_nothing():
     (step,) = run(model, Plan(rows, packing=True, size=40, per_step=1, seed=0), total=1)
     assert (step.supervised, step.loss) == (0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+
+
+def test_fp16_gradients_of_a_large_step_do_not_vanish(monkeypatch: pytest.MonkeyPatch):
+    """A batch that is one of ten thousand of its step has a gradient that many times smaller, and as exact."""
+    monkeypatch.setattr(loop, "_sum", lambda _, value: value if value.is_floating_point() else 10_000 * value)
+    found = []
+    for dtype in (torch.float16, torch.float32):
+        half = zoo.make("llama", dtype=torch.float16, attention="sdpa", initializer_range=0.05)
+        model = zoo.adapted(half.to(dtype))  # the same numbers
+        plan = Plan(zoo.rows_of(LENGTHS), packing=False, size=4, per_step=3, seed=1)
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(weights, lr=0.0)
+        seen: list[Tensor] = []
+        optimizer.register_step_pre_hook(
+            lambda *_, weights=weights, seen=seen: seen.extend(p.grad.flatten() for p in weights)
+        )
+        spec = TrainingSpec(max_grad_norm=None)
+        list(fit(model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=1))
+        found.append(torch.cat(seen))
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.02
