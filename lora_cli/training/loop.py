@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from lora_cli.data.batches import Batch, Plan
@@ -121,12 +122,18 @@ def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, 
 
 
 def _not_finite(number: int, losses: list[tuple[Batch, Tensor]], plan: Plan) -> LoraError:
-    broken = [batch for batch, loss in losses if not torch.isfinite(loss)]
-    what = "loss" if broken else "gradient"
-    rows = [plan.rows[i].where for batch in (broken or [b for b, _ in losses]) for i in batch.rows]
-    named = ", ".join(rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+    """The error of a step whose sums, the same in every process, are not finite; all of them must call it."""
+    rows = {
+        finite: [
+            plan.rows[i].where for batch, loss in losses if bool(torch.isfinite(loss)) == finite for i in batch.rows
+        ]
+        for finite in (False, True)
+    }
+    broken, whole = gather_object(rows[False]), gather_object(rows[True])
+    what, named = ("loss", broken) if broken else ("gradient", whole)
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
     return LoraError(
-        f"step {number}: the {what} is not finite; its rows: {named or 'of another process'}",
+        f"step {number}: the {what} is not finite; its rows: {', '.join(named[:5])}{more}",
         hint="the last checkpoint is from before it; try a lower training.learning_rate or a longer training.warmup, "
         "and look at these rows",
         exit_code=1,
