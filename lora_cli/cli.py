@@ -111,9 +111,6 @@ def schema() -> None:
 def main() -> None:
     """Run the command line; a LoraError becomes its details, one `error:` and one `hint:` line, and its exit code."""
     hush()
-    # Two threads that spin while they wait for each other starve as soon as anything else runs on the machine: a step
-    # then takes twenty times as long. Sleeping costs an idle machine little. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except LoraError as mistake:
