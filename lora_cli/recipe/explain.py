@@ -152,9 +152,11 @@ def _kind(option: Schema) -> str:
         case "integer" | "number" as kind:
             return ("a whole number" if kind == "integer" else "a number") + _range(option)
         case "array":
-            return "a list of texts" if option["items"].get("type") == "string" else "a list of sources"
+            kinds = {"string": "a list of texts", "integer": "a list of whole numbers"}
+            return kinds.get(option["items"].get("type"), "a list of sources")
         case "object":
-            return "pairs such as {prompt: question}"
+            number = option["additionalProperties"].get("type") != "string"
+            return f"pairs such as {'{down_proj: 32}' if number else '{prompt: question}'}"
         case _:
             return "text"
 

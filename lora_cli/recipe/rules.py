@@ -7,12 +7,14 @@ from os.path import exists, expanduser, isdir, normpath
 from pathlib import PurePath
 from typing import NamedTuple
 
-from lora_cli.recipe.problem import show
+from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.problem import join, show
 from lora_cli.recipe.scalars import scalar
-from lora_cli.recipe.schema import QuantizationSpec, Recipe, SourceSpec
+from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec, Recipe, SourceSpec
+from lora_cli.recipe.tasks import TASK_FORMATS
 
 ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-NO_CONVERSATION = {"text", "tokens"}
+NO_CONVERSATION = {"text", "tokens", "classification", "tagging"}
 
 
 class Conflict(NamedTuple):
@@ -39,6 +41,15 @@ def _model(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("model.revision", "has no effect on a local model", fix, ("model.path",))
     if model.trust_remote_code and gguf:
         yield Conflict("model.trust_remote_code", "has no effect on a .gguf file", "remove it", ("model.path",))
+    if model.gguf != "auto" and not gguf:
+        yield Conflict("model.gguf", "has no effect on a model that is no .gguf file", "remove it", ("model.path",))
+    if model.gguf == "packed" and recipe.quantization is not None:
+        found = "a base that stays packed is quantised already"
+        yield Conflict("model.gguf", found, "remove the quantization section, or write dequantized", ("quantization",))
+    for index, token in enumerate(model.new_tokens):
+        if not token.strip() or token in model.new_tokens[:index]:
+            found = "an empty token" if not token.strip() else f"'{show(token)}' is listed twice"
+            yield Conflict(f"model.new_tokens[{index}]", found, "remove it")
     if model.revision is not None and _is_none(model.revision):
         yield Conflict("model.revision", f"'{model.revision}' is read as a branch", "write null for none")
     if model.attention.lower().replace("-", "_") in ("flash", "flash_attn", "flash_attention", "fa2"):
@@ -49,7 +60,12 @@ def _model(recipe: Recipe) -> Iterator[Conflict]:
 def _quantization(recipe: Recipe) -> Iterator[Conflict]:
     spec = recipe.quantization
     if spec and spec.bits == 8:
-        for name in ("type", "double_quant"):
+        if recipe.data.packing:
+            found = (
+                "8-bit layers (LLM.int8) choose their outlier columns over the whole batch: packed rows change others"
+            )
+            yield Conflict("data.packing", found, "write packing: false, or bits: 4", ("quantization.bits",))
+        for name in ("type", "double_quant", "storage_dtype"):
             if getattr(spec, name) is not None:
                 key = f"quantization.{name}"
                 yield Conflict(key, "has no effect with 8 bits", "remove it, or write bits: 4", ("quantization.bits",))
@@ -59,9 +75,83 @@ def _quantization(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(key, "has no effect with 8 bits", fix, ("quantization.bits",))
 
 
+def _method(recipe: Recipe) -> Iterator[Conflict]:
+    """What the adapter method takes, and what it allows the rest of the recipe."""
+    spec, facts = recipe.adapter, FACTS[recipe.adapter.method]
+    by = f"method {spec.method}"
+    for name in AdapterSpec.model_fields:
+        if name != "method" and name not in facts.options and getattr(spec, name) is not None:
+            takers = [other for other, its in FACTS.items() if name in its.options]
+            fix = f"remove it; it belongs to {join(list(takers), 'and')}" if len(takers) < 4 else "remove it"
+            yield Conflict(f"adapter.{name}", f"has no effect with {by}", fix, ("adapter.method",))
+    if recipe.task not in facts.tasks:
+        fix = f"write another method, or {join(list(facts.tasks))} as the task"
+        yield Conflict("adapter.method", f"{spec.method} cannot learn {recipe.task}", fix, ("task",))
+    if recipe.data.packing and not facts.packs:
+        found = f"{by} puts its positions before a row, so that a batch holds one row a line"
+        yield Conflict("data.packing", found, "write packing: false, or remove it", ("adapter.method",))
+    if recipe.training.gradient_checkpointing is True and spec.method == "prefix":
+        found = "method prefix hands its keys and values over in the cache, which recomputation has none of"
+        yield Conflict("training.gradient_checkpointing", found, "write false, or auto", ("adapter.method",))
+    bits = recipe.quantization.bits if recipe.quantization else None
+    reads = ("quantization", "quantization.bits")
+    if facts.needs_bits and bits != facts.needs_bits:
+        fix = f"write quantization: {{bits: {facts.needs_bits}}}, or another method"
+        yield Conflict(
+            "adapter.method", f"{spec.method} corrects a {facts.needs_bits}-bit base, and none is asked for", fix, reads
+        )
+    elif bits and bits not in facts.bits:
+        reason = facts.unquantized or f"PEFT computes it over {join([str(b) for b in facts.bits])} bits only"
+        fix = (
+            f"write bits: {facts.bits[0]}, or method lora"
+            if facts.bits
+            else "remove the quantization section, or write method lora"
+        )
+        yield Conflict("adapter.method", f"{spec.method} trains over no {bits}-bit base: {reason}", fix, reads)
+    if spec.final_rank and spec.rank and spec.final_rank > spec.rank:
+        found = f"{spec.final_rank} is more than the rank that adalora starts with, {spec.rank}"
+        yield Conflict("adapter.final_rank", found, "lower it, or raise adapter.rank", ("adapter.rank",))
+    for key in ("modules_to_save", "trainable_tokens", "layers", "feedforward_modules"):
+        yield from _listed(f"adapter.{key}", getattr(spec, key))
+
+
+def _listed(key: str, given: list[str] | list[int] | None) -> Iterator[Conflict]:
+    """Repeated and empty entries, and the empty list, which says nothing."""
+    if given == []:
+        yield Conflict(key, "an empty list", "remove it")
+    for index, item in enumerate(given or []):
+        if item == "":
+            yield Conflict(f"{key}[{index}]", "an empty name", "remove it")
+        elif item in (given or [])[:index]:
+            yield Conflict(f"{key}[{index}]", f"'{show(str(item))}' is listed twice", "keep one")
+
+
+def _patterns(recipe: Recipe) -> Iterator[Conflict]:
+    """Regexes over names of modules, target_modules aside."""
+    spec = recipe.adapter
+    for key in ("rank_pattern", "alpha_pattern"):
+        if getattr(spec, key) == {}:
+            yield Conflict(f"adapter.{key}", "an empty section", "remove it")
+        for pattern in getattr(spec, key) or ():
+            yield from _regex(f"adapter.{key}", pattern)
+    if isinstance(spec.exclude_modules, list):
+        yield from _listed("adapter.exclude_modules", spec.exclude_modules)
+    elif spec.exclude_modules is not None:
+        yield from _regex("adapter.exclude_modules", spec.exclude_modules)
+
+
+def _regex(key: str, pattern: str) -> Iterator[Conflict]:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield Conflict(key, f"'{show(pattern)}' is no regex ({error})", "mend it, or write a list of names")
+
+
 def _target_modules(recipe: Recipe) -> Iterator[Conflict]:
     key = "adapter.target_modules"
     given = recipe.adapter.target_modules
+    if given is None:
+        return
     if isinstance(given, list):
         if not given:
             yield Conflict(key, "an empty list adapts no layer", "name modules, or write all-linear")
@@ -86,10 +176,7 @@ def _target_modules(recipe: Recipe) -> Iterator[Conflict]:
         found = f"'{show(given)}' is a regex over full names, and matches none"
         yield Conflict(key, found, f"write a list: [{show(', '.join(words))}]")
     else:
-        try:
-            re.compile(given)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield Conflict(key, f"'{show(given)}' is no regex ({error})", "mend it, or write a list of names")
+        yield from _regex(key, given)
 
 
 def _is_all(name: str) -> bool:
@@ -150,6 +237,46 @@ def _formats(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("data.chat_template", found, "remove it", reads)
     if data.loss_on == "last-turn":
         yield Conflict("data.loss_on", found, "remove it: they have no turns", reads)
+
+
+def _task(recipe: Recipe) -> Iterator[Conflict]:
+    """What the task makes of the rows, and which keys say nothing to it."""
+    task, data = recipe.task, recipe.data
+    fitting = TASK_FORMATS[task]
+    given = [("data.format", data.format)]
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        if isinstance(sources, list):
+            given += [(f"{key}[{i}].format", source.format or "auto") for i, source in enumerate(sources)]
+    for key, name in given:
+        if name != "auto" and name not in fitting:
+            fix = f"write {join(list(fitting))}, or auto"
+            yield Conflict(key, f"rows of format {name} hold nothing that {task} learns", fix, ("task",))
+    if data.labels != "auto" and task not in ("seq-cls", "token-cls"):
+        yield Conflict("data.labels", f"has no effect with task {task}", "remove it", ("task",))
+    if data.labels == "regression" and task == "token-cls":
+        yield Conflict("data.labels", "words have labels, no numbers to come near to", "write their names", ("task",))
+    if isinstance(data.labels, list):
+        yield from _listed("data.labels", data.labels)
+    if recipe.training.label_smoothing and data.labels == "regression":
+        key = "training.label_smoothing"
+        yield Conflict(key, "has no effect on a regression", "remove it", ("data.labels",))
+    if task == "causal-lm":
+        return
+    if data.packing:
+        found = f"rows of task {task} are read as a whole, each by itself"
+        yield Conflict("data.packing", found, "write packing: false, or remove it", ("task",))
+    for key, value, default in (("chat_template", data.chat_template, None), ("loss_on", data.loss_on, "assistant")):
+        if value != default:
+            yield Conflict(f"data.{key}", f"has no effect with task {task}", "remove it", ("task",))
+    if recipe.generation != type(recipe.generation)() and task != "seq2seq-lm":
+        yield Conflict("generation", f"has no effect with task {task}", "remove it", ("task",))
+
+
+def _generation(recipe: Recipe) -> Iterator[Conflict]:
+    spec = recipe.generation
+    if spec.length_penalty is not None and spec.num_beams == 1:
+        fix = "remove it, or write more num_beams"
+        yield Conflict("generation.length_penalty", "has no effect without beams", fix, ("generation.num_beams",))
 
 
 def _loss_of_rows(recipe: Recipe) -> Iterator[Conflict]:
@@ -219,7 +346,11 @@ def _is_none(word: str) -> bool:
 RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     _model,
     _quantization,
+    _method,
+    _patterns,
     _target_modules,
+    _task,
+    _generation,
     _sources,
     _eval,
     _formats,

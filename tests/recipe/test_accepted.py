@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from lora_cli.errors import LoraError
 from lora_cli.recipe.dump import dump_recipe, recipe_schema
 from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.methods import FACTS
 from lora_cli.recipe.rules import conflicts
 from lora_cli.recipe.scalars import scalar
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import AdapterSpec, Recipe
 
 GOOD = "model: {path: org/model}\ndata: {train: rows.jsonl}\n"
 
@@ -135,15 +136,26 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "packing": packing,
         "max_length": length,
     }
+    method = draw(st.sampled_from(list(FACTS)))
+    adapter = {
+        "alpha": draw(NUMBER),
+        "target_modules": draw(st.lists(TEXT, min_size=1) | TEXT),
+        "layers": draw(st.none() | st.lists(st.integers(0, 99), min_size=1, unique=True)),
+        "rank_pattern": draw(st.none() | st.dictionaries(TEXT, st.integers(1, 99), min_size=1, max_size=2)),
+        "virtual_tokens": draw(st.integers(1, 99)),
+        "init_text": draw(st.none() | TEXT),
+    }
     given = {
         "model": {"path": draw(TEXT), "revision": draw(st.none() | TEXT)},
-        "adapter": {"alpha": draw(NUMBER), "target_modules": draw(st.lists(TEXT, min_size=1) | TEXT)},
+        "adapter": {"method": method, **{key: value for key, value in adapter.items() if key in FACTS[method].options}},
         "data": data,
         "training": training,
         "output": draw(TEXT),
     }
     if draw(st.booleans()):
         given["quantization"] = draw(st.sampled_from([{}, {"bits": 8}, {"type": "fp4", "double_quant": False}]))
+    if draw(st.booleans()):
+        given["generation"] = draw(st.sampled_from([{"num_beams": 4}, {"num_beams": 2, "length_penalty": 0.8}]))
     return Recipe.model_validate(given)
 
 
@@ -154,6 +166,17 @@ def test_a_resolved_recipe_loads_as_itself(recipe: Recipe, write):
     loaded = load_recipe(write(dump_recipe(recipe)))
     assert loaded == recipe
     assert dump_recipe(loaded) == dump_recipe(recipe)
+
+
+@pytest.mark.parametrize("method", FACTS)
+def test_a_method_is_filled_with_its_own_defaults_and_no_others(method: str, write):
+    facts = FACTS[method]
+    quantization = f"quantization: {{bits: {facts.needs_bits}}}\n" if facts.needs_bits else ""
+    recipe = load_recipe(write(f"{GOOD}adapter: {{method: {method}}}\n{quantization}"))
+    options = {name: getattr(recipe.adapter, name) for name in AdapterSpec.model_fields if name != "method"}
+    assert options == dict.fromkeys(options) | facts.options
+    assert recipe.data.packing is facts.packs
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
 
 
 def test_a_resolved_recipe_shows_every_key(write):

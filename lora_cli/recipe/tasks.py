@@ -1,0 +1,17 @@
+"""What a model can be trained for, and the row formats that hold it. No torch."""
+
+from typing import Literal
+
+TaskName = Literal["causal-lm", "seq-cls", "token-cls", "seq2seq-lm"]
+FormatName = Literal[
+    "messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokens", "classification", "tagging"
+]
+
+EVERY_TASK: tuple[TaskName, ...] = ("causal-lm", "seq-cls", "token-cls", "seq2seq-lm")
+# The formats whose rows a task can learn from.
+TASK_FORMATS: dict[TaskName, tuple[FormatName, ...]] = {
+    "causal-lm": ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokens"),
+    "seq-cls": ("classification",),
+    "token-cls": ("tagging",),
+    "seq2seq-lm": ("prompt-completion",),
+}
