@@ -6,7 +6,7 @@ from typing import Any
 from lora_cli.recipe.schema import Recipe
 
 
-def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results: dict[str, dict[str, float]]) -> str:
+def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     """The model card as Markdown with YAML front matter.
 
     Args:
@@ -24,7 +24,7 @@ def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results:
         "---",
         f"# {recipe.adapter.method} adapter of {base}",
         "",
-        f"Rank {recipe.adapter.rank}, alpha {recipe.adapter.alpha:g}, on {_targets(recipe)}. A plain PEFT adapter:",
+        f"{_options(recipe)}. A plain PEFT adapter for task {recipe.task}:",
         "",
         "```python",
         "from peft import PeftModel",
@@ -47,8 +47,9 @@ def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results:
                 f"- {split}: {totals['rows']:,} rows, {totals['tokens']:,} tokens, {totals['supervised']:,} supervised"
             )
     if results:
-        lines += ["", "## Held-out rows", "", "| | loss | token accuracy |", "|---|---|---|"]
-        lines += [f"| {name} | {r['loss']:.4f} | {r['accuracy']:.1%} |" for name, r in results.items()]
+        lines += ["", "## Held-out rows", "", "| | loss | accuracy |", "|---|---|---|"]
+        shown = {name: "" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for name, r in results.items()}
+        lines += [f"| {name} | {r['loss']:.4f} | {shown[name]} |" for name, r in results.items()]
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", _scrubbed(recipe, recipe_text).rstrip(), "```", ""])
 
 
@@ -57,9 +58,17 @@ def public(path: str) -> str:
     return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
 
 
-def _targets(recipe: Recipe) -> str:
-    modules = recipe.adapter.target_modules
-    return modules if isinstance(modules, str) else ", ".join(modules)
+def _options(recipe: Recipe) -> str:
+    """`Rank 16, alpha 32, target modules all-linear`: what the method takes, and how it was set."""
+    given = recipe.adapter.model_dump(exclude={"method"}, exclude_none=True)
+    parts = [f"{key.replace('_', ' ')} {_text(value)}" for key, value in given.items() if value is not False]
+    return ", ".join(parts)[:1].upper() + ", ".join(parts)[1:]
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _scrubbed(recipe: Recipe, text: str) -> str:

@@ -3,25 +3,29 @@
 from pathlib import Path
 
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from lora_cli.commands import card
-from lora_cli.commands.opening import Opening, batch_plan, coverage_table, open_run_inputs
+from lora_cli.commands.building import coverage_table, held_as, setting
+from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.intake import read_only_check
-from lora_cli.data.rows import Row, xray
+from lora_cli.data.rows import IGNORED, Row, xray
 from lora_cli.model import adapter, base, memory, targets
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
+from lora_cli.training.optim import choose
 
 
 def check(recipe: Recipe, *, rows: int) -> None:
     """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan."""
     say = console.out.print
-    opening = open_run_inputs(recipe.model, recipe.data, seed=recipe.training.seed, say=console.say, weights=False)
+    opening = open_run_inputs(recipe, say=console.say, weights=False)
+    choose(recipe.training.optimizer, device=opening.device, quantized=recipe.quantization is not None)
     for line in opening.data.ledger.table():
         say(line)
     for number in range(min(rows, len(opening.data.train))):
-        say(_coloured(opening.data.train[number], opening))
-    if rows:
+        say(_shown(opening.data.train[number], opening, recipe))
+    if rows and recipe.task == "causal-lm":
         say("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
     plan = batch_plan(recipe, opening, opening.data.train, per_step=recipe.training.gradient_accumulation)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
@@ -29,20 +33,36 @@ def check(recipe: Recipe, *, rows: int) -> None:
         f"steps: {total:,} in one process, {plan.steps_per_epoch:,} an epoch; "
         f"{plan.fill:.1%} of what the batches compute is tokens"
     )
-    _count(recipe, opening, tokens=plan.largest)
+    _count(recipe, opening, tokens=plan.largest, total=total)
     say(f"ok: lora train would train {card.public(recipe.model.path)} on these rows")
 
 
-def _count(recipe: Recipe, opening: Opening, *, tokens: int) -> None:
+def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int) -> None:
     """Target modules and the memory plan, from the modules' shapes on the meta device."""
-    model = base.skeleton(base.load_config(opening.source), trust_remote_code=recipe.model.trust_remote_code)
-    layers = targets.linear_layers(model)
-    adapted = adapter.attach(model, recipe.adapter, seed=recipe.training.seed)
+
+    def skeleton() -> PreTrainedModel:
+        return base.skeleton(
+            base.load_config(opening.source),
+            trust_remote_code=recipe.model.trust_remote_code,
+            task=recipe.task,
+            labels=opening.data.labels,
+            vocabulary=len(opening.tokenizer) if recipe.model.new_tokens else 0,
+        )
+
+    model = skeleton()
+    heads = base.task_heads(model, recipe.task)
+    layers = targets.linear_layers(model, heads)
+    adapted = adapter.attach(
+        model,
+        recipe.adapter,
+        seed=recipe.training.seed,
+        setting=setting(recipe, opening, heads=heads, plan=None, total=total),
+    )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    for line in coverage_table(adapter.coverage(adapted, layers), trainable):
+    for line in [*held_as(recipe, opening), *coverage_table(adapted, layers, trainable)]:
         console.out.print(line)
     plan = memory.plan(
-        adapted.unload(),  # the base's modules as they were
+        skeleton(),
         dtype=opening.dtype,
         trainable=trainable,
         tokens=tokens,
@@ -71,10 +91,46 @@ def check_without_model(recipe: Recipe) -> None:
             console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
     if here:
         local = recipe.data.model_copy(update={"train": here, "eval": None})
-        for found in read_only_check(local, console.say):
+        for found in read_only_check(local, recipe.task, console.say):
             bad = "".join(f", {count:,} skipped: {reason}" for reason, count in found.bad.items())
             console.out.print(f"{found.source}: {found.read:,} rows of format {found.format}{bad}")
     console.out.print("ok: the recipe is valid; model, labels and memory were not looked at")
+
+
+def _shown(row: Row, opening: Opening, recipe: Recipe) -> Text:
+    """A row as the model will learn it: of language models token by token, else its text and labels."""
+    decode = opening.tokenizer.decode
+    match recipe.task:
+        case "causal-lm":
+            return _coloured(row, opening)
+        case "seq2seq-lm":
+            target = decode([int(token) for token in row.labels], skip_special_tokens=False)
+            return Text(f"{row.where}: {decode(row.input_ids, skip_special_tokens=False)} -> {target}")
+        case "seq-cls":
+            text = decode(row.input_ids, skip_special_tokens=False)
+            return Text(f"{row.where}: {text} -> {_label(row, opening)}")
+        case _:
+            return _tagged(row, opening)
+
+
+def _label(row: Row, opening: Opening) -> str:
+    labels = opening.data.labels
+    assert labels is not None
+    if labels.kind == "regression":
+        return ", ".join(f"{value:g}" for value in row.labels)
+    if labels.kind == "multi":
+        return ", ".join(name for name, on in zip(labels.names, row.labels, strict=True) if on) or "(none)"
+    return labels.names[int(row.labels[0])]
+
+
+def _tagged(row: Row, opening: Opening) -> Text:
+    labels = opening.data.labels
+    assert labels is not None
+    text = Text(f"{row.where}:")
+    for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
+        word = opening.tokenizer.decode([token], skip_special_tokens=False).strip()
+        text.append(f" {word}" if label == IGNORED else f" {word}[{labels.names[label]}]")
+    return text
 
 
 def _coloured(row: Row, opening: Opening) -> Text:

@@ -9,7 +9,8 @@ from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lora_cli.commands.opening import Opening, batch_plan, load_base, open_run_inputs
+from lora_cli.commands.building import compute_as_trained, load_base
+from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.rows import Row, Rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generate import Answer, greedy, prompt_ids, reference_ids, stop_ids
@@ -39,9 +40,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     _refuse_biases_of_several(found.adapters)
     recipe = found.recipe
     spec = recipe.data if data is None else recipe.data.model_copy(update={"train": data, "eval": None})
-    opening = open_run_inputs(
-        recipe.model, spec, seed=recipe.training.seed, say=console.say, train_key="data.train" if data is None else data
-    )
+    opening = open_run_inputs(recipe, say=console.say, data=spec, train_key="data.train" if data is None else data)
     rows = opening.data.train if data is not None else opening.data.eval
     if rows is None:
         raise LoraError(
@@ -49,7 +48,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         )
     if opening.device.type == "cpu":
         host.set_up_cpu()
-    model, _ = load_base(recipe, opening)
+    model = load_base(recipe, opening, say=console.say).model
     model.eval()
     plan = batch_plan(recipe, opening, rows, per_step=1)
     asked = _asked(rows, answers, loss_on=recipe.data.loss_on)

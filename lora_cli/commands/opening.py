@@ -5,18 +5,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import Join, Plan, join_classified, join_packed, join_padded, join_tagged, join_translated
 from lora_cli.data.prepare import Prepared, prepare
 from lora_cli.data.rows import Rows
 from lora_cli.data.templates import resolve
 from lora_cli.errors import LoraError
-from lora_cli.model import attention, base, isolation, quantize, targets
-from lora_cli.recipe.schema import DataSpec, ModelSpec, Recipe
+from lora_cli.model import attention, base, prequantized
+from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.schema import DataSpec, Recipe
 
 # Whether the package that an attention needs, or its kernel on the hub, works here.
 FLASH: dict[str, Callable[[], bool]] = {
@@ -24,6 +25,16 @@ FLASH: dict[str, Callable[[], bool]] = {
     "flash_attention_3": partial(is_flash_attn_3_available, kernels_fallback_ok=True),
     "flash_attention_4": partial(is_flash_attn_4_available, kernels_fallback_ok=True),
 }
+# Models that number positions from behind the padding id on, so that the last ones of their table are never reached.
+OFFSET_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "roberta-prelayernorm",
+    "xmod",
+    "data2vec-text",
+)
 
 
 class Opening(NamedTuple):
@@ -32,49 +43,90 @@ class Opening(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     source: base.Source
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
+    prequantized: prequantized.Prequantized | None  # what the base was quantised with before it came here
+
+    @property
+    def pad_id(self) -> int:
+        """An id to pad with. Any will do, since padding is masked and carries no loss; the tokenizer's own where it has
+        one.
+        """
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(candidate, int):
+                return candidate
+        return 0
 
 
 def open_run_inputs(
-    model: ModelSpec,
-    data: DataSpec,
+    recipe: Recipe,
     *,
-    seed: int,
     say: Callable[[str], None],
     weights: bool = True,
+    data: DataSpec | None = None,
     train_key: str = "data.train",
 ) -> Opening:
     """Find the base model, load its tokenizer and encode the rows.
 
     Args:
-        model: the base.
-        data: the rows.
-        seed: picks the held-out rows.
+        recipe: of the run.
         say: takes progress lines.
         weights: whether the model will be loaded from what is found.
+        data: rows in place of the recipe's.
         train_key: what the user knows `data.train` by.
 
     Raises:
         LoraError: whatever is wrong with the model's path, its tokenizer or the rows.
     """
+    model, data, task = recipe.model, data or recipe.data, recipe.task
     device = base.pick_device()
-    dtype = base.pick_dtype(model.dtype, device)
-    source = base.locate(model, dtype=dtype, say=say, weights=weights)
+    dtype = base.pick_dtype(model.dtype, device, recipe.quantization)
+    source = base.locate(model, dtype=dtype, device=device, say=say, weights=weights)
     # All that can refuse the model in a second comes before the rows, which can take minutes.
-    _refuse_longer_than_model(source, data)
+    config = base.load_config(source)
+    _refuse_other_task(config, recipe)
+    already = prequantized.recognise(config)
+    if source.packed is not None:
+        already = prequantized.Prequantized("gguf", None)
+    if already is not None:
+        prequantized.check(already, recipe.adapter, recipe.quantization, path=model.path)
     _refuse_unknown_attention(model.attention)
-    tokenizer = base.load_tokenizer(source)
-    prepared = prepare(data, tokenizer, seed=seed, cache=base.cache_folder(), say=say, train_key=train_key)
+    tokenizer = base.load_tokenizer(source, model.new_tokens)
+    _refuse_longer_than_model(config, tokenizer, data)
+    prepared = prepare(
+        data,
+        tokenizer,
+        seed=recipe.training.seed,
+        cache=base.cache_folder(),
+        say=say,
+        task=task,
+        own_labels=base.own_labels(config, task),
+        train_key=train_key,
+    )
     if data.chat_template is not None:
         # What is saved beside the adapter must prompt it as it was trained.
         template = resolve(data.chat_template, tokenizer)
         tokenizer.chat_template = template.source if template else None
-    return Opening(device, dtype, source, tokenizer, prepared)
+    return Opening(device, dtype, source, config, tokenizer, prepared, already)
 
 
-def _refuse_longer_than_model(source: base.Source, data: DataSpec) -> None:
-    limit = getattr(base.load_config(source).get_text_config(), "max_position_embeddings", None)
+def _refuse_other_task(config: PretrainedConfig, recipe: Recipe) -> None:
+    """The architecture has to have a class for the task: known by its config, before anything is loaded."""
+    known = {name: type(config) in task.loader._model_mapping for name, task in TASKS.items()}
+    if known[recipe.task] or hasattr(config, "auto_map"):
+        return
+    others = [name for name, knows in known.items() if knows]
+    raise LoraError(
+        f"task: transformers has no {config.model_type} model for {recipe.task}",
+        hint=f"write task: {' or '.join(others)}, or give another model" if others else "give another model",
+    )
+
+
+def _refuse_longer_than_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, data: DataSpec) -> None:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and config.model_type in OFFSET_POSITIONS:
+        limit -= config.pad_token_id + 1
     if limit is not None and data.max_length > limit:
         raise LoraError(
             f"data.max_length: {data.max_length:,} tokens, but the model has positions for {limit:,}",
@@ -94,46 +146,35 @@ def _refuse_unknown_attention(name: str) -> None:
         )
 
 
-def load_base(recipe: Recipe, opening: Opening) -> tuple[PreTrainedModel, isolation.Proof | None]:
-    """The base model, frozen, with the attention that suits it; and with packing, the proof that rows are apart."""
-    model = base.load_base(
-        opening.source,
-        dtype=opening.dtype,
-        device=opening.device,
-        attention="sdpa" if recipe.model.attention == "auto" else recipe.model.attention,
-        quantization=recipe.quantization,
-    )
-    if recipe.quantization is not None:
-        model = quantize.prepare(model)
-    return model, isolation.settle(model, recipe.model.attention, packing=recipe.data.packing)
-
-
 def batch_plan(recipe: Recipe, opening: Opening, rows: Rows, *, per_step: int) -> Plan:
     """The batches of `rows` as the recipe wants them."""
-    size = recipe.training.tokens_per_batch if recipe.data.packing else recipe.training.batch_size
+    packing = bool(recipe.data.packing)
+    size = recipe.training.tokens_per_batch if packing else recipe.training.batch_size
     assert size is not None  # the schema fills the one that packing leaves in use
     return Plan(
         rows,
-        packing=recipe.data.packing,
+        packing=packing,
         size=size,
         per_step=per_step,
         seed=recipe.training.seed,
-        pad_id=_pad_id(opening.tokenizer),
+        pad_id=opening.pad_id,
+        join=_join(recipe, opening, packing=packing),
     )
 
 
-def coverage_table(rows: list[targets.Coverage], trainable: int) -> list[str]:
-    """Which kinds of layers carry the adapter, line by line."""
-    width = max((len(row.kind) for row in rows), default=0)
-    lines = [
-        f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters" for row in rows
-    ]
-    return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in all"]
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id will do to pad with, since padding is masked and carries no loss; the tokenizer's own where it has one."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
-            return candidate
-    return 0
+def _join(recipe: Recipe, opening: Opening, *, packing: bool) -> Join:
+    match recipe.task:
+        case "seq-cls":
+            return join_classified
+        case "token-cls":
+            return join_tagged
+        case "seq2seq-lm":
+            start = opening.config.decoder_start_token_id
+            if start is None:
+                raise LoraError(
+                    "model.path: its config does not say which token a decoder starts with (decoder_start_token_id)",
+                    hint="add it to the model's config.json",
+                )
+            return partial(join_translated, start_id=start)
+        case _:
+            return join_packed if packing else join_padded

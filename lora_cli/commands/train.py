@@ -2,21 +2,21 @@
 
 import math
 import platform
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
 from lora_cli.commands import card
-from lora_cli.commands.opening import Opening, batch_plan, coverage_table, load_base, open_run_inputs
-from lora_cli.data.batches import Plan
+from lora_cli.commands.building import Built, Say, build, compute_as_trained
+from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
+from lora_cli.data.batches import Batch, Plan
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.likelihood import Likelihood, measure
-from lora_cli.model import adapter, base, fused, isolation, memory, targets
+from lora_cli.evaluation.likelihood import measure, shown
+from lora_cli.model import adalora, base, saving
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
@@ -27,8 +27,6 @@ from lora_cli.training.disk import full_disk_is_os_error
 from lora_cli.training.interrupt import StopWish, stop_after_step
 from lora_cli.training.loop import Step, fit
 from lora_cli.training.optim import make_optimizer
-
-Say = Callable[[str], None]
 
 
 def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) -> int:
@@ -41,7 +39,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         if processes > 1:
             # What would refuse the run refuses it here, once, and not in every process.
             with open_run(recipe.output, resume=resume, fresh=fresh):
-                open_run_inputs(recipe.model, recipe.data, seed=recipe.training.seed, say=console.say)
+                open_run_inputs(recipe, say=console.say)
             console.say(f"starting {processes} processes")
             return launch.spawn(processes, arguments)
     on_cpu = base.pick_device().type == "cpu"
@@ -62,11 +60,12 @@ class Training:
         self.recipe, self.spec = recipe, recipe.training
         self.accelerator, self.run, self.resume = accelerator, run, resume
         self.say: Say = console.say if run else console.silence
+        self.upkeep: adalora.Upkeep | None = None
 
     def go(self) -> int:
         """Rows, base, adapter, steps, proof; returns the exit code."""
         with self.accelerator.main_process_first():  # the first process encodes, the others find it done
-            opening = open_run_inputs(self.recipe.model, self.recipe.data, seed=self.spec.seed, say=self.say)
+            opening = open_run_inputs(self.recipe, say=self.say)
         for line in opening.data.ledger.table():
             self.say(line)
         world = self.accelerator.num_processes
@@ -76,12 +75,15 @@ class Training:
             f"{total:,} step{'s' * (total > 1)} of {plan.per_step} batch{'es' * (plan.per_step > 1)}, "
             f"{plan.steps_per_epoch:,} an epoch; {plan.fill:.1%} of each batch is tokens"
         )
-        built = build(self.recipe, opening, tokens=plan.largest, say=self.say)
-        optimizer = make_optimizer((p for p in built.model.parameters() if p.requires_grad), self.spec)
+        built = build(self.recipe, opening, plan, total=total, say=self.say)
+        ratio = self.recipe.adapter.lr_ratio
+        optimizer = make_optimizer(built.model, self.spec, name=built.optimizer, lr_ratio=ratio)
+        self.upkeep = adalora.upkeep(built.model)
         same = self._resumable(opening, built, plan, total)
         done = 0
         if self.resume:
-            done = checkpoint.load(Path(self.recipe.output) / "checkpoints", built.model, optimizer, state=same)
+            folder = Path(self.recipe.output) / "checkpoints"
+            done = checkpoint.load(folder, built.model, optimizer, state=same, upkeep=self.upkeep)
             self.say(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
         if self.run:
             self._begin(self.run, opening, built, total, done)
@@ -90,7 +92,7 @@ class Training:
         except torch.OutOfMemoryError:
             raise self._out_of_memory() from None
         if self.run and not stopped:
-            self._finish(self.run, opening, built.model)
+            self._finish(self.run, opening, built.model, plan)
         self.accelerator.end_training()
         return stopped
 
@@ -116,7 +118,7 @@ class Training:
         spec, run = self.spec, self.run
         held_out = opening.data.eval
         eval_plan = batch_plan(self.recipe, opening, held_out, per_step=1) if held_out else None
-        scorer = Scorer(model)
+        scorer = Scorer(model, task=self.recipe.task)
         metrics = journal.Journal(run.metrics) if run else None
 
         def evaluate(step: int, say: Say) -> None:
@@ -131,13 +133,22 @@ class Training:
                     else "the last checkpoint is from before it; try a lower training.learning_rate",
                     exit_code=1,
                 )
-            say(f"eval at step {step}: {_shown(found)}")
+            say(f"eval at step {step}: {shown(found, self.recipe.task)}")
             if metrics:
                 metrics.write({"step": step, "eval_loss": found.loss, "eval_accuracy": found.accuracy})
 
         def save(step: int) -> None:
             if run:
-                checkpoint.save(run.checkpoints, model, optimizer, step=step, state=same, keep=spec.keep_checkpoints)
+                checkpoint.save(
+                    run.checkpoints,
+                    model,
+                    optimizer,
+                    step=step,
+                    state=same,
+                    keep=spec.keep_checkpoints,
+                    write_adapter=lambda folder: self._write(model, opening, folder),
+                    upkeep=self.upkeep,
+                )
             self.accelerator.wait_for_everyone()
 
         if done == 0 and held_out:
@@ -149,7 +160,15 @@ class Training:
         ):
             say = meter.say if run else console.silence
             for step in fit(
-                model, plan, spec=spec, optimizer=optimizer, accelerator=self.accelerator, total=total, start=done
+                model,
+                plan,
+                spec=spec,
+                optimizer=optimizer,
+                accelerator=self.accelerator,
+                total=total,
+                start=done,
+                task=self.recipe.task,
+                upkeep=self.upkeep,
             ):
                 if metrics:
                     metrics.write(_record(step))
@@ -196,11 +215,20 @@ class Training:
             "dtype": str(opening.dtype).removeprefix("torch."),
             "attention": built.model.get_base_model().config._attn_implementation,
             "training": self.spec.model_dump(mode="json", exclude=without_effect),
+            "task": self.recipe.task,
+            "labels": opening.data.labels and list(opening.data.labels.names),
+            "optimizer": built.optimizer,
             "adapter": self.recipe.adapter.model_dump(mode="json"),
             "quantization": self.recipe.quantization and self.recipe.quantization.model_dump(mode="json"),
         }
 
-    def _finish(self, run: RunFolder, opening: Opening, model: PeftModel) -> None:
+    def _write(self, model: PeftModel, opening: Opening, folder: Path) -> None:
+        """A plain PEFT adapter, with the tokenizer that it was trained with."""
+        spec = self.recipe.model
+        saving.save(model, folder, base=spec.path, revision=spec.revision)
+        opening.tokenizer.save_pretrained(str(folder))
+
+    def _finish(self, run: RunFolder, opening: Opening, model: PeftModel, plan: Plan) -> None:
         """Write the adapter, load it back, and only then put it in its place.
 
         Raises:
@@ -217,13 +245,16 @@ class Training:
             ledger=opening.data.ledger.to_json(),
             results=results,
         )
-        probe = min((opening.data.train[i] for i in range(min(64, len(opening.data.train)))), key=_length)
+        if self.upkeep is not None:
+            self.upkeep.finish()
+        lengths = opening.data.train.lengths
+        probe = plan.build([int(lengths[:64].argmin())])
         with atomic.folder(run.adapter, replace=True) as partial:
-            model_spec = self.recipe.model
-            adapter.save(model, partial, base=model_spec.path, revision=model_spec.revision)
-            opening.tokenizer.save_pretrained(str(partial))
+            self._write(model, opening, partial)
             (partial / "README.md").write_text(text, encoding="utf-8")
-            difference = adapter.reload_difference(model, partial, lambda: _logits(model, probe.input_ids))
+            difference = saving.difference_when_loaded(
+                model, partial, lambda one: self._logits(one, probe), compute_as_trained
+            )
             if difference != 0:
                 raise LoraError(
                     f"the adapter that was written differs from the one trained, by {difference:.3g}",
@@ -236,58 +267,11 @@ class Training:
             self.say(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")
         console.out.print(f"{self.recipe.output}/adapter")
 
-
-class Built(NamedTuple):
-    """The model with its adapter, ready to train."""
-
-    model: PeftModel
-    trainable: int  # parameters
-    proof: isolation.Proof | None  # of packed rows kept apart
-    fused: int  # LoRA layers with the fused forward
-
-
-def build(recipe: Recipe, opening: Opening, *, tokens: int, say: Say) -> Built:
-    """Load the base, choose its attention, put the adapter on it, and say what was done."""
-    model, proof = load_base(recipe, opening)
-    layers = targets.linear_layers(model)
-    peft_model = adapter.attach(model, recipe.adapter, seed=recipe.training.seed)
-    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    where = f"{str(opening.dtype).removeprefix('torch.')} on {opening.device}"
-    say(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
-    if proof:
-        seen = f"by {proof.leak:.0e} of their size" if proof.leak else "by nothing"
-        say(f"packing tried on this model: changing one row changes its neighbour's logits {seen}")
-    for line in coverage_table(adapter.coverage(peft_model, layers), trainable):
-        say(line)
-    if _checkpoints_activations(recipe, opening, model, trainable, tokens, say):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return Built(peft_model, trainable, proof, fused.fuse(peft_model))
-
-
-def _checkpoints_activations(
-    recipe: Recipe, opening: Opening, model: Any, trainable: int, tokens: int, say: Say
-) -> bool:
-    """Whether to recompute activations; `auto` does so where the memory plan does not fit otherwise."""
-    wanted = recipe.training.gradient_checkpointing
-    if wanted != "auto":
-        return wanted
-    estimate = memory.plan(
-        model,
-        dtype=opening.dtype,
-        trainable=trainable,
-        tokens=tokens,
-        longest=int(opening.data.train.lengths.max()),
-        checkpointing=False,
-        quantization=recipe.quantization,
-        on_cpu=opening.device.type == "cpu",
-    )
-    # The weights are loaded by now, so what is free has to hold the rest.
-    rest, free = estimate.total - estimate.weights - estimate.process, memory.available(opening.device)
-    if rest > 0.9 * free:
-        say(f"gradient checkpointing: on, a step needs about {console.size(rest)} and {console.size(free)} is free")
-        return True
-    return False
+    @torch.no_grad()
+    def _logits(self, model: PeftModel, batch: Batch) -> torch.Tensor:
+        """What the model says of one row, with nothing random."""
+        model.eval()
+        return Scorer(model, task=self.recipe.task).logits(batch).double()
 
 
 def _manifest(recipe: Recipe, opening: Opening, built: Built, total: int) -> dict[str, Any]:
@@ -305,6 +289,9 @@ def _manifest(recipe: Recipe, opening: Opening, built: Built, total: int) -> dic
         "seed": recipe.training.seed,
         "steps": total,
         "trainable_parameters": built.trainable,
+        "task": recipe.task,
+        "labels": opening.data.labels and opening.data.labels._asdict(),
+        "optimizer": built.optimizer,
         "packing_proof": built.proof._asdict() if built.proof else None,
         "data_fingerprint": opening.data.fingerprint,
         "ledger": opening.data.ledger.to_json(),
@@ -327,26 +314,5 @@ def _figures(step: Step, device: torch.device) -> dict[str, str]:
     }
 
 
-def _shown(found: Likelihood) -> str:
-    return f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, token accuracy {found.accuracy:.1%}"
-
-
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _length(row: Any) -> int:
-    return len(row.input_ids)
-
-
-@torch.no_grad()
-def _logits(model: PeftModel, ids: Any) -> torch.Tensor:
-    """Logits of one row, as any user of the adapter would get them."""
-    inner = model.get_base_model()
-    training, implementation = model.training, inner.config._attn_implementation
-    model.eval()
-    inner.set_attn_implementation("eager")
-    logits: torch.Tensor = model(input_ids=torch.tensor([ids.tolist()], device=inner.device)).logits
-    inner.set_attn_implementation(implementation)
-    model.train(training)
-    return logits

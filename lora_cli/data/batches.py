@@ -7,7 +7,8 @@ position in the data is nothing but the number of the last step.
 import math
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_cli.data.rows import Row
+from lora_cli.data.rows import IGNORED, Row
 
-IGNORED = -100  # label of a token without loss, as everywhere in the field
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class RowSource(Protocol):
@@ -36,9 +37,10 @@ class Batch(NamedTuple):
     position_ids: Tensor  # int64, like input_ids; restarts at 0 in each row
     attention_mask: Tensor | None  # bool like input_ids, True on tokens; None where packed
     lengths: tuple[int, ...]  # tokens of each row, in order
-    predict: Tensor  # int64 [n]: positions in the flattened input_ids whose next token is supervised
-    targets: Tensor  # int64 [n]: those next tokens
+    predict: Tensor  # int64 [n]: places in the flattened outputs that have a label; of causal-lm, before its token
+    targets: Tensor  # [n]: those labels: int64 token ids or classes; float32 [n, labels] of several or of values
     rows: tuple[int, ...]  # indices into the row source
+    extra: Mapping[str, Tensor] = NOTHING  # further arguments of the model's forward, each [rows, L]
 
     @property
     def tokens(self) -> int:
@@ -46,12 +48,30 @@ class Batch(NamedTuple):
         return sum(self.lengths)
 
 
+# Makes a batch of rows, given their indices and the id to pad with.
+Join = Callable[[Sequence[Row], Sequence[int], int], Batch]
+
+
 class Plan:
     """The batches of a whole training run, step by step, for one process out of `world`."""
 
-    def __init__(self, rows: RowSource, *, packing: bool, size: int, per_step: int, seed: int, pad_id: int = 0) -> None:
-        """`size` is tokens a batch with packing, rows a batch without; `per_step` counts batches of all processes."""
+    def __init__(
+        self,
+        rows: RowSource,
+        *,
+        packing: bool,
+        size: int,
+        per_step: int,
+        seed: int,
+        pad_id: int = 0,
+        join: Join | None = None,
+    ) -> None:
+        """`size` is tokens a batch with packing, rows a batch without; `per_step` counts batches of all processes.
+
+        `join` makes a batch of a task's rows; by default one of causal-lm, packed or padded.
+        """
         self.rows = rows
+        self._join = join or (join_packed if packing else join_padded)
         self.packing = packing
         self.size = size
         self.per_step = per_step
@@ -105,9 +125,7 @@ class Plan:
 
     def build(self, indices: Sequence[int]) -> Batch:
         """The tensors of one batch."""
-        rows = [self.rows[i] for i in indices]
-        join = join_packed if self.packing else join_padded
-        return join(rows, indices, self.pad_id)
+        return self._join([self.rows[i] for i in indices], indices, self.pad_id)
 
     def whole(self, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Every batch once, in a fixed order, those of `rank`: for evaluation."""
@@ -174,24 +192,75 @@ def join_packed(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> Bat
 
 def join_padded(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> Batch:
     """One row a line, padded on the right to the longest."""
+    labels = _padded([_next_labels(row) for row in rows], IGNORED).reshape(-1)
+    predict = np.flatnonzero(labels != IGNORED)
+    return _lines(rows, indices, pad_id)._replace(
+        predict=torch.from_numpy(predict),
+        targets=_tensor(labels[predict]),
+    )
+
+
+def join_classified(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> Batch:
+    """One row a line, with a label, several, or numbers to come near to."""
+    labels = torch.from_numpy(np.stack([row.labels for row in rows]))
+    single = labels.dtype == torch.int32
+    return _lines(rows, indices, pad_id)._replace(
+        predict=torch.arange(len(rows)), targets=labels[:, 0].long() if single else labels
+    )
+
+
+def join_tagged(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> Batch:
+    """One row a line, with a label at the first token of each word."""
+    labels = _padded([row.labels for row in rows], IGNORED).reshape(-1)
+    predict = np.flatnonzero(labels != IGNORED)
+    return _lines(rows, indices, pad_id)._replace(predict=torch.from_numpy(predict), targets=_tensor(labels[predict]))
+
+
+def join_translated(rows: Sequence[Row], indices: Sequence[int], pad_id: int, *, start_id: int) -> Batch:
+    """One text a line for the encoder; the decoder reads `start_id` and the target but for its last token."""
+    targets = [row.labels.astype(np.int64) for row in rows]
+    labels = _padded(targets, IGNORED).reshape(-1)
+    read = _padded([np.concatenate([[start_id], target[:-1]]) for target in targets], pad_id)
+    sizes = torch.tensor([len(target) for target in targets])
+    predict = np.flatnonzero(labels != IGNORED)
+    return _lines(rows, indices, pad_id)._replace(
+        predict=torch.from_numpy(predict),
+        targets=_tensor(labels[predict]),
+        extra={
+            "decoder_input_ids": _tensor(read),
+            "decoder_attention_mask": (torch.arange(read.shape[1]) < sizes[:, None]).long(),
+        },
+    )
+
+
+def _lines(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> Batch:
+    """One row a line, padded on the right to the longest; without labels yet."""
     lengths = tuple(len(row.input_ids) for row in rows)
     longest = max(lengths)
-    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
-    for line, row in enumerate(rows):
-        ids[line, : lengths[line]] = row.input_ids
-        labels[line, : lengths[line]] = _next_labels(row)
-    flat = labels.reshape(-1)
-    predict = np.flatnonzero(flat != IGNORED)
+    places = torch.arange(longest)
+    mask = places < torch.tensor(lengths)[:, None]
+    extra = NOTHING
+    if any(row.second for row in rows):
+        starts = torch.tensor([length - row.second for length, row in zip(lengths, rows, strict=True)])
+        extra = {"token_type_ids": ((places >= starts[:, None]) & mask).long()}
+    none = torch.empty(0, dtype=torch.int64)
     return Batch(
-        input_ids=_tensor(ids),
-        position_ids=torch.arange(longest).expand(len(rows), -1),
-        attention_mask=torch.arange(longest) < torch.tensor(lengths)[:, None],
+        input_ids=_tensor(_padded([row.input_ids for row in rows], pad_id)),
+        position_ids=places.expand(len(rows), -1),
+        attention_mask=mask,
         lengths=lengths,
-        predict=torch.from_numpy(predict),
-        targets=_tensor(flat[predict]),
+        predict=none,
+        targets=none,
         rows=tuple(indices),
+        extra=extra,
     )
+
+
+def _padded(arrays: Sequence[NDArray[np.integer]], fill: int) -> NDArray[np.int64]:
+    lines = np.full((len(arrays), max(map(len, arrays))), fill, dtype=np.int64)
+    for line, array in zip(lines, arrays, strict=True):
+        line[: len(array)] = array
+    return lines
 
 
 def _next_labels(row: Row) -> NDArray[np.int32]:

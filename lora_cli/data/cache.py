@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from lora_cli.data.encode import Encoded, Encoder, truncated
+from lora_cli.data.encode import Encoded, truncated
 from lora_cli.data.intake import BadRows, Item, opened, where
+from lora_cli.data.labelled import Labelled, RowEncoder
+from lora_cli.data.labels import Table
 from lora_cli.data.ledger import Tally
 from lora_cli.data.records import LISTED, BadRow, refuse
 from lora_cli.data.rows import SCHEMA, Placed, Stored, batch_of
@@ -23,7 +25,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CODE = 1  # raise it when the same rows and options would be encoded otherwise than before
+CODE = 2  # raise it when the same rows and options would be encoded otherwise than before
 TOGETHER = 512  # rows that are tokenised in one call and written as one Arrow batch
 PATIENCE = 10.0  # seconds between messages while encoding
 
@@ -38,7 +40,7 @@ class EncodedSource(NamedTuple):
 
 
 def encoded(
-    source: Source, spec: DataSpec, encoder: Encoder, *, cache: Path, say: Callable[[str], None]
+    source: Source, spec: DataSpec, encoder: RowEncoder, *, cache: Path, say: Callable[[str], None]
 ) -> EncodedSource:
     """The rows of a source, from the cache where they are there.
 
@@ -64,7 +66,7 @@ def encoded(
     return found
 
 
-def _key(source: Source, spec: DataSpec, encoder: Encoder, content: str) -> str:
+def _key(source: Source, spec: DataSpec, encoder: RowEncoder, content: str) -> str:
     parts = [
         CODE,
         content,
@@ -98,25 +100,31 @@ def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _build(source: Source, spec: DataSpec, encoder: Encoder, path: Path, say: Callable[[str], None]) -> Tally:
-    intake = opened(source)
+def _build(source: Source, spec: DataSpec, encoder: RowEncoder, path: Path, say: Callable[[str], None]) -> Tally:
+    intake = opened(source, encoder.task)
     say(f"{source.name}: encoding, format {intake.format.name} ({intake.format.why})")
     tally = Tally(format=intake.format.name, why=intake.format.why)
     bad = BadRows()
     overlong: list[str] = []
+    table = Table()
     started = said = time.monotonic()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         while items := list(islice(intake.items, TOGETHER)):
             tally.read += len(items)
             fits = []
             for item, row in _results(items, encoder, read_only=bool(bad.first) and spec.on_bad_row == "error"):
-                if isinstance(row, BadRow):
-                    bad.add(where(source, item), row)
-                    tally.dropped[row.reason] += 1
-                elif (kept := _fitting(row, spec, tally)) is not None:
-                    fits.append(Placed(item.file, item.line, kept))
-                elif len(overlong) < LISTED:
-                    overlong.append(f"{where(source, item)}: {len(row.ids):,} tokens")
+                place = where(source, item)
+                try:
+                    if isinstance(row, BadRow):
+                        raise row
+                    kept = _fitting(row, spec, tally)
+                    if kept is not None:
+                        fits.append(_placed(item, kept, encoder, table, place))
+                    elif len(overlong) < LISTED:
+                        overlong.append(f"{place}: {row.length:,} tokens")
+                except BadRow as found:
+                    bad.add(place, found)
+                    tally.dropped[found.reason] += 1
             if fits:
                 writer.write_batch(batch_of(fits))
             tally.kept += len(fits)
@@ -124,17 +132,28 @@ def _build(source: Source, spec: DataSpec, encoder: Encoder, path: Path, say: Ca
                 said = time.monotonic()
                 say(f"{source.name}: {tally.read:,} rows, {tally.read / (said - started):,.0f} rows/s")
     if bad.first and spec.on_bad_row == "error":
-        raise bad.refusal(source, read=tally.read)
+        raise bad.refusal(source, encoder.task, read=tally.read)
     if overlong and spec.overlong == "error":
         raise _overlong(source, spec, overlong, tally)
     for finding in bad.first:
         say(f"skipped {finding}")
+    tally.labels = table.found()
     tally.ignored = dict(sorted(intake.ignored.items()))
     tally.check()
     return tally
 
 
-def _results(items: list[Item], encoder: Encoder, *, read_only: bool) -> Iterator[tuple[Item, Encoded | BadRow]]:
+def _placed(item: Item, row: Encoded | Labelled, encoder: RowEncoder, table: Table, place: str) -> Placed:
+    if isinstance(row, Encoded):
+        return Placed(item.file, item.line, row)
+    # A target text's ids are what they are; labels are numbered as they come.
+    values = row.values if encoder.task == "seq2seq-lm" else table.number(row, place)
+    return Placed(item.file, item.line, row, values)
+
+
+def _results(
+    items: list[Item], encoder: RowEncoder, *, read_only: bool
+) -> Iterator[tuple[Item, Encoded | Labelled | BadRow]]:
     """Every item that has a result; where the run will stop anyway, only bad ones are of interest."""
     good = [item.example for item in items if not isinstance(item.example, BadRow)]
     results = encoder.encode([] if read_only else good)
@@ -148,17 +167,28 @@ def _results(items: list[Item], encoder: Encoder, *, read_only: bool) -> Iterato
 TOO_LONG = "longer than data.max_length"
 
 
-def _fitting(row: Encoded, spec: DataSpec, tally: Tally) -> Encoded | None:
+def _fitting(row: Encoded | Labelled, spec: DataSpec, tally: Tally) -> Encoded | Labelled | None:
     """The row as `data.overlong` has it, or None where it is left out; counts what it costs."""
-    fits = len(row.ids) <= spec.max_length
-    kept = row if fits else truncated(row, spec.max_length)
-    if not fits and (spec.overlong != "truncate" or not kept.runs):
+    if row.length <= spec.max_length:
+        if isinstance(row, Encoded):
+            tally.splits += row.split
+            tally.rewritten += row.rewritten
+        return row
+    if isinstance(row, Labelled):
+        kept: Encoded | Labelled | None = row.cut
+        lost = row.supervised - (row.cut.supervised if row.cut else 0)
+    else:
+        kept = truncated(row, spec.max_length)
+        lost = 0
+    if spec.overlong != "truncate" or not kept or not kept.supervised:
         tally.dropped[TOO_LONG if spec.overlong != "truncate" else "nothing to learn after the cut"] += 1
         return None
-    tally.splits += row.split
-    tally.rewritten += row.rewritten
-    if not fits:
-        tally.cut += 1
+    tally.cut += 1
+    if isinstance(row, Labelled):
+        tally.labels_cut += lost
+    else:
+        tally.splits += row.split
+        tally.rewritten += row.rewritten
         tally.answers_cut += sum(start < spec.max_length < stop for start, stop in row.answers)
         tally.ends_lost += sum(stop > spec.max_length for _, stop in row.answers)
     return kept

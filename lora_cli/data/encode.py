@@ -19,6 +19,7 @@ from lora_cli.data.spans import Layout, Span, learn, rendered
 from lora_cli.data.templates import Template, resolve
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
+from lora_cli.recipe.tasks import TaskName
 
 Ints = npt.NDArray[np.int32]
 
@@ -36,6 +37,11 @@ class Encoded(NamedTuple):
     def supervised(self) -> int:
         """Tokens that carry loss."""
         return sum(stop - start for start, stop in self.runs)
+
+    @property
+    def length(self) -> int:
+        """Tokens, as data.max_length counts them."""
+        return len(self.ids)
 
     @property
     def key(self) -> int:
@@ -63,12 +69,10 @@ class Encoder:
     every batch.
     """
 
+    task: TaskName = "causal-lm"
+
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.is_fast:
-            raise LoraError(
-                f"model: {type(tokenizer).__name__} is no fast tokenizer, so tokens cannot be traced to their text",
-                hint="use a model folder that has a tokenizer.json",
-            )
+        refuse_slow(tokenizer)
         self.tokenizer = tokenizer
         self._spec = spec
         self._layouts: dict[bool, Layout] = {}
@@ -118,6 +122,8 @@ class Encoder:
                     return _Plan(text, [Span(0, len(text))], alone=True, whole=True)
                 case Tokens():
                     return self._checked(example)
+                case _:
+                    raise TypeError(f"rows of {type(example).__name__} belong to another task")
         except BadRow as bad:
             return bad
 
@@ -201,6 +207,19 @@ class Encoder:
     def _one_bos(self, ids: Sequence[int]) -> None:
         if self._bos is not None and list(ids[:2]) == [self._bos, self._bos]:
             raise BadRow("two BOS tokens", f"starts with two BOS tokens ({self.tokenizer.bos_token})")
+
+
+def refuse_slow(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokens have to be traced to their text.
+
+    Raises:
+        LoraError: the tokenizer is one of those in Python, which do not tell where their tokens lie.
+    """
+    if not tokenizer.is_fast:
+        raise LoraError(
+            f"model: {type(tokenizer).__name__} is no fast tokenizer, so tokens cannot be traced to their text",
+            hint="use a model folder that has a tokenizer.json",
+        )
 
 
 def truncated(row: Encoded, length: int) -> Encoded:

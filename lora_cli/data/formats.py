@@ -1,4 +1,4 @@
-"""Turn one dataset row into a conversation, a completion, a text or tokens. Pure: no tokenizer, no torch."""
+"""Turn one dataset row into a conversation, a completion, a text, tokens or labels. Pure: no tokenizer, no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from lora_cli.data.conversation import Conversation, Message, conversation
 from lora_cli.data.readers import kind, nested, shown
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
-from lora_cli.recipe.schema import FormatName
+from lora_cli.recipe.tasks import TASK_FORMATS, FormatName, TaskName
 
 DETECTED_ON = 32  # rows that `auto` looks at before it says what they are
 
@@ -32,7 +32,25 @@ class Tokens(NamedTuple):
     labels: list[int] | None  # each -100 or the id at its place; None: everything is learnt
 
 
-Example = Conversation | Completion | Text | Tokens
+Label = str | int | float | bool
+
+
+class Classified(NamedTuple):
+    """A text, or two, and what it is."""
+
+    text: str
+    pair: str | None
+    label: Label | list[Label]
+
+
+class Tagged(NamedTuple):
+    """Words, each with what it is."""
+
+    words: list[str]
+    tags: list[Label]
+
+
+Example = Conversation | Completion | Text | Tokens | Classified | Tagged
 Row = Mapping[str, Any]
 
 
@@ -152,6 +170,44 @@ def tokens(row: Row) -> Tokens:
     return Tokens(ids, labels)
 
 
+def classification(row: Row) -> Classified:
+    """A text with a label: a name or number, a list of them, or a number to come near to."""
+    first, label = _text(row, "text"), _present(row, "label")
+    if not first.strip():
+        raise BadRow("nothing to read", "is empty", field="text")
+    if isinstance(label, list):
+        for index, each in enumerate(label):
+            _label(each, f"label[{index}]")
+    else:
+        _label(label, "label")
+    return Classified(first, _text(row, "text_pair") if row.get("text_pair") is not None else None, label)
+
+
+def tagging(row: Row) -> Tagged:
+    """Words and one tag for each."""
+    words, tags = _list(row, "tokens"), _list(row, "tags")
+    for index, word in enumerate(words):
+        if not isinstance(word, str) or not word.strip():
+            problem = "is empty" if isinstance(word, str) else f"is {kind(word)}, not a string"
+            raise BadRow("not a word", problem, field=f"tokens[{index}]")
+    if len(words) != len(tags):
+        raise BadRow("tags do not fit", f"has {len(tags)} entries where tokens has {len(words)}", field="tags")
+    if not words:
+        raise BadRow("nothing to learn", "is empty", field="tokens")
+    for index, tag in enumerate(tags):
+        _label(tag, f"tags[{index}]")
+    return Tagged(words, tags)
+
+
+def _label(value: object, field: str) -> None:
+    if not isinstance(value, str | int | float):  # a bool is an int
+        raise BadRow("not a label", f"is {kind(value)}, not a name or number", field=field)
+    if isinstance(value, int) and not isinstance(value, bool) and value < 0:
+        raise BadRow("no label", f"is {value}, which stands for a row without label", field=field)
+    if value == "":
+        raise BadRow("no label", "is empty", field=field)
+
+
 # In the order in which `auto` tries them: the more columns a format needs, the surer the match.
 FORMATS: dict[FormatName, Format] = {
     "alpaca": Format(
@@ -170,6 +226,22 @@ FORMATS: dict[FormatName, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), sharegpt, "conversations of from and value"),
     "tokens": Format(("input_ids",), ("labels", "attention_mask"), tokens, "input_ids, optional labels"),
     "text": Format(("text",), (), text, "a document: every token is learnt, EOS at its end"),
+    "classification": Format(
+        ("text", "label"),
+        ("text_pair",),
+        classification,
+        "text, optional text_pair, and a label, number or list of labels",
+    ),
+    "tagging": Format(("tokens", "tags"), (), tagging, "a list of words, and a list with the tag of each"),
+}
+
+
+# How `data.columns` is meant, for messages.
+MAPPED: dict[TaskName, str] = {
+    "causal-lm": "{prompt: question, completion: answer}",
+    "seq-cls": "{text: sentence, label: class}",
+    "token-cls": "{tokens: words, tags: ner_tags}",
+    "seq2seq-lm": "{prompt: document, completion: summary}",
 }
 
 
@@ -203,19 +275,19 @@ class Detected(NamedTuple):
     columns: dict[str, str]  # renames that the format needs here, as in data.columns
 
 
-def detect(places: Sequence[str], rows: Sequence[Row]) -> Detected:
-    """The one format that all the given first rows have; `places` names them in messages.
+def detect(places: Sequence[str], rows: Sequence[Row], task: TaskName = "causal-lm") -> Detected:
+    """The one format of the task that all the given first rows have; `places` names them in messages.
 
     Raises:
         LoraError: none fits, or the rows disagree; names the rows.
     """
-    looks = [(place, row, _detect_one(place, row)) for place, row in zip(places, rows, strict=True)]
+    looks = [(place, row, _detect_one(place, row, task)) for place, row in zip(places, rows, strict=True)]
     # Rows that look like nothing are bad rows, and reported as such; rows that look like something else are a mixture.
     known = [(place, row, name) for place, row, name in looks if name is not None]
     if not known:
         raise LoraError(
             f"{places[0]}: no known format has these columns: {listed(rows[0])}",
-            hint="map them, as in data.columns: {prompt: question, completion: answer}",
+            hint=f"map them, as in data.columns: {MAPPED[task]}",
         )
     at, row, first = known[0]
     for place, _, name in known:
@@ -230,16 +302,17 @@ def detect(places: Sequence[str], rows: Sequence[Row]) -> Detected:
     return Detected(first, f"its rows have {' + '.join(seen)}", {})
 
 
-def _detect_one(place: str, row: Row) -> FormatName | None:
-    if "chosen" in row and "rejected" in row:
+def _detect_one(place: str, row: Row, task: TaskName) -> FormatName | None:
+    if task == "causal-lm" and "chosen" in row and "rejected" in row:
         raise LoraError(
             f"{place}: a preference row (chosen and rejected answers), which `task: causal-lm` cannot learn from",
             hint="to learn the chosen answers: format: prompt-completion, columns: {completion: chosen}",
         )
-    turns = row.get("conversations")
+    turns = row.get("conversations") if task == "causal-lm" else None
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
         return "messages"
-    return next((name for name, known in FORMATS.items() if all(c in row for c in known.required)), None)
+    fitting = (name for name in FORMATS if name in TASK_FORMATS[task])
+    return next((name for name in fitting if all(c in row for c in FORMATS[name].required)), None)
 
 
 def listed(row: Row) -> str:

@@ -12,6 +12,7 @@ from lora_cli.data.records import LISTED, BadRow, Finding, Record, refuse
 from lora_cli.data.sources import Source
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
+from lora_cli.recipe.tasks import TASK_FORMATS, TaskName
 
 LOOKED_AT = 1024  # rows, good and bad, that a format is detected on at most
 
@@ -32,8 +33,8 @@ class Intake(NamedTuple):
     ignored: Counter[str]  # columns that the format does not read, and in how many rows; counted while reading
 
 
-def opened(source: Source) -> Intake:
-    """Starts reading a source: looks at its first rows, and settles its format and columns.
+def opened(source: Source, task: TaskName) -> Intake:
+    """Starts reading a source: looks at its first rows, and settles its format, one of the task, and its columns.
 
     Raises:
         LoraError: no row, no known format, or columns to rename that are not there.
@@ -47,7 +48,7 @@ def opened(source: Source) -> Intake:
             good.append((where(source, record), record.row))
             if len(good) == DETECTED_ON:
                 break
-    format_ = _settled(source, good)
+    format_ = _settled(source, good, task)
     ignored: Counter[str] = Counter()
     return Intake(format_, _items(chain(first, stream), format_, ignored), ignored)
 
@@ -57,7 +58,7 @@ def where(source: Source, place: Record | Item) -> str:
     return f"{source.names[place.file]}:{place.line}"
 
 
-def _settled(source: Source, good: list[tuple[str, dict[str, Any]]]) -> Detected:
+def _settled(source: Source, good: list[tuple[str, dict[str, Any]]], task: TaskName) -> Detected:
     columns = source.spec.columns
     rows = [row for _, row in good]
     if lost := [column for column in columns.values() if rows and not any(column in row for row in rows)]:
@@ -67,8 +68,8 @@ def _settled(source: Source, good: list[tuple[str, dict[str, Any]]]) -> Detected
     name = source.spec.format
     if name is None or name == "auto":
         if not rows:  # every row is bad, and will be reported as such: any format will do
-            return Detected("text", "no row can be read", columns)
-        found = formats.detect([place for place, _ in good], [formats.rename(row, columns) for row in rows])
+            return Detected(TASK_FORMATS[task][0], "no row can be read", columns)
+        found = formats.detect([place for place, _ in good], [formats.rename(row, columns) for row in rows], task)
         why = "each line of a .txt file is a row" if source.names[0].endswith(".txt") else found.why
         return found._replace(why=why, columns={**columns, **found.columns})
     known = FORMATS[name]
@@ -107,13 +108,13 @@ class BadRows:
             self.first.append(Finding(place, bad))
         self.reasons[bad.reason] += 1
 
-    def refusal(self, source: Source, *, read: int) -> LoraError:
+    def refusal(self, source: Source, task: TaskName, *, read: int) -> LoraError:
         """The error of a source that has bad rows and may not."""
         total = self.reasons.total()
         hint = "mend them, or set data.on_bad_row: skip to leave them out, counted"
         if self.reasons.keys() == {"missing field"} and total == read:
-            hint = "map the columns, as in data.columns: {prompt: question, completion: answer}"
-            if (other := _looks_like(source)) not in (None, source.spec.format):
+            hint = f"map the columns, as in data.columns: {formats.MAPPED[task]}"
+            if (other := _looks_like(source, task)) not in (None, source.spec.format):
                 hint = f"they look like {other}: write format: auto"
         return refuse(
             f"{source.name}: {total:,} of {read:,} rows {'is' if total == 1 else 'are'} bad",
@@ -123,10 +124,10 @@ class BadRows:
         )
 
 
-def _looks_like(source: Source) -> str | None:
+def _looks_like(source: Source, task: TaskName) -> str | None:
     """The format that auto would find."""
     with suppress(LoraError):
-        return opened(source._replace(spec=source.spec.model_copy(update={"format": "auto"}))).format.name
+        return opened(source._replace(spec=source.spec.model_copy(update={"format": "auto"})), task).format.name
     return None
 
 
@@ -139,7 +140,7 @@ class Checked(NamedTuple):
     bad: dict[str, int]  # by reason
 
 
-def read_only_check(spec: DataSpec, say: Callable[[str], None]) -> list[Checked]:
+def read_only_check(spec: DataSpec, task: TaskName, say: Callable[[str], None]) -> list[Checked]:
     """Reads every row of every source in its format, without encoding any.
 
     Raises:
@@ -147,7 +148,7 @@ def read_only_check(spec: DataSpec, say: Callable[[str], None]) -> list[Checked]
     """
     results = []
     for source in [*sources.train_sources(spec), *sources.eval_sources(spec)]:
-        intake = opened(source)
+        intake = opened(source, task)
         say(f"{source.name}: format {intake.format.name} ({intake.format.why})")
         read, bad = 0, BadRows()
         for item in intake.items:
@@ -155,7 +156,7 @@ def read_only_check(spec: DataSpec, say: Callable[[str], None]) -> list[Checked]
             if isinstance(item.example, BadRow):
                 bad.add(where(source, item), item.example)
         if bad.first and spec.on_bad_row == "error":
-            raise bad.refusal(source, read=read)
+            raise bad.refusal(source, task, read=read)
         for finding in bad.first:
             say(f"skipped {finding}")
         results.append(Checked(source.name, intake.format.name, read, dict(bad.reasons)))

@@ -25,7 +25,9 @@ class Tally:
     ends_lost: int = 0  # answers that lost their end-of-turn token, those cut off whole included
     splits: int = 0  # rows in which an answer began inside a token and was tokenised on its own
     rewritten: int = 0  # answers that the chat template changed, reasoning left out say
+    labels_cut: int = 0  # labels, or target tokens, that rows lost with their end
     ignored: dict[str, int] = field(default_factory=dict)  # columns that the format does not read: rows with them
+    labels: dict[str, Any] | None = None  # of a task that classifies: `labels.Found` of the rows, as a dictionary
 
     def check(self) -> None:
         """Every row read is kept or dropped for one reason: ours to hold, not the user's."""
@@ -80,6 +82,8 @@ class Ledger(NamedTuple):
     train: Totals
     eval: Totals | None
     leaked: int  # rows of an own evaluation source that are also trained on
+    unit: str = "supervised"  # what the totals count as supervised: tokens, or labels
+    labels: str | None = None  # what a classifier's head tells apart
 
     def check(self) -> None:
         """The sums that hold in every ledger."""
@@ -113,9 +117,11 @@ class Ledger(NamedTuple):
     def table(self) -> list[str]:
         """The ledger for a reader, line by line."""
         lines = [line for entry in self.entries for line in _entry(entry)]
-        lines.append(_totals("train", self.train))
+        if self.labels:
+            lines.append(self.labels)
+        lines.append(_totals("train", self.train, self.unit))
         if self.eval:
-            lines.append(_totals("eval", self.eval))
+            lines.append(_totals("eval", self.eval, self.unit))
         if self.leaked:
             lines.append(
                 f"  {self.leaked:,} evaluation {_rows(self.leaked)} also in train: the loss on them is no test"
@@ -142,21 +148,37 @@ def _entry(entry: Entry) -> list[str]:
         f"{_rows(tally.cut)} cut at data.max_length": tally.cut,
         f"answer{'s' * (tally.answers_cut != 1)} cut": tally.answers_cut,
         f"end-of-turn token{'s' * (tally.ends_lost != 1)} lost: these answers teach no stopping": tally.ends_lost,
+        "labels or target tokens lost with the end of their row": tally.labels_cut,
         f"{_rows(tally.splits)} with an answer that began inside a token: tokenised on its own": tally.splits,
         "answers changed by the chat template (reasoning left out, say)": tally.rewritten,
     }
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
+    if tally.labels and tally.labels["counts"]:
+        lines.append(f"  labels: {_counted(tally.labels['counts'])}")
     if tally.ignored:
         lines.append(f"  columns not read: {', '.join(tally.ignored)}")
     return lines
 
 
-def _totals(name: str, totals: Totals) -> str:
+LABELS_SHOWN = 12
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """`positive 900 (47.2%), negative 1,005 (52.8%)`, the most frequent first."""
+    total = sum(counts.values())
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{label} {count:,} ({count / total:.1%})" for label, count in ordered[:LABELS_SHOWN])
+    rest = ordered[LABELS_SHOWN:]
+    return shown + (f" and {len(rest)} more, {sum(count for _, count in rest):,} in all" if rest else "")
+
+
+def _totals(name: str, totals: Totals, unit: str) -> str:
     share = totals.supervised / max(1, totals.tokens)
     lengths = ", ".join(f"{mark} {length:,}" for mark, length in totals.lengths.items())
+    counted = f"{totals.supervised:,} of them supervised ({share:.1%})" if unit == "supervised" else ""
     return (
         f"{name}: {totals.rows:,} {_rows(totals.rows)}, {totals.tokens:,} tokens, "
-        f"{totals.supervised:,} of them supervised ({share:.1%}); tokens a row: {lengths}"
+        f"{counted or f'{totals.supervised:,} {unit}'}; tokens a row: {lengths}"
     )
 
 

@@ -9,13 +9,18 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.data import labels as labelling
 from lora_cli.data.cache import EncodedSource, encoded
-from lora_cli.data.encode import Encoder
+from lora_cli.data.labelled import encoder_for
+from lora_cli.data.labels import Found, Labels
 from lora_cli.data.ledger import Entry, Ledger, Totals, check_loss
 from lora_cli.data.rows import Rows
 from lora_cli.data.sources import eval_sources, train_sources
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
+from lora_cli.recipe.tasks import TaskName
+
+UNITS = {"causal-lm": "supervised", "seq-cls": "labels", "token-cls": "labels", "seq2seq-lm": "target tokens"}
 
 Index = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
@@ -27,11 +32,13 @@ class Prepared(NamedTuple):
     train: Rows
     eval: Rows | None
     ledger: Ledger
+    labels: Labels | None = None  # of a task that classifies
 
     @property
     def fingerprint(self) -> str:
         """A hash of all ids and labels of both splits, in their order."""
         parts = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
+        parts += [repr(self.labels)] if self.labels else []
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -42,6 +49,8 @@ def prepare(
     seed: int,
     cache: Path,
     say: Callable[[str], None],
+    task: TaskName = "causal-lm",
+    own_labels: Sequence[str] = (),
     train_key: str = "data.train",
 ) -> Prepared:
     """Reads, checks, encodes and splits the rows that a recipe names.
@@ -52,12 +61,14 @@ def prepare(
         seed: picks the held-out rows, and those that a weight leaves out.
         cache: folder for encoded rows; a second call with the same content, tokenizer and options maps them.
         say: takes progress lines.
+        task: what the rows are to teach.
+        own_labels: names of the labels that the base's own head tells apart, if it has one.
         train_key: what the user knows `spec.train` by.
 
     Raises:
         LoraError: no row, bad rows, a template that cannot be trained with, more loss than allowed, ...
     """
-    encoder = Encoder(spec, tokenizer)
+    encoder = encoder_for(task, spec, tokenizer)
     train = [encoded(source, spec, encoder, cache=cache, say=say) for source in train_sources(spec)]
     own = [encoded(source, spec, encoder, cache=cache, say=say) for source in eval_sources(spec)]
     held = _held_out(train, spec.eval if isinstance(spec.eval, float) else 0.0, seed)
@@ -72,7 +83,12 @@ def prepare(
         evaluation.append((item.rows, index))
         entries.append(_entry(item, "eval", index, held_out=0))
     check_loss(entries, limit=_limit(spec))
-    rows, tested = Rows(parts), Rows(evaluation)
+    labels, read = None, []
+    if task in ("seq-cls", "token-cls"):
+        there = [_found(item) for item in [*train, *own]]
+        labels = labelling.settle(spec.labels, there[: len(train)], there[len(train) :], base=own_labels)
+        read = [labelling.reader(labels, found) for found in there]
+    rows, tested = Rows(parts, read[: len(train)]), Rows(evaluation, read)
     for split, name in ((rows, train_key), (tested, "data.eval")):
         if not len(split) and (split is rows or own):
             raise LoraError(f"{name}: no row is left", hint="see data.on_bad_row, data.overlong and the weights")
@@ -84,9 +100,18 @@ def prepare(
         Totals.of(rows.lengths, rows.supervised),
         Totals.of(tested.lengths, tested.supervised) if len(tested) else None,
         leaked,
+        UNITS[task],
+        labels.describe() if labels else None,
     )
     ledger.check()
-    return Prepared(rows, tested if len(tested) else None, ledger)
+    return Prepared(rows, tested if len(tested) else None, ledger, labels)
+
+
+def _found(item: EncodedSource) -> Found:
+    stored = item.tally.labels
+    if stored is None:
+        raise LoraError(f"{item.source.name}: no row is left", hint="see data.on_bad_row and data.overlong")
+    return Found(**stored)
 
 
 def _limit(spec: DataSpec) -> float:

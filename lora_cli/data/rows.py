@@ -1,9 +1,9 @@
 """Encoded rows on disk as Arrow files, mapped into memory: a million rows cost no more than their index."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,16 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.encode import Encoded
+from lora_cli.data.labelled import NOTHING, Labelled, Numbers
+
+IGNORED = -100  # label of a token without loss, as everywhere in the field
 
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("runs", pa.list_(pa.int32())),  # start, stop, start, stop, ...: the tokens that carry loss
+        ("values", pa.list_(pa.float64())),  # of other tasks: labels as the source numbers them, or target ids
+        ("second", pa.int32()),  # last tokens that are the second text's, for models that tell the two apart
         ("supervised", pa.int32()),
         ("key", pa.uint64()),
         ("file", pa.int32()),
@@ -28,8 +33,9 @@ class Row(NamedTuple):
     """One encoded row, as batches are made of."""
 
     input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]  # the id at its place where it carries loss, else -100; not shifted
+    labels: npt.NDArray[Any]  # causal-lm: int32, the id at its place where it carries loss, else -100; not shifted
     where: str  # `data/train.jsonl:17`
+    second: int = 0  # tokens at its end that belong to a second text
 
 
 class Placed(NamedTuple):
@@ -37,14 +43,17 @@ class Placed(NamedTuple):
 
     file: int
     line: int
-    row: Encoded
+    row: Encoded | Labelled
+    values: Numbers = NOTHING  # of a labelled row: its labels as the source numbers them, or its target ids
 
 
 def batch_of(rows: Sequence[Placed]) -> pa.RecordBatch:
     """The rows as one batch of the file."""
     columns = [
         _lists([placed.row.ids for placed in rows]),
-        _lists([np.array(placed.row.runs, dtype=np.int32).ravel() for placed in rows]),
+        _lists([_runs(placed.row) for placed in rows]),
+        _lists([placed.values for placed in rows], pa.float64()),
+        pa.array([placed.row.second if isinstance(placed.row, Labelled) else 0 for placed in rows], pa.int32()),
         pa.array([placed.row.supervised for placed in rows], pa.int32()),
         pa.array([placed.row.key for placed in rows], pa.uint64()),
         pa.array([placed.file for placed in rows], pa.int32()),
@@ -53,9 +62,13 @@ def batch_of(rows: Sequence[Placed]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def _lists(arrays: list[npt.NDArray[np.int32]]) -> pa.Array:
+def _runs(row: Encoded | Labelled) -> npt.NDArray[np.int32]:
+    return np.array(row.runs if isinstance(row, Encoded) else (), dtype=np.int32).ravel()
+
+
+def _lists(arrays: list[npt.NDArray[Any]], kind: pa.DataType | None = None) -> pa.Array:
     offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays), kind or pa.int32()))
 
 
 class Stored:
@@ -88,6 +101,10 @@ class _Batch:
         self._ids: npt.NDArray[np.int32] = ids.values.to_numpy()
         self._run_offsets: npt.NDArray[np.int32] = runs.offsets.to_numpy()
         self._runs: npt.NDArray[np.int32] = runs.values.to_numpy()
+        values = batch.column("values")
+        self._value_offsets: npt.NDArray[np.int32] = values.offsets.to_numpy()
+        self._values: Numbers = values.values.to_numpy()
+        self._second: npt.NDArray[np.int32] = batch.column("second").to_numpy()
         self.supervised: npt.NDArray[np.int32] = batch.column("supervised").to_numpy()
         self.keys: npt.NDArray[np.uint64] = batch.column("key").to_numpy()
         self._files: npt.NDArray[np.int32] = batch.column("file").to_numpy()
@@ -95,18 +112,26 @@ class _Batch:
 
     def row(self, index: int, names: Sequence[str]) -> Row:
         ids = self._ids[self.offsets[index] : self.offsets[index + 1]]
-        labels = np.full_like(ids, -100)
+        where = f"{names[self._files[index]]}:{self._lines[index]}"
+        values = self._values[self._value_offsets[index] : self._value_offsets[index + 1]]
+        if len(values):
+            return Row(ids, values, where, int(self._second[index]))
+        labels = np.full_like(ids, IGNORED)
         runs = self._runs[self._run_offsets[index] : self._run_offsets[index + 1]]
         for start, stop in runs.reshape(-1, 2):
             labels[start:stop] = ids[start:stop]
-        return Row(ids, labels, f"{names[self._files[index]]}:{self._lines[index]}")
+        return Row(ids, labels, where)
 
 
 class Rows:
     """A split: rows of stored files in a fixed order, by file, then as they lie in it. Immutable."""
 
-    def __init__(self, parts: Sequence[tuple[Stored, npt.NDArray[np.int64]]]) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Stored, npt.NDArray[np.int64]]], read: Sequence[Callable[[Row], Row]] = ()
+    ) -> None:
+        """`read`: for each part, what makes a row's labels of the numbers that its source has for them."""
         self._parts = [stored for stored, _ in parts]
+        self._read = list(read)
         chosen = [index for _, index in parts]
         self._starts = np.cumsum([0, *(len(index) for index in chosen)])
         self._index = np.concatenate([np.zeros(0, np.int64), *chosen])
@@ -125,7 +150,8 @@ class Rows:
             raise IndexError(index)
         place = index % len(self)
         part = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._parts[part][int(self._index[place])]
+        row = self._parts[part][int(self._index[place])]
+        return self._read[part](row) if self._read else row
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
@@ -139,4 +165,4 @@ class Rows:
 def xray(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Every token of a row as text, and whether it carries loss; for `lora check` to colour."""
     pairs = zip(row.input_ids.tolist(), row.labels.tolist(), strict=True)
-    return [(tokenizer.decode([token], skip_special_tokens=False), label != -100) for token, label in pairs]
+    return [(tokenizer.decode([token], skip_special_tokens=False), label != IGNORED) for token, label in pairs]

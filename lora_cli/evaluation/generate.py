@@ -8,8 +8,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.batches import IGNORED
-from lora_cli.data.rows import Row
+from lora_cli.data.rows import IGNORED, Row
 
 
 class Answer(NamedTuple):

@@ -1,4 +1,4 @@
-"""How likely a model finds rows: loss, perplexity and accuracy per supervised token."""
+"""How likely a model finds rows: loss, perplexity and accuracy per supervised token, word or row."""
 
 import math
 from typing import NamedTuple
@@ -8,14 +8,15 @@ from accelerate import Accelerator
 
 from lora_cli.data.batches import Plan
 from lora_cli.model.score import Scorer
+from lora_cli.recipe.tasks import TaskName
 
 
 class Likelihood(NamedTuple):
-    """Means over all supervised tokens of the rows."""
+    """Means over all supervised tokens, words or rows, as the task has it."""
 
-    loss: float  # nats per supervised token
-    accuracy: float  # share of supervised tokens that were the most likely one
-    tokens: int  # supervised
+    loss: float  # nats; of a regression, mean squared error
+    accuracy: float | None  # share of them whose most likely label was the right one; None of a regression
+    tokens: int  # their number
 
     @property
     def perplexity(self) -> float:
@@ -38,4 +39,14 @@ def measure(scorer: Scorer, plan: Plan, *, accelerator: Accelerator | None = Non
     if accelerator is not None:
         totals = accelerator.reduce(totals, reduction="sum")
     loss, correct, tokens = (float(value) for value in totals)
-    return Likelihood(loss / max(1.0, tokens), correct / max(1.0, tokens), int(tokens))
+    accuracy = None if getattr(scorer.base.config, "problem_type", None) == "regression" else correct / max(1.0, tokens)
+    return Likelihood(loss / max(1.0, tokens), accuracy, int(tokens))
+
+
+def shown(found: Likelihood, task: TaskName) -> str:
+    """A line for the user: of language models with perplexity, which is about tokens."""
+    if found.accuracy is None:
+        return f"mean squared error {found.loss:.4f}"
+    if task in ("causal-lm", "seq2seq-lm"):
+        return f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f}, token accuracy {found.accuracy:.1%}"
+    return f"loss {found.loss:.4f}, accuracy {found.accuracy:.1%}"

@@ -1,65 +1,270 @@
-"""Put the adapter on the base, count it, save it as a plain PEFT folder, and prove that the folder is the model."""
+"""Put the adapter on the base: a table from methods to PEFT configurations, and what is trained besides."""
 
-import math
 import re
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.config import EvaConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import targets
-from lora_cli.recipe.schema import AdapterSpec, MethodName
+from lora_cli.model import gguf, initialise, targets
+from lora_cli.model.setting import Setting
+from lora_cli.model.targets import Targets
+from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.methods import FACTS, MethodName
+from lora_cli.recipe.schema import AdapterSpec
 
-Method = Callable[[AdapterSpec, str | list[str]], LoraConfig]
+
+class Method(NamedTuple):
+    """One entry: the configuration of PEFT, and what is done to the layers once they are there."""
+
+    config: Callable[[AdapterSpec, Targets, Setting], PeftConfig]
+    start: Callable[[PeftModel, AdapterSpec, Setting], None] | None = None
+    before: Callable[[PreTrainedModel, PeftConfig, Setting], None] | None = None  # on the bare base
 
 
-def _lora(spec: AdapterSpec, modules: str | list[str], **options: bool) -> LoraConfig:
-    return LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=modules,
-        bias=spec.bias,
-        task_type="CAUSAL_LM",
+def _reach(spec: AdapterSpec, reach: Targets, setting: Setting) -> dict[str, Any]:
+    """Where the adapter goes, as all methods of layers take it."""
+    return {
+        "task_type": TASKS[setting.task].peft,
+        "target_modules": reach.modules,
+        "modules_to_save": [*setting.heads, *(spec.modules_to_save or ())] or None,
+    }
+
+
+def _lora(spec: AdapterSpec, reach: Targets, setting: Setting, **options: Any) -> LoraConfig:
+    return LoraConfig(**_lora_options(spec, reach, setting), **options)
+
+
+def _lora_options(spec: AdapterSpec, reach: Targets, setting: Setting) -> dict[str, Any]:
+    tokens = _token_ids(spec.trainable_tokens or (), setting) or None
+    return {
+        **_reach(spec, reach, setting),
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "bias": spec.bias,
+        "rank_pattern": dict(spec.rank_pattern or {}),
+        "alpha_pattern": dict(spec.alpha_pattern or {}),
+        "trainable_token_indices": tokens,
+        "target_parameters": list(reach.parameters) or None,
+    }
+
+
+def _rslora(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoraConfig:
+    return _lora(spec, reach, setting, use_rslora=True)
+
+
+def _dora(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoraConfig:
+    return _lora(spec, reach, setting, use_dora=True)
+
+
+def _eva(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoraConfig:
+    if setting.plan is None:  # only shapes count: PEFT warns of an initialisation that does not follow
+        return _lora(spec, reach, setting)
+    return _lora(spec, reach, setting, init_lora_weights="eva", eva_config=EvaConfig())
+
+
+def _adalora(spec: AdapterSpec, reach: Targets, setting: Setting) -> AdaLoraConfig:
+    assert spec.rank is not None
+    options = _lora_options(spec, reach, setting)
+    for absent in ("r", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters"):
+        del options[absent]
+    # A tenth of the steps at full rank, a third at the final one: about what the paper's runs do (appendix C).
+    steps = setting.total_steps
+    return AdaLoraConfig(
         **options,
+        init_r=spec.rank,
+        target_r=spec.final_rank,
+        tinit=steps // 10,
+        tfinal=steps // 3,
+        deltaT=max(1, steps // 100),
+        total_step=max(1, steps),
     )
 
 
-def _rslora(spec: AdapterSpec, modules: str | list[str]) -> LoraConfig:
-    return _lora(spec, modules, use_rslora=True)  # Kalajdzievski, arXiv:2312.03732: alpha/sqrt(rank)
+def _vera(spec: AdapterSpec, reach: Targets, setting: Setting) -> VeraConfig:
+    # The projections are saved with the adapter: another torch may draw others from the same key.
+    bias = "vera_only" if spec.bias == "lora_only" else spec.bias
+    return VeraConfig(
+        **_reach(spec, reach, setting), r=spec.rank, vera_dropout=spec.dropout, bias=bias, save_projection=True
+    )
 
 
-def _dora(spec: AdapterSpec, modules: str | list[str]) -> LoraConfig:
-    return _lora(spec, modules, use_dora=True)  # Liu et al., arXiv:2402.09353: magnitude and direction apart
+def _loha(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoHaConfig:
+    return LoHaConfig(**_reach(spec, reach, setting), r=spec.rank, alpha=spec.alpha, rank_dropout=spec.dropout)
 
 
-METHODS: dict[MethodName, Method] = {"lora": _lora, "rslora": _rslora, "dora": _dora}
+def _lokr(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoKrConfig:
+    return LoKrConfig(**_reach(spec, reach, setting), r=spec.rank, alpha=spec.alpha, rank_dropout=spec.dropout)
 
 
-def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int) -> PeftModel:
-    """Freeze `model` and add the trainable adapter that `spec` describes; A is drawn from `seed`, B is zero.
+def _ia3(spec: AdapterSpec, reach: Targets, setting: Setting) -> IA3Config:
+    forward = list(spec.feedforward_modules or ())
+    if spec.target_modules is None:
+        return IA3Config(**{**_reach(spec, reach, setting), "target_modules": None})  # PEFT's table by architecture
+    return IA3Config(**_reach(spec, reach, setting), feedforward_modules=forward)
+
+
+def _oft(spec: AdapterSpec, reach: Targets, setting: Setting) -> OFTConfig:
+    bias = "oft_only" if spec.bias == "lora_only" else spec.bias
+    return OFTConfig(
+        **_reach(spec, reach, setting), r=0, oft_block_size=spec.rotation_size, module_dropout=spec.dropout, bias=bias
+    )
+
+
+def _boft(spec: AdapterSpec, reach: Targets, setting: Setting) -> BOFTConfig:
+    return BOFTConfig(
+        **_reach(spec, reach, setting),
+        boft_block_size=spec.rotation_size,
+        boft_n_butterfly_factor=spec.butterflies,
+        boft_dropout=spec.dropout,
+        bias="boft_only" if spec.bias == "lora_only" else spec.bias,
+    )
+
+
+def _virtual(spec: AdapterSpec, setting: Setting) -> dict[str, Any]:
+    return {
+        "task_type": TASKS[setting.task].peft,
+        "num_virtual_tokens": spec.virtual_tokens,
+        "modules_to_save": list(setting.heads) or None,
+    }
+
+
+def _prefix(spec: AdapterSpec, _: Targets, setting: Setting) -> PrefixTuningConfig:
+    return PrefixTuningConfig(**_virtual(spec, setting))
+
+
+def _prompt(spec: AdapterSpec, _: Targets, setting: Setting) -> PromptTuningConfig:
+    return PromptTuningConfig(**_virtual(spec, setting), prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB)
+
+
+def _p_tuning(spec: AdapterSpec, _: Targets, setting: Setting) -> PromptEncoderConfig:
+    return PromptEncoderConfig(**_virtual(spec, setting), encoder_hidden_size=spec.hidden_size)
+
+
+METHODS: dict[MethodName, Method] = {
+    "lora": Method(_lora),
+    "rslora": Method(_rslora),
+    "dora": Method(_dora),
+    "lora+": Method(_lora),  # its learning rates are the optimizer's
+    "scaled": Method(_lora, start=initialise.scaled),
+    "pissa": Method(_lora, start=initialise.pissa),
+    "olora": Method(_lora, start=initialise.olora),
+    "corda": Method(_lora, start=initialise.corda, before=initialise.corda_statistics),
+    "eva": Method(_eva, start=initialise.eva),
+    "loftq": Method(_lora, start=initialise.loftq),
+    "adalora": Method(_adalora),
+    "vera": Method(_vera),
+    "loha": Method(_loha),
+    "lokr": Method(_lokr),
+    "ia3": Method(_ia3),
+    "oft": Method(_oft),
+    "boft": Method(_boft),
+    "prefix": Method(_prefix),
+    "prompt": Method(_prompt, start=initialise.prompt),
+    "p-tuning": Method(_p_tuning),
+}
+
+
+def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Setting | None = None) -> PeftModel:
+    """Freeze `model` and add the trainable adapter that `spec` describes, drawn from `seed`.
+
+    With B = 0, and with what is neutral in other methods, the model is what it was; pissa, olora and corda are so but
+    for rounding; loftq, prefix, prompt and p-tuning are not by design.
 
     Raises:
-        LoraError: target modules that match no layer, or a kind of layer that the method cannot adapt.
+        LoraError: target modules that match no layer or only some of those that are alike, patterns and modules that
+            match nothing, or a kind of layer that the method cannot adapt.
     """
-    config = METHODS[spec.method](spec, targets.resolve(model, spec.target_modules))
+    setting = setting or Setting()
+    method, facts = METHODS[spec.method], FACTS[spec.method]
+    heads = list(dict.fromkeys([*setting.heads, *targets.find_modules(model, spec.modules_to_save or ())]))
+    reach = Targets([])
+    if "target_modules" in facts.options and spec.target_modules is not None:
+        reach = targets.resolve(model, spec, heads=heads)
+    config = method.config(spec, reach, setting)
+    _refuse_untrainable(model, heads)
+    if isinstance(config, LoraConfig):
+        gguf.teach(config)
+    if method.before and setting.plan is not None:
+        method.before(model, config, setting)
     torch.manual_seed(seed)
     try:
         # fp32 master weights: AdamW's small updates would be rounded away in bf16.
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as reason:
-        first = str(reason).splitlines()[0]
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+    except (ValueError, TypeError) as reason:
+        first = (str(reason).splitlines() or [type(reason).__name__])[0]
         hint = "choose other adapter.target_modules or another adapter.method"
         if "lora_dropout" in first:  # experts whose weights are one parameter
             hint = "set adapter.dropout: 0, or choose other adapter.target_modules"
         raise LoraError(f"adapter: PEFT refuses it: {first}", hint=hint) from reason
+    targets.check_patterns(spec, adapted_layers(adapted))
+    if method.start and setting.plan is not None:
+        method.start(adapted, spec, setting)
+        if isinstance(config, LoraConfig):  # EVA's new ranks come in the base's dtype
+            adapted.base_model._cast_adapter_dtype(initialise.NAME)
+    if spec.freeze_a:  # LoRA-FA (Zhang et al., arXiv:2308.03303): the update stays in the space that A spans
+        _freeze(adapted, ".lora_A.", ".lora_embedding_A.")
+    # A divisor that PEFT's cast to fp32 makes trainable, and that is not saved: set by the rank, it stays what it is.
+    _freeze(adapted, ".ranknum.")
+    return adapted
+
+
+def _freeze(model: PeftModel, *parts: str) -> None:
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad = False
+
+
+def _refuse_untrainable(model: PreTrainedModel, modules: Sequence[str]) -> None:
+    for name in modules:
+        for parameter in model.get_submodule(name).parameters():
+            if not parameter.is_floating_point():
+                raise LoraError(
+                    f"adapter.modules_to_save: {name} is quantised, and such weights take no gradient",
+                    hint="adapt it in target_modules instead",
+                )
+
+
+def _token_ids(tokens: Sequence[str], setting: Setting) -> list[int]:
+    """The id of each token.
+
+    Raises:
+        LoraError: a text that the tokenizer does not know as one token.
+    """
+    found = []
+    for token in tokens:
+        ids = setting.encode(token) if setting.encode else []
+        if len(ids) != 1:
+            raise LoraError(
+                f"adapter.trainable_tokens: {token!r} is {len(ids)} tokens to this tokenizer, not one",
+                hint="list it in model.new_tokens too, so that it becomes one, or write one of its tokens",
+            )
+        found += ids
+    return found
 
 
 def adapted_layers(model: PeftModel) -> dict[str, int]:
@@ -75,46 +280,6 @@ def adapted_layers(model: PeftModel) -> dict[str, int]:
     return dict(counts)
 
 
-def coverage(model: PeftModel, layers: dict[str, torch.nn.Module]) -> list[targets.Coverage]:
+def coverage(model: PeftModel, layers: dict[str, nn.Module]) -> list[targets.Coverage]:
     """How much of each kind of the base's linear `layers` (taken before `attach`) carries the adapter."""
     return targets.coverage(layers, adapted_layers(model))
-
-
-def save(model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
-    """Write the adapter into `folder` (a new one) as PEFT does, naming the base as the recipe does."""
-    config = model.peft_config[model.active_adapter]
-    config.base_model_name_or_path = base
-    config.revision = revision
-    # Embeddings are saved where they carry an adapter. PEFT's default would also look the base up on the hub, to
-    # see whether the vocabulary was resized, which nothing here does.
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-@torch.no_grad()
-def reload_difference(model: PeftModel, folder: Path, logits: Callable[[], Tensor]) -> float:
-    """Load `folder` into the trained model; largest difference that makes to tensors and to `logits()`. Must be 0.
-
-    The trained tensors are overwritten with NaN first, so that one that the folder lacks cannot pass unseen, and
-    put back afterwards.
-
-    Raises:
-        LoraError: the folder's configuration is not the trained adapter's.
-    """
-    ours, theirs = model.peft_config[model.active_adapter].to_dict(), PeftConfig.from_pretrained(str(folder)).to_dict()
-    # Set while saving, and of no effect on the weights.
-    differ = [key for key in ours if key != "inference_mode" and ours[key] != theirs.get(key)]
-    if differ:
-        raise LoraError(f"{folder}: adapter_config.json differs in {', '.join(differ)}", exit_code=1)
-    reference = logits()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    copies = [p.clone() for p in trained]
-    try:
-        for parameter in trained:
-            parameter.fill_(math.nan)
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-        pairs = [(logits(), reference), *zip(trained, copies, strict=True)]
-        # NaN is not less than anything: it has to be asked for by name.
-        return max(math.inf if (a - b).isnan().any() else float((a - b).abs().max()) for a, b in pairs)
-    finally:
-        for parameter, copy in zip(trained, copies, strict=True):
-            parameter.copy_(copy)

@@ -1,7 +1,9 @@
-"""Turn a GGUF file into a plain transformers folder, once: the same numbers, dequantised, then loaded in a second.
+"""A GGUF base: kept packed where transformers has a kernel that can, else turned into a plain folder, once.
 
 transformers reads a GGUF's vocabulary and tensors through Python loops that take half a minute on a small model,
-at every start; the folder this makes beside the other caches is read in one.
+at every start; the folder this makes beside the other caches is read in one. Its weights are the same numbers as
+llama.cpp's, dequantised. Packed weights were never trained over on a GPU by this project: on the CPU, where
+transformers has no kernel, tests run the layers below with its slow fallback.
 """
 
 import hashlib
@@ -11,10 +13,15 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.integrations.gguf.utils import GgufExperts, GgufLinear, is_gguf_arch_supported
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
@@ -37,13 +44,7 @@ def unpack(file: Path, *, dtype: torch.dtype, cache: Path, say: Callable[[str], 
         folder = _place(file, "no weights", cache)
     if folder.is_dir():
         return folder
-    if find_spec("gguf") is None:
-        raise LoraError(f"{file}: reading GGUF needs the package gguf", hint='pip install "lora-cli[gguf]"')
-    with file.open("rb") as start:
-        if start.read(4) != b"GGUF":
-            raise LoraError(
-                f"{file}: not a GGUF file", hint="model.path takes a .gguf file, a local folder or a hub id"
-            )
+    check(file)
     doing = f"dequantising {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
     say(f"{doing}, once; kept in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +58,92 @@ def unpack(file: Path, *, dtype: torch.dtype, cache: Path, say: Callable[[str], 
         if not folder.is_dir():
             raise
     return folder
+
+
+def check(file: Path) -> None:
+    """Refuse early what is no GGUF file, or cannot be read here.
+
+    Raises:
+        LoraError: the `gguf` package is missing, or the file begins otherwise.
+    """
+    if find_spec("gguf") is None:
+        raise LoraError(f"{file}: reading GGUF needs the package gguf", hint='pip install "lora-cli[gguf]"')
+    with file.open("rb") as start:
+        if start.read(4) != b"GGUF":
+            raise LoraError(
+                f"{file}: not a GGUF file", hint="model.path takes a .gguf file, a local folder or a hub id"
+            )
+
+
+def why_not_packed(file: Path, *, device: torch.device) -> str | None:
+    """Why the weights of `file` cannot stay packed here; None where they can.
+
+    transformers multiplies packed weights by a kernel from the hub, on GPUs, in the architectures that its new loader
+    knows.
+    """
+    if device.type == "cpu":
+        return "transformers has no kernel for packed weights on the CPU"
+    if find_spec("kernels") is None:
+        return "the package kernels, which fetches the kernel for packed weights, is not installed"
+    architecture = read_gguf_metadata(str(file))[0]["general.architecture"]
+    if not is_gguf_arch_supported(architecture):
+        return f"transformers loads the architecture {architecture} dequantised only"
+    return None
+
+
+def choose(
+    mode: Literal["auto", "packed", "dequantized"], file: Path, *, device: torch.device, say: Callable[[str], None]
+) -> bool:
+    """Whether `file` stays packed, as `model.gguf` wants it; what is not obvious is said.
+
+    Raises:
+        LoraError: packed is asked for, and cannot be.
+    """
+    if mode == "dequantized":
+        return False
+    reason = why_not_packed(file, device=device)
+    if mode == "packed" and reason:
+        raise LoraError(f"model.gguf: packed, but {reason}", hint="write auto or dequantized: the numbers are the same")
+    say(f"{file.name}: " + (f"dequantized, as {reason}" if reason else "kept packed"))
+    return reason is None
+
+
+class PackedLora(LoraLinear):  # type: ignore[misc]  # PEFT has no types
+    """LoRA over a layer whose weights stay packed: PEFT's own forward, on what the packed layer computes."""
+
+
+def teach(config: LoraConfig) -> None:
+    """Let PEFT put LoRA on packed layers too."""
+    config._register_custom_module({GgufLinear: PackedLora})
+
+
+def make_differentiable(model: nn.Module) -> None:
+    """Let gradients pass packed layers: their kernel for a few rows has no backward, and would drop them silently.
+
+    Raises:
+        LoraError: the model has packed experts, whose kernel has none for any number of rows.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, GgufExperts):
+            raise LoraError(
+                f"model.gguf: packed experts ({name}) cannot be trained over: their kernel has no backward pass",
+                hint="write model: {gguf: dequantized}",
+            )
+        if isinstance(module, GgufLinear):
+            module.forward = partial(_packed_forward, module)
+
+
+def _packed_forward(layer: GgufLinear, x: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        out: Tensor = GgufLinear.forward(layer, x)
+        return out
+    flat = x.reshape(-1, layer.in_features)
+    if layer.input_permutation is not None:
+        flat = flat.index_select(1, layer.input_permutation)
+    product: Tensor = layer._unpack_matmul(flat)
+    if layer.bias is not None:
+        product = product + layer.bias
+    return product.reshape(*x.shape[:-1], layer.out_features).to(x.dtype)
 
 
 def _place(file: Path, kind: str, cache: Path) -> Path:

@@ -20,6 +20,8 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 0.1, torch
 # Largest change of one row's logits when another row's tokens change. Both passes multiply the same shapes, so that
 # rows apart are equal to the bit, but for experts, whose products have as many rows as they get (3e-7 in fp32).
 LEAK = 1e-6
+# Largest change of logits when a later token changes: experts' products have as many rows as they get.
+AHEAD = 1e-3
 # Kinds of layers, as the model's config names them, that the packed attention of the CPU computes.
 LAYERS = {"full_attention", "sliding_attention"}
 SHOWN = 16  # last tokens of the long row whose logits are compared
@@ -45,12 +47,42 @@ def candidates(wanted: str, *, packing: bool, device: torch.device, dtype: torch
     return [attention.NAME, "sdpa", "eager"] if packing else ["sdpa", "eager"]
 
 
-def settle(model: PreTrainedModel, wanted: str, *, packing: bool) -> Proof | None:
+def settle(model: PreTrainedModel, wanted: str, *, packing: bool, causal: bool = True) -> Proof | None:
     """Set the first attention that works on `model`, and with packing, that keeps rows apart; None without packing.
 
+    With `causal` the model has to predict each token from those before it alone, which is tried as well.
+
     Raises:
-        LoraError: packing was asked for, and no attention keeps rows apart in this model.
+        LoraError: packing was asked for, and no attention keeps rows apart in this model; or it looks ahead.
     """
+    proof = _settle(model, wanted, packing=packing)
+    if causal:
+        _refuse_looking_ahead(model)
+    return proof
+
+
+@torch.no_grad()
+def _refuse_looking_ahead(model: PreTrainedModel) -> None:
+    """An encoder has a class for causal-lm too, and would learn to copy the token that it is to predict."""
+    if getattr(model, "is_loaded_in_8bit", False):
+        return  # its outlier columns are chosen over all tokens: a change of one moves the rounding of all
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.get_input_embeddings().weight.shape[0], (12,), generator=generator)
+    other = ids.clone()
+    other[-1] = (other[-1] + 1) % model.get_input_embeddings().weight.shape[0]
+    training = model.training
+    model.eval()
+    first, second = (_logits(model, [row])[:-1] for row in (ids, other))
+    model.train(training)
+    seen = float((first - second).abs().max() / first.abs().max().clamp_min(1e-12))
+    if seen > AHEAD:
+        raise LoraError(
+            f"task: {type(model).__name__} looks ahead: a token changes what is predicted before it, by {seen:.1%}",
+            hint="it is no causal model: write task: seq-cls or token-cls, or give another model",
+        )
+
+
+def _settle(model: PreTrainedModel, wanted: str, *, packing: bool) -> Proof | None:
     dtype = product_dtype(model)
     tried = []
     for name in candidates(wanted, packing=packing, device=model.device, dtype=dtype):

@@ -1,10 +1,9 @@
-"""The recipe's quantization section as bitsandbytes takes it, and the base made ready for training on it."""
+"""The recipe's quantization section as bitsandbytes takes it, and a quantised base made ready for training on it."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
-from peft import prepare_model_for_kbit_training
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
@@ -17,18 +16,65 @@ def library_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
     """QLoRA's storage (Dettmers et al., arXiv:2305.14314, section 3): 4-bit codes, scales quantised too; or int8."""
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
+    assert spec.storage_dtype is not None
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.type,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, spec.compute_dtype),
+        bnb_4bit_quant_storage=getattr(torch, spec.storage_dtype),
     )
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze a quantised base and put all that is not quantised in fp32; checkpointing is the loop's to switch."""
-    prepared = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return cast(PreTrainedModel, prepared)
+    """Freeze a quantised base, and compute its norms in fp32, as QLoRA's authors do; all else stays in its dtype.
+
+    Embeddings, head and what flows between the layers are in the dtype that the model was loaded in. PEFT's own
+    preparation makes all of them fp32, which doubles the memory of the largest tensors that are left.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if _is_norm(module) and isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
+            dtype = weight.dtype
+            module.to(torch.float32)
+            module.register_forward_pre_hook(_as_fp32)
+            module.register_forward_hook(_back_to(dtype))
+    return model
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+
+
+def _as_fp32(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (given[0].float(), *given[1:])
+
+
+def _back_to(dtype: torch.dtype) -> Any:
+    def cast(_: nn.Module, given: Any, output: Tensor) -> Tensor:
+        return output.to(dtype)
+
+    return cast
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether transformers loaded it with packed weights, its own or those of the recipe's section."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def bytes_of_quantized(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes that the 4-bit layers' codes and scales take, and how many weights they hold."""
+    taken = held = 0
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            held += state.shape.numel()
+            nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
+            parts = [module.weight, state.absmax, *nested]  # the code of 16 values is bitsandbytes', once for all
+            taken += sum(part.numel() * part.element_size() for part in parts)
+    return taken, held
 
 
 def guard_cpu(model: PreTrainedModel) -> None:

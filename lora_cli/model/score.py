@@ -1,10 +1,11 @@
-"""Cross-entropy where there is a label, and nowhere else: logits are never computed for unsupervised tokens.
+"""The loss where there is a label, and nowhere else: logits are never computed for unsupervised tokens.
 
 The output head and the loss are one step, a few hundred tokens at a time, so that the [tokens, vocabulary] matrix,
 often the largest tensor of a training step, never exists as a whole, and its gradient overwrites it in place.
 """
 
 import inspect
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +15,17 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.batches import Batch
 from lora_cli.model import attention
+from lora_cli.recipe.tasks import TaskName
 
 CHUNK = 256  # supervised tokens whose logits exist at once
 
 
 class Score(NamedTuple):
-    """What a model makes of one batch."""
+    """What a model makes of one batch; its units are supervised tokens, labelled words or rows (`model/tasks.py`)."""
 
-    loss: Tensor  # scalar fp32: nats, summed over the supervised tokens
-    correct: Tensor  # scalar int64: supervised tokens that were the most likely one
-    tokens: int  # supervised tokens
+    loss: Tensor  # scalar fp32: nats, or squared error of a regression, summed over the units
+    correct: Tensor  # scalar int64: units whose most likely label was the right one; none of a regression
+    tokens: int  # units
 
 
 class Scorer:
@@ -33,30 +35,71 @@ class Scorer:
     that counts.
     """
 
-    def __init__(self, model: PeftModel | PreTrainedModel) -> None:
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        *,
+        task: TaskName = "causal-lm",
+        label_smoothing: float = 0.0,
+        neftune_alpha: float | None = None,
+    ) -> None:
+        """`label_smoothing` and `neftune_alpha` are for the steps of training alone."""
         self.base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.task = task
         self.device = self.base.get_input_embeddings().weight.device
-        self.plain_head = self._has_plain_head()
+        # Virtual tokens are put before a row by PEFT's own forward; other adapters are part of the base's.
+        prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        self._prompted: PeftModel | None = model if prompted and isinstance(model, PeftModel) else None
+        self.plain_head = task == "causal-lm" and not prompted and self._has_plain_head()
+        self._smoothing = label_smoothing
+        self._noise = Noise(neftune_alpha, self.base) if neftune_alpha else None
 
     def __call__(self, batch: Batch) -> Score:
-        """Sums over the supervised tokens of `batch`; all zero if it has none."""
+        """Sums over the units of `batch`; all zero if it has none."""
+        if self._noise:
+            self._noise.lengths = batch.lengths
         targets = batch.targets.to(self.device)
-        predict = batch.predict.to(self.device)
-        inputs = self.inputs(batch)
         if self.plain_head:
+            predict, inputs = batch.predict.to(self.device), self.inputs(batch)
             hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[predict]
             head = self.base.get_output_embeddings()
-            loss, correct = HeadLoss.apply(hidden, head.weight, head.bias, targets)  # type: ignore[no-untyped-call]
+            loss, correct = HeadLoss.apply(  # type: ignore[no-untyped-call]
+                hidden, head.weight, head.bias, targets, self._smoothing
+            )
             return Score(loss, correct, len(targets))
         # Heads that do more than multiply (caps, scales, adapters of their own) compute the logits themselves.
-        logits = kept_logits(self.base, inputs, predict)
+        logits = self.logits(batch)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        return Score(loss, (logits.argmax(-1) == targets).sum(), len(targets))
+        if not targets.is_floating_point():
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=self._smoothing)
+            return Score(loss, (logits.argmax(-1) == targets).sum(), len(targets))
+        if self.base.config.problem_type == "regression":
+            loss = (logits - targets).square().mean(dim=1).sum()
+            return Score(loss, torch.zeros((), dtype=torch.int64, device=self.device), len(targets))
+        smooth = targets * (1 - self._smoothing) + self._smoothing / 2
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1).sum()
+        return Score(loss, ((logits > 0) == (targets > 0.5)).all(dim=1).sum(), len(targets))
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [units, vocabulary or labels] at the units of `batch`, in the model's dtype."""
+        predict, inputs = batch.predict.to(self.device), self.inputs(batch)
+        if self.task == "causal-lm" and self._prompted is None:
+            return kept_logits(self.base, inputs, predict)
+        found: Tensor = (self._prompted or self.base)(**inputs).logits
+        if self.task == "seq-cls":
+            return found
+        # Of what stands before the row, virtual tokens have outputs too.
+        read = inputs.get("decoder_input_ids", inputs["input_ids"])
+        return found[:, -read.shape[1] :].flatten(0, 1)[predict]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Keyword arguments of the model's forward for `batch`, row boundaries included."""
-        return model_inputs(self.base, batch)
+        inputs = model_inputs(self.base, batch, task=self.task)
+        if self._prompted is not None:
+            inputs.pop("position_ids", None)  # PEFT counts them anew
+            if inputs.get("attention_mask") is None:
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return inputs
 
     def _has_plain_head(self) -> bool:
         """Whether logits are head(last hidden state) and no more: tried once, exactly, on two tokens."""
@@ -77,16 +120,41 @@ class Scorer:
         return torch.equal(logits, plain)
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+class Noise:
+    """Uniform noise on the embeddings of each row while training (NEFTune, Jain et al., arXiv:2310.05914, section 2).
+
+    Its size is alpha/sqrt(L·d) for a row of L tokens and d dimensions, of each row by itself where rows are packed.
+    """
+
+    def __init__(self, alpha: float, model: PreTrainedModel) -> None:
+        self.alpha = alpha
+        self.lengths: tuple[int, ...] = ()  # tokens of each row of the batch that comes
+        model.get_input_embeddings().register_forward_hook(self._add)
+
+    def _add(self, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+        if not layer.training:
+            return output
+        sizes = torch.tensor(self.lengths, dtype=torch.float32, device=output.device)
+        if output.shape[0] == 1 and output.shape[1] == sum(self.lengths):  # packed
+            sizes = sizes.repeat_interleave(sizes.long())[None]
+        else:
+            sizes = sizes[:, None].expand(output.shape[:2])
+        noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1)
+        return output + (noise * (self.alpha / math.sqrt(output.shape[-1])) * sizes.rsqrt()[..., None]).to(output.dtype)
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch, *, task: TaskName = "causal-lm") -> dict[str, Any]:
     """Keyword arguments of the forward of `model` for `batch`, row boundaries included."""
     device = model.get_input_embeddings().weight.device
-    inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids.to(device),
-        "position_ids": batch.position_ids.to(device),
-        "use_cache": False,
-    }
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device)}
+    inputs |= {name: tensor.to(device) for name, tensor in batch.extra.items()}
+    if task == "causal-lm":
+        inputs["position_ids"] = batch.position_ids.to(device)
+    if task in ("causal-lm", "seq2seq-lm"):
+        inputs["use_cache"] = False
     if batch.attention_mask is not None:
-        inputs["attention_mask"] = batch.attention_mask.to(device)
+        mask = batch.attention_mask.to(device)
+        inputs["attention_mask"] = mask if task == "causal-lm" else mask.long()
     elif model.config._attn_implementation == attention.NAME:
         inputs["row_plan"] = attention.plan_rows(batch.lengths)
     return inputs
@@ -107,11 +175,14 @@ def kept_logits(model: PreTrainedModel, inputs: dict[str, Any], places: Tensor) 
 
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of a frozen linear head, with d loss/d hidden = (softmax(logits) - onehot)·W per chunk."""
+    """Summed cross-entropy of a frozen linear head, with d loss/d hidden = (softmax(logits) - wanted)·W per chunk.
+
+    `wanted` is one-hot; with label smoothing e, (1 - e)·onehot + e/V (Szegedy et al., arXiv:1512.00567, section 7).
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         """hidden [n, h] and weight [V, h] in the compute dtype, targets int64 [n]; returns fp32 and int64 scalars."""
         precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -125,13 +196,17 @@ class HeadLoss(torch.autograd.Function):
             picked = logits.gather(1, wanted)
             top, best = logits.max(dim=1, keepdim=True)
             correct += (best == wanted).sum()
+            # The logit that is wanted on average, of which the loss is log-sum-exp less.
+            aim = picked if not smoothing else (1 - smoothing) * picked + smoothing * logits.mean(dim=1, keepdim=True)
             # One exponential serves both the sum and the gradient: softmax = exp(z - max) / sum.
             weights = logits.sub_(top).exp_()
             total = weights.sum(dim=1, keepdim=True)
-            loss += (total.log() + top - picked).sum()
+            loss += (total.log() + top - aim).sum()
             if grad is not None:
                 weights.div_(total)
-                weights.scatter_add_(1, wanted, torch.full_like(picked, -1.0))
+                if smoothing:
+                    weights.sub_(smoothing / weights.shape[1])
+                weights.scatter_add_(1, wanted, torch.full_like(picked, smoothing - 1.0))
                 grad[part] = weights.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(correct)
@@ -142,4 +217,4 @@ class HeadLoss(torch.autograd.Function):
         """grad_loss is the scalar that the summed loss was multiplied with."""
         (grad,) = ctx.saved_tensors
         # A 0-dim fp32 factor: the product is made in fp32, where a bf16 factor would be off by up to 0.4 %.
-        return grad * grad_loss, None, None, None
+        return grad * grad_loss, None, None, None, None

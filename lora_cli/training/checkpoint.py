@@ -1,41 +1,68 @@
 """Save and load what training needs to go on: adapter, optimizer moments and the number of the last step.
 
 Random numbers and the position in the data are functions of (seed, step), see `training/loop.py`, so that the step
-number restores them; the learning rate likewise.
+number restores them; the learning rate likewise. Each checkpoint is a plain PEFT adapter too, to evaluate or merge.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lora_cli.errors import LoraError
+from lora_cli.model import saving
+from lora_cli.model.adalora import Upkeep
 from lora_cli.run import atomic
+from lora_cli.training.optim import restore_state, state_of
+
+EXTRA = "trained.safetensors"  # trained tensors that the adapter's file does not hold as they are
+MOMENTS = "optimizer.safetensors"
 
 
 def save(
-    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, step: int, state: dict[str, Any], keep: int
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    state: dict[str, Any],
+    keep: int,
+    write_adapter: Callable[[Path], None],
+    upkeep: Upkeep | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN atomically, then delete all but the `keep` newest; returns what was written.
 
-    `state` is JSON: what must be the same for a resumed run to be the uninterrupted one (seed, data fingerprint).
+    Args:
+        folder: of the checkpoints.
+        model: what is trained.
+        optimizer: over its trained parameters.
+        step: the number of optimizer steps done.
+        state: JSON: what must be the same for a resumed run to be the uninterrupted one (seed, data fingerprint).
+        keep: how many checkpoints stay.
+        write_adapter: writes the adapter into a folder.
+        upkeep: the adapter method's own state, if it has any.
     """
     target = folder / f"step-{step:08d}"
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {
-        f"{key}.{name}": value.contiguous()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-        for key, value in optimizer.state[p].items()
+        f"{key}|{name}": value.contiguous()
+        for name, p in trained.items()
+        for key, value in state_of(optimizer, p).items()
     }
+    extra = {name: trained[name].detach() for name, kept in saving.kept_in(model).items() if kept is None}
+    extra |= {f"upkeep|{key}": value for key, value in (upkeep.state() if upkeep else {}).items()}
     with atomic.folder(target, replace=True) as partial:
-        save_file(_contiguous(get_peft_model_state_dict(model)), partial / "adapter_model.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
-        text = json.dumps({"step": step, "trained": len(names), **state}, indent=2) + "\n"
+        write_adapter(partial)
+        save_file(_apart(moments), partial / MOMENTS)
+        if extra:
+            save_file(_apart(extra), partial / EXTRA)
+        text = json.dumps({"step": step, "trained": len(trained), **state}, indent=2) + "\n"
         (partial / "state.json").write_text(text, encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -47,7 +74,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, state: dict[str, Any]) -> int:
+def load(
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    state: dict[str, Any],
+    upkeep: Upkeep | None = None,
+) -> int:
     """Restore the newest checkpoint of `folder` into model and optimizer; returns its step, 0 if there is none.
 
     Raises:
@@ -64,23 +98,37 @@ def load(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, st
             f"{newest}: cannot resume, changed since this checkpoint: {', '.join(changed)}",
             hint="train with the recipe and data of the first start, or start over with --fresh",
         )
-    adapter = load_file(newest / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(model)
-    if adapter.keys() != expected.keys():
+    adapter = load_file(newest / saving.WEIGHTS)
+    extra = load_file(newest / EXTRA) if (newest / EXTRA).is_file() else {}
+    if upkeep is not None:
+        kept = {key.removeprefix("upkeep|"): value for key, value in extra.items() if key.startswith("upkeep|")}
+        upkeep.load_state(kept)
+    parameters = dict(model.named_parameters())
+    values: dict[str, Tensor | None] = {
+        name: extra.get(name) if kept is None else adapter.get(kept) for name, kept in saving.kept_in(model).items()
+    }
+    fits = all(value is not None and value.shape == parameters[name].shape for name, value in values.items())
+    if not fits or adapter.keys() != saving.tensors(model).keys():
         raise LoraError(
             f"{newest}: its adapter has other tensors than this recipe's",
             hint="train with the recipe of the first start, or start over with --fresh",
         )
-    set_peft_model_state_dict(model, adapter)
-    moments = load_file(newest / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter] = {
-                key: moments[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+    moments = load_file(newest / MOMENTS)
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+            mine = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
+            if mine:
+                restore_state(optimizer, parameters[name], mine)
     return int(saved["step"])
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of their own memory, as safetensors wants them."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        found[name] = whole.clone() if whole.data_ptr() in seen and whole.numel() else whole
+        seen.add(whole.data_ptr())
+    return found

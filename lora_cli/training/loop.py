@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from lora_cli.data.batches import Batch, Plan
 from lora_cli.errors import LoraError
+from lora_cli.model.adalora import Upkeep
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.schema import TrainingSpec
-from lora_cli.training.optim import learning_rate
+from lora_cli.recipe.tasks import TaskName
+from lora_cli.training.optim import learning_rate, set_rate
 
 
 class Step(NamedTuple):
@@ -21,11 +23,11 @@ class Step(NamedTuple):
 
     number: int  # from 1
     epoch: float  # passes over the rows so far
-    loss: float  # nats per supervised token, mean over this update
+    loss: float  # nats per supervised token (or word, or row), mean over this update
     learning_rate: float
     grad_norm: float  # L2, before clipping
     tokens: int  # real tokens, padding not counted
-    supervised: int  # tokens that carried loss
+    supervised: int  # tokens, words or rows that carried loss
     seconds: float  # wall time of this step
 
 
@@ -38,17 +40,20 @@ def fit(
     accelerator: Accelerator,
     total: int,
     start: int = 0,
+    task: TaskName = "causal-lm",
+    upkeep: Upkeep | None = None,
 ) -> Iterator[Step]:
     """Take optimizer steps `start`+1 to `total`, yielding after each.
 
     The loss of a step is the mean over the supervised tokens of all its batches on all processes, whatever their
     shapes. Every random number comes from a seed made of (run seed, step, place of the batch in the step): a resumed
-    run draws what the uninterrupted one drew, and two processes draw what one would have.
+    run draws what the uninterrupted one drew, and two processes draw what one would have. `upkeep` is what the adapter
+    method does around an optimizer step; its penalty is part of the gradient, not of the loss that is reported.
 
     Raises:
         LoraError: the loss or the gradient is not finite; raised before the parameters are touched.
     """
-    scorer = Scorer(model)
+    scorer = Scorer(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
     trained = [p for p in model.parameters() if p.requires_grad]
     world, rank = accelerator.num_processes, accelerator.process_index
     model.train()
@@ -70,16 +75,20 @@ def fit(
             loss.backward()
             losses.append((batch, loss.detach()))
             loss_sum += loss.detach()
-        grad_norm = _reduce_gradients(trained, accelerator, share=max(1, supervised))
+        _reduce_gradients(trained, accelerator, share=max(1, supervised))
+        if upkeep is not None:
+            upkeep.penalty().backward()
+        grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         loss_sum = _sum(accelerator, loss_sum)
         if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
             raise _not_finite(number + 1, losses, plan)
         rate = learning_rate(number, spec=spec, total=total)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(optimizer, rate)
         if spec.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
         optimizer.step()
+        if upkeep is not None:
+            upkeep.after_step(number + 1)
         optimizer.zero_grad(set_to_none=True)
         yield Step(
             number=number + 1,
@@ -103,8 +112,8 @@ def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
     return reduced
 
 
-def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: int) -> Tensor:
-    """Sum the gradients of all processes in one message and divide them by `share`; returns their L2 norm.
+def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: int) -> None:
+    """Sum the gradients of all processes in one message and divide them by `share`.
 
     An adapter is small, so one flat message costs less than DDP's buckets and hooks, and processes may have
     different numbers of batches, which DDP does not allow.
@@ -115,10 +124,9 @@ def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, 
         flat = _sum(accelerator, flat)
         for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
             parameter.grad = part.view_as(parameter)
-    gradients = [p.grad for p in trained if p.grad is not None]
-    for gradient in gradients:
-        gradient.div_(share)
-    return nn.utils.get_total_norm(gradients)
+    for parameter in trained:
+        if parameter.grad is not None:
+            parameter.grad.div_(share)
 
 
 def _not_finite(number: int, losses: list[tuple[Batch, Tensor]], plan: Plan) -> LoraError:

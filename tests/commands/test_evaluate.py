@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lora_cli.model import adapter
+from lora_cli.model import saving
 from tests.commands.conftest import Lora, WriteRecipe, rows, write_recipe
 from tests.model import zoo
 
@@ -109,7 +109,7 @@ def with_biases(place: Path) -> Path:
     for name, parameter in adapted.named_parameters():
         if "bias" in name:
             parameter.data += 1.0
-    adapter.save(adapted, Path("biased"), base="qwen", revision=None)
+    saving.save(adapted, Path("biased"), base="qwen", revision=None)
     return Path("biased")
 
 

@@ -38,10 +38,10 @@ def test_reading_alone_says_the_same(tmp_path, monkeypatch, bad: Bad):
     (tmp_path / bad.file).write_bytes(bad.content)
     spec = DataSpec.model_validate({"train": bad.file, "eval": None, **bad.section})
     if bad.name in NEEDS_TOKENIZER or spec.chat_template is not None:
-        read_only_check(spec, lambda line: None)
+        read_only_check(spec, "causal-lm", lambda line: None)
     else:
         with pytest.raises(LoraError) as caught:
-            read_only_check(spec, lambda line: None)
+            read_only_check(spec, "causal-lm", lambda line: None)
         assert shown(caught.value) == list(bad.lines)
 
 

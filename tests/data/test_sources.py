@@ -172,7 +172,7 @@ def test_reading_alone_counts_rows(tmp_path, monkeypatch):
     (tmp_path / "test.csv").write_text(csv_of(ROWS))
     said: list[str] = []
     spec = DataSpec(train="train.jsonl", eval="test.csv", on_bad_row="skip")
-    first, second = read_only_check(spec, said.append)
+    first, second = read_only_check(spec, "causal-lm", said.append)
     assert (first.read, first.bad) == (6, {"malformed JSON": 1})
     assert (second.source, second.format, second.read, second.bad) == ("test.csv", "prompt-completion", 5, {})
     assert said[1] == "skipped train.jsonl:6: malformed JSON at column 1: expecting value"

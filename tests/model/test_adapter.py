@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter
+from lora_cli.model import adapter, held, saving
+from lora_cli.recipe.methods import FACTS, MethodName
 from lora_cli.recipe.schema import AdapterSpec
 from tests.model import zoo
 
@@ -21,31 +22,61 @@ IDS = torch.arange(3, 40)[None]
 
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> Tensor:
-    return model.eval()(input_ids=IDS).logits
+    out: Tensor = model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    return out[:, -IDS.shape[1] :]
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
-@pytest.mark.parametrize("method", adapter.METHODS)
-def test_plain_peft_loads_the_trained_model(tmp_path: Path, method: str, targets: str | list[str], bias: str):
-    model = zoo.adapted(zoo.make("qwen2"), method=method, target_modules=targets, bias=bias, dropout=0.1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
-    adapter.save(model, tmp_path, base="org/base", revision="abc")
-    assert adapter.reload_difference(model, tmp_path, lambda: logits(model)) == 0
-    loaded = PeftModel.from_pretrained(zoo.make("qwen2"), str(tmp_path))
-    assert torch.equal(logits(loaded), logits(model))
-    assert zoo.relative(logits(loaded), logits(zoo.make("qwen2"))) > 1e-2
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+def difference(model: PeftModel, folder: Path) -> float:
+    return saving.difference_when_loaded(model, folder, logits, held.hold_in_fp32)
+
+
+def saved_and_loaded(model: PeftModel, folder: Path, family: str = "qwen2", **options: Any) -> None:
+    """What plain PEFT loads onto a fresh base is the trained model."""
+    held.hold_in_fp32(model)
+    trained = logits(model)
+    saving.save(model, folder, base="org/base", revision="abc")
+    assert difference(model, folder) == 0
+    loaded = PeftModel.from_pretrained(zoo.make(family, **options), str(folder))
+    held.hold_in_fp32(loaded)
+    assert torch.equal(logits(loaded), trained)
+    assert zoo.relative(logits(loaded), logits(zoo.make(family, **options))) > 1e-3
+    config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", zoo.METHODS)
+def test_plain_peft_loads_the_trained_model(tmp_path: Path, method: str, dtype: torch.dtype):
+    saved_and_loaded(zoo.adapted(zoo.make("qwen2", dtype=dtype), method=method), tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["embed_tokens", "v_proj"]},
+        {"bias": "lora_only"},
+        {"bias": "all", "method": "dora"},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_tokens": ["word", "another"]},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"layers\.0\..*_proj": 3.0}},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3.0}, "method": "pissa"},
+        {"layers": [1], "exclude_modules": ["down_proj"]},
+        {"freeze_a": True},
+        {"dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_and_with_every_option(tmp_path: Path, options: dict[str, Any], dtype: torch.dtype):
+    saved_and_loaded(zoo.adapted(zoo.make("qwen2", dtype=dtype), **options), tmp_path, dtype=dtype)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[PeftModel, Path]:
     model = zoo.adapted(zoo.make("llama"))
-    adapter.save(model, tmp_path / "adapter", base="org/base", revision=None)
+    saving.save(model, tmp_path / "adapter", base="org/base", revision=None)
     return model, tmp_path / "adapter"
 
 
@@ -70,12 +101,9 @@ def in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("damage", [without_a_tensor, one_bit_off, renamed, in_bf16])
 def test_a_folder_that_is_not_the_trained_adapter_is_found_out(saved: tuple[PeftModel, Path], damage):
     model, folder = saved
-    before = [p.clone() for p in model.parameters()]
     file = folder / "adapter_model.safetensors"
     save_file(damage(load_file(file)), file)
-    assert adapter.reload_difference(model, folder, lambda: logits(model)) > 0
-    # Whatever was found, the trained model is as it was.
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert difference(model, folder) > 0
 
 
 def test_another_scale_in_the_config_is_found_out(saved: tuple[PeftModel, Path]):
@@ -83,7 +111,7 @@ def test_another_scale_in_the_config_is_found_out(saved: tuple[PeftModel, Path])
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
     with pytest.raises(LoraError, match="differs in lora_alpha"):
-        adapter.reload_difference(model, folder, lambda: logits(model))
+        difference(model, folder)
 
 
 def test_the_seed_draws_a_and_b_is_zero():
@@ -98,11 +126,21 @@ def test_the_seed_draws_a_and_b_is_zero():
         assert bool((parameter == 0).all()) == ("lora_B" in name)
 
 
-@pytest.mark.parametrize("method", adapter.METHODS)
-def test_trained_weights_are_fp32_over_a_bf16_base(method: str):
-    model = zoo.adapted(zoo.make("llama", dtype=torch.bfloat16), method=method)
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": ["word"]}])
+@pytest.mark.parametrize("method", zoo.METHODS)
+def test_trained_weights_are_fp32_over_a_bf16_base(method: str, options: dict[str, Any]):
+    taken = {key: value for key, value in options.items() if key in FACTS[method].options}
+    model = zoo.adapted(zoo.make("qwen2", dtype=torch.bfloat16), method=method, **taken)
+    held.hold_in_fp32(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    output = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+    assert output.logits.dtype == torch.bfloat16
+    output.logits.float().square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_a_table_has_every_method():
+    assert adapter.METHODS.keys() == FACTS.keys() == set(get_args(MethodName))
 
 
 def experts() -> Any:

@@ -28,13 +28,13 @@ from tests.model import zoo
 folder, longest, *sizes = sys.argv[1], *map(int, sys.argv[2:])
 host.set_up_cpu(os.cpu_count())  # one thread: several that wait for each other are slow on a busy machine
 cpu = torch.device("cpu")
-model = base.load_base(base.Source(folder, {}), dtype=torch.float32, device=cpu, attention="sdpa")
+model = base.load_base(base.Source(folder, {}), dtype=torch.float32, device=cpu, attention="sdpa").model
 isolation.settle(model, "auto", packing=True)
 peft_model = adapter.attach(model, AdapterSpec(rank=16), seed=0)
 trained = [p for p in peft_model.parameters() if p.requires_grad]
 fused.fuse(peft_model)
 spec = TrainingSpec()
-optimizer = make_optimizer(trained, spec)
+optimizer = make_optimizer(peft_model, spec)
 for tokens in sizes:
     plan = Plan(zoo.rows_of([longest] * (tokens // longest)), packing=True, size=tokens, per_step=1, seed=0)
     list(fit(peft_model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=1))

@@ -37,12 +37,12 @@ def test_the_section_is_what_bitsandbytes_is_told(section: dict[str, object], ex
 def nf4(request: pytest.FixtureRequest, tiny_folder: Path) -> Any:
     """The tiny llama in NF4, as training loads it."""
     spec = QuantizationSpec.model_validate({"compute_dtype": "float32", "double_quant": request.param})
-    return quantize.prepare(load(tiny_folder, spec))
+    return load(tiny_folder, spec)
 
 
-def load(folder: Path, spec: QuantizationSpec | None = None) -> Any:
+def load(folder: Path, spec: QuantizationSpec | None = None, *, dtype: torch.dtype = torch.float32) -> Any:
     source, cpu = base.Source(str(folder), {}), torch.device("cpu")
-    return base.load_base(source, dtype=torch.float32, device=cpu, attention="sdpa", quantization=spec)
+    return base.load_base(source, dtype=dtype, device=cpu, attention="sdpa", quantization=spec).model
 
 
 def dequantised(nf4: Any, folder: Path) -> Any:
@@ -104,7 +104,7 @@ def test_training_moves_the_adapter_alone(nf4: Any):
     assert all("lora_" in name for name in trained)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     training = TrainingSpec.model_validate({"learning_rate": 0.01, "schedule": "constant", "warmup": 0})
-    optimizer, accelerator = make_optimizer(trained.values(), training), Accelerator(cpu=True)
+    optimizer, accelerator = make_optimizer(model, training), Accelerator(cpu=True)
     plan = Plan(zoo.rows_of([12, 30, 7, 21]), packing=True, size=40, per_step=2, seed=0)
     steps = list(fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=8))
     assert steps[-1].loss < 0.9 * steps[0].loss
@@ -113,8 +113,8 @@ def test_training_moves_the_adapter_alone(nf4: Any):
 
 
 def test_packing_is_judged_by_the_dtype_of_the_products(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """The defaults: what is not quantised is fp32, but the products are made in bf16 and are as exact as that."""
-    model = quantize.prepare(load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "bfloat16"})))
+    """What is not quantised may be fp32, but the products are made in bf16 and are as exact as that."""
+    model = load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "bfloat16"}))
     assert model.dtype == torch.float32
     assert isolation.product_dtype(model) == torch.bfloat16
     asked = []
@@ -128,7 +128,7 @@ def test_packing_is_judged_by_the_dtype_of_the_products(tiny_folder: Path, monke
 
 
 def test_int8_is_refused_for_its_outliers_not_for_the_model(tiny_folder: Path):
-    model = quantize.prepare(load(tiny_folder, QuantizationSpec(bits=8)))
+    model = load(tiny_folder, QuantizationSpec(bits=8))
     assert isolation.product_dtype(model) == torch.float16
     with pytest.raises(LoraError, match=r"data\.packing: 8-bit layers .* outlier columns") as caught:
         isolation.settle(model, "auto", packing=True)

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lora_cli.data.batches import IGNORED
-from lora_cli.data.rows import Row
+from lora_cli.data.batches import Plan
+from lora_cli.data.rows import IGNORED, Row
 from lora_cli.model import adapter
+from lora_cli.model.setting import Setting
+from lora_cli.recipe.methods import FACTS
 from lora_cli.recipe.schema import AdapterSpec
 
 VOCABULARY = 97
@@ -84,15 +86,41 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "e
     return model.to(dtype).requires_grad_(False).eval()
 
 
-def adapted(model: PreTrainedModel, *, seed: int = 0, **spec: Any) -> PeftModel:
-    """`model` with an adapter whose B is no longer zero, as after some training."""
-    peft_model = adapter.attach(
-        model, AdapterSpec.model_validate({"rank": 4, "alpha": 8.0, "dropout": 0.0, **spec}), seed=seed
-    )
+# Of each method, what makes it small. Over whole weights; loftq is in test_quantize.py.
+SMALL: dict[str, Any] = {
+    "rank": 4,
+    "alpha": 8.0,
+    "dropout": 0.0,
+    "final_rank": 2,
+    "rotation_size": 8,
+    "hidden_size": 32,
+}
+METHODS = [name for name, facts in FACTS.items() if not facts.needs_bits]
+LAYERED = [name for name in METHODS if "target_modules" in FACTS[name].options]  # not virtual tokens
+
+
+def spec_of(**given: Any) -> AdapterSpec:
+    """A small adapter of the method given, or of lora."""
+    options = FACTS[given.get("method", "lora")].options
+    return AdapterSpec.model_validate({**{k: v for k, v in SMALL.items() if k in options}, **given})
+
+
+def attached(model: PreTrainedModel, *, seed: int = 0, setting: Setting | None = None, **given: Any) -> PeftModel:
+    """`model` with a fresh adapter, started from its rows where the method wants to see some."""
+    plan = Plan(rows_of([30, 41, 12, 25, 60, 7]), packing=True, size=60, per_step=1, seed=0)
+    around = setting or Setting(total_steps=10, plan=plan, encode=lambda text: [3 + len(w) for w in text.split()])
+    return adapter.attach(model, spec_of(**given), seed=seed, setting=around)
+
+
+def adapted(model: PreTrainedModel, *, seed: int = 0, **given: Any) -> PeftModel:
+    """`model` with an adapter that is no longer fresh, as after some training."""
+    peft_model = attached(model, seed=seed, **given)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name and "scale" not in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05
+        elif parameter.requires_grad and ".lora_A." not in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.05
     return peft_model
 
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter
+from lora_cli.model import adalora, saving
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import checkpoint
 from lora_cli.training.optim import make_optimizer
@@ -20,14 +20,30 @@ STATE = {"total_steps": 9, "data": "abc", "training": {"seed": 1, "epochs": 1.0}
 
 def start(seed: int = 0, family: str = "llama", **spec: object) -> tuple[PeftModel, torch.optim.Optimizer]:
     model = zoo.adapted(zoo.make(family), seed=seed, **spec)
-    return model, make_optimizer((p for p in model.parameters() if p.requires_grad), TrainingSpec(learning_rate=0.01))
+    return model, make_optimizer(model, TrainingSpec(learning_rate=0.01))
+
+
+def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, step: int, keep: int = 1) -> Path:
+    return checkpoint.save(
+        folder,
+        model,
+        optimizer,
+        step=step,
+        state=STATE,
+        keep=keep,
+        write_adapter=lambda place: saving.save(model, place, base="org/base", revision=None),
+        upkeep=adalora.upkeep(model),
+    )
 
 
 def advance(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int, *, seed: int = 0) -> None:
+    upkeep = adalora.upkeep(model)
     for number in range(steps):
         ids = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(seed + number))
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
         optimizer.step()
+        if upkeep:
+            upkeep.after_step(seed + number + 1)
         optimizer.zero_grad()
 
 
@@ -35,17 +51,35 @@ def parameters(model: PeftModel) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-@pytest.mark.parametrize("method", adapter.METHODS)
-def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path, method: str, bias: str):
-    model, optimizer = start(method=method, bias=bias, family="qwen2")
+def goes_on_equally(tmp_path: Path, **spec: object) -> None:
+    model, optimizer = start(family="qwen2", **spec)
     advance(model, optimizer, 3)
-    checkpoint.save(tmp_path, model, optimizer, step=3, state=STATE, keep=2)
-    other, its_optimizer = start(seed=5, method=method, bias=bias, family="qwen2")
-    assert checkpoint.load(tmp_path, other, its_optimizer, state=STATE) == 3
+    save(tmp_path, model, optimizer, step=3, keep=2)
+    other, its_optimizer = start(seed=5, family="qwen2", **spec)
+    assert checkpoint.load(tmp_path, other, its_optimizer, state=STATE, upkeep=adalora.upkeep(other)) == 3
     for each, its in ((model, optimizer), (other, its_optimizer)):
         advance(each, its, 3, seed=100)
     assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(other), strict=True))
+
+
+@pytest.mark.parametrize("method", zoo.METHODS)
+def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path, method: str):
+    goes_on_equally(tmp_path, method=method)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"method": "dora", "bias": "all"},
+        {"freeze_a": True},
+        {"modules_to_save": ["lm_head"], "trainable_tokens": ["word"]},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3.0}},
+    ],
+)
+def test_and_so_does_one_with_all_that_is_trained_besides(tmp_path: Path, options: dict[str, object]):
+    goes_on_equally(tmp_path, **options)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -53,7 +87,7 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path, keep: int)
     model, optimizer = start()
     advance(model, optimizer, 1)
     for step in (2, 9, 10, 100):
-        checkpoint.save(tmp_path, model, optimizer, step=step, state=STATE, keep=keep)
+        save(tmp_path, model, optimizer, step=step, keep=keep)
     names = [f"step-{step:08d}" for step in (2, 9, 10, 100)][-keep:]
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -63,9 +97,9 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path, keep: int)
 def test_everything_in_it_is_safetensors_or_json(tmp_path: Path):
     model, optimizer = start()
     advance(model, optimizer, 1)
-    folder = checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    folder = save(tmp_path, model, optimizer, step=1)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"adapter_model.safetensors", "optimizer.safetensors", "state.json"}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"}
     state = json.loads((folder / "state.json").read_text())
     assert STATE.items() <= state.items()
     moments = load_file(folder / "optimizer.safetensors")
@@ -94,7 +128,7 @@ def test_none_there_is_step_zero_and_touches_nothing(tmp_path: Path):
 def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, object], named: str):
     model, optimizer = start()
     advance(model, optimizer, 1)
-    checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    save(tmp_path, model, optimizer, step=1)
     other, its_optimizer = start(seed=5)
     before = parameters(other)
     with pytest.raises(LoraError, match=f"changed since this checkpoint: {named}$"):
@@ -106,16 +140,16 @@ def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, object], n
 def test_an_adapter_with_other_tensors_is_refused(tmp_path: Path):
     model, optimizer = start()
     advance(model, optimizer, 1)
-    checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    save(tmp_path, model, optimizer, step=1)
     with pytest.raises(LoraError, match="its adapter has other tensors"):
         checkpoint.load(tmp_path, *start(target_modules=["q_proj"]), state=STATE)
 
 
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json"])
 def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str):
     model, optimizer = start()
     advance(model, optimizer, 1)
-    checkpoint.save(tmp_path, model, optimizer, step=1, state=STATE, keep=1)
+    save(tmp_path, model, optimizer, step=1)
     kept = parameters(model)
     advance(model, optimizer, 1)
 
@@ -134,7 +168,7 @@ def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pyt
     if file == "state.json":
         monkeypatch.setattr(Path, "write_text", dying_text)
     with pytest.raises(Full):
-        checkpoint.save(tmp_path, model, optimizer, step=2, state=STATE, keep=1)
+        save(tmp_path, model, optimizer, step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     other, its_optimizer = start(seed=5)
     assert checkpoint.load(tmp_path, other, its_optimizer, state=STATE) == 1

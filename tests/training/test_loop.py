@@ -32,7 +32,7 @@ def trained(model: PeftModel) -> list[Tensor]:
 
 def run(model: PeftModel, plan: Plan, *, total: int, start: int = 0, **spec: object) -> list[Step]:
     training = TrainingSpec.model_validate({"learning_rate": 1e-2, "schedule": "constant", "warmup": 0, **spec})
-    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), training)
+    optimizer = make_optimizer(model, training)
     accelerator = Accelerator(cpu=True)
     return list(fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=total, start=start))
 
@@ -107,7 +107,7 @@ def poison_gradient(model: PeftModel) -> None:
 def test_what_is_not_finite_stops_before_the_step(poison: Callable[[PeftModel], None], what: str):
     model, plan = ready(), plan_of()
     training = TrainingSpec(learning_rate=1e-2)
-    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), training)
+    optimizer = make_optimizer(model, training)
     accelerator = Accelerator(cpu=True)
     steps = fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=9)
     next(steps)

@@ -81,15 +81,16 @@ def test_it_is_transformers_schedule_but_for_a_warmup_that_wastes_no_step(schedu
 
 def test_the_optimizer_is_adamw_by_its_formula():
     generator = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(5, generator=generator, dtype=torch.float64))
-    spec = TrainingSpec(learning_rate=0.01, weight_decay=0.1)
-    optimizer = make_optimizer([weight], spec)
+    model = torch.nn.ParameterList([torch.randn(5, generator=generator, dtype=torch.float64)])
+    weight, b1, b2 = model[0], 0.8, 0.95
+    spec = TrainingSpec(learning_rate=0.01, weight_decay=0.1, adam_beta1=b1, adam_beta2=b2)
+    optimizer = make_optimizer(model, spec)
     expected, m, v = weight.detach().clone(), torch.zeros(5).double(), torch.zeros(5).double()
     for t in range(1, 6):
         grad = torch.randn(5, generator=generator, dtype=torch.float64)
         weight.grad = grad.clone()
         optimizer.step()
-        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
         expected = expected * (1 - 0.01 * 0.1)
-        expected = expected - 0.01 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        expected = expected - 0.01 * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + 1e-8)
         assert torch.allclose(weight.detach(), expected, rtol=1e-12, atol=0)

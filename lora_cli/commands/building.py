@@ -1,0 +1,188 @@
+"""The model that a recipe describes, built and told about: base, head, attention, adapter, and how they compute."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lora_cli.commands import card
+from lora_cli.commands.opening import Opening
+from lora_cli.data.batches import Plan
+from lora_cli.model import adapter, base, fused, held, isolation, memory, targets
+from lora_cli.model.setting import Setting, Weights
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run import console
+from lora_cli.training.optim import choose
+
+Say = Callable[[str], None]
+
+
+class Based(NamedTuple):
+    """The base model, ready to be measured or adapted."""
+
+    model: PreTrainedModel
+    heads: tuple[str, ...]  # modules that are trained whole with any adapter
+    proof: isolation.Proof | None  # of packed rows kept apart
+
+
+class Built(NamedTuple):
+    """The model with its adapter, ready to train."""
+
+    model: PeftModel
+    trainable: int  # parameters
+    proof: isolation.Proof | None
+    optimizer: str  # which one training.optimizer stands for
+
+
+def load_base(recipe: Recipe, opening: Opening, *, say: Say = console.silence) -> Based:
+    """The base model, frozen, with the head of the task and the attention that suits it; with packing, the proof that
+    rows are apart.
+    """
+    loaded = base.load_base(
+        opening.source,
+        dtype=opening.dtype,
+        device=opening.device,
+        attention=None if recipe.model.attention == "auto" else recipe.model.attention,
+        quantization=recipe.quantization,
+        task=recipe.task,
+        labels=opening.data.labels,
+        vocabulary=len(opening.tokenizer) if recipe.model.new_tokens else 0,
+        pad_id=opening.pad_id,
+        seed=recipe.training.seed,
+    )
+    for note in loaded.notes:
+        say(note)
+    proof = isolation.settle(
+        loaded.model, recipe.model.attention, packing=bool(recipe.data.packing), causal=recipe.task == "causal-lm"
+    )
+    return Based(loaded.model, loaded.heads, proof)
+
+
+def setting(recipe: Recipe, opening: Opening, *, heads: tuple[str, ...], plan: Plan | None, total: int) -> Setting:
+    """What the adapter is made for; without a plan, only its shapes count."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = opening.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    return Setting(
+        task=recipe.task,
+        heads=heads,
+        total_steps=total,
+        plan=plan,
+        encode=encode,
+        originals=partial(_originals, recipe, opening),
+    )
+
+
+def _originals(recipe: Recipe, opening: Opening) -> Weights:
+    """The base's weights as they were before they were quantised, on the CPU."""
+    whole = base.load_base(
+        opening.source,
+        dtype=opening.dtype,
+        device=torch.device("cpu"),
+        task=recipe.task,
+        labels=opening.data.labels,
+        seed=recipe.training.seed,
+    )
+    weights: Weights = whole.model.state_dict()
+    return weights
+
+
+def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say) -> Built:
+    """Load the base, choose its attention, put the adapter on it, and say what was done."""
+    optimizer = choose(
+        recipe.training.optimizer,
+        device=opening.device,
+        quantized=recipe.quantization is not None or opening.prequantized is not None,
+    )
+    based = load_base(recipe, opening, say=say)
+    model, proof = based.model, based.proof
+    layers = targets.linear_layers(model, based.heads)
+    peft_model = adapter.attach(
+        model,
+        recipe.adapter,
+        seed=recipe.training.seed,
+        setting=setting(recipe, opening, heads=based.heads, plan=plan, total=total),
+    )
+    where = f"{str(opening.dtype).removeprefix('torch.')} on {opening.device}"
+    say(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
+    for line in held_as(recipe, opening):
+        say(line)
+    if proof:
+        seen = f"by {proof.leak:.0e} of their size" if proof.leak else "by nothing"
+        say(f"packing tried on this model: changing one row changes its neighbour's logits {seen}")
+    if recipe.training.optimizer == "auto":
+        say(f"optimizer: {optimizer}")
+    trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
+    for line in coverage_table(peft_model, layers, trainable):
+        say(line)
+    if _checkpoints_activations(recipe, opening, model, trainable, plan.largest, say):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    compute_as_trained(peft_model)
+    return Built(peft_model, sum(p.numel() for p in peft_model.parameters() if p.requires_grad), proof, optimizer)
+
+
+def compute_as_trained(model: PeftModel) -> None:
+    """Put a fresh or loaded adapter into the arithmetic of training: held in fp32, computed in its layer's dtype."""
+    fused.fuse(model)
+    held.hold_in_fp32(model)
+
+
+def held_as(recipe: Recipe, opening: Opening) -> list[str]:
+    """How the base's weights are held in memory, where it is not plainly in the dtype of the run."""
+    spec = recipe.quantization
+    if opening.prequantized is not None:
+        return [f"  its weights are quantised already: {opening.prequantized.method}"]
+    if spec is None:
+        return []
+    if spec.bits == 8:
+        return ["  its linear layers: int8 (LLM.int8)"]
+    double = ", scales quantised too" if spec.double_quant else ""
+    return [f"  its linear layers: 4-bit {spec.type}{double}, computed in {spec.compute_dtype}"]
+
+
+def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainable: int) -> list[str]:
+    """Which kinds of layers carry the adapter, and what else is trained, line by line."""
+    if model.active_peft_config.is_prompt_learning:
+        count = model.active_peft_config.num_virtual_tokens
+        return [f"adapter: {count} virtual tokens before each row", f"  {trainable:,} trainable parameters in all"]
+    rows = adapter.coverage(model, layers)
+    width = max((len(row.kind) for row in rows), default=0)
+    lines = [
+        f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters" for row in rows
+    ]
+    beside = trainable - sum(row.parameters for row in rows)
+    whole = [f"  {beside:,} parameters beside: heads, embeddings of tokens, biases, vectors"] if beside else []
+    return ["adapter on:", *lines, *whole, f"  {trainable:,} trainable parameters in all"]
+
+
+def _checkpoints_activations(
+    recipe: Recipe, opening: Opening, model: Any, trainable: int, tokens: int, say: Say
+) -> bool:
+    """Whether to recompute activations; `auto` does so where the memory plan does not fit otherwise."""
+    wanted = recipe.training.gradient_checkpointing
+    if wanted != "auto":
+        return wanted
+    if recipe.adapter.method == "prefix":
+        return False  # its keys and values come in the cache, which recomputation has none of
+    estimate = memory.plan(
+        model,
+        dtype=opening.dtype,
+        trainable=trainable,
+        tokens=tokens,
+        longest=int(opening.data.train.lengths.max()),
+        checkpointing=False,
+        quantization=recipe.quantization,
+        on_cpu=opening.device.type == "cpu",
+    )
+    # The weights are loaded by now, so what is free has to hold the rest.
+    rest, free = estimate.total - estimate.weights - estimate.process, memory.available(opening.device)
+    if rest > 0.9 * free:
+        say(f"gradient checkpointing: on, a step needs about {console.size(rest)} and {console.size(free)} is free")
+        return True
+    return False

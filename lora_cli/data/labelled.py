@@ -1,0 +1,191 @@
+"""Turn rows of the other tasks into token ids and labels: a class, a class for each word, or another text.
+
+Tokens are what the tokenizer makes of a plain text, special tokens included, as whoever uses the model will have them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from lora_cli.data.encode import Encoded, Encoder, Ints, refuse_slow
+from lora_cli.data.formats import Classified, Completion, Example, Label, Tagged
+from lora_cli.data.records import BadRow
+from lora_cli.recipe.schema import DataSpec
+from lora_cli.recipe.tasks import TaskName
+
+Numbers = npt.NDArray[np.float64]
+NOTHING: Numbers = np.zeros(0, np.float64)
+
+
+class Labelled(NamedTuple):
+    """One row on its way to disk."""
+
+    ids: Ints
+    supervised: int  # labels in it, or target tokens
+    values: Numbers = NOTHING  # numbers to come near to, or target ids
+    spelled: tuple[str | None, ...] = ()  # labels as the row has them, which the source's table numbers; None: no label
+    several: bool = False  # the labels all belong to the row, not one to each token
+    numbered: bool = False  # they were whole numbers in the row
+    second: int = 0  # tokens at its end that belong to a second text
+    cut: "Labelled | None" = None  # what data.overlong: truncate leaves of it, where it is too long
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longer of what is read and what is written."""
+        return len(self.ids) if self.spelled or len(self.values) == 1 else max(len(self.ids), len(self.values))
+
+    @property
+    def key(self) -> int:
+        """A 64-bit hash of ids and labels: equal for equal rows, whatever file they are in."""
+        digest = hashlib.blake2b(self.ids.astype("<i4").tobytes(), digest_size=8)
+        # By spelling: how a label is numbered hangs on the rows before.
+        digest.update(repr(self.spelled).encode() + self.values.astype("<f8").tobytes())
+        return int.from_bytes(digest.digest(), "little")
+
+
+class RowEncoder(Protocol):
+    """What encodes the rows of a task."""
+
+    task: TaskName
+
+    def identity(self) -> str: ...
+    def encode(self, examples: Sequence[Example]) -> Iterator[Encoded | Labelled | BadRow]: ...
+
+
+def encoder_for(task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+    """The encoder of a task's rows.
+
+    Raises:
+        LoraError: the tokenizer cannot be used.
+    """
+    if task == "causal-lm":
+        return Encoder(spec, tokenizer)
+    return LabelledEncoder(task, spec, tokenizer)
+
+
+class LabelledEncoder:
+    """A tokenizer and a recipe's options, ready to encode rows in batches."""
+
+    def __init__(self, task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+        refuse_slow(tokenizer)
+        self.task = task
+        self._spec = spec
+        self._whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._whole.no_truncation()
+        self._whole.no_padding()
+        self._short = Tokenizer.from_str(self._whole.to_str())
+        self._short.enable_truncation(spec.max_length)
+
+    def identity(self) -> str:
+        """A hash of all that decides how an example becomes ids: tokenizer, task and options."""
+        options = [self.task, self._spec.labels == "regression", self._spec.max_length, self._spec.overlong]
+        digest = hashlib.blake2b(self._whole.to_str().encode(), digest_size=16)
+        digest.update(json.dumps(options).encode())
+        return digest.hexdigest()
+
+    def encode(self, examples: Sequence[Example]) -> Iterator[Labelled | BadRow]:
+        """One result an example, in order."""
+        texts = [text for example in examples for text in self._texts(example)]
+        # In one call, because the tokenizer spreads a batch over the cores.
+        encodings = iter(self._whole.encode_batch(texts))
+        for example in examples:
+            parts = [next(encodings) for _ in self._texts(example)]
+            try:
+                row = self._row(example, parts)
+                if row.length > self._spec.max_length and self._spec.overlong == "truncate":
+                    short = self._short.encode_batch(self._texts(example))
+                    row = row._replace(cut=self._row(example, short))
+                yield row
+            except BadRow as bad:
+                yield bad
+
+    def _texts(self, example: Example) -> list[str | tuple[str, str]]:
+        """What is tokenised, each with the special tokens that the tokenizer gives it."""
+        match example:
+            case Classified(text, pair, _):
+                return [(text, pair) if pair is not None else text]
+            case Tagged(words, _):
+                return [" ".join(words)]
+            case Completion(prompt, completion):
+                return [prompt, completion]
+            case _:
+                return []
+
+    def _row(self, example: Example, parts: list[Encoding]) -> Labelled:
+        match example:
+            case Classified(_, _, label):
+                return self._classified(label, parts[0])
+            case Tagged():
+                return _tagged(example, parts[0])
+            case Completion():
+                source, target = (np.array(part.ids, dtype=np.int32) for part in parts)
+                return Labelled(source, len(target), target.astype(np.float64))
+            case _:
+                raise BadRow("lists of messages", "is a conversation; task seq2seq-lm reads texts", field="prompt")
+
+    def _classified(self, label: Label | list[Label], encoding: Encoding) -> Labelled:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        second = sum(encoding.type_ids)
+        if self._spec.labels == "regression" or _is_measure(label):
+            values = [_number(each) for each in (label if isinstance(label, list) else [label])]
+            return Labelled(ids, 1, np.array(values, np.float64), second=second)
+        several = isinstance(label, list)
+        given = label if isinstance(label, list) else [label]
+        names = tuple(spelling(each) for each in given)
+        return Labelled(ids, 1, spelled=names, several=several, numbered=all(map(_is_whole, given)), second=second)
+
+
+def _tagged(example: Tagged, encoding: Encoding) -> Labelled:
+    """The first token of each word has the word's label, the others have none.
+
+    Raises:
+        BadRow: a word of which no token is left, other than by a cut.
+    """
+    ids = np.array(encoding.ids, dtype=np.int32)
+    spelled: list[str | None] = [None] * len(ids)
+    tokens = [(span, index) for index, span in enumerate(encoding.offsets) if not encoding.special_tokens_mask[index]]
+    start = at = 0
+    for number, (word, tag) in enumerate(zip(example.words, example.tags, strict=True)):
+        stop = start + len(word)
+        # A token may begin with the blank before its word.
+        while at < len(tokens) and tokens[at][0][1] <= start:
+            at += 1
+        if at == len(tokens):
+            if encoding.overflowing:
+                break
+            raise BadRow("word without token", "the tokenizer makes no token of it", field=f"tokens[{number}]")
+        if tokens[at][0][0] >= stop or spelled[tokens[at][1]] is not None:
+            raise BadRow("word without token", "no token begins in it", field=f"tokens[{number}]")
+        spelled[tokens[at][1]] = spelling(tag)
+        start = stop + 1
+    count = sum(each is not None for each in spelled)
+    return Labelled(ids, count, spelled=tuple(spelled), numbered=all(map(_is_whole, example.tags)))
+
+
+def spelling(label: Label) -> str:
+    """A label as the table knows it: 1 and "1" are the same."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
+def _is_whole(label: Label) -> bool:
+    return (isinstance(label, int) and not isinstance(label, bool)) or (isinstance(label, str) and label.isdecimal())
+
+
+def _is_measure(label: Label | list[Label]) -> bool:
+    """JSON writes a measured number with a point, and a class without."""
+    return all(isinstance(each, float) for each in (label or [""] if isinstance(label, list) else [label]))
+
+
+def _number(label: Label) -> float:
+    try:
+        if isinstance(label, bool):
+            raise ValueError
+        return float(label)
+    except ValueError:
+        raise BadRow("no number", f"is {label!r}, where a regression has numbers", field="label") from None

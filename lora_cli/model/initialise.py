@@ -1,0 +1,227 @@
+"""Where adapters start: from the base's weights, from the activations of training rows, from a quantisation error.
+
+Methods that start from W itself (PiSSA, OLoRA, CorDA) train W - s·B₀A₀ + s·BA from B = B₀, A = A₀ on. The base is left
+as it is here: the layer computes W + s·(BA - B₀A₀), which is the same function, as one adapter of twice the rank whose
+second half is constant. So nothing is rounded away in the base, and what is saved is a plain LoRA adapter.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.data.batches import Batch, Plan
+from lora_cli.errors import LoraError
+from lora_cli.model import held, targets
+from lora_cli.model.score import Scorer
+from lora_cli.model.setting import Setting
+from lora_cli.recipe.schema import AdapterSpec
+
+NAME = "default"  # PEFT's name for the one adapter
+LOOKED_AT = 16  # batches of training rows whose activations are looked at
+ROWS_LOOKED_AT = 256  # single rows, for CorDA: PEFT's advice for a hidden size of 4,096
+
+
+def scaled(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+    """W + diag(s)·BA: s is 1, and trained."""
+    for _, layer in lora_layers(model):
+        held.show(layer.lora_B[NAME], "weight", held.RowScale(layer.out_features))
+
+
+def pissa(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+    """The `rank` largest components of W: A₀ = √S·Vᵀ, B₀ = U·√S (Meng et al., arXiv:2404.02948, section 3)."""
+    for _, layer in lora_layers(model):
+        u, s, vh = torch.linalg.svd(_weight(layer), full_matrices=False)
+        _start_from(layer, *_factors(u, s, vh, layer.r[NAME], layer.scaling[NAME]))
+    _double_ranks(model)
+
+
+def olora(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+    """W = QR: B₀ the first columns of Q, A₀ the first rows of R (Büyükakyüz, arXiv:2406.01775, section 3)."""
+    for _, layer in lora_layers(model):
+        q, r = torch.linalg.qr(_weight(layer))
+        rank = layer.r[NAME]
+        _start_from(layer, r[:rank], q[:, :rank])
+    _double_ranks(model)
+
+
+def corda_statistics(model: PreTrainedModel, config: LoraConfig, setting: Setting) -> None:
+    """Have PEFT take the components of W·C, with C the covariance of each layer's inputs over training rows."""
+    assert setting.plan is not None
+    batches = list(_single_rows(setting.plan))
+    scorer = Scorer(model, task=setting.task)
+    asked = copy.copy(config)
+    asked.corda_config = CordaConfig(corda_method="ipm")
+    if asked.target_modules == targets.ALL_LINEAR:  # a word that PEFT's preprocessing takes for a regex
+        asked.target_modules = list(targets.linear_layers(model, setting.heads))
+    training = model.training
+
+    def run() -> None:
+        for batch in batches:
+            scorer(batch)
+
+    preprocess_corda(model, asked, run_model=run)
+    model.train(training)
+
+
+def corda(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+    """The components that matter most to the rows, W = U·S·Vᵀ·C⁻¹ (Yang et al., arXiv:2406.05223, section 3.2)."""
+    for _, layer in lora_layers(model):
+        base = layer.get_base_layer()
+        found = base.eigens  # left there by corda_statistics
+        _start_from(layer, *_factors(found.U_WC, found.S_WC, found.V_WC.T, layer.r[NAME], layer.scaling[NAME]))
+        del base.eigens
+    _double_ranks(model)
+
+
+def eva(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+    """A from the principal components of each layer's inputs (Paischer et al., arXiv:2410.07170), by PEFT.
+
+    Ranks are shared out among the layers by the variance that they explain; their sum stays.
+    """
+    assert setting.plan is not None
+    assert spec.rank is not None
+    config = model.peft_config[NAME]
+    wanted = round(spec.rank * config.eva_config.rho)  # components that PEFT looks for in a layer
+    batches = [batch for batch in _batches(setting.plan) if batch.tokens >= wanted]
+    if not batches:
+        raise LoraError(
+            f"adapter.method: eva needs batches of at least {wanted} tokens, twice the rank; there is none",
+            hint="lower adapter.rank, or raise training.tokens_per_batch or batch_size",
+        )
+    scorer = Scorer(model, task=setting.task)
+    base, training = model.get_base_model(), model.get_base_model().training
+    initialize_lora_eva_weights(
+        model,
+        dataloader=[_Feed(batch) for batch in batches],
+        forward_fn=lambda _, feed: scorer(feed.batch),
+        prepare_model_inputs_fn=lambda feed, _: feed.real,
+        prepare_layer_inputs_fn=_real_tokens,
+        gather_distributed_inputs=False,  # every process looks at the same rows
+        show_progress_bar=False,
+    )
+    base.train(training)
+
+
+class _Feed:
+    """A batch on its way through PEFT's loop, which moves its inputs to a device."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        mask = batch.attention_mask
+        self.real = torch.ones(batch.input_ids.numel(), dtype=torch.bool) if mask is None else mask.flatten().bool()
+
+    def to(self, device: torch.device) -> "_Feed":
+        return self
+
+
+def _real_tokens(given: Any, real: Tensor, name: str) -> Tensor:
+    inputs: Tensor = given[0] if isinstance(given, tuple) else given
+    flat = inputs.flatten(0, -2).float()
+    return flat[real.to(flat.device)] if len(flat) == len(real) else flat
+
+
+def loftq(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+    """A and B as the best rank-r fit of W - Q, one step of LoftQ over bitsandbytes' own codes (arXiv:2310.08659)."""
+    assert setting.originals is not None
+    weights = setting.originals()
+    for name, layer in lora_layers(model):
+        original = weights[f"{name}.weight"].to(layer.lora_A[NAME].weight.device, torch.float32)
+        u, s, vh = torch.linalg.svd(original - _weight(layer), full_matrices=False)
+        a, b = _factors(u, s, vh, layer.r[NAME], layer.scaling[NAME])
+        layer.lora_A[NAME].weight.data.copy_(a)
+        layer.lora_B[NAME].weight.data.copy_(b)
+
+
+def prompt(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+    """Virtual tokens that start as the embeddings of `init_text`, repeated or cut to their number."""
+    if spec.init_text is None:
+        return
+    assert setting.encode is not None
+    ids = setting.encode(spec.init_text)
+    if not ids:
+        raise LoraError("adapter.init_text: it holds no token", hint="write some words, or remove the key")
+    weight = model.prompt_encoder[NAME].embedding.weight
+    rows = torch.tensor([ids[i % len(ids)] for i in range(len(weight))], device=weight.device)
+    embeddings = model.get_base_model().get_input_embeddings()
+    with torch.no_grad():
+        weight.copy_(embeddings.weight[rows].to(weight.dtype))
+
+
+def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Name in the base and LoRA layer of every adapted linear layer.
+
+    Raises:
+        LoraError: an adapted layer that is no linear one, from whose weights nothing can start.
+    """
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if NAME not in module.lora_A or type(module).__name__ == "ParamWrapper":
+            raise LoraError(
+                f"adapter.target_modules: {name} is no linear layer, and this adapter.method starts from linear layers",
+                hint="name linear layers only, or write another adapter.method",
+            )
+        yield name, module
+
+
+def _weight(layer: Any) -> Tensor:
+    """The base's weight as [out, in] in fp32, dequantised if need be."""
+    base: nn.Module = layer.get_base_layer()
+    weight: Tensor = dequantize_module_weight(base).detach().float()
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def _factors(u: Tensor, s: Tensor, vh: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A [r, in] and B [out, r] with scale·BA the first `rank` components of u·diag(s)·vh."""
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+def _start_from(layer: Any, a: Tensor, b: Tensor) -> None:
+    """Let `layer` train A and B from `a` and `b` on, and compute BA - ba.
+
+    Raises:
+        LoraError: the layer is too narrow for its rank.
+    """
+    if len(a) < layer.r[NAME]:
+        raise LoraError(
+            f"adapter.rank: {layer.r[NAME]} is more than a layer of {layer.out_features:,} x {layer.in_features:,} has",
+            hint=f"at most {len(a)}, or leave such layers out of adapter.target_modules",
+        )
+    for part, value, constant, dim in ((layer.lora_A[NAME], a, a, 0), (layer.lora_B[NAME], b, -b, 1)):
+        weight = cast(nn.Parameter, part.weight)
+        value = value.to(weight.device, weight.dtype).contiguous()
+        weight.data = value
+        held.show(part, "weight", held.Beside(constant.to(value.device, value.dtype).clone(), dim=dim))
+    layer.r[NAME] *= 2
+    layer.lora_alpha[NAME] *= 2  # the scale, alpha/rank, is what it was
+
+
+def _double_ranks(model: PeftModel) -> None:
+    """What adapter_config.json is to say of the doubled layers."""
+    config = model.peft_config[NAME]
+    config.r *= 2
+    config.lora_alpha *= 2
+    config.rank_pattern = {key: 2 * value for key, value in config.rank_pattern.items()}
+    # Where a rank alone was given its own, the alpha that belongs to it is doubled with the common one.
+    config.alpha_pattern = {key: 2 * value for key, value in config.alpha_pattern.items()}
+
+
+def _batches(plan: Plan) -> list[Batch]:
+    return [plan.build(indices) for indices in plan.epoch(0)[:LOOKED_AT]]
+
+
+def _single_rows(plan: Plan) -> Iterator[Batch]:
+    """Rows of the first batches, one by one: CorDA's statistics are taken over one sequence at a time."""
+    rows = [index for indices in plan.epoch(0) for index in indices][:ROWS_LOOKED_AT]
+    return (plan.build([index]) for index in rows)

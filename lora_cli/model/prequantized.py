@@ -1,0 +1,97 @@
+"""Bases that somebody has quantised already: recognised by their config, trained on where PEFT can, refused where not.
+
+None of these formats but bitsandbytes' was ever run by this project: their packages need GPUs.
+"""
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
+
+ELSEWHERE = "give the 16-bit model as model.path; to save memory, add quantization: {bits: 4}"
+
+
+class Known(NamedTuple):
+    """How a kind of quantised base is trained on."""
+
+    packages: tuple[str, ...] = ()  # importable names of what transformers and PEFT need for it
+    install: str = ""  # what pip installs for them
+    refused: str = ""  # why it cannot be trained on, where it cannot
+
+
+KNOWN: dict[str, Known] = {
+    "bitsandbytes": Known(),
+    "gptq": Known(("optimum", "gptqmodel"), "optimum gptqmodel"),
+    "awq": Known(("gptqmodel",), "gptqmodel"),
+    "aqlm": Known(("aqlm",), "aqlm"),
+    "eetq": Known(("eetq",), "eetq"),
+    "hqq": Known(("hqq",), "hqq"),
+    "torchao": Known(("torchao",), "torchao"),
+    "mxfp4": Known(refused="transformers has no backward pass for MXFP4 experts"),
+    "fp8": Known(refused="PEFT has no layer over block-wise FP8 weights"),
+    "fbgemm_fp8": Known(refused="transformers runs FBGEMM's FP8 forward only"),
+    "compressed-tensors": Known(refused="PEFT has no layer over compressed-tensors weights"),
+    "bitnet": Known(refused="transformers runs packed BitNet weights forward only"),
+    "quanto": Known(refused="PEFT has no layer over quanto's weights"),
+}
+# PEFT's other methods compute on the weights themselves, and these formats give none.
+OVER_FOREIGN = ("lora", "rslora", "lora+", "scaled", "eva")
+
+
+class Prequantized(NamedTuple):
+    """What a base's config says of its weights."""
+
+    method: str
+    bits: int | None
+
+
+def recognise(config: PretrainedConfig) -> Prequantized | None:
+    """The quantisation that a checkpoint was saved with; None for a plain one."""
+    given: Any = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    section: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    method = str(section.get("quant_method") or "bitsandbytes").lower()
+    bits = 4 if section.get("load_in_4bit") else 8 if section.get("load_in_8bit") else section.get("bits")
+    return Prequantized(method, bits)
+
+
+def check(found: Prequantized, adapter: AdapterSpec, quantization: QuantizationSpec | None, *, path: str) -> None:
+    """Refuse what cannot be trained, before any weight is read.
+
+    Raises:
+        LoraError: quantising twice, a format that nothing trains over, a package that is not there, or an adapter
+            method that this base does not allow.
+    """
+    name = f"{path} is quantised already ({found.method}{f', {found.bits} bits' if found.bits else ''})"
+    if quantization is not None:
+        raise LoraError(
+            f"quantization: {name}, and cannot be quantised again",
+            hint="remove the quantization section, or give the 16-bit model as model.path",
+        )
+    known = KNOWN.get(found.method)
+    if known is None:
+        raise LoraError(f"model.path: {name}, a format that PEFT does not know", hint=ELSEWHERE)
+    if known.refused:
+        raise LoraError(f"model.path: {name}, and cannot be trained on: {known.refused}", hint=ELSEWHERE)
+    if missing := [package for package in known.packages if find_spec(package) is None]:
+        raise LoraError(
+            f"model.path: {name}, which needs {' and '.join(missing)}",
+            hint=f"pip install {known.install}; or {ELSEWHERE}",
+        )
+    facts, foreign = FACTS[adapter.method], found.method != "bitsandbytes"
+    if facts.needs_bits:
+        raise LoraError(
+            f"adapter.method: {adapter.method} needs the weights from before quantisation, and {name}",
+            hint="give the 16-bit model and quantization: {bits: 4}, or write another method",
+        )
+    if (foreign and adapter.method not in OVER_FOREIGN) or (not foreign and found.bits not in facts.bits):
+        reason = f": {facts.unquantized}" if facts.unquantized else ""
+        raise LoraError(
+            f"adapter.method: {adapter.method} does not train over {found.method}{reason}; {name}",
+            hint="write adapter: {method: lora}, or give the 16-bit model as model.path",
+        )
