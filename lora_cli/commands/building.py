@@ -12,6 +12,7 @@ from lora_cli.commands import card
 from lora_cli.commands.opening import Opening
 from lora_cli.data.batches import Plan
 from lora_cli.model import adapter, base, fused, held, isolation, memory, targets
+from lora_cli.model.score import Scorer
 from lora_cli.model.setting import Setting, Weights
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
@@ -124,6 +125,8 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say)
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     compute_as_trained(peft_model)
+    probe = plan.build([int(opening.data.train.lengths[:64].argmin())])
+    adapter.refuse_bypassed(peft_model, lambda: Scorer(peft_model, task=recipe.task)(probe).loss)
     return Built(peft_model, sum(p.numel() for p in peft_model.parameters() if p.requires_grad), proof, optimizer)
 
 

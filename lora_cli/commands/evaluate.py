@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lora_cli.commands.building import compute_as_trained, load_base
+from lora_cli.commands.building import load_base
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.rows import Row, Rows
 from lora_cli.errors import LoraError

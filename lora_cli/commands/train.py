@@ -75,6 +75,15 @@ class Training:
             f"{total:,} step{'s' * (total > 1)} of {plan.per_step} batch{'es' * (plan.per_step > 1)}, "
             f"{plan.steps_per_epoch:,} an epoch; {plan.fill:.1%} of each batch is tokens"
         )
+        try:
+            stopped = self._train(opening, plan, total)
+        except torch.OutOfMemoryError:
+            raise self._out_of_memory() from None
+        self.accelerator.end_training()
+        return stopped
+
+    def _train(self, opening: Opening, plan: Plan, total: int) -> int:
+        """Build, take the steps, prove; returns the exit code."""
         built = build(self.recipe, opening, plan, total=total, say=self.say)
         ratio = self.recipe.adapter.lr_ratio
         optimizer = make_optimizer(built.model, self.spec, name=built.optimizer, lr_ratio=ratio)
@@ -87,16 +96,12 @@ class Training:
             self.say(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
         if self.run:
             self._begin(self.run, opening, built, total, done)
-        try:
-            stopped = self._steps(opening, built.model, plan, optimizer, total=total, done=done, same=same)
-        except torch.OutOfMemoryError:
-            raise self._out_of_memory() from None
+        stopped = self._steps(opening, built.model, plan, optimizer, total=total, done=done, same=same)
         if self.run and not stopped:
             self._finish(self.run, opening, built.model, plan)
-        self.accelerator.end_training()
         return stopped
 
-    def _begin(self, run: RunFolder, opening: Opening, built: "Built", total: int, done: int) -> None:
+    def _begin(self, run: RunFolder, opening: Opening, built: Built, total: int, done: int) -> None:
         run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(run.recipe, dump_recipe(self.recipe))
         atomic.write_json(run.manifest, _manifest(self.recipe, opening, built, total))
@@ -204,7 +209,7 @@ class Training:
             console.say(f"hint: {hint}")
         return LoraError(message, hint=hint, exit_code=1)
 
-    def _resumable(self, opening: Opening, built: "Built", plan: Plan, total: int) -> dict[str, Any]:
+    def _resumable(self, opening: Opening, built: Built, plan: Plan, total: int) -> dict[str, Any]:
         """What must not change for a resumed run to be the uninterrupted one."""
         without_effect = {"eval_every", "save_every", "keep_checkpoints", "log_every", "gradient_accumulation"}
         return {
@@ -255,13 +260,15 @@ class Training:
             difference = saving.difference_when_loaded(
                 model, partial, lambda one: self._logits(one, probe), compute_as_trained
             )
-            if difference != 0:
+            if not difference.is_none(opening.dtype):
                 raise LoraError(
-                    f"the adapter that was written differs from the one trained, by {difference:.3g}",
+                    "the adapter that was written differs from the one trained: "
+                    f"its tensors by {difference.tensors:.3g}, logits by {difference.logits:.3g} of their size",
                     hint="nothing was put in place; the last checkpoint holds the trained tensors",
                     exit_code=1,
                 )
-        self.say("verified: the adapter on disk, loaded back, is the trained model (difference 0)")
+        rest = f", logits within {difference.logits:.0e}" if difference.logits else ""
+        self.say(f"verified: the adapter on disk, loaded back, is the trained model (difference 0{rest})")
         if len(results) == 2:
             before, after = results["base"]["loss"], results["adapter"]["loss"]
             self.say(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")

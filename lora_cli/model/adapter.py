@@ -25,7 +25,7 @@ from peft import (
 )
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
@@ -220,6 +220,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
         hint = "choose other adapter.target_modules or another adapter.method"
         if "lora_dropout" in first:  # experts whose weights are one parameter
             hint = "set adapter.dropout: 0, or choose other adapter.target_modules"
+        elif "Mamba" in first:  # its kernels multiply with the bare weights, past any adapter
+            hint = "leave it out: adapter.exclude_modules: [out_proj, conv1d]"
         raise LoraError(f"adapter: PEFT refuses it: {first}", hint=hint) from reason
     targets.check_patterns(spec, adapted_layers(adapted))
     if method.start and setting.plan is not None:
@@ -231,6 +233,28 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
     # A divisor that PEFT's cast to fp32 makes trainable, and that is not saved: set by the rank, it stays what it is.
     _freeze(adapted, ".ranknum.")
     return adapted
+
+
+def refuse_bypassed(model: PeftModel, loss: Callable[[], Tensor]) -> None:
+    """Every adapted layer has to get a gradient from `loss()`: some models use a layer's weight and not the layer.
+
+    Raises:
+        LoraError: layers that would never learn.
+    """
+    loss().backward()
+    dead = []
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            trained = [p for p in module.parameters() if p.requires_grad]
+            if trained and all(p.grad is None for p in trained):
+                dead.append(name.rpartition(".")[2])
+    model.zero_grad(set_to_none=True)
+    if dead:
+        kinds = ", ".join(sorted(set(dead)))
+        raise LoraError(
+            f"adapter.target_modules: no gradient reaches {kinds}: the model takes the weights past their layers",
+            hint=f"leave them out: adapter.exclude_modules: [{kinds}]",
+        )
 
 
 def _freeze(model: PeftModel, *parts: str) -> None:

@@ -51,7 +51,7 @@ def linear_layers(model: PreTrainedModel, heads: Iterable[str] = ()) -> dict[str
 
 
 def resolve(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] = ()) -> Targets:
-    """`target_modules` of the recipe as PEFT takes them, once every name has been seen to match, and to match everywhere.
+    """The recipe's `target_modules` as PEFT takes them, once every name has been seen to match, and everywhere.
 
     Args:
         model: the base, without any adapter.

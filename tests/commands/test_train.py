@@ -233,12 +233,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     recipe({"data.eval": None, "training.save_every": 1})
     score, calls = Scorer.__call__, []
 
-    def third_is_broken(scorer: Scorer, batch: Any) -> Score:
+    def fourth_is_broken(scorer: Scorer, batch: Any) -> Score:  # the first one is the look for dead layers
         calls.append(batch)
         found = score(scorer, batch)
-        return found._replace(loss=found.loss * float("nan")) if len(calls) == 3 else found
+        return found._replace(loss=found.loss * float("nan")) if len(calls) == 4 else found
 
-    monkeypatch.setattr(Scorer, "__call__", third_is_broken)
+    monkeypatch.setattr(Scorer, "__call__", fourth_is_broken)
     done = lora("train", "recipe.yaml")
     assert (done.code, done.out) == (1, "")
     assert re.fullmatch(r"error: step 3: the loss is not finite; its rows: rows\.jsonl:\d+.*", done.last_two[0])

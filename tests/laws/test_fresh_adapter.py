@@ -24,7 +24,7 @@ def test_a_fresh_adapter_gives_the_base_logits(method: str, family: str):
     model = zoo.make(family)
     base = model(IDS).logits
     if family == "gpt2" and method in WHOLE_LINEAR:
-        with pytest.raises(LoraError, match="adapter: PEFT refuses it: .*Conv1D") as refused:
+        with pytest.raises(LoraError, match=r"adapter: PEFT refuses it: .*Conv1D") as refused:
             zoo.attached(model, method=method)
         assert "\n" not in refused.value.message
         return

@@ -26,7 +26,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return out[:, -IDS.shape[1] :]
 
 
-def difference(model: PeftModel, folder: Path) -> float:
+def difference(model: PeftModel, folder: Path) -> saving.Difference:
     return saving.difference_when_loaded(model, folder, logits, held.hold_in_fp32)
 
 
@@ -35,7 +35,7 @@ def saved_and_loaded(model: PeftModel, folder: Path, family: str = "qwen2", **op
     held.hold_in_fp32(model)
     trained = logits(model)
     saving.save(model, folder, base="org/base", revision="abc")
-    assert difference(model, folder) == 0
+    assert difference(model, folder) == (0, 0)
     loaded = PeftModel.from_pretrained(zoo.make(family, **options), str(folder))
     held.hold_in_fp32(loaded)
     assert torch.equal(logits(loaded), trained)
@@ -103,7 +103,9 @@ def test_a_folder_that_is_not_the_trained_adapter_is_found_out(saved: tuple[Peft
     model, folder = saved
     file = folder / "adapter_model.safetensors"
     save_file(damage(load_file(file)), file)
-    assert difference(model, folder) > 0
+    found = difference(model, folder)
+    assert found.tensors > 0
+    assert not found.is_none(torch.bfloat16)
 
 
 def test_another_scale_in_the_config_is_found_out(saved: tuple[PeftModel, Path]):

@@ -139,13 +139,19 @@ def test_what_is_left_over_is_refused(options: dict[str, Any], said: str, hinted
 @pytest.mark.parametrize(
     ("build", "rank", "modules", "parameters"),
     [
-        (("roberta", dict(hidden_size=768, num_hidden_layers=12, vocab_size=99)), 8, ["query", "value"], 294_912),
-        (("gpt2", dict(n_embd=1024, n_layer=24, n_head=16, vocab_size=99)), 4, ["c_attn"], 393_216),
+        (("roberta", {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 99}), 8, ["query", "value"], 294_912),
+        (("gpt2", {"n_embd": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 99}), 4, ["c_attn"], 393_216),
         (
             # GPT-3 175B's dimensions: 96 layers of 12,288 (Brown et al., arXiv:2005.14165, table 2.1).
             (
                 "opt",
-                dict(hidden_size=12_288, num_hidden_layers=96, num_attention_heads=96, ffn_dim=49_152, vocab_size=99),
+                {
+                    "hidden_size": 12_288,
+                    "num_hidden_layers": 96,
+                    "num_attention_heads": 96,
+                    "ffn_dim": 49_152,
+                    "vocab_size": 99,
+                },
             ),
             4,
             ["q_proj", "v_proj"],

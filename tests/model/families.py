@@ -1,0 +1,186 @@
+"""Tiny random models of many families, as folders, and what is known of each: its linear layers, whether it packs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig
+
+from lora_cli.data.labels import Labels
+from lora_cli.model import base
+from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.tasks import TaskName
+from tests.model.zoo import COMMON
+
+LABELS = Labels("single", ("yes", "no", "maybe"))
+NONE: Mapping[str, Any] = MappingProxyType({})
+GATED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+FUSED = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+BERT = {"query", "key", "value", "dense"}
+BART = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+
+
+class Family(NamedTuple):
+    """One architecture; the options make it small, or show what is its own."""
+
+    kind: str  # transformers' model_type
+    layers: set[str]  # kinds of linear layers that all-linear adapts, by the last part of their names
+    options: Mapping[str, Any] = NONE
+    task: TaskName = "causal-lm"
+    packs: bool = False
+    adapter: Mapping[str, Any] = NONE  # what its adapter has to leave out
+
+
+MOE = {"num_experts_per_tok": 2}
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", GATED, packs=True),
+    "mistral": Family("mistral", GATED, {"sliding_window": 8}, packs=True),
+    "mixtral": Family(
+        "mixtral",
+        {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"},
+        {"num_local_experts": 4, **MOE},
+        packs=True,
+    ),
+    "qwen2": Family("qwen2", GATED, packs=True),
+    "qwen3": Family("qwen3", GATED, {"head_dim": 24}, packs=True),
+    "qwen3-moe": Family(
+        "qwen3_moe",
+        {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"},
+        {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, **MOE},
+        packs=True,
+    ),
+    "gemma2": Family("gemma2", GATED, {"head_dim": 16, "sliding_window": 8}, packs=True),
+    "gemma3": Family(
+        "gemma3_text", GATED, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}, packs=True
+    ),
+    "phi3": Family("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, packs=True),
+    "falcon": Family("falcon", FUSED, {"multi_query": True, "ffn_hidden_size": 128}),
+    "falcon-40b": Family(
+        "falcon", FUSED, {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128}
+    ),
+    "falcon-alibi": Family("falcon", FUSED, {"alibi": True, "ffn_hidden_size": 128}),
+    "gpt2": Family(
+        "gpt2", {"c_attn", "c_proj", "c_fc"}, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048}, packs=True
+    ),
+    "gpt-neox": Family("gpt_neox", FUSED, packs=True),
+    "gpt-j": Family(
+        "gptj",
+        {"q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 2048},
+        packs=True,
+    ),
+    "opt": Family("opt", BART, {"ffn_dim": 128, "word_embed_proj_dim": 64}, packs=True),
+    "bloom": Family("bloom", FUSED, {"n_head": 4, "n_layer": 2}),
+    "olmo2": Family("olmo2", GATED, packs=True),
+    "granite": Family("granite", GATED, {"logits_scaling": 4.0}, packs=True),
+    "smollm3": Family("smollm3", GATED, packs=True),
+    "stablelm": Family("stablelm", GATED, packs=True),
+    "cohere": Family("cohere", GATED, {"logit_scale": 0.25}, packs=True),
+    "starcoder2": Family("starcoder2", {"q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"}, packs=True),
+    "phi": Family("phi", {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, packs=True),
+    # It takes the weights of the two that are left out past any adapter.
+    "mamba": Family(
+        "mamba", {"in_proj", "x_proj"}, {"state_size": 8}, adapter={"exclude_modules": ["out_proj", "dt_proj"]}
+    ),
+    "t5": Family(
+        "t5",
+        {"q", "k", "v", "o", "wi", "wo"},
+        {"d_model": 64, "num_layers": 2, "num_heads": 4, "d_kv": 16, "d_ff": 128, "decoder_start_token_id": 0},
+        task="seq2seq-lm",
+    ),
+    "bart": Family(
+        "bart",
+        BART,
+        {
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+        },
+        task="seq2seq-lm",
+    ),
+    "bert": Family("bert", BERT, task="seq-cls"),
+    "bert-tokens": Family("bert", BERT, task="token-cls"),
+    "roberta": Family("roberta", BERT, task="seq-cls"),
+    "distilbert": Family(
+        "distilbert",
+        {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"},
+        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128},
+        task="seq-cls",
+    ),
+    "deberta-v2": Family(
+        "deberta-v2",
+        {"query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj", "dense"},
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+        task="seq-cls",
+    ),
+    "deberta-v2-tokens": Family("deberta-v2", {"query_proj", "key_proj", "value_proj", "dense"}, task="token-cls"),
+    "llama-classifier": Family("llama", GATED, task="seq-cls"),
+    "gpt2-classifier": Family(
+        "gpt2",
+        {"c_attn", "c_proj", "c_fc"},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048},
+        task="seq-cls",
+    ),
+    "bart-classifier": Family(
+        "bart",
+        BART,
+        {
+            "d_model": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128,
+        },
+        task="seq-cls",
+    ),
+}
+# What some families have under names of their own, and would read wrongly under the common ones.
+OWN_NAMES = {"gpt2", "gptj", "t5", "bart", "distilbert", "falcon", "bloom"}
+
+
+def config_of(family: Family) -> Any:
+    common = dict(COMMON)
+    if family.kind in OWN_NAMES:
+        del common["num_key_value_heads"], common["intermediate_size"]
+    if family.task in ("seq-cls", "token-cls"):
+        common |= {"pad_token_id": 0}
+    return AutoConfig.for_model(family.kind, **{**common, **family.options})
+
+
+def write(family: Family, folder: Path) -> Path:
+    """A pretrained checkpoint as the hub has it: of an encoder without any task's head."""
+    torch.manual_seed(0)
+    config = config_of(family)
+    kind = {"seq-cls": "base", "token-cls": "base"}.get(family.task, family.task)
+    if kind == "base":
+        from transformers import AutoModel
+
+        model = AutoModel.from_config(config)
+    else:
+        model = TASKS[family.task].loader.from_config(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(family: Family, folder: Path, **options: Any) -> base.Loaded:
+    """As training loads it."""
+    labels = LABELS if TASKS[family.task].classes else None
+    return base.load_base(
+        base.Source(str(folder), {}),
+        **{
+            "dtype": torch.float32,
+            "device": torch.device("cpu"),
+            "task": family.task,
+            "labels": labels,
+            "pad_id": 0,
+            **options,
+        },
+    )

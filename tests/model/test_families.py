@@ -1,0 +1,168 @@
+"""Every family: its layers are found, a step moves the adapter alone, saving and merging are exact, rows stay apart."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+
+from lora_cli.data.batches import Join, Plan, join_classified, join_packed, join_padded, join_tagged, join_translated
+from lora_cli.data.rows import IGNORED, Row
+from lora_cli.errors import LoraError
+from lora_cli.model import adapter, fused, held, isolation, saving, targets
+from lora_cli.model.score import Scorer
+from lora_cli.model.setting import Setting
+from lora_cli.recipe.schema import TrainingSpec
+from lora_cli.training.loop import fit
+from lora_cli.training.optim import make_optimizer
+from tests.model import families, zoo
+from tests.model.families import FAMILIES, Family
+
+LENGTHS = [12, 30, 7, 21]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def folder(family: Family, tmp_path: Path) -> Iterator[Path]:
+    yield families.write(family, tmp_path / "base")
+    shutil.rmtree(tmp_path)
+
+
+def rows_of(family: Family) -> zoo.MemoryRows:
+    """Random rows with labels as the task has them."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in zoo.rows_of(LENGTHS):
+        labels: Any = row.labels
+        if family.task == "seq-cls":
+            labels = rng.integers(0, 3, 1).astype(np.int32)
+        elif family.task == "token-cls":
+            labels = np.where(rng.random(len(row.input_ids)) < 0.5, rng.integers(0, 3), IGNORED).astype(np.int32)
+            labels[0] = 1
+        elif family.task == "seq2seq-lm":
+            labels = rng.integers(3, 97, 9).astype(np.float64)
+        if family.kind == "bart":
+            row.input_ids[-1] = 2  # its classifier reads the state at the end token
+        rows.append(Row(row.input_ids, labels, row.where))
+    return zoo.MemoryRows(rows)
+
+
+def join_of(family: Family, *, packing: bool) -> Join:
+    return {
+        "causal-lm": join_packed if packing else join_padded,
+        "seq-cls": join_classified,
+        "token-cls": join_tagged,
+        "seq2seq-lm": partial(join_translated, start_id=0),
+    }[family.task]
+
+
+def plan_of(family: Family, *, packing: bool) -> Plan:
+    size = sum(LENGTHS) if packing else len(LENGTHS)
+    join = join_of(family, packing=packing)
+    return Plan(rows_of(family), packing=packing, size=size, per_step=1, seed=0, join=join)
+
+
+def attached(family: Family, folder: Path) -> tuple[PeftModel, set[str]]:
+    """The model with an adapter as training puts it on, and the kinds of linear layers that it has."""
+    loaded = families.load(family, folder)
+    layers = targets.linear_layers(loaded.model, loaded.heads)
+    setting = Setting(task=family.task, heads=loaded.heads)
+    model = adapter.attach(loaded.model, zoo.spec_of(**family.adapter), seed=0, setting=setting)
+    return model, {name.rpartition(".")[2] for name in layers}
+
+
+@torch.no_grad()
+def logits(model: Any, family: Family) -> Tensor:
+    """Of all rows, padded."""
+    model.eval()
+    (batch,) = plan_of(family, packing=False).whole()
+    return Scorer(model, task=family.task).logits(batch)
+
+
+def test_one_step_moves_the_adapter_alone_and_what_is_saved_and_merged_is_the_model(
+    family: Family, folder: Path, tmp_path: Path
+):
+    model, kinds = attached(family, folder)
+    adapted = adapter.adapted_layers(model)
+    assert {name.rpartition(".")[2] for name in adapted} == family.layers
+    # Whatever is linear and stands in no head carries the adapter, but for what was left out.
+    assert kinds - set(family.adapter.get("exclude_modules", ())) == family.layers - {"experts", "gate"}
+    packing = family.packs
+    isolation.settle(model.get_base_model(), "auto", packing=packing, causal=family.task == "causal-lm")
+    fused.fuse(model)
+    held.hold_in_fp32(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    spec = TrainingSpec.model_validate({"learning_rate": 1e-2, "schedule": "constant", "warmup": 0})
+    optimizer = make_optimizer(model, spec)
+    (step,) = fit(
+        model,
+        plan_of(family, packing=packing),
+        spec=spec,
+        optimizer=optimizer,
+        accelerator=Accelerator(cpu=True),
+        total=1,
+        task=family.task,
+    )
+    assert step.supervised > 0
+    assert math.isfinite(step.loss)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved <= trained
+    # In the first step A has no gradient, as B is zero; heads have one.
+    assert {name for name in trained if "lora_A" not in name} == moved
+
+    for name, p in model.named_parameters():  # as after more training
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    again = families.load(family, folder, seed=9).model  # another seed draws another head, which the adapter replaces
+    for base in (model.get_base_model(), again):
+        base.set_attn_implementation("eager")
+    expected = logits(model, family)
+    saving.save(model, tmp_path / "adapter", base="x", revision=None)
+    loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
+    assert zoo.relative(logits(loaded, family), expected) < 1e-6
+    assert zoo.relative(logits(loaded.merge_and_unload(), family), expected) < 1e-5
+
+
+def test_a_layer_that_the_model_goes_round_is_refused(tmp_path: Path):
+    """Mamba multiplies with the weight of dt_proj itself: an adapter on it would never learn, and nobody would know."""
+    family = FAMILIES["mamba"]._replace(adapter={"exclude_modules": ["out_proj"]})
+    model, _ = attached(family, families.write(family, tmp_path))
+    with pytest.raises(LoraError, match=r"adapter\.target_modules: no gradient reaches dt_proj") as refused:
+        adapter.refuse_bypassed(model, lambda: Scorer(model)(next(plan_of(family, packing=False).whole())).loss)
+    assert "adapter.exclude_modules: [dt_proj]" in str(refused.value.hint)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_packed_rows_are_rows_apart_or_refused_with_the_reason(family: Family, folder: Path):
+    if family.task != "causal-lm":
+        pytest.skip("only rows of causal-lm are packed: the recipe's rules refuse the rest")
+    model = families.load(family, folder).model
+    if not family.packs:
+        with pytest.raises(
+            LoraError, match=r"data\.packing: \w+ does not keep packed rows apart; tried .*\("
+        ) as refused:
+            isolation.settle(model, "auto", packing=True)
+        assert refused.value.hint == "set data.packing: false"
+        assert isolation.settle(model, "auto", packing=False) is None
+        return
+    proof = isolation.settle(model, "auto", packing=True)
+    assert proof is not None
+    (packed,) = plan_of(family, packing=True).whole()
+    together = Scorer(model).logits(packed)
+    model.set_attn_implementation("eager")
+    rows = rows_of(family)
+    apart = [Scorer(model).logits(join_padded([rows[i]], [i], 0)) for i in packed.rows]
+    assert zoo.relative(together, torch.cat(apart)) < 1e-5
