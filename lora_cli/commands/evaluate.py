@@ -9,20 +9,32 @@ from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lora_cli.commands.building import load_base
+from lora_cli.commands.building import compute_as_trained, load_base
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.rows import Row, Rows
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.generate import Answer, greedy, prompt_ids, reference_ids, stop_ids
+from lora_cli.evaluation import metrics
+from lora_cli.evaluation.classify import predict
+from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
 from lora_cli.evaluation.likelihood import Likelihood, measure
+from lora_cli.model import attention
 from lora_cli.model.score import Scorer
+from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.training import host
 
 BASE = "base"
 SHORTEST_PROMPT = 2  # tokens; one alone is the begin mark
+
+
+class Figures(NamedTuple):
+    """What was measured of one model."""
+
+    likelihood: Likelihood
+    more: dict[str, float]  # metrics of a classifier, by name
 
 
 class Target(NamedTuple):
@@ -48,17 +60,23 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         )
     if opening.device.type == "cpu":
         host.set_up_cpu()
+    labels = opening.data.labels
+    if labels is not None and (lacking := metrics.missing()):
+        console.say(f'without {", ".join(lacking)}: loss and accuracy only; for more, pip install "lora-cli[eval]"')
     model = load_base(recipe, opening, say=console.say).model
     model.eval()
     plan = batch_plan(recipe, opening, rows, per_step=1)
-    asked = _asked(rows, answers, loss_on=recipe.data.loss_on)
-    figures, said = {}, {}
+    asked = _asked(rows, answers, recipe)
+    figures: dict[str, Figures] = {}
+    said: dict[str, list[Answer]] = {}
 
     def look(name: str, at: PeftModel | PreTrainedModel) -> None:
         console.say(f"measuring {name} on {len(rows):,} rows")
-        figures[name] = measure(Scorer(at), plan)
+        scorer = Scorer(at, task=recipe.task)
+        more = metrics.measure(predict(scorer, plan, labels)) if labels and not metrics.missing() else {}
+        figures[name] = Figures(measure(scorer, plan), more)
         if asked:
-            said[name] = _answers(at, opening, asked)
+            said[name] = _answers(at, opening, asked, recipe)
 
     # Before any adapter is there: biases that one has trained stay when it is switched off.
     look(BASE, model)
@@ -67,8 +85,8 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         for name in found.adapters:
             loaded.set_adapter(name)
             look(name, loaded)
-    console.out.print(_table(figures))
-    _show(asked, said, opening)
+    console.out.print(_table(figures, recipe.task))
+    _show(asked, said, opening, recipe.task)
     if json_file is not None:
         report = {"rows": len(rows), "data": rows.fingerprint, "results": {n: _record(f) for n, f in figures.items()}}
         atomic.write_json(json_file, report)
@@ -144,27 +162,42 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
                 f"{folder}: does not fit the base model: {str(reason).splitlines()[0]}",
                 hint="an adapter fits only the base it was trained on; see its adapter_config.json",
             ) from reason
+    compute_as_trained(loaded)
     return loaded
 
 
-def _table(figures: dict[str, Likelihood]) -> Table:
-    table = Table("", "loss", "perplexity", "token accuracy", "supervised tokens", box=None)
-    for name, found in figures.items():
-        table.add_row(
-            name, f"{found.loss:.4f}", f"{found.perplexity:.2f}", f"{found.accuracy:.1%}", f"{found.tokens:,}"
-        )
+def _table(figures: dict[str, Figures], task: TaskName) -> Table:
+    first = next(iter(figures.values()))
+    columns = ["mse" if first.likelihood.accuracy is None else "loss"]
+    tokens = task in ("causal-lm", "seq2seq-lm")
+    if tokens:
+        columns.append("perplexity")
+    if first.likelihood.accuracy is not None:
+        columns.append("token accuracy" if tokens else "accuracy")
+    table = Table("", *columns, *first.more, f"{TASKS[task].unit}s", box=None)
+    for name, (found, more) in figures.items():
+        cells = [f"{found.loss:.4f}"]
+        if tokens:
+            cells.append(f"{found.perplexity:.2f}")
+        if found.accuracy is not None:
+            cells.append(f"{found.accuracy:.1%}")
+        table.add_row(name, *cells, *(f"{value:.4f}" for value in more.values()), f"{found.tokens:,}")
     return table
 
 
-def _record(found: Likelihood) -> dict[str, float | None]:
+def _record(found: Figures) -> dict[str, float | None]:
+    likelihood = found.likelihood
+    values = {**likelihood._asdict(), "perplexity": likelihood.perplexity, **found.more}
     # JSON has no infinity, and no NaN.
-    values = {**found._asdict(), "perplexity": found.perplexity}
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 
 
-def _asked(rows: Rows, count: int, *, loss_on: str) -> list[Row]:
+def _asked(rows: Rows, count: int, recipe: Recipe) -> list[Row]:
     """The first `count` rows that have a prompt to answer."""
-    if count and loss_on == "all":
+    if count and TASKS[recipe.task].classes:
+        console.say(f"--answers: none, since a model for {recipe.task} writes no text")
+        return []
+    if count and recipe.task == "causal-lm" and recipe.data.loss_on == "all":
         console.say("--answers: none, since with data.loss_on: all no row has a prompt apart from its answer")
         return []
     asked: list[Row] = []
@@ -172,7 +205,7 @@ def _asked(rows: Rows, count: int, *, loss_on: str) -> list[Row]:
     for row in rows:
         if len(asked) == count:
             break
-        if len(prompt_ids(row)) < SHORTEST_PROMPT:
+        if len(prompt_ids(row, recipe.task)) < SHORTEST_PROMPT:
             without += 1
         else:
             asked.append(row)
@@ -182,29 +215,31 @@ def _asked(rows: Rows, count: int, *, loss_on: str) -> list[Row]:
     return asked
 
 
-def _answers(model: PeftModel | PreTrainedModel, opening: Opening, rows: Sequence[Row]) -> list[Answer]:
-    references = [reference_ids(row) for row in rows]
+def _answers(model: PeftModel | PreTrainedModel, opening: Opening, rows: Sequence[Row], recipe: Recipe) -> list[Answer]:
+    references = [reference_ids(row, recipe.task) for row in rows]
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Ours packs rows; generation is left-padded.
+    # Ours packs rows; generation pads them.
     measured_with = inner.config._attn_implementation
-    inner.set_attn_implementation("sdpa")
-    answered = greedy(
+    if measured_with == attention.NAME:
+        inner.set_attn_implementation("sdpa")
+    answered = answer(
         model,
         opening.tokenizer,
-        [prompt_ids(row) for row in rows],
-        max_new_tokens=min(200, 2 * max(len(ids) for ids in references)),
+        [prompt_ids(row, recipe.task) for row in rows],
+        spec=recipe.generation,
+        max_new_tokens=recipe.generation.max_new_tokens or min(200, 2 * max(len(ids) for ids in references)),
         stop=stop_ids(opening.tokenizer, inner, references),
     )
     inner.set_attn_implementation(measured_with)
     return answered
 
 
-def _show(rows: Sequence[Row], said: dict[str, list[Answer]], opening: Opening) -> None:
+def _show(rows: Sequence[Row], said: dict[str, list[Answer]], opening: Opening, task: TaskName) -> None:
     decode = opening.tokenizer.decode
     for number, row in enumerate(rows):
         console.out.print(f"\n--- {row.where}")
-        console.out.print(decode(prompt_ids(row), skip_special_tokens=False).strip())
-        console.out.print(f"[reference] {decode(reference_ids(row), skip_special_tokens=True).strip()}")
+        console.out.print(decode(prompt_ids(row, task), skip_special_tokens=False).strip())
+        console.out.print(f"[reference] {decode(reference_ids(row, task), skip_special_tokens=True).strip()}")
         for name, answered in said.items():
             ended = "" if answered[number].finished else " ... (not finished)"
             console.out.print(f"[{name}] {answered[number].text}{ended}")

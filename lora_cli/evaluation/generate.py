@@ -1,7 +1,7 @@
-"""What a model answers: greedy generation from the prompts of encoded rows."""
+"""What a model answers: generation from the prompts of encoded rows."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -9,6 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.rows import IGNORED, Row
+from lora_cli.recipe.schema import GenerationSpec
+from lora_cli.recipe.tasks import TaskName
 
 
 class Answer(NamedTuple):
@@ -18,14 +20,18 @@ class Answer(NamedTuple):
     finished: bool  # it ended by itself, before the limit
 
 
-def prompt_ids(row: Row) -> list[int]:
-    """The ids before the row's first supervised token."""
+def prompt_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
+    """What the model is given: the ids before the row's first supervised token, or all that an encoder reads."""
+    if task == "seq2seq-lm":
+        return list(map(int, row.input_ids))
     supervised = (row.labels != IGNORED).nonzero()[0]
     return list(map(int, row.input_ids[: supervised[0]]))
 
 
-def reference_ids(row: Row) -> list[int]:
-    """The ids of the row's first run of supervised tokens."""
+def reference_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
+    """What it should answer: the ids of the row's first run of supervised tokens, or its target."""
+    if task == "seq2seq-lm":
+        return list(map(int, row.labels))
     supervised = (row.labels != IGNORED).nonzero()[0]
     run = 1
     while run < len(supervised) and supervised[run] == supervised[0] + run:
@@ -48,43 +54,58 @@ def stop_ids(
 
 
 @torch.no_grad()
-def greedy(
+def answer(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
+    spec: GenerationSpec,
     max_new_tokens: int,
     stop: Sequence[int],
 ) -> list[Answer]:
-    """The most likely continuation of each prompt (token ids), generated as one left-padded batch.
+    """What the model makes of each prompt (token ids), as one padded batch: greedy, or by beams as `spec` says.
 
-    `stop` are the ids that end an answer; without any, each is as long as allowed. The model's attention must be one
-    that transformers makes masks for.
+    An encoder reads prompts that are padded on the right, a decoder goes on from prompts padded on the left. `stop` are
+    the ids that end an answer; without any, each is as long as allowed. The model's attention must be one that
+    transformers makes masks for.
     """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    encodes = bool(inner.config.is_encoder_decoder)
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     pad = stop[0] if stop else 0  # any id will do, as it is masked
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    blanks = [longest - len(prompt) for prompt in prompts]
+    sides = [(0, n) if encodes else (n, 0) for n in blanks]
+    pairs = list(zip(prompts, sides, strict=True))
+    ids = torch.tensor([[pad] * a + list(p) + [pad] * b for p, (a, b) in pairs], device=device)
+    mask = torch.tensor([[0] * a + [1] * len(p) + [0] * b for p, (a, b) in pairs], device=device)
     config = GenerationConfig(
         do_sample=False,
+        num_beams=spec.num_beams,
+        length_penalty=spec.length_penalty,
+        no_repeat_ngram_size=spec.no_repeat_ngram,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop) or None,
         pad_token_id=pad,
+        decoder_start_token_id=inner.config.decoder_start_token_id if encodes else None,
         use_cache=True,
     )
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Virtual tokens are put before the prompt by PEFT's own generate.
+    prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    asked: Any = model if prompted else inner
     training, own = model.training, inner.generation_config
     model.eval()
-    # What ours leaves open is taken from the model's own: a repetition penalty, say, which is not greedy.
+    # What ours leaves open is taken from the model's own: a repetition penalty, say, which nobody asked for.
     inner.generation_config = config
+    if prompted:
+        model.generation_config = config
     try:
-        output = inner.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = asked.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
         inner.generation_config = own
         model.train(training)
     answers = []
-    for line in output[:, longest:].tolist():
+    for line in output[:, 1 if encodes else longest :].tolist():
         ends = [i for i, token in enumerate(line) if token in stop]
         text = tokenizer.decode(line[: ends[0]] if ends else line, skip_special_tokens=True)
         answers.append(Answer(text.strip(), bool(ends)))

@@ -2,19 +2,27 @@
 
 PEFT's layer makes some eight passes over activations (casts, dropout, scaling, sums), and saves several copies.
 Here the update is added in place by the matrix product itself (addmm), only x and x·Aᵀ are kept, and dropout draws
-a random number per dropped element instead of one per element. The result is PEFT's: a test compares outputs and
-gradients. Only plain LoRA on plain linear layers on the CPU is taken over; every other layer keeps PEFT's forward
-(on a GPU this file was never measured, so it stays out of the way there).
+a random number per dropped element instead of one per element. A 4-bit W is dequantised for each of the two products
+and kept for neither. The result is PEFT's: a test compares outputs and gradients. Only LoRA on plain and on 4-bit
+linear layers on the CPU is taken over; every other layer keeps PEFT's forward (on a GPU this file was never measured,
+so it stays out of the way there).
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor, nn
+
+# PEFT's layers whose forward may be taken over, each with the base layer that it must have.
+TAKEN = {LoraLinear: nn.Linear, LoraLinear4bit: Linear4bit}
 
 
 def fuse(model: PeftModel) -> int:
@@ -24,7 +32,7 @@ def fuse(model: PeftModel) -> int:
     """
     count = 0
     for module in model.modules():
-        if type(module) is not LoraLinear:
+        if type(module) not in TAKEN:
             continue
         module.__dict__.pop("forward", None)
         if _is_plain(module):
@@ -34,13 +42,13 @@ def fuse(model: PeftModel) -> int:
     return count
 
 
-def _is_plain(layer: LoraLinear) -> bool:
+def _is_plain(layer: Any) -> bool:
     adapters = layer.active_adapters
     return (
         len(adapters) == 1
         and adapters[0] in layer.lora_A
         and adapters[0] not in layer.lora_variant  # DoRA and its kin change the formula
-        and type(layer.base_layer) is nn.Linear
+        and type(layer.base_layer) is TAKEN[type(layer)]
         and layer.base_layer.weight.device.type == "cpu"
         and not layer.fan_in_fan_out
         and layer.lora_B[adapters[0]].bias is None
@@ -49,10 +57,11 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     adapters = layer.active_adapters
-    if args or kwargs or layer.disable_adapters or layer.merged or not torch.is_grad_enabled():
-        result: Tensor = LoraLinear.forward(layer, x, *args, **kwargs)
+    whole = _whole_weight(layer.base_layer, x.dtype)
+    if args or kwargs or layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or whole is None:
+        result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
     name = adapters[0]
     base = layer.base_layer
@@ -63,9 +72,18 @@ def _forward(layer: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dropped = draw_dropped(x.numel(), dropout.p)
         scale = scale / (1 - dropout.p)
     fused: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
-        x, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
+        x, whole, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
     )
     return fused
+
+
+def _whole_weight(base: Any, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+    """What gives the base's weight [out, in] in the dtype of the products; None where PEFT and the base would cast."""
+    if not isinstance(base, Linear4bit):
+        return lambda: base.weight
+    if base.compute_dtype != dtype or (base.bias is not None and base.bias.dtype != dtype):
+        return None
+    return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
 
 
 def draw_dropped(count: int, p: float) -> Tensor:
@@ -102,41 +120,44 @@ class LoraProduct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        whole: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         scale: float,
         dropped: Tensor | None,
     ) -> Tensor:
-        """x [..., in] and weight [out, in] in the compute dtype, a [r, in] and b [out, r] in theirs (fp32).
+        """x [..., in] and whole(), W [out, in], in the compute dtype, a [r, in] and b [out, r] in theirs (fp32).
 
         dropped: int64 positions in the flattened x that the adapter does not see; scale includes 1/(1-p) for it.
         """
-        flat = x.reshape(-1, x.shape[-1])
+        flat, weight = x.reshape(-1, x.shape[-1]), whole()
         y = nn.functional.linear(flat, weight, bias)
         seen = _zeroed(flat, dropped)
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         inner = seen @ a_cast.T
         y.addmm_(inner, b_cast.T, alpha=scale)
-        ctx.save_for_backward(flat, weight, a_cast, b_cast, inner, dropped)
-        ctx.scale, ctx.a_dtype, ctx.b_dtype = scale, a.dtype, b.dtype
+        # A frozen A (LoRA-FA) needs no input for its gradient, which is most of what a layer keeps.
+        kept = flat if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept, a_cast, b_cast, inner, dropped)
+        ctx.scale, ctx.a_dtype, ctx.b_dtype, ctx.whole = scale, a.dtype, b.dtype, whole
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad [..., out]."""
-        flat, weight, a_cast, b_cast, inner, dropped = ctx.saved_tensors
-        shape = (*grad.shape[:-1], weight.shape[1])
+        flat, a_cast, b_cast, inner, dropped = ctx.saved_tensors
+        shape = (*grad.shape[:-1], a_cast.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
         grad_inner = (grad @ b_cast).mul_(ctx.scale)
         grad_b = (grad.T @ inner).to(ctx.b_dtype).mul_(ctx.scale)
-        # x is masked again rather than its masked copy being kept through the forward pass.
-        seen = _zeroed(flat, dropped)
-        grad_a = (grad_inner.T @ seen).to(ctx.a_dtype)
+        grad_a = None
+        if flat is not None:
+            # x is masked again rather than its masked copy being kept through the forward pass.
+            grad_a = (grad_inner.T @ _zeroed(flat, dropped)).to(ctx.a_dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
+            grad_x = grad @ ctx.whole()
             if dropped is None:
                 grad_x.addmm_(grad_inner, a_cast)
             else:

@@ -34,6 +34,9 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            # It lies in the mapped file of the whole checkpoint, which stays in memory as long as one tensor does.
+            parameter.data = parameter.data.clone()
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if _is_norm(module) and isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
 from lora_cli.model import held
@@ -109,15 +111,18 @@ def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     )
 
 
-def _bare(model: PeftModel) -> Any:
-    """The base without the adapter."""
+def _bare(model: PeftModel) -> PreTrainedModel:
+    """The base as it was; PEFT's `unload` refuses some methods over quantised weights, and has none of virtual tokens."""
     held.release(model)
-    if not model.active_peft_config.is_prompt_learning:
-        return model.unload()
-    base = model.get_base_model()
+    base: PreTrainedModel = model.get_base_model()
+    done: list[str] = []  # wrappers hold wrappers: the outermost gives way
     for name, module in list(base.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):  # a task's head, trained whole
-            base.set_submodule(name, module.original_module)
+        if any(name.startswith(f"{outer}.") for outer in done):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            base.set_submodule(name, inner)
+            done.append(name)
     return base
 
 

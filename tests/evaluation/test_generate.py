@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from lora_cli.data.rows import Row
-from lora_cli.evaluation.generate import greedy, prompt_ids, reference_ids, stop_ids
+from lora_cli.evaluation.generate import answer, prompt_ids, reference_ids, stop_ids
+from lora_cli.recipe.schema import GenerationSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
 
+GREEDY = GenerationSpec()
 TOKENIZER = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
 
 
@@ -34,7 +36,7 @@ def test_a_batch_answers_as_each_prompt_alone(family: str, training: bool):
     stop = [free[2], TOKENIZER.eos_token_id]
     expected = [alone(model, prompt, limit=12, stop=stop) for prompt in prompts]
     assert {finished for _, finished in expected} == {True, False}
-    answers = greedy(model.train(training), TOKENIZER, prompts, max_new_tokens=12, stop=stop)
+    answers = answer(model.train(training), TOKENIZER, prompts, spec=GREEDY, max_new_tokens=12, stop=stop)
     assert [(a.text, a.finished) for a in answers] == [
         (TOKENIZER.decode(ids, skip_special_tokens=True).strip(), finished) for ids, finished in expected
     ]
@@ -50,7 +52,7 @@ def test_only_end_marks_stop_an_answer():
     blank = build("<|im_start|>", eos="<|im_end|>", template=CHATML)
     blank.eos_token = None
     assert stop_ids(blank, model, [[3, 4]]) == []
-    assert not greedy(model, blank, [[5, 6]], max_new_tokens=3, stop=[])[0].finished
+    assert not answer(model, blank, [[5, 6]], spec=GREEDY, max_new_tokens=3, stop=[])[0].finished
 
 
 @pytest.mark.parametrize(

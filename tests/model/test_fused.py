@@ -2,6 +2,8 @@
 
 import math
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
 
-from lora_cli.model import fused
+from lora_cli.model import base, fused
 from lora_cli.model.fused import LoraProduct, draw_dropped
+from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import zoo
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -53,6 +57,47 @@ def test_it_is_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: s
         assert zoo.relative(mine.double(), theirs.double()) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_over_four_bits_it_is_pefts_layer_too(tmp_path: Path, dtype: torch.dtype, code: str, frozen: bool):
+    zoo.make("qwen2", dtype=dtype).save_pretrained(tmp_path)
+    spec = QuantizationSpec.model_validate({"type": code, "compute_dtype": str(dtype).removeprefix("torch.")})
+    source, cpu = base.Source(str(tmp_path), {}), torch.device("cpu")
+    model = zoo.adapted(base.load_base(source, dtype=dtype, device=cpu, quantization=spec).model, freeze_a=frozen)
+    mine = [module for module in model.modules() if type(module) is LoraLinear4bit]
+    assert len(mine) == 14
+    for layer in mine[:7]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn((2, 5, layer.in_features), generator=generator).to(dtype)
+        weights = torch.randn((2, 5, layer.out_features), generator=generator).to(dtype)
+        parts = [layer.lora_B["default"].weight] + ([] if frozen else [layer.lora_A["default"].weight])
+
+        def outcome(layer: Any = layer, x: Tensor = x, weights: Tensor = weights, parts: Any = parts) -> list[Tensor]:
+            x = x.clone().requires_grad_()
+            y = layer(x)
+            return [y.detach(), *torch.autograd.grad((y * weights).sum(), (x, *parts))]
+
+        expected = outcome()
+        fused.fuse(model)
+        assert "forward" in layer.__dict__
+        for ours, theirs in zip(outcome(), expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert zoo.relative(ours.double(), theirs.double()) < TOLERANCE[dtype]
+
+
+def test_a_four_bit_layer_of_another_compute_dtype_keeps_pefts_forward(tmp_path: Path):
+    zoo.make("llama").save_pretrained(tmp_path)
+    spec = QuantizationSpec(compute_dtype="bfloat16")
+    source, cpu = base.Source(str(tmp_path), {}), torch.device("cpu")
+    model = zoo.adapted(base.load_base(source, dtype=torch.float32, device=cpu, quantization=spec).model)
+    layer = next(module for module in model.modules() if type(module) is LoraLinear4bit)
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    expected = layer(x)
+    fused.fuse(model)
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bool):
@@ -70,7 +115,7 @@ def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bo
     kept[dropped] = 0
     weights = draw(9, 5)
     expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
-    got = LoraProduct.apply(x, w, bias, a, b, 2.0 / (1 - p), dropped)
+    got = LoraProduct.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
         torch.autograd.grad((got * weights).sum(), leaves),

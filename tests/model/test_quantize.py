@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from lora_cli.data.batches import Plan
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure
-from lora_cli.model import base, fused, isolation, quantize
+from lora_cli.model import adalora, base, fused, held, isolation, quantize, saving
 from lora_cli.model.score import Scorer
+from lora_cli.model.setting import Setting
+from lora_cli.recipe.methods import FACTS
 from lora_cli.recipe.schema import QuantizationSpec, TrainingSpec
 from lora_cli.training.loop import fit
 from lora_cli.training.optim import make_optimizer
@@ -66,6 +68,133 @@ def test_weights_are_four_bits_and_near(nf4: Any, tiny_folder: Path):
         assert 0 < float((held - exact).norm() / exact.norm()) < 0.12  # of normal numbers: about 9 %
 
 
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+def test_codes_and_scales_are_bitsandbytes_own(tiny_folder: Path, code: str, double: bool):
+    spec = QuantizationSpec.model_validate({"type": code, "double_quant": double})
+    held, whole = load(tiny_folder, spec, dtype=torch.bfloat16), load(tiny_folder, dtype=torch.bfloat16)
+    count = 0
+    for name, layer in held.named_modules():
+        if not isinstance(layer, bnb.nn.Linear4bit):
+            continue
+        count += 1
+        codes, state = bnb.functional.quantize_4bit(
+            whole.get_submodule(name).weight, quant_type=code, compress_statistics=double
+        )
+        mine = layer.weight.quant_state
+        assert torch.equal(layer.weight.data, codes)
+        assert torch.equal(mine.absmax, state.absmax)
+        assert (mine.quant_type, mine.nested, mine.blocksize) == (code, double, quantize.BLOCK)
+        if double:
+            assert torch.equal(mine.state2.absmax, state.state2.absmax)
+            assert torch.equal(mine.offset, state.offset)
+    assert count == 14
+
+
+def test_double_quantised_weights_of_the_demo_model_take_little_more_than_half_a_byte(demo_folder: Path):
+    model = load(demo_folder, QuantizationSpec(), dtype=torch.bfloat16)
+    taken, held = quantize.bytes_of_quantized(model)
+    assert held == 106_168_320  # all linear layers of 30 blocks
+    assert 0.5 < taken / held <= 0.6
+    # QLoRA, section 3: 0.127 bits a weight for the scales.
+    assert taken / held == pytest.approx(0.5 + 0.127 / 8, rel=2e-2)
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+def test_how_codes_are_stored_changes_no_number(tiny_folder: Path, storage: str):
+    spec = QuantizationSpec.model_validate({"compute_dtype": "float32", "storage_dtype": storage})
+    model = load(tiny_folder, spec)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.dtype == getattr(torch, storage)
+    ids = torch.arange(3, 40)[None]
+    plain = load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "float32"}))
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+
+
+def test_norms_are_fp32_and_all_else_is_in_the_compute_dtype(tiny_folder: Path):
+    model = load(tiny_folder, QuantizationSpec(), dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad}
+    assert {dtype for name, dtype in dtypes.items() if "norm" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "norm" not in name} == {torch.bfloat16}
+    seen: list[torch.dtype] = []
+    for layer in model.model.layers:
+        layer.input_layernorm.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
+        layer.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
+    assert model(torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_checkpointed_gradients_are_the_same(nf4: Any):
+    model = zoo.adapted(nf4, dropout=0.2)
+    ids = torch.arange(3, 40)[None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        return torch.autograd.grad(model.train()(input_ids=ids, labels=ids).loss, trained)
+
+    expected = gradients()
+    nf4.activation_checkpointing_enable({"use_reentrant": False})
+    nf4.enable_input_require_grads()
+    again = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+SETTING = Setting(encode=lambda text: [3], plan=Plan(zoo.rows_of([30, 41]), packing=True, size=60, per_step=1, seed=0))
+OVER = [(bits, name) for name, facts in FACTS.items() for bits in facts.bits]
+
+
+@pytest.mark.parametrize(("bits", "method"), OVER)
+def test_every_method_that_says_so_learns_over_a_quantised_base(
+    bits: int, method: str, tiny_folder: Path, tmp_path: Path
+):
+    """A few steps lower the loss, the base stays, and plain PEFT loads what is saved."""
+    section = {"bits": bits, "compute_dtype": "float32"} if bits == 4 else {"bits": 8}
+    spec = QuantizationSpec.model_validate(section)
+    model = load(tiny_folder, spec)
+    setting = SETTING._replace(total_steps=8, originals=lambda: load(tiny_folder).state_dict())
+    adapted = zoo.attached(model, method=method, setting=setting)
+    fused.fuse(adapted)
+    held.hold_in_fp32(adapted)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters() if not p.requires_grad}
+    training = TrainingSpec.model_validate({"learning_rate": 0.02, "schedule": "constant", "warmup": 0})
+    plan = Plan(zoo.rows_of([12, 30, 7, 21]), packing=False, size=4, per_step=1, seed=0)
+    around = {"spec": training, "optimizer": make_optimizer(adapted, training), "accelerator": Accelerator(cpu=True)}
+    steps = list(fit(adapted, plan, total=8, upkeep=adalora.upkeep(adapted), **around))
+    assert steps[-1].loss < steps[0].loss
+    assert all(torch.equal(p, before[name]) for name, p in adapted.named_parameters() if not p.requires_grad)
+    (batch,) = plan.whole()
+    if upkeep := adalora.upkeep(adapted):
+        upkeep.finish()
+    saving.save(adapted, tmp_path, base="x", revision=None)
+
+    def logits(one: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return Scorer(one.eval()).logits(batch).double()
+
+    found = saving.difference_when_loaded(adapted, tmp_path, logits, held.hold_in_fp32)
+    assert found.is_none(torch.float32), found
+
+
+def test_loftq_starts_nearer_to_the_whole_model(tiny_folder: Path):
+    whole = load(tiny_folder)
+    nf4 = load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "float32"}))
+    ids = torch.arange(3, 40)[None]
+    expected = whole(ids).logits
+    bare = zoo.relative(nf4(ids).logits, expected)
+    setting = SETTING._replace(originals=whole.state_dict)
+    layer = "model.layers.0.mlp.up_proj"
+    off = nf4.get_submodule(layer).weight
+    error = whole.get_submodule(layer).weight - bnb.functional.dequantize_4bit(off.data, off.quant_state)
+    model = zoo.attached(nf4, method="loftq", rank=32, setting=setting)
+    assert zoo.relative(model(input_ids=ids).logits, expected) < 0.8 * bare
+    lora = model.get_base_model().get_submodule(layer)
+    update = lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+    # The best fit of its rank (Eckart and Young): what is left are the singular values behind it.
+    rest = torch.linalg.svdvals(error)[32:]
+    assert float((error - update).norm()) == pytest.approx(float(rest.norm()), rel=1e-4)
+
+
 def test_rows_that_are_no_whole_blocks_are_refused_on_the_cpu(tmp_path: Path):
     """bitsandbytes' kernel dequantises them with an error of 25 % in place of 9 %, and says nothing."""
     zoo.make("llama", intermediate_size=96).save_pretrained(tmp_path)
@@ -83,7 +212,7 @@ def test_gradients_are_those_over_the_dequantised_weights_even_after_evaluating(
     assert proof is not None
     assert proof.leak == 0
     model = zoo.adapted(nf4)
-    assert fused.fuse(model) == 0  # bitsandbytes multiplies
+    assert fused.fuse(model) == 14
     plan = Plan(rows, packing=True, size=70, per_step=1, seed=0)
     scorer = Scorer(model)
     found = measure(scorer, plan)

@@ -1,0 +1,50 @@
+"""What a classifier says of rows, beside what they are: the stuff that metrics are made of."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lora_cli.data.batches import Batch, Plan
+from lora_cli.data.labels import Kind, Labels
+from lora_cli.model.score import Scorer
+
+
+class Outcome(NamedTuple):
+    """Every labelled unit of the rows, in the order of the plan."""
+
+    kind: Kind
+    names: tuple[str, ...]  # of the labels, or of the values of a regression
+    wanted: npt.NDArray[np.float64]  # [units] class numbers; [units, labels] of 0 and 1; [units, values]
+    predicted: npt.NDArray[np.float64]  # likewise
+    row: npt.NDArray[np.int64]  # [units]: which row each belongs to, counted as they come
+
+
+@torch.no_grad()
+def predict(scorer: Scorer, plan: Plan, labels: Labels) -> Outcome:
+    """Run every row of `plan` once, in eval mode."""
+    training = scorer.base.training
+    scorer.base.eval()
+    wanted, predicted, row, done = [], [], [], 0
+    for batch in plan.whole():
+        logits = scorer.logits(batch).float().cpu()
+        wanted.append(batch.targets.double().numpy())
+        predicted.append(_decided(logits, labels).double().numpy())
+        lines = np.arange(len(batch.rows)) if scorer.task == "seq-cls" else _lines_of(batch)
+        row.append(done + lines)
+        done += len(batch.rows)
+    scorer.base.train(training)
+    return Outcome(labels.kind, labels.names, *(np.concatenate(parts) for parts in (wanted, predicted, row)))
+
+
+def _decided(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+    if labels.kind == "regression":
+        return logits
+    return logits > 0 if labels.kind == "multi" else logits.argmax(dim=1)
+
+
+def _lines_of(batch: Batch) -> npt.NDArray[np.int64]:
+    """The line of the batch that each labelled word is in."""
+    found: npt.NDArray[np.int64] = (batch.predict // batch.input_ids.shape[1]).numpy()
+    return found
