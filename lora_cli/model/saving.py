@@ -112,7 +112,7 @@ def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def _bare(model: PeftModel) -> PreTrainedModel:
-    """The base as it was; PEFT's `unload` refuses some methods over quantised weights, and has none of virtual tokens."""
+    """The base as it was; PEFT's `unload` refuses some methods over quantised weights, and knows no virtual tokens."""
     held.release(model)
     base: PreTrainedModel = model.get_base_model()
     done: list[str] = []  # wrappers hold wrappers: the outermost gives way
