@@ -101,6 +101,22 @@ def evaluate(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged model goes.", show_default=False)],
+    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16, float16 or float32.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Fold an adapter into its base, and verify what is written."""
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise LoraError(f"--dtype {dtype} is not known", hint="write auto, bfloat16, float16 or float32")
+    from lora_cli.commands.merge import merge as command
+
+    command(adapter, out=out, base_path=base, dtype=dtype, force=force)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a recipe, by which editors complete and check it."""
     from lora_cli.recipe.dump import recipe_schema

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.commands.building import compute_as_trained, load_base
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
+from lora_cli.data import labels as labelling
 from lora_cli.data.rows import Row, Rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import metrics
@@ -52,6 +53,10 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     _refuse_biases_of_several(found.adapters)
     recipe = found.recipe
     spec = recipe.data if data is None else recipe.data.model_copy(update={"train": data, "eval": None})
+    if trained := [labels for folder in found.adapters.values() if (labels := labelling.read(folder))]:
+        # The rows at hand may lack a label that the head was trained for.
+        update = "regression" if trained[0].kind == "regression" else list(trained[0].names)
+        spec = spec.model_copy(update={"labels": update})
     opening = open_run_inputs(recipe, say=console.say, data=spec, train_key="data.train" if data is None else data)
     rows = opening.data.train if data is not None else opening.data.eval
     if rows is None:

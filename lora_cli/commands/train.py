@@ -13,6 +13,7 @@ from peft import PeftModel
 from lora_cli.commands import card
 from lora_cli.commands.building import Built, Say, build, compute_as_trained
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
+from lora_cli.data import labels
 from lora_cli.data.batches import Batch, Plan
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure, shown
@@ -232,6 +233,8 @@ class Training:
         spec = self.recipe.model
         saving.save(model, folder, base=spec.path, revision=spec.revision)
         opening.tokenizer.save_pretrained(str(folder))
+        if opening.data.labels is not None:
+            labels.write(opening.data.labels, folder)
 
     def _finish(self, run: RunFolder, opening: Opening, model: PeftModel, plan: Plan) -> None:
         """Write the adapter, load it back, and only then put it in its place.

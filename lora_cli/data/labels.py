@@ -1,7 +1,9 @@
 """The labels of a classification task: read off the rows, named and numbered once. No tokenizer, no torch."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,6 +34,22 @@ class Labels(NamedTuple):
         )
         several = ", several a row" if self.kind == "multi" else ""
         return f"{len(self.names)} labels{several}: {listed}"
+
+
+FILE = "labels.json"  # beside an adapter: PEFT's own files do not name what a head tells apart
+
+
+def write(labels: Labels, folder: Path) -> None:
+    """Put the labels beside the adapter whose head they belong to."""
+    (folder / FILE).write_text(json.dumps(labels._asdict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Labels | None:
+    """The labels that lie beside an adapter; None where there are none."""
+    if not (folder / FILE).is_file():
+        return None
+    stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return Labels(stored["kind"], tuple(stored["names"]))
 
 
 class Found(NamedTuple):

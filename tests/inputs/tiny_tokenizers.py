@@ -143,3 +143,32 @@ def learnt(row: Row, tokenizer: PreTrainedTokenizerFast) -> list[str]:
             runs[-1].append(label)
         before = label
     return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+def build_encoder(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer as encoders have one: [CLS] text [SEP] pair [SEP] of BERT, <s> text </s></s> pair </s> of RoBERTa, or
+    text </s> of T5.
+    """
+    first, last, pair, types = {
+        "bert": ("[CLS]", "[SEP]", "[SEP]", 1),
+        "roberta": ("<s>", "</s>", "</s> </s>", 0),
+        "t5": ("", "</s>", "</s>", 0),
+    }[kind]
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "roberta")
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<unk>", *dict.fromkeys(filter(None, (first, last)))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    core.train_from_iterator(TEXTS, trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}".strip(),
+        pair=f"{first} $A {pair} $B:{types} {last}:{types}".strip(),
+        special_tokens=[(token, core.token_to_id(token)) for token in special[2:]],
+    )
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": last if kind != "bert" else None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, **names, cls_token=first or None, sep_token=last, bos_token=first or None
+    )
