@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_cli.data.prepare import Prepared, prepare
 from lora_cli.recipe.schema import DataSpec
+from lora_cli.recipe.tasks import TaskName
 from tests.inputs.tiny_tokenizers import CHATML, build
 
 
@@ -47,6 +48,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
         files: dict[str, str | bytes] | None = None,
         seed: int = 0,
         say: Callable[[str], None] = lambda line: None,
+        task: TaskName = "causal-lm",
         **section: Any,
     ) -> Prepared:
         for name, content in (files or {}).items():
@@ -54,6 +56,6 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         spec = DataSpec.model_validate({"train": "train.jsonl", "eval": None, **section})
-        return prepare(spec, tokenizer, seed=seed, cache=tmp_path / "cache", say=say)
+        return prepare(spec, tokenizer, seed=seed, cache=tmp_path / "cache", say=say, task=task)
 
     return run
