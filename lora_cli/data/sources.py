@@ -29,7 +29,7 @@ class Source(NamedTuple):
     @property
     def name(self) -> str:
         """What messages and the ledger call the source."""
-        return self.spec.path if self.spec.split is None else f"{self.spec.path}[{self.spec.split}]"
+        return _named(self.spec)
 
 
 def train_sources(spec: DataSpec) -> list[Source]:
@@ -67,7 +67,7 @@ def records(source: Source) -> Iterator[Record]:
 def content_hash(source: Source) -> str:
     """A hash of the source's bytes; names and places do not count, so a moved file is the same content."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(f"{source.spec.split} {source.fingerprint}\n".encode())
+    digest.update(f"{source.spec.subset} {source.spec.split} {source.fingerprint}\n".encode())
     for path in source.files:
         digest.update(f"{path.suffix}:{path.stat().st_size}\n".encode())
         with path.open("rb") as file:
@@ -91,11 +91,12 @@ def find(spec: SourceSpec, *, splits: tuple[str, ...]) -> Source:
 
 
 def _files(spec: SourceSpec, paths: list[Path]) -> Source:
-    if spec.split is not None:
-        raise LoraError(
-            f"data: {spec.path} is a file or folder of files, which has no split {spec.split!r}",
-            hint="leave `split` out, or name the file of that split as the path",
-        )
+    for key, given in (("split", spec.split), ("subset", spec.subset)):
+        if given is not None:
+            raise LoraError(
+                f"data: {spec.path} is a file or folder of files, which has no {key} {given!r}",
+                hint=f"leave `{key}` out, or name the file of that {key} as the path",
+            )
     unknown = [path for path in paths if path.suffix.lower() not in READERS]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -158,11 +159,13 @@ def _hub(spec: SourceSpec, splits: tuple[str, ...]) -> Source:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(spec.path, split=spec.split)
+        loaded = datasets.load_dataset(spec.path, spec.subset, split=spec.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise LoraError(
             f"data: {spec.path} is no local file or folder, and no dataset that the hub gives: {_first_line(error)}",
-            hint="mend the path or id; offline (HF_HUB_OFFLINE), only datasets downloaded before can be used",
+            hint="name one of its configurations as `subset`"
+            if "Config name is missing" in str(error)
+            else "mend the path or id; offline (HF_HUB_OFFLINE), only datasets downloaded before can be used",
         ) from None
     return _one(spec, loaded) if spec.split else _dataset(spec, loaded, splits)
 
@@ -186,15 +189,34 @@ def _dataset(spec: SourceSpec, loaded: Any, splits: tuple[str, ...]) -> Source:
 
 
 def _one(spec: SourceSpec, dataset: Any) -> Source:
-    name = spec.path if spec.split is None else f"{spec.path}[{spec.split}]"
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
-    return Source(spec, (name,), files, (partial(_dataset_rows, dataset),), dataset._fingerprint)
+    return Source(spec, (_named(spec),), files, (partial(_dataset_rows, dataset),), dataset._fingerprint)
+
+
+def _named(spec: SourceSpec) -> str:
+    parts = [part for part in (spec.subset, spec.split) if part is not None]
+    return f"{spec.path}[{', '.join(parts)}]" if parts else spec.path
 
 
 def _dataset_rows(dataset: Any) -> Iterator[Line]:
     number = 0
+    classes = {column: names for column, feature in dataset.features.items() if (names := _class_names(feature))}
     # As Arrow, so that image or audio columns nobody asked for are not decoded.
     for table in dataset.with_format("arrow").iter(batch_size=1024):
         for row in table.to_pylist():
             number += 1
-            yield number, row
+            yield number, {**row, **{column: _spelled(row[column], names) for column, names in classes.items()}}
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names behind numbered classes, which `datasets` keeps beside the numbers."""
+    inner = getattr(feature, "feature", feature)  # of a list of them
+    names: list[str] | None = getattr(inner, "names", None)
+    return names
+
+
+def _spelled(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_spelled(each, names) for each in value]
+    # -1 stands for a row without label, as in test splits: it is refused, or skipped, as the number that it is.
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

@@ -137,6 +137,8 @@ class SourceSpec(Section):
 
     path: str = Field(min_length=1)
     """File (.jsonl .json .csv .parquet .txt), folder of them or saved by `datasets`, or hub dataset id."""
+    subset: str | None = None
+    """Configuration of a hub dataset that has several: `cola` of `nyu-mll/glue`."""
     split: str | None = None
     """Split of a hub or saved dataset; default: train (for data.eval: validation, test or train)."""
     format: Literal["auto"] | FormatName | None = None

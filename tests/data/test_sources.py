@@ -12,6 +12,7 @@ from lora_cli.data import readers, sources
 from lora_cli.data.formats import FORMATS
 from lora_cli.data.intake import read_only_check
 from lora_cli.data.records import BadRow
+from lora_cli.data.sources import records, train_sources
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec, FormatName
 
@@ -140,19 +141,58 @@ def test_a_hub_dataset_that_cannot_be_had_is_one_line(prepared, chatml, monkeypa
     assert "\n" not in caught.value.message
 
 
-def test_a_hub_dataset_is_read_like_a_saved_one(prepared, chatml, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands for the hub, which is out of reach: the dataset that `datasets.load_dataset` would hand over."""
     import datasets
 
-    def load(path: str, split: str | None) -> object:
-        assert path == "owner/rows"
-        whole = datasets.Dataset.from_list(ROWS)
-        return whole if split else datasets.DatasetDict({"train": whole})
+    def serve(whole: datasets.Dataset, subsets: tuple[str, ...] = ()) -> None:
+        def load(path: str, name: str | None, *, split: str | None) -> object:
+            assert path == "owner/rows"
+            if subsets and name not in subsets:
+                raise ValueError(f"Config name is missing.\nPlease pick one among the available configs: {subsets}")
+            return whole if split else datasets.DatasetDict({"train": whole})
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets, "load_dataset", load)
+
+    return serve
+
+
+def test_a_hub_dataset_is_read_like_a_saved_one(prepared, chatml, hub):
+    import datasets
+
+    hub(datasets.Dataset.from_list(ROWS))
     one = prepared(chatml, train="owner/rows")
     two = prepared(chatml, train=[{"path": "owner/rows", "split": "train"}])
     assert one.fingerprint == two.fingerprint
     assert one.train[4].where == "owner/rows[train]:5"
+
+
+def test_a_configuration_of_a_hub_dataset_is_its_subset(prepared, chatml, hub):
+    import datasets
+
+    hub(datasets.Dataset.from_list(ROWS), subsets=("cola", "sst2"))
+    data = prepared(chatml, train=[{"path": "owner/rows", "subset": "cola"}])
+    assert data.train[4].where == "owner/rows[cola, train]:5"
+    with pytest.raises(LoraError, match="Config name is missing") as caught:
+        prepared(chatml, train="owner/rows")
+    assert "`subset`" in str(caught.value.hint)
+    with pytest.raises(LoraError, match="which has no subset 'cola'"):
+        prepared(chatml, files={"train.jsonl": jsonl(ROWS)}, train=[{"path": "train.jsonl", "subset": "cola"}])
+
+
+def test_numbered_classes_are_read_by_their_names(tmp_path):
+    import datasets
+
+    labels = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels, "tags": datasets.List(labels)})
+    rows = [{"text": "a", "label": 1, "tags": [0, 1]}, {"text": "b", "label": -1, "tags": []}]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    [source] = train_sources(DataSpec(train=str(tmp_path / "saved")))
+    assert [record.row for record in records(source)] == [
+        {"text": "a", "label": "yes", "tags": ["no", "yes"]},
+        {"text": "b", "label": -1, "tags": []},  # as in the test splits of GLUE: no label, and said so
+    ]
 
 
 def test_columns_are_renamed_and_the_rest_is_named(prepared, chatml):
