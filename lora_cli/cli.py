@@ -31,7 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see configs/.", show_default=False)]
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML file; `lora init` has some.", show_default=False)
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe: --set training.learning_rate=1e-4."),
@@ -114,6 +116,29 @@ def merge(
     from lora_cli.commands.merge import merge as command
 
     command(adapter, out=out, base_path=base, dtype=dtype, force=force)
+
+
+@app.command()
+def init(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One of the recipes.", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that come with this tool, or write one into this folder to start from."""
+    from lora_cli.commands import init as command
+
+    if name is None:
+        command.show_recipes()
+    else:
+        command.write_recipe(name)
+
+
+@app.command()
+def methods() -> None:
+    """Print the adapter methods: what each does, which keys it takes, what it goes with."""
+    from lora_cli.commands.methods import show_methods
+
+    show_methods()
 
 
 @app.command()

@@ -16,7 +16,7 @@ from lora_cli.model.score import Scorer
 from lora_cli.model.setting import Setting, Weights
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
-from lora_cli.training.optim import choose
+from lora_cli.training.optim import choose, moment_bytes
 
 Say = Callable[[str], None]
 
@@ -95,11 +95,7 @@ def _originals(recipe: Recipe, opening: Opening) -> Weights:
 
 def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say) -> Built:
     """Load the base, choose its attention, put the adapter on it, and say what was done."""
-    optimizer = choose(
-        recipe.training.optimizer,
-        device=opening.device,
-        quantized=recipe.quantization is not None or opening.prequantized is not None,
-    )
+    optimizer = optimizer_of(recipe, opening)
     based = load_base(recipe, opening, say=say)
     model, proof = based.model, based.proof
     layers = targets.linear_layers(model, based.heads)
@@ -117,7 +113,7 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say)
         seen = f"by {proof.leak:.0e} of their size" if proof.leak else "by nothing"
         say(f"packing tried on this model: changing one row changes its neighbour's logits {seen}")
     if recipe.training.optimizer == "auto":
-        say(f"optimizer: {optimizer}")
+        say(f"optimizer: {optimizer} (auto)")
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     for line in coverage_table(peft_model, layers, trainable):
         say(line)
@@ -128,6 +124,16 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say)
     probe = plan.build([int(opening.data.train.lengths[:64].argmin())])
     adapter.refuse_bypassed(peft_model, lambda: Scorer(peft_model, task=recipe.task)(probe).loss)
     return Built(peft_model, sum(p.numel() for p in peft_model.parameters() if p.requires_grad), proof, optimizer)
+
+
+def optimizer_of(recipe: Recipe, opening: Opening) -> str:
+    """The optimizer that the recipe asks for, or that auto chooses here.
+
+    Raises:
+        LoraError: this machine does not have it.
+    """
+    quantized = recipe.quantization is not None or opening.prequantized is not None
+    return choose(recipe.training.optimizer, device=opening.device, quantized=quantized)
 
 
 def compute_as_trained(model: PeftModel) -> None:
@@ -182,6 +188,7 @@ def _checkpoints_activations(
         checkpointing=False,
         quantization=recipe.quantization,
         on_cpu=opening.device.type == "cpu",
+        moment_bytes=moment_bytes(optimizer_of(recipe, opening)),
     )
     # The weights are loaded by now, so what is free has to hold the rest.
     rest, free = estimate.total - estimate.weights - estimate.process, memory.available(opening.device)

@@ -6,21 +6,21 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from lora_cli.commands import card
-from lora_cli.commands.building import coverage_table, held_as, setting
+from lora_cli.commands.building import coverage_table, held_as, optimizer_of, setting
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.intake import read_only_check
 from lora_cli.data.rows import IGNORED, Row, xray
 from lora_cli.model import adapter, base, memory, targets
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
-from lora_cli.training.optim import choose
+from lora_cli.training.optim import moment_bytes
 
 
 def check(recipe: Recipe, *, rows: int) -> None:
     """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan."""
     say = console.out.print
     opening = open_run_inputs(recipe, say=console.say, weights=False)
-    choose(recipe.training.optimizer, device=opening.device, quantized=recipe.quantization is not None)
+    optimizer = optimizer_of(recipe, opening)
     for line in opening.data.ledger.table():
         say(line)
     for number in range(min(rows, len(opening.data.train))):
@@ -33,11 +33,13 @@ def check(recipe: Recipe, *, rows: int) -> None:
         f"steps: {total:,} in one process, {plan.steps_per_epoch:,} an epoch; "
         f"{plan.fill:.1%} of what the batches compute is tokens"
     )
-    _count(recipe, opening, tokens=plan.largest, total=total)
+    if recipe.training.optimizer == "auto":
+        say(f"optimizer: {optimizer} (auto)")
+    _count(recipe, opening, tokens=plan.largest, total=total, optimizer=optimizer)
     say(f"ok: lora train would train {card.public(recipe.model.path)} on these rows")
 
 
-def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int) -> None:
+def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimizer: str) -> None:
     """Target modules and the memory plan, from the modules' shapes on the meta device."""
 
     def skeleton() -> PreTrainedModel:
@@ -70,6 +72,7 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int) -> None
         checkpointing=recipe.training.gradient_checkpointing is True,
         quantization=recipe.quantization,
         on_cpu=opening.device.type == "cpu",
+        moment_bytes=moment_bytes(optimizer),
     )
     parts = ", ".join(f"{name} {console.size(value)}" for name, value in plan._asdict().items() if value)
     free = memory.available(opening.device)

@@ -19,7 +19,7 @@ class MemoryPlan(NamedTuple):
     """Bytes of each part at the peak of a training step on one device; an estimate for decoder models."""
 
     weights: int
-    adapter: int  # fp32 weights, gradients and AdamW's two moments
+    adapter: int  # fp32 weights and gradients, and AdamW's two moments
     activations: int
     logits: int
     process: int  # on the CPU only: the libraries
@@ -40,8 +40,10 @@ def plan(
     checkpointing: bool,
     quantization: QuantizationSpec | None,
     on_cpu: bool,
+    moment_bytes: int = 4,
 ) -> MemoryPlan:
-    """Estimate for batches of `tokens` tokens in rows of up to `longest`, with `trainable` adapter parameters.
+    """Estimate for batches of `tokens` tokens in rows of up to `longest`, with `trainable` adapter parameters,
+    and `moment_bytes` for each of AdamW's moments.
 
     Activations per token and layer, h hidden, i intermediate size, in a decoder with a gated MLP: two norms keep
     their input in fp32 (8h), the projections their inputs (4 times h, and i), attention its q, k, v, and the gate
@@ -60,7 +62,7 @@ def plan(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return MemoryPlan(
         weights=_weight_bytes(model, dtype, quantization),
-        adapter=trainable * 16,
+        adapter=trainable * (4 + 4 + 2 * moment_bytes),
         activations=kept * tokens,
         logits=vocabulary * LOGITS_AT_ONCE,
         process=PROCESS if on_cpu else 0,
@@ -75,7 +77,7 @@ def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype, quantization: Quan
     # Scales: one fp32 per 64 weights, or about 0.127 bits a weight where they are quantised too (QLoRA, section 3).
     scales = 0.127 / 8 if quantization.double_quant else 4 / 64
     per_weight = 1.0 if quantization.bits == 8 else 0.5 + scales
-    return int(packed * per_weight) + (whole - packed) * 4  # quantize.prepare puts all others in fp32
+    return int(packed * per_weight) + (whole - packed) * int(dtype.itemsize)
 
 
 def available(device: torch.device) -> int:

@@ -11,6 +11,8 @@ def hush() -> None:
     """Silence them; call it before the libraries are imported, as one of them speaks while being so."""
     # PEFT 0.21 asks transformers 5.23 by a name that has a newer one; the answer is the same.
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # GPT-2's layers hold their weights transposed, which PEFT sees by itself.
+    warnings.filterwarnings("ignore", r"fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning)
     # `lora merge` folds layer by layer, to measure each, before it has PEFT take its wrappers off.
     warnings.filterwarnings("ignore", r"All adapters are already merged, nothing to do", UserWarning)
     # scikit-learn's coefficient of rows that all have one label, and were given it: 0, as it says.

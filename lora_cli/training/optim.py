@@ -29,6 +29,11 @@ def choose(name: str, *, device: torch.device, quantized: bool) -> str:
     return name
 
 
+def moment_bytes(name: str) -> int:
+    """Bytes that each of AdamW's two moments takes for a parameter."""
+    return 1 if name.endswith("8bit") else 4
+
+
 def make_optimizer(
     model: nn.Module,
     spec: TrainingSpec,

@@ -114,10 +114,12 @@ def cpu_seconds(*command: str) -> tuple[float, int]:
     [
         (["--help"], 0, 0.4),
         (["train", "--help"], 0, 0.4),
+        (["init"], 0, 0.4),
+        (["methods"], 0, 0.4),
         (["train", "bad.yaml"], 2, 0.6),
         (["eval", "bad.yaml"], 2, 0.6),
     ],
-    ids=["help", "train --help", "rejected by train", "rejected by eval"],
+    ids=["help", "train --help", "init", "methods", "rejected by train", "rejected by eval"],
 )
 def test_is_quick_and_light(words: list[str], code: int, limit: float, place: Path):
     Path("bad.yaml").write_text("base_model: x\nlora_r: 8\n")

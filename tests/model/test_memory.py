@@ -74,9 +74,10 @@ def test_weights_and_adapter_are_counted_exactly():
     assert plan_of().weights == 2 * whole
     assert plan_of(dtype=torch.float32).weights == 4 * whole
     assert plan_of().adapter == 16 * 1000  # weight, gradient and two moments in fp32
+    assert plan_of(moment_bytes=1).adapter == 10 * 1000
     linear = sum(layer.weight.numel() for layer in memory.linear_layers(model).values())
-    assert plan_of(quantization=QuantizationSpec(bits=8)).weights == linear + 4 * (whole - linear)  # fp32
-    four = plan_of(quantization=QuantizationSpec.model_validate({})).weights - 4 * (whole - linear)
+    assert plan_of(quantization=QuantizationSpec(bits=8)).weights == linear + 2 * (whole - linear)
+    four = plan_of(quantization=QuantizationSpec.model_validate({})).weights - 2 * (whole - linear)
     assert 0.5 * linear < four < 0.52 * linear
 
 

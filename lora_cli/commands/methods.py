@@ -1,0 +1,30 @@
+"""`lora methods`: every adapter method, what it does, which keys it takes and what it goes with. No torch."""
+
+from typing import Any
+
+from lora_cli.recipe.methods import FACTS, Facts
+from lora_cli.run import console
+
+
+def show_methods() -> None:
+    """Print the methods one by one."""
+    for name, facts in FACTS.items():
+        console.out.print(f"{name}: {facts.summary}")
+        console.out.print(f"  keys: {', '.join(_key(key, value) for key, value in facts.options.items())}")
+        console.out.print(f"  {_limits(facts)}")
+
+
+def _key(key: str, default: Any) -> str:
+    return key if default is None else f"{key} ({str(default).lower() if isinstance(default, bool) else default})"
+
+
+def _limits(facts: Facts) -> str:
+    if facts.needs_bits:
+        bases = f"over a {facts.needs_bits}-bit base only"
+    elif not facts.bits:
+        bases = "over whole weights only"
+    else:
+        bases = f"over whole weights and {' and '.join(f'{bits}-bit' for bits in facts.bits)} bases"
+    packs = "rows can be packed" if facts.packs else "no packing"
+    merges = "can be merged" if facts.merges else "cannot be merged"
+    return f"{bases}; {packs}; {merges}"
