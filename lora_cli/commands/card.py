@@ -31,6 +31,7 @@ def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results:
         'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
         "```",
         "",
+        *_new_tokens(recipe),
         "## Data",
         "",
     ]
@@ -56,6 +57,18 @@ def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results:
 def public(path: str) -> str:
     """A path as strangers may see it: whole if it is relative or a hub id, else its last part."""
     return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
+
+
+def _new_tokens(recipe: Recipe) -> list[str]:
+    new = recipe.model.new_tokens
+    if not new:
+        return []
+    listed = ", ".join(f"`{token}`" for token in new)
+    return [
+        f"Its tokenizer knows {listed} besides the base's tokens. Where the base has fewer "
+        "embeddings than `len(tokenizer)`, `base_model.resize_token_embeddings(len(tokenizer))` comes first.",
+        "",
+    ]
 
 
 def _options(recipe: Recipe) -> str:

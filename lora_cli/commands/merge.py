@@ -72,6 +72,7 @@ def merge(folder: Path, *, out: Path, base_path: str | None, dtype: str, force: 
         pad_id=tokenizer.pad_token_id or 0,
         start_id=getattr(config, "decoder_start_token_id", None),
         end_id=tokenizer.eos_token_id if given.task == "seq-cls" else None,
+        include=_trained_tokens(given.config),
     )
     expected = parity.logits(model, batches, given.task)
     console.say(f"folding {given.config.peft_type.value.lower()} into {given.base}, in fp32")
@@ -138,6 +139,12 @@ def _refuse_place(out: Path, given: Merging, *, force: bool) -> None:
         raise LoraError(f"--out {out} exists", hint="name another folder, or replace it with --force")
     if not out.absolute().parent.is_dir():
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
+
+
+def _trained_tokens(config: PeftConfig) -> list[int]:
+    """The tokens whose embeddings the adapter holds."""
+    found = getattr(config, "trainable_token_indices", None) or []
+    return sorted({token for ids in found.values() for token in ids} if isinstance(found, dict) else found)
 
 
 def _written_dtype(wanted: str, config: Any) -> torch.dtype:

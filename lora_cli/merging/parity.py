@@ -1,5 +1,6 @@
 """Compare two models by what they say to the same probes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +10,28 @@ from lora_cli.data.batches import Batch
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.tasks import TaskName
 
+LENGTHS = (5, 17, 40)  # tokens of each probe
 
-def probes(task: TaskName, *, vocabulary: int, pad_id: int, start_id: int | None, end_id: int | None) -> list[Batch]:
-    """A few rows of random tokens, each a batch of its own; with an end token behind, which some models need."""
+
+def probes(
+    task: TaskName,
+    *,
+    vocabulary: int,
+    pad_id: int,
+    start_id: int | None,
+    end_id: int | None,
+    include: Sequence[int] = (),
+) -> list[Batch]:
+    """A few rows of random tokens, each a batch of its own; with an end token behind, which some models need.
+
+    The tokens to `include`, whose embeddings were trained, begin the longest row.
+    """
     generator = torch.Generator().manual_seed(0)
     batches = []
-    for length in (5, 17, 40):
+    for length in LENGTHS:
         ids = torch.randint(0, vocabulary, (1, length), generator=generator)
+        if length == LENGTHS[-1]:
+            ids[0, : len(include[: length - 1])] = torch.tensor(list(include[: length - 1]))
         if end_id is not None:
             ids[ids == end_id] = pad_id if pad_id != end_id else (end_id + 1) % vocabulary
             ids[0, -1] = end_id

@@ -59,7 +59,6 @@ def _lora(spec: AdapterSpec, reach: Targets, setting: Setting, **options: Any) -
 
 
 def _lora_options(spec: AdapterSpec, reach: Targets, setting: Setting) -> dict[str, Any]:
-    tokens = _token_ids(spec.trainable_tokens or (), setting) or None
     return {
         **_reach(spec, reach, setting),
         "r": spec.rank,
@@ -68,7 +67,7 @@ def _lora_options(spec: AdapterSpec, reach: Targets, setting: Setting) -> dict[s
         "bias": spec.bias,
         "rank_pattern": dict(spec.rank_pattern or {}),
         "alpha_pattern": dict(spec.alpha_pattern or {}),
-        "trainable_token_indices": tokens,
+        "trainable_token_indices": reach.tokens,
         "target_parameters": list(reach.parameters) or None,
     }
 
@@ -205,6 +204,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
     reach = Targets([])
     if "target_modules" in facts.options and spec.target_modules is not None:
         reach = targets.resolve(model, spec, heads=heads)
+    tokens = _token_ids(spec.trainable_tokens or (), setting)
+    reach = reach._replace(tokens=targets.token_rows(model, tokens, whole=heads))
     config = method.config(spec, reach, setting)
     _refuse_untrainable(model, heads)
     if isinstance(config, LoraConfig):
@@ -274,7 +275,7 @@ def _refuse_untrainable(model: PreTrainedModel, modules: Sequence[str]) -> None:
 
 
 def _token_ids(tokens: Sequence[str], setting: Setting) -> list[int]:
-    """The id of each token.
+    """The id of each of `tokens`.
 
     Raises:
         LoraError: a text that the tokenizer does not know as one token.

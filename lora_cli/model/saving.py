@@ -123,7 +123,7 @@ def _bare(model: PeftModel) -> PreTrainedModel:
             inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
             base.set_submodule(name, inner)
             done.append(name)
-    del base.peft_config
+    vars(base).pop("peft_config", None)  # virtual tokens leave none
     return base
 
 

@@ -30,10 +30,11 @@ class Coverage(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """`target_modules` and `target_parameters` as PEFT takes them."""
+    """`target_modules`, `target_parameters` and `trainable_token_indices` as PEFT takes them."""
 
     modules: str | list[str]
     parameters: tuple[str, ...] = ()  # stacked weights of experts, which are no modules
+    tokens: list[int] | dict[str, list[int]] | None = None  # of the embeddings, or of each module by name
 
 
 def linear_layers(model: PreTrainedModel, heads: Iterable[str] = ()) -> dict[str, nn.Module]:
@@ -104,6 +105,31 @@ def _selected(spec: AdapterSpec, names: Sequence[str], hint: str) -> list[str]:
     if not kept:
         raise LoraError("adapter.exclude_modules: every layer is excluded", hint=hint)
     return kept
+
+
+def token_rows(
+    model: PreTrainedModel, ids: list[int], *, whole: Sequence[str]
+) -> list[int] | dict[str, list[int]] | None:
+    """Where the tokens `ids` are trained: in the embeddings, and in the output head where that has rows of its own and
+    is not among the modules that are trained `whole`.
+
+    Raises:
+        LoraError: the head adds a bias, which PEFT leaves out where it trains rows of a head.
+    """
+    if not ids:
+        return None
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is embeddings.weight:
+        return ids  # PEFT keeps a tied head with the embeddings
+    names = {id(module): name for name, module in model.named_modules()}
+    if names[id(head)] in whole:
+        return {names[id(embeddings)]: ids}
+    if getattr(head, "bias", None) is not None:
+        raise LoraError(
+            f"adapter.trainable_tokens: {names[id(head)]} has a bias, which PEFT would leave out of its trained rows",
+            hint=f"train both whole: adapter.modules_to_save: [{names[id(embeddings)]}, {names[id(head)]}]",
+        )
+    return {names[id(embeddings)]: ids, names[id(head)]: ids}
 
 
 def stacked_weights(model: PreTrainedModel) -> list[str]:

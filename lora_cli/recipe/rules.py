@@ -50,11 +50,28 @@ def _model(recipe: Recipe) -> Iterator[Conflict]:
         if not token.strip() or token in model.new_tokens[:index]:
             found = "an empty token" if not token.strip() else f"'{show(token)}' is listed twice"
             yield Conflict(f"model.new_tokens[{index}]", found, "remove it")
+    yield from _untaught(recipe)
     if model.revision is not None and _is_none(model.revision):
         yield Conflict("model.revision", f"'{model.revision}' is read as a branch", "write null for none")
     if model.attention.lower().replace("-", "_") in ("flash", "flash_attn", "flash_attention", "fa2"):
         found = f"'{show(model.attention)}' is no name of transformers"
         yield Conflict("model.attention", found, "did you mean flash_attention_2?")
+
+
+def _untaught(recipe: Recipe) -> Iterator[Conflict]:
+    """New tokens that would stay what they start as: the mean of all others."""
+    adapter = recipe.adapter
+    if adapter.modules_to_save:  # embeddings, by a name that only the model knows
+        return
+    fix = "list it in adapter.trainable_tokens too"
+    if "trainable_tokens" not in FACTS[adapter.method].options:
+        fix = "write adapter.modules_to_save: [embed_tokens, lm_head], or method lora with trainable_tokens"
+    new = recipe.model.new_tokens
+    for index, token in enumerate(new):
+        if token.strip() and token not in (*new[:index], *(adapter.trainable_tokens or ())):
+            found = f"nothing teaches '{show(token)}': it would stay an average token"
+            reads = ("adapter.trainable_tokens", "adapter.modules_to_save", "adapter.method")
+            yield Conflict(f"model.new_tokens[{index}]", found, fix, reads)
 
 
 def _quantization(recipe: Recipe) -> Iterator[Conflict]:
@@ -268,6 +285,9 @@ def _task(recipe: Recipe) -> Iterator[Conflict]:
     for key, value, default in (("chat_template", data.chat_template, None), ("loss_on", data.loss_on, "assistant")):
         if value != default:
             yield Conflict(f"data.{key}", f"has no effect with task {task}", "remove it", ("task",))
+    if recipe.training.neftune_alpha and task == "seq2seq-lm":
+        found = "its noise is defined for the embeddings of one text, and seq2seq-lm reads two"
+        yield Conflict("training.neftune_alpha", found, "remove it", ("task",))
     if recipe.generation != type(recipe.generation)() and task != "seq2seq-lm":
         yield Conflict("generation", f"has no effect with task {task}", "remove it", ("task",))
 

@@ -18,9 +18,11 @@ from tests.model import zoo
 STATE = {"total_steps": 9, "data": "abc", "training": {"seed": 1, "epochs": 1.0}, "quantization": None}
 
 
-def start(seed: int = 0, family: str = "llama", **spec: object) -> tuple[PeftModel, torch.optim.Optimizer]:
-    model = zoo.adapted(zoo.make(family), seed=seed, **spec)
-    return model, make_optimizer(model, TrainingSpec(learning_rate=0.01))
+def start(
+    seed: int = 0, family: str = "llama", *, optimizer: str = "adamw", **spec: object
+) -> tuple[PeftModel, torch.optim.Optimizer]:
+    model = zoo.adapted(zoo.make(family, hidden_size=128), seed=seed, **spec)
+    return model, make_optimizer(model, TrainingSpec(learning_rate=0.01), name=optimizer)
 
 
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, step: int, keep: int = 1) -> Path:
@@ -76,6 +78,7 @@ def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path, meth
         {"freeze_a": True},
         {"modules_to_save": ["lm_head"], "trainable_tokens": ["word"]},
         {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3.0}},
+        {"optimizer": "adamw-8bit", "rank": 64},  # matrices of more than 4,096 values: moments in 8 bits
     ],
 )
 def test_and_so_does_one_with_all_that_is_trained_besides(tmp_path: Path, options: dict[str, object]):

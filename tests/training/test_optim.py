@@ -1,17 +1,22 @@
-"""The learning rate of every step, against its definition and against transformers' schedules."""
+"""The learning rate of every step and the optimizers, against their definitions and against the libraries."""
 
+import bitsandbytes
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
+from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import TrainingSpec
-from lora_cli.training.optim import learning_rate, make_optimizer, warmup_steps
+from lora_cli.training.optim import choose, learning_rate, make_optimizer, moment_bytes, set_rate, warmup_steps
+from tests.model import zoo
 
 PEAK = 0.25
 
@@ -94,3 +99,88 @@ def test_the_optimizer_is_adamw_by_its_formula():
         expected = expected * (1 - 0.01 * 0.1)
         expected = expected - 0.01 * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + 1e-8)
         assert torch.allclose(weight.detach(), expected, rtol=1e-12, atol=0)
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "quantized", "chosen"),
+    [
+        ("auto", CPU, False, "adamw"),
+        ("auto", CPU, True, "adamw"),
+        ("auto", GPU, False, "adamw"),
+        ("auto", GPU, True, "paged-adamw"),
+        ("adamw", GPU, True, "adamw"),
+        ("adamw-8bit", CPU, False, "adamw-8bit"),
+        ("paged-adamw", GPU, False, "paged-adamw"),
+        ("paged-adamw-8bit", GPU, True, "paged-adamw-8bit"),
+    ],
+)
+def test_auto_chooses_and_a_name_is_taken(name: str, device: torch.device, quantized: bool, chosen: str):
+    assert choose(name, device=device, quantized=quantized) == chosen
+
+
+@pytest.mark.parametrize(("name", "instead"), [("paged-adamw", "adamw"), ("paged-adamw-8bit", "adamw-8bit")])
+def test_a_machine_that_cannot_page_says_what_to_write(name: str, instead: str):
+    with pytest.raises(LoraError) as caught:
+        choose(name, device=CPU, quantized=True)
+    assert caught.value.message.startswith(f"training.optimizer: {name} pages between a CUDA GPU and the host")
+    assert caught.value.hint == f"write {instead}, or auto"
+
+
+def losses(name: str, *, method: str = "lora", steps: int = 30) -> tuple[list[float], torch.optim.Optimizer]:
+    """Loss of each step on one text, wide enough that bitsandbytes holds the moments in 8 bits."""
+    model = zoo.attached(zoo.make("llama", hidden_size=256, intermediate_size=512), method=method, rank=16, seed=3)
+    optimizer = make_optimizer(model, TrainingSpec(learning_rate=5e-3), name=name)
+    ids = torch.randint(3, zoo.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found, optimizer
+
+
+def test_eight_bit_adamw_learns_on_the_cpu_as_adamw_does():
+    whole, _ = losses("adamw")
+    eight, optimizer = losses("adamw-8bit")
+    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
+    assert eight[0] == whole[0]
+    assert whole[-1] < 0.3 * whole[0]
+    assert eight[-1] < 0.3 * eight[0]
+    assert eight[9] != whole[9], "the moments are rounded"
+    assert eight[5] == pytest.approx(whole[5], rel=0.05)
+
+
+def test_moments_take_the_bytes_that_the_plan_counts():
+    for name in ("adamw", "adamw-8bit"):
+        _, optimizer = losses(name, steps=1)
+        large = [p for group in optimizer.param_groups for p in group["params"] if p.numel() >= 4096]
+        assert large
+        for parameter in large:
+            moments = [t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)]
+            moments = [t for t in moments if t.shape == parameter.shape]
+            assert [t.element_size() for t in moments] == [moment_bytes(name)] * 2
+
+
+def test_lora_plus_gives_b_its_ratio_as_peft_does():
+    spec, ratio = TrainingSpec(learning_rate=1e-3), 16.0
+    ours = zoo.attached(zoo.make("llama"), method="lora+", lr_ratio=ratio)
+    optimizer = make_optimizer(ours, spec, lr_ratio=ratio)
+    set_rate(optimizer, spec.learning_rate)
+    theirs = get_peft_model(zoo.make("llama"), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    library = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio)
+
+    def rates(model: torch.nn.Module, by: torch.optim.Optimizer) -> dict[str, float]:
+        names = {id(p): name for name, p in model.named_parameters()}
+        return {names[id(p)]: group["lr"] for group in by.param_groups for p in group["params"]}
+
+    mine = rates(ours, optimizer)
+    assert mine == rates(theirs, library)
+    assert set(mine.values()) == {1e-3, 16e-3}
+    assert {name for name, rate in mine.items() if rate == 16e-3} == {name for name in mine if ".lora_B." in name}
+    set_rate(optimizer, 5e-4)
+    assert set(rates(ours, optimizer).values()) == {5e-4, 8e-3}

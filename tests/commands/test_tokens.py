@@ -1,0 +1,119 @@
+"""New tokens and tokens whose embeddings are trained: from the recipe to a merged model, heads tied or not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.commands.conftest import Lora, WriteRecipe
+from tests.inputs.tiny_tokenizers import CHATML, build
+from tests.model import zoo
+
+NEW = ["<tool>", "</tool>"]
+TRAINED = [*NEW, "<|im_end|>"]
+SECTIONS: dict[str, Any] = {"model.new_tokens": NEW, "adapter.trainable_tokens": TRAINED, "adapter.dropout": 0.0}
+
+
+@pytest.fixture(params=["tied", "untied"])
+def with_tokens(request: pytest.FixtureRequest, place: Path, recipe: WriteRecipe) -> str:
+    """A base of its own, and rows that hold the new tokens."""
+    tokenizer = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
+    Path("base").unlink()
+    model = zoo.make("llama", vocab_size=len(tokenizer), tie_word_embeddings=request.param == "tied")
+    model.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    rows = [
+        [{"role": "user", "content": f"add {i}"}, {"role": "assistant", "content": f"<tool>{i}+1</tool> is {i + 1}"}]
+        for i in range(20)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    recipe(SECTIONS)
+    return str(request.param)
+
+
+def test_they_are_taught_saved_and_merged(with_tokens: str, lora: Lora):
+    checked = lora("check", "recipe.yaml", "--rows", "1")
+    assert checked.code == 0, checked.err
+    assert "[[<tool>" in checked.out
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    assert "verified: the adapter on disk" in done.err
+
+    tokenizer = AutoTokenizer.from_pretrained("runs/a/adapter")
+    ids = tokenizer.convert_tokens_to_ids(TRAINED)
+    assert tokenizer.encode("<tool>5") == [ids[0], *tokenizer.encode("5")]
+    config = json.loads(Path("runs/a/adapter/adapter_config.json").read_text())
+    places = config["trainable_token_indices"]
+    assert places == (ids if with_tokens == "tied" else {"model.embed_tokens": ids, "lm_head": ids})
+    held = {name: t for name, t in load_file("runs/a/adapter/adapter_model.safetensors").items() if "lora_" not in name}
+    # Rows of the new tokens alone: no matrix of the whole vocabulary is in the file.
+    assert {tuple(t.shape) for t in held.values()} == {(3, 64)}
+    assert len(held) == (1 if with_tokens == "tied" else 2)
+    # Each row moved from where it began: the mean of the others, or the base's own.
+    base = AutoModelForCausalLM.from_pretrained("base")
+    before = base.get_input_embeddings().weight
+    for tensor in held.values():
+        if with_tokens == "tied" or "embed" in next(name for name in held if held[name] is tensor):
+            start = torch.stack([before.mean(0), before.mean(0), before[ids[2]]])
+            assert ((tensor - start).abs().amax(dim=1) > 1e-3).all()
+    card = Path("runs/a/adapter/README.md").read_text()
+    assert "Its tokenizer knows `<tool>`, `</tool>` besides the base's tokens." in card
+
+    measured = lora("eval", "runs/a", "--answers", "1")
+    assert measured.code == 0, measured.err
+    last = json.loads(Path("runs/a/metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['eval_loss']:.4f}" in measured.out
+
+    merged = lora("merge", "runs/a/adapter", "--out", "merged")
+    assert merged.code == 0, merged.err
+    alone = AutoModelForCausalLM.from_pretrained("merged").eval()
+    assert alone.config.vocab_size == len(AutoTokenizer.from_pretrained("merged")) == len(tokenizer)
+    assert alone.config.tie_word_embeddings is (with_tokens == "tied")
+    # What plain PEFT makes of the adapter, as its card says.
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    both = PeftModel.from_pretrained(base, "runs/a/adapter").eval()
+    text = torch.tensor([tokenizer.encode("<tool>5</tool> is<|im_end|>")])
+    with torch.no_grad():
+        assert zoo.relative(alone(text).logits, both(text).logits) < 1e-5
+
+
+def test_resuming_with_them_is_the_uninterrupted_run(with_tokens: str, lora: Lora):
+    assert lora("train", "recipe.yaml", "--output", "runs/whole").code == 0
+    assert lora("train", "recipe.yaml", "--output", "runs/half").code == 0
+    newest = Path("runs/half/checkpoints/step-00000004")
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    done = lora("train", "recipe.yaml", "--output", "runs/half", "--resume")
+    assert "resuming after step 2" in done.err
+    files = [Path("runs", run, "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "half")]
+    assert files[0] == files[1]
+
+
+def test_what_cannot_be_taught(with_tokens: str, recipe: WriteRecipe, lora: Lora):
+    recipe({**SECTIONS, "model.new_tokens": ["<|im_start|>", *NEW], "adapter.trainable_tokens": ["<|im_start|>", *NEW]})
+    assert lora("check", "recipe.yaml").last_two == [
+        "error: model.new_tokens: the tokenizer knows <|im_start|> already",
+        "hint: remove it from the list: it is no new one",
+    ]
+    recipe({**SECTIONS, "adapter.trainable_tokens": [*NEW, "two words"]})
+    refused = lora("check", "recipe.yaml")
+    assert refused.code == 2
+    assert refused.last_two[0].startswith("error: adapter.trainable_tokens: 'two words' is ")
+    assert refused.last_two[0].endswith(" tokens to this tokenizer, not one")
+
+
+def test_rows_of_a_head_with_a_bias_are_refused():
+    from lora_cli.errors import LoraError
+    from lora_cli.model.setting import Setting
+
+    model = zoo.make("llama")
+    model.set_output_embeddings(torch.nn.Linear(64, zoo.VOCABULARY))
+    with pytest.raises(LoraError, match="lm_head has a bias") as caught:
+        zoo.attached(model, trainable_tokens=["a"], setting=Setting(encode=lambda text: [5]))
+    assert "modules_to_save: [model.embed_tokens, lm_head]" in str(caught.value.hint)
