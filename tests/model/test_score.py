@@ -1,13 +1,16 @@
 """The fused head and loss are torch's cross-entropy; heads that do more than multiply are left to the model."""
 
+from itertools import accumulate
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from lora_cli.data.batches import join_packed, join_padded
+from lora_cli.data.batches import Batch, join_packed, join_padded
 from lora_cli.model import attention
 from lora_cli.model.score import CHUNK, HeadLoss, Scorer
-from tests.model import zoo
+from tests.model import families, zoo
 
 # (dtype, tolerance of the loss, of the gradient); for bf16 the reference is made in fp32 from the same numbers.
 PRECISIONS = [(torch.float64, 1e-13, 1e-12), (torch.float32, 1e-6, 1e-5), (torch.bfloat16, 5e-3, 2e-2)]
@@ -136,3 +139,78 @@ def test_no_head_computes_logits_where_there_is_no_label(family: str, packing: b
     assert multiplied == [8] or (not packing and multiplied[0] <= 4 * 8)
     total, _ = zoo.loss_row_by_row(model, rows)
     assert score.loss.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_head_loss_smooths_labels_as_torch_does(smoothing: float, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 16, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator, dtype=dtype)
+    targets = torch.randint(0, 50, (300,), generator=generator)
+    loss, correct = HeadLoss.apply(hidden, weight, None, targets, smoothing)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    logits = hidden @ weight.T
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    (its_grad,) = torch.autograd.grad(expected, hidden)
+    close = 1e-12 if dtype == torch.float64 else 1e-5
+    assert loss.item() == pytest.approx(expected.item(), rel=close)
+    assert zoo.relative(grad, its_grad) < close
+    assert int(correct) == int((logits.argmax(1) == targets).sum())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_smoothing_is_the_same_through_either_head(family: str):
+    """Llama's head is plain, Gemma 2's caps its logits: the one goes by HeadLoss, the other by torch."""
+    model = zoo.adapted(zoo.make(family))
+    rows = zoo.rows_of([12, 31])
+    batch = join_padded([rows[0], rows[1]], range(2), 0)
+    smooth = Scorer(model, label_smoothing=0.2)
+    assert smooth.plain_head is (family == "llama")
+    logits = smooth.logits(batch).double()
+    expected = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=0.2)
+    assert smooth(batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert smooth(batch).loss.item() != pytest.approx(Scorer(model)(batch).loss.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_neftune_noise_is_uniform_of_each_rows_own_size(packing: bool):
+    """|noise| < alpha/sqrt(L·d) of a row of L tokens, its variance a third of that squared; none in evaluation."""
+    alpha, rows = 5.0, zoo.rows_of([6, 30, 11])
+    batch = (join_packed if packing else join_padded)([rows[i] for i in range(3)], range(3), 0)
+    model = zoo.adapted(zoo.make("llama", attention=attention.NAME if packing else "sdpa"))
+    torch.manual_seed(0)
+    seen: list[torch.Tensor] = []
+    plain = model.get_base_model().get_input_embeddings()(batch.input_ids)
+    scorer = Scorer(model, neftune_alpha=alpha)
+    model.get_base_model().get_input_embeddings().register_forward_hook(lambda _, given, out: seen.append(out))
+    before = Scorer(model)
+    model.eval()
+    assert before(batch).loss == scorer(batch).loss
+    assert torch.equal(seen[-1], plain)
+    model.train()
+    assert scorer(batch).loss != scorer(batch).loss
+    noise = seen[-1] - plain
+    ends = accumulate(batch.lengths)
+    for number, (end, length) in enumerate(zip(ends, batch.lengths, strict=True)):
+        row = noise[0, end - length : end] if packing else noise[number, :length]
+        most = alpha / (length * row.shape[-1]) ** 0.5
+        assert 0.95 * most < float(row.abs().max()) <= most * (1 + 1e-5)
+        assert float(row.var()) == pytest.approx(most**2 / 3, rel=0.15)
+        assert abs(float(row.mean())) < most / 5
+
+
+def test_classifiers_take_noise_too(tmp_path: Path):
+    family = families.FAMILIES["bert"]
+    model = families.load(family, families.write(family, tmp_path / "bert")).model
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
+    positions = torch.arange(4).repeat(2, 1)
+    batch = Batch(ids, positions, ids > 0, (4, 2), torch.arange(2), torch.tensor([0, 1]), (0, 1))
+    scorer = Scorer(model, task="seq-cls", neftune_alpha=5.0)
+    quiet = scorer(batch).loss
+    assert scorer(batch).loss == quiet
+    model.train()
+    for module in model.modules():  # BERT's own dropout is not what is looked at
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert scorer(batch).loss != quiet

@@ -1,0 +1,196 @@
+"""Adapters that start from weights or activations: where they start, and that they learn as PEFT's own do."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_cli.data.batches import Plan
+from lora_cli.errors import LoraError
+from lora_cli.model import held, initialise, saving
+from lora_cli.model.setting import Setting
+from tests.model import zoo
+
+RANK, ALPHA = 4, 8
+IDS = torch.randint(3, zoo.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def plan_of(lengths: list[int], *, packing: bool = True, size: int = 120) -> Plan:
+    return Plan(zoo.rows_of(lengths), packing=packing, size=size, per_step=1, seed=0)
+
+
+def their_pissa(model: torch.nn.Module) -> PeftModel:
+    return get_peft_model(model, config_of(init_lora_weights="pissa"))
+
+
+def their_olora(model: torch.nn.Module) -> PeftModel:
+    return get_peft_model(model, config_of(init_lora_weights="olora"))
+
+
+def their_corda(model: torch.nn.Module) -> PeftModel:
+    config = config_of(init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
+    rows = zoo.rows_of([30, 41, 12, 25, 60, 7])  # those that `zoo.attached` shows
+    order = [i for batch in plan_of([30, 41, 12, 25, 60, 7], size=60).epoch(0) for i in batch]
+
+    def run() -> None:
+        for i in order:
+            model(input_ids=torch.tensor(rows[i].input_ids[None].astype("int64")))
+
+    preprocess_corda(model, config, run_model=run)
+    return get_peft_model(model, config)
+
+
+def config_of(**options: object) -> LoraConfig:
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, task_type="CAUSAL_LM", **options)
+
+
+def learn(model: PeftModel) -> list[float]:
+    """Losses of a few AdamW steps."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("method", "theirs"), [("pissa", their_pissa), ("olora", their_olora), ("corda", their_corda)])
+def test_it_learns_as_pefts_own_and_leaves_the_base_alone(
+    tmp_path: Path, method: str, theirs: Callable[[torch.nn.Module], PeftModel]
+):
+    """PEFT subtracts the start from the base's weights; here they stay, and the saved adapter says the same of them."""
+    ours = zoo.attached(zoo.make("llama"), method=method, rank=RANK, alpha=ALPHA)
+    base = {name: t.clone() for name, t in zoo.make("llama").state_dict().items()}
+    expected = learn(theirs(zoo.make("llama")))
+    found = learn(ours)
+    assert found == pytest.approx(expected, rel=2e-4)
+    assert found[-1] < 0.9 * found[0]
+    state = ours.get_base_model().state_dict()
+    kept = {name: t for name, t in state.items() if "lora_" not in name}
+    assert all(torch.equal(t, base[name.replace("base_layer.", "")]) for name, t in kept.items())
+    trained = ours(input_ids=IDS).logits
+    saving.save(ours, tmp_path, base="org/base", revision=None)
+    loaded = PeftModel.from_pretrained(zoo.make("llama"), str(tmp_path))
+    assert torch.equal(loaded(input_ids=IDS).logits, trained)
+    assert loaded.peft_config["default"].r == 2 * RANK
+
+
+def test_pissa_takes_the_largest_components(tmp_path: Path):
+    model = zoo.attached(zoo.make("llama"), method="pissa", rank=RANK, alpha=ALPHA)
+    for _, layer in initialise.lora_layers(model):
+        u, s, vh = torch.linalg.svd(layer.get_base_layer().weight)
+        # Of B and A, the trained halves.
+        b, a = layer.lora_B["default"].weight[:, :RANK], layer.lora_A["default"].weight[:RANK]
+        best = u[:, :RANK] @ torch.diag(s[:RANK]) @ vh[:RANK]
+        assert zoo.relative(ALPHA / RANK * b @ a, best) < 1e-4
+
+
+def inputs_of(name: str, plan: Plan) -> Tensor:
+    """Inputs [tokens, width] of a layer of the base, row by row, so without padding."""
+    model, seen = zoo.make("llama"), []
+    layer = model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    for i in range(len(plan.rows)):
+        model(input_ids=torch.tensor(plan.rows[i].input_ids[None].astype("int64")))
+    hook.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_eva_starts_where_the_inputs_vary_most(packing: bool):
+    """A's rows are principal components of the layer's inputs over the rows' own tokens; padding does not count."""
+    lengths = [60, 20, 25, 60, 30, 55, 60, 10, 40, 50]
+    plan = plan_of(lengths, packing=packing, size=120 if packing else 4)
+    setting = Setting(total_steps=10, plan=plan)
+    model = zoo.attached(zoo.make("llama"), method="eva", rank=RANK, setting=setting)
+    ranks = {name: layer.r["default"] for name, layer in initialise.lora_layers(model)}
+    assert sum(ranks.values()) == RANK * 14, "ranks are shared out anew, to some layers none, and their sum stays"
+    for name in list(ranks)[::3]:
+        found = inputs_of(name, plan)
+        found = found - found.mean(dim=0)
+        _, _, vh = torch.linalg.svd(found, full_matrices=False)
+        a = model.get_base_model().get_submodule(name).lora_A["default"].weight
+        a = a / a.norm(dim=1, keepdim=True)
+        # Each row of A lies in the span of as many leading components, but for what the incremental PCA loses.
+        inside = (a @ vh[: len(a) + 1].T).norm(dim=1)
+        assert float(inside[: max(1, len(a) - 1)].min()) > 0.97, name
+
+
+def test_eva_wants_batches_of_enough_tokens():
+    setting = Setting(total_steps=10, plan=plan_of([5, 6, 7], size=7))
+    with pytest.raises(LoraError, match="eva needs batches of at least 8 tokens, twice the rank") as caught:
+        zoo.attached(zoo.make("llama"), method="eva", rank=4, setting=setting)
+    assert "lower adapter.rank" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_rank_that_a_layer_has_not_is_refused(method: str):
+    with pytest.raises(LoraError, match=r"adapter\.rank: 48 is more than a layer of 32 x 64 has") as caught:
+        zoo.attached(zoo.make("llama"), method=method, rank=48)
+    assert str(caught.value.hint).startswith("at most 32, or leave such layers out")
+
+
+def test_a_factor_for_each_row_is_trained_and_folded_into_b(tmp_path: Path):
+    """W + diag(s)·BA: s starts at 1, gets gradients, and the saved B is diag(s)·B, which any reader takes."""
+    model = zoo.attached(zoo.make("llama"), method="scaled", rank=RANK, alpha=ALPHA)
+    scales = {name: p for name, p in model.named_parameters() if name.endswith(".scale")}
+    assert len(scales) == 14
+    assert all(torch.equal(p, torch.ones_like(p)) for p in scales.values())
+    plain = sum(p.numel() for p in zoo.attached(zoo.make("llama"), rank=RANK).parameters() if p.requires_grad)
+    rows = sum(layer.out_features for _, layer in initialise.lora_layers(model))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plain + rows
+    learn(model)
+    assert all((p != 1).any() for p in scales.values())
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.default"
+    layer = model.get_submodule(name)
+    b, s = layer.parametrizations.weight.original, scales[f"{name}.parametrizations.weight.0.scale"]
+    trained = model(input_ids=IDS).logits
+    saving.save(model, tmp_path, base="org/base", revision=None)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(saved[name.replace(".default", ".weight")], s[:, None] * b)
+    assert not any("scale" in key or "parametrizations" in key for key in saved)
+    loaded = PeftModel.from_pretrained(zoo.make("llama"), str(tmp_path))
+    assert torch.equal(loaded(input_ids=IDS).logits, trained)
+
+
+def test_with_a_frozen_only_b_moves():
+    model = zoo.attached(zoo.make("llama"), freeze_a=True, rank=RANK)
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    learn(model)
+    moved = {name for name, p in model.named_parameters() if "lora_" in name and not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".lora_B." in name}
+
+
+def test_virtual_tokens_start_from_a_text():
+    base = zoo.make("llama")
+    setting = Setting(plan=plan_of([10]), encode=lambda text: [ord(letter) - 90 for letter in text])
+    model = zoo.attached(base, method="prompt", virtual_tokens=5, init_text="abc", setting=setting)
+    rows = base.get_input_embeddings().weight[torch.tensor([7, 8, 9, 7, 8])]
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, rows)
+    with pytest.raises(LoraError, match=r"adapter\.init_text: it holds no token"):
+        zoo.attached(zoo.make("llama"), method="prompt", init_text="", setting=setting)
+
+
+def test_what_is_no_linear_layer_cannot_be_started_from():
+    with pytest.raises(LoraError, match=r"embed_tokens is no linear layer, and this adapter\.method starts from"):
+        zoo.attached(zoo.make("llama"), method="pissa", target_modules=["embed_tokens", "q_proj"])
+
+
+def test_held_tensors_are_given_back():
+    model = zoo.adapted(zoo.make("llama", dtype=torch.bfloat16), method="scaled", modules_to_save=["lm_head"])
+    held.hold_in_fp32(model)
+    before = copy.deepcopy(model)(input_ids=IDS).logits
+    held.release(model)
+    assert not any("parametrizations" in name for name, _ in model.named_modules())
+    assert torch.equal(model(input_ids=IDS).logits, before)
