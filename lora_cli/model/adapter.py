@@ -41,6 +41,7 @@ class Method(NamedTuple):
     """One entry: the configuration of PEFT, and what is done to the layers once they are there."""
 
     config: Callable[[AdapterSpec, Targets, Setting], PeftConfig]
+    extend: Callable[[PeftModel], None] | None = None  # parameters that PEFT does not have
     start: Callable[[PeftModel, AdapterSpec, Setting], None] | None = None
     before: Callable[[PreTrainedModel, PeftConfig, Setting], None] | None = None  # on the bare base
 
@@ -169,7 +170,7 @@ METHODS: dict[MethodName, Method] = {
     "rslora": Method(_rslora),
     "dora": Method(_dora),
     "lora+": Method(_lora),  # its learning rates are the optimizer's
-    "scaled": Method(_lora, start=initialise.scaled),
+    "scaled": Method(_lora, extend=initialise.scaled),
     "pissa": Method(_lora, start=initialise.pissa),
     "olora": Method(_lora, start=initialise.olora),
     "corda": Method(_lora, start=initialise.corda, before=initialise.corda_statistics),
@@ -225,6 +226,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
             hint = "leave it out: adapter.exclude_modules: [out_proj, conv1d]"
         raise LoraError(f"adapter: PEFT refuses it: {first}", hint=hint) from reason
     targets.check_patterns(spec, adapted_layers(adapted))
+    if method.extend:
+        method.extend(adapted)
     if method.start and setting.plan is not None:
         method.start(adapted, spec, setting)
         if isinstance(config, LoraConfig):  # EVA's new ranks come in the base's dtype

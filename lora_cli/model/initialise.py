@@ -31,7 +31,7 @@ LOOKED_AT = 16  # batches of training rows whose activations are looked at
 ROWS_LOOKED_AT = 256  # single rows, for CorDA: PEFT's advice for a hidden size of 4,096
 
 
-def scaled(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+def scaled(model: PeftModel) -> None:
     """W + diag(s)·BA: s is 1, and trained."""
     for _, layer in lora_layers(model):
         held.show(layer.lora_B[NAME], "weight", held.RowScale(layer.out_features))

@@ -1,0 +1,113 @@
+"""Every adapter method as a user meets it: checked, trained, resumed, measured, and merged or told why not."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lora_cli.recipe.methods import FACTS
+from tests.commands.conftest import Lora, WriteRecipe
+
+SMALL: dict[str, Any] = {"rank": 4, "alpha": 8, "final_rank": 2, "rotation_size": 8, "hidden_size": 32}
+
+
+def changes_for(method: str) -> dict[str, Any]:
+    facts = FACTS[method]
+    options = {key: value for key, value in SMALL.items() if key in facts.options}
+    return {
+        "adapter": {"method": method, **options},
+        "data.max_length": 64,
+        **({"quantization": {"bits": facts.needs_bits}} if facts.needs_bits else {}),
+    }
+
+
+@pytest.mark.parametrize("method", FACTS)
+def test_it_goes_from_rows_to_a_measured_adapter(method: str, recipe: WriteRecipe, lora: Lora):
+    facts = FACTS[method]
+    recipe(changes_for(method))
+    checked = lora("check", "recipe.yaml", "--rows", "0")
+    assert checked.code == 0, checked.err
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    assert "verified: the adapter on disk" in done.err
+    assert "Warning" not in checked.err + done.err
+    # What check counted on the meta device is what was trained. EVA's ranks are known once rows were seen.
+    counts = [re.search(r"([\d,]+) (?:trainable|parameters)", text) for text in (checked.out, done.err)]
+    assert counts[0] is not None
+    if method != "eva":
+        assert counts[1] is not None
+        assert counts[0][1] == counts[1][1]
+
+    last = json.loads(Path("runs/a/metrics.jsonl").read_text().splitlines()[-1])
+    measured = lora("eval", "runs/a", "--answers", "1")
+    assert measured.code == 0, measured.err
+    adapter = re.search(r"^ *adapter +([\d.]+)", measured.out, re.MULTILINE)
+    assert adapter is not None
+    assert float(adapter[1]) == pytest.approx(last["eval_loss"], abs=1e-3)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "runs/a/adapter")
+
+    merged = lora("merge", "runs/a/adapter", "--out", "merged")
+    if facts.merges:
+        assert (merged.code, merged.out) == (0, "merged\n"), merged.err
+    else:
+        assert merged.code == 2
+        assert "puts virtual tokens before the prompt: there is nothing to fold" in merged.last_two[0]
+        assert not Path("merged").exists()
+
+    # A run that stopped after its second step ends as this one did.
+    shutil.rmtree("runs/a/checkpoints/step-00000004")
+    finished = Path("runs/a/adapter/adapter_model.safetensors").read_bytes()
+    again = lora("train", "recipe.yaml", "--resume")
+    assert again.code == 0, again.err
+    assert "resuming after step 2" in again.err
+    assert Path("runs/a/adapter/adapter_model.safetensors").read_bytes() == finished
+
+
+def test_adalora_ends_at_its_final_rank(recipe: WriteRecipe, lora: Lora):
+    steps = {"max_steps": 30, "save_every": 10, "keep_checkpoints": 3, "eval_every": None, "learning_rate": 1e-2}
+    recipe({**changes_for("adalora"), "training": steps})
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    config = json.loads(Path("runs/a/adapter/adapter_config.json").read_text())
+    kept = [sum(pattern) for pattern in config["rank_pattern"].values()]
+    assert len(kept) == 14
+    assert sum(kept) == 2 * 14
+    assert min(kept) < max(kept) <= 4, "ranks go to the layers that need them"
+    finished = Path("runs/a/adapter/adapter_model.safetensors").read_bytes()
+    for step in (20, 30):  # what is left was saved while the rank was falling
+        shutil.rmtree(f"runs/a/checkpoints/step-{step:08d}")
+    again = lora("train", "recipe.yaml", "--resume")
+    assert again.code == 0, again.err
+    assert Path("runs/a/adapter/adapter_model.safetensors").read_bytes() == finished
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "auto"])
+def test_a_quantised_base_with_other_optimizers(bits: int, optimizer: str, recipe: WriteRecipe, lora: Lora):
+    recipe({"quantization": {"bits": bits}, "training.optimizer": optimizer})
+    checked = lora("check", "recipe.yaml")
+    assert checked.code == 0, checked.err
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    for text in (checked.out, done.err):
+        assert ("optimizer: adamw (auto)" in text) is (optimizer == "auto")
+    held = "4-bit nf4, scales quantised too, computed in bfloat16" if bits == 4 else "int8 (LLM.int8)"
+    assert f"its linear layers: {held}" in done.err
+    assert "its linear layers: " + held in checked.out
+
+
+@pytest.mark.parametrize("name", ["paged-adamw", "paged-adamw-8bit"])
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_paging_where_there_is_nothing_to_page_to(name: str, command: str, recipe: WriteRecipe, lora: Lora):
+    recipe({"training.optimizer": name})
+    done = lora(command, "recipe.yaml")
+    assert done.code == 2
+    assert done.last_two == [
+        f"error: training.optimizer: {name} pages between a CUDA GPU and the host, and this run is on the cpu",
+        f"hint: write {name.removeprefix('paged-')}, or auto",
+    ]
