@@ -103,6 +103,7 @@ class Training:
         return stopped
 
     def _begin(self, run: RunFolder, opening: Opening, built: Built, total: int, done: int) -> None:
+        run.clear()
         run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(run.recipe, dump_recipe(self.recipe))
         atomic.write_json(run.manifest, _manifest(self.recipe, opening, built, total))

@@ -212,7 +212,7 @@ def load_base(
         model.to(device)
     else:
         guard_cpu(model)
-        prepare(model)
+        prepare(model, dtype)
     gguf.make_differentiable(model)
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
         _grow(model, vocabulary)

@@ -26,24 +26,25 @@ def library_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
     )
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Freeze a quantised base, and compute its norms in fp32, as QLoRA's authors do; all else stays in its dtype.
+def prepare(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Freeze a quantised base, and compute its norms in fp32, as QLoRA's authors do; all else that is whole in `dtype`.
 
-    Embeddings, head and what flows between the layers are in the dtype that the model was loaded in. PEFT's own
-    preparation makes all of them fp32, which doubles the memory of the largest tensors that are left.
+    Embeddings, head and what flows between the layers are in `dtype`, whatever a checkpoint that was quantised before
+    has them in. PEFT's own preparation makes all of them fp32, which doubles the memory of the largest tensors left.
     """
+    for module in model.modules():
+        norm = _is_norm(module)
+        if norm or type(module) in (nn.Linear, nn.Embedding):
+            module.to(dtype)
+        if norm and dtype in (torch.float16, torch.bfloat16):
+            module.to(torch.float32)
+            module.register_forward_pre_hook(_as_fp32)
+            module.register_forward_hook(_back_to(dtype))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.device.type == "cpu" and parameter.is_floating_point():
             # It lies in the mapped file of the whole checkpoint, which stays in memory as long as one tensor does.
             parameter.data = parameter.data.clone()
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if _is_norm(module) and isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
-            dtype = weight.dtype
-            module.to(torch.float32)
-            module.register_forward_pre_hook(_as_fp32)
-            module.register_forward_hook(_back_to(dtype))
     return model
 
 

@@ -20,6 +20,7 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
+        self.stale: list[str] = []  # names of what `clear` removes
         self._lock: int | None = lock
 
     @property
@@ -47,6 +48,12 @@ class RunFolder:
         """The finished adapter."""
         return self.path / "adapter"
 
+    def clear(self) -> None:
+        """Remove the run that was there. Not before the new one is about to begin: a mistake costs no finished run."""
+        for name in self.stale:
+            _remove(self.path / name)
+        self.stale = []
+
     def close(self) -> None:
         """Give the lock back. The lock file stays: removing it would let two processes lock two files."""
         if self._lock is not None:
@@ -68,7 +75,7 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
     Args:
         output: the folder.
         resume: go on with the run in it, which must be there.
-        fresh: remove the run in it, if there is one, and nothing else.
+        fresh: a run that is in it is to be removed by `clear`, and nothing else.
 
     Raises:
         LoraError: where that cannot be done, or would touch what is no run's.
@@ -103,8 +110,8 @@ def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
         raise LoraError(f"{run.path} holds a run already", hint=hint)
     if resume and not there:
         raise LoraError(f"there is no run in {run.path} to resume", hint="start it without --resume")
-    for name in there if fresh else ():
-        _remove(run.path / name)
+    if fresh:
+        run.stale = there
 
 
 def _refuse_foreign(path: Path) -> None:

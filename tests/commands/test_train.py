@@ -137,6 +137,15 @@ def test_fresh_starts_again(trained: Path, lora: Lora):
     assert [r["step"] for r in metrics(trained)] == [0, 1, 2, 2]
 
 
+def test_a_mistake_with_fresh_leaves_the_run_that_is_there(trained: Path, lora: Lora):
+    before = {path: path.read_bytes() for path in sorted(trained.rglob("*")) if path.is_file()}
+    for change in ("data.max_length=9", "model.path=nowhere/at/all", "adapter.target_modules=[nothing]"):
+        assert lora("train", "recipe.yaml", "--fresh", "--set", change).code == 2
+        after = {path: path.read_bytes() for path in sorted(trained.rglob("*")) if path.is_file()}
+        assert after.keys() == before.keys()
+        assert all(after[path] == content for path, content in before.items() if path.name != ".lora-lock")
+
+
 def test_resuming_a_complete_run_changes_nothing(trained: Path, lora: Lora):
     before, records = adapter(trained), metrics(trained)
     done = lora("train", "recipe.yaml", "--resume")

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from lora_cli.data.encode import Encoder
 from lora_cli.errors import LoraError
-from lora_cli.model import base
-from lora_cli.model.gguf import unpack
-from lora_cli.recipe.schema import DataSpec
+from lora_cli.model import adapter, base
+from lora_cli.model.gguf import GgufExperts, GgufLinear, PackedLora, choose, make_differentiable, unpack
+from lora_cli.recipe.schema import AdapterSpec, DataSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
 
@@ -219,3 +219,78 @@ def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, na
         unpack(bad, dtype=torch.float32, cache=tmp_path / "cache", say=silence, weights=weights)
     assert "bad.gguf" in caught.value.message
     assert not list((tmp_path / "cache").glob("gguf/*"))
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_packed_or_not_is_chosen_and_said(file: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    assert choose("auto", file, device=CPU, say=said.append) is False
+    assert said == ["tiny.Q8_0.gguf: dequantized, as transformers has no kernel for packed weights on the CPU"]
+    with pytest.raises(LoraError, match=r"model\.gguf: packed, but transformers has no kernel .* on the CPU") as caught:
+        choose("packed", file, device=CPU, say=silence)
+    assert caught.value.hint == "write auto or dequantized: the numbers are the same"
+    assert choose("dequantized", file, device=GPU, say=silence) is False
+
+    # On a GPU it hangs on the package that fetches the kernel, and on the architecture.
+    monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: None)
+    with pytest.raises(LoraError, match="the package kernels, which fetches the kernel"):
+        choose("packed", file, device=GPU, say=silence)
+    monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: object())
+    with pytest.raises(LoraError, match="transformers loads the architecture llama dequantised only"):
+        choose("packed", file, device=GPU, say=silence)
+    monkeypatch.setattr("lora_cli.model.gguf.is_gguf_arch_supported", lambda architecture: architecture == "llama")
+    assert choose("auto", file, device=GPU, say=said.append) is True
+    assert said[-1] == "tiny.Q8_0.gguf: kept packed"
+
+
+def packed_and_plain(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The tiny llama with its MLP in packed layers, as transformers makes them, and the same numbers unpacked."""
+    models = zoo.make("llama"), zoo.make("llama")
+    ggml = KINDS[kind]
+    for name, layer in list(models[0].named_modules()):
+        if ".mlp." not in name or not isinstance(layer, torch.nn.Linear):
+            continue
+        blocks = library.quantize(layer.weight.numpy(), ggml)
+        packed = GgufLinear(layer.in_features, layer.out_features, int(ggml))
+        packed.weight.data = torch.tensor(blocks)
+        models[0].set_submodule(name, packed)
+        models[1].get_submodule(name).weight.data = torch.tensor(library.dequantize(blocks, ggml))
+    return models
+
+
+@pytest.mark.parametrize("tokens", [5, 40])  # on both sides of what a GPU's kernel takes at once, without a gradient
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_gradients_pass_packed_layers_and_are_those_over_the_same_numbers(kind: str, tokens: int):
+    """The layers as they run without a kernel; on a GPU they were never run by this project."""
+    ids = torch.randint(3, zoo.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+    results = []
+    for model in packed_and_plain(kind):
+        make_differentiable(model)
+        spec = AdapterSpec(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "up_proj", "down_proj"])
+        adapted = adapter.attach(model, spec, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+        results.append((loss.item(), gradients, adapted))
+    (loss, gradients, adapted), (expected, its_gradients, _) = results
+    assert isinstance(adapted.get_base_model().model.layers[0].mlp.up_proj, PackedLora)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == its_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert zoo.relative(gradient, its_gradients[name]) < 1e-4, name
+
+
+def test_packed_experts_are_refused():
+    model = zoo.make("llama")
+    experts = GgufExperts(2, 64, 128, int(KINDS["Q8_0"]), int(KINDS["Q8_0"]), torch.nn.SiLU())
+    model.set_submodule("model.layers.0.mlp", experts)
+    with pytest.raises(LoraError, match=r"packed experts \(model\.layers\.0\.mlp\) cannot be trained over") as caught:
+        make_differentiable(model)
+    assert caught.value.hint == "write model: {gguf: dequantized}"

@@ -59,7 +59,10 @@ def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path):
     (elsewhere / "step").touch()
     (path / "checkpoints").rmdir()
     (path / "checkpoints").symlink_to(elsewhere)
-    open_run(path, fresh=True).close()
+    before = {entry.name for entry in path.iterdir()}
+    with open_run(path, fresh=True) as run:
+        assert {entry.name for entry in path.iterdir()} == before, "what goes wrong before the start costs no run"
+        run.clear()
     assert {entry.name for entry in path.iterdir()} == {LOCK, "notes.md"}
     assert (elsewhere / "step").exists()
 

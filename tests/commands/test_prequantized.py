@@ -1,0 +1,143 @@
+"""Bases that are quantised already: recognised, trained on where PEFT can, refused in one line where not."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from lora_cli.errors import LoraError
+from lora_cli.model import base, prequantized
+from lora_cli.model.prequantized import Prequantized
+from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
+from tests.commands.conftest import Lora, WriteRecipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("section", "found"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, ("bitsandbytes", 4)),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, ("bitsandbytes", 8)),
+        ({"load_in_8bit": True}, ("bitsandbytes", 8)),  # as old checkpoints have it
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, ("gptq", 4)),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, ("awq", 4)),
+        ({"quant_method": "mxfp4"}, ("mxfp4", None)),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ("fp8", None)),
+        (None, None),
+    ],
+)
+def test_it_is_recognised_by_its_config(tmp_path: Path, section: dict[str, Any] | None, found: tuple[str, int] | None):
+    config = {"model_type": "llama", "quantization_config": section} if section else {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert prequantized.recognise(AutoConfig.from_pretrained(tmp_path)) == (found and Prequantized(*found))
+
+
+def refusal(found: Prequantized, *, method: str = "lora", bits: int | None = None) -> LoraError:
+    section = QuantizationSpec.model_validate({"bits": bits}) if bits else None
+    with pytest.raises(LoraError) as caught:
+        prequantized.check(found, AdapterSpec.model_validate({"method": method}), section, path="org/model")
+    assert "\n" not in caught.value.message
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_it_is_not_quantised_twice():
+    error = refusal(Prequantized("gptq", 4), bits=4)
+    assert error.message == "quantization: org/model is quantised already (gptq, 4 bits), and cannot be quantised again"
+    assert error.hint == "remove the quantization section, or give the 16-bit model as model.path"
+
+
+@pytest.mark.parametrize(("method", "install"), [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("hqq", "hqq")])
+def test_what_its_format_needs_is_named(monkeypatch: pytest.MonkeyPatch, method: str, install: str):
+    monkeypatch.setattr(prequantized, "find_spec", lambda package: None)
+    error = refusal(Prequantized(method, 4))
+    assert f"which needs {install.replace(' ', ' and ')}" in error.message
+    assert f"pip install {install}" in str(error.hint)
+
+
+@pytest.mark.parametrize("method", [name for name, known in prequantized.KNOWN.items() if known.refused])
+def test_formats_without_a_way_back_are_refused_with_the_reason(method: str):
+    error = refusal(Prequantized(method, None))
+    assert prequantized.KNOWN[method].refused in error.message
+    assert "quantization: {bits: 4}" in str(error.hint)
+
+
+def test_an_unknown_format_is_refused():
+    assert "a format that PEFT does not know" in refusal(Prequantized("newest", None)).message
+
+
+@pytest.mark.parametrize(
+    ("found", "method", "said"),
+    [
+        (("gptq", 4), "dora", "dora does not train over gptq"),
+        (("gptq", 4), "pissa", "pissa does not train over gptq: it starts from whole weights"),
+        (("bitsandbytes", 8), "dora", "dora does not train over bitsandbytes"),
+        (("bitsandbytes", 4), "loha", "loha does not train over bitsandbytes: PEFT computes it on whole weights only"),
+        (("bitsandbytes", 4), "loftq", "loftq needs the weights from before quantisation"),
+    ],
+)
+def test_methods_that_cannot_are_refused(
+    monkeypatch: pytest.MonkeyPatch, found: tuple[str, int], method: str, said: str
+):
+    monkeypatch.setattr(prequantized, "find_spec", lambda package: object())
+    assert said in refusal(Prequantized(*found), method=method).message
+
+
+@pytest.mark.parametrize("method", prequantized.OVER_FOREIGN)
+def test_methods_that_can_pass(monkeypatch: pytest.MonkeyPatch, method: str):
+    monkeypatch.setattr(prequantized, "find_spec", lambda package: object())
+    spec = AdapterSpec.model_validate({"method": method})
+    for found in (("gptq", 4), ("awq", 4), ("hqq", 4), ("torchao", None), ("bitsandbytes", 8), ("bitsandbytes", 4)):
+        prequantized.check(Prequantized(*found), spec, None, path="org/model")
+
+
+@pytest.fixture(params=[4, 8])
+def saved(request: pytest.FixtureRequest, place: Path) -> int:
+    """The tiny base, quantised by bitsandbytes and saved so, as the folder `small`."""
+    spec = QuantizationSpec.model_validate({"bits": request.param})
+    loaded = base.load_base(base.Source("base", {}), dtype=torch.bfloat16, device=CPU, quantization=spec)
+    loaded.model.save_pretrained("small")
+    AutoTokenizer.from_pretrained("base").save_pretrained("small")
+    return int(request.param)
+
+
+def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
+    saved: int, recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    common = {"data.packing": False, "model.dtype": "bfloat16", "training.batch_size": 4}
+    recipe({**common, "quantization": {"bits": saved}})
+    here = lora("train", "recipe.yaml")
+    assert here.code == 0, here.err
+    shutil.copytree("runs/a/adapter", "expected")
+    recipe({**common, "model.path": "small"})
+    checked = lora("check", "recipe.yaml")
+    assert checked.code == 0, checked.err
+    done = lora("train", "recipe.yaml", "--fresh")
+    assert done.code == 0, done.err
+    for text in (checked.out, done.err):
+        assert "its weights are quantised already: bitsandbytes" in text
+    pattern = re.compile(r"eval at step \d+: .*")
+    assert pattern.findall(done.err) == pattern.findall(here.err)
+    weights = "adapter_model.safetensors"
+    assert Path("runs/a/adapter", weights).read_bytes() == Path("expected", weights).read_bytes()
+    assert lora("eval", "runs/a").code == 0
+
+    refused = lora("train", "recipe.yaml", "--fresh", "--set", "quantization={bits: 4}", "--set", "data.packing=false")
+    assert refused.code == 2
+    assert f"small is quantised already (bitsandbytes, {saved} bits), and cannot be quantised again" in refused.err
+    merged = lora("merge", "runs/a/adapter", "--out", "merged")
+    assert merged.last_two == [
+        "error: small is quantised (bitsandbytes): an update is folded into whole weights",
+        "hint: name the 16-bit model that it was made from: --base PATH",
+    ]
+    assert lora("merge", "runs/a/adapter", "--out", "merged", "--base", "base").code == 0
+
+
+def test_a_plain_config_is_no_quantised_one():
+    assert prequantized.recognise(PretrainedConfig()) is None
