@@ -109,13 +109,16 @@ def merge(
     base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16, float16 or float32.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the base's repository ships.")
+    ] = False,
 ) -> None:
     """Fold an adapter into its base, and verify what is written."""
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise LoraError(f"--dtype {dtype} is not known", hint="write auto, bfloat16, float16 or float32")
     from lora_cli.commands.merge import merge as command
 
-    command(adapter, out=out, base_path=base, dtype=dtype, force=force)
+    command(adapter, out=out, base_path=base, dtype=dtype, force=force, trust_remote_code=trust)
 
 
 @app.command()

@@ -36,7 +36,9 @@ class Merging(NamedTuple):
     new_tokens: bool  # it comes with a tokenizer, which may know more tokens than the base
 
 
-def merge(folder: Path, *, out: Path, base_path: str | None, dtype: str, force: bool) -> None:
+def merge(
+    folder: Path, *, out: Path, base_path: str | None, dtype: str, force: bool, trust_remote_code: bool = False
+) -> None:
     """Write `folder`'s adapter, folded into its base, to `out`.
 
     Raises:
@@ -45,9 +47,8 @@ def merge(folder: Path, *, out: Path, base_path: str | None, dtype: str, force: 
     given = _read(folder, base_path)
     _refuse_place(out, given, force=force)
     cpu = torch.device("cpu")
-    source = base.locate(
-        ModelSpec(path=given.base, revision=given.revision), dtype=torch.float32, device=cpu, say=console.say
-    )
+    spec = ModelSpec(path=given.base, revision=given.revision, trust_remote_code=trust_remote_code)
+    source = base.locate(spec, dtype=torch.float32, device=cpu, say=console.say)
     config = base.load_config(source)
     if (already := prequantized.recognise(config)) is not None:
         raise LoraError(
@@ -86,14 +87,19 @@ def merge(folder: Path, *, out: Path, base_path: str | None, dtype: str, force: 
             hint="nothing was written; use the adapter as it is",
             exit_code=1,
         )
-    merged.to(written)
+    for parameter in merged.parameters():  # and no buffer: rotary frequencies stay in fp32, as they do when loaded
+        parameter.data = parameter.data.to(written)
     rounded = parity.logits(merged, batches, given.task)
     with atomic.folder(out, replace=force) as partial:
         merged.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
         (partial / "README.md").write_text(_card(given), encoding="utf-8")
         again = base.load_base(
-            base.Source(str(partial), {}), dtype=written, device=cpu, task=given.task, labels=given.labels
+            base.Source(str(partial), {"trust_remote_code": trust_remote_code}),
+            dtype=written,
+            device=cpu,
+            task=given.task,
+            labels=given.labels,
         )
         if (lost := parity.distance(parity.logits(again.model, batches, given.task), rounded)) > EXACT:
             raise LoraError(

@@ -354,7 +354,7 @@ class _library_errors:  # a function to its users: `with _library_errors(source)
         if "trust_remote_code" in str(error):
             first = "it needs Python code of its own, which is not run unless you trust it"
             pin = "" if Path(where).is_dir() else ", and pin the commit that you have read in model.revision"
-            hint = f"read the code, then set model.trust_remote_code: true{pin}"
+            hint = f"read the code, then set model.trust_remote_code: true (lora merge: --trust-remote-code){pin}"
         elif "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
             hint = "give a model that the installed transformers knows, or upgrade it: pip install -U transformers"
         elif "Unrecognized configuration class" in str(error):

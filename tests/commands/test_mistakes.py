@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.commands.conftest import Lora, WriteRecipe
+from tests.inputs.tiny_tokenizers import build_encoder
+from tests.model import families
 
 LAYERS = "its linear layers are: down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 
@@ -45,7 +48,138 @@ def without_template() -> None:
     Path("plain/tokenizer_config.json").write_text(json.dumps(config))
 
 
+def custom_code() -> None:
+    """A model whose repository brings its Python along."""
+    Path("custom").mkdir()
+    for file in Path("base").iterdir():
+        (Path("custom") / file.name).write_bytes(file.read_bytes())
+    config = json.loads(Path("custom/config.json").read_text())
+    places = {"AutoConfig": "configuration_gizmo.Gizmo", "AutoModelForCausalLM": "modeling_gizmo.GizmoForCausalLM"}
+    Path("custom/config.json").write_text(json.dumps({**config, "model_type": "gizmo", "auto_map": places}))
+    Path("custom/configuration_gizmo.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass Gizmo(LlamaConfig):\n    model_type = 'gizmo'\n"
+    )
+    Path("custom/modeling_gizmo.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .configuration_gizmo import Gizmo\n\n\n"
+        "class GizmoForCausalLM(LlamaForCausalLM):\n    config_class = Gizmo\n"
+    )
+
+
+def quantised_before() -> None:
+    config = json.loads(Path("base/config.json").read_text())
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    folder("small", "config.json", json.dumps({**config, "quantization_config": section}))()
+
+
+def encoder() -> None:
+    """A tiny BERT, and rows of three classes."""
+    tokenizer, family = build_encoder("bert"), families.FAMILIES["bert"]
+    families.write(family._replace(options={"vocab_size": len(tokenizer)}), Path("bert"))
+    tokenizer.save_pretrained("bert")
+    labels = ["yes", "no", "maybe"]
+    rows = [{"text": f"the fox {i}", "label": labels[i % 3]} for i in range(30)]
+    Path("classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def half_a_checkpoint() -> None:
+    Path("half").mkdir()
+    for file in Path("base").iterdir():
+        (Path("half") / file.name).write_bytes(file.read_bytes())
+    tensors = load_file("half/model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, "half/model.safetensors", {"format": "pt"})
+
+
+CLASSES = {"model.path": "bert", "task": "seq-cls", "data.train": "classes.jsonl"}
 MISTAKES = {
+    "a base that is quantised already": Mistake(
+        {"model.path": "small", "quantization": {"bits": 4}},
+        [
+            "error: quantization: small is quantised already (gptq, 4 bits), and cannot be quantised again",
+            "hint: remove the quantization section, or give the 16-bit model as model.path",
+        ],
+        before=quantised_before,
+    ),
+    "a base of GPTQ without its packages": Mistake(
+        {"model.path": "small"},
+        [
+            "error: model.path: small is quantised already (gptq, 4 bits), which needs optimum and gptqmodel",
+            "hint: pip install optimum gptqmodel; or give the 16-bit model as model.path; to save memory, add quantization: {bits: 4}",
+        ],
+        before=quantised_before,
+    ),
+    "eight bits of a four-bit kind": Mistake(
+        {"quantization": {"bits": 8, "type": "fp4"}, "data.packing": False},
+        [
+            "recipe.yaml:21: quantization.type: has no effect with 8 bits — remove it, or write bits: 4",
+            "error: 1 problem in recipe.yaml",
+        ],
+    ),
+    "DoRA over eight bits": Mistake(
+        {"quantization": {"bits": 8}, "adapter.method": "dora"},
+        [
+            "recipe.yaml:8: adapter.method: dora trains over no 8-bit base: PEFT computes it over 4 bits only — write bits: 4, or method lora",
+            "error: 1 problem in recipe.yaml",
+        ],
+    ),
+    "DoRA of another method": Mistake(
+        {"adapter": {"method": "loha", "use_dora": True}},
+        [
+            "recipe.yaml:6: adapter.use_dora: unknown key — write `adapter: {method: dora}`",
+            "error: 1 problem in recipe.yaml",
+        ],
+    ),
+    "prefix tuning of packed rows": Mistake(
+        {"adapter": {"method": "prefix"}, "data.packing": True},
+        [
+            "recipe.yaml:10: data.packing: method prefix puts its positions before a row, so that a batch holds one row a line — write packing: false, or remove it",
+            "error: 1 problem in recipe.yaml",
+        ],
+    ),
+    "code that is not trusted": Mistake(
+        {"model.path": "custom"},
+        [
+            "error: model.path: custom cannot be loaded: it needs Python code of its own, which is not run unless you trust it",
+            "hint: read the code, then set model.trust_remote_code: true (lora merge: --trust-remote-code)",
+        ],
+        before=custom_code,
+    ),
+    "a label that the head has not": Mistake(
+        {**CLASSES, "data.labels": ["yes", "no"]},
+        [
+            "error: classes.jsonl:3: label maybe: not among the 2 of the head",
+            "hint: they are yes, no: mend the row, or list it in data.labels",
+        ],
+        before=encoder,
+    ),
+    "a task that the architecture has no model for": Mistake(
+        {"task": "seq2seq-lm"},
+        [
+            "error: task: transformers has no llama model for seq2seq-lm",
+            "hint: write task: causal-lm or seq-cls or token-cls, or give another model",
+        ],
+    ),
+    "an encoder as language model": Mistake(
+        {"model.path": "bert", "data.train": "texts.txt"},
+        [
+            "error: model: the tokenizer has no EOS token, so the model could not learn where a text ends",
+            "hint: set eos_token in the model's tokenizer_config.json",
+        ],
+        before=lambda: (encoder(), Path("texts.txt").write_text("the fox\nthe dog\na\nb\nc\nd\n" * 4)),
+    ),
+    "a checkpoint that lacks a tensor": Mistake(
+        {"model.path": "half"},
+        [
+            "error: model.path: the checkpoint has no weights for model.layers.1.mlp.down_proj.weight",
+            "hint: it is none of a LlamaForCausalLM, or not whole: give another model, or another task",
+        ],
+        before=half_a_checkpoint,
+    ),
+    "more of a row than the encoder has positions for": Mistake(
+        {**CLASSES, "data.max_length": 4096},
+        ["error: data.max_length: 4,096 tokens, but the model has positions for 2,048", "hint: at most 2048"],
+        before=encoder,
+    ),
     "typo in a target module": Mistake(
         {"adapter.target_modules": ["q_prj", "v_proj"]},
         ["error: adapter.target_modules: q_prj matches no layer", f"hint: did you mean q_proj? {LAYERS}"],
@@ -246,6 +380,31 @@ def test_is_answered_in_two_lines(name: str, recipe: WriteRecipe, lora: Lora):
     assert (done.code, done.out) == (2, "")
     assert "Traceback" not in done.err
     assert done.last_two == mistake.said
+
+
+def test_gguf_without_its_package(recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: None)
+    write("x.gguf", b"GGUF")()
+    recipe({"model.path": "x.gguf"})
+    done = lora("train", "recipe.yaml")
+    assert done.code == 2
+    assert done.last_two == [
+        "error: x.gguf: reading GGUF needs the package gguf",
+        'hint: pip install "lora-cli[gguf]"',
+    ]
+
+
+def test_code_that_is_trusted_is_run(recipe: WriteRecipe, lora: Lora):
+    custom_code()
+    recipe({"model.path": "custom", "model.trust_remote_code": True})
+    assert lora("check", "recipe.yaml").code == 0
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    assert lora("eval", "runs/a").code == 0
+    assert lora("merge", "runs/a/adapter", "--out", "merged").code == 2
+    merged = lora("merge", "runs/a/adapter", "--out", "merged", "--trust-remote-code")
+    assert merged.code == 0, merged.err
+    assert Path("merged/modeling_gizmo.py").exists()
 
 
 @pytest.mark.parametrize(

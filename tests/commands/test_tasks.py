@@ -242,3 +242,26 @@ def test_resuming_a_classifier_is_the_uninterrupted_run(here: Path, lora: Lora):
     assert "resuming after step 2" in done.err
     files = [Path("runs", run, "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "half")]
     assert files[0] == files[1]
+
+
+def test_an_encoder_that_counts_positions_from_behind_the_padding_has_fewer_than_it_says(here: Path, lora: Lora):
+    """RoBERTa's table of 514 positions serves 512 tokens; one more is an index error in the middle of a run."""
+    furnish(here, CASES["several classes"])
+    config = json.loads(Path("base/config.json").read_text())
+    rows = [{"text": "fox " * 600, "label": ["fox"]}, {"text": "dog " * 3, "label": ["dog"]}] * 8
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config["max_position_embeddings"] = 512 + config["pad_token_id"] + 1
+    families.write(
+        families.FAMILIES["roberta"]._replace(
+            options={key: config[key] for key in ("max_position_embeddings", "pad_token_id", "vocab_size")}
+        ),
+        here / "base",
+    )
+    wide = ("--set", "data.overlong=truncate", "--set", "training.max_steps=1", "--set", "data.max_length=")
+    assert lora("train", "recipe.yaml", *wide[:-1], wide[-1] + "513").last_two == [
+        "error: data.max_length: 513 tokens, but the model has positions for 512",
+        "hint: at most 512",
+    ]
+    done = lora("train", "recipe.yaml", *wide[:-1], wide[-1] + "512")
+    assert done.code == 0, done.err
+    assert "rows cut at data.max_length" in done.err

@@ -43,6 +43,21 @@ def test_a_batch_answers_as_each_prompt_alone(family: str, training: bool):
     assert model.training is training
 
 
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0])
+def test_beams_are_transformers_own_for_each_prompt_alone(penalty: float):
+    model = zoo.make("llama", vocab_size=len(TOKENIZER), attention="sdpa")
+    prompts, stop = [list(range(5, 5 + n)) for n in (1, 9, 4)], [TOKENIZER.eos_token_id]
+    spec = GenerationSpec.model_validate({"num_beams": 4, "length_penalty": penalty, "no_repeat_ngram": 2})
+    answers = answer(model, TOKENIZER, prompts, spec=spec, max_new_tokens=10, stop=stop)
+    for prompt, found in zip(prompts, answers, strict=True):
+        options = {"num_beams": 4, "length_penalty": penalty, "no_repeat_ngram_size": 2, "max_new_tokens": 10}
+        ids = model.generate(torch.tensor([prompt]), eos_token_id=stop, pad_token_id=0, do_sample=False, **options)[0]
+        ids = [token for token in ids[len(prompt) :].tolist() if token not in (*stop, 0)]
+        assert found.text == TOKENIZER.decode(ids, skip_special_tokens=True).strip()
+    greedy = answer(model, TOKENIZER, prompts, spec=GREEDY, max_new_tokens=10, stop=stop)
+    assert [a.text for a in greedy] != [a.text for a in answers]
+
+
 def test_only_end_marks_stop_an_answer():
     model = zoo.make("llama", vocab_size=len(TOKENIZER))
     end, start, word = *TOKENIZER.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"]), TOKENIZER("a")["input_ids"][0]

@@ -173,3 +173,21 @@ def test_a_leak_below_rounding_is_seen_in_half_precision_too():
     with pytest.raises(LoraError, match="does not keep packed rows apart"):
         proof = settle(model, "auto", packing=True)
     assert proof is None
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_that_looks_ahead_is_no_language_model(packing: bool):
+    """BERT has a class for causal-lm, which sees the token that it is to predict."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    encoder = BertLMHeadModel(BertConfig(vocab_size=zoo.VOCABULARY, initializer_range=0.2, **small)).eval()
+    with pytest.raises(LoraError) as caught:
+        settle(encoder, "auto", packing=packing)
+    if not packing:
+        assert "task: BertLMHeadModel looks ahead: a token changes what is predicted before it" in caught.value.message
+        assert "write task: seq-cls or token-cls" in str(caught.value.hint)
+    settle(encoder, "auto", packing=False, causal=False)
+    decoder = BertLMHeadModel(BertConfig(vocab_size=zoo.VOCABULARY, is_decoder=True, **small)).eval()
+    settle(decoder, "auto", packing=False)
