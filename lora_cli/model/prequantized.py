@@ -1,6 +1,7 @@
 """Bases that somebody has quantised already: recognised by their config, trained on where PEFT can, refused where not.
 
-None of these formats but bitsandbytes' was ever run by this project: their packages need GPUs.
+bitsandbytes' formats are tested. torchao's int8 weights were trained over by hand, on the CPU; the others never: their
+packages need GPUs.
 """
 
 from importlib.util import find_spec
@@ -29,8 +30,8 @@ KNOWN: dict[str, Known] = {
     "awq": Known(("gptqmodel",), "gptqmodel"),
     "aqlm": Known(("aqlm",), "aqlm"),
     "eetq": Known(("eetq",), "eetq"),
-    "hqq": Known(("hqq",), "hqq"),
     "torchao": Known(("torchao",), "torchao"),
+    "hqq": Known(refused="transformers 5 has no loader for HQQ weights"),
     "mxfp4": Known(refused="transformers has no backward pass for MXFP4 experts"),
     "fp8": Known(refused="PEFT has no layer over block-wise FP8 weights"),
     "fbgemm_fp8": Known(refused="transformers runs FBGEMM's FP8 forward only"),

@@ -53,7 +53,9 @@ def test_it_is_not_quantised_twice():
     assert error.hint == "remove the quantization section, or give the 16-bit model as model.path"
 
 
-@pytest.mark.parametrize(("method", "install"), [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("hqq", "hqq")])
+@pytest.mark.parametrize(
+    ("method", "install"), [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("torchao", "torchao")]
+)
 def test_what_its_format_needs_is_named(monkeypatch: pytest.MonkeyPatch, method: str, install: str):
     monkeypatch.setattr(prequantized, "find_spec", lambda package: None)
     error = refusal(Prequantized(method, 4))
@@ -93,7 +95,7 @@ def test_methods_that_cannot_are_refused(
 def test_methods_that_can_pass(monkeypatch: pytest.MonkeyPatch, method: str):
     monkeypatch.setattr(prequantized, "find_spec", lambda package: object())
     spec = AdapterSpec.model_validate({"method": method})
-    for found in (("gptq", 4), ("awq", 4), ("hqq", 4), ("torchao", None), ("bitsandbytes", 8), ("bitsandbytes", 4)):
+    for found in (("gptq", 4), ("awq", 4), ("torchao", None), ("bitsandbytes", 8), ("bitsandbytes", 4)):
         prequantized.check(Prequantized(*found), spec, None, path="org/model")
 
 
