@@ -107,18 +107,44 @@ def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged model goes.", show_default=False)],
     base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the base's), bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="Of a base that was quantised: auto (measured), original or dequantized.")
+    ] = "auto",
+    verify: Annotated[str, typer.Option(help="auto, tensors, or logits: with both models in memory.")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file.")] = "2GB",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the adapter out of --base MERGED again.")] = False,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Take a base that is not the one trained on.")
+    ] = False,
     trust: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that the base's repository ships.")
     ] = False,
 ) -> None:
-    """Fold an adapter into its base, and verify what is written."""
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise LoraError(f"--dtype {dtype} is not known", hint="write auto, bfloat16, float16 or float32")
-    from lora_cli.commands.merge import merge as command
+    """Fold an adapter into its base, tensor by tensor, and verify what is written."""
+    _choice("--dtype", dtype, "auto", "bfloat16", "float16", "float32")
+    _choice("--weights", weights, "auto", "original", "dequantized")
+    _choice("--verify", verify, "auto", "tensors", "logits")
+    from lora_cli.commands import merge as command
 
-    command(adapter, out=out, base_path=base, dtype=dtype, force=force, trust_remote_code=trust)
+    options = command.Options(
+        base=base,
+        dtype=dtype,
+        weights=weights,
+        verify=verify,
+        max_shard_size=max_shard_size,
+        force=force,
+        unmerge=unmerge,
+        other_base=other_base,
+        trust_remote_code=trust,
+    )
+    command.merge(adapter, out=out, options=options)
+
+
+def _choice(option: str, given: str, *known: str) -> None:
+    if given not in known:
+        raise LoraError(f"{option} {given} is not known", hint=f"write {', '.join(known[:-1])} or {known[-1]}")
 
 
 @app.command()

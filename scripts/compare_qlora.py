@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = 0.02  # relative difference of the final evaluation losses
+# The paper's rank: 106 million weights that are rounded twice here (the demo model is a 4-bit file already) leave a
+# small adapter with more to mend than two epochs teach it; at rank 16 the difference is 2.8 % after one epoch.
+ADAPTER = ("adapter.rank=64", "adapter.alpha=128")
 BASES = {"lora": "quantization=null", "qlora": "quantization={bits: 4, type: nf4, double_quant: true}"}
 
 
@@ -32,7 +35,7 @@ class Run(NamedTuple):
 
 def train(quantization: str, steps: int, output: Path) -> Run:
     """`lora train configs/quickstart.yaml` in a process of its own."""
-    changes = [quantization, f"training.max_steps={steps}", f"training.save_every={steps}"]
+    changes = [quantization, *ADAPTER, f"training.max_steps={steps}", f"training.save_every={steps}"]
     words = [word for change in changes for word in ("--set", change)]
     command = [sys.executable, "-m", "lora_cli", "train", "configs/quickstart.yaml", "--output", str(output), *words]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -59,7 +62,7 @@ def main() -> int:
         sys.exit("there is no data/quickstart.jsonl: run scripts/quickstart first")
     with tempfile.TemporaryDirectory() as folder:
         runs = {name: train(base, steps, Path(folder) / name) for name, base in BASES.items()}
-    print(f"{steps} steps on data/quickstart.jsonl, evaluation loss before and after, peak memory, tokens a second:")
+    print(f"rank 64, {steps} steps on data/quickstart.jsonl: evaluation loss before and after, peak memory, tokens/s")
     for name, run in runs.items():
         peak = f"{run.peak / 2**20:,.0f} MiB"
         print(f"{name:<6} {run.before:.4f} -> {run.after:.4f}  {peak:>10}  {run.tokens_a_second:.0f}")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lora_cli.commands import card
 from lora_cli.commands.opening import Opening
 from lora_cli.data.batches import Plan
+from lora_cli.errors import LoraError
 from lora_cli.model import adapter, base, fused, held, isolation, memory, targets
 from lora_cli.model.score import Scorer
 from lora_cli.model.setting import Setting, Weights
@@ -19,6 +20,7 @@ from lora_cli.run import console
 from lora_cli.training.optim import choose, moment_bytes
 
 Say = Callable[[str], None]
+PADDED = 0.05  # relative change of logits beside a longer row: rounding in bf16 is well below it
 
 
 class Based(NamedTuple):
@@ -99,6 +101,7 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say)
     based = load_base(recipe, opening, say=say)
     model, proof = based.model, based.proof
     layers = targets.linear_layers(model, based.heads)
+    refuse_untaught(recipe, model)
     peft_model = adapter.attach(
         model,
         recipe.adapter,
@@ -123,7 +126,41 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say)
     compute_as_trained(peft_model)
     probe = plan.build([int(opening.data.train.lengths[:64].argmin())])
     adapter.refuse_bypassed(peft_model, lambda: Scorer(peft_model, task=recipe.task)(probe).loss)
+    if recipe.task == "seq-cls" and peft_model.active_peft_config.is_prompt_learning:
+        _refuse_class_of_padding(peft_model, recipe, opening, plan)
     return Built(peft_model, sum(p.numel() for p in peft_model.parameters() if p.requires_grad), proof, optimizer)
+
+
+def _refuse_class_of_padding(model: PeftModel, recipe: Recipe, opening: Opening, plan: Plan) -> None:
+    """Decoders read the class at the last token, which transformers cannot tell from padding behind virtual tokens."""
+    lengths = opening.data.train.lengths[:64]
+    short, long = int(lengths.argmin()), int(lengths.argmax())
+    if recipe.training.batch_size == 1 or lengths[short] == lengths[long]:
+        return
+    scorer = Scorer(model, task=recipe.task)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        alone, padded = (scorer.logits(plan.build(rows))[0].float() for rows in ([short], [short, long]))
+    model.train(training)
+    if float((alone - padded).abs().max() / alone.abs().max().clamp_min(1e-12)) > PADDED:
+        raise LoraError(
+            f"adapter.method: {recipe.adapter.method} lets this model read the class of a shorter row at its padding",
+            hint="set training.batch_size: 1 and raise training.gradient_accumulation, or write method: prefix or lora",
+        )
+
+
+def refuse_untaught(recipe: Recipe, model: PreTrainedModel) -> None:
+    """New tokens need a trained embedding: single ones, which the rules see to, or all of them."""
+    spec = recipe.adapter
+    untaught = [token for token in recipe.model.new_tokens if token not in (spec.trainable_tokens or ())]
+    embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    if untaught and embeddings not in targets.find_modules(model, spec.modules_to_save or ()):
+        raise LoraError(
+            f"model.new_tokens: nothing teaches {untaught[0]!r}: adapter.modules_to_save does not have {embeddings}",
+            hint=f"add {embeddings.rpartition('.')[2]} to it, and the head where it is not tied; "
+            "or list the token in adapter.trainable_tokens",
+        )
 
 
 def optimizer_of(recipe: Recipe, opening: Opening) -> str:

@@ -6,7 +6,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from lora_cli.commands import card
-from lora_cli.commands.building import coverage_table, held_as, optimizer_of, setting
+from lora_cli.commands.building import coverage_table, held_as, optimizer_of, refuse_untaught, setting
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.intake import read_only_check
 from lora_cli.data.rows import IGNORED, Row, xray
@@ -54,6 +54,7 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimiz
     model = skeleton()
     heads = base.task_heads(model, recipe.task)
     layers = targets.linear_layers(model, heads)
+    refuse_untaught(recipe, model)
     adapted = adapter.attach(
         model,
         recipe.adapter,

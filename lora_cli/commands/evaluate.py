@@ -19,6 +19,7 @@ from lora_cli.evaluation.classify import predict
 from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
 from lora_cli.evaluation.likelihood import Likelihood, measure
 from lora_cli.model import attention
+from lora_cli.model.loading import load
 from lora_cli.model.score import Scorer
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
@@ -53,9 +54,9 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     _refuse_biases_of_several(found.adapters)
     recipe = found.recipe
     spec = recipe.data if data is None else recipe.data.model_copy(update={"train": data, "eval": None})
-    if trained := [labels for folder in found.adapters.values() if (labels := labelling.read(folder))]:
+    if trained := _labels(found.adapters):
         # The rows at hand may lack a label that the head was trained for.
-        update = "regression" if trained[0].kind == "regression" else list(trained[0].names)
+        update = "regression" if trained.kind == "regression" else list(trained.names)
         spec = spec.model_copy(update={"labels": update})
     opening = open_run_inputs(recipe, say=console.say, data=spec, train_key="data.train" if data is None else data)
     rows = opening.data.train if data is not None else opening.data.eval
@@ -68,6 +69,11 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     labels = opening.data.labels
     if labels is not None and (lacking := metrics.missing()):
         console.say(f'without {", ".join(lacking)}: loss and accuracy only; for more, pip install "lora-cli[eval]"')
+    if trained and labels and trained.kind != labels.kind:
+        raise LoraError(
+            f"{data or 'data.eval'}: its labels are {labels.describe()}, the adapter's {trained.describe()}",
+            hint="give rows with labels of the adapter's kind",
+        )
     model = load_base(recipe, opening, say=console.say).model
     model.eval()
     plan = batch_plan(recipe, opening, rows, per_step=1)
@@ -93,7 +99,11 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     console.out.print(_table(figures, recipe.task))
     _show(asked, said, opening, recipe.task)
     if json_file is not None:
-        report = {"rows": len(rows), "data": rows.fingerprint, "results": {n: _record(f) for n, f in figures.items()}}
+        report = {
+            "rows": len(rows),
+            "data": rows.fingerprint,
+            "results": {n: _record(f, recipe.task) for n, f in figures.items()},
+        }
         atomic.write_json(json_file, report)
 
 
@@ -139,6 +149,23 @@ def _find(target: Path, named: Sequence[str]) -> Target:
     return Target(recipe, adapters)
 
 
+def _labels(adapters: dict[str, Path]) -> labelling.Labels | None:
+    """What the heads of the adapters tell apart.
+
+    Raises:
+        LoraError: not all the same, in the same order: one number would stand for two labels.
+    """
+    found = {folder: labels for folder in adapters.values() if (labels := labelling.read(folder))}
+    first = next(iter(found.items()), None)
+    for folder, labels in found.items():
+        if first and labels != first[1]:
+            raise LoraError(
+                f"{folder}: its head tells apart {labels.describe()}; that of {first[0]} {first[1].describe()}",
+                hint="measure each adapter by itself",
+            )
+    return first[1] if first else None
+
+
 def _refuse_biases_of_several(adapters: dict[str, Path]) -> None:
     """An adapter that brings biases puts them into the base, where the next one would be measured with them."""
     for folder in adapters.values():
@@ -157,16 +184,7 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
         if trained_on != base_path:
             # One model has many names (hub id, folder, GGUF), so this may be right: it is said, not refused.
             console.say(f"note: {folder} names its base {trained_on}, and is measured on {base_path}")
-        try:
-            if isinstance(loaded, PeftModel):
-                loaded.load_adapter(str(folder), adapter_name=name)
-            else:
-                loaded = PeftModel.from_pretrained(loaded, str(folder), adapter_name=name)
-        except (ValueError, RuntimeError) as reason:
-            raise LoraError(
-                f"{folder}: does not fit the base model: {str(reason).splitlines()[0]}",
-                hint="an adapter fits only the base it was trained on; see its adapter_config.json",
-            ) from reason
+        loaded = load(loaded, folder, base=base_path, name=name)
     compute_as_trained(loaded)
     return loaded
 
@@ -190,9 +208,11 @@ def _table(figures: dict[str, Figures], task: TaskName) -> Table:
     return table
 
 
-def _record(found: Figures) -> dict[str, float | None]:
+def _record(found: Figures, task: TaskName) -> dict[str, float | None]:
     likelihood = found.likelihood
-    values = {**likelihood._asdict(), "perplexity": likelihood.perplexity, **found.more}
+    values = {**likelihood._asdict(), **found.more}
+    if not TASKS[task].classes:
+        values["perplexity"] = likelihood.perplexity
     # JSON has no infinity, and no NaN.
     return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
 

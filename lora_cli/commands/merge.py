@@ -1,204 +1,255 @@
-"""`lora merge`: an adapter folded into its base, verified, and written as a model that plain transformers loads."""
+"""`lora merge`: an adapter folded into its base, streamed tensor by tensor, and proven to be both."""
 
 import math
+import shutil
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 
-from lora_cli.data import labels as labelling
-from lora_cli.data.labels import Labels
+from lora_cli.commands import verifying
+from lora_cli.commands.subject import CPU, Subject, open_subject, read_config, refuse_other_base
+from lora_cli.commands.verifying import Probes, Transforms
 from lora_cli.errors import LoraError
-from lora_cli.merging import parity
-from lora_cli.merging.fold import Folded, fold
-from lora_cli.model import base, prequantized
+from lora_cli.merging import shards, stream
+from lora_cli.merging.fold import Folded
+from lora_cli.merging.layout import Layout
+from lora_cli.merging.parity import Agreement
+from lora_cli.model import base, hollow, prequantized, requantize
 from lora_cli.model.tasks import TASKS
-from lora_cli.recipe.schema import ModelSpec
-from lora_cli.recipe.tasks import TaskName
+from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import atomic, console
 
-# fp32 against fp32: all that differs is the order of sums. Weights in 16 bits are rounded once more.
-EXACT = 1e-5
 LEAST_SURVIVAL = 0.5  # of an update; below it the model that is written has lost more of it than it kept
 STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Merging(NamedTuple):
-    """What an adapter folder says of itself."""
+class Options(NamedTuple):
+    """What the command line says besides adapter and place."""
 
-    folder: Path
-    config: PeftConfig
-    task: TaskName
-    labels: Labels | None
-    base: str
-    revision: str | None
-    new_tokens: bool  # it comes with a tokenizer, which may know more tokens than the base
+    base: str | None
+    dtype: str
+    weights: str  # auto, original or dequantized
+    verify: str  # auto, tensors or logits
+    max_shard_size: str
+    force: bool
+    unmerge: bool
+    other_base: bool
+    trust_remote_code: bool
 
 
-def merge(
-    folder: Path, *, out: Path, base_path: str | None, dtype: str, force: bool, trust_remote_code: bool = False
-) -> None:
+def merge(folder: Path, *, out: Path, options: Options) -> None:
     """Write `folder`'s adapter, folded into its base, to `out`.
 
     Raises:
         LoraError: what is given does not fit together, the method cannot be merged, or the merged model is another one.
     """
-    given = _read(folder, base_path)
-    _refuse_place(out, given, force=force)
-    cpu = torch.device("cpu")
-    spec = ModelSpec(path=given.base, revision=given.revision, trust_remote_code=trust_remote_code)
-    source = base.locate(spec, dtype=torch.float32, device=cpu, say=console.say)
-    config = base.load_config(source)
-    if (already := prequantized.recognise(config)) is not None:
-        raise LoraError(
-            f"{given.base} is quantised ({already.method}): an update is folded into whole weights",
-            hint="name the 16-bit model that it was made from: --base PATH",
-        )
-    written = _written_dtype(dtype, config)
-    tokenizer = base.load_tokenizer(source._replace(where=str(folder)) if given.new_tokens else source)
-    loaded = base.load_base(
-        source,
-        dtype=torch.float32,
-        device=cpu,
-        task=given.task,
-        labels=given.labels,
-        vocabulary=len(tokenizer) if given.new_tokens else 0,
-        pad_id=tokenizer.pad_token_id,
-    )
-    model = _attach(loaded.model, given)
-    batches = parity.probes(
-        given.task,
-        vocabulary=min(len(tokenizer), model.get_base_model().get_input_embeddings().weight.shape[0]),
-        pad_id=tokenizer.pad_token_id or 0,
-        start_id=getattr(config, "decoder_start_token_id", None),
-        end_id=tokenizer.eos_token_id if given.task == "seq-cls" else None,
-        include=_trained_tokens(given.config),
-    )
-    expected = parity.logits(model, batches, given.task)
-    console.say(f"folding {given.config.peft_type.value.lower()} into {given.base}, in fp32")
-    folded = list(fold(model, written))
-    _refuse_rounded_away(folded, written)
-    merged = model.merge_and_unload()
-    apart = parity.distance(parity.logits(merged, batches, given.task), expected)
-    if not apart <= EXACT:
-        raise LoraError(
-            f"the merged model is another one: its logits differ from base and adapter by {apart:.1e} in fp32",
-            hint="nothing was written; use the adapter as it is",
-            exit_code=1,
-        )
-    for parameter in merged.parameters():  # and no buffer: rotary frequencies stay in fp32, as they do when loaded
-        parameter.data = parameter.data.to(written)
-    rounded = parity.logits(merged, batches, given.task)
-    with atomic.folder(out, replace=force) as partial:
-        merged.save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
-        (partial / "README.md").write_text(_card(given), encoding="utf-8")
-        again = base.load_base(
-            base.Source(str(partial), {"trust_remote_code": trust_remote_code}),
-            dtype=written,
-            device=cpu,
-            task=given.task,
-            labels=given.labels,
-        )
-        if (lost := parity.distance(parity.logits(again.model, batches, given.task), rounded)) > EXACT:
-            raise LoraError(
-                f"the merged model reads back as another one: its logits differ by {lost:.1e}",
-                hint="nothing was put in place; see the space on the disk",
-                exit_code=1,
-            )
-    for line in _report(folded, apart, parity.distance(rounded, expected), written):
+    largest = shards.parse_size(options.max_shard_size)
+    subject = _open(folder, out, options)
+    plan = _plan(subject, STORED.get(options.dtype))
+    if options.unmerge:
+        _unmerge(subject, plan, out, largest, options)
+        return
+    spec = _quantization(subject, options)
+    parameters = sum(math.prod(shape) for _, shape in plan.tensors.values())
+    probes = verifying.choose_probes(subject) if verifying.decide(options.verify, parameters) else None
+    transforms = _transforms(subject, plan, spec, probes, options)
+    atomic.sweep(out.absolute().parent, out.name)  # what a merge that was killed has left
+    with atomic.folder(out, replace=options.force) as partial:
+        console.say(f"folding {subject.method} into {subject.base}: {_amount(plan)}")
+        began = time.perf_counter()
+        folded = _stream(plan, partial, largest, transforms)
+        taken = time.perf_counter() - began
+        _refuse_rounded_away(folded, plan)
+        _write_rest(subject, plan, partial, options)
+        lines = _report(folded, plan, taken)
+        if probes is not None:
+            lines.append(_verified(verifying.prove(subject, probes, partial, plan, transforms), probes, subject))
+    for line in lines:
         console.say(line)
     console.out.print(str(out))
 
 
-def _read(folder: Path, base_path: str | None) -> Merging:
-    if not (folder / "adapter_config.json").is_file():
-        hint = "give the adapter folder of a run: runs/NAME/adapter"
-        if (folder / "adapter" / "adapter_config.json").is_file():
-            hint = f"did you mean {folder / 'adapter'}?"
-        raise LoraError(f"{folder} has no adapter_config.json", hint=hint)
-    config = PeftConfig.from_pretrained(str(folder))
+def _open(folder: Path, out: Path, options: Options) -> Subject:
+    """Adapter and base; what cannot be merged is refused before any weight is read."""
+    config = read_config(folder)
     if config.is_prompt_learning:
         raise LoraError(
-            f"{folder}: {config.peft_type.value.lower().replace('_', ' ')} puts virtual tokens before the prompt: "
+            f"{folder}: {str(config.peft_type.value).lower().replace('_', ' ')} puts virtual tokens before the prompt: "
             "there is nothing to fold into weights",
             hint="load it beside its base, with PEFT, or train another adapter.method",
         )
-    known: dict[str, TaskName] = {task.peft: name for name, task in TASKS.items()}
-    task = known.get(str(config.task_type or ""), "causal-lm")
-    return Merging(
-        folder,
-        config,
-        task,
-        labelling.read(folder),
-        base_path or config.base_model_name_or_path,
-        None if base_path else config.revision,
-        (folder / "tokenizer_config.json").is_file(),
-    )
+    if options.unmerge and options.base is None:
+        raise LoraError("--unmerge: from which merged model?", hint="name its folder: --base MERGED")
+    _refuse_place(folder, out, config, options)
+    subject = open_subject(folder, config, base_path=options.base, trust_remote_code=options.trust_remote_code)
+    if (already := prequantized.recognise(subject.base_config)) is not None:
+        raise LoraError(
+            f"{subject.base} is quantised ({already.method}): an update is folded into whole weights",
+            hint="name the 16-bit model that it was made from: --base PATH --other-base",
+        )
+    if not (options.unmerge or options.other_base):
+        refuse_other_base(subject)
+    return subject
 
 
-def _refuse_place(out: Path, given: Merging, *, force: bool) -> None:
-    if out.resolve() == Path(given.base).resolve() or out.resolve() == given.folder.resolve():
+def _refuse_place(folder: Path, out: Path, config: PeftConfig, options: Options) -> None:
+    given = Path(options.base or str(config.base_model_name_or_path))
+    if out.resolve() in (given.resolve(), folder.resolve()):
         raise LoraError(f"--out {out}: that is what is merged", hint="name another folder")
-    if out.exists() and not force:
+    if out.exists() and not options.force:
         raise LoraError(f"--out {out} exists", hint="name another folder, or replace it with --force")
     if not out.absolute().parent.is_dir():
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
 
 
-def _trained_tokens(config: PeftConfig) -> list[int]:
-    """The tokens whose embeddings the adapter holds."""
-    found = getattr(config, "trainable_token_indices", None) or []
-    return sorted({token for ids in found.values() for token in ids} if isinstance(found, dict) else found)
+def _plan(subject: Subject, dtype: torch.dtype | None) -> stream.Plan:
+    tensors = shards.list_tensors(base.local_folder(subject.source, fetch=True))
+    model = hollow.empty(subject.skeleton())
+    layout = Layout(model, tensors)
+    adapted = hollow.attach(model, subject.folder, subject.config, base=subject.base)
+    return stream.plan(adapted, layout, tensors, dtype=dtype, keep_unknown=not TASKS[subject.task].classes)
 
 
-def _written_dtype(wanted: str, config: Any) -> torch.dtype:
-    """The dtype that the base is stored in, where none is asked for."""
-    if wanted != "auto":
-        return STORED[wanted]
-    stored = config.dtype
-    return stored if isinstance(stored, torch.dtype) and stored in STORED.values() else torch.float32
-
-
-def _attach(model: Any, given: Merging) -> PeftModel:
-    try:
-        adapted = PeftModel.from_pretrained(model, str(given.folder))
-    except (ValueError, RuntimeError) as reason:
+def _quantization(subject: Subject, options: Options) -> QuantizationSpec | None:
+    """How the base was quantised when the adapter was trained over it."""
+    section = subject.origin.quantization if subject.origin else None
+    if section is None and options.weights == "dequantized":
         raise LoraError(
-            f"{given.folder} does not fit {given.base}: {str(reason).splitlines()[0]}",
-            hint="an adapter fits only the base it was trained on; see its adapter_config.json",
+            f"--weights dequantized: {subject.folder} does not say that its base was quantised",
+            hint="leave --weights out: the base's weights are what it was trained over",
+        )
+    return None if section is None else QuantizationSpec.model_validate(section)
+
+
+def _transforms(
+    subject: Subject, plan: stream.Plan, spec: QuantizationSpec | None, probes: Probes | None, options: Options
+) -> Transforms:
+    """What is done to the base's weights before the update is added: nothing, or a round trip to 4 or 8 bits."""
+    if spec is None or options.weights == "original":
+        return {}
+    names = requantize.quantized_weights(subject.skeleton(), spec)
+    found = {name: requantize.round_trip(spec, subject.dtype, turned=turned) for name, turned in names.items()}
+    if options.weights == "dequantized":
+        return found
+    if probes is None:
+        console.say("weights: dequantized, which the adapter was trained over; original ones were not measured")
+        return found
+    return found if verifying.nearer(subject, probes, spec, found, plan) == "dequantized" else {}
+
+
+def _stream(plan: stream.Plan, folder: Path, largest: int, transforms: Transforms, *, sign: int = 1) -> list[Folded]:
+    try:
+        folded = stream.write(plan, folder, largest=largest, transform=transforms, sign=sign)
+    except ValueError as reason:
+        raise LoraError(
+            f"the merged weights are not finite: {str(reason).splitlines()[0]}",
+            hint="the adapter is broken, or --dtype too narrow; nothing was written",
+            exit_code=1,
         ) from reason
-    return adapted.float()
-
-
-def _refuse_rounded_away(folded: list[Folded], dtype: torch.dtype) -> None:
     if not folded:
         raise LoraError("the adapter changes no weight: it was never trained", hint="train it first")
+    return folded
+
+
+def _write_rest(subject: Subject, plan: stream.Plan, folder: Path, options: Options) -> None:
+    """Config, generation config, code, tokenizer and card."""
+    model, classes = subject.skeleton(), TASKS[subject.task].classes
+    config = model.config
+    if options.dtype != "auto":
+        config.dtype = STORED[options.dtype]
+    if classes or not config.architectures:
+        config.architectures = [type(model).__name__]
+    if plan.untied:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    config.save_pretrained(str(folder))
+    files = base.local_folder(subject.source, fetch=False)
+    copied = [] if classes else [files / "generation_config.json"]
+    copied += files.glob("*.py") if hasattr(config, "auto_map") else []
+    for file in copied:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    subject.tokenizer.save_pretrained(str(folder))
+    (folder / "README.md").write_text(_card(subject, options), encoding="utf-8")
+
+
+def _refuse_rounded_away(folded: list[Folded], plan: stream.Plan) -> None:
     worst = min(folded, key=lambda each: each.survived)
-    if not (worst.survived >= LEAST_SURVIVAL and math.isfinite(worst.survived)):
-        name = str(dtype).removeprefix("torch.")
+    if not worst.survived >= LEAST_SURVIVAL:
         raise LoraError(
-            f"{worst.name}: of its update {worst.survived:.0%} survives the rounding to {name}",
+            f"{worst.name}: of its update {worst.survived:.0%} survives the rounding to {plan.dtype_of(worst.name)}",
             hint="write a finer dtype: --dtype float32, or use the adapter as it is",
             exit_code=1,
         )
 
 
-def _report(folded: list[Folded], exact: float, rounded: float, dtype: torch.dtype) -> list[str]:
+def _unmerge(subject: Subject, plan: stream.Plan, out: Path, largest: int, options: Options) -> None:
+    """Take the update away from a merged model again; only what was added can be."""
+    if left := plan.not_added():
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise LoraError(
+            f"--unmerge: {subject.method} did more than add to {left[0]}{more}, and what was there is gone",
+            hint="take the original base",
+        )
+    with atomic.folder(out, replace=options.force) as partial:
+        console.say(f"taking {subject.method} out of {subject.base}: {_amount(plan)}")
+        _stream(plan, partial, largest, {}, sign=-1)
+        _write_rest(subject, plan, partial, options)
+        line = _landing(subject, partial)
+    console.say(line)
+    console.out.print(str(out))
+
+
+def _landing(subject: Subject, folder: Path) -> str:
+    """How far the weights are from those of the base that the adapter names, where that is at hand."""
+    path = str(subject.config.base_model_name_or_path)
+    try:
+        spec = ModelSpec(path=path, revision=subject.config.revision, gguf="dequantized")
+        source = base.locate(spec, dtype=subject.dtype, device=CPU, say=console.silence)
+        original = shards.list_tensors(base.local_folder(source, fetch=False))
+    except LoraError as reason:
+        return f"not compared with the original: {reason.message}"
+    apart = stream.compare(shards.list_tensors(folder), original)
+    return (
+        f"against {path}: {apart.equal:.1%} of the weights are equal, the others within "
+        f"{apart.roundings:.2f} units in the last place ({apart.worst})"
+    )
+
+
+def _amount(plan: stream.Plan) -> str:
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()})
+    return f"{len(plan.tensors):,} tensors, {console.size(plan.size)} of {' and '.join(dtypes)}"
+
+
+def _report(folded: list[Folded], plan: stream.Plan, seconds: float) -> list[str]:
     worst = min(folded, key=lambda each: each.survived)
-    name = str(dtype).removeprefix("torch.")
-    return [
-        f"verified: merged is base and adapter, logits within {exact:.0e} in fp32 and {rounded:.0e} in {name}",
-        f"of each update, at least {worst.survived:.1%} survives the rounding to {name} ({worst.name})",
-    ]
-
-
-def _card(given: Merging) -> str:
     lines = [
-        "---",
-        f"base_model: {Path(given.base).name}",
-        "---",
-        f"# {Path(given.base).name} with an adapter folded in",
+        f"{len(folded):,} of {len(plan.tensors):,} tensors changed, in {seconds:.2f} s; of each update at least "
+        f"{worst.survived:.1%} survives the rounding to {plan.dtype_of(worst.name)} ({worst.name})"
     ]
-    return "\n".join([*lines, "", f"Merged from a {given.config.peft_type.value} adapter, task {given.task}.", ""])
+    if plan.untied:
+        lines.append(f"not tied any more, as the adapter changed one of them: {', '.join(sorted(plan.untied))}")
+    if plan.dropped:
+        lines.append(f"left out, as the task has no use for them: {len(plan.dropped)} tensors ({plan.dropped[0]}, ...)")
+    return lines
+
+
+def _verified(found: Agreement, probes: Probes, subject: Subject) -> str:
+    said = [f"logits within {found.apart:.0e}"]
+    if not TASKS[subject.task].classes:
+        said += [f"KL {found.kl:.1e} nats", f"{found.top1:.1%} of the most likely tokens equal"]
+    if found.retained is not None:
+        said.append(f"{found.retained:.1%} of the adapter's effect retained")
+    return (
+        "verified: read back, every weight is PEFT's merge, rounded once; "
+        f"against base and adapter on {probes.described}: {', '.join(said)}"
+    )
+
+
+def _card(subject: Subject, options: Options) -> str:
+    name, what = Path(subject.base).name, "taken out again" if options.unmerge else "folded in"
+    lines = ["---", f"base_model: {name}", "---", f"# {name} with an adapter {what}", ""]
+    return "\n".join([*lines, f"A {subject.config.peft_type.value} adapter {what}, task {subject.task}.", ""])

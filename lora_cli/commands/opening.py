@@ -87,13 +87,13 @@ def open_run_inputs(
     config = base.load_config(source)
     _refuse_other_task(config, recipe)
     already = prequantized.recognise(config)
-    if source.packed is not None:
+    if source.packed:
         already = prequantized.Prequantized("gguf", None)
     if already is not None:
         prequantized.check(already, recipe.adapter, recipe.quantization, path=model.path)
     _refuse_unknown_attention(model.attention)
     tokenizer = base.load_tokenizer(source, model.new_tokens)
-    _refuse_longer_than_model(config, tokenizer, data)
+    _refuse_longer_than_model(config, data, virtual=recipe.adapter.virtual_tokens or 0)
     prepared = prepare(
         data,
         tokenizer,
@@ -104,6 +104,8 @@ def open_run_inputs(
         own_labels=base.own_labels(config, task),
         train_key=train_key,
     )
+    if task == "seq-cls" and config.is_encoder_decoder:
+        _refuse_mixed_pairs(prepared, config)
     if data.chat_template is not None:
         # What is saved beside the adapter must prompt it as it was trained.
         template = resolve(data.chat_template, tokenizer)
@@ -123,15 +125,31 @@ def _refuse_other_task(config: PretrainedConfig, recipe: Recipe) -> None:
     )
 
 
-def _refuse_longer_than_model(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, data: DataSpec) -> None:
+def _refuse_longer_than_model(config: PretrainedConfig, data: DataSpec, *, virtual: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.model_type in OFFSET_POSITIONS:
         limit -= config.pad_token_id + 1
-    if limit is not None and data.max_length > limit:
+    if limit is not None and data.max_length + virtual > limit:
+        before = f" and {virtual} virtual ones before them" if virtual else ""
         raise LoraError(
-            f"data.max_length: {data.max_length:,} tokens, but the model has positions for {limit:,}",
-            hint=f"at most {limit}",
+            f"data.max_length: {data.max_length:,} tokens{before}, but the model has positions for {limit:,}",
+            hint=f"at most {limit - virtual}",
         )
+
+
+def _refuse_mixed_pairs(data: Prepared, config: PretrainedConfig) -> None:
+    """Such a model reads the class at the last end token, and wants as many of them in each row of a batch."""
+    counts: dict[int, str] = {}
+    for rows in (data.train, data.eval):
+        for row in rows or ():
+            counts.setdefault(int((row.input_ids == config.eos_token_id).sum()), row.where)
+            if len(counts) > 1:
+                first, second = counts.values()
+                raise LoraError(
+                    f"{first} and {second}: one of them has a text_pair, and a {config.model_type} model cannot read "
+                    "both in one batch",
+                    hint="give all rows a text_pair, or none",
+                )
 
 
 def _refuse_unknown_attention(name: str) -> None:

@@ -17,7 +17,7 @@ from lora_cli.data import labels
 from lora_cli.data.batches import Batch, Plan
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure, shown
-from lora_cli.model import adalora, base, saving
+from lora_cli.model import adalora, base, origin, saving
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
@@ -26,7 +26,7 @@ from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.training import checkpoint, host, launch
 from lora_cli.training.disk import full_disk_is_os_error
 from lora_cli.training.interrupt import StopWish, stop_after_step
-from lora_cli.training.loop import Step, fit
+from lora_cli.training.loop import Step, fit, start_alike
 from lora_cli.training.optim import make_optimizer
 
 
@@ -86,6 +86,7 @@ class Training:
     def _train(self, opening: Opening, plan: Plan, total: int) -> int:
         """Build, take the steps, prove; returns the exit code."""
         built = build(self.recipe, opening, plan, total=total, say=self.say)
+        start_alike(built.model, self.accelerator)
         ratio = self.recipe.adapter.lr_ratio
         optimizer = make_optimizer(built.model, self.spec, name=built.optimizer, lr_ratio=ratio)
         self.upkeep = adalora.upkeep(built.model)
@@ -234,6 +235,7 @@ class Training:
         spec = self.recipe.model
         saving.save(model, folder, base=spec.path, revision=spec.revision)
         opening.tokenizer.save_pretrained(str(folder))
+        origin.write(_origin(self.recipe, opening, model), folder)
         if opening.data.labels is not None:
             labels.write(opening.data.labels, folder)
 
@@ -285,6 +287,17 @@ class Training:
         return Scorer(model, task=self.recipe.task).logits(batch).double()
 
 
+def _origin(recipe: Recipe, opening: Opening, model: PeftModel) -> origin.Origin:
+    spec = recipe.quantization
+    return origin.Origin(
+        commit=base.commit(opening.source),
+        fingerprint=base.fingerprint(opening.source),
+        architecture=type(model.get_base_model()).__name__,
+        dtype=str(opening.dtype).removeprefix("torch."),
+        quantization=spec.model_dump(mode="json") if spec else None,
+    )
+
+
 def _manifest(recipe: Recipe, opening: Opening, built: Built, total: int) -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "lora-cli")
     return {
@@ -292,9 +305,7 @@ def _manifest(recipe: Recipe, opening: Opening, built: Built, total: int) -> dic
         "base": {
             "path": recipe.model.path,
             "revision": recipe.model.revision,
-            "commit": base.commit(opening.source),
-            "fingerprint": base.fingerprint(opening.source),
-            "dtype": str(opening.dtype).removeprefix("torch."),
+            **_origin(recipe, opening, built.model)._asdict(),
         },
         "device": opening.device.type,
         "seed": recipe.training.seed,

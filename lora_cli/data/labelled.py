@@ -5,6 +5,7 @@ Tokens are what the tokenizer makes of a plain text, special tokens included, as
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -138,6 +139,9 @@ class LabelledEncoder:
         several = isinstance(label, list)
         given = label if isinstance(label, list) else [label]
         names = tuple(spelling(each) for each in given)
+        if len(set(names)) < len(names):
+            twice = next(name for index, name in enumerate(names) if name in names[:index])
+            raise BadRow("a label twice", f"has {twice} twice: list those that apply, each once", field="label")
         return Labelled(ids, 1, spelled=names, several=several, numbered=all(map(_is_whole, given)), second=second)
 
 
@@ -174,7 +178,9 @@ def spelling(label: Label) -> str:
 
 
 def _is_whole(label: Label) -> bool:
-    return (isinstance(label, int) and not isinstance(label, bool)) or (isinstance(label, str) and label.isdecimal())
+    if isinstance(label, str):
+        return label.isdecimal() and str(int(label)) == label  # 01 is a name
+    return isinstance(label, int) and not isinstance(label, bool)
 
 
 def _is_measure(label: Label | list[Label]) -> bool:
@@ -186,6 +192,9 @@ def _number(label: Label) -> float:
     try:
         if isinstance(label, bool):
             raise ValueError
-        return float(label)
+        value = float(label)
+        if not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
         raise BadRow("no number", f"is {label!r}, where a regression has numbers", field="label") from None

@@ -137,6 +137,12 @@ def settle(
     """
     sources = [*train, *evaluation]
     kinds = {found.kind for found in sources}
+    if kinds == {"regression"} and not isinstance(wanted, str):
+        raise LoraError(
+            f"data.labels: {len(wanted)} labels are listed, but the rows have measured numbers such as 1.0",
+            hint="write the labels as names or whole numbers, several as a list of those that apply; "
+            "or data: {labels: regression}",
+        )
     if wanted == "regression" or kinds == {"regression"}:
         if kinds != {"regression"}:
             raise LoraError("data.labels: regression, but some rows have labels that are no numbers", hint="write auto")
@@ -161,7 +167,8 @@ def settle(
     ):
         raise LoraError(
             f"data: labels such as {sorted(there)[0]} look like measured numbers, not like names or numbers of classes",
-            hint="write data: {labels: regression}, or labels that count from 0",
+            hint="give labels that are names or count from 0; measured numbers are for task: seq-cls with "
+            "data: {labels: regression}",
         )
     if isinstance(wanted, str):
         if base and there <= ({*base} if not numbered else {str(i) for i in range(len(base))}):

@@ -83,7 +83,7 @@ def _is_multi(outcome: Outcome) -> bool:
 
 
 def _is_one_value(outcome: Outcome) -> bool:
-    return outcome.kind == "regression" and outcome.wanted.shape[1] == 1
+    return outcome.kind == "regression" and outcome.wanted.shape[1] == 1 and len(outcome.wanted) > 1
 
 
 def _has_entities(outcome: Outcome) -> bool:

@@ -1,44 +1,178 @@
-"""Fold every adapted layer's update into its base weight, in fp32, and measure what rounding leaves of it."""
+"""Write a base with an adapter folded in, tensor by tensor: W + ΔW in fp32, rounded to what is written, and measured.
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+Whatever the size of the model, what is in memory is the adapter and, for each thread, one block of one tensor where the
+update is of low rank; one whole tensor where PEFT has to compute it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
+
+from lora_cli.merging.changes import Layer, LowRank, by_peft
+from lora_cli.merging.shards import Files, Stored, as_bytes
+from lora_cli.model.hollow import drain, fill
+
+BLOCK = 1 << 19  # weights at once: few enough that their fp32 copies stay in the caches
+COPIED = 8 << 20  # bytes at once
+THREADS = 4  # more wait for the disk
 
 
 class Folded(NamedTuple):
-    """One weight that an adapter changed."""
+    """One parameter that an adapter changed."""
 
-    name: str  # of the layer, in the base
-    survived: float  # share of the update that is left after rounding to the dtype that is written: 1 is all
+    name: str
+    survived: float  # share of the update that is left after rounding to the dtype that is written: 1 is all of it
+
+
+class Survival:
+    """⟨W'-W, ΔW⟩/⟨ΔW, ΔW⟩, summed up block by block; W' is rounded to the dtype that is written, and so is W."""
+
+    def __init__(self, whole: float) -> None:
+        """`whole` is ⟨ΔW, ΔW⟩."""
+        self._kept, self._whole = 0.0, whole
+
+    def add(self, kept: Tensor, delta: Tensor) -> None:
+        """W'-W and ΔW of some weights, fp32 and contiguous."""
+        self._kept += float(torch.dot(kept.view(-1), delta.view(-1)))
+
+    def share(self, name: str) -> Iterator[Folded]:
+        """What came of the parameter `name`; nothing if it was not changed.
+
+        Raises:
+            ValueError: a weight or its update is not finite.
+        """
+        if not math.isfinite(self._kept) or not math.isfinite(self._whole):
+            raise ValueError(f"{name}: the merged weight is not finite")
+        if self._whole:
+            yield Folded(name, self._kept / self._whole)
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute on one core each: whole tensors side by side go further than single products split up."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(min(THREADS, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(threads)
+
+
+def run(jobs: list[Callable[[], list[Folded]]]) -> Iterator[Folded]:
+    """Do `jobs` on several threads; what they changed, as it is done."""
+    with workers() as pool:
+        for done in as_completed([pool.submit(job) for job in jobs]):
+            yield from done.result()
+
+
+class Pair(NamedTuple):
+    """Files to read from and to write to."""
+
+    base: Files
+    out: Files
+
+    def copy(self, source: Stored, target: Stored) -> list[Folded]:
+        """A tensor as it is, or cast where the dtypes differ."""
+        if source.dtype == target.dtype:
+            buffer = memoryview(bytearray(min(COPIED, source.size)))
+            for at in range(0, source.size, COPIED):
+                part = buffer[: min(COPIED, source.size - at)]
+                self.base.read(source.file, part, source.begin + at)
+                self.out.write(target.file, part, target.begin + at)
+            return []
+        count = math.prod(source.shape)
+        for at in range(0, count, BLOCK):
+            block = torch.empty(min(BLOCK, count - at), dtype=source.dtype)
+            self.base.read(source.file, as_bytes(block), source.begin + at * source.dtype.itemsize)
+            self.out.write(target.file, as_bytes(block.to(target.dtype)), target.begin + at * target.dtype.itemsize)
+        return []
+
+    def read(self, source: Stored) -> Tensor:
+        """A whole tensor, in the dtype that it is stored in."""
+        value = torch.empty(source.shape, dtype=source.dtype)
+        self.base.read(source.file, as_bytes(value), source.begin)
+        return value
+
+    def write(self, value: Tensor, target: Stored) -> None:
+        """A whole tensor, cast to the dtype that its place has."""
+        self.out.write(target.file, as_bytes(value.to(target.dtype).contiguous()), target.begin)
+
+    @torch.no_grad()
+    def fold_low_rank(self, name: str, low: LowRank, source: Stored, target: Stored, *, sign: int = 1) -> list[Folded]:
+        """W + left @ right in blocks of rows; the update is taken away again where `sign` is -1."""
+        rows, columns = source.shape
+        at_once = max(1, min(rows, BLOCK // columns))
+        raw = torch.empty(at_once, columns, dtype=source.dtype)
+        before, delta, after = (torch.empty(at_once, columns) for _ in range(3))
+        rounded = torch.empty(at_once, columns, dtype=target.dtype)
+        left, right = low.left.double(), low.right.double()
+        # ⟨LR, LR⟩ is the sum of (LᵀL)∘(RRᵀ): no product of the full size.
+        survival = Survival(float(((left.T @ left) * (right @ right.T)).sum()))
+        signed = low.left if sign > 0 else -low.left
+        for start in range(0, rows, at_once):
+            part = slice(0, min(at_once, rows - start))
+            self.base.read(source.file, as_bytes(raw[part]), source.begin + start * columns * source.dtype.itemsize)
+            before[part].copy_(raw[part])
+            torch.mm(signed[start : start + at_once], low.right, out=delta[part])
+            torch.add(before[part], delta[part], out=after[part])
+            rounded[part].copy_(after[part])
+            self.out.write(target.file, as_bytes(rounded[part]), target.begin + start * columns * target.dtype.itemsize)
+            # Of what was written, and not of what was meant to be: an update that is lost on the way shows as lost.
+            after[part].copy_(rounded[part])
+            if source.dtype != target.dtype:
+                before[part].copy_(raw[part].to(target.dtype))
+            survival.add(after[part].sub_(before[part]), delta[part])
+        return list(survival.share(name))
 
 
 @torch.no_grad()
-def fold(model: PeftModel, dtype: torch.dtype) -> Iterator[Folded]:
-    """Merge layer by layer, by PEFT's own arithmetic of each method; the model must be in fp32, and stays so.
+def fold_whole(
+    layer: Layer,
+    *,
+    read: Callable[[str], Tensor],
+    write: Callable[[str, Tensor], None],
+    dtype_of: Callable[[str], torch.dtype],
+) -> list[Folded]:
+    """A layer's parameters in fp32, merged by PEFT.
 
-    The share is ⟨W'-W, ΔW⟩/⟨ΔW, ΔW⟩, with W' the merged weight rounded to `dtype` and W the base's, rounded likewise.
-
-    Raises:
-        ValueError: a merged weight that is not finite.
+    Args:
+        layer: with its parameters empty, but for those that the adapter brings.
+        read: gives a parameter of the base by its name, fp32.
+        write: takes one.
+        dtype_of: what it is rounded to there.
     """
-    for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, BaseTunerLayer) or name.endswith(".base_layer"):
-            continue
-        before = {key: weight.clone() for key, weight in _weights(layer)}
-        layer.merge(safe_merge=True)
-        for key, merged in _weights(layer):
-            delta = merged - before[key]
-            size = float(delta.double().square().sum())
-            if size:
-                kept = merged.to(dtype).double() - before[key].to(dtype).double()
-                yield Folded(f"{name}.{key}", float((kept * delta.double()).sum()) / size)
+    before = {key: read(layer.full(key)) for key in layer.keys if key not in layer.brought}
+    fill(layer.module, {key: value.clone() for key, value in before.items()})
+    by_peft(layer)
+    found: list[Folded] = []
+    for key in layer.keys:
+        after = layer.module.get_parameter(key).data
+        write(layer.full(key), after)
+        base = before[key] if key in before else read(layer.full(key))
+        found += measure(layer.full(key), base, after, dtype_of(layer.full(key)))
+    drain(layer.module, list(before))
+    return found
 
 
-def _weights(layer: Any) -> list[tuple[str, Tensor]]:
-    """The floating weights of the base layer, biases and all."""
-    base: nn.Module = layer.get_base_layer()
-    return [(name, p.data) for name, p in base.named_parameters() if p.is_floating_point() and "lora_" not in name]
+@torch.no_grad()
+def measure(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> list[Folded]:
+    """How much of the way from `before` to `after`, both fp32, is left when both are rounded to `dtype`."""
+    survival = Survival(float((after.double() - before).square().sum()))
+    for old, new in zip(before.reshape(-1).split(BLOCK), after.reshape(-1).split(BLOCK), strict=True):
+        survival.add(new.to(dtype).float() - old.to(dtype).float(), new - old)
+    return list(survival.share(name))
+
+
+@torch.no_grad()
+def grow(weight: Tensor, rows: int) -> Tensor:
+    """`weight` with new rows, each the mean of the others: as training began with them."""
+    mean = weight.mean(dim=0, keepdim=True)
+    return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])

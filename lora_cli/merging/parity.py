@@ -1,19 +1,29 @@
 """Compare two models by what they say to the same probes."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_cli.data.batches import Batch
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.tasks import TaskName
 
-LENGTHS = (5, 17, 40)  # tokens of each probe
+LENGTHS = (5, 17, 40)  # tokens of each random probe
 
 
-def probes(
+class Agreement(NamedTuple):
+    """How near one model is to another, over all positions of the probes."""
+
+    positions: int
+    apart: float  # largest difference of a logit, relative to the largest logit
+    kl: float  # nats a position, of the model's distribution from the other's; 0 of models without one
+    top1: float  # share of positions with the same most likely output
+    retained: float | None  # share of the adapter's effect on the logits that is there; None where the base is unknown
+
+
+def random_probes(
     task: TaskName,
     *,
     vocabulary: int,
@@ -58,17 +68,57 @@ def probes(
 
 
 @torch.no_grad()
-def logits(model: Any, batches: list[Batch], task: TaskName) -> Tensor:
-    """All logits of the probes in fp64, end to end."""
+def logits(model: Any, batches: Sequence[Batch], task: TaskName) -> Tensor:
+    """Logits of all probes, [positions, outputs] in fp32."""
     training = model.training
     model.eval()
     scorer = Scorer(model, task=task)
-    found = torch.cat([scorer.logits(batch).double().flatten() for batch in batches])
+    found = torch.cat([scorer.logits(batch).float() for batch in batches])
     model.train(training)
     return found
+
+
+def agreement(found: Tensor, expected: Tensor, base: Tensor | None) -> Agreement:
+    """How near `found` is to `expected`; the adapter's effect is what `expected` has over `base`.
+
+    Retained is ⟨found - base, expected - base⟩/⟨expected - base, expected - base⟩.
+    """
+    kl, top1 = 0.0, 1.0
+    if expected.shape[1] > 1:
+        wanted, got = expected.double().log_softmax(dim=1), found.double().log_softmax(dim=1)
+        kl = float((wanted.exp() * (wanted - got)).sum(dim=1).mean())
+        top1 = float((wanted.argmax(dim=1) == got.argmax(dim=1)).double().mean())
+    retained = None
+    if base is not None:
+        effect = (expected - base).double()
+        size = float(effect.square().sum())
+        retained = float(((found - base).double() * effect).sum()) / size if size else 1.0
+    return Agreement(len(expected), distance(found, expected), max(kl, 0.0), top1, retained)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest logit; infinite where one is not finite."""
     apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     return apart if apart == apart else float("inf")
+
+
+class Strayed(NamedTuple):
+    """A parameter that is not what it should be."""
+
+    name: str
+    apart: float  # largest difference, in units of the rounding that is allowed
+
+
+@torch.no_grad()
+def strayed(written: nn.Module, expected: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> Iterator[Strayed]:
+    """Parameters of a model loaded back that are not those `expected`, both fp32, rounded once to their `dtypes`.
+
+    Half a unit in the last place is allowed, and 1e-5 of the largest weight for the order of sums.
+    """
+    for name, parameter in written.named_parameters():
+        wanted = expected[name]
+        rounding = torch.finfo(dtypes.get(name, torch.float32)).eps / 2
+        allowed = wanted.abs() * (rounding * 1.01) + float(wanted.abs().max()) * 1e-5 + 1e-30
+        worst = float(((parameter - wanted).abs() / allowed).max())
+        if not worst <= 1:
+            yield Strayed(name, worst)

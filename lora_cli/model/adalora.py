@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftModel
+from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor
 
 NAME = "default"  # PEFT's name for the one adapter
@@ -54,9 +55,34 @@ class Upkeep:
             self._config.rank_pattern = {name: kept.tolist() for name, kept in parts["kept"].items()}
 
     def finish(self) -> None:
-        """Leave the components that are masked out of the layers, as they are left out of what is saved."""
-        if self._config.rank_pattern:
-            self._model.base_model.resize_modules_by_rank_pattern(self._config.rank_pattern, NAME)
+        """Leave the components that are masked out of the layers, as they are left out of what is saved.
+
+        PEFT makes the smaller tensors in the dtype of the base, which would round what was trained in fp32.
+        """
+        if not self._config.rank_pattern:
+            return
+        base: Any = self._model.base_model
+        kept: dict[Any, list[Tensor]] = {}
+        for name, components in self._config.rank_pattern.items():
+            layer = base.model.get_submodule(name.partition(".lora_E")[0])
+            chosen = torch.as_tensor(components, dtype=torch.bool).flatten()
+            a, b, e = (part[NAME].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E))
+            kept[layer] = [a[chosen], b[:, chosen], e[chosen]]
+        base.resize_modules_by_rank_pattern(self._config.rank_pattern, NAME)
+        for layer, tensors in kept.items():
+            for part, tensor in zip((layer.lora_A, layer.lora_B, layer.lora_E), tensors, strict=True):
+                part[NAME].data = tensor
+
+
+def as_written(model: PeftModel, tensors: dict[str, Tensor], *, name: str = NAME) -> None:
+    """Give a loaded AdaLoRA adapter the tensors of its file: PEFT rounds them to the base's dtype as it loads them."""
+    if not isinstance(model.peft_config[name], AdaLoraConfig):
+        return
+    for path, layer in model.named_modules():
+        if isinstance(layer, AdaLoraLayer) and name in layer.lora_A:
+            for kind in ("lora_A", "lora_B", "lora_E"):
+                held = getattr(layer, kind)[name]
+                held.data = tensors[f"{path}.{kind}"].to(held.device)
 
 
 def upkeep(model: PeftModel) -> Upkeep | None:

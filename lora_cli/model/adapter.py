@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,11 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.tuners.boft.layer import get_fbd_cuda
 from peft.tuners.lora.config import EvaConfig
+from peft.tuners.oft import OFTLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,6 +39,9 @@ from lora_cli.model.targets import Targets
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.methods import FACTS, MethodName
 from lora_cli.recipe.schema import AdapterSpec
+
+FEWEST_STEPS = 3  # of AdaLoRA: one to score components by, one to drop some, one to train the others
+OTHERWISE = "choose other adapter.target_modules or another adapter.method"
 
 
 class Method(NamedTuple):
@@ -92,14 +99,19 @@ def _adalora(spec: AdapterSpec, reach: Targets, setting: Setting) -> AdaLoraConf
     options = _lora_options(spec, reach, setting)
     for absent in ("r", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters"):
         del options[absent]
-    # A tenth of the steps at full rank, a third at the final one: about what the paper's runs do (appendix C).
+    if 0 < setting.total_steps < FEWEST_STEPS:
+        raise LoraError(
+            f"adapter.method: adalora drops ranks step by step, and this run has {setting.total_steps}",
+            hint=f"raise training.max_steps or epochs to {FEWEST_STEPS} steps or more, or write another method",
+        )
+    # A tenth of the steps at full rank, and half of them at the final one, as in about the paper's runs on GLUE.
     steps = setting.total_steps
     return AdaLoraConfig(
         **options,
         init_r=spec.rank,
         target_r=spec.final_rank,
         tinit=steps // 10,
-        tfinal=steps // 3,
+        tfinal=steps // 2,
         deltaT=max(1, steps // 100),
         total_step=max(1, steps),
     )
@@ -136,6 +148,11 @@ def _oft(spec: AdapterSpec, reach: Targets, setting: Setting) -> OFTConfig:
 
 
 def _boft(spec: AdapterSpec, reach: Targets, setting: Setting) -> BOFTConfig:
+    if spec.butterflies and spec.butterflies > 1 and get_fbd_cuda() is None:
+        raise LoraError(
+            "adapter.butterflies: PEFT's extension for more than one does not load here: it needs a GPU and a compiler",
+            hint="write butterflies: 1, which PEFT would silently take",
+        )
     return BOFTConfig(
         **_reach(spec, reach, setting),
         boft_block_size=spec.rotation_size,
@@ -168,7 +185,7 @@ def _p_tuning(spec: AdapterSpec, _: Targets, setting: Setting) -> PromptEncoderC
 METHODS: dict[MethodName, Method] = {
     "lora": Method(_lora),
     "rslora": Method(_rslora),
-    "dora": Method(_dora),
+    "dora": Method(_dora, extend=initialise.dora),
     "lora+": Method(_lora),  # its learning rates are the optimizer's
     "scaled": Method(_lora, extend=initialise.scaled),
     "pissa": Method(_lora, start=initialise.pissa),
@@ -207,8 +224,11 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
         reach = targets.resolve(model, spec, heads=heads)
     tokens = _token_ids(spec.trainable_tokens or (), setting)
     reach = reach._replace(tokens=targets.token_rows(model, tokens, whole=heads))
-    config = method.config(spec, reach, setting)
     _refuse_untrainable(model, heads)
+    _refuse_unknown_to_peft(model, spec, setting)
+    config = method.config(spec, reach, setting)
+    if config.is_prompt_learning:
+        _tell_sizes(config, model)
     if isinstance(config, LoraConfig):
         gguf.teach(config)
     if method.before and setting.plan is not None:
@@ -218,14 +238,17 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
         # fp32 master weights: AdamW's small updates would be rounded away in bf16.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError) as reason:
-        first = (str(reason).splitlines() or [type(reason).__name__])[0]
-        hint = "choose other adapter.target_modules or another adapter.method"
+        first = _in_one_line(str(reason)) or type(reason).__name__
+        hint = OTHERWISE
         if "lora_dropout" in first:  # experts whose weights are one parameter
             hint = "set adapter.dropout: 0, or choose other adapter.target_modules"
         elif "Mamba" in first:  # its kernels multiply with the bare weights, past any adapter
             hint = "leave it out: adapter.exclude_modules: [out_proj, conv1d]"
         raise LoraError(f"adapter: PEFT refuses it: {first}", hint=hint) from reason
     targets.check_patterns(spec, adapted_layers(adapted))
+    _refuse_changed_sizes(adapted, spec)
+    if spec.method in ("pissa", "olora", "corda", "loftq", "eva"):
+        _refuse_large_ranks(adapted, spec)
     if method.extend:
         method.extend(adapted)
     if method.start and setting.plan is not None:
@@ -237,6 +260,69 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
     # A divisor that PEFT's cast to fp32 makes trainable, and that is not saved: set by the rank, it stays what it is.
     _freeze(adapted, ".ranknum.")
     return adapted
+
+
+def _refuse_unknown_to_peft(model: PreTrainedModel, spec: AdapterSpec, setting: Setting) -> None:
+    """What PEFT would only find when it is too late, or say in words that no recipe has."""
+    kind = model.config.model_type
+    known = kind in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    if spec.method == "ia3" and spec.target_modules is None and not known:
+        raise LoraError(
+            f"adapter.target_modules: for ia3 PEFT has no default on {kind}",
+            hint=f"list them, and the MLP's last ones in feedforward_modules too; {targets.listed(model)}",
+        )
+    parts = (model, model.base_model)
+    if spec.method == "prefix" and not any("past_key_values" in signature(p.forward).parameters for p in parts):
+        raise LoraError(
+            f"adapter.method: a {kind} model takes no keys and values from before, which prefix is",
+            hint="write method: prompt or lora",
+        )
+    virtual = "virtual_tokens" in FACTS[spec.method].options
+    if virtual and model.config.is_encoder_decoder and TASKS[setting.task].classes:
+        raise LoraError(
+            f"adapter.method: a {kind} model that classifies takes no virtual tokens, which {spec.method} is",
+            hint="write method: lora",
+        )
+
+
+def _tell_sizes(config: PeftConfig, model: PreTrainedModel) -> None:
+    """The sizes of models whose configuration has them under names that PEFT does not look for."""
+    if not {"hidden_size", "n_embd", "d_model"} & model.config.to_dict().keys():
+        config.token_dim = model.config.hidden_size
+        config.num_layers = model.config.num_hidden_layers
+        config.num_attention_heads = model.config.num_attention_heads
+
+
+def _in_one_line(text: str) -> str:
+    """What PEFT says of a layer that it prints whole, without the print."""
+    lines = text.splitlines()
+    if len(lines) > 1 and lines[0].endswith("("):
+        return f"{lines[0].removesuffix('(')} is not supported"
+    return lines[0] if lines else ""
+
+
+def _refuse_changed_sizes(model: PeftModel, spec: AdapterSpec) -> None:
+    """PEFT takes the next block that fits, and keeps what was written in the adapter's configuration."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, OFTLayer) and module.in_features % (spec.rotation_size or 1):
+            raise LoraError(
+                f"adapter.rotation_size: {spec.rotation_size} does not divide the {module.in_features} inputs of "
+                f"{name}",
+                hint="write a divisor of all layers' inputs, such as 32",
+            )
+
+
+def _refuse_large_ranks(model: PeftModel, spec: AdapterSpec) -> None:
+    """A start from a layer's components needs as many of them as the rank; EVA looks for more, to choose from."""
+    looked_for = EvaConfig().rho if spec.method == "eva" else 1
+    for name, layer in initialise.lora_layers(model):
+        most = min(layer.out_features, int(layer.in_features / looked_for))
+        rank = layer.r[initialise.NAME]
+        if rank > most:
+            raise LoraError(
+                f"adapter.rank: {rank} is more than {name} has components for",
+                hint=f"at most {most}, or leave such layers out of adapter.target_modules",
+            )
 
 
 def refuse_bypassed(model: PeftModel, loss: Callable[[], Tensor]) -> None:
@@ -270,7 +356,7 @@ def _freeze(model: PeftModel, *parts: str) -> None:
 def _refuse_untrainable(model: PreTrainedModel, modules: Sequence[str]) -> None:
     for name in modules:
         for parameter in model.get_submodule(name).parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or hasattr(parameter, "quant_state"):  # codes may be stored as floats
                 raise LoraError(
                     f"adapter.modules_to_save: {name} is quantised, and such weights take no gradient",
                     hint="adapt it in target_modules instead",

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.labels import Labels
 from lora_cli.errors import LoraError
-from lora_cli.model import gguf
+from lora_cli.model import gguf, prequantized
 from lora_cli.model.quantize import guard_cpu, is_quantized, library_config, prepare
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
@@ -33,7 +33,8 @@ class Source(NamedTuple):
 
     where: str  # folder or hub id; of a packed GGUF, the folder of its config and tokenizer
     options: dict[str, object]  # revision and trust_remote_code
-    packed: Path | None = None  # the GGUF file whose weights stay packed
+    file: Path | None = None  # the GGUF file that the weights come from
+    packed: bool = False  # they stay packed in it
 
 
 class Loaded(NamedTuple):
@@ -91,7 +92,7 @@ def locate(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, say: Sa
         gguf.check(path)
         packed = gguf.choose(spec.gguf, path, device=device, say=say)
         folder = gguf.unpack(path, dtype=dtype, cache=cache_folder(), say=say, weights=weights and not packed)
-        return Source(str(folder), options, path if packed else None)
+        return Source(str(folder), options, path, packed)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = "model.path takes a folder that save_pretrained wrote, a .gguf file or a hub id"
@@ -196,13 +197,15 @@ def load_base(
         arguments["attn_implementation"] = attention
     if quantization is not None:
         arguments["quantization_config"] = library_config(quantization)
-        arguments["device_map"] = {"": device}
+    if quantization is not None or prequantized.recognise(load_config(source)) is not None:
+        arguments["device_map"] = {"": device}  # packed weights do not move afterwards; some would stay on the CPU
     if labels is not None:
         arguments |= _head_options(labels)
     where = source.where
-    if source.packed is not None:
-        where = str(source.packed.parent)
-        arguments |= {"gguf_file": source.packed.name, "quantization_config": GgufConfig(), "device_map": {"": device}}
+    if source.packed:
+        assert source.file is not None
+        where = str(source.file.parent)
+        arguments |= {"gguf_file": source.file.name, "quantization_config": GgufConfig(), "device_map": {"": device}}
     torch.manual_seed(seed)
     with _library_errors(source):
         model: PreTrainedModel
@@ -306,15 +309,15 @@ def skeleton(
 
 
 def fingerprint(source: Source) -> str:
-    """Identity of the base's weights: a hash over each weight file's name, size, head and tail.
+    """Identity of the base's weights: a hash over each weight file's size, head and tail.
 
     A hub model is read from the local cache. Reading a few megabytes tells models apart; hashing all of a large one
     would cost minutes at every start.
     """
     digest = hashlib.sha256()
-    for file in [source.packed] if source.packed else weight_files(source):
+    for file in [source.file] if source.file else weight_files(source):
         size = file.stat().st_size
-        digest.update(f"{file.name}|{size}|".encode())
+        digest.update(f"{size}|".encode())
         with file.open("rb") as stream:
             digest.update(stream.read(1 << 20))
             stream.seek(max(0, size - (1 << 20)))
@@ -324,13 +327,27 @@ def fingerprint(source: Source) -> str:
 
 def weight_files(source: Source) -> list[Path]:
     """The files that the model's weights are in; of a hub model, those in the local cache."""
-    folder = Path(source.where)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        revision = str(source.options.get("revision", "main"))
-        folder = Path(snapshot_download(source.where, revision=revision, local_files_only=True))
+    folder = local_folder(source, fetch=False)
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+
+
+def local_folder(source: Source, *, fetch: bool) -> Path:
+    """The folder that holds the model's files; a hub model's is in the cache, which `fetch` completes.
+
+    Raises:
+        LoraError: it is not to be had.
+    """
+    folder = Path(source.where)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    revision = str(source.options.get("revision", "main"))
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"] if fetch else None
+    with _library_errors(source):
+        return Path(
+            snapshot_download(source.where, revision=revision, local_files_only=not fetch, allow_patterns=wanted)
+        )
 
 
 class _library_errors:  # a function to its users: `with _library_errors(source):`

@@ -80,6 +80,8 @@ def hold_in_fp32(model: nn.Module) -> None:
 
 def _cast_lora(layer: LoraLayer) -> None:
     dtype = compute_dtype(layer.get_base_layer())
+    if layer.lora_variant:  # DoRA: PEFT takes its row norms in the dtype of A and B, and bf16 has too few digits
+        return
     if dtype in (None, torch.float32, torch.float64):
         return
     for part in (*layer.lora_A.values(), *layer.lora_B.values()):

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -69,7 +70,20 @@ def corda_statistics(model: PreTrainedModel, config: LoraConfig, setting: Settin
         for batch in batches:
             scorer(batch)
 
-    preprocess_corda(model, asked, run_model=run)
+    try:
+        preprocess_corda(model, asked, run_model=run)
+    except ValueError as reason:
+        if "rank mismatch" not in str(reason):
+            raise
+        raise LoraError(
+            f"adapter.rank: {config.r} is more than a layer has components for ({str(reason).partition(',')[0]})",
+            hint="lower it, or leave such layers out of adapter.target_modules",
+        ) from reason
+    except IndexError as reason:
+        raise LoraError(
+            "adapter.method: corda needs layers that see every token, and one of them sees one vector a row: a pooler",
+            hint="leave it out: adapter.exclude_modules: [pooler.dense]",
+        ) from reason
     model.train(training)
 
 
@@ -99,6 +113,7 @@ def eva(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
             hint="lower adapter.rank, or raise training.tokens_per_batch or batch_size",
         )
     scorer = Scorer(model, task=setting.task)
+    _refuse_few_vectors(model, scorer, batches[0], least=wanted)
     base, training = model.get_base_model(), model.get_base_model().training
     initialize_lora_eva_weights(
         model,
@@ -110,6 +125,31 @@ def eva(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
         show_progress_bar=False,
     )
     base.train(training)
+
+
+@torch.no_grad()
+def _refuse_few_vectors(model: PeftModel, scorer: Scorer, batch: Batch, *, least: int) -> None:
+    """PEFT goes on over the rows until each layer has seen `least` vectors in one batch: for some layers, for ever."""
+    seen: dict[str, int] = {}
+
+    def counter(name: str) -> Any:
+        def count(_: nn.Module, given: tuple[Any, ...]) -> None:
+            seen[name] = given[0].numel() // given[0].shape[-1]
+
+        return count
+
+    hooks = [layer.register_forward_pre_hook(counter(name)) for name, layer in lora_layers(model)]
+    scorer(batch)
+    for hook in hooks:
+        hook.remove()
+    few = {name: count for name, count in seen.items() if count < least}
+    if few:
+        name, count = next(iter(few.items()))
+        raise LoraError(
+            f"adapter.method: eva needs {least} vectors of a batch, twice the rank, and {name} sees {count}",
+            hint=f"leave it out: adapter.exclude_modules: [{'.'.join(name.split('.')[-2:])}], or raise "
+            "training.batch_size",
+        )
 
 
 class _Feed:
@@ -126,7 +166,7 @@ class _Feed:
 
 def _real_tokens(given: Any, real: Tensor, name: str) -> Tensor:
     inputs: Tensor = given[0] if isinstance(given, tuple) else given
-    flat = inputs.flatten(0, -2).float()
+    flat = inputs.flatten(0, -2).float().contiguous()  # a pooler's input is a slice
     return flat[real.to(flat.device)] if len(flat) == len(real) else flat
 
 
@@ -188,16 +228,7 @@ def _factors(u: Tensor, s: Tensor, vh: Tensor, rank: int, scale: float) -> tuple
 
 
 def _start_from(layer: Any, a: Tensor, b: Tensor) -> None:
-    """Let `layer` train A and B from `a` and `b` on, and compute BA - ba.
-
-    Raises:
-        LoraError: the layer is too narrow for its rank.
-    """
-    if len(a) < layer.r[NAME]:
-        raise LoraError(
-            f"adapter.rank: {layer.r[NAME]} is more than a layer of {layer.out_features:,} x {layer.in_features:,} has",
-            hint=f"at most {len(a)}, or leave such layers out of adapter.target_modules",
-        )
+    """Let `layer` train A and B from `a` and `b` on, and compute BA - ba."""
     for part, value, constant, dim in ((layer.lora_A[NAME], a, a, 0), (layer.lora_B[NAME], b, -b, 1)):
         weight = cast(nn.Parameter, part.weight)
         value = value.to(weight.device, weight.dtype).contiguous()
@@ -215,6 +246,17 @@ def _double_ranks(model: PeftModel) -> None:
     config.rank_pattern = {key: 2 * value for key, value in config.rank_pattern.items()}
     # Where a rank alone was given its own, the alpha that belongs to it is doubled with the common one.
     config.alpha_pattern = {key: 2 * value for key, value in config.alpha_pattern.items()}
+
+
+def dora(model: PeftModel) -> None:
+    """Magnitudes in fp32, each the norm of a row of W (Liu et al., arXiv:2402.09353, equation 5): with B = 0 the layer
+    is the base's. PEFT takes them in the base's dtype, which bf16 makes 0.4 % wrong.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and NAME in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[NAME]
+            if type(magnitude) is DoraLinearLayer:
+                magnitude.weight.data = torch.linalg.norm(_weight(layer), dim=1)
 
 
 def _batches(plan: Plan) -> list[Batch]:

@@ -1,7 +1,7 @@
 """Bases that somebody has quantised already: recognised by their config, trained on where PEFT can, refused where not.
 
-bitsandbytes' formats are tested. torchao's int8 weights were trained over by hand, on the CPU; the others never: their
-packages need GPUs.
+bitsandbytes' formats are tested, and packed GGUF layers with transformers' slow fallback. torchao's int8 weights were
+trained over by hand, on the CPU; the others never: their packages need GPUs.
 """
 
 from importlib.util import find_spec
@@ -26,6 +26,7 @@ class Known(NamedTuple):
 
 KNOWN: dict[str, Known] = {
     "bitsandbytes": Known(),
+    "gguf": Known(),  # packed, by transformers' own layers
     "gptq": Known(("optimum", "gptqmodel"), "optimum gptqmodel"),
     "awq": Known(("gptqmodel",), "gptqmodel"),
     "aqlm": Known(("aqlm",), "aqlm"),

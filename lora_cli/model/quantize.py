@@ -34,7 +34,7 @@ def prepare(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """
     for module in model.modules():
         norm = _is_norm(module)
-        if norm or type(module) in (nn.Linear, nn.Embedding):
+        if norm or type(module) is nn.Linear or isinstance(module, nn.Embedding):
             module.to(dtype)
         if norm and dtype in (torch.float16, torch.bfloat16):
             module.to(torch.float32)
@@ -49,7 +49,7 @@ def prepare(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
 def _as_fp32(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import held
+from lora_cli.model import adalora, gguf, held
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -65,7 +65,7 @@ class Difference(NamedTuple):
 def difference_when_loaded(
     model: PeftModel, folder: Path, logits: Callable[[PeftModel], Tensor], arrange: Callable[[PeftModel], Any]
 ) -> Difference:
-    """Load `folder` by plain PEFT onto the base, and compare with what was trained.
+    """Load `folder` by PEFT onto the base, put it into the arithmetic of training, and compare with what was trained.
 
     The trained adapter is gone afterwards: its tensors are overwritten with NaN before the folder is loaded, so that
     one that the folder lacks cannot pass unseen.
@@ -90,7 +90,11 @@ def difference_when_loaded(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.fill_(math.nan)
-    loaded = PeftModel.from_pretrained(_bare(model), str(folder))
+    config = PeftConfig.from_pretrained(str(folder))
+    if isinstance(config, LoraConfig):
+        gguf.teach(config)
+    loaded = PeftModel.from_pretrained(_bare(model), str(folder), config=config)
+    adalora.as_written(loaded, load_file(folder / WEIGHTS))
     arrange(loaded)
     found = tensors(loaded)
     # Modules that are trained whole are read into the base's dtype, which is what they were computed in.

@@ -72,8 +72,10 @@ def resolve(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] =
         if not names:
             raise LoraError("adapter.target_modules: this model has no linear layers", hint="list its modules by name")
         packed = any(isinstance(layer, GgufLinear) for layer in linear.values())
-        # PEFT's own word keeps adapter_config.json short, but it does not know layers that stay packed.
-        if spec.layers is None and spec.exclude_modules is None and not packed:
+        # PEFT's own word keeps adapter_config.json short, but it does not know layers that stay packed, and finds
+        # those inside of modules that are trained whole.
+        hidden = len(linear_layers(model)) > len(linear)
+        if spec.layers is None and spec.exclude_modules is None and not packed and not hidden:
             return Targets(ALL_LINEAR)
         return _explicit(_selected(spec, names, listed), experts)
     names = [name for name, _ in model.named_modules() if name and not _within(name, heads)] + experts
@@ -84,9 +86,16 @@ def resolve(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] =
         raise _no_match(missing, linear, regex=regex, hint=listed)
     found = [name for name in candidates if any(name in hits for hits in matched.values())]
     _refuse_partial(found, [name for name in candidates if name in linear or name in experts], listed)
-    if spec.layers is not None or spec.exclude_modules is not None or any(name in experts for name in found):
+    inside = [name for name, _ in model.named_modules() if name and _within(name, heads)]
+    inside = [name for entry in _entries(wanted) for name in _matching(entry, inside, regex=regex)]
+    if spec.layers is not None or spec.exclude_modules is not None or inside or any(name in experts for name in found):
         return _explicit(found, experts)
     return Targets(wanted if isinstance(wanted, str) and regex else list(matched))
+
+
+def listed(model: PreTrainedModel) -> str:
+    """The kinds of linear layers that the model has, for the user."""
+    return f"its linear layers are: {_kinds([*linear_layers(model), *stacked_weights(model)])}"
 
 
 def _entries(wanted: str | Sequence[str]) -> Sequence[str]:
@@ -119,6 +128,11 @@ def token_rows(
     if not ids:
         return None
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if own := [name for name, module in model.named_modules() if module is embeddings and name in whole]:
+        raise LoraError(
+            f"adapter.trainable_tokens: {own[0]} is trained whole already, by adapter.modules_to_save",
+            hint="keep one of the two",
+        )
     if head is None or head.weight is embeddings.weight:
         return ids  # PEFT keeps a tied head with the embeddings
     names = {id(module): name for name, module in model.named_modules()}
@@ -226,12 +240,20 @@ def check_patterns(spec: AdapterSpec, adapted: Iterable[str]) -> None:
     """
     names = list(adapted)
     for field in ("rank_pattern", "alpha_pattern"):
+        left = names
         for pattern in getattr(spec, field) or ():
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+            matched = [name for name in names if re.match(rf"(.*\.)?({pattern})$", name)]
+            if not matched:
                 raise LoraError(
                     f"adapter.{field}: {show(pattern)} matches no layer that carries the adapter",
                     hint=f"those are: {_kinds(names)}",
                 )
+            if not set(matched) & set(left):  # the first that matches a layer counts
+                raise LoraError(
+                    f"adapter.{field}: {show(pattern)} matches only layers that entries before it have matched",
+                    hint="write the narrower entry first",
+                )
+            left = [name for name in left if name not in matched]
 
 
 def find_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
@@ -252,6 +274,12 @@ def find_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
                 hint=f"did you mean {near[0]}?" if near else f"its parts are: {', '.join(_parts(model))}",
             )
         found += hits
+    for name in found:
+        if outer := next((other for other in found if name.startswith(f"{other}.")), None):
+            raise LoraError(
+                f"adapter.modules_to_save: {name} lies within {outer}, which is trained whole already",
+                hint="keep one of the two",
+            )
     return found
 
 

@@ -128,8 +128,24 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
     if spec.final_rank and spec.rank and spec.final_rank > spec.rank:
         found = f"{spec.final_rank} is more than the rank that adalora starts with, {spec.rank}"
         yield Conflict("adapter.final_rank", found, "lower it, or raise adapter.rank", ("adapter.rank",))
+    if spec.method == "ia3":
+        yield from _ia3(spec)
     for key in ("modules_to_save", "trainable_tokens", "layers", "feedforward_modules"):
         yield from _listed(f"adapter.{key}", getattr(spec, key))
+
+
+def _ia3(spec: AdapterSpec) -> Iterator[Conflict]:
+    """Without target modules PEFT's table says what is scaled, and how; nothing can be added to it."""
+    reads = ("adapter.target_modules",)
+    for key in ("exclude_modules", "feedforward_modules"):
+        if spec.target_modules is None and getattr(spec, key):
+            found = "without target_modules the architecture's own are taken, and this is not looked at"
+            yield Conflict(f"adapter.{key}", found, "write target_modules too, or remove it", reads)
+    if isinstance(spec.target_modules, list) and spec.feedforward_modules:
+        for index, name in enumerate(spec.feedforward_modules):
+            if name and name not in spec.target_modules:
+                found = f"{show(name)} is none of target_modules"
+                yield Conflict(f"adapter.feedforward_modules[{index}]", found, "list it there too", reads)
 
 
 def _listed(key: str, given: list[str] | list[int] | None) -> Iterator[Conflict]:

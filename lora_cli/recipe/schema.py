@@ -86,7 +86,8 @@ class AdapterSpec(Section):
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Numerator of the scale alpha/rank that the update is multiplied with (default 32). Above 0."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share of the adapter's inputs that is zeroed at each training step (lora: default 0.05)."""
+    """Share that is zeroed at each training step: of the adapter's inputs (lora: default 0.05); of the update's rows
+    (loha, lokr); of the rotations (oft, boft)."""
     target_modules: str | list[str] | None = None
     """all-linear (every linear layer but the output head), a list of names, or a regex over full names."""
     exclude_modules: str | list[str] | None = None

@@ -13,8 +13,12 @@ def hush() -> None:
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
     # GPT-2's layers hold their weights transposed, which PEFT sees by itself.
     warnings.filterwarnings("ignore", r"fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning)
-    # `lora merge` folds layer by layer, to measure each, before it has PEFT take its wrappers off.
-    warnings.filterwarnings("ignore", r"All adapters are already merged, nothing to do", UserWarning)
+    # AdaLoRA's pattern has a name for each layer's lora_E, where PEFT's check looks for names of layers.
+    warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match any targeted", RuntimeWarning)
+    # What recipes may set is checked in model/targets.py; EVA's advice is about models too large for one device.
+    warnings.filterwarnings("ignore", r"`init_lora_weights='eva'`|.*low_cpu_mem_usage=False", UserWarning)
+    # BOFT without its extension takes one butterfly; recipes that want more are refused.
+    warnings.filterwarnings("ignore", r"Failed to load the CUDA extension", UserWarning)
     # scikit-learn's coefficient of rows that all have one label, and were given it: 0, as it says.
     warnings.filterwarnings("ignore", r"A single label was found in 'y_true' and 'y_pred'", UserWarning)
     # bitsandbytes' int8 product takes fp16, and casts whatever comes: it says so at every layer.

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from lora_cli.data.batches import Batch, Plan
 from lora_cli.errors import LoraError
 from lora_cli.model.adalora import Upkeep
+from lora_cli.model.held import Beside
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.recipe.tasks import TaskName
@@ -100,6 +101,17 @@ def fit(
             supervised=supervised,
             seconds=time.perf_counter() - began,
         )
+
+
+def start_alike(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the adapter of the first: one that starts from a decomposition of the weights need not come
+    out the same on two GPUs, and from then on only gradients are shared.
+    """
+    if accelerator.num_processes == 1:
+        return
+    constant = [module.constant for module in model.modules() if isinstance(module, Beside)]
+    for tensor in [*(p.data for p in model.parameters() if p.requires_grad), *constant]:
+        broadcast(tensor, from_process=0)
 
 
 def _seed(run: int, step: int, place: int) -> int:

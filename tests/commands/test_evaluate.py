@@ -186,5 +186,5 @@ def test_an_adapter_of_another_base(trained: Path, lora: Lora):
     Path("runs/a/adapter/adapter_config.json").write_text(json.dumps(config))
     done = lora("eval", "runs/a")
     assert (done.code, done.out) == (2, "")
-    assert done.last_two[0].startswith("error: runs/a/adapter: does not fit the base model: ")
+    assert done.last_two[0].startswith("error: runs/a/adapter does not fit base: ")
     assert "\n" not in done.last_two[0]

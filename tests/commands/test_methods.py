@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lora_cli.recipe.methods import FACTS
@@ -84,6 +86,36 @@ def test_adalora_ends_at_its_final_rank(recipe: WriteRecipe, lora: Lora):
     again = lora("train", "recipe.yaml", "--resume")
     assert again.code == 0, again.err
     assert Path("runs/a/adapter/adapter_model.safetensors").read_bytes() == finished
+
+
+@pytest.mark.parametrize("base", [{"model.dtype": "bfloat16"}, {"quantization": {"bits": 4}}], ids=str)
+def test_adalora_is_saved_as_trained_whatever_the_base_is_in(base: dict[str, Any], recipe: WriteRecipe, lora: Lora):
+    """PEFT makes the tensors of what is left in the dtype of the base."""
+    steps = {"max_steps": 12, "eval_every": None, "learning_rate": 1e-2}
+    recipe({**changes_for("adalora"), "training": steps, **base})
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    tensors = load_file("runs/a/adapter/adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert sum(len(t) for name, t in tensors.items() if "lora_A" in name) < 4 * 14, "ranks were dropped"
+    exact = [t.to(torch.bfloat16).float().equal(t) for name, t in tensors.items() if "lora_A" in name and t.numel()]
+    assert not any(exact)
+
+
+@pytest.mark.parametrize("method", ["vera", "oft", "ia3"])
+def test_no_adapter_goes_into_a_module_that_is_trained_whole(method: str, recipe: WriteRecipe, lora: Lora):
+    changes = changes_for(method)
+    changes["adapter"] = {**changes["adapter"], "modules_to_save": ["mlp"]}
+    if method == "ia3":
+        changes["adapter"]["target_modules"] = ["q_proj", "v_proj"]
+    recipe(changes)
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    names = load_file("runs/a/adapter/adapter_model.safetensors")
+    inside = {name.partition(".mlp.")[2] for name in names if ".mlp." in name}
+    assert inside == {"down_proj.weight", "gate_proj.weight", "up_proj.weight"}
+    merged = lora("merge", "runs/a/adapter", "--out", "merged")
+    assert merged.code == 0, merged.err
 
 
 @pytest.mark.parametrize("bits", [4, 8])

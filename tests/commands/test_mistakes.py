@@ -180,6 +180,101 @@ MISTAKES = {
         ["error: data.max_length: 4,096 tokens, but the model has positions for 2,048", "hint: at most 2048"],
         before=encoder,
     ),
+    "virtual tokens beyond the encoder's positions": Mistake(
+        {**CLASSES, "data.max_length": 2048, "adapter": {"method": "prompt", "virtual_tokens": 4}},
+        [
+            "error: data.max_length: 2,048 tokens and 4 virtual ones before them, but the model has positions for 2,048",
+            "hint: at most 2044",
+        ],
+        before=encoder,
+    ),
+    "labels listed for measured numbers": Mistake(
+        {**CLASSES, "data.labels": ["no", "yes"]},
+        [
+            "error: data.labels: 2 labels are listed, but the rows have measured numbers such as 1.0",
+            "hint: write the labels as names or whole numbers, several as a list of those that apply; or data: {labels: regression}",
+        ],
+        before=lambda: (
+            encoder(),
+            write("classes.jsonl", "".join(f'{{"text": "fox {i}", "label": 1.0}}\n' for i in range(9)))(),
+        ),
+    ),
+    "classes as zeros and ones": Mistake(
+        CLASSES,
+        [
+            "error: classes.jsonl: 9 of 9 rows are bad",
+            "hint: mend them, or set data.on_bad_row: skip to leave them out, counted",
+        ],
+        before=lambda: (encoder(), write("classes.jsonl", '{"text": "the fox", "label": [0, 1, 0]}\n' * 9)()),
+    ),
+    "a value that is no number": Mistake(
+        {**CLASSES, "data.labels": "regression"},
+        [
+            "error: classes.jsonl: 9 of 9 rows are bad",
+            "hint: mend them, or set data.on_bad_row: skip to leave them out, counted",
+        ],
+        before=lambda: (encoder(), write("classes.jsonl", '{"text": "the fox", "label": "nan"}\n' * 9)()),
+    ),
+    "a decoder's class behind virtual tokens": Mistake(
+        {"task": "seq-cls", "data.train": "classes.jsonl", "adapter": {"method": "prompt"}},
+        [
+            "error: adapter.method: prompt lets this model read the class of a shorter row at its padding",
+            "hint: set training.batch_size: 1 and raise training.gradient_accumulation, or write method: prefix or lora",
+        ],
+        before=lambda: write(
+            "classes.jsonl",
+            "".join(json.dumps({"text": "the fox " * (1 + i % 5), "label": i % 2}) + "\n" for i in range(20)),
+        )(),
+    ),
+    "a module within one that is trained whole": Mistake(
+        {"adapter.modules_to_save": ["mlp", "down_proj"]},
+        [
+            "error: adapter.modules_to_save: model.layers.0.mlp.down_proj lies within model.layers.0.mlp, which is trained whole already",
+            "hint: keep one of the two",
+        ],
+    ),
+    "tokens of embeddings that are trained whole": Mistake(
+        {"adapter.modules_to_save": ["embed_tokens"], "adapter.trainable_tokens": ["a"]},
+        [
+            "error: adapter.trainable_tokens: model.embed_tokens is trained whole already, by adapter.modules_to_save",
+            "hint: keep one of the two",
+        ],
+    ),
+    "a pattern behind a wider one": Mistake(
+        {"adapter.rank_pattern": {"q_proj": 8, "layers.0.self_attn.q_proj": 2}},
+        [
+            "error: adapter.rank_pattern: layers.0.self_attn.q_proj matches only layers that entries before it have matched",
+            "hint: write the narrower entry first",
+        ],
+    ),
+    "adalora of two steps": Mistake(
+        {"adapter": {"method": "adalora"}, "training.max_steps": 2},
+        [
+            "error: adapter.method: adalora drops ranks step by step, and this run has 2",
+            "hint: raise training.max_steps or epochs to 3 steps or more, or write another method",
+        ],
+    ),
+    "a rotation that does not fit": Mistake(
+        {"adapter": {"method": "oft", "rotation_size": 7}},
+        [
+            "error: adapter.rotation_size: 7 does not divide the 64 inputs of model.layers.0.self_attn.q_proj",
+            "hint: write a divisor of all layers' inputs, such as 32",
+        ],
+    ),
+    "a rank beyond the layer's": Mistake(
+        {"adapter": {"method": "pissa", "rank": 100}},
+        [
+            "error: adapter.rank: 100 is more than model.layers.0.self_attn.q_proj has components for",
+            "hint: at most 64, or leave such layers out of adapter.target_modules",
+        ],
+    ),
+    "what the adapter cannot go on": Mistake(
+        {"adapter.target_modules": ["layers"]},
+        [
+            "error: adapter: PEFT refuses it: Target module ModuleList is not supported",
+            "hint: choose other adapter.target_modules or another adapter.method",
+        ],
+    ),
     "typo in a target module": Mistake(
         {"adapter.target_modules": ["q_prj", "v_proj"]},
         ["error: adapter.target_modules: q_prj matches no layer", f"hint: did you mean q_proj? {LAYERS}"],

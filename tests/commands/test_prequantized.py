@@ -136,9 +136,9 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
     merged = lora("merge", "runs/a/adapter", "--out", "merged")
     assert merged.last_two == [
         "error: small is quantised (bitsandbytes): an update is folded into whole weights",
-        "hint: name the 16-bit model that it was made from: --base PATH",
+        "hint: name the 16-bit model that it was made from: --base PATH --other-base",
     ]
-    assert lora("merge", "runs/a/adapter", "--out", "merged", "--base", "base").code == 0
+    assert lora("merge", "runs/a/adapter", "--out", "merged", "--base", "base", "--other-base").code == 0
 
 
 def test_a_plain_config_is_no_quantised_one():

@@ -202,4 +202,4 @@ def test_a_recipe_runs_from_rows_to_a_merged_model(
     assert re.search(r"^ *adapter +[\d.]+", measured.out, re.MULTILINE), measured.out
     merged = lora("merge", run / "adapter", "--out", "merged")
     assert (merged.code, merged.out) == (0, "merged\n"), merged.err
-    assert "verified: merged is base and adapter" in merged.err
+    assert "verified: read back, every weight is PEFT's merge" in merged.err

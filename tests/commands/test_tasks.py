@@ -214,6 +214,74 @@ def test_rows_that_lack_a_label_are_measured_with_the_trained_heads(here: Path, 
     ]
 
 
+def test_adapters_whose_numbers_stand_for_other_labels_are_not_measured_side_by_side(here: Path, lora: Lora):
+    furnish(here, CASES["classes"])
+    for name, labels in (("la", "[no, yes]"), ("lb", "[yes, no]")):
+        assert lora("train", "recipe.yaml", "--output", f"runs/{name}", "--set", f"data.labels={labels}").code == 0
+    assert lora("eval", "runs/la", "--adapter", "lb=runs/lb/adapter").last_two == [
+        "error: runs/lb/adapter: its head tells apart 2 labels: yes, no; that of runs/la/adapter 2 labels: no, yes",
+        "hint: measure each adapter by itself",
+    ]
+    Path("some.jsonl").write_text(json.dumps({"text": "the fox", "label": ["yes"]}) + "\n")
+    assert lora("eval", "runs/la", "--data", "some.jsonl").last_two == [
+        "error: some.jsonl: its labels are 2 labels, several a row: no, yes, the adapter's 2 labels: no, yes",
+        "hint: give rows with labels of the adapter's kind",
+    ]
+
+
+@pytest.mark.parametrize("method", ["eva", "corda"])
+def test_starts_from_activations_where_a_layer_sees_one_vector_a_row(method: str, here: Path, lora: Lora):
+    furnish(here, CASES["classes"])
+    done = lora("train", "recipe.yaml", "--set", f"adapter.method={method}")
+    said = {
+        "eva": [
+            "error: adapter.method: eva needs 8 vectors of a batch, twice the rank, and bert.pooler.dense sees 4",
+            "hint: leave it out: adapter.exclude_modules: [pooler.dense], or raise training.batch_size",
+        ],
+        "corda": [
+            "error: adapter.method: corda needs layers that see every token, and one of them sees one vector a row: "
+            "a pooler",
+            "hint: leave it out: adapter.exclude_modules: [pooler.dense]",
+        ],
+    }
+    assert done.last_two == said[method]
+    without = ("--set", "adapter.exclude_modules=[pooler.dense]", "--fresh")
+    again = lora("train", "recipe.yaml", "--set", f"adapter.method={method}", *without)
+    assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning"])
+def test_virtual_tokens_before_a_model_that_calls_its_sizes_otherwise(method: str, here: Path, lora: Lora):
+    furnish(here, CASES["classes of pairs by number"])  # DistilBERT
+    tree = yaml.safe_load(Path("recipe.yaml").read_text())
+    tree["adapter"] = {"method": method, "virtual_tokens": 4}
+    Path("recipe.yaml").write_text(yaml.safe_dump(tree))
+    done = lora("train", "recipe.yaml")
+    assert done.code == 0, done.err
+    assert lora("train", "recipe.yaml", "--set", "adapter.method=prefix", "--fresh").last_two == [
+        "error: adapter.method: a distilbert model takes no keys and values from before, which prefix is",
+        "hint: write method: prompt or lora",
+    ]
+
+
+def test_a_regression_of_one_row_has_no_correlation(here: Path, lora: Lora):
+    furnish(here, CASES["a number"])
+    assert lora("train", "recipe.yaml").code == 0
+    Path("one.jsonl").write_text(json.dumps({"text": "the fox", "text_pair": "a dog", "label": 0.5}) + "\n")
+    done = lora("eval", "runs/a", "--data", "one.jsonl", "--json", "out.json")
+    assert done.code == 0, done.err
+    assert json.loads(Path("out.json").read_text())["results"]["adapter"].keys() == {"loss", "accuracy", "tokens"}
+
+
+def test_labels_with_leading_zeros_are_names(here: Path, lora: Lora):
+    furnish(here, CASES["classes"])
+    texts = [json.loads(line)["text"] for line in Path("rows.jsonl").read_text().splitlines()]
+    rows = [{"text": text, "label": ["01", "02"][i % 2]} for i, text in enumerate(texts)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checked = lora("check", "recipe.yaml")
+    assert "2 labels: 01, 02" in checked.out, checked.err
+
+
 def test_a_classifier_goes_on_learning_with_its_own_labels(here: Path, lora: Lora):
     """The labels of the base's head keep their numbers, though the rows would be sorted otherwise."""
     furnish(here, CASES["classes"])

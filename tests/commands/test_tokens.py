@@ -106,6 +106,14 @@ def test_what_cannot_be_taught(with_tokens: str, recipe: WriteRecipe, lora: Lora
     assert refused.code == 2
     assert refused.last_two[0].startswith("error: adapter.trainable_tokens: 'two words' is ")
     assert refused.last_two[0].endswith(" tokens to this tokenizer, not one")
+    recipe({**SECTIONS, "adapter.trainable_tokens": None, "adapter.modules_to_save": ["norm"]})
+    for command in ("check", "train"):
+        assert lora(command, "recipe.yaml").last_two == [
+            f"error: model.new_tokens: nothing teaches {NEW[0]!r}: adapter.modules_to_save does not have "
+            "model.embed_tokens",
+            "hint: add embed_tokens to it, and the head where it is not tied; or list the token in "
+            "adapter.trainable_tokens",
+        ]
 
 
 def test_rows_of_a_head_with_a_bias_are_refused():

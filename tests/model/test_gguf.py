@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from lora_cli.data.encode import Encoder
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter, base
+from lora_cli.model import adapter, base, prequantized, saving
 from lora_cli.model.gguf import GgufExperts, GgufLinear, PackedLora, choose, make_differentiable, unpack
+from lora_cli.model.prequantized import Prequantized
 from lora_cli.recipe.schema import AdapterSpec, DataSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
@@ -285,6 +286,23 @@ def test_gradients_pass_packed_layers_and_are_those_over_the_same_numbers(kind: 
     for name, gradient in gradients.items():
         assert gradient is not None, name
         assert zoo.relative(gradient, its_gradients[name]) < 1e-4, name
+
+
+def test_an_adapter_over_packed_layers_is_allowed_saved_and_loaded(tmp_path: Path):
+    prequantized.check(Prequantized("gguf", None), AdapterSpec(method="lora"), None, path="x.gguf")
+    packed, _ = packed_and_plain("Q8_0")
+    make_differentiable(packed)
+    adapted = adapter.attach(packed, AdapterSpec(rank=4, target_modules=["q_proj", "up_proj"]), seed=0)
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            parameter.data += 0.05
+    saving.save(adapted, tmp_path, base="x.gguf", revision=None)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        apart = saving.difference_when_loaded(
+            adapted, tmp_path, lambda model: model.eval()(ids).logits, lambda model: None
+        )
+    assert apart == (0, 0)
 
 
 def test_packed_experts_are_refused():

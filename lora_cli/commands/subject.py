@@ -1,0 +1,120 @@
+"""An adapter folder and the base that it goes on: found, read, and refused where they do not belong together."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from lora_cli.data import labels as labelling
+from lora_cli.data.labels import Labels
+from lora_cli.errors import LoraError
+from lora_cli.model import base, hollow, origin
+from lora_cli.model.origin import Origin
+from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.schema import ModelSpec
+from lora_cli.recipe.tasks import TaskName
+from lora_cli.run import console
+
+CPU = torch.device("cpu")
+
+
+class Subject(NamedTuple):
+    """What an adapter folder says of itself, and its base; no weight is read yet."""
+
+    folder: Path
+    config: PeftConfig
+    task: TaskName
+    labels: Labels | None
+    origin: Origin | None
+    base: str  # the user's name for it
+    source: base.Source
+    base_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int  # embeddings that base and adapter have together, where the adapter brings some
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the base was loaded in for training."""
+        found: torch.dtype = getattr(torch, self.origin.dtype) if self.origin else torch.bfloat16
+        return found
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the adapter's kind."""
+        return str(self.config.peft_type.value).lower().replace("_", " ")
+
+    def skeleton(self) -> PreTrainedModel:
+        """The base's modules on the meta device, with the adapter's labels and vocabulary."""
+        return base.skeleton(
+            base.load_config(self.source),
+            trust_remote_code=bool(self.source.options["trust_remote_code"]),
+            task=self.task,
+            labels=self.labels,
+            vocabulary=self.vocabulary,
+        )
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The adapter's configuration.
+
+    Raises:
+        LoraError: `folder` is no adapter.
+    """
+    if (folder / "adapter_config.json").is_file():
+        return PeftConfig.from_pretrained(str(folder))
+    hint = "give the adapter folder of a run: runs/NAME/adapter"
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        hint = f"did you mean {folder / 'adapter'}?"
+    raise LoraError(f"{folder} has no adapter_config.json", hint=hint)
+
+
+def open_subject(folder: Path, config: PeftConfig, *, base_path: str | None, trust_remote_code: bool) -> Subject:
+    """Find the base of the adapter in `folder`, or `base_path` in its stead, and read config and tokenizer.
+
+    Raises:
+        LoraError: the base is not to be had.
+    """
+    known: dict[str, TaskName] = {task.peft: name for name, task in TASKS.items()}
+    task = known.get(str(config.task_type or ""), "causal-lm")
+    trained_on, labels = origin.read(folder), labelling.read(folder)
+    path = base_path or str(config.base_model_name_or_path)
+    revision = None if base_path else config.revision or (trained_on.commit if trained_on else None)
+    # Folding needs whole weights: the numbers are the same as the packed ones.
+    spec = ModelSpec(path=path, revision=revision, gguf="dequantized", trust_remote_code=trust_remote_code)
+    dtype = getattr(torch, trained_on.dtype) if trained_on else torch.bfloat16
+    source = base.locate(spec, dtype=dtype, device=CPU, say=console.say)
+    base_config = base.load_config(source)
+    own_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = base.load_tokenizer(source._replace(where=str(folder)) if own_tokenizer else source)
+    found = Subject(folder, config, task, labels, trained_on, path, source, base_config, tokenizer, 0)
+    skeleton = found.skeleton()
+    rows = hollow.embedding_rows(folder, skeleton)
+    # A tokenizer may well know more tokens than the base has embeddings for, which is no reason to make new ones.
+    taught_new = max(trained_tokens(config), default=-1) >= skeleton.get_input_embeddings().weight.shape[0]
+    return found._replace(vocabulary=max(rows, len(tokenizer) if taught_new else 0))
+
+
+def trained_tokens(config: PeftConfig) -> list[int]:
+    """The tokens whose single embeddings the adapter holds."""
+    found = getattr(config, "trainable_token_indices", None) or []
+    return sorted({token for ids in found.values() for token in ids} if isinstance(found, dict) else found)
+
+
+def refuse_other_base(subject: Subject) -> None:
+    """Hold the base's weights against those that the adapter says it was trained on.
+
+    Raises:
+        LoraError: they are others.
+    """
+    trained_on = subject.origin
+    if trained_on is None or (here := base.fingerprint(subject.source)) == trained_on.fingerprint:
+        return
+    meant = f"{subject.config.base_model_name_or_path}, {trained_on.architecture}"
+    raise LoraError(
+        f"{subject.base} (fingerprint {here[:12]}) is not the base that {subject.folder} was trained on: "
+        f"{meant} (fingerprint {trained_on.fingerprint[:12]})",
+        hint="name that one with --base; if this one is the same model in another form, add --other-base",
+    )

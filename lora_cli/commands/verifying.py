@@ -1,0 +1,177 @@
+"""The proof of a merge in memory: the merged model beside base and adapter, weight by weight and by what they say."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_cli.commands.building import compute_as_trained
+from lora_cli.commands.opening import batch_plan, open_run_inputs
+from lora_cli.commands.subject import CPU, Subject, trained_tokens
+from lora_cli.data.batches import Batch
+from lora_cli.errors import LoraError
+from lora_cli.merging import parity
+from lora_cli.merging.changes import merged_parameters
+from lora_cli.merging.parity import Agreement
+from lora_cli.merging.stream import Plan
+from lora_cli.model import base, memory
+from lora_cli.model.loading import load
+from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.load import load_recipe
+from lora_cli.recipe.schema import QuantizationSpec
+from lora_cli.run import console
+
+ROWS = 8  # held-out rows that are asked
+POSITIONS = 400  # outputs compared at most: logits of a large vocabulary are large
+LEAST_RETAINED = 0.5  # of the adapter's effect on the logits
+
+Transforms = dict[str, Callable[[Tensor], Tensor]]
+
+
+class Probes(NamedTuple):
+    """What the models are asked."""
+
+    batches: list[Batch]
+    described: str
+
+
+def fits(parameters: int) -> bool:
+    """Whether two models of so many parameters fit into memory in fp32, with room to compute."""
+    return 2 * 4 * parameters * 1.2 + memory.PROCESS < memory.available(CPU)
+
+
+def decide(verify: str, parameters: int) -> bool:
+    """Whether the proof in memory is to be made; what is left out is said.
+
+    Raises:
+        LoraError: it is asked for, and does not fit.
+    """
+    if verify == "tensors":
+        return False
+    if fits(parameters):
+        return True
+    need, free = console.size(8 * parameters), console.size(memory.available(CPU))
+    if verify == "logits":
+        raise LoraError(f"--verify logits: two models take {need}, and {free} are free", hint="write --verify tensors")
+    console.say(f"verified by tensors alone: two models take {need} in fp32, and {free} are free")
+    return False
+
+
+def choose_probes(subject: Subject) -> Probes:
+    """Rows that the adapter's run held out, else rows of random tokens."""
+    recipe_file = subject.folder.parent / "recipe.yaml"
+    if recipe_file.is_file():
+        try:
+            return _held_out(recipe_file)
+        except LoraError as reason:
+            console.say(f"the run's held-out rows are not to be had, random tokens take their place: {reason.message}")
+    tokenizer = subject.tokenizer
+    batches = parity.random_probes(
+        subject.task,
+        vocabulary=min(len(tokenizer), max(subject.vocabulary, subject.base_config.get_text_config().vocab_size)),
+        pad_id=tokenizer.pad_token_id or 0,
+        start_id=getattr(subject.base_config, "decoder_start_token_id", None),
+        end_id=tokenizer.eos_token_id if subject.task == "seq-cls" else None,
+        include=trained_tokens(subject.config),
+    )
+    return Probes(batches, f"{len(batches)} rows of random tokens")
+
+
+def _held_out(recipe_file: Path) -> Probes:
+    recipe = load_recipe(recipe_file)
+    opening = open_run_inputs(recipe, say=console.silence)
+    rows = opening.data.eval or opening.data.train
+    plan = batch_plan(recipe, opening, rows, per_step=1)
+    batches: list[Batch] = []
+    for number in range(min(ROWS, len(rows))):
+        batches.append(plan.build([number]))
+        if sum(len(batch.predict) for batch in batches) > POSITIONS:
+            break
+    outputs = sum(len(batch.predict) for batch in batches)
+    which = "held-out" if opening.data.eval is not None else "training"
+    unit = TASKS[recipe.task].unit
+    return Probes(batches, f"{len(batches)} {which} rows ({outputs} {unit}s)")
+
+
+def nearer(subject: Subject, probes: Probes, spec: QuantizationSpec, transforms: Transforms, plan: Plan) -> str:
+    """Which weights bring the merged model nearer to the one that was trained: original or dequantized ones."""
+    trained = _logits(_load(subject, plan, {}, quantization=spec), probes, subject)
+    found = {}
+    for name, applied in (("original", {}), ("dequantized", transforms)):
+        merged = _logits(_load(subject, plan, applied), probes, subject)
+        found[name] = parity.agreement(merged, trained, None)
+    tokens = not TASKS[subject.task].classes
+    best = min(found, key=lambda name: found[name].kl if tokens else found[name].apart)
+    said = [f"{name} " + (f"KL {a.kl:.1e} nats" if tokens else f"{a.apart:.1e}") for name, a in found.items()]
+    console.say(f"weights: {best}, nearer to the trained 4-bit or int8 model on {probes.described}: {', '.join(said)}")
+    return best
+
+
+def prove(subject: Subject, probes: Probes, written: Path, plan: Plan, transforms: Transforms) -> Agreement:
+    """Load what was written, and hold it against base and adapter.
+
+    Raises:
+        LoraError: a weight is not the merged one, or too little of the adapter's effect is left.
+    """
+    adapted = _load(subject, plan, transforms)
+    expected = _logits(adapted, probes, subject)
+    bare = None
+    if not TASKS[subject.task].classes:  # a classifier's base has no head of its own
+        with adapted.disable_adapter():
+            bare = _logits(adapted, probes, subject)
+    merged = merged_parameters(adapted)
+    options = {"trust_remote_code": subject.source.options["trust_remote_code"]}
+    again = base.load_base(
+        base.Source(str(written), options), dtype=torch.float32, device=CPU, task=subject.task, labels=subject.labels
+    ).model
+    for off in parity.strayed(again, merged, plan.dtypes()):
+        raise LoraError(
+            f"the merged model is another one: {off.name}, read back, is {off.apart:.3g} times further from PEFT's "
+            "merge than rounding explains",
+            hint="nothing was put in place; use the adapter as it is, and report this",
+            exit_code=1,
+        )
+    found = parity.agreement(_logits(again, probes, subject), expected, bare)
+    if found.retained is not None and not found.retained >= LEAST_RETAINED:
+        raise LoraError(
+            f"of the adapter's effect on the logits {found.retained:.0%} is left after rounding",
+            hint="write a finer dtype: --dtype float32, or use the adapter as it is",
+            exit_code=1,
+        )
+    return found
+
+
+def _load(
+    subject: Subject, plan: Plan, transforms: Transforms, *, quantization: QuantizationSpec | None = None
+) -> PeftModel:
+    """Base and adapter, as PEFT has them: in fp32, or quantised and computed as in training."""
+    model = base.load_base(
+        subject.source,
+        dtype=subject.dtype if quantization else torch.float32,
+        device=CPU,
+        quantization=quantization,
+        task=subject.task,
+        labels=subject.labels,
+        vocabulary=subject.vocabulary,
+        pad_id=subject.tokenizer.pad_token_id,
+    ).model
+    parameters = dict(model.named_parameters())
+    for name, transform in transforms.items():
+        parameters[name].data = transform(parameters[name].data).float()
+    for name in plan.untied:  # PEFT folds into the weight that is there: both ends would have the update
+        owner, _, key = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        setattr(module, key, nn.Parameter(getattr(module, key).detach().clone(), requires_grad=False))
+    adapted = load(model, subject.folder, base=subject.base)
+    if quantization:
+        compute_as_trained(adapted)
+    else:
+        adapted.float()
+    return adapted
+
+
+def _logits(model: Any, probes: Probes, subject: Subject) -> Tensor:
+    return parity.logits(model, probes.batches, subject.task)
