@@ -66,7 +66,7 @@ def merge(folder: Path, *, out: Path, options: Options) -> None:
         _write_rest(subject, plan, partial, options)
         lines = _report(folded, plan, taken)
         if probes is not None:
-            lines.append(_verified(verifying.prove(subject, probes, partial, plan, transforms), probes, subject))
+            lines += _verified(verifying.prove(subject, probes, partial, plan, transforms), probes, subject)
     for line in lines:
         console.say(line)
     console.out.print(str(out))
@@ -237,16 +237,16 @@ def _report(folded: list[Folded], plan: stream.Plan, seconds: float) -> list[str
     return lines
 
 
-def _verified(found: Agreement, probes: Probes, subject: Subject) -> str:
+def _verified(found: Agreement, probes: Probes, subject: Subject) -> list[str]:
     said = [f"logits within {found.apart:.0e}"]
     if not TASKS[subject.task].classes:
-        said += [f"KL {found.kl:.1e} nats", f"{found.top1:.1%} of the most likely tokens equal"]
+        said += [f"KL {found.kl:.1e} nats", f"most likely token equal {found.top1:.1%}"]
     if found.retained is not None:
-        said.append(f"{found.retained:.1%} of the adapter's effect retained")
-    return (
-        "verified: read back, every weight is PEFT's merge, rounded once; "
-        f"against base and adapter on {probes.described}: {', '.join(said)}"
-    )
+        said.append(f"effect retained {found.retained:.1%}")
+    return [
+        "verified: read back, every weight is PEFT's merge, rounded once",
+        f"verified: against base and adapter, on {probes.described}: {', '.join(said)}",
+    ]
 
 
 def _card(subject: Subject, options: Options) -> str:

@@ -89,12 +89,28 @@ def open_subject(folder: Path, config: PeftConfig, *, base_path: str | None, tru
     base_config = base.load_config(source)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = base.load_tokenizer(source._replace(where=str(folder)) if own_tokenizer else source)
+    if own_tokenizer:
+        _refuse_other_tokenizer(folder, tokenizer, path, source)
     found = Subject(folder, config, task, labels, trained_on, path, source, base_config, tokenizer, 0)
     skeleton = found.skeleton()
     rows = hollow.embedding_rows(folder, skeleton)
     # A tokenizer may well know more tokens than the base has embeddings for, which is no reason to make new ones.
     taught_new = max(trained_tokens(config), default=-1) >= skeleton.get_input_embeddings().weight.shape[0]
     return found._replace(vocabulary=max(rows, len(tokenizer) if taught_new else 0))
+
+
+def _refuse_other_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, path: str, source: base.Source) -> None:
+    """The adapter's tokenizer may know more than the base's, but what both know has to be the same token."""
+    where = base.local_folder(source, fetch=True)
+    if not any((where / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return
+    own = tokenizer.get_vocab()
+    for token, number in base.load_tokenizer(source).get_vocab().items():
+        if own.get(token, number) != number:
+            raise LoraError(
+                f"{folder}: its tokenizer is none of {path}: {token!r} is token {own[token]:,}, not {number:,}",
+                hint="name the base that the adapter was trained on with --base, or mend the adapter's tokenizer",
+            )
 
 
 def trained_tokens(config: PeftConfig) -> list[int]:

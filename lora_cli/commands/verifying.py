@@ -106,7 +106,9 @@ def nearer(subject: Subject, probes: Probes, spec: QuantizationSpec, transforms:
     tokens = not TASKS[subject.task].classes
     best = min(found, key=lambda name: found[name].kl if tokens else found[name].apart)
     said = [f"{name} " + (f"KL {a.kl:.1e} nats" if tokens else f"{a.apart:.1e}") for name, a in found.items()]
-    console.say(f"weights: {best}, nearer to the trained 4-bit or int8 model on {probes.described}: {', '.join(said)}")
+    console.say(
+        f"weights: {best}, nearer to the trained {spec.bits}-bit model on {probes.described}: {', '.join(said)}"
+    )
     return best
 
 

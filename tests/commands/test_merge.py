@@ -17,7 +17,7 @@ from lora_cli.merging import parity, shards, stream
 from lora_cli.merging.changes import LowRank
 from lora_cli.merging.fold import Folded, Pair
 from lora_cli.merging.shards import Stored
-from tests.commands.conftest import Lora
+from tests.commands.conftest import Lora, WriteRecipe
 
 WEIGHTS = "runs/a/adapter/adapter_model.safetensors"
 
@@ -44,7 +44,9 @@ def test_it_writes_a_model_of_the_dtype_that_plain_transformers_loads(dtype: str
     model = AutoModelForCausalLM.from_pretrained("merged")
     assert model.dtype == getattr(torch, name)
     assert AutoTokenizer.from_pretrained("merged").chat_template == AutoTokenizer.from_pretrained("base").chat_template
-    verified = re.search(r"on 2 held-out rows \(\d+ supervised tokens\): logits within ([\d.e+-]+), KL", done.err)
+    verified = re.search(
+        r"adapter, on 2 held-out rows \(\d+ supervised tokens\): logits within ([\d.e+-]+), KL", done.err
+    )
     assert verified is not None, done.err
     assert float(verified[1]) < (1e-5 if name == "float32" else 3e-2)  # the base is rounded too
 
@@ -205,3 +207,101 @@ def test_probes_hold_the_trained_tokens():
     batches = parity.random_probes("causal-lm", vocabulary=50, pad_id=0, start_id=None, end_id=7, include=[48, 49])
     assert batches[-1].input_ids[0, :2].tolist() == [48, 49]
     assert all(batch.input_ids[0, -1] == 7 for batch in batches)
+
+
+def kl(text: str, name: str) -> float:
+    found = re.search(rf"{name} KL ([\d.e+-]+) nats", text)
+    assert found, text
+    return float(found[1])
+
+
+@pytest.mark.parametrize("method", ["lora", "loftq"])
+def test_over_a_quantised_base_the_nearer_weights_are_taken(method: str, recipe: WriteRecipe, lora: Lora):
+    """What 4 bits did to the base is in the update of LoftQ, and in that of every QLoRA that was trained enough."""
+    changes = {"quantization": {"bits": 4, "compute_dtype": "float32"}, "adapter.method": method, "adapter.rank": 16}
+    recipe(changes)
+    assert lora("train", "recipe.yaml").code == 0
+    origin = json.loads(Path("runs/a/adapter/trained_on.json").read_text())
+    assert origin["quantization"]["type"] == "nf4"
+    done = lora("merge", "runs/a/adapter", "--out", "auto")
+    assert done.code == 0, done.err
+    assert "weights: dequantized, nearer to the trained 4-bit model on 2 held-out rows" in done.err
+    assert kl(done.err, "dequantized") < 1e-6 < 0.1 * kl(done.err, "original")
+    assert lora("merge", "runs/a/adapter", "--out", "dequantized", "--weights", "dequantized").code == 0
+    assert lora("merge", "runs/a/adapter", "--out", "original", "--weights", "original").code == 0
+    auto, dequantized, original, base = (
+        load_file(f"{name}/model.safetensors") for name in ("auto", "dequantized", "original", "base")
+    )
+    assert all(torch.equal(auto[name], dequantized[name]) for name in base)
+    changed = [name for name in base if not torch.equal(original[name], dequantized[name])]
+    assert {name.split(".")[-2] for name in changed} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+def test_weights_of_a_base_that_was_not_quantised(trained: Path, lora: Lora):
+    assert lora("merge", trained / "adapter", "--out", "x", "--weights", "dequantized").last_two == [
+        "error: --weights dequantized: runs/a/adapter does not say that its base was quantised",
+        "hint: leave --weights out: the base's weights are what it was trained over",
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_merged_is_taken_out_again(dtype: str, trained: Path, lora: Lora):
+    """Subtracting lands within a rounding of each weight."""
+    if dtype == "bfloat16":
+        tensors = load_file("base/model.safetensors")
+        shutil.copytree("base", "half")
+        save_file({name: t.bfloat16() for name, t in tensors.items()}, "half/model.safetensors", {"format": "pt"})
+        for file in (trained / "adapter" / "adapter_config.json",):
+            file.write_text(file.read_text().replace('"base"', '"half"'))
+        (trained / "adapter" / "trained_on.json").unlink()
+    merged = lora("merge", trained / "adapter", "--out", "merged")
+    assert merged.code == 0, merged.err
+    done = lora("merge", trained / "adapter", "--base", "merged", "--out", "again", "--unmerge")
+    assert (done.code, done.out) == (0, "again\n"), done.err
+    landed = re.search(r"against (\w+): ([\d.]+)% of the weights are equal, the others within ([\d.]+) units", done.err)
+    assert landed is not None, done.err
+    assert landed[1] == ("base" if dtype == "float32" else "half")
+    assert float(landed[2]) > 50
+    again, base = load_file("again/model.safetensors"), load_file(f"{landed[1]}/model.safetensors")
+    merged_tensors = load_file("merged/model.safetensors")
+    for name in base:
+        unit = torch.finfo(base[name].dtype).eps * torch.maximum(base[name].abs(), merged_tensors[name].abs()).float()
+        assert ((again[name] - base[name]).abs() <= unit + 1e-30).all(), name
+
+
+def test_what_cannot_be_taken_out_is_refused(recipe: WriteRecipe, lora: Lora):
+    recipe({"adapter.method": "dora"})
+    assert lora("train", "recipe.yaml").code == 0
+    assert lora("merge", "runs/a/adapter", "--out", "merged").code == 0
+    assert lora("merge", "runs/a/adapter", "--out", "x", "--unmerge").last_two == [
+        "error: --unmerge: from which merged model?",
+        "hint: name its folder: --base MERGED",
+    ]
+    refused = lora("merge", "runs/a/adapter", "--base", "merged", "--out", "x", "--unmerge")
+    assert refused.last_two == [
+        "error: --unmerge: lora did more than add to model.layers.0.self_attn.q_proj and 13 more, and what was there "
+        "is gone",
+        "hint: take the original base",
+    ]
+
+
+def test_a_tokenizer_of_another_model_is_refused(trained: Path, lora: Lora):
+    file = trained / "adapter" / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    words = tree["model"]["vocab"]
+    first, second = list(words)[40:42]
+    words[first], words[second] = words[second], words[first]
+    file.write_text(json.dumps(tree))
+    done = lora("merge", trained / "adapter", "--out", "x")
+    assert done.code == 2
+    assert done.last_two[0].startswith("error: runs/a/adapter: its tokenizer is none of base: ")
+
+
+def test_a_tokenizer_that_knows_more_than_the_base_has_embeddings_for_makes_no_new_ones(trained: Path, lora: Lora):
+    tokenizer = AutoTokenizer.from_pretrained(trained / "adapter")
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(trained / "adapter")
+    assert lora("merge", trained / "adapter", "--out", "merged").code == 0
+    assert AutoModelForCausalLM.from_pretrained("merged").config.vocab_size == len(tokenizer) - 1
