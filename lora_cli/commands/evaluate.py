@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import PeftConfig, PeftModel
 from rich.table import Table
@@ -14,11 +14,12 @@ from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data import labels as labelling
 from lora_cli.data.rows import Row, Rows
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import metrics
+from lora_cli.evaluation import intervals, metrics
 from lora_cli.evaluation.classify import predict
 from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
-from lora_cli.evaluation.likelihood import Likelihood, measure
-from lora_cli.model import attention
+from lora_cli.evaluation.intervals import Interval
+from lora_cli.evaluation.likelihood import ByRow, Likelihood, measure_rows
+from lora_cli.model import attention, base
 from lora_cli.model.loading import load
 from lora_cli.model.score import Scorer
 from lora_cli.model.tasks import TASKS
@@ -29,14 +30,20 @@ from lora_cli.run import atomic, console
 from lora_cli.training import host
 
 BASE = "base"
+FEWEST_ROWS = 5  # of which an interval says anything
 SHORTEST_PROMPT = 2  # tokens; one alone is the begin mark
 
 
 class Figures(NamedTuple):
     """What was measured of one model."""
 
-    likelihood: Likelihood
+    rows: ByRow
     more: dict[str, float]  # metrics of a classifier, by name
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Of all rows together."""
+        return self.rows.whole
 
 
 class Target(NamedTuple):
@@ -44,6 +51,7 @@ class Target(NamedTuple):
 
     recipe: Recipe
     adapters: dict[str, Path]  # by the name shown
+    models: dict[str, Path]  # whole models, merged ones mostly
 
 
 def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_file: Path | None, answers: int) -> None:
@@ -85,7 +93,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         console.say(f"measuring {name} on {len(rows):,} rows")
         scorer = Scorer(at, task=recipe.task)
         more = metrics.measure(predict(scorer, plan, labels)) if labels and not metrics.missing() else {}
-        figures[name] = Figures(measure(scorer, plan), more)
+        figures[name] = Figures(measure_rows(scorer, plan), more)
         if asked:
             said[name] = _answers(at, opening, asked, recipe)
 
@@ -96,13 +104,19 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         for name in found.adapters:
             loaded.set_adapter(name)
             look(name, loaded)
+        del loaded
+    del model
+    for name, folder in found.models.items():
+        look(name, _load_whole(recipe, opening, folder))
     console.out.print(_table(figures, recipe.task))
+    for line in _compared(figures, recipe.task):
+        console.out.print(line)
     _show(asked, said, opening, recipe.task)
     if json_file is not None:
         report = {
             "rows": len(rows),
             "data": rows.fingerprint,
-            "results": {n: _record(f, recipe.task) for n, f in figures.items()},
+            "results": {n: _record(f, figures[BASE], recipe.task) for n, f in figures.items()},
         }
         atomic.write_json(json_file, report)
 
@@ -137,16 +151,21 @@ def _find(target: Path, named: Sequence[str]) -> Target:
         raise LoraError(
             f"{target} is no recipe, run or adapter folder", hint="give a YAML file, or a folder of lora train"
         )
+    models: dict[str, Path] = {}
     for item in named:
         name, _, path = item.rpartition("=")
         folder = Path(path)
-        if not (folder / "adapter_config.json").is_file():
-            raise LoraError(f"--adapter {item}: {folder} has no adapter_config.json", hint="give an adapter folder")
-        name = name or folder.resolve().parent.name
-        if name in (BASE, *adapters):
+        whole = (folder / "config.json").is_file()
+        if not whole and not (folder / "adapter_config.json").is_file():
+            raise LoraError(
+                f"--adapter {item}: {folder} has no adapter_config.json",
+                hint="give an adapter folder, or that of a merged model",
+            )
+        name = name or (folder.resolve().name if whole else folder.resolve().parent.name)
+        if name in (BASE, *adapters, *models):
             raise LoraError(f"--adapter {item}: the name {name} is taken", hint="give another: --adapter NAME=DIR")
-        adapters[name] = folder
-    return Target(recipe, adapters)
+        (models if whole else adapters)[name] = folder
+    return Target(recipe, adapters, models)
 
 
 def _labels(adapters: dict[str, Path]) -> labelling.Labels | None:
@@ -189,6 +208,42 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
     return loaded
 
 
+def _load_whole(recipe: Recipe, opening: Opening, folder: Path) -> PreTrainedModel:
+    """A merged model in the base's stead, in 16 or 32 bits as the run has it."""
+    spec = recipe.model.model_copy(update={"path": str(folder), "revision": None})
+    source = base.locate(spec, dtype=opening.dtype, device=opening.device, say=console.say)
+    whole = recipe.model_copy(update={"model": spec, "quantization": None})
+    model = load_base(whole, opening._replace(source=source), say=console.say).model
+    return model.eval()
+
+
+def _compared(figures: dict[str, Figures], task: TaskName) -> list[str]:
+    """How sure the figures are, and how each model compares with the base, row by row."""
+    first = figures[BASE].rows
+    if len(first.units) < FEWEST_ROWS or first.units.sum() == 0:
+        return []
+    lines = [f"in 95 of 100 draws of the {len(first.units):,} rows:"]
+    for name, found in figures.items():
+        loss = intervals.mean(found.rows.loss, first.units)
+        line = f"  {name}: loss {loss.low:.4f} to {loss.high:.4f}"
+        if name != BASE:
+            apart = intervals.difference(found.rows.loss, first.loss, first.units)
+            line += f"; against the base {_better(apart, '.4f')}"
+            if first.counted:
+                unit = "token accuracy" if not TASKS[task].classes else "accuracy"
+                hits = intervals.difference(first.hits * 100, found.rows.hits * 100, first.units)
+                line += f", {unit} {_better(hits, '.1f')} points"
+        lines.append(line)
+    return lines
+
+
+def _better(apart: Interval, digits: str) -> str:
+    word = "better" if apart.low > 0 else "worse" if apart.high < 0 else "the same, within chance,"
+    if word.startswith("the same"):
+        return f"{word} {apart.value:+{digits}} ± {apart.half:{digits}}"
+    return f"{word} by {abs(apart.value):{digits}} ± {apart.half:{digits}}"
+
+
 def _table(figures: dict[str, Figures], task: TaskName) -> Table:
     first = next(iter(figures.values()))
     columns = ["mse" if first.likelihood.accuracy is None else "loss"]
@@ -198,7 +253,8 @@ def _table(figures: dict[str, Figures], task: TaskName) -> Table:
     if first.likelihood.accuracy is not None:
         columns.append("token accuracy" if tokens else "accuracy")
     table = Table("", *columns, *first.more, f"{TASKS[task].unit}s", box=None)
-    for name, (found, more) in figures.items():
+    for name, (rows, more) in figures.items():
+        found = rows.whole
         cells = [f"{found.loss:.4f}"]
         if tokens:
             cells.append(f"{found.perplexity:.2f}")
@@ -208,13 +264,21 @@ def _table(figures: dict[str, Figures], task: TaskName) -> Table:
     return table
 
 
-def _record(found: Figures, task: TaskName) -> dict[str, float | None]:
+def _record(found: Figures, base: Figures, task: TaskName) -> dict[str, Any]:
     likelihood = found.likelihood
     values = {**likelihood._asdict(), **found.more}
     if not TASKS[task].classes:
         values["perplexity"] = likelihood.perplexity
     # JSON has no infinity, and no NaN.
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+    record: dict[str, Any] = {
+        name: value if value is not None and math.isfinite(value) else None for name, value in values.items()
+    }
+    rows = found.rows
+    if len(rows.units) >= FEWEST_ROWS and likelihood.tokens:
+        record["loss_95"] = intervals.mean(rows.loss, rows.units)[1:]
+        if found is not base:
+            record["loss_below_base"] = intervals.difference(rows.loss, base.rows.loss, rows.units)._asdict()
+    return record
 
 
 def _asked(rows: Rows, count: int, recipe: Recipe) -> list[Row]:

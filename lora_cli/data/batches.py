@@ -133,6 +133,15 @@ class Plan:
             yield self.build(indices)
 
 
+def rows_of_units(batch: Batch) -> NDArray[np.int64]:
+    """Which row of the batch, counted from 0, each of its tokens or words belongs to."""
+    places = batch.predict.numpy()
+    if batch.attention_mask is None:  # packed
+        return np.searchsorted(np.cumsum(batch.lengths), places, side="right")
+    found: NDArray[np.int64] = places // batch.extra.get("decoder_input_ids", batch.input_ids).shape[1]
+    return found
+
+
 def pack(lengths: NDArray[np.int32], order: NDArray[np.int64], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: each row, longest first, goes where it leaves the least room.
 

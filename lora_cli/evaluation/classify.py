@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lora_cli.data.batches import Batch, Plan
+from lora_cli.data.batches import Plan, rows_of_units
 from lora_cli.data.labels import Kind, Labels
 from lora_cli.model.score import Scorer
 
@@ -31,7 +31,7 @@ def predict(scorer: Scorer, plan: Plan, labels: Labels) -> Outcome:
         logits = scorer.logits(batch).float().cpu()
         wanted.append(batch.targets.double().numpy())
         predicted.append(_decided(logits, labels).double().numpy())
-        lines = np.arange(len(batch.rows)) if scorer.task == "seq-cls" else _lines_of(batch)
+        lines = np.arange(len(batch.rows)) if scorer.task == "seq-cls" else rows_of_units(batch)
         row.append(done + lines)
         done += len(batch.rows)
     scorer.base.train(training)
@@ -42,9 +42,3 @@ def _decided(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
     if labels.kind == "regression":
         return logits
     return logits > 0 if labels.kind == "multi" else logits.argmax(dim=1)
-
-
-def _lines_of(batch: Batch) -> npt.NDArray[np.int64]:
-    """The line of the batch that each labelled word is in."""
-    found: npt.NDArray[np.int64] = (batch.predict // batch.input_ids.shape[1]).numpy()
-    return found

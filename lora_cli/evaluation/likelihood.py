@@ -3,10 +3,12 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import Plan, rows_of_units
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.tasks import TaskName
 
@@ -22,6 +24,39 @@ class Likelihood(NamedTuple):
     def perplexity(self) -> float:
         """e to the loss; infinite where that is beyond a float."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+class ByRow(NamedTuple):
+    """What was measured of each row, in the order of the rows."""
+
+    loss: NDArray[np.float64]  # [rows], summed over the row's units
+    hits: NDArray[np.float64]  # [rows], units whose most likely label was the right one
+    units: NDArray[np.int64]  # [rows]
+    counted: bool  # hits mean something: not of a regression
+
+    @property
+    def whole(self) -> Likelihood:
+        """Means over all units."""
+        units = int(self.units.sum())
+        share = float(self.hits.sum()) / max(1, units)
+        return Likelihood(float(self.loss.sum()) / max(1, units), share if self.counted else None, units)
+
+
+@torch.no_grad()
+def measure_rows(scorer: Scorer, plan: Plan) -> ByRow:
+    """Score every row of `plan` once, in eval mode, each by itself."""
+    training = scorer.base.training
+    scorer.base.eval()
+    count = len(plan.rows)
+    loss, hits, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
+    for batch in plan.whole():
+        losses, right = scorer.each(batch)
+        rows = np.array(batch.rows)[rows_of_units(batch) if scorer.task != "seq-cls" else np.arange(len(batch.rows))]
+        np.add.at(loss, rows, losses.double().cpu().numpy())
+        np.add.at(hits, rows, right.double().cpu().numpy())
+        np.add.at(units, rows, 1)
+    scorer.base.train(training)
+    return ByRow(loss, hits, units, getattr(scorer.base.config, "problem_type", None) != "regression")
 
 
 @torch.no_grad()

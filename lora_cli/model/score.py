@@ -68,17 +68,33 @@ class Scorer:
             )
             return Score(loss, correct, len(targets))
         # Heads that do more than multiply (caps, scales, adapters of their own) compute the logits themselves.
-        logits = self.logits(batch)
+        losses, hits = self._judge(self.logits(batch), targets)
+        return Score(losses.sum(), hits.sum(), len(targets))
+
+    @torch.no_grad()
+    def each(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss, fp32 [units], and whether the most likely label was the right one, bool [units], of every unit."""
+        targets = batch.targets.to(self.device)
+        if not self.plain_head:
+            return self._judge(self.logits(batch), targets)
+        predict, inputs = batch.predict.to(self.device), self.inputs(batch)
+        hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[predict]
+        head = self.base.get_output_embeddings()
+        parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+        judged = [self._judge(head(some), wanted) for some, wanted in parts]
+        losses, hits = zip(*judged, strict=True)
+        return torch.cat(losses), torch.cat(hits)
+
+    def _judge(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if not targets.is_floating_point():
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=self._smoothing)
-            return Score(loss, (logits.argmax(-1) == targets).sum(), len(targets))
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing)
+            return losses, logits.argmax(-1) == targets
         if self.base.config.problem_type == "regression":
-            loss = (logits - targets).square().mean(dim=1).sum()
-            return Score(loss, torch.zeros((), dtype=torch.int64, device=self.device), len(targets))
+            return (logits - targets).square().mean(dim=1), torch.zeros_like(targets[:, 0], dtype=torch.bool)
         smooth = targets * (1 - self._smoothing) + self._smoothing / 2
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1).sum()
-        return Score(loss, ((logits > 0) == (targets > 0.5)).all(dim=1).sum(), len(targets))
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1)
+        return losses, ((logits > 0) == (targets > 0.5)).all(dim=1)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits [units, vocabulary or labels] at the units of `batch`, in the model's dtype."""

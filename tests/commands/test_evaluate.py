@@ -72,6 +72,33 @@ def test_several_adapters_data_and_json(trained: Path, lora: Lora):
     assert report["results"]["base"].keys() == {"loss", "perplexity", "accuracy", "tokens"}
 
 
+def test_how_sure_the_figures_are_and_how_each_compares_with_the_base(trained: Path, lora: Lora):
+    done = lora("eval", "runs/a", "--data", "rows.jsonl", "--json", "f.json")
+    assert done.code == 0, done.err
+    assert "in 95 of 100 draws of the 24 rows:" in done.out
+    line = re.search(
+        r"  adapter: loss ([\d.]+) to ([\d.]+); against the base better by ([\d.]+) ± ([\d.]+), token", done.out
+    )
+    assert line is not None, done.out
+    report = json.loads(Path("f.json").read_text())["results"]
+    base, adapter = report["base"], report["adapter"]
+    assert float(line[3]) == pytest.approx(base["loss"] - adapter["loss"], abs=1e-4)
+    assert adapter["loss_95"][0] < adapter["loss"] < adapter["loss_95"][1]
+    assert [float(line[1]), float(line[2])] == pytest.approx(adapter["loss_95"], abs=1e-4)
+    assert "loss_below_base" not in base
+
+
+def test_a_merged_model_beside_its_adapter(trained: Path, lora: Lora):
+    assert lora("merge", "runs/a/adapter", "--out", "merged").code == 0
+    done = lora("eval", "runs/a", "--adapter", "merged", "--answers", "1")
+    assert done.code == 0, done.err
+    shown = table(done.out)
+    assert list(shown) == ["base", "adapter", "merged"]
+    assert shown["merged"] == shown["adapter"]
+    said = dict(re.findall(r"^\[(adapter|merged)\] (.*)$", done.out, re.MULTILINE))
+    assert said["adapter"] == said["merged"]
+
+
 def test_answers_side_by_side(trained: Path, lora: Lora):
     out = lora("eval", "runs/a", "--answers", "2").out
     assert len(re.findall(r"^--- rows\.jsonl:\d+$", out, re.MULTILINE)) == 2
@@ -135,7 +162,7 @@ def test_the_base_is_measured_without_the_biases_of_an_adapter(with_biases: Path
         (
             ["runs/a", "--adapter", "x=runs"],
             "--adapter x=runs: runs has no adapter_config.json",
-            "give an adapter folder",
+            "give an adapter folder, or that of a merged model",
         ),
         (
             ["runs/a", "--adapter", "base=runs/a/adapter"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_cli.data.batches import Plan
-from lora_cli.evaluation.likelihood import Likelihood, measure
+from lora_cli.evaluation.likelihood import Likelihood, measure, measure_rows
 from lora_cli.model import attention
 from lora_cli.model.score import Scorer
 from tests.model import zoo
@@ -37,6 +37,14 @@ def test_it_is_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size:
     found = measure(Scorer(model.train()), Plan(ROWS, packing=packing, size=size, per_step=1, seed=0))
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert (found.accuracy, found.tokens) == (expected.accuracy, expected.tokens)
+    by_row = measure_rows(Scorer(model.train()), Plan(ROWS, packing=packing, size=size, per_step=1, seed=0))
+    assert by_row.whole == pytest.approx(found, rel=1e-6)
+    for i in range(len(ROWS)):
+        alone = Plan(zoo.MemoryRows([ROWS[i]]), packing=packing, size=50, per_step=1, seed=0)
+        one = measure(Scorer(model), alone)
+        assert by_row.units[i] == one.tokens
+        assert by_row.hits[i] == pytest.approx((one.accuracy or 0.0) * one.tokens)
+        assert by_row.loss[i] == pytest.approx(one.loss * one.tokens, rel=1e-5, abs=1e-6)
     assert found.perplexity == pytest.approx(math.exp(expected.loss), rel=1e-4)
 
 
