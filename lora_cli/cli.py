@@ -84,22 +84,29 @@ def train(
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RECIPE|RUN|ADAPTER", help="What to measure.", show_default=False)],
     adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="A further adapter of the same base.")
+        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="A further adapter, or a merged model.")
     ] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to measure on, in place of data.eval.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")
     ] = None,
-    answers: Annotated[int, typer.Option(min=0, help="Rows whose answers are shown side by side.")] = 0,
+    answers: Annotated[int, typer.Option(min=0, help="Prompts that each model answers.")] = 0,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the answers: exact_match, f1, rouge, bleu, chrf, json_valid or numeric_match."),
+    ] = None,
+    predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer here.")] = None,
 ) -> None:
-    """Measure base and adapters on held-out rows: loss, perplexity and token accuracy."""
+    """Measure base, adapters and merged models side by side on held-out rows."""
     if Path(target).is_file():
         from lora_cli.recipe.load import load_recipe
 
         load_recipe(Path(target))  # refused here, if at all: before the seconds that torch takes to import
+    from lora_cli.commands.answering import Asked
     from lora_cli.commands.evaluate import evaluate as command
 
-    command(target, adapters=adapters or [], data=data, json_file=json_file, answers=answers)
+    asked = Asked(answers, metric or [], predictions)
+    command(target, adapters=adapters or [], data=data, json_file=json_file, asked=asked)
 
 
 @app.command()

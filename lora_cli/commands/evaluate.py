@@ -9,17 +9,18 @@ from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lora_cli.commands import answering
+from lora_cli.commands.answering import Asked
 from lora_cli.commands.building import compute_as_trained, load_base
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data import labels as labelling
-from lora_cli.data.rows import Row, Rows
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import intervals, metrics
 from lora_cli.evaluation.classify import predict
-from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
+from lora_cli.evaluation.generate import Answer
 from lora_cli.evaluation.intervals import Interval
 from lora_cli.evaluation.likelihood import ByRow, Likelihood, measure_rows
-from lora_cli.model import attention, base
+from lora_cli.model import base
 from lora_cli.model.loading import load
 from lora_cli.model.score import Scorer
 from lora_cli.model.tasks import TASKS
@@ -31,7 +32,6 @@ from lora_cli.training import host
 
 BASE = "base"
 FEWEST_ROWS = 5  # of which an interval says anything
-SHORTEST_PROMPT = 2  # tokens; one alone is the begin mark
 
 
 class Figures(NamedTuple):
@@ -54,10 +54,12 @@ class Target(NamedTuple):
     models: dict[str, Path]  # whole models, merged ones mostly
 
 
-def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_file: Path | None, answers: int) -> None:
-    """Print a table of base and adapters; `answers` rows with what each says; the figures as JSON if asked."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise LoraError(f"--json {json_file}: there is no folder {json_file.parent}", hint="make it first")
+def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_file: Path | None, asked: Asked) -> None:
+    """Print a table of base and adapters, and what each answers; the figures as JSON if asked."""
+    for option, file in (("--json", json_file), ("--predictions", asked.file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
+    asked.check()
     found = _find(Path(target), adapters)
     _refuse_biases_of_several(found.adapters)
     recipe = found.recipe
@@ -85,7 +87,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     model = load_base(recipe, opening, say=console.say).model
     model.eval()
     plan = batch_plan(recipe, opening, rows, per_step=1)
-    asked = _asked(rows, answers, recipe)
+    questions = answering.questions_of(rows, asked.prompts, opening, recipe)
     figures: dict[str, Figures] = {}
     said: dict[str, list[Answer]] = {}
 
@@ -94,8 +96,9 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         scorer = Scorer(at, task=recipe.task)
         more = metrics.measure(predict(scorer, plan, labels)) if labels and not metrics.missing() else {}
         figures[name] = Figures(measure_rows(scorer, plan), more)
-        if asked:
-            said[name] = _answers(at, opening, asked, recipe)
+        if questions:
+            console.say(f"answering {len(questions):,} prompts")
+            said[name] = answering.answers_of(at, opening, questions, recipe)
 
     # Before any adapter is there: biases that one has trained stay when it is switched off.
     look(BASE, model)
@@ -111,12 +114,17 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     console.out.print(_table(figures, recipe.task))
     for line in _compared(figures, recipe.task):
         console.out.print(line)
-    _show(asked, said, opening, recipe.task)
+    scores = answering.score(asked.metrics, questions, said)
+    if asked.metrics and scores:
+        console.out.print(answering.score_table(scores, len(questions)))
+    answering.show(questions, said, asked.file)
+    if asked.file is not None:
+        atomic.write_text(asked.file, "".join(answering.predictions(questions, said)))
     if json_file is not None:
         report = {
             "rows": len(rows),
             "data": rows.fingerprint,
-            "results": {n: _record(f, figures[BASE], recipe.task) for n, f in figures.items()},
+            "results": {n: _record(f, figures[BASE], recipe.task) | scores.get(n, {}) for n, f in figures.items()},
         }
         atomic.write_json(json_file, report)
 
@@ -279,56 +287,3 @@ def _record(found: Figures, base: Figures, task: TaskName) -> dict[str, Any]:
         if found is not base:
             record["loss_below_base"] = intervals.difference(rows.loss, base.rows.loss, rows.units)._asdict()
     return record
-
-
-def _asked(rows: Rows, count: int, recipe: Recipe) -> list[Row]:
-    """The first `count` rows that have a prompt to answer."""
-    if count and TASKS[recipe.task].classes:
-        console.say(f"--answers: none, since a model for {recipe.task} writes no text")
-        return []
-    if count and recipe.task == "causal-lm" and recipe.data.loss_on == "all":
-        console.say("--answers: none, since with data.loss_on: all no row has a prompt apart from its answer")
-        return []
-    asked: list[Row] = []
-    without = 0
-    for row in rows:
-        if len(asked) == count:
-            break
-        if len(prompt_ids(row, recipe.task)) < SHORTEST_PROMPT:
-            without += 1
-        else:
-            asked.append(row)
-    if without:
-        skipped = "1 row" if without == 1 else f"{without:,} rows"
-        console.say(f"--answers: {skipped} skipped, as no prompt stands before the first supervised token")
-    return asked
-
-
-def _answers(model: PeftModel | PreTrainedModel, opening: Opening, rows: Sequence[Row], recipe: Recipe) -> list[Answer]:
-    references = [reference_ids(row, recipe.task) for row in rows]
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Ours packs rows; generation pads them.
-    measured_with = inner.config._attn_implementation
-    if measured_with == attention.NAME:
-        inner.set_attn_implementation("sdpa")
-    answered = answer(
-        model,
-        opening.tokenizer,
-        [prompt_ids(row, recipe.task) for row in rows],
-        spec=recipe.generation,
-        max_new_tokens=recipe.generation.max_new_tokens or min(200, 2 * max(len(ids) for ids in references)),
-        stop=stop_ids(opening.tokenizer, inner, references),
-    )
-    inner.set_attn_implementation(measured_with)
-    return answered
-
-
-def _show(rows: Sequence[Row], said: dict[str, list[Answer]], opening: Opening, task: TaskName) -> None:
-    decode = opening.tokenizer.decode
-    for number, row in enumerate(rows):
-        console.out.print(f"\n--- {row.where}")
-        console.out.print(decode(prompt_ids(row, task), skip_special_tokens=False).strip())
-        console.out.print(f"[reference] {decode(reference_ids(row, task), skip_special_tokens=True).strip()}")
-        for name, answered in said.items():
-            ended = "" if answered[number].finished else " ... (not finished)"
-            console.out.print(f"[{name}] {answered[number].text}{ended}")

@@ -12,6 +12,8 @@ from lora_cli.data.rows import IGNORED, Row
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 
+AT_ONCE = 16  # prompts in a batch
+
 
 class Answer(NamedTuple):
     """One generated answer."""
@@ -62,13 +64,35 @@ def answer(
     spec: GenerationSpec,
     max_new_tokens: int,
     stop: Sequence[int],
+    seed: int = 0,
 ) -> list[Answer]:
-    """What the model makes of each prompt (token ids), as one padded batch: greedy, or by beams as `spec` says.
+    """What the model makes of each prompt (token ids), those of like length in a batch: greedy, by beams, or drawn.
 
     An encoder reads prompts that are padded on the right, a decoder goes on from prompts padded on the left. `stop` are
     the ids that end an answer; without any, each is as long as allowed. The model's attention must be one that
     transformers makes masks for.
     """
+    torch.manual_seed(seed)
+    found: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), AT_ONCE):
+        some = order[start : start + AT_ONCE]
+        batch = _batch(
+            model, tokenizer, [prompts[i] for i in some], spec=spec, max_new_tokens=max_new_tokens, stop=stop
+        )
+        found |= dict(zip(some, batch, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _batch(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    spec: GenerationSpec,
+    max_new_tokens: int,
+    stop: Sequence[int],
+) -> list[Answer]:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     encodes = bool(inner.config.is_encoder_decoder)
     device = next(model.parameters()).device
@@ -80,7 +104,10 @@ def answer(
     ids = torch.tensor([[pad] * a + list(p) + [pad] * b for p, (a, b) in pairs], device=device)
     mask = torch.tensor([[0] * a + [1] * len(p) + [0] * b for p, (a, b) in pairs], device=device)
     config = GenerationConfig(
-        do_sample=False,
+        do_sample=spec.temperature > 0,
+        temperature=spec.temperature or None,
+        top_p=spec.top_p if spec.temperature else None,
+        top_k=0 if spec.temperature else None,
         num_beams=spec.num_beams,
         length_penalty=spec.length_penalty,
         no_repeat_ngram_size=spec.no_repeat_ngram,

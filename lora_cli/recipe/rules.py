@@ -313,6 +313,12 @@ def _generation(recipe: Recipe) -> Iterator[Conflict]:
     if spec.length_penalty is not None and spec.num_beams == 1:
         fix = "remove it, or write more num_beams"
         yield Conflict("generation.length_penalty", "has no effect without beams", fix, ("generation.num_beams",))
+    if spec.temperature and spec.num_beams > 1:
+        fix = "remove it, or write num_beams: 1"
+        yield Conflict("generation.temperature", "beams are searched, not drawn", fix, ("generation.num_beams",))
+    if spec.top_p < 1 and not spec.temperature:
+        fix = "write a temperature too, or remove it"
+        yield Conflict("generation.top_p", "has no effect where nothing is drawn", fix, ("generation.temperature",))
 
 
 def _loss_of_rows(recipe: Recipe) -> Iterator[Conflict]:

@@ -242,6 +242,10 @@ class GenerationSpec(Section):
     """Beams that are searched; 1: greedy."""
     length_penalty: float | None = None
     """Beam scores are divided by length to this power (default 1): above 0 longer answers gain. Only with beams."""
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    """0: always the most likely token; above: tokens are drawn, from logits divided by it, by training.seed."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Drawn are only the most likely tokens that have this much probability together."""
     no_repeat_ngram: Count | None = None
     """Runs of so many tokens occur at most once in an answer; default: no such limit."""
     max_new_tokens: Count | None = None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from lora_cli.evaluation import texts
 from lora_cli.model import saving
 from tests.commands.conftest import Lora, WriteRecipe, rows, write_recipe
 from tests.model import zoo
@@ -104,6 +105,45 @@ def test_answers_side_by_side(trained: Path, lora: Lora):
     assert len(re.findall(r"^--- rows\.jsonl:\d+$", out, re.MULTILINE)) == 2
     for who in ("reference", "base", "adapter"):
         assert len(re.findall(rf"^\[{who}\]", out, re.MULTILINE)) == 2
+
+
+def test_answers_are_scored_against_all_references_and_written_down(trained: Path, lora: Lora):
+    """Rows with the same prompt are one question with several right answers."""
+    told = [{"role": "user", "content": "What is the capital of France? (0)"}]
+    lines = [{"messages": [*told, {"role": "assistant", "content": text}]} for text in ("Paris.", "It is Paris.")]
+    Path("both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*lines, *rows(3)[1:]]))
+    words = ["--data", "both.jsonl", "--answers", "9", "--metric", "f1", "--metric", "bleu", "--predictions", "p.jsonl"]
+    done = lora("eval", "runs/a", *words, "--json", "f.json")
+    assert done.code == 0, done.err
+    written = [json.loads(line) for line in Path("p.jsonl").read_text().splitlines()]
+    assert next(record["references"] for record in written) == ["Paris.", "It is Paris."]
+    assert len(written) == 3
+    assert written[0]["answers"].keys() == {"base", "adapter"}
+    report = json.loads(Path("f.json").read_text())["results"]
+    found = texts.measure(
+        ["f1", "bleu"],
+        [record["answers"]["adapter"]["text"] for record in written],
+        [record["references"] for record in written],
+    )
+    assert {name: report["adapter"][name] for name in found} == pytest.approx(found)
+    assert re.search(r"adapter +[\d.]+ +[\d.]+ +3\b", done.out), done.out
+
+
+def test_drawn_answers_hang_on_the_seed(recipe: WriteRecipe, trained: Path, lora: Lora):
+    out = []
+    for seed in (1, 1, 2):
+        path = recipe({"generation": {"temperature": 1.5, "max_new_tokens": 12}, "training.seed": seed})
+        done = lora("eval", path, "--data", "rows.jsonl", "--answers", "3")
+        assert done.code == 0, done.err
+        out.append(re.findall(r"^\[base\].*", done.out, re.MULTILINE))
+    assert out[0] == out[1] != out[2]
+
+
+def test_what_is_asked_of_answers_needs_some(trained: Path, lora: Lora):
+    assert lora("eval", "runs/a", "--metric", "f1").last_two == [
+        "error: --metric and --predictions are about answers",
+        "hint: say how many: --answers 100",
+    ]
 
 
 @pytest.mark.parametrize(
