@@ -154,6 +154,59 @@ def _choice(option: str, given: str, *known: str) -> None:
         raise LoraError(f"{option} {given} is not known", hint=f"write {', '.join(known[:-1])} or {known[-1]}")
 
 
+adapter_app = typer.Typer(help="Look into adapters, cut them down, put them together.", no_args_is_help=True)
+app.add_typer(adapter_app, name="adapter")
+AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the adapter goes.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+@adapter_app.command()
+def inspect(
+    adapter: AdapterPath,
+    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Every module, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Spectra and sizes as a picture.")] = None,
+) -> None:
+    """Show what an adapter does to each kind of module, and how much of its rank it uses."""
+    from lora_cli.commands.adapters import inspect as command
+
+    command(adapter, base_path=base, json_file=json_file, plot=plot)
+
+
+@adapter_app.command()
+def resize(
+    adapter: AdapterPath,
+    out: Out,
+    rank: Annotated[int | None, typer.Option(min=1, help="Components that each module keeps.")] = None,
+    energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of each update to keep.")] = None,
+    force: Force = False,
+) -> None:
+    """Write an adapter of lower rank, by its largest components, and tell what is lost."""
+    from lora_cli.commands.adapters import resize as command
+
+    command(adapter, out=out, rank=rank, energy=energy, force=force)
+
+
+@adapter_app.command()
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="[WEIGHT*]ADAPTER...", help="Adapters of one base.", show_default=False)
+    ],
+    out: Out,
+    method: Annotated[str, typer.Option(help="concat (exact), svd, linear, ties or dare.")] = "concat",
+    rank: Annotated[int | None, typer.Option(min=1, help="Of svd, ties and dare; default: the largest.")] = None,
+    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of entries that ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of what dare draws.")] = 42,
+    force: Force = False,
+) -> None:
+    """Write the weighted sum of several adapters as one."""
+    _choice("--method", method, "concat", "svd", "linear", "ties", "dare")
+    from lora_cli.commands.adapters import combine as command
+
+    command(adapters, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
+
+
 @app.command()
 def init(
     name: Annotated[
