@@ -154,6 +154,25 @@ def _choice(option: str, given: str, *known: str) -> None:
         raise LoraError(f"{option} {given} is not known", hint=f"write {', '.join(known[:-1])} or {known[-1]}")
 
 
+@app.command()
+def chat(
+    target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to talk to.", show_default=False)],
+    adapters: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="A further adapter of the same base.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 42,
+) -> None:
+    """Talk to a base and its adapters; /help lists what else a line can say. A pipe is answered line by line."""
+    from lora_cli.commands import chat as command
+
+    options = command.Options(temperature, max_new_tokens, system, seed)
+    command.chat(target, adapters=adapters or [], base_path=base, options=options)
+
+
 adapter_app = typer.Typer(help="Look into adapters, cut them down, put them together.", no_args_is_help=True)
 app.add_typer(adapter_app, name="adapter")
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)]
