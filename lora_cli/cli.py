@@ -96,6 +96,11 @@ def evaluate(
         typer.Option(help="Of the answers: exact_match, f1, rouge, bleu, chrf, json_valid or numeric_match."),
     ] = None,
     predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer here.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A task of the lm-evaluation-harness.")
+    ] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="YAML files of further tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")] = None,
 ) -> None:
     """Measure base, adapters and merged models side by side on held-out rows."""
     if Path(target).is_file():
@@ -105,7 +110,7 @@ def evaluate(
     from lora_cli.commands.answering import Asked
     from lora_cli.commands.evaluate import evaluate as command
 
-    asked = Asked(answers, metric or [], predictions)
+    asked = Asked(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
     command(target, adapters=adapters or [], data=data, json_file=json_file, asked=asked)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from lora_cli.commands.opening import Opening
 from lora_cli.data.rows import Rows
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import texts
+from lora_cli.evaluation import harness, texts
 from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
 from lora_cli.model import attention
 from lora_cli.model.tasks import TASKS
@@ -29,6 +30,9 @@ class Asked(NamedTuple):
     prompts: int  # how many
     metrics: Sequence[str]
     file: Path | None  # for every answer
+    tasks: Sequence[str] = ()  # of the lm-evaluation-harness
+    tasks_folder: Path | None = None
+    limit: int | None = None  # documents of each task
 
     def check(self) -> None:
         """Refuse what does not go together, before any model is loaded.
@@ -39,6 +43,7 @@ class Asked(NamedTuple):
         if (self.metrics or self.file) and not self.prompts:
             raise LoraError("--metric and --predictions are about answers", hint="say how many: --answers 100")
         texts.check(self.metrics)
+        harness.check(self.tasks, self.tasks_folder)
 
 
 class Question(NamedTuple):
@@ -99,22 +104,42 @@ def answers_of(
 ) -> list[Answer]:
     """What `model` answers to each prompt, as the recipe has it generate."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Ours packs rows; generation pads them.
-    measured_with = inner.config._attn_implementation
-    if measured_with == attention.NAME:
-        inner.set_attn_implementation("sdpa")
     longest = max(question.longest for question in questions)
-    answered = answer(
-        model,
-        opening.tokenizer,
-        [question.prompt for question in questions],
-        spec=recipe.generation,
-        max_new_tokens=recipe.generation.max_new_tokens or min(200, 2 * longest),
-        stop=stop_ids(opening.tokenizer, inner, [ids for question in questions for ids in question.ends]),
-        seed=recipe.training.seed,
-    )
-    inner.set_attn_implementation(measured_with)
-    return answered
+    with _padding(inner):
+        return answer(
+            model,
+            opening.tokenizer,
+            [question.prompt for question in questions],
+            spec=recipe.generation,
+            max_new_tokens=recipe.generation.max_new_tokens or min(200, 2 * longest),
+            stop=stop_ids(opening.tokenizer, inner, [ids for question in questions for ids in question.ends]),
+            seed=recipe.training.seed,
+        )
+
+
+@contextmanager
+def _padding(model: PreTrainedModel) -> Iterator[None]:
+    """An attention that knows padding: ours packs rows."""
+    measured_with = model.config._attn_implementation
+    if measured_with == attention.NAME:
+        model.set_attn_implementation("sdpa")
+    yield
+    model.set_attn_implementation(measured_with)
+
+
+def harness_of(model: PeftModel | PreTrainedModel, opening: Opening, asked: Asked) -> dict[str, float]:
+    """What the harness says of `model`, by task and metric."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    with _padding(inner):
+        return harness.measure(model, opening.tokenizer, asked.tasks, folder=asked.tasks_folder, limit=asked.limit)
+
+
+def task_table(scores: dict[str, dict[str, float]]) -> Table:
+    """A line for each task and metric, a column for each model."""
+    table = Table("", *scores, box=None)
+    for name in next(iter(scores.values())):
+        table.add_row(name, *(f"{values[name]:.4f}" for values in scores.values()))
+    return table
 
 
 def score_table(scores: dict[str, dict[str, float]], count: int) -> Table:

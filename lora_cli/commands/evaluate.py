@@ -61,6 +61,8 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
             raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
     asked.check()
     found = _find(Path(target), adapters)
+    if asked.tasks and TASKS[found.recipe.task].classes:
+        raise LoraError(f"--tasks: the harness asks language models, not {found.recipe.task}", hint="leave it out")
     _refuse_biases_of_several(found.adapters)
     recipe = found.recipe
     spec = recipe.data if data is None else recipe.data.model_copy(update={"train": data, "eval": None})
@@ -90,6 +92,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     questions = answering.questions_of(rows, asked.prompts, opening, recipe)
     figures: dict[str, Figures] = {}
     said: dict[str, list[Answer]] = {}
+    by_task: dict[str, dict[str, float]] = {}
 
     def look(name: str, at: PeftModel | PreTrainedModel) -> None:
         console.say(f"measuring {name} on {len(rows):,} rows")
@@ -99,6 +102,9 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         if questions:
             console.say(f"answering {len(questions):,} prompts")
             said[name] = answering.answers_of(at, opening, questions, recipe)
+        if asked.tasks:
+            console.say(f"{name} on {', '.join(asked.tasks)}")
+            by_task[name] = answering.harness_of(at, opening, asked)
 
     # Before any adapter is there: biases that one has trained stay when it is switched off.
     look(BASE, model)
@@ -117,6 +123,8 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     scores = answering.score(asked.metrics, questions, said)
     if asked.metrics and scores:
         console.out.print(answering.score_table(scores, len(questions)))
+    if by_task:
+        console.out.print(answering.task_table(by_task))
     answering.show(questions, said, asked.file)
     if asked.file is not None:
         atomic.write_text(asked.file, "".join(answering.predictions(questions, said)))
@@ -124,7 +132,10 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         report = {
             "rows": len(rows),
             "data": rows.fingerprint,
-            "results": {n: _record(f, figures[BASE], recipe.task) | scores.get(n, {}) for n, f in figures.items()},
+            "results": {
+                n: _record(f, figures[BASE], recipe.task) | scores.get(n, {}) | by_task.get(n, {})
+                for n, f in figures.items()
+            },
         }
         atomic.write_json(json_file, report)
 

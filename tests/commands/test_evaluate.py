@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluation import texts
 from lora_cli.model import saving
@@ -127,6 +129,47 @@ def test_answers_are_scored_against_all_references_and_written_down(trained: Pat
     )
     assert {name: report["adapter"][name] for name in found} == pytest.approx(found)
     assert re.search(r"adapter +[\d.]+ +[\d.]+ +3\b", done.out), done.out
+
+
+TASK = """
+task: sayings
+dataset_path: json
+dataset_kwargs: {data_files: {test: sayings.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}]
+"""
+
+
+def test_a_task_of_the_harness_from_a_folder_of_yaml(trained: Path, lora: Lora):
+    choices = ["Paris is the capital.", "line two", "I am fine."]
+    documents = [{"question": f"What is {i}?", "choices": choices, "answer": i % 3} for i in range(6)]
+    Path("sayings.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    Path("tasks").mkdir()
+    Path("tasks/sayings.yaml").write_text(TASK)
+    done = lora("eval", "runs/a", "--tasks", "sayings", "--tasks-dir", "tasks", "--json", "f.json")
+    assert done.code == 0, done.err
+    report = json.loads(Path("f.json").read_text())["results"]
+    found = report["adapter"]["sayings acc"]
+    # By hand: the likeliest of the three continuations, by plain PEFT.
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "runs/a/adapter").eval()
+
+    def score(question: str, choice: str) -> float:
+        first, whole = tokenizer(question)["input_ids"], tokenizer(f"{question} {choice}")["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([whole])).logits[0].log_softmax(dim=-1)
+        return sum(float(logits[at - 1, whole[at]]) for at in range(len(first), len(whole)))
+
+    best = [max(range(3), key=lambda i, q=d["question"]: score(q, choices[i])) for d in documents]
+    assert found == pytest.approx(sum(b == d["answer"] for b, d in zip(best, documents, strict=True)) / 6)
+    assert re.search(rf"sayings acc +[\d.]+ +{found:.4f}", done.out)
+    assert lora("eval", "runs/a", "--tasks", "saying", "--tasks-dir", "tasks").last_two[0] == (
+        "error: --tasks saying is not known to the harness"
+    )
 
 
 def test_drawn_answers_hang_on_the_seed(recipe: WriteRecipe, trained: Path, lora: Lora):
