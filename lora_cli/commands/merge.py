@@ -212,7 +212,8 @@ def _landing(subject: Subject, folder: Path) -> str:
         original = shards.list_tensors(base.local_folder(source, fetch=False))
     except LoraError as reason:
         return f"not compared with the original: {reason.message}"
-    apart = stream.compare(shards.list_tensors(folder), original)
+    merged = shards.list_tensors(base.local_folder(subject.source, fetch=False))
+    apart = stream.compare(shards.list_tensors(folder), original, between=merged)
     return (
         f"against {path}: {apart.equal:.1%} of the weights are equal, the others within "
         f"{apart.roundings:.2f} units in the last place ({apart.worst})"

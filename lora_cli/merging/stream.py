@@ -271,22 +271,28 @@ class Apart(NamedTuple):
     """How two files' weights differ."""
 
     equal: float  # share of the weights
-    roundings: float  # largest difference, in units in the last place of the larger of the two weights' tensors
+    roundings: float  # largest difference, in units in the last place of the largest of the weight's three values
     worst: str  # the tensor that has it
 
 
 @torch.no_grad()
-def compare(found: dict[str, Stored], expected: dict[str, Stored]) -> Apart:
-    """Compare all floating tensors of the same name and shape, block by block."""
+def compare(found: dict[str, Stored], expected: dict[str, Stored], *, between: dict[str, Stored]) -> Apart:
+    """Compare all floating tensors of the same name and shape, each as a whole.
+
+    A weight that went through another value, `between`, was rounded there: that is the unit it may be off by.
+    """
     equal = total = 0
     worst = (0.0, "none")
     with Files(writable=False) as files:
         for name, one in found.items():
             other = expected.get(name)
-            if other is None or other.shape != one.shape or not one.dtype.is_floating_point:
+            middle = between.get(name)
+            if other is None or middle is None or other.shape != one.shape or not one.dtype.is_floating_point:
                 continue
-            a, b = (Pair(files, files).read(side).float().view(-1) for side in (one, other))
+            a, b, c = (Pair(files, files).read(side).float().view(-1) for side in (one, other, middle))
             equal, total = equal + int((a == b).sum()), total + a.numel()
-            unit = torch.finfo(one.dtype).eps * torch.maximum(a.abs(), b.abs()).clamp_min(torch.finfo(one.dtype).tiny)
+            unit = torch.finfo(one.dtype).eps * torch.maximum(torch.maximum(a.abs(), b.abs()), c.abs()).clamp_min(
+                torch.finfo(one.dtype).tiny
+            )
             worst = max(worst, (float(((a - b).abs() / unit).max()) if a.numel() else 0.0, name))
     return Apart(equal / max(1, total), *worst)

@@ -264,6 +264,7 @@ def test_what_was_merged_is_taken_out_again(dtype: str, trained: Path, lora: Lor
     assert landed is not None, done.err
     assert landed[1] == ("base" if dtype == "float32" else "half")
     assert float(landed[2]) > 50
+    assert float(landed[3]) <= 1.01
     again, base = load_file("again/model.safetensors"), load_file(f"{landed[1]}/model.safetensors")
     merged_tensors = load_file("merged/model.safetensors")
     for name in base:
