@@ -306,3 +306,25 @@ def test_a_tokenizer_that_knows_more_than_the_base_has_embeddings_for_makes_no_n
     tokenizer.save_pretrained(trained / "adapter")
     assert lora("merge", trained / "adapter", "--out", "merged").code == 0
     assert AutoModelForCausalLM.from_pretrained("merged").config.vocab_size == len(tokenizer) - 1
+
+
+def test_a_base_of_the_hub_is_taken_from_the_cache(
+    trained: Path, lora: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By its id and the commit that the adapter was trained on; the folder is laid out as huggingface_hub has it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree("base", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    file = trained / "adapter" / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "base_model_name_or_path": "org/tiny", "revision": None}
+    file.write_text(json.dumps(config))
+    done = lora("merge", trained / "adapter", "--out", "merged", "--verify", "tensors")
+    assert done.code == 0, done.err
+    assert "folding lora into org/tiny" in done.err
+    assert lora("merge", trained / "adapter", "--out", "again", "--base", "base").code == 0
+    merged, again = load_file("merged/model.safetensors"), load_file("again/model.safetensors")
+    assert all(torch.equal(merged[name], again[name]) for name in again)
