@@ -13,6 +13,7 @@ from lora_cli.commands.opening import Opening
 from lora_cli.data.batches import Plan
 from lora_cli.errors import LoraError
 from lora_cli.model import adapter, base, fused, held, isolation, memory, targets
+from lora_cli.model.quantize import bytes_of_quantized
 from lora_cli.model.score import Scorer
 from lora_cli.model.setting import Setting, Weights
 from lora_cli.recipe.schema import Recipe
@@ -112,6 +113,9 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say)
     say(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
     for line in held_as(recipe, opening):
         say(line)
+    taken, weights = bytes_of_quantized(model)
+    if weights:
+        say(f"  {weights:,} weights in {console.size(taken)}: {taken / weights:.3f} bytes each")
     if proof:
         seen = f"by {proof.leak:.0e} of their size" if proof.leak else "by nothing"
         say(f"packing tried on this model: changing one row changes its neighbour's logits {seen}")

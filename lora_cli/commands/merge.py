@@ -48,6 +48,7 @@ def merge(folder: Path, *, out: Path, options: Options) -> None:
     """
     largest = shards.parse_size(options.max_shard_size)
     subject = _open(folder, out, options)
+    atomic.sweep(out.absolute().parent, out.name)  # what a merge that was killed has left
     plan = _plan(subject, STORED.get(options.dtype))
     if options.unmerge:
         _unmerge(subject, plan, out, largest, options)
@@ -56,7 +57,6 @@ def merge(folder: Path, *, out: Path, options: Options) -> None:
     parameters = sum(math.prod(shape) for _, shape in plan.tensors.values())
     probes = verifying.choose_probes(subject) if verifying.decide(options.verify, parameters) else None
     transforms = _transforms(subject, plan, spec, probes, options)
-    atomic.sweep(out.absolute().parent, out.name)  # what a merge that was killed has left
     with atomic.folder(out, replace=options.force) as partial:
         console.say(f"folding {subject.method} into {subject.base}: {_amount(plan)}")
         began = time.perf_counter()
@@ -90,8 +90,8 @@ def _open(folder: Path, out: Path, options: Options) -> Subject:
             f"{subject.base} is quantised ({already.method}): an update is folded into whole weights",
             hint="name the 16-bit model that it was made from: --base PATH --other-base",
         )
-    if not (options.unmerge or options.other_base):
-        refuse_other_base(subject)
+    if not options.unmerge:
+        refuse_other_base(subject, allowed=options.other_base)
     return subject
 
 

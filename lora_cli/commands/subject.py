@@ -119,14 +119,21 @@ def trained_tokens(config: PeftConfig) -> list[int]:
     return sorted({token for ids in found.values() for token in ids} if isinstance(found, dict) else found)
 
 
-def refuse_other_base(subject: Subject) -> None:
-    """Hold the base's weights against those that the adapter says it was trained on.
+def refuse_other_base(subject: Subject, *, allowed: bool) -> None:
+    """Hold the base's weights against those that the adapter says it was trained on; others are told of if `allowed`.
 
     Raises:
         LoraError: they are others.
     """
     trained_on = subject.origin
     if trained_on is None or (here := base.fingerprint(subject.source)) == trained_on.fingerprint:
+        return
+    if allowed:
+        trained = subject.config.base_model_name_or_path
+        console.say(
+            f"note: {subject.base} has other weights than {trained}, which the update was trained over: "
+            "what it mends in those, such as their quantisation, is not in these"
+        )
         return
     meant = f"{subject.config.base_model_name_or_path}, {trained_on.architecture}"
     raise LoraError(

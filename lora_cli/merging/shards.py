@@ -9,8 +9,7 @@ import math
 import os
 import re
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -232,11 +231,3 @@ def parse_size(text: str) -> int:
     if match is None or not float(match[1]):
         raise LoraError(f"--max-shard-size {text} is no size", hint="write a number of bytes with a unit, such as 5GB")
     return int(float(match[1]) * UNITS[(match[2] or "").upper()])
-
-
-def by_file(tensors: Iterable[tuple[str, Stored]]) -> list[str]:
-    """Names in the order in which their bytes lie in the files."""
-    ordered: dict[Path, list[tuple[int, str]]] = defaultdict(list)
-    for name, stored in tensors:
-        ordered[stored.file].append((stored.begin, name))
-    return [name for file in sorted(ordered) for _, name in sorted(ordered[file])]

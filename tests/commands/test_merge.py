@@ -104,6 +104,7 @@ def test_another_base_is_refused_by_its_fingerprint_and_by_its_shapes(trained: P
     assert done.last_two[1].endswith("if this one is the same model in another form, add --other-base")
     again = lora("merge", trained / "adapter", "--out", "x", "--base", "other", "--other-base")
     assert again.code == 0, again.err
+    assert "note: other has other weights than base, which the update was trained over" in again.err
     for change in ({"hidden_size": 96, "head_dim": 24}, {"num_hidden_layers": 1}):
         refused = lora("merge", trained / "adapter", "--out", "y", "--base", other_base(**change), "--other-base")
         assert refused.code == 2

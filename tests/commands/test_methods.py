@@ -130,6 +130,9 @@ def test_a_quantised_base_with_other_optimizers(bits: int, optimizer: str, recip
         assert ("optimizer: adamw (auto)" in text) is (optimizer == "auto")
     held = "4-bit nf4, scales quantised too, computed in bfloat16" if bits == 4 else "int8 (LLM.int8)"
     assert f"its linear layers: {held}" in done.err
+    each = re.search(r"([\d,]+) weights in \d+ MiB: (0\.\d+) bytes each", done.err)
+    assert (each is not None) is (bits == 4)
+    assert each is None or 0.5 < float(each[2]) < 1  # of layers so small, tables are a good part
     assert "its linear layers: " + held in checked.out
 
 
