@@ -154,6 +154,49 @@ def merge(
     command.merge(adapter, out=out, options=options)
 
 
+@app.command()
+def export(
+    target: Annotated[
+        str | None, typer.Argument(metavar="MODEL|RUN|ADAPTER", help="What to export.", show_default=False)
+    ] = None,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="`--to list` shows them.")] = "list",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="Where it goes.", show_default=False)
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="FORM", help="f32, f16, bf16, q8_0 and others, as the format has them.")
+    ] = None,
+    over: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The base in GGUF, for a GGUF adapter to be proven over.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
+    verify: Annotated[str, typer.Option(help="auto, file (read back), or runtime (run beside the original).")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Take a base that is not the one trained on.")
+    ] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the base's repository ships.")
+    ] = False,
+) -> None:
+    """Write a model or an adapter in the form that a runtime takes, and prove that it is the same model."""
+    from lora_cli.export import EXPORTERS, describe
+
+    if to == "list":
+        for line in describe():
+            console.out.print(line)
+        return
+    _choice("--to", to, *EXPORTERS, "list")
+    _choice("--verify", verify, "auto", "file", "runtime")
+    if target is None or out is None:
+        missing = "what is to be exported" if target is None else "where it goes"
+        raise LoraError(f"lora export: {missing} is not said", hint=f"lora export runs/NAME --to {to} --out PATH")
+    from lora_cli.commands import export as command
+
+    request = command.Request(to, quantize, over, base, verify, force, other_base, trust)
+    command.export(target, out=out, request=request)
+
+
 def _choice(option: str, given: str, *known: str) -> None:
     if given not in known:
         raise LoraError(f"{option} {given} is not known", hint=f"write {', '.join(known[:-1])} or {known[-1]}")

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from lora_cli.commands.subject import open_subject, read_config
 from lora_cli.data.labels import FILE as LABELS
 from lora_cli.errors import LoraError
-from lora_cli.merging import factors, shards
+from lora_cli.merging import factors
 from lora_cli.merging.factors import Pair, Saved
 from lora_cli.merging.fold import Pair as Files
-from lora_cli.merging.layout import Layout
-from lora_cli.model import base, origin
+from lora_cli.model import base, origin, shards
+from lora_cli.model.layout import Layout
 from lora_cli.model.saving import WEIGHTS
 from lora_cli.model.targets import layer_number
 from lora_cli.run import atomic, console

@@ -13,11 +13,11 @@ from lora_cli.commands import verifying
 from lora_cli.commands.subject import CPU, Subject, open_subject, read_config, refuse_other_base
 from lora_cli.commands.verifying import Probes, Transforms
 from lora_cli.errors import LoraError
-from lora_cli.merging import shards, stream
+from lora_cli.merging import stream
 from lora_cli.merging.fold import Folded
-from lora_cli.merging.layout import Layout
 from lora_cli.merging.parity import Agreement
-from lora_cli.model import base, hollow, prequantized, requantize
+from lora_cli.model import base, hollow, prequantized, requantize, shards
+from lora_cli.model.layout import Layout
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import atomic, console
@@ -41,10 +41,20 @@ class Options(NamedTuple):
 
 
 def merge(folder: Path, *, out: Path, options: Options) -> None:
-    """Write `folder`'s adapter, folded into its base, to `out`.
+    """Write `folder`'s adapter, folded into its base, to `out`, and say where that is.
 
     Raises:
         LoraError: what is given does not fit together, the method cannot be merged, or the merged model is another one.
+    """
+    write(folder, out=out, options=options)
+    console.out.print(str(out))
+
+
+def write(folder: Path, *, out: Path, options: Options) -> None:
+    """What `merge` does, without a result on stdout.
+
+    Raises:
+        LoraError: as `merge`.
     """
     largest = shards.parse_size(options.max_shard_size)
     subject = _open(folder, out, options)
@@ -69,7 +79,6 @@ def merge(folder: Path, *, out: Path, options: Options) -> None:
             lines += _verified(verifying.prove(subject, probes, partial, plan, transforms), probes, subject)
     for line in lines:
         console.say(line)
-    console.out.print(str(out))
 
 
 def _open(folder: Path, out: Path, options: Options) -> Subject:
@@ -200,7 +209,6 @@ def _unmerge(subject: Subject, plan: stream.Plan, out: Path, largest: int, optio
         _write_rest(subject, plan, partial, options)
         line = _landing(subject, partial)
     console.say(line)
-    console.out.print(str(out))
 
 
 def _landing(subject: Subject, folder: Path) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lora_cli.merging.changes import Layer, LowRank, by_peft
-from lora_cli.merging.shards import Files, Stored, as_bytes
 from lora_cli.model.hollow import drain, fill
+from lora_cli.model.shards import Files, Stored, as_bytes
 
 BLOCK = 1 << 19  # weights at once: few enough that their fp32 copies stay in the caches
 COPIED = 8 << 20  # bytes at once

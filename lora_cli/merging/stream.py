@@ -16,9 +16,9 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import fold
 from lora_cli.merging.changes import Changes, Layer, find, low_rank
 from lora_cli.merging.fold import Folded, Pair
-from lora_cli.merging.layout import Layout
-from lora_cli.merging.shards import Files, Stored, lay_out
 from lora_cli.model.hollow import Hollow
+from lora_cli.model.layout import Layout
+from lora_cli.model.shards import Files, Stored, lay_out
 
 Job = Callable[[], list[Folded]]
 

@@ -69,6 +69,42 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     _sync(path.parent)
 
 
+@contextmanager
+def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A place beside `path` for a file that becomes `path` when the block ends well; nothing is there yet.
+
+    Args:
+        path: where the file is meant to be.
+        replace: take the place of a file that is there; without it, one that is there is an error.
+
+    Raises:
+        FileExistsError: `path` is not to be replaced, and exists: found before anything is written, or at the end.
+    """
+    if not replace and path.exists():
+        raise FileExistsError(f"{path} exists")
+    beside = _beside(path, "tmp")
+    try:
+        yield beside
+        _sync(beside)
+        if not replace and path.exists():
+            raise FileExistsError(f"{path} exists")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for what is needed on the way to it, gone afterwards however the block ends."""
+    beside = _beside(path, "tmp")
+    beside.mkdir()
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
 def _put(new: Path, path: Path, *, replace: bool) -> None:
     if not (replace and path.exists()):
         try:

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.merging import parity, shards, stream
+from lora_cli.merging import parity, stream
 from lora_cli.merging.changes import LowRank
 from lora_cli.merging.fold import Folded, Pair
-from lora_cli.merging.shards import Stored
+from lora_cli.model import shards
+from lora_cli.model.shards import Stored
 from tests.commands.conftest import Lora, WriteRecipe
 
 WEIGHTS = "runs/a/adapter/adapter_model.safetensors"

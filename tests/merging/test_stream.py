@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.merging import parity, shards, stream
+from lora_cli.merging import parity, stream
 from lora_cli.merging.changes import merged_parameters
 from lora_cli.merging.fold import Folded
-from lora_cli.merging.layout import Layout
-from lora_cli.model import adapter, base, hollow, saving
+from lora_cli.model import adapter, base, hollow, saving, shards
+from lora_cli.model.layout import Layout
 from lora_cli.model.setting import Setting
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName

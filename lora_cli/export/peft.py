@@ -1,0 +1,193 @@
+"""`--to peft`: the adapter as a folder that PEFT loads onto its base, by itself."""
+
+import shutil
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors import safe_open
+from torch import Tensor
+
+from lora_cli.data import labels
+from lora_cli.errors import LoraError
+from lora_cli.export.subject import Check, Options, Subject
+from lora_cli.model import base, hollow, origin, saving
+from lora_cli.model.loading import PREFIX
+from lora_cli.model.tasks import TASKS
+
+CONFIG = "adapter_config.json"
+# What belongs to an adapter; optimizers, schedules and random states of other tools' checkpoints do not.
+KEPT = (saving.WEIGHTS, CONFIG, "README.md", labels.FILE, origin.FILE)
+WORDS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+AUTO = {
+    "causal-lm": "AutoPeftModelForCausalLM",
+    "seq2seq-lm": "AutoPeftModelForSeq2SeqLM",
+    "seq-cls": "AutoPeftModelForSequenceClassification",
+    "token-cls": "AutoPeftModelForTokenClassification",
+}
+
+
+def refuse(subject: Subject, options: Options) -> None:
+    """A form there is none of, and an adapter that does not fit its base to the last tensor.
+
+    Raises:
+        LoraError: one of these.
+    """
+    if options.quantize is not None:
+        raise LoraError(
+            f"--quantize {options.quantize}: an adapter folder is copied as it is", hint="leave --quantize out"
+        )
+    folder = adapter_of(subject)
+    if not (folder / saving.WEIGHTS).is_file():
+        held = sorted(path.name for path in folder.glob("adapter_model*"))
+        raise LoraError(
+            f"{folder} has no {saving.WEIGHTS}" + (f", only {held[0]}" if held else ""),
+            hint="load it with PEFT once and save it: its save_pretrained writes safetensors",
+        )
+    attach(subject, folder)
+
+
+def write(subject: Subject, out: Path, options: Options) -> None:
+    """The folder `out`."""
+    copy(subject, out)
+
+
+def prove(subject: Subject, out: Path, options: Options) -> Iterator[Check]:
+    """Read back, bit for bit, and loaded by PEFT."""
+    yield equal_files(adapter_of(subject), out)
+    yield loaded(subject, out)
+
+
+def usage(subject: Subject, out: Path, options: Options) -> list[str]:
+    """The lines of Python that load it, and what they need of the base."""
+    config = PeftConfig.from_pretrained(str(adapter_of(subject)))
+    path = str(config.base_model_name_or_path)
+    more = f", num_labels={len(subject.labels.names)}" if subject.labels else ""
+    more += ", trust_remote_code=True" if subject.trust_remote_code else ""
+    if path.endswith(".gguf") or config.task_type is None:
+        # PEFT's Auto classes know the base by its folder or hub id alone, and the task by the adapter's word.
+        loader = TASKS[subject.task].loader.__name__
+        where = str(subject.model) if path.endswith(".gguf") else path
+        lines = [
+            f"from transformers import AutoTokenizer, {loader}",
+            "from peft import PeftModel",
+            f"base = {loader}.from_pretrained({where!r}{more})",
+            f"model = PeftModel.from_pretrained(base, {str(out)!r})",
+        ]
+    else:
+        lines = [
+            "from transformers import AutoTokenizer",
+            f"from peft import {AUTO[subject.task]}",
+            f"model = {AUTO[subject.task]}.from_pretrained({str(out)!r}{more})",
+        ]
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})")
+    if Path(path).expanduser().exists():
+        lines.append(f"note: {CONFIG} names its base by a path of this machine, {path}: elsewhere, change it there")
+    lines += trained_over(subject)
+    return lines
+
+
+def adapter_of(subject: Subject) -> Path:
+    """The folder of the adapter, which formats of adapters always have."""
+    assert subject.adapter is not None
+    return subject.adapter
+
+
+def trained_over(subject: Subject) -> list[str]:
+    """A line on the base's quantisation in training, which no file of PEFT's tells of; none where it had none."""
+    found = origin.read(adapter_of(subject))
+    if found is None or found.quantization is None:
+        return []
+    kind = found.quantization.get("type") or "int8"
+    return [
+        f"note: it was trained over its base in {kind} (bitsandbytes); over other weights it answers slightly otherwise"
+    ]
+
+
+def copy(subject: Subject, out: Path) -> None:
+    """The adapter's files, and a tokenizer where it has none of its own, into the folder `out`."""
+    folder = adapter_of(subject)
+    out.mkdir(exist_ok=True)
+    for name in (*KEPT, *WORDS):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if not (out / "tokenizer_config.json").is_file():
+        subject.tokenizer.save_pretrained(str(out))
+
+
+def attach(subject: Subject, folder: Path) -> hollow.Hollow:
+    """The adapter in `folder` on its base's shapes, by PEFT.
+
+    Raises:
+        LoraError: the two do not fit.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    skeleton = base.skeleton(
+        deepcopy(subject.config),  # which is changed on the way
+        trust_remote_code=subject.trust_remote_code,
+        task=subject.task,
+        labels=subject.labels,
+    )
+    rows = hollow.embedding_rows(folder, skeleton)
+    if rows > skeleton.get_input_embeddings().weight.shape[0]:
+        skeleton.resize_token_embeddings(rows, mean_resizing=False)
+    return hollow.attach(hollow.empty(skeleton), folder, config, base=subject.name)
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of what the adapter file holds, one after the other."""
+    with safe_open(folder / saving.WEIGHTS, framework="pt") as file:
+        for key in sorted(file.keys()):
+            yield key, file.get_tensor(key)
+
+
+def equal_files(source: Path, out: Path) -> Check:
+    """Every tensor against the adapter's own, and that the configuration is one."""
+    kind = PeftConfig.from_pretrained(str(out)).peft_type.value
+    expected, found = dict(tensors(source)), dict(tensors(out))
+    strayed = sorted(expected.keys() ^ found.keys()) + [
+        key for key in sorted(expected.keys() & found.keys()) if not same(expected[key], found[key])
+    ]
+    said = f"{len(found)} tensors of {kind} read back, each equal to the adapter's bit for bit"
+    if strayed:
+        said = f"{len(strayed)} of {len(expected)} tensors are others: {strayed[0]}"
+    return Check("tensors", not strayed, said, {"tensors": len(found), "strayed": len(strayed)})
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether dtype, shape and bits are the same: a NaN is equal to itself here."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def loaded(subject: Subject, out: Path) -> Check:
+    """What PEFT has of the folder, once it is on the base, against the adapter's file."""
+    attached = attach(subject, out)
+    held = saving.tensors(attached.model)
+    held |= {PREFIX + name: attached.model.get_base_model().get_parameter(name) for name in attached.given}
+    strayed, count = [], 0
+    for key, value in tensors(adapter_of(subject)):
+        count += 1
+        there = held.pop(key, None)
+        if there is None or not torch.equal(there.float(), value.float()):  # hollow bases compute in fp32
+            strayed.append(key)
+    strayed += sorted(held)
+    said = f"PEFT puts it on its base, and all of its {count} tensors are in their places"
+    if strayed:
+        said = f"once PEFT has put it on its base, {len(strayed)} tensors are others: {strayed[0]}"
+    return Check("peft", not strayed, said, {"tensors": count, "strayed": len(strayed)})
