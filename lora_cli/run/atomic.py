@@ -54,8 +54,8 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace and path.exists():
         raise FileExistsError(f"{path} exists")
     beside = _beside(path, "tmp")
-    beside.mkdir()
-    try:
+    try:  # from here on: an interrupt may come as soon as the folder is there
+        beside.mkdir()
         yield beside
         for parent, _, names in os.walk(beside):
             for name in names:
@@ -98,8 +98,8 @@ def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def scratch(path: Path) -> Iterator[Path]:
     """A folder beside `path` for what is needed on the way to it, gone afterwards however the block ends."""
     beside = _beside(path, "tmp")
-    beside.mkdir()
-    try:
+    try:  # from here on: an interrupt may come as soon as the folder is there
+        beside.mkdir()
         yield beside
     finally:
         shutil.rmtree(beside, ignore_errors=True)
