@@ -43,7 +43,7 @@ def export(run: str, to: str, form: str | None, place: Path) -> bool:
     """One export; prints its figures, and says whether it is proven."""
     one_file = to.startswith("gguf")
     out = place / (f"{to}-{form}.gguf" if one_file else f"{to}-{form}")
-    command = [sys.executable, "-m", "lora_cli.cli", "export", run, "--to", to, "--out", str(out)]
+    command = [str(Path(sys.executable).with_name("lora")), "export", run, "--to", to, "--out", str(out)]
     began = time.perf_counter()
     done = subprocess.run([*command, *(["--quantize", form] if form else [])], capture_output=True, text=True)
     taken = time.perf_counter() - began

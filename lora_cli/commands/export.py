@@ -245,7 +245,7 @@ def _proven(module: ModuleType, subject: Subject, partial: Path, options: Option
     if wrong := [check for check in checks if not check.passed]:
         raise LoraError(
             f"the export is not the model: {wrong[0].name}: {wrong[0].found}",
-            hint="nothing was put in place; please report this, with the model's name",
+            hint="nothing was put in place; --verify file writes it without being run; please report the model's name",
             exit_code=1,
         )
     return checks

@@ -1,6 +1,5 @@
 """`--to gguf`: the whole model in one file for llama.cpp and what is built on it."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def write(subject: Subject, out: Path, options: Options) -> None:
 
     def describe(writer: library.GGUFWriter) -> None:
         writer.add_type(library.GGUFType.MODEL)
-        writer.add_name(_name(subject))
+        writer.add_name(Path(subject.name).name)
         writer.add_file_type(form.file_type)
         if form.bits < 16:
             writer.add_quantization_version(library.GGML_QUANT_VERSION)
@@ -66,12 +65,13 @@ def prove(subject: Subject, out: Path, options: Options) -> Iterator[Check]:
     """Read back by the `gguf` package, and run by llama.cpp."""
     form = form_of(options)
     yield tensors_check(subject, out, form)
-    for note in architectures.notes(subject.config, architectures.find(subject.config)):
+    words = _vocabulary(subject)
+    for note in (*architectures.notes(subject.config, architectures.find(subject.config)), *words.notes):
         yield Check("note", True, note)
     if options.runtime:
         size = subject.config.get_text_config().vocab_size
         with llama_cpp.load(out, vocabulary=size, context=gguf_proof.context(subject)) as runtime:
-            yield from gguf_proof.words(subject, runtime, _vocabulary(subject).end_of_turn)
+            yield from gguf_proof.words(subject, runtime, words.end_of_turn)
             yield from gguf_proof.numbers(subject, reference.Reference(subject), runtime, form)
 
 
@@ -96,15 +96,3 @@ def tensors_check(subject: Subject, out: Path, form: Form) -> Check:
 
 def _vocabulary(subject: Subject) -> Vocabulary:
     return vocabulary.read(subject.tokenizer, subject.config, generation_eos=reference.ends(subject))
-
-
-def _name(subject: Subject) -> str:
-    """The model's name. llama.cpp drops white space after special tokens where it reads phi-3 in it, and only there.
-
-    So it is in the name of a model whose tokenizer does that, and of no other.
-    """
-    name = Path(subject.name).name
-    added = subject.tokenizer.added_tokens_decoder.values()
-    if any(token.special and token.rstrip for token in added):
-        return name if re.search("phi-?3", name, re.IGNORECASE) else f"phi-3 {name}"
-    return re.sub("(phi)-?(3)", r"\1 \2", name, flags=re.IGNORECASE)

@@ -5,8 +5,7 @@ other, what matches and what lies between being words alike. The steps of a toke
 form here, and looked up.
 
 Facts are from llama.cpp's src/llama-vocab.cpp. Several of its names stand for the same expressions; one of them is
-written. Two of its expressions only come near the tokenizer's (`\p{Lu}` and others, which it does not have): see
-`notes`.
+written. A few of its expressions only come near the tokenizer's: see NEAR.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,7 +48,7 @@ KNOWN: dict[tuple[str, ...], Names] = {
     (GPT2,): Names("gpt-2"),  # GPT-2, OLMo, MPT, Phi 2, Pythia
     # SmolLM, StarCoder, Granite 3 (refact), Command R: four names for the same
     (r"\p{N}", GPT2): Names("smollm"),
-    # without merges, Llama 3; with merges, OLMo 2, Phi 4, DBRX
+    # OLMo 2, Phi 4, DBRX; with words taken whole, Llama 3
     (rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{SIGNS}{BLANKS}",): Names("smaug-bpe", "llama-bpe"),
     (rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{SIGNS}{BLANKS}",): Names(
         "qwen2"
@@ -73,10 +72,15 @@ KNOWN: dict[tuple[str, ...], Names] = {
     ): Names("deepseek-v3"),
 }
 # Names whose expressions in llama.cpp only come near, and how that shows.
-MARKS = (
-    "llama.cpp cuts words at accents and vowel signs that are characters of their own (Hindi), the tokenizer does not"
+CASES = (
+    "llama.cpp tells capitals from small letters in ASCII alone, and cuts words at vowel signs and accents that are"
+    " characters of their own (Hindi); the tokenizer does otherwise"
 )
-NEAR = {"tekken": MARKS, "gpt-4o": MARKS}
+NEAR = {
+    "tekken": CASES,
+    "gpt-4o": CASES,
+    "deepseek-llm": "llama.cpp takes the ideographic blank (U+3000) for a blank, the tokenizer for a punctuation mark",
+}
 
 
 def is_byte_level(core: Mapping[str, Any]) -> bool:
