@@ -65,6 +65,7 @@ def numbers(subject: Subject, reference: Reference, runtime: Runtime, form: Form
     said = f"{same} of {len(prompts)} prompts are continued token for token as by transformers, {stopped} to their end"
     said += f"; {ties} part where two tokens are as likely" if ties else ""
     said += f"; first difference: {wrong}" if wrong else ""
+    said += " (told, not judged: that much rounding may choose otherwise)" if wrong and not form.tie else ""
     figures = {"prompts": len(prompts), "same": same, "ties": ties, "stopped": stopped}
     yield Check("text", not wrong or not form.tie, said, figures)
 

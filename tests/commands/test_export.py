@@ -43,6 +43,22 @@ def test_an_adapter_becomes_a_gguf_file_that_is_proven(trained: Path, lora: Lora
     assert not list(Path().glob(".tmp*"))
 
 
+def test_an_adapter_becomes_a_folder_for_ollama(trained: Path, lora: Lora):
+    done = lora("export", trained, "--to", "ollama", "--quantize", "f32", "--out", "o")
+    assert done.code == 0, done.err
+    assert {file.name for file in Path("o").iterdir()} == {"model.gguf", "Modelfile", "export.json"}
+    assert "template: verified: 20 of 20 chats" in done.err
+    assert "ollama create" in done.err
+
+
+def test_an_adapter_becomes_a_graph_for_onnxruntime(trained: Path, lora: Lora):
+    done = lora("export", trained, "--to", "onnx", "--out", "o")
+    assert done.code == 0, done.err
+    assert Path("o/model.onnx").is_file()
+    for name in ("tensors", "logits", "text"):
+        assert f"{name}: verified: " in done.err
+
+
 def test_over_nothing_but_by_force(trained: Path, lora: Lora):
     Path("a.gguf").write_text("mine")
     words = ("export", trained / "adapter", "--to", "gguf-adapter", "--out", "a.gguf", "--verify", "file")
