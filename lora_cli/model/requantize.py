@@ -46,9 +46,12 @@ def round_trip(spec: QuantizationSpec, dtype: torch.dtype, *, turned: bool) -> C
 
 
 def _four_bits(weight: Tensor, spec: QuantizationSpec) -> Tensor:
-    codes, state = bnbf.quantize_4bit(weight, quant_type=spec.type, compress_statistics=spec.double_quant)
+    # As one row: blocks run on from row to row, and the CPU kernel (0.50) gives those of a row that is no whole number
+    # of them the scales of others.
+    row = weight.reshape(-1)
+    codes, state = bnbf.quantize_4bit(row, quant_type=spec.type, compress_statistics=spec.double_quant)
     value: Tensor = bnbf.dequantize_4bit(codes, state)
-    return value
+    return value.reshape(weight.shape)
 
 
 def _int8(weight: Tensor) -> Tensor:

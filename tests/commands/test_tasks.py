@@ -193,6 +193,17 @@ def test_a_task_from_rows_to_a_merged_model(name: str, here: Path, lora: Lora):
     assert as_numbers[0] == pytest.approx(as_numbers[1], rel=1e-3)
 
 
+def test_a_classifier_becomes_a_graph_that_tells_the_same_labels_apart(here: Path, lora: Lora):
+    furnish(here, CASES["classes"])
+    assert lora("train", "recipe.yaml").code == 0
+    done = lora("export", "runs/a", "--to", "onnx", "--out", "graph")
+    assert done.code == 0, done.err
+    assert "logits: verified" in done.err
+    assert json.loads(Path("graph/config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+    refused = lora("export", "runs/a", "--to", "gguf", "--out", "a.gguf")
+    assert refused.last_two[0].startswith("error: --to gguf: a seq-cls model")
+
+
 def _recipe_on(base: str) -> str:
     tree = yaml.safe_load(Path("recipe.yaml").read_text())
     tree["model"]["path"], tree["output"] = base, "runs/none"

@@ -49,3 +49,14 @@ def test_the_round_trip_is_what_the_layers_hold(
         value = value.T if found[name] else value
         assert torch.equal(value, expected.to(dtype)), name
         assert zoo.relative(value.float(), (stored[name].T if found[name] else stored[name]).float()) > 1e-3
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_blocks_run_on_over_the_ends_of_rows(double: bool):
+    """A GPU's layers may have rows that are no whole number of blocks."""
+    spec = QuantizationSpec.model_validate({"double_quant": double})
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    apply = requantize.round_trip(spec, torch.float32, turned=False)
+    whole = apply(weight.reshape(96, 64))
+    assert torch.equal(apply(weight).reshape(96, 64), whole)
+    assert float((whole - weight.reshape(96, 64)).abs().max()) < 0.6
