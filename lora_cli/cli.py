@@ -12,7 +12,7 @@ import typer
 
 from lora_cli.errors import LoraError
 from lora_cli.run import console
-from lora_cli.run.quiet import hush
+from lora_cli.run.library_warnings import silence_library_warnings
 
 # What a disk or its permissions refuse is the user's to mend; any other OSError is a bug, and keeps its traceback.
 DISK = {
@@ -307,7 +307,7 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line; a LoraError becomes its details, one `error:` and one `hint:` line, and its exit code."""
-    hush()
+    silence_library_warnings()
     try:
         app()
     except LoraError as mistake:
@@ -316,10 +316,10 @@ def main() -> None:
             time.sleep(1)
             sys.exit(mistake.exit_code)
         for line in mistake.details:
-            console.say(line)
-        console.say(f"error: {mistake.message}")
+            console.info(line)
+        console.info(f"error: {mistake.message}")
         if mistake.hint:
-            console.say(f"hint: {mistake.hint}")
+            console.info(f"hint: {mistake.hint}")
         sys.exit(mistake.exit_code)
     except BrokenPipeError:
         # The reader of stdout has gone (`| head`): nothing is wrong, and nothing more can be said.
@@ -329,7 +329,7 @@ def main() -> None:
         if trouble.errno not in DISK:
             raise
         where = f"{trouble.filename}: " if trouble.filename else ""
-        console.say(f"error: {where}{trouble.strerror}")
+        console.info(f"error: {where}{trouble.strerror}")
         onward = ", and a run goes on with --resume" if sys.argv[1:2] == ["train"] else ""
-        console.say(f"hint: {DISK[trouble.errno]}; what was written before is whole{onward}")
+        console.info(f"hint: {DISK[trouble.errno]}; what was written before is whole{onward}")
         sys.exit(1)

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from lora_cli.run.quiet import hush
+from lora_cli.run.library_warnings import silence_library_warnings
 
-hush()
+silence_library_warnings()
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ class EncodedRows:
 def compare_losses(arguments: argparse.Namespace, chosen: "Chosen", scratch: Path) -> bool:
     """Print both losses of every step; returns whether they agree."""
     plan = Plan(EncodedRows(chosen.ids), packing=False, size=arguments.rows, per_step=1, seed=SEED)
-    say("lora train ...")
+    info("lora train ...")
     ours = lora_train(
         arguments.model,
         chosen.file,
@@ -175,8 +175,8 @@ def compare_losses(arguments: argparse.Namespace, chosen: "Chosen", scratch: Pat
         batch_size=arguments.rows,
         epochs=1,
     )
-    say("transformers + PEFT ...")
-    folder = unpack(arguments.model, dtype=torch.float32, cache=cache_folder(), say=say)
+    info("transformers + PEFT ...")
+    folder = unpack(arguments.model, dtype=torch.float32, cache=cache_folder(), info=info)
     theirs = plain_peft(folder, chosen.ids, plan.epoch(0), bf16=False, dropout=0.0)
 
     print(f"\ntrainable parameters   lora {ours.trainable:,}   PEFT {theirs.trainable:,}")
@@ -206,7 +206,7 @@ def compare_speed(arguments: argparse.Namespace, chosen: "Chosen", scratch: Path
     size = max(1, round(TOKENS / (sum(lengths) / len(lengths))))
     order = np.random.default_rng(SEED).permutation(len(lengths)).tolist()
     batches = [order[start : start + size] for start in range(0, size * steps, size)]
-    folder = unpack(arguments.model, dtype=torch.bfloat16, cache=cache_folder(), say=say)
+    folder = unpack(arguments.model, dtype=torch.bfloat16, cache=cache_folder(), info=info)
     print(
         f"\nlora: rows packed into {TOKENS} tokens; PEFT: {size} rows a batch, padded; bf16, dropout 0.05, all-linear"
     )
@@ -269,7 +269,7 @@ def choose(data: Path, tokenizer: Any, *, count: int, longest: int, scratch: Pat
     return Chosen(file, [ids for _, ids in found])
 
 
-def say(line: str) -> None:
+def info(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -289,7 +289,7 @@ def main() -> None:
     if arguments.speed and arguments.steps < 2:
         parser.error("--speed needs --steps of at least 2, as the first is not counted")
     tokenizer = AutoTokenizer.from_pretrained(
-        unpack(arguments.model, dtype=torch.float32, cache=cache_folder(), say=say)
+        unpack(arguments.model, dtype=torch.float32, cache=cache_folder(), info=info)
     )
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

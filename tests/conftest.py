@@ -54,7 +54,7 @@ def demo_gguf() -> Path:
 @pytest.fixture(scope="session")
 def demo_folder(demo_gguf: Path) -> Path:
     """The demo model in fp32, unpacked once for all test runs of this machine."""
-    return gguf.unpack(demo_gguf, dtype=torch.float32, cache=base.cache_folder(), say=lambda line: None)
+    return gguf.unpack(demo_gguf, dtype=torch.float32, cache=base.cache_folder(), info=lambda line: None)
 
 
 @pytest.fixture(scope="session")

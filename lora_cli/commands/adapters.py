@@ -68,7 +68,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
     counted = sum(look.parameters for look in looks) + sum(tensor.numel() for tensor in saved.others.values())
     console.out.print(
         f"{kind} on {config.base_model_name_or_path}: {len(looks)} modules, rank {_span([k.rank for k in looks])}, "
-        f"{counted:,} parameters, {console.size(size)}"
+        f"{counted:,} parameters, {console.format_bytes(size)}"
     )
     console.out.print(_table(looks))
     if saved.others:
@@ -87,7 +87,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         atomic.write_json(json_file, {**about, "modules": records})
     if plot is not None:
         _plot(looks, plot)
-        console.say(f"plotted in {plot}")
+        console.info(f"plotted in {plot}")
 
 
 def _look(module: str, pair: Pair, base_norm: float | None) -> Look:
@@ -112,7 +112,7 @@ def _base_norms(folder: Path, base_path: str | None, saved: Saved) -> dict[str, 
     except LoraError as reason:
         if base_path is not None:
             raise
-        console.say(f"without the base's own norms: {reason.message}")
+        console.info(f"without the base's own norms: {reason.message}")
         return {}
     layout = Layout(subject.skeleton(), tensors)
     norms = {}
@@ -256,7 +256,7 @@ def _refuse_apart(adapters: list[Saved]) -> None:
             )
         named = saved.config.base_model_name_or_path
         if not (known and here) and named != first.config.base_model_name_or_path:
-            console.say(f"note: {saved.folder} names its base {named}, and {first.folder} another")
+            console.info(f"note: {saved.folder} names its base {named}, and {first.folder} another")
         for module, pair in saved.pairs.items():
             other = first.pairs.get(module)
             if other and (other.a.shape[1], other.b.shape[0]) != (pair.a.shape[1], pair.b.shape[0]):
@@ -291,7 +291,7 @@ def _tell_kept(whole: dict[str, Pair], written: dict[str, Pair]) -> None:
     total = sum(pair.energy for pair in whole.values())
     kept = sum(share[module] * pair.energy for module, pair in whole.items()) / total
     worst = min(share, key=lambda module: share[module])
-    console.say(
+    console.info(
         f"rank {_span([pair.rank for pair in written.values()])}: {kept:.4%} of the energy kept, read back; "
         f"least {share[worst]:.4%} ({worst})"
     )

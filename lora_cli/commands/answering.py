@@ -62,10 +62,10 @@ def questions_of(rows: Rows, count: int, opening: Opening, recipe: Recipe) -> li
     if not count:
         return []
     if TASKS[recipe.task].classes:
-        console.say(f"--answers: none, since a model for {recipe.task} writes no text")
+        console.info(f"--answers: none, since a model for {recipe.task} writes no text")
         return []
     if recipe.task == "causal-lm" and recipe.data.loss_on == "all":
-        console.say("--answers: none, since with data.loss_on: all no row has a prompt apart from its answer")
+        console.info("--answers: none, since with data.loss_on: all no row has a prompt apart from its answer")
         return []
     decode = opening.tokenizer.decode
     found: dict[tuple[int, ...], Question] = {}
@@ -87,7 +87,7 @@ def questions_of(rows: Rows, count: int, opening: Opening, recipe: Recipe) -> li
         found[key] = question._replace(longest=max(question.longest, len(answer_ids)))
     if without:
         skipped = "1 row" if without == 1 else f"{without:,} rows"
-        console.say(f"--answers: {skipped} skipped, as no prompt stands before the first supervised token")
+        console.info(f"--answers: {skipped} skipped, as no prompt stands before the first supervised token")
     return list(found.values())
 
 

@@ -20,7 +20,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
 from lora_cli.training.optim import choose, moment_bytes
 
-Say = Callable[[str], None]
+Info = Callable[[str], None]
 PADDED = 0.05  # relative change of logits beside a longer row: rounding in bf16 is well below it
 
 
@@ -41,7 +41,7 @@ class Built(NamedTuple):
     optimizer: str  # which one training.optimizer stands for
 
 
-def load_base(recipe: Recipe, opening: Opening, *, say: Say = console.silence) -> Based:
+def load_base(recipe: Recipe, opening: Opening, *, info: Info = console.no_output) -> Based:
     """The base model, frozen, with the head of the task and the attention that suits it; with packing, the proof that
     rows are apart.
     """
@@ -58,7 +58,7 @@ def load_base(recipe: Recipe, opening: Opening, *, say: Say = console.silence) -
         seed=recipe.training.seed,
     )
     for note in loaded.notes:
-        say(note)
+        info(note)
     proof = isolation.settle(
         loaded.model, recipe.model.attention, packing=bool(recipe.data.packing), causal=recipe.task == "causal-lm"
     )
@@ -96,10 +96,10 @@ def _originals(recipe: Recipe, opening: Opening) -> Weights:
     return weights
 
 
-def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say) -> Built:
+def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, info: Info) -> Built:
     """Load the base, choose its attention, put the adapter on it, and say what was done."""
     optimizer = optimizer_of(recipe, opening)
-    based = load_base(recipe, opening, say=say)
+    based = load_base(recipe, opening, info=info)
     model, proof = based.model, based.proof
     layers = targets.linear_layers(model, based.heads)
     refuse_untaught(recipe, model)
@@ -110,21 +110,21 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, say: Say)
         setting=setting(recipe, opening, heads=based.heads, plan=plan, total=total),
     )
     where = f"{str(opening.dtype).removeprefix('torch.')} on {opening.device}"
-    say(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
+    info(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
     for line in held_as(recipe, opening):
-        say(line)
+        info(line)
     taken, weights = bytes_of_quantized(model)
     if weights:
-        say(f"  {weights:,} weights in {console.size(taken)}: {taken / weights:.3f} bytes each")
+        info(f"  {weights:,} weights in {console.format_bytes(taken)}: {taken / weights:.3f} bytes each")
     if proof:
         seen = f"by {proof.leak:.0e} of their size" if proof.leak else "by nothing"
-        say(f"packing tried on this model: changing one row changes its neighbour's logits {seen}")
+        info(f"packing tried on this model: changing one row changes its neighbour's logits {seen}")
     if recipe.training.optimizer == "auto":
-        say(f"optimizer: {optimizer} (auto)")
+        info(f"optimizer: {optimizer} (auto)")
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     for line in coverage_table(peft_model, layers, trainable):
-        say(line)
-    if _checkpoints_activations(recipe, opening, model, trainable, plan.largest, say):
+        info(line)
+    if _checkpoints_activations(recipe, opening, model, trainable, plan.largest, info):
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     compute_as_trained(peft_model)
@@ -212,7 +212,7 @@ def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainab
 
 
 def _checkpoints_activations(
-    recipe: Recipe, opening: Opening, model: Any, trainable: int, tokens: int, say: Say
+    recipe: Recipe, opening: Opening, model: Any, trainable: int, tokens: int, info: Info
 ) -> bool:
     """Whether to recompute activations; `auto` does so where the memory plan does not fit otherwise."""
     wanted = recipe.training.gradient_checkpointing
@@ -234,6 +234,7 @@ def _checkpoints_activations(
     # The weights are loaded by now, so what is free has to hold the rest.
     rest, free = estimate.total - estimate.weights - estimate.process, memory.available(opening.device)
     if rest > 0.9 * free:
-        say(f"gradient checkpointing: on, a step needs about {console.size(rest)} and {console.size(free)} is free")
+        need, left = console.format_bytes(rest), console.format_bytes(free)
+        info(f"gradient checkpointing: on, a step needs about {need} and {left} is free")
         return True
     return False

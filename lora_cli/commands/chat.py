@@ -64,7 +64,7 @@ class Chat:
             case "/quit" | "/exit":
                 return False
             case "/help":
-                console.say(HELP)
+                console.info(HELP)
             case "/base":
                 self._use(BASE)
             case "/use":
@@ -79,7 +79,7 @@ class Chat:
             case "/compare":
                 self._compare()
             case _ if word.startswith("/"):
-                console.say(f"{word} is no command\n{HELP}")
+                console.info(f"{word} is no command\n{HELP}")
             case _:
                 self.messages.append({"role": "user", "content": line.strip()})
                 self.messages.append({"role": "assistant", "content": self._answer(self.active, self.messages)})
@@ -87,19 +87,19 @@ class Chat:
 
     def _use(self, name: str) -> None:
         if name not in (BASE, *self._names):
-            console.say(f"there is no adapter {name!r}; there are {', '.join([BASE, *self._names])}")
+            console.info(f"there is no adapter {name!r}; there are {', '.join([BASE, *self._names])}")
             return
         began = time.perf_counter()
         if name != BASE:
             self._model.set_adapter(name)
         self.active = name
-        console.say(f"{name} answers now (switched in {(time.perf_counter() - began) * 1000:.0f} ms)")
+        console.info(f"{name} answers now (switched in {(time.perf_counter() - began) * 1000:.0f} ms)")
 
     def _compare(self) -> None:
         """The last question, to the base and to the adapter; the conversation stays as it was."""
         asked = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         if not asked:
-            console.say("nothing was asked yet")
+            console.info("nothing was asked yet")
             return
         adapter = self.active if self.active != BASE else next(iter(self._names), None)
         for name in (BASE, *([adapter] if adapter else [])):
@@ -108,10 +108,10 @@ class Chat:
 
     def _save(self, file: str) -> None:
         if not file or not Path(file).absolute().parent.is_dir():
-            console.say("/save needs the name of a file, in a folder that is there")
+            console.info("/save needs the name of a file, in a folder that is there")
             return
         atomic.write_json(Path(file), {"messages": self.messages})
-        console.say(f"saved in {file}")
+        console.info(f"saved in {file}")
 
     @torch.no_grad()
     def _answer(self, name: str, messages: Sequence[dict[str, str]]) -> str:
@@ -136,7 +136,7 @@ class Chat:
                     input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=heard
                 )
         except KeyboardInterrupt:
-            console.say("\n(stopped)")
+            console.info("\n(stopped)")
         sys.stdout.write("\n")
         sys.stdout.flush()
         return "".join(heard.parts).strip()
@@ -183,7 +183,7 @@ def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, option
     talk = Chat(model.eval(), tokenizer, names, options)
     torch.manual_seed(options.seed)
     if sys.stdin.isatty():
-        console.say(f"{talk.active} answers; /help lists the commands")
+        console.info(f"{talk.active} answers; /help lists the commands")
     for line in _lines(talk):
         if not talk.hear(line):
             break
@@ -199,7 +199,7 @@ def _lines(talk: Chat) -> Iterator[str]:
         try:
             yield input(f"{talk.active}> ")
         except EOFError:
-            console.say("")
+            console.info("")
             return
 
 
@@ -216,7 +216,7 @@ def _load(
     if not folders:
         spec = ModelSpec(path=str(target))
         dtype = base.pick_dtype("auto", device)
-        source = base.locate(spec, dtype=dtype, device=device, say=console.say)
+        source = base.locate(spec, dtype=dtype, device=device, info=console.info)
         model = base.load_base(source, dtype=dtype, device=device).model
         return model, base.load_tokenizer(source), []
     first = next(iter(folders.values()))

@@ -18,25 +18,25 @@ from lora_cli.training.optim import moment_bytes
 
 def check(recipe: Recipe, *, rows: int) -> None:
     """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan."""
-    say = console.out.print
-    opening = open_run_inputs(recipe, say=console.say, weights=False)
+    info = console.out.print
+    opening = open_run_inputs(recipe, info=console.info, weights=False)
     optimizer = optimizer_of(recipe, opening)
     for line in opening.data.ledger.table():
-        say(line)
+        info(line)
     for number in range(min(rows, len(opening.data.train))):
-        say(_shown(opening.data.train[number], opening, recipe))
+        info(_shown(opening.data.train[number], opening, recipe))
     if rows and recipe.task == "causal-lm":
-        say("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
+        info("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
     plan = batch_plan(recipe, opening, opening.data.train, per_step=recipe.training.gradient_accumulation)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
-    say(
+    info(
         f"steps: {total:,} in one process, {plan.steps_per_epoch:,} an epoch; "
         f"{plan.fill:.1%} of what the batches compute is tokens"
     )
     if recipe.training.optimizer == "auto":
-        say(f"optimizer: {optimizer} (auto)")
+        info(f"optimizer: {optimizer} (auto)")
     _count(recipe, opening, tokens=plan.largest, total=total, optimizer=optimizer)
-    say(f"ok: lora train would train {card.public(recipe.model.path)} on these rows")
+    info(f"ok: lora train would train {card.public(recipe.model.path)} on these rows")
 
 
 def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimizer: str) -> None:
@@ -75,9 +75,11 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimiz
         on_cpu=opening.device.type == "cpu",
         moment_bytes=moment_bytes(optimizer),
     )
-    parts = ", ".join(f"{name} {console.size(value)}" for name, value in plan._asdict().items() if value)
+    parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
     free = memory.available(opening.device)
-    console.out.print(f"memory, estimated: {console.size(plan.total)} ({parts}); free now: {console.size(free)}")
+    console.out.print(
+        f"memory, estimated: {console.format_bytes(plan.total)} ({parts}); free now: {console.format_bytes(free)}"
+    )
     if plan.total > free:
         console.out.print(
             "  more than is free: gradient checkpointing will be switched on where it is auto; smaller batches "
@@ -95,7 +97,7 @@ def check_without_model(recipe: Recipe) -> None:
             console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
     if here:
         local = recipe.data.model_copy(update={"train": here, "eval": None})
-        for found in read_only_check(local, recipe.task, console.say):
+        for found in read_only_check(local, recipe.task, console.info):
             bad = "".join(f", {count:,} skipped: {reason}" for reason, count in found.bad.items())
             console.out.print(f"{found.source}: {found.read:,} rows of format {found.format}{bad}")
     console.out.print("ok: the recipe is valid; model, labels and memory were not looked at")

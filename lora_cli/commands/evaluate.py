@@ -70,7 +70,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         # The rows at hand may lack a label that the head was trained for.
         update = "regression" if trained.kind == "regression" else list(trained.names)
         spec = spec.model_copy(update={"labels": update})
-    opening = open_run_inputs(recipe, say=console.say, data=spec, train_key="data.train" if data is None else data)
+    opening = open_run_inputs(recipe, info=console.info, data=spec, train_key="data.train" if data is None else data)
     rows = opening.data.train if data is not None else opening.data.eval
     if rows is None:
         raise LoraError(
@@ -80,13 +80,13 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         host.set_up_cpu()
     labels = opening.data.labels
     if labels is not None and (lacking := metrics.missing()):
-        console.say(f'without {", ".join(lacking)}: loss and accuracy only; for more, pip install "lora-cli[eval]"')
+        console.info(f'without {", ".join(lacking)}: loss and accuracy only; for more, pip install "lora-cli[eval]"')
     if trained and labels and trained.kind != labels.kind:
         raise LoraError(
             f"{data or 'data.eval'}: its labels are {labels.describe()}, the adapter's {trained.describe()}",
             hint="give rows with labels of the adapter's kind",
         )
-    model = load_base(recipe, opening, say=console.say).model
+    model = load_base(recipe, opening, info=console.info).model
     model.eval()
     plan = batch_plan(recipe, opening, rows, per_step=1)
     questions = answering.questions_of(rows, asked.prompts, opening, recipe)
@@ -95,15 +95,15 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     by_task: dict[str, dict[str, float]] = {}
 
     def look(name: str, at: PeftModel | PreTrainedModel) -> None:
-        console.say(f"measuring {name} on {len(rows):,} rows")
+        console.info(f"measuring {name} on {len(rows):,} rows")
         scorer = Scorer(at, task=recipe.task)
         more = metrics.measure(predict(scorer, plan, labels)) if labels and not metrics.missing() else {}
         figures[name] = Figures(measure_rows(scorer, plan), more)
         if questions:
-            console.say(f"answering {len(questions):,} prompts")
+            console.info(f"answering {len(questions):,} prompts")
             said[name] = answering.answers_of(at, opening, questions, recipe)
         if asked.tasks:
-            console.say(f"{name} on {', '.join(asked.tasks)}")
+            console.info(f"{name} on {', '.join(asked.tasks)}")
             by_task[name] = answering.harness_of(at, opening, asked)
 
     # Before any adapter is there: biases that one has trained stay when it is switched off.
@@ -165,7 +165,7 @@ def _find(target: Path, named: Sequence[str]) -> Target:
         if (target / "adapter").is_dir():
             adapters["adapter"] = target / "adapter"
         else:
-            console.say(f"{target} has no adapter yet: measuring the base alone")
+            console.info(f"{target} has no adapter yet: measuring the base alone")
     else:
         raise LoraError(
             f"{target} is no recipe, run or adapter folder", hint="give a YAML file, or a folder of lora train"
@@ -221,7 +221,7 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
         trained_on = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         if trained_on != base_path:
             # One model has many names (hub id, folder, GGUF), so this may be right: it is said, not refused.
-            console.say(f"note: {folder} names its base {trained_on}, and is measured on {base_path}")
+            console.info(f"note: {folder} names its base {trained_on}, and is measured on {base_path}")
         loaded = load(loaded, folder, base=base_path, name=name)
     compute_as_trained(loaded)
     return loaded
@@ -230,9 +230,9 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
 def _load_whole(recipe: Recipe, opening: Opening, folder: Path) -> PreTrainedModel:
     """A merged model in the base's stead, in 16 or 32 bits as the run has it."""
     spec = recipe.model.model_copy(update={"path": str(folder), "revision": None})
-    source = base.locate(spec, dtype=opening.dtype, device=opening.device, say=console.say)
+    source = base.locate(spec, dtype=opening.dtype, device=opening.device, info=console.info)
     whole = recipe.model_copy(update={"model": spec, "quantization": None})
-    model = load_base(whole, opening._replace(source=source), say=console.say).model
+    model = load_base(whole, opening._replace(source=source), info=console.info).model
     return model.eval()
 
 

@@ -58,7 +58,7 @@ def export(target: str, *, out: Path, request: Request) -> None:
     module = exporter.load()
     if request.verify == "runtime":
         exporter.need_prover()
-    atomic.sweep(out.absolute().parent, out.name)  # what an export that was killed has left
+    atomic.remove_leftovers(out.absolute().parent, out.name)  # what an export that was killed has left
     with ExitStack() as stack:
         if adapter is None:
             if exporter.takes == "adapter":
@@ -71,15 +71,15 @@ def export(target: str, *, out: Path, request: Request) -> None:
         options = Options(request.quantize, request.over or over, _runs(exporter, subject, request))
         module.refuse(subject, options)
         if adapter is not None and exporter.takes == "model":
-            scratch = stack.enter_context(atomic.scratch(out))
+            scratch = stack.enter_context(atomic.temporary_folder(out))
             subject = _merged(adapter, subject, scratch / "model", request)
         with _place(out, exporter, request) as (partial, verdict):
-            console.say(f"writing {request.to}" + (f" ({request.quantize})" if request.quantize else ""))
+            console.info(f"writing {request.to}" + (f" ({request.quantize})" if request.quantize else ""))
             module.write(subject, partial, options)
             checks = _proven(module, subject, partial, options)
             atomic.write_json(verdict, _verdict(target, subject, partial, checks, request))
         for line in module.usage(subject, out, options):
-            console.say(line)
+            console.info(line)
     console.out.print(str(out))
 
 
@@ -112,7 +112,7 @@ def _refuse_place(out: Path, target: Path, adapter: Path | None, exporter: Expor
 def _whole(target: str, request: Request) -> Subject:
     """A model, as it is."""
     spec = ModelSpec(path=target, gguf="dequantized", trust_remote_code=request.trust_remote_code)
-    source = base.locate(spec, dtype=torch.float32, device=CPU, say=console.say)
+    source = base.locate(spec, dtype=torch.float32, device=CPU, info=console.info)
     config = base.load_config(source)
     if (already := prequantized.recognise(config)) is not None:
         raise LoraError(
@@ -168,9 +168,9 @@ def _held_out(adapter: Path) -> tuple[tuple[int, ...], ...]:
         return ()
     try:
         recipe = load_recipe(file)
-        rows = open_run_inputs(recipe, say=console.silence, weights=False).data
+        rows = open_run_inputs(recipe, info=console.no_output, weights=False).data
     except LoraError as reason:
-        console.say(f"the run's held-out rows are not to be had, made-up prompts take their place: {reason.message}")
+        console.info(f"the run's held-out rows are not to be had, made-up prompts take their place: {reason.message}")
         return ()
     if recipe.task != "causal-lm":
         return ()
@@ -192,7 +192,7 @@ def _runs(exporter: Exporter, subject: Subject, request: Request) -> bool:
         return request.verify != "file"
     if not exporter.can_prove():
         package = next(iter(exporter.prover))
-        console.say(
+        console.info(
             f"note: read back, but not run: the package {package} is not installed "
             f'(pip install "lora-cli[{exporter.prover_extra}]")'
         )
@@ -200,7 +200,7 @@ def _runs(exporter: Exporter, subject: Subject, request: Request) -> bool:
     parameters = sum(parameter.numel() for parameter in base.skeleton(subject.config).parameters())
     if verifying.fits(parameters) or request.verify == "runtime":
         return True
-    console.say("note: read back, but not run: original and export do not fit in memory together (--verify runtime)")
+    console.info("note: read back, but not run: original and export do not fit in memory together (--verify runtime)")
     return False
 
 
@@ -240,7 +240,7 @@ def _proven(module: ModuleType, subject: Subject, partial: Path, options: Option
     checks: list[Check] = []
     for check in module.prove(subject, partial, options):
         kind = "note" if check.name == "note" else f"{check.name}: verified" if check.passed else f"{check.name}: WRONG"
-        console.say(f"{kind}: {check.found}")
+        console.info(f"{kind}: {check.found}")
         checks.append(check)
     if wrong := [check for check in checks if not check.passed]:
         # Over a base on a grid of so few values, that form can round an adapter's whole update away.

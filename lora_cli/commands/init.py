@@ -21,7 +21,7 @@ def show_recipes() -> None:
     width = max(map(len, texts))
     for name, text in texts.items():
         console.out.print(f"{name:<{width}}  {text.splitlines()[0].removeprefix('# ')}")
-    console.say("lora init NAME writes one into this folder")
+    console.info("lora init NAME writes one into this folder")
 
 
 def write_recipe(name: str) -> None:
@@ -43,4 +43,4 @@ def write_recipe(name: str) -> None:
         raise LoraError(f"{path} exists", hint="move it away, or work on it as it is")
     atomic.write_text(path, texts[name])
     console.out.print(str(path))
-    console.say(f"next: put your model and rows into it; lora check {path}; lora train {path}")
+    console.info(f"next: put your model and rows into it; lora check {path}; lora train {path}")

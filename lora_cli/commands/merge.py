@@ -58,7 +58,7 @@ def write(folder: Path, *, out: Path, options: Options) -> None:
     """
     largest = shards.parse_size(options.max_shard_size)
     subject = _open(folder, out, options)
-    atomic.sweep(out.absolute().parent, out.name)  # what a merge that was killed has left
+    atomic.remove_leftovers(out.absolute().parent, out.name)  # what a merge that was killed has left
     plan = _plan(subject, STORED.get(options.dtype))
     if options.unmerge:
         _unmerge(subject, plan, out, largest, options)
@@ -68,7 +68,7 @@ def write(folder: Path, *, out: Path, options: Options) -> None:
     probes = verifying.choose_probes(subject) if verifying.decide(options.verify, parameters) else None
     transforms = _transforms(subject, plan, spec, probes, options)
     with atomic.folder(out, replace=options.force) as partial:
-        console.say(f"folding {subject.method} into {subject.base}: {_amount(plan)}")
+        console.info(f"folding {subject.method} into {subject.base}: {_amount(plan)}")
         began = time.perf_counter()
         folded = _stream(plan, partial, largest, transforms)
         taken = time.perf_counter() - began
@@ -78,7 +78,7 @@ def write(folder: Path, *, out: Path, options: Options) -> None:
         if probes is not None:
             lines += _verified(verifying.prove(subject, probes, partial, plan, transforms), probes, subject)
     for line in lines:
-        console.say(line)
+        console.info(line)
 
 
 def _open(folder: Path, out: Path, options: Options) -> Subject:
@@ -144,7 +144,7 @@ def _transforms(
     if options.weights == "dequantized":
         return found
     if probes is None:
-        console.say("weights: dequantized, which the adapter was trained over; original ones were not measured")
+        console.info("weights: dequantized, which the adapter was trained over; original ones were not measured")
         return found
     return found if verifying.nearer(subject, probes, spec, found, plan) == "dequantized" else {}
 
@@ -204,11 +204,11 @@ def _unmerge(subject: Subject, plan: stream.Plan, out: Path, largest: int, optio
             hint="take the original base",
         )
     with atomic.folder(out, replace=options.force) as partial:
-        console.say(f"taking {subject.method} out of {subject.base}: {_amount(plan)}")
+        console.info(f"taking {subject.method} out of {subject.base}: {_amount(plan)}")
         _stream(plan, partial, largest, {}, sign=-1)
         _write_rest(subject, plan, partial, options)
         line = _landing(subject, partial)
-    console.say(line)
+    console.info(line)
 
 
 def _landing(subject: Subject, folder: Path) -> str:
@@ -216,7 +216,7 @@ def _landing(subject: Subject, folder: Path) -> str:
     path = str(subject.config.base_model_name_or_path)
     try:
         spec = ModelSpec(path=path, revision=subject.config.revision, gguf="dequantized")
-        source = base.locate(spec, dtype=subject.dtype, device=CPU, say=console.silence)
+        source = base.locate(spec, dtype=subject.dtype, device=CPU, info=console.no_output)
         original = shards.list_tensors(base.local_folder(source, fetch=False))
     except LoraError as reason:
         return f"not compared with the original: {reason.message}"
@@ -230,7 +230,7 @@ def _landing(subject: Subject, folder: Path) -> str:
 
 def _amount(plan: stream.Plan) -> str:
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()})
-    return f"{len(plan.tensors):,} tensors, {console.size(plan.size)} of {' and '.join(dtypes)}"
+    return f"{len(plan.tensors):,} tensors, {console.format_bytes(plan.size)} of {' and '.join(dtypes)}"
 
 
 def _report(folded: list[Folded], plan: stream.Plan, seconds: float) -> list[str]:

@@ -62,7 +62,7 @@ class Opening(NamedTuple):
 def open_run_inputs(
     recipe: Recipe,
     *,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     weights: bool = True,
     data: DataSpec | None = None,
     train_key: str = "data.train",
@@ -82,7 +82,7 @@ def open_run_inputs(
     model, data, task = recipe.model, data or recipe.data, recipe.task
     device = base.pick_device()
     dtype = base.pick_dtype(model.dtype, device, recipe.quantization)
-    source = base.locate(model, dtype=dtype, device=device, say=say, weights=weights)
+    source = base.locate(model, dtype=dtype, device=device, info=info, weights=weights)
     # All that can refuse the model in a second comes before the rows, which can take minutes.
     config = base.load_config(source)
     _refuse_other_task(config, recipe)
@@ -99,7 +99,7 @@ def open_run_inputs(
         tokenizer,
         seed=recipe.training.seed,
         cache=base.cache_folder(),
-        say=say,
+        info=info,
         task=task,
         own_labels=base.own_labels(config, task),
         train_key=train_key,

@@ -85,7 +85,7 @@ def open_subject(folder: Path, config: PeftConfig, *, base_path: str | None, tru
     # Folding needs whole weights: the numbers are the same as the packed ones.
     spec = ModelSpec(path=path, revision=revision, gguf="dequantized", trust_remote_code=trust_remote_code)
     dtype = getattr(torch, trained_on.dtype) if trained_on else torch.bfloat16
-    source = base.locate(spec, dtype=dtype, device=CPU, say=console.say)
+    source = base.locate(spec, dtype=dtype, device=CPU, info=console.info)
     base_config = base.load_config(source)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = base.load_tokenizer(source._replace(where=str(folder)) if own_tokenizer else source)
@@ -130,7 +130,7 @@ def refuse_other_base(subject: Subject, *, allowed: bool) -> None:
         return
     if allowed:
         trained = subject.config.base_model_name_or_path
-        console.say(
+        console.info(
             f"note: {subject.base} has other weights than {trained}, which the update was trained over: "
             "what it mends in those, such as their quantisation, is not in these"
         )

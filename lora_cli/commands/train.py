@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from lora_cli.commands import card
-from lora_cli.commands.building import Built, Say, build, compute_as_trained
+from lora_cli.commands.building import Built, Info, build, compute_as_trained
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data import labels
 from lora_cli.data.batches import Batch, Plan
@@ -21,7 +21,7 @@ from lora_cli.model import adalora, base, origin, saving
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import atomic, console, journal
+from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.training import checkpoint, host, launch
 from lora_cli.training.disk import full_disk_is_os_error
@@ -40,8 +40,8 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         if processes > 1:
             # What would refuse the run refuses it here, once, and not in every process.
             with open_run(recipe.output, resume=resume, fresh=fresh):
-                open_run_inputs(recipe, say=console.say)
-            console.say(f"starting {processes} processes")
+                open_run_inputs(recipe, info=console.info)
+            console.info(f"starting {processes} processes")
             return launch.spawn(processes, arguments)
     on_cpu = base.pick_device().type == "cpu"
     accelerator = launch.join(cpu=on_cpu)
@@ -60,19 +60,19 @@ class Training:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, *, run: RunFolder | None, resume: bool) -> None:
         self.recipe, self.spec = recipe, recipe.training
         self.accelerator, self.run, self.resume = accelerator, run, resume
-        self.say: Say = console.say if run else console.silence
+        self.info: Info = console.info if run else console.no_output
         self.upkeep: adalora.Upkeep | None = None
 
     def go(self) -> int:
         """Rows, base, adapter, steps, proof; returns the exit code."""
         with self.accelerator.main_process_first():  # the first process encodes, the others find it done
-            opening = open_run_inputs(self.recipe, say=self.say)
+            opening = open_run_inputs(self.recipe, info=self.info)
         for line in opening.data.ledger.table():
-            self.say(line)
+            self.info(line)
         world = self.accelerator.num_processes
         plan = batch_plan(self.recipe, opening, opening.data.train, per_step=world * self.spec.gradient_accumulation)
         total = plan.steps_in(epochs=self.spec.epochs, max_steps=self.spec.max_steps)
-        self.say(
+        self.info(
             f"{total:,} step{'s' * (total > 1)} of {plan.per_step} batch{'es' * (plan.per_step > 1)}, "
             f"{plan.steps_per_epoch:,} an epoch; {plan.fill:.1%} of each batch is tokens"
         )
@@ -85,7 +85,7 @@ class Training:
 
     def _train(self, opening: Opening, plan: Plan, total: int) -> int:
         """Build, take the steps, prove; returns the exit code."""
-        built = build(self.recipe, opening, plan, total=total, say=self.say)
+        built = build(self.recipe, opening, plan, total=total, info=self.info)
         start_alike(built.model, self.accelerator)
         ratio = self.recipe.adapter.lr_ratio
         optimizer = make_optimizer(built.model, self.spec, name=built.optimizer, lr_ratio=ratio)
@@ -95,7 +95,7 @@ class Training:
         if self.resume:
             folder = Path(self.recipe.output) / "checkpoints"
             done = checkpoint.load(folder, built.model, optimizer, state=same, upkeep=self.upkeep)
-            self.say(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
+            self.info(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
         if self.run:
             self._begin(self.run, opening, built, total, done)
         stopped = self._steps(opening, built.model, plan, optimizer, total=total, done=done, same=same)
@@ -109,7 +109,7 @@ class Training:
         atomic.write_text(run.recipe, dump_recipe(self.recipe))
         atomic.write_json(run.manifest, _manifest(self.recipe, opening, built, total))
         # A start from nothing evaluates the base again, so not even step 0 stays.
-        journal.truncate_after(run.metrics, done or -1)
+        metrics_log.truncate_after(run.metrics, done or -1)
 
     def _steps(
         self,
@@ -127,9 +127,9 @@ class Training:
         held_out = opening.data.eval
         eval_plan = batch_plan(self.recipe, opening, held_out, per_step=1) if held_out else None
         scorer = Scorer(model, task=self.recipe.task)
-        metrics = journal.Journal(run.metrics) if run else None
+        metrics = metrics_log.MetricsLog(run.metrics) if run else None
 
-        def evaluate(step: int, say: Say) -> None:
+        def evaluate(step: int, info: Info) -> None:
             if eval_plan is None:
                 return
             found = measure(scorer, eval_plan, accelerator=self.accelerator)
@@ -141,7 +141,7 @@ class Training:
                     else "the last checkpoint is from before it; try a lower training.learning_rate",
                     exit_code=1,
                 )
-            say(f"eval at step {step}: {shown(found, self.recipe.task)}")
+            info(f"eval at step {step}: {shown(found, self.recipe.task)}")
             if metrics:
                 metrics.write({"step": step, "eval_loss": found.loss, "eval_accuracy": found.accuracy})
 
@@ -160,13 +160,13 @@ class Training:
             self.accelerator.wait_for_everyone()
 
         if done == 0 and held_out:
-            self.say(f"measuring the base on {len(held_out):,} held-out rows")
-            evaluate(0, self.say)
+            self.info(f"measuring the base on {len(held_out):,} held-out rows")
+            evaluate(0, self.info)
         with (
             stop_after_step() as wish,
-            console.meter(total, done=done, every=spec.log_every, bar=run is not None) as meter,
+            console.step_progress(total, done=done, every=spec.log_every, bar=run is not None) as meter,
         ):
-            say = meter.say if run else console.silence
+            info = meter.info if run else console.no_output
             for step in fit(
                 model,
                 plan,
@@ -185,11 +185,11 @@ class Training:
                 stopping = not last and self._anyone_wishes(wish)
                 # Before the checkpoint: a resumed run starts behind both.
                 if last or _due(step.number, spec.eval_every):
-                    evaluate(step.number, say)
+                    evaluate(step.number, info)
                 if last or stopping or _due(step.number, spec.save_every):
                     save(step.number)
                 if stopping:
-                    say(f"stopped after step {step.number}, which is saved; --resume goes on from there")
+                    info(f"stopped after step {step.number}, which is saved; --resume goes on from there")
                     return wish.exit_code or 1
         if metrics:
             metrics.close()
@@ -208,8 +208,8 @@ class Training:
         hint = f"lower training.{size}, or set training.gradient_checkpointing to true"
         if not self.accelerator.is_local_main_process:
             # It may have come to this process alone, and `main` lets only the first of a machine speak.
-            console.say(f"error: {message}")
-            console.say(f"hint: {hint}")
+            console.info(f"error: {message}")
+            console.info(f"hint: {hint}")
         return LoraError(message, hint=hint, exit_code=1)
 
     def _resumable(self, opening: Opening, built: Built, plan: Plan, total: int) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class Training:
         Raises:
             LoraError: what was written is not what was trained.
         """
-        evals = [record for record in journal.read(run.metrics) if "eval_loss" in record]
+        evals = [record for record in metrics_log.read_metrics(run.metrics) if "eval_loss" in record]
         results = {
             name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
             for name, record in zip(("base", "adapter"), (*evals[:1], *evals[1:][-1:]), strict=False)
@@ -274,10 +274,10 @@ class Training:
                     exit_code=1,
                 )
         rest = f", logits within {difference.logits:.0e}" if difference.logits else ""
-        self.say(f"verified: the adapter on disk, loaded back, is the trained model (difference 0{rest})")
+        self.info(f"verified: the adapter on disk, loaded back, is the trained model (difference 0{rest})")
         if len(results) == 2:
             before, after = results["base"]["loss"], results["adapter"]["loss"]
-            self.say(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")
+            self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")
         console.out.print(f"{self.recipe.output}/adapter")
 
     @torch.no_grad()
@@ -332,7 +332,7 @@ def _figures(step: Step, device: torch.device) -> dict[str, str]:
         "lr": f"{step.learning_rate:.2e}",
         "grad": f"{step.grad_norm:.2f}",
         "tok/s": f"{step.tokens / step.seconds:.0f}",
-        "mem": console.size(host.peak_memory(device)),
+        "mem": console.format_bytes(host.peak_memory(device)),
     }
 
 

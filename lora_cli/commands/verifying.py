@@ -53,10 +53,10 @@ def decide(verify: str, parameters: int) -> bool:
         return False
     if fits(parameters):
         return True
-    need, free = console.size(8 * parameters), console.size(memory.available(CPU))
+    need, free = console.format_bytes(8 * parameters), console.format_bytes(memory.available(CPU))
     if verify == "logits":
         raise LoraError(f"--verify logits: two models take {need}, and {free} are free", hint="write --verify tensors")
-    console.say(f"verified by tensors alone: two models take {need} in fp32, and {free} are free")
+    console.info(f"verified by tensors alone: two models take {need} in fp32, and {free} are free")
     return False
 
 
@@ -67,7 +67,7 @@ def choose_probes(subject: Subject) -> Probes:
         try:
             return _held_out(recipe_file)
         except LoraError as reason:
-            console.say(f"the run's held-out rows are not to be had, random tokens take their place: {reason.message}")
+            console.info(f"the run's held-out rows are not to be had, random tokens take their place: {reason.message}")
     tokenizer = subject.tokenizer
     batches = parity.random_probes(
         subject.task,
@@ -82,7 +82,7 @@ def choose_probes(subject: Subject) -> Probes:
 
 def _held_out(recipe_file: Path) -> Probes:
     recipe = load_recipe(recipe_file)
-    opening = open_run_inputs(recipe, say=console.silence)
+    opening = open_run_inputs(recipe, info=console.no_output)
     rows = opening.data.eval or opening.data.train
     plan = batch_plan(recipe, opening, rows, per_step=1)
     batches: list[Batch] = []
@@ -106,7 +106,7 @@ def nearer(subject: Subject, probes: Probes, spec: QuantizationSpec, transforms:
     tokens = not TASKS[subject.task].classes
     best = min(found, key=lambda name: found[name].kl if tokens else found[name].apart)
     said = [f"{name} " + (f"KL {a.kl:.1e} nats" if tokens else f"{a.apart:.1e}") for name, a in found.items()]
-    console.say(
+    console.info(
         f"weights: {best}, nearer to the trained {spec.bits}-bit model on {probes.described}: {', '.join(said)}"
     )
     return best

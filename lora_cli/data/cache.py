@@ -40,7 +40,7 @@ class EncodedSource(NamedTuple):
 
 
 def encoded(
-    source: Source, spec: DataSpec, encoder: RowEncoder, *, cache: Path, say: Callable[[str], None]
+    source: Source, spec: DataSpec, encoder: RowEncoder, *, cache: Path, info: Callable[[str], None]
 ) -> EncodedSource:
     """The rows of a source, from the cache where they are there.
 
@@ -54,12 +54,12 @@ def encoded(
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (found := _load(folder, source, content)) is not None:
         return found
-    with _locked(folder.with_name(f".lock-{folder.name}"), say):
+    with _locked(folder.with_name(f".lock-{folder.name}"), info):
         if (found := _load(folder, source, content)) is not None:
             return found
-        atomic.sweep(folder.parent, folder.name)  # other keys may be another machine's, at work on them
+        atomic.remove_leftovers(folder.parent, folder.name)  # other keys may be another machine's, at work on them
         with atomic.folder(folder, replace=True) as fresh:
-            tally = _build(source, spec, encoder, fresh / "rows.arrow", say)
+            tally = _build(source, spec, encoder, fresh / "rows.arrow", info)
             (fresh / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")
     found = _load(folder, source, content)
     assert found is not None, folder
@@ -88,21 +88,21 @@ def _load(folder: Path, source: Source, content: str) -> EncodedSource | None:
 
 
 @contextmanager
-def _locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(path: Path, info: Callable[[str], None]) -> Iterator[None]:
     # The system drops the lock with the process, however it ends; the file stays, because to delete it under
     # someone who waits for it would let two in.
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process is encoding the same rows: waiting for it")
+            info("another process is encoding the same rows: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _build(source: Source, spec: DataSpec, encoder: RowEncoder, path: Path, say: Callable[[str], None]) -> Tally:
+def _build(source: Source, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
     intake = opened(source, encoder.task)
-    say(f"{source.name}: encoding, format {intake.format.name} ({intake.format.why})")
+    info(f"{source.name}: encoding, format {intake.format.name} ({intake.format.why})")
     tally = Tally(format=intake.format.name, why=intake.format.why)
     bad = BadRows()
     overlong: list[str] = []
@@ -130,13 +130,13 @@ def _build(source: Source, spec: DataSpec, encoder: RowEncoder, path: Path, say:
             tally.kept += len(fits)
             if time.monotonic() > said + PATIENCE:
                 said = time.monotonic()
-                say(f"{source.name}: {tally.read:,} rows, {tally.read / (said - started):,.0f} rows/s")
+                info(f"{source.name}: {tally.read:,} rows, {tally.read / (said - started):,.0f} rows/s")
     if bad.first and spec.on_bad_row == "error":
         raise bad.refusal(source, encoder.task, read=tally.read)
     if overlong and spec.overlong == "error":
         raise _overlong(source, spec, overlong, tally)
     for finding in bad.first:
-        say(f"skipped {finding}")
+        info(f"skipped {finding}")
     tally.labels = table.found()
     tally.ignored = dict(sorted(intake.ignored.items()))
     tally.check()

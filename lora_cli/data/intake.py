@@ -140,7 +140,7 @@ class Checked(NamedTuple):
     bad: dict[str, int]  # by reason
 
 
-def read_only_check(spec: DataSpec, task: TaskName, say: Callable[[str], None]) -> list[Checked]:
+def read_only_check(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> list[Checked]:
     """Reads every row of every source in its format, without encoding any.
 
     Raises:
@@ -149,7 +149,7 @@ def read_only_check(spec: DataSpec, task: TaskName, say: Callable[[str], None]) 
     results = []
     for source in [*sources.train_sources(spec), *sources.eval_sources(spec)]:
         intake = opened(source, task)
-        say(f"{source.name}: format {intake.format.name} ({intake.format.why})")
+        info(f"{source.name}: format {intake.format.name} ({intake.format.why})")
         read, bad = 0, BadRows()
         for item in intake.items:
             read += 1
@@ -158,6 +158,6 @@ def read_only_check(spec: DataSpec, task: TaskName, say: Callable[[str], None]) 
         if bad.first and spec.on_bad_row == "error":
             raise bad.refusal(source, task, read=read)
         for finding in bad.first:
-            say(f"skipped {finding}")
+            info(f"skipped {finding}")
         results.append(Checked(source.name, intake.format.name, read, dict(bad.reasons)))
     return results

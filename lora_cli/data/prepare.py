@@ -48,7 +48,7 @@ def prepare(
     *,
     seed: int,
     cache: Path,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     task: TaskName = "causal-lm",
     own_labels: Sequence[str] = (),
     train_key: str = "data.train",
@@ -69,8 +69,8 @@ def prepare(
         LoraError: no row, bad rows, a template that cannot be trained with, more loss than allowed, ...
     """
     encoder = encoder_for(task, spec, tokenizer)
-    train = [encoded(source, spec, encoder, cache=cache, say=say) for source in train_sources(spec)]
-    own = [encoded(source, spec, encoder, cache=cache, say=say) for source in eval_sources(spec)]
+    train = [encoded(source, spec, encoder, cache=cache, info=info) for source in train_sources(spec)]
+    own = [encoded(source, spec, encoder, cache=cache, info=info) for source in eval_sources(spec)]
     held = _held_out(train, spec.eval if isinstance(spec.eval, float) else 0.0, seed)
     parts, entries = [], []
     for number, (item, out) in enumerate(zip(train, held, strict=True)):
@@ -93,7 +93,7 @@ def prepare(
         if not len(split) and (split is rows or own):
             raise LoraError(f"{name}: no row is left", hint="see data.on_bad_row, data.overlong and the weights")
     if not len(tested) and spec.eval is not None:
-        say("data.eval: there is only one row, so none is held out")
+        info("data.eval: there is only one row, so none is held out")
     leaked = int(np.isin(tested.keys, rows.keys).sum()) if own else 0
     ledger = Ledger(
         tuple(entries),

@@ -20,7 +20,7 @@ from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
 
-Say = Callable[[str], None]
+Info = Callable[[str], None]
 
 # Progress of loading is ours to show; what transformers reports as a warning still comes through.
 transformers_logging.disable_progress_bar()
@@ -78,7 +78,7 @@ def _cpu_multiplies_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def locate(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, say: Say, weights: bool = True) -> Source:
+def locate(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, info: Info, weights: bool = True) -> Source:
     """Find the base model; unpacks a GGUF file on the way, without its tensors where no `weights` are needed.
 
     Raises:
@@ -90,8 +90,8 @@ def locate(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, say: Sa
         if not path.is_file():
             raise LoraError(f"model.path: there is no file {spec.path}", hint=_near(path))
         gguf.check(path)
-        packed = gguf.choose(spec.gguf, path, device=device, say=say)
-        folder = gguf.unpack(path, dtype=dtype, cache=cache_folder(), say=say, weights=weights and not packed)
+        packed = gguf.choose(spec.gguf, path, device=device, info=info)
+        folder = gguf.unpack(path, dtype=dtype, cache=cache_folder(), info=info, weights=weights and not packed)
         return Source(str(folder), options, path, packed)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -209,8 +209,8 @@ def load_base(
     torch.manual_seed(seed)
     with _library_errors(source):
         model: PreTrainedModel
-        model, info = TASKS[task].loader.from_pretrained(where, output_loading_info=True, **arguments)
-    heads, notes = _account_for(model, info, task)
+        model, loading_info = TASKS[task].loader.from_pretrained(where, output_loading_info=True, **arguments)
+    heads, notes = _account_for(model, loading_info, task)
     if not is_quantized(model):
         model.to(device)
     else:
@@ -235,15 +235,15 @@ def _head_options(labels: Labels) -> dict[str, Any]:
 
 
 def _account_for(
-    model: PreTrainedModel, info: dict[str, Any], task: TaskName
+    model: PreTrainedModel, loading_info: dict[str, Any], task: TaskName
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules that are the task's own or new, and notes on what the checkpoint and the model do not share.
 
     Raises:
         LoraError: weights are missing that no task brings along: the model would be part random.
     """
-    replaced = {entry[0] for entry in info["mismatched_keys"]}
-    missing = set(info["missing_keys"]) | replaced
+    replaced = {entry[0] for entry in loading_info["mismatched_keys"]}
+    missing = set(loading_info["missing_keys"]) | replaced
     heads = task_heads(model, task)
     strange = sorted(key for key in missing if not _below(key, heads) and "pooler" not in key)
     if strange:
@@ -258,7 +258,7 @@ def _account_for(
         drawn = sum(model.get_parameter(key).numel() for key in missing)
         why = " in place of one for other labels" if replaced else ""
         notes.append(f"new head{why}: {', '.join([*heads, *poolers])}, {drawn:,} parameters drawn by the seed")
-    unused = sorted(info["unexpected_keys"])
+    unused = sorted(loading_info["unexpected_keys"])
     if unused:
         kinds = sorted({key.partition(".")[0] for key in unused})
         notes.append(f"of the checkpoint, {len(unused)} tensors are not used by this task: {', '.join(kinds[:4])}")

@@ -30,7 +30,7 @@ from lora_cli.run import atomic
 modeling_gguf_pytorch_utils.tqdm = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
 
 
-def unpack(file: Path, *, dtype: torch.dtype, cache: Path, say: Callable[[str], None], weights: bool = True) -> Path:
+def unpack(file: Path, *, dtype: torch.dtype, cache: Path, info: Callable[[str], None], weights: bool = True) -> Path:
     """The folder of model, config and tokenizer in `file`, its weights dequantised to `dtype`; made if need be.
 
     Without `weights` a folder of config and tokenizer will do, which reads no tensor; the whole one, where it is there.
@@ -46,7 +46,7 @@ def unpack(file: Path, *, dtype: torch.dtype, cache: Path, say: Callable[[str], 
         return folder
     check(file)
     doing = f"dequantising {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
-    say(f"{doing}, once; kept in {folder}")
+    info(f"{doing}, once; kept in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     parts = _read(file, dtype if weights else None)
     try:
@@ -92,7 +92,7 @@ def why_not_packed(file: Path, *, device: torch.device) -> str | None:
 
 
 def choose(
-    mode: Literal["auto", "packed", "dequantized"], file: Path, *, device: torch.device, say: Callable[[str], None]
+    mode: Literal["auto", "packed", "dequantized"], file: Path, *, device: torch.device, info: Callable[[str], None]
 ) -> bool:
     """Whether `file` stays packed, as `model.gguf` wants it; what is not obvious is said.
 
@@ -104,7 +104,7 @@ def choose(
     reason = why_not_packed(file, device=device)
     if mode == "packed" and reason:
         raise LoraError(f"model.gguf: packed, but {reason}", hint="write auto or dequantized: the numbers are the same")
-    say(f"{file.name}: " + (f"dequantized, as {reason}" if reason else "kept packed"))
+    info(f"{file.name}: " + (f"dequantized, as {reason}" if reason else "kept packed"))
     return reason is None
 
 

@@ -18,7 +18,7 @@ LEFTOVER = re.compile(r"\.(tmp|old)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Put `data` into the file `path`, in place of any file there."""
-    beside = _beside(path, "tmp")
+    beside = _temporary_path(path, "tmp")
     try:
         with beside.open("xb") as file:
             file.write(data)
@@ -53,7 +53,7 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if not replace and path.exists():
         raise FileExistsError(f"{path} exists")
-    beside = _beside(path, "tmp")
+    beside = _temporary_path(path, "tmp")
     try:  # from here on: an interrupt may come as soon as the folder is there
         beside.mkdir()
         yield beside
@@ -63,7 +63,7 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 Path(parent, name).chmod(0o666 & ~_umask())
                 _sync(Path(parent, name))
             _sync(Path(parent))
-        _put(beside, path, replace=replace)
+        _rename_into_place(beside, path, replace=replace)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _sync(path.parent)
@@ -82,7 +82,7 @@ def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if not replace and path.exists():
         raise FileExistsError(f"{path} exists")
-    beside = _beside(path, "tmp")
+    beside = _temporary_path(path, "tmp")
     try:
         yield beside
         _sync(beside)
@@ -95,9 +95,9 @@ def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch(path: Path) -> Iterator[Path]:
+def temporary_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` for what is needed on the way to it, gone afterwards however the block ends."""
-    beside = _beside(path, "tmp")
+    beside = _temporary_path(path, "tmp")
     try:  # from here on: an interrupt may come as soon as the folder is there
         beside.mkdir()
         yield beside
@@ -105,7 +105,7 @@ def scratch(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _put(new: Path, path: Path, *, replace: bool) -> None:
+def _rename_into_place(new: Path, path: Path, *, replace: bool) -> None:
     if not (replace and path.exists()):
         try:
             new.rename(path)
@@ -116,7 +116,7 @@ def _put(new: Path, path: Path, *, replace: bool) -> None:
         return
     # No portable call exchanges two folders. Between the renames the old one is only aside, under a name by
     # which `sweep` puts it back.
-    old = _beside(path, "old")
+    old = _temporary_path(path, "old")
     path.rename(old)
     try:
         new.rename(path)
@@ -126,7 +126,7 @@ def _put(new: Path, path: Path, *, replace: bool) -> None:
     shutil.rmtree(old)
 
 
-def sweep(parent: Path, name: str | None = None) -> None:
+def remove_leftovers(parent: Path, name: str | None = None) -> None:
     """Clear what killed processes left in `parent`: half-written results go, a folder put aside comes back.
 
     Only this machine's processes are known. So whoever sweeps where other machines write holds the lock on all that
@@ -134,7 +134,7 @@ def sweep(parent: Path, name: str | None = None) -> None:
     """
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         match = LEFTOVER.fullmatch(path.name)
-        if not match or name not in (None, match["name"]) or _alive(int(match["pid"])):
+        if not match or name not in (None, match["name"]) or _is_running(int(match["pid"])):
             continue
         meant = parent / match["name"]
         # Another process may be sweeping the same: what it took first is no error.
@@ -147,11 +147,11 @@ def sweep(parent: Path, name: str | None = None) -> None:
                 path.unlink()
 
 
-def _beside(path: Path, kind: str) -> Path:
+def _temporary_path(path: Path, kind: str) -> Path:
     return path.with_name(f".{kind}-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -12,16 +12,16 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def say(line: str) -> None:
+def info(line: str) -> None:
     """A message for whoever watches the run."""
     err.print(line)
 
 
-def silence(_: str) -> None:
+def no_output(_: str) -> None:
     """`say` of the processes that are not the first."""
 
 
-class Meter:
+class StepProgress:
     """Shows steps as they happen: a bar on a terminal, else a line every `every` steps."""
 
     def __init__(self, bar: Progress | None, *, total: int, done: int, every: int) -> None:
@@ -37,32 +37,32 @@ class Meter:
             self._bar.update(self._task, completed=number, line=text)
         elif number % self._every == 0 or number == self._total:
             left = (time.monotonic() - self._began) / max(1, number - self._first) * (self._total - number)
-            err.print(f"step {number}/{self._total}  {text}  left {duration(left)}")
+            err.print(f"step {number}/{self._total}  {text}  left {format_duration(left)}")
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """A message above the bar."""
         (self._bar.console if self._bar else err).print(line)
 
 
 @contextmanager
-def meter(total: int, *, done: int = 0, every: int = 1, bar: bool = True) -> Iterator[Meter]:
+def step_progress(total: int, *, done: int = 0, every: int = 1, bar: bool = True) -> Iterator[StepProgress]:
     """A meter for `total` steps of which `done` are done; without `bar` it draws none on a terminal either."""
     if not (bar and err.is_terminal):
-        yield Meter(None, total=total, done=done, every=every)
+        yield StepProgress(None, total=total, done=done, every=every)
         return
     columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
     with Progress(*columns, console=err) as progress:
-        yield Meter(progress, total=total, done=done, every=every)
+        yield StepProgress(progress, total=total, done=done, every=every)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Bytes for a reader: `512 MiB`, `1.5 GiB`."""
     mebibytes = count / 2**20
     return f"{mebibytes:.0f} MiB" if mebibytes < 1000 else f"{mebibytes / 1024:.1f} GiB"

@@ -103,7 +103,7 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
 
 def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
     for folder in (run.path, run.checkpoints):
-        atomic.sweep(folder)
+        atomic.remove_leftovers(folder)
     there = [name for name in OWN if os.path.lexists(run.path / name)]
     if there and not (resume or fresh):
         hint = "--resume continues it, --fresh removes it and starts again; or name another output"

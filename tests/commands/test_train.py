@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lora_cli.run import console, journal
+from lora_cli.run import console, metrics_log
 from lora_cli.run.folder import LOCK
 from lora_cli.training import launch
 from tests.commands.conftest import Finished, Lora, WriteRecipe
@@ -212,15 +212,15 @@ def test_too_little_memory_names_what_to_lower(recipe: WriteRecipe, lora: Lora, 
 def test_a_signal_saves_and_resume_ends_where_the_uninterrupted_run_does(
     sent: signal.Signals, code: int, trained: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch
 ):
-    show = console.Meter.step
+    show = console.StepProgress.step
 
-    def signalled(meter: console.Meter, number: int, values: dict[str, str]) -> None:
+    def signalled(meter: console.StepProgress, number: int, values: dict[str, str]) -> None:
         show(meter, number, values)
         if number == 3:
             os.kill(os.getpid(), sent)
 
     with monkeypatch.context() as patch:
-        patch.setattr(console.Meter, "step", signalled)
+        patch.setattr(console.StepProgress, "step", signalled)
         stopped = lora("train", "recipe.yaml", "--output", "runs/b")
     assert (stopped.code, stopped.out) == (code, "")
     assert stopped.err.splitlines()[-1] == "stopped after step 3, which is saved; --resume goes on from there"
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     assert re.fullmatch(r"error: step 3: the loss is not finite; its rows: rows\.jsonl:\d+.*", done.last_two[0])
     assert done.last_two[1].startswith("hint: the last checkpoint is from before it")
     assert sorted(p.name for p in Path("runs/a/checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
-    assert [r["step"] for r in journal.read(Path("runs/a/metrics.jsonl"))] == [1, 2]
+    assert [r["step"] for r in metrics_log.read_metrics(Path("runs/a/metrics.jsonl"))] == [1, 2]
 
 
 def test_a_base_that_is_broken_is_told_at_the_first_evaluation(

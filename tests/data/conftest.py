@@ -47,7 +47,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
         *,
         files: dict[str, str | bytes] | None = None,
         seed: int = 0,
-        say: Callable[[str], None] = lambda line: None,
+        info: Callable[[str], None] = lambda line: None,
         task: TaskName = "causal-lm",
         **section: Any,
     ) -> Prepared:
@@ -56,6 +56,6 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         spec = DataSpec.model_validate({"train": "train.jsonl", "eval": None, **section})
-        return prepare(spec, tokenizer, seed=seed, cache=tmp_path / "cache", say=say, task=task)
+        return prepare(spec, tokenizer, seed=seed, cache=tmp_path / "cache", info=info, task=task)
 
     return run

@@ -56,7 +56,7 @@ def test_skipped_rows_are_counted_by_reason(prepared, chatml):
     said: list[str] = []
     files = {"train.jsonl": good + b"\n".join(bad.content for bad in flawed)}
     data = prepared(
-        chatml, files=files, say=said.append, on_bad_row="skip", max_loss=1.0, format="text", max_length=9999
+        chatml, files=files, info=said.append, on_bad_row="skip", max_loss=1.0, format="text", max_length=9999
     )
     tally = data.ledger.entries[0].tally
     assert tally.read == tally.kept + tally.dropped.total()

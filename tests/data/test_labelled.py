@@ -185,7 +185,7 @@ def test_the_cache_knows_the_task(prepared: Prepare):
     first = prepared(tokenizer, files={"train.jsonl": rows}, task="seq-cls")
     assert first.labels.kind == "regression"
     said: list[str] = []
-    again = prepared(tokenizer, task="seq-cls", say=said.append)
+    again = prepared(tokenizer, task="seq-cls", info=said.append)
     assert said == []
     assert [row.labels.tolist() for row in again.train] == [row.labels.tolist() for row in first.train]
     assert again.fingerprint == first.fingerprint

@@ -123,7 +123,7 @@ def test_sharegpt_and_alpaca_are_the_same_conversations(prepared, chatml):
 
 def test_messages_in_a_column_of_another_name(prepared, chatml):
     said: list[str] = []
-    data = prepared(chatml, files=file_of({"conversations": chat("a", "b")}), say=said.append)
+    data = prepared(chatml, files=file_of({"conversations": chat("a", "b")}), info=said.append)
     assert said == ["train.jsonl: encoding, format messages (role and content in column conversations)"]
     assert len(data.train) == 1
 

@@ -46,7 +46,7 @@ def test_the_sums_hold(chatml, tmp_path_factory, files, weights, overlong, share
     section = {"train": sources, "eval": share, "overlong": overlong, "max_length": 20, "on_bad_row": "skip"}
     spec = DataSpec.model_validate({**section, "max_loss": 1.0})
     try:
-        data = prepare(spec, chatml, seed=seed, cache=folder / "cache", say=lambda line: None)
+        data = prepare(spec, chatml, seed=seed, cache=folder / "cache", info=lambda line: None)
     except LoraError as error:
         if "no row is left" not in error.message and "all rows are the same" not in error.message:
             raise
@@ -93,7 +93,7 @@ def test_one_row_is_held_out_at_least_and_one_is_trained_on(prepared: Prepare, c
     assert len(prepared(chatml, files=two, eval=0.000001).eval or []) == 1
     assert len(prepared(chatml, files=two, eval=0.999999).train) == 1
     said: list[str] = []
-    single = prepared(chatml, files={"train.jsonl": texts("one")}, eval=0.5, say=said.append)
+    single = prepared(chatml, files={"train.jsonl": texts("one")}, eval=0.5, info=said.append)
     assert single.eval is None
     assert said[-1] == "data.eval: there is only one row, so none is held out"
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from lora_cli.commands.train import train
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import load_recipe
-from lora_cli.run import journal
+from lora_cli.run import metrics_log
 
 STEPS = 24
 ALL_CORES = os.sched_getaffinity(0)
@@ -79,7 +79,10 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """Every record but its times."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in journal.read(run / "metrics.jsonl")]
+    return [
+        {k: v for k, v in record.items() if k != "seconds"}
+        for record in metrics_log.read_metrics(run / "metrics.jsonl")
+    ]
 
 
 def losses(run: Path) -> list[float]:
@@ -88,7 +91,7 @@ def losses(run: Path) -> list[float]:
 
 def taken(run: Path, until: int) -> list[dict[str, Any]]:
     """Records up to step `until` with their times: they change where a resumed run starts from the beginning."""
-    return [record for record in journal.read(run / "metrics.jsonl") if record["step"] <= until]
+    return [record for record in metrics_log.read_metrics(run / "metrics.jsonl") if record["step"] <= until]
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

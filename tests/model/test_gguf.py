@@ -107,7 +107,7 @@ def silence(line: str) -> None:
 def test_every_tensor_is_what_its_blocks_stand_for(tmp_path: Path, kind: str, dtype: torch.dtype):
     path = tmp_path / f"tiny.{kind}.gguf"
     meant = write_gguf(path, kind)
-    folder = unpack(path, dtype=dtype, cache=tmp_path, say=silence)
+    folder = unpack(path, dtype=dtype, cache=tmp_path, info=silence)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     found = model.state_dict()
     assert found.keys() == meant.keys()
@@ -123,7 +123,7 @@ def test_every_tensor_is_what_its_blocks_stand_for(tmp_path: Path, kind: str, dt
 
 
 def test_the_tokenizer_is_the_same(file: Path, tmp_path: Path):
-    folder = unpack(file, dtype=torch.float32, cache=tmp_path, say=silence)
+    folder = unpack(file, dtype=torch.float32, cache=tmp_path, info=silence)
     mine, theirs = (
         AutoTokenizer.from_pretrained(folder),
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
@@ -137,14 +137,14 @@ def test_the_tokenizer_is_the_same(file: Path, tmp_path: Path):
 
 def test_the_second_time_it_is_only_looked_up(file: Path, tmp_path: Path):
     said: list[str] = []
-    first = unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append)
+    first = unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append)
     stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
-    assert unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append) == first
+    assert unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append) == first
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == stamps
     assert len(said) == 1
-    assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, say=said.append) != first
+    assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append) != first
     file.touch()  # perhaps other contents
-    assert unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append) != first
+    assert unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append) != first
 
 
 def test_who_comes_second_takes_what_is_there(file: Path, tmp_path: Path):
@@ -156,11 +156,11 @@ def test_who_comes_second_takes_what_is_there(file: Path, tmp_path: Path):
     found: list[Path] = []
 
     def meanwhile(line: str) -> None:
-        found.append(unpack(file, dtype=torch.float32, cache=tmp_path, say=silence))
+        found.append(unpack(file, dtype=torch.float32, cache=tmp_path, info=silence))
         stamps.update({path: path.stat().st_ino for path in found[0].iterdir()})
 
     stamps: dict[Path, int] = {}
-    found.append(unpack(file, dtype=torch.float32, cache=tmp_path, say=meanwhile))
+    found.append(unpack(file, dtype=torch.float32, cache=tmp_path, info=meanwhile))
     assert found[0] == found[1]
     assert {path: path.stat().st_ino for path in found[1].iterdir()} == stamps
     assert list((tmp_path / "gguf").iterdir()) == [found[0]]
@@ -170,13 +170,13 @@ def test_without_weights_config_and_tokenizer_are_the_same(file: Path, tmp_path:
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr("lora_cli.model.gguf.AutoModelForCausalLM", None)
-        light = unpack(file, dtype=torch.float32, cache=tmp_path, say=said.append, weights=False)
-        assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, say=said.append, weights=False) == light
+        light = unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append, weights=False)
+        assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append, weights=False) == light
     assert said == [f"reading config and tokenizer of tiny.Q8_0.gguf, once; kept in {light}"]
     assert not list(light.glob("*.safetensors"))
-    full = unpack(file, dtype=torch.float32, cache=tmp_path, say=silence)
+    full = unpack(file, dtype=torch.float32, cache=tmp_path, info=silence)
     assert full != light
-    assert unpack(file, dtype=torch.float32, cache=tmp_path, say=silence, weights=False) == full
+    assert unpack(file, dtype=torch.float32, cache=tmp_path, info=silence, weights=False) == full
     encoders = [Encoder(DataSpec(train="x"), AutoTokenizer.from_pretrained(folder)) for folder in (light, full)]
     assert encoders[0].identity() == encoders[1].identity()
     shapes = [
@@ -202,7 +202,7 @@ def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, na
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(file.read_bytes()[:-5000] if content is None else content)
     with pytest.raises(LoraError, match=said) as caught:
-        unpack(bad, dtype=torch.float32, cache=tmp_path / "cache", say=silence, weights=weights)
+        unpack(bad, dtype=torch.float32, cache=tmp_path / "cache", info=silence, weights=weights)
     assert "bad.gguf" in caught.value.message
     assert not list((tmp_path / "cache").glob("gguf/*"))
 
@@ -212,22 +212,22 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 def test_packed_or_not_is_chosen_and_said(file: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    assert choose("auto", file, device=CPU, say=said.append) is False
+    assert choose("auto", file, device=CPU, info=said.append) is False
     assert said == ["tiny.Q8_0.gguf: dequantized, as transformers has no kernel for packed weights on the CPU"]
     with pytest.raises(LoraError, match=r"model\.gguf: packed, but transformers has no kernel .* on the CPU") as caught:
-        choose("packed", file, device=CPU, say=silence)
+        choose("packed", file, device=CPU, info=silence)
     assert caught.value.hint == "write auto or dequantized: the numbers are the same"
-    assert choose("dequantized", file, device=GPU, say=silence) is False
+    assert choose("dequantized", file, device=GPU, info=silence) is False
 
     # On a GPU it hangs on the package that fetches the kernel, and on the architecture.
     monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: None)
     with pytest.raises(LoraError, match="the package kernels, which fetches the kernel"):
-        choose("packed", file, device=GPU, say=silence)
+        choose("packed", file, device=GPU, info=silence)
     monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: object())
     with pytest.raises(LoraError, match="transformers loads the architecture llama dequantised only"):
-        choose("packed", file, device=GPU, say=silence)
+        choose("packed", file, device=GPU, info=silence)
     monkeypatch.setattr("lora_cli.model.gguf.is_gguf_arch_supported", lambda architecture: architecture == "llama")
-    assert choose("auto", file, device=GPU, say=said.append) is True
+    assert choose("auto", file, device=GPU, info=said.append) is True
     assert said[-1] == "tiny.Q8_0.gguf: kept packed"
 
 

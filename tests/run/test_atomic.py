@@ -126,8 +126,8 @@ def test_sweep_takes_only_what_the_dead_left(tmp_path: Path):
     keep = {f".tmp-b-{os.getpid()}-0123abcd", ".tmp-mine", "a.json", "done"}
     for name in keep - {"done"}:
         (tmp_path / name).touch()
-    atomic.sweep(tmp_path)
-    atomic.sweep(tmp_path / "missing")
+    atomic.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path / "missing")
     assert names(tmp_path) == keep
 
 
@@ -135,7 +135,7 @@ def test_sweep_of_one_name_leaves_the_others(tmp_path: Path):
     other = f".tmp-other-{DEAD}-0123abcd"
     for name in (other, f".tmp-mine-{DEAD}-0123abcd"):
         (tmp_path / name).mkdir()
-    atomic.sweep(tmp_path, "mine")
+    atomic.remove_leftovers(tmp_path, "mine")
     assert names(tmp_path) == {other}
 
 
@@ -144,7 +144,7 @@ def test_sweep_puts_back_what_was_aside_between_the_renames(tmp_path: Path):
     aside.mkdir()
     (aside / "a").touch()
     (tmp_path / f".tmp-step-00000050-{DEAD}-0123abcd").mkdir()
-    atomic.sweep(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert names(tmp_path) == {"step-00000050"}
     assert names(tmp_path / "step-00000050") == {"a"}
 
@@ -172,7 +172,7 @@ def test_kill_9_at_any_point_leaves_old_or_new(tmp_path: Path, milliseconds: int
         assert writer.stdout.readline() == b"ready\n"
         time.sleep(milliseconds / 1000)
         writer.send_signal(signal.SIGKILL)
-    atomic.sweep(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     text = (tmp_path / "file").read_text()
     assert text == text[: len(text) // 5000] * 5000
     numbers = {(tmp_path / "folder" / name).read_text() for name in "abc"}

@@ -12,6 +12,6 @@ from lora_cli.run import console
 def test_a_bar_is_drawn_on_a_terminal_unless_it_is_unwanted(bar: bool, monkeypatch: pytest.MonkeyPatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=80))
-    with console.meter(4, bar=bar):
+    with console.step_progress(4, bar=bar):
         pass
     assert bool(screen.getvalue()) == bar

@@ -10,7 +10,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 
 
-class Journal:
+class MetricsLog:
     """Appends records to a file; each is in the file, whole, when `write` returns."""
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class Journal:
         self.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records; a last line that a kill has torn is left out."""
     return [_record(line, path, number) for number, line in enumerate(_whole_lines(path), 1)]
 

@@ -5,63 +5,63 @@ from pathlib import Path
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.run.journal import Journal, read, truncate_after
+from lora_cli.run.metrics_log import MetricsLog, read_metrics, truncate_after
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "metrics.jsonl"
-    with Journal(path) as journal:
+    with MetricsLog(path) as log:
         for step in range(1, 6):
-            journal.write({"step": step, "loss": 1 / step, "note": "ü\n"})
+            log.write({"step": step, "loss": 1 / step, "note": "ü\n"})
     return path
 
 
 def test_each_record_is_there_when_write_returns(tmp_path: Path):
-    journal = Journal(tmp_path / "m")
-    journal.write({"step": 1})
-    assert read(tmp_path / "m") == [{"step": 1}]
-    journal.close()
+    log = MetricsLog(tmp_path / "m")
+    log.write({"step": 1})
+    assert read_metrics(tmp_path / "m") == [{"step": 1}]
+    log.close()
 
 
 def test_appends_over_a_second_opening(path: Path):
-    with Journal(path) as journal:
-        journal.write({"step": 6})
-    assert [record["step"] for record in read(path)] == [1, 2, 3, 4, 5, 6]
+    with MetricsLog(path) as log:
+        log.write({"step": 6})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), [float("nan")]])
 def test_what_is_not_finite_is_refused_and_leaves_no_trace(path: Path, value: object):
     before = path.read_bytes()
-    with Journal(path) as journal, pytest.raises(ValueError, match="JSON compliant"):
-        journal.write({"step": 6, "loss": value})
+    with MetricsLog(path) as log, pytest.raises(ValueError, match="JSON compliant"):
+        log.write({"step": 6, "loss": value})
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
 def test_a_torn_last_line_is_no_record(path: Path, cut: int):
     path.write_bytes(path.read_bytes()[:-cut])
-    assert [record["step"] for record in read(path)] == [1, 2, 3, 4]
-    with Journal(path) as journal:
-        journal.write({"step": 7})
-    assert [record["step"] for record in read(path)] == [1, 2, 3, 4, 7]
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+    with MetricsLog(path) as log:
+        log.write({"step": 7})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 7]
 
 
 def test_truncate_after_a_step(path: Path):
     path.write_bytes(path.read_bytes() + b'{"step": 6, "lo')
     truncate_after(path, 3)
-    assert [record["step"] for record in read(path)] == [1, 2, 3]
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
     truncate_after(path, 0)
     assert path.read_bytes() == b""
 
 
-def test_no_journal_yet(tmp_path: Path):
+def test_no_log_yet(tmp_path: Path):
     truncate_after(tmp_path / "m", 3)
-    assert read(tmp_path / "m") == []
+    assert read_metrics(tmp_path / "m") == []
     assert not (tmp_path / "m").exists()
 
 
 def test_an_edited_line_is_named(path: Path):
     path.write_text('{"step": 1}\n[2]\n{"step": 3}\n')
     with pytest.raises(LoraError, match=r"metrics.jsonl:2: not a JSON object"):
-        read(path)
+        read_metrics(path)

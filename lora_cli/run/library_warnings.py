@@ -7,7 +7,7 @@ import logging
 import warnings
 
 
-def hush() -> None:
+def silence_library_warnings() -> None:
     """Silence them; call it before the libraries are imported, as one of them speaks while being so."""
     # PEFT 0.21 asks transformers 5.23 by a name that has a newer one; the answer is the same.
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
