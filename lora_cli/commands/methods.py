@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from lora_cli.recipe.methods import FACTS, Facts
+from lora_cli.recipe.methods import METHOD_FACTS, MethodFacts
 from lora_cli.run import console
 
 
 def show_methods() -> None:
     """Print the methods one by one."""
-    for name, facts in FACTS.items():
+    for name, facts in METHOD_FACTS.items():
         console.out.print(f"{name}: {facts.summary}")
         console.out.print(f"  keys: {', '.join(_key(key, value) for key, value in facts.options.items())}")
         console.out.print(f"  {_limits(facts)}")
@@ -18,7 +18,7 @@ def _key(key: str, default: Any) -> str:
     return key if default is None else f"{key} ({str(default).lower() if isinstance(default, bool) else default})"
 
 
-def _limits(facts: Facts) -> str:
+def _limits(facts: MethodFacts) -> str:
     if facts.needs_bits:
         bases = f"over a {facts.needs_bits}-bit base only"
     elif not facts.bits:

@@ -37,7 +37,7 @@ from lora_cli.model import gguf, initialise, targets
 from lora_cli.model.setting import Setting
 from lora_cli.model.targets import Targets
 from lora_cli.model.tasks import TASKS
-from lora_cli.recipe.methods import FACTS, MethodName
+from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.schema import AdapterSpec
 
 FEWEST_STEPS = 3  # of AdaLoRA: one to score components by, one to drop some, one to train the others
@@ -217,7 +217,7 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
             match nothing, or a kind of layer that the method cannot adapt.
     """
     setting = setting or Setting()
-    method, facts = METHODS[spec.method], FACTS[spec.method]
+    method, facts = METHODS[spec.method], METHOD_FACTS[spec.method]
     heads = list(dict.fromkeys([*setting.heads, *targets.find_modules(model, spec.modules_to_save or ())]))
     reach = Targets([])
     if "target_modules" in facts.options and spec.target_modules is not None:
@@ -277,7 +277,7 @@ def _refuse_unknown_to_peft(model: PreTrainedModel, spec: AdapterSpec, setting: 
             f"adapter.method: a {kind} model takes no keys and values from before, which prefix is",
             hint="write method: prompt or lora",
         )
-    virtual = "virtual_tokens" in FACTS[spec.method].options
+    virtual = "virtual_tokens" in METHOD_FACTS[spec.method].options
     if virtual and model.config.is_encoder_decoder and TASKS[setting.task].classes:
         raise LoraError(
             f"adapter.method: a {kind} model that classifies takes no virtual tokens, which {spec.method} is",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig
 
 from lora_cli.errors import LoraError
-from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 
 ELSEWHERE = "give the 16-bit model as model.path; to save memory, add quantization: {bits: 4}"
@@ -85,14 +85,14 @@ def check(found: Prequantized, adapter: AdapterSpec, quantization: QuantizationS
             f"model.path: {name}, which needs {' and '.join(missing)}",
             hint=f"pip install {known.install}; or {ELSEWHERE}",
         )
-    facts, foreign = FACTS[adapter.method], found.method != "bitsandbytes"
+    facts, foreign = METHOD_FACTS[adapter.method], found.method != "bitsandbytes"
     if facts.needs_bits:
         raise LoraError(
             f"adapter.method: {adapter.method} needs the weights from before quantisation, and {name}",
             hint="give the 16-bit model and quantization: {bits: 4}, or write another method",
         )
     if (foreign and adapter.method not in OVER_FOREIGN) or (not foreign and found.bits not in facts.bits):
-        reason = f": {facts.unquantized}" if facts.unquantized else ""
+        reason = f": {facts.no_quantization}" if facts.no_quantization else ""
         raise LoraError(
             f"adapter.method: {adapter.method} does not train over {found.method}{reason}; {name}",
             hint="write adapter: {method: lora}, or give the 16-bit model as model.path",

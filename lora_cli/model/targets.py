@@ -13,7 +13,7 @@ from transformers.integrations.gguf.utils import GgufLinear
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import LoraError
-from lora_cli.recipe.problem import show
+from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import AdapterSpec
 
 ALL_LINEAR = "all-linear"
@@ -195,7 +195,7 @@ def _excluding(excluded: str | Sequence[str] | None, names: Iterable[str], *, hi
     for entry in _entries(excluded or []):
         gone = set(_matching(entry, kept, regex=_is_regex(excluded or [])))
         if not gone:
-            raise LoraError(f"adapter.exclude_modules: {show(entry)} matches no layer", hint=hint)
+            raise LoraError(f"adapter.exclude_modules: {shorten(entry)} matches no layer", hint=hint)
         kept = [name for name in kept if name not in gone]
     return kept
 
@@ -245,12 +245,12 @@ def check_patterns(spec: AdapterSpec, adapted: Iterable[str]) -> None:
             matched = [name for name in names if re.match(rf"(.*\.)?({pattern})$", name)]
             if not matched:
                 raise LoraError(
-                    f"adapter.{field}: {show(pattern)} matches no layer that carries the adapter",
+                    f"adapter.{field}: {shorten(pattern)} matches no layer that carries the adapter",
                     hint=f"those are: {_kinds(names)}",
                 )
             if not set(matched) & set(left):  # the first that matches a layer counts
                 raise LoraError(
-                    f"adapter.{field}: {show(pattern)} matches only layers that entries before it have matched",
+                    f"adapter.{field}: {shorten(pattern)} matches only layers that entries before it have matched",
                     hint="write the narrower entry first",
                 )
             left = [name for name in left if name not in matched]
@@ -270,7 +270,7 @@ def find_modules(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
             tops = sorted({name.partition(".")[0] for name in names} | {name.rpartition(".")[2] for name in names})
             near = difflib.get_close_matches(entry, tops, n=1)
             raise LoraError(
-                f"adapter.modules_to_save: the model has no module {show(entry)}",
+                f"adapter.modules_to_save: the model has no module {shorten(entry)}",
                 hint=f"did you mean {near[0]}?" if near else f"its parts are: {', '.join(_parts(model))}",
             )
         found += hits

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from lora_cli.recipe.scalars import FLOAT
 from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.yaml_scalars import FLOAT
 
 HEADER = "# Resolved: every value of the run, defaults filled in. `lora train` takes this file as it is.\n"
 

@@ -4,10 +4,10 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from lora_cli.recipe.foreign import VALUES
-from lora_cli.recipe.names import Schema, options
-from lora_cli.recipe.problem import join, show
-from lora_cli.recipe.scalars import scalar
+from lora_cli.recipe.other_tools import VALUES
+from lora_cli.recipe.problem import join_words, shorten
+from lora_cli.recipe.suggest import JsonSchema, alternatives
+from lora_cli.recipe.yaml_scalars import parse_scalar
 from lora_cli.recipe.yaml_tree import Node
 
 # What is meant where a single value stands for a section: `model: org/name` is its path.
@@ -21,16 +21,16 @@ MAIN_KEY = {
 }
 
 
-def explain(node: Node, schema: Schema, recipe: Schema) -> tuple[str, str]:
+def explain(node: Node, schema: JsonSchema, recipe: JsonSchema) -> tuple[str, str]:
     """What was found at a value that its field refuses, and what would fit."""
-    fitting = options(schema, recipe)
+    fitting = alternatives(schema, recipe)
     fits = describe(fitting)
     sections = [option for option in fitting if "properties" in option]
     numbers = [option for option in fitting if option.get("type") in ("integer", "number") and not _choices(option)]
     choices = [choice for option in fitting for choice in _choices(option)]
     nullable = any(option.get("type") == "null" for option in fitting)
     is_text = any(option.get("type") == "string" and not _choices(option) for option in fitting)
-    found = show(node.source)
+    found = shorten(node.source)
     match node.value:
         case dict():
             lists = any("$ref" in option.get("items", {}) for option in fitting)
@@ -56,17 +56,17 @@ def explain(node: Node, schema: Schema, recipe: Schema) -> tuple[str, str]:
             return _text(word, node, fitting, numbers=bool(numbers), nullable=nullable)
 
 
-def _text(word: str, node: Node, fitting: list[Schema], *, numbers: bool, nullable: bool) -> tuple[str, str]:
+def _text(word: str, node: Node, fitting: list[JsonSchema], *, numbers: bool, nullable: bool) -> tuple[str, str]:
     choices = [choice for option in fitting for choice in _choices(option)]
     fits = describe(fitting)
     if not word:
         return "an empty text", "write it out, or remove the key"
-    found = f"'{show(word)}'"
+    found = f"'{shorten(word)}'"
     if nullable and word.lower() in ("none", "nil"):
         return f"{found} is a word", "write null for none"
     if numbers:
         kind = "a whole number" if any(option.get("type") == "integer" for option in fitting) else "a number"
-        if node.quoted and not isinstance(scalar(word), str):
+        if node.quoted and not isinstance(parse_scalar(word), str):
             return f"{found} is text", "remove the quotes"
         if (meant := _meant_number(word)) is not None:
             return f"{found} is not {kind}", f"did you mean {meant}? ({fits})"
@@ -82,7 +82,7 @@ def _text(word: str, node: Node, fitting: list[Schema], *, numbers: bool, nullab
         only = f"write {fits}" if len(choices) == 1 else "write one of these"
         return f"{found} is not {fits}", f"did you mean {close[0]}?" if close else only
     if any("items" in option for option in fitting):
-        return f"{found} is one value where a list is due", f"write [{show(word)}]"
+        return f"{found} is one value where a list is due", f"write [{shorten(word)}]"
     return f"{found} is one value where pairs are due", f"write {fits}"
 
 
@@ -93,14 +93,14 @@ def _meant_number(word: str) -> str | None:
             return str(int(word, 0))
         except ValueError:
             return None
-    if word.endswith("%") and isinstance(scalar(word[:-1]), int | float):
+    if word.endswith("%") and isinstance(parse_scalar(word[:-1]), int | float):
         return f"{float(word[:-1]) / 100:g}"
     plain = word.replace("_", "").replace(",", "") if re.fullmatch(r"\d{1,3}([_,]\d{3})+", word) else word
     plain = re.sub(r"^([-+]?)0+(?=\d)", r"\1", plain)
-    return plain if plain != word and not isinstance(scalar(plain), str) else None
+    return plain if plain != word and not isinstance(parse_scalar(plain), str) else None
 
 
-def _number(number: float, found: str, option: Schema) -> str:
+def _number(number: float, found: str, option: JsonSchema) -> str:
     """Why a number is refused by a field for numbers."""
     if number != number or number in (float("inf"), float("-inf")):
         return f"{found} is not finite"
@@ -113,8 +113,8 @@ def _number(number: float, found: str, option: Schema) -> str:
     return f"{found} is not a whole number"
 
 
-def _instead_of_section(node: Node, section: Schema) -> tuple[str, str]:
-    found = f"{show(node.source) or 'null'} where a section is due"
+def _instead_of_section(node: Node, section: JsonSchema) -> tuple[str, str]:
+    found = f"{shorten(node.source) or 'null'} where a section is due"
     key = MAIN_KEY.get(section.get("title", ""))
     if isinstance(node.value, str) and key:
         if key == "method" and node.value.lower() == "qlora":
@@ -122,19 +122,19 @@ def _instead_of_section(node: Node, section: Schema) -> tuple[str, str]:
         if key == "bits":
             bits = "8" if "8" in node.value else "4"
             return found, f"write {{bits: {bits}}}, or leave the section out for none"
-        return found, f"write {{{key}: {show(node.value)}}}"
+        return found, f"write {{{key}: {shorten(node.value)}}}"
     if key == "bits":
         bits = str(node.value) if node.value in (4, 8) and node.value is not True else "4"
         return found, f"write {{bits: {bits}}}, or leave the section out for none"
     return found, _some_keys(section)
 
 
-def _some_keys(section: Schema) -> str:
+def _some_keys(section: JsonSchema) -> str:
     keys = list(section["properties"])
     return f"its keys are {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
 
 
-def describe(fitting: list[Schema]) -> str:
+def describe(fitting: list[JsonSchema]) -> str:
     """What fits one of the alternatives, in words."""
     choices = [str(choice) for option in fitting for choice in _choices(option)]
     kinds = [_kind(option) for option in fitting if not _choices(option) and option.get("type") != "null"]
@@ -142,12 +142,12 @@ def describe(fitting: list[Schema]) -> str:
     # "a whole number, at least 1, or null": where a part has commas of its own, each "or" is written.
     parts = [*choices, *kinds, *ends]
     spaced = any("," in part or " and " in part for part in kinds)
-    return ", or ".join(parts) if spaced else join(parts)
+    return ", or ".join(parts) if spaced else join_words(parts)
 
 
-def _kind(option: Schema) -> str:
+def _kind(option: JsonSchema) -> str:
     if "properties" in option:
-        return f"a section with the keys {join(list(option['properties']), 'and')}"
+        return f"a section with the keys {join_words(list(option['properties']), 'and')}"
     match option.get("type"):
         case "integer" | "number" as kind:
             return ("a whole number" if kind == "integer" else "a number") + _range(option)
@@ -161,7 +161,7 @@ def _kind(option: Schema) -> str:
             return "text"
 
 
-def _range(option: Schema) -> str:
+def _range(option: JsonSchema) -> str:
     if "minimum" in option and "maximum" in option:
         return f" from {option['minimum']:g} to {option['maximum']:.10g}"
     bounds = [
@@ -175,14 +175,14 @@ def _range(option: Schema) -> str:
         if name in option
     ]
     comma = "," if "minimum" in option else ""
-    return f"{comma} {join(bounds, 'and')}" if bounds else ""
+    return f"{comma} {join_words(bounds, 'and')}" if bounds else ""
 
 
-def _choices(option: Schema) -> list[Any]:
+def _choices(option: JsonSchema) -> list[Any]:
     if option.get("type") == "boolean":
         return ["true", "false"]
     return [option["const"]] if "const" in option else list(option.get("enum", ()))
 
 
-def _nulls(fitting: list[Schema]) -> list[Schema]:
+def _nulls(fitting: list[JsonSchema]) -> list[JsonSchema]:
     return [option for option in fitting if option.get("type") == "null"]

@@ -4,26 +4,26 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from lora_cli.recipe.problem import Place, Problem, Unreadable, show
-from lora_cli.recipe.yaml_tree import DEEPEST, Node, parse
+from lora_cli.recipe.problem import Location, Problem, UnreadableRecipe, shorten
+from lora_cli.recipe.yaml_tree import MAX_DEPTH, Node, parse_yaml
 
 # Problems of the command line are shown after those of the file.
 AFTER_THE_FILE = 1_000_000_000
 
 
-def override(tree: Node, overrides: Sequence[str], problems: list[Problem]) -> tuple[Node, list[Problem]]:
+def apply_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem]) -> tuple[Node, list[Problem]]:
     """The tree with each `key=value` in place, and the problems that remain: an overridden value has none."""
     seen: set[str] = set()
     for number, text in enumerate(overrides):
-        place = Place(AFTER_THE_FILE + number, f"--set {show(text, 80)}")
+        place = Location(AFTER_THE_FILE + number, f"--set {shorten(text, 80)}")
         key, equals, written = (part.strip() for part in text.partition("="))
         steps = key.split(".")
         if not equals:
             problems.append(Problem(place, "", "no `=`", "write it as training.learning_rate=1e-4"))
             continue
-        if len(steps) > DEEPEST or not all(re.fullmatch(r"[^\s\[\]]+", step) for step in steps):
+        if len(steps) > MAX_DEPTH or not all(re.fullmatch(r"[^\s\[\]]+", step) for step in steps):
             fix = "write it as section.key, as in training.learning_rate; a list is set as a whole"
-            problems.append(Problem(place, "", f"'{show(key)}' is no key", fix))
+            problems.append(Problem(place, "", f"'{shorten(key)}' is no key", fix))
             continue
         if key in seen:
             problems.append(Problem(place, key, "set twice", "keep one --set of it"))
@@ -31,10 +31,10 @@ def override(tree: Node, overrides: Sequence[str], problems: list[Problem]) -> t
         seen.add(key)
         problems = [problem for problem in problems if not _within(problem.key, key)]
         try:
-            value, found = parse(written, _always(place))
+            value, found = parse_yaml(written, _always(place))
             problems += [problem._replace(key=_join(key, problem.key)) for problem in found]
             tree = _put(tree, steps, value or Node(None, place), above="")
-        except Unreadable as error:
+        except UnreadableRecipe as error:
             fix = error.problem.fix if written else "write a value after the `=`"
             problems.append(error.problem._replace(key=_join(key, error.problem.key), fix=fix))
     return tree, problems
@@ -42,10 +42,10 @@ def override(tree: Node, overrides: Sequence[str], problems: list[Problem]) -> t
 
 def _put(node: Node, steps: list[str], value: Node, above: str) -> Node:
     """A copy of the tree with `value` at the end of `steps`: what aliases share stays as it was."""
-    entries = {} if node.blank else node.value
+    entries = {} if node.is_empty else node.value
     if not isinstance(entries, dict):
         found = f"{above} is a {'list' if isinstance(entries, list) else 'single value'}, not a section"
-        raise Unreadable(Problem(value.place, "", found, f"set it as a whole: --set {above}=..."))
+        raise UnreadableRecipe(Problem(value.place, "", found, f"set it as a whole: --set {above}=..."))
     first, *rest = steps
     if rest:
         # A section that the file has keeps its line; one that it has not is where its first key is set.
@@ -54,7 +54,7 @@ def _put(node: Node, steps: list[str], value: Node, above: str) -> Node:
     return replace(node, value={**entries, first: value})
 
 
-def _always(place: Place) -> Callable[[int], Place]:
+def _always(place: Location) -> Callable[[int], Location]:
     return lambda _: place
 
 

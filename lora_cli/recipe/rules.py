@@ -7,11 +7,11 @@ from os.path import exists, expanduser, isdir, normpath
 from pathlib import PurePath
 from typing import NamedTuple
 
-from lora_cli.recipe.methods import FACTS
-from lora_cli.recipe.problem import join, show
-from lora_cli.recipe.scalars import scalar
+from lora_cli.recipe.methods import METHOD_FACTS
+from lora_cli.recipe.problem import join_words, shorten
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec, Recipe, SourceSpec
 from lora_cli.recipe.tasks import TASK_FORMATS
+from lora_cli.recipe.yaml_scalars import parse_scalar
 
 ROW_FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 NO_CONVERSATION = {"text", "tokens", "classification", "tagging"}
@@ -23,7 +23,7 @@ class Conflict(NamedTuple):
     key: str  # where it is reported
     found: str
     fix: str
-    reads: tuple[str, ...] = ()  # the other keys it hangs on
+    depends_on: tuple[str, ...] = ()  # the other keys it hangs on
 
 
 def conflicts(recipe: Recipe) -> Iterator[Conflict]:
@@ -48,13 +48,13 @@ def _model(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("model.gguf", found, "remove the quantization section, or write dequantized", ("quantization",))
     for index, token in enumerate(model.new_tokens):
         if not token.strip() or token in model.new_tokens[:index]:
-            found = "an empty token" if not token.strip() else f"'{show(token)}' is listed twice"
+            found = "an empty token" if not token.strip() else f"'{shorten(token)}' is listed twice"
             yield Conflict(f"model.new_tokens[{index}]", found, "remove it")
     yield from _untaught(recipe)
     if model.revision is not None and _is_none(model.revision):
         yield Conflict("model.revision", f"'{model.revision}' is read as a branch", "write null for none")
     if model.attention.lower().replace("-", "_") in ("flash", "flash_attn", "flash_attention", "fa2"):
-        found = f"'{show(model.attention)}' is no name of transformers"
+        found = f"'{shorten(model.attention)}' is no name of transformers"
         yield Conflict("model.attention", found, "did you mean flash_attention_2?")
 
 
@@ -64,12 +64,12 @@ def _untaught(recipe: Recipe) -> Iterator[Conflict]:
     if adapter.modules_to_save:  # embeddings, by a name that only the model knows
         return
     fix = "list it in adapter.trainable_tokens too"
-    if "trainable_tokens" not in FACTS[adapter.method].options:
+    if "trainable_tokens" not in METHOD_FACTS[adapter.method].options:
         fix = "write adapter.modules_to_save: [embed_tokens, lm_head], or method lora with trainable_tokens"
     new = recipe.model.new_tokens
     for index, token in enumerate(new):
         if token.strip() and token not in (*new[:index], *(adapter.trainable_tokens or ())):
-            found = f"nothing teaches '{show(token)}': it would stay an average token"
+            found = f"nothing teaches '{shorten(token)}': it would stay an average token"
             reads = ("adapter.trainable_tokens", "adapter.modules_to_save", "adapter.method")
             yield Conflict(f"model.new_tokens[{index}]", found, fix, reads)
 
@@ -94,15 +94,15 @@ def _quantization(recipe: Recipe) -> Iterator[Conflict]:
 
 def _method(recipe: Recipe) -> Iterator[Conflict]:
     """What the adapter method takes, and what it allows the rest of the recipe."""
-    spec, facts = recipe.adapter, FACTS[recipe.adapter.method]
+    spec, facts = recipe.adapter, METHOD_FACTS[recipe.adapter.method]
     by = f"method {spec.method}"
     for name in AdapterSpec.model_fields:
         if name != "method" and name not in facts.options and getattr(spec, name) is not None:
-            takers = [other for other, its in FACTS.items() if name in its.options]
-            fix = f"remove it; it belongs to {join(list(takers), 'and')}" if len(takers) < 4 else "remove it"
+            takers = [other for other, its in METHOD_FACTS.items() if name in its.options]
+            fix = f"remove it; it belongs to {join_words(list(takers), 'and')}" if len(takers) < 4 else "remove it"
             yield Conflict(f"adapter.{name}", f"has no effect with {by}", fix, ("adapter.method",))
     if recipe.task not in facts.tasks:
-        fix = f"write another method, or {join(list(facts.tasks))} as the task"
+        fix = f"write another method, or {join_words(list(facts.tasks))} as the task"
         yield Conflict("adapter.method", f"{spec.method} cannot learn {recipe.task}", fix, ("task",))
     if recipe.data.packing and not facts.packs:
         found = f"{by} puts its positions before a row, so that a batch holds one row a line"
@@ -118,7 +118,7 @@ def _method(recipe: Recipe) -> Iterator[Conflict]:
             "adapter.method", f"{spec.method} corrects a {facts.needs_bits}-bit base, and none is asked for", fix, reads
         )
     elif bits and bits not in facts.bits:
-        reason = facts.unquantized or f"PEFT computes it over {join([str(b) for b in facts.bits])} bits only"
+        reason = facts.no_quantization or f"PEFT computes it over {join_words([str(b) for b in facts.bits])} bits only"
         fix = (
             f"write bits: {facts.bits[0]}, or method lora"
             if facts.bits
@@ -144,7 +144,7 @@ def _ia3(spec: AdapterSpec) -> Iterator[Conflict]:
     if isinstance(spec.target_modules, list) and spec.feedforward_modules:
         for index, name in enumerate(spec.feedforward_modules):
             if name and name not in spec.target_modules:
-                found = f"{show(name)} is none of target_modules"
+                found = f"{shorten(name)} is none of target_modules"
                 yield Conflict(f"adapter.feedforward_modules[{index}]", found, "list it there too", reads)
 
 
@@ -156,7 +156,7 @@ def _listed(key: str, given: list[str] | list[int] | None) -> Iterator[Conflict]
         if item == "":
             yield Conflict(f"{key}[{index}]", "an empty name", "remove it")
         elif item in (given or [])[:index]:
-            yield Conflict(f"{key}[{index}]", f"'{show(str(item))}' is listed twice", "keep one")
+            yield Conflict(f"{key}[{index}]", f"'{shorten(str(item))}' is listed twice", "keep one")
 
 
 def _patterns(recipe: Recipe) -> Iterator[Conflict]:
@@ -177,7 +177,7 @@ def _regex(key: str, pattern: str) -> Iterator[Conflict]:
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        yield Conflict(key, f"'{show(pattern)}' is no regex ({error})", "mend it, or write a list of names")
+        yield Conflict(key, f"'{shorten(pattern)}' is no regex ({error})", "mend it, or write a list of names")
 
 
 def _target_modules(recipe: Recipe) -> Iterator[Conflict]:
@@ -192,10 +192,10 @@ def _target_modules(recipe: Recipe) -> Iterator[Conflict]:
             if not name:
                 yield Conflict(f"{key}[{index}]", "an empty name", "remove it")
             elif name in given[:index]:
-                yield Conflict(f"{key}[{index}]", f"'{show(name)}' is listed twice", "keep one")
+                yield Conflict(f"{key}[{index}]", f"'{shorten(name)}' is listed twice", "keep one")
             elif _is_all(name):
                 fix = "write target_modules: all-linear, without the list"
-                yield Conflict(f"{key}[{index}]", f"'{show(name)}' in a list is a module of that name", fix)
+                yield Conflict(f"{key}[{index}]", f"'{shorten(name)}' in a list is a module of that name", fix)
         return
     if given == "all-linear":
         return
@@ -204,10 +204,10 @@ def _target_modules(recipe: Recipe) -> Iterator[Conflict]:
         return
     words = [word.strip() for word in given.split(",")]
     if _is_all(given):
-        yield Conflict(key, f"'{show(given)}' names no module", "did you mean all-linear?")
+        yield Conflict(key, f"'{shorten(given)}' names no module", "did you mean all-linear?")
     elif all(re.fullmatch(r"\w+", word) for word in words):
-        found = f"'{show(given)}' is a regex over full names, and matches none"
-        yield Conflict(key, found, f"write a list: [{show(', '.join(words))}]")
+        found = f"'{shorten(given)}' is a regex over full names, and matches none"
+        yield Conflict(key, found, f"write a list: [{shorten(', '.join(words))}]")
     else:
         yield from _regex(key, given)
 
@@ -224,12 +224,12 @@ def _sources(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(key, "an empty list of sources", fix)
         if isinstance(given, str) and "," in given and not exists(given):
             fix = "for several sources, write a list of {path: ...}"
-            yield Conflict(key, f"'{show(given)}' is one path with a comma in it", fix)
+            yield Conflict(key, f"'{shorten(given)}' is one path with a comma in it", fix)
         if isinstance(given, list):
             for (_, one), (index, two) in combinations(enumerate(given), 2):
                 if one.model_copy(update={"weight": two.weight}) == two:
                     fix = "remove it; to see rows more often, raise the weight of the first"
-                    yield Conflict(f"{key}[{index}]", f"'{show(two.path)}' is listed twice", fix)
+                    yield Conflict(f"{key}[{index}]", f"'{shorten(two.path)}' is listed twice", fix)
 
 
 def _eval(recipe: Recipe) -> Iterator[Conflict]:
@@ -238,16 +238,16 @@ def _eval(recipe: Recipe) -> Iterator[Conflict]:
         word = data.eval.lower()
         if word in ("", "no", "off", "none", "false"):
             yield Conflict(key, f"'{data.eval}' is read as a path", "write null for none")
-        elif isinstance(number := scalar(word.removesuffix("%")), int | float):
+        elif isinstance(number := parse_scalar(word.removesuffix("%")), int | float):
             fix = f"write {number / 100:g}" if word.endswith("%") else "remove the quotes"
-            yield Conflict(key, f"'{show(data.eval)}' is read as a path", fix)
+            yield Conflict(key, f"'{shorten(data.eval)}' is read as a path", fix)
     for one in _as_sources(data.train):
         for two in _as_sources(data.eval):
             # The same hub id is no leak by itself: train and eval take different splits of it.
             same_part = one.split == two.split if one.split and two.split else one.path.endswith(ROW_FILES)
             if normpath(one.path) == normpath(two.path) and same_part:
                 fix = "name other rows, or hold a fraction out: 0.05"
-                yield Conflict(key, f"'{show(two.path)}' is trained on too", fix, ("data.train",))
+                yield Conflict(key, f"'{shorten(two.path)}' is trained on too", fix, ("data.train",))
 
 
 def _as_sources(given: str | float | list[SourceSpec] | None) -> list[SourceSpec]:
@@ -259,7 +259,7 @@ def _as_sources(given: str | float | list[SourceSpec] | None) -> list[SourceSpec
 def _formats(recipe: Recipe) -> Iterator[Conflict]:
     data = recipe.data
     if data.chat_template is not None and _is_none(data.chat_template):
-        found = f"'{show(data.chat_template)}' is read as a template"
+        found = f"'{shorten(data.chat_template)}' is read as a template"
         yield Conflict("data.chat_template", found, "write null for the tokenizer's own")
     formats = {source.format or data.format for source in _as_sources(data.train)}
     if not formats or not formats <= NO_CONVERSATION:
@@ -282,7 +282,7 @@ def _task(recipe: Recipe) -> Iterator[Conflict]:
             given += [(f"{key}[{i}].format", source.format or "auto") for i, source in enumerate(sources)]
     for key, name in given:
         if name != "auto" and name not in fitting:
-            fix = f"write {join(list(fitting))}, or auto"
+            fix = f"write {join_words(list(fitting))}, or auto"
             yield Conflict(key, f"rows of format {name} hold nothing that {task} learns", fix, ("task",))
     if data.labels != "auto" and task not in ("seq-cls", "token-cls"):
         yield Conflict("data.labels", f"has no effect with task {task}", "remove it", ("task",))
@@ -360,15 +360,15 @@ def _batches(recipe: Recipe) -> Iterator[Conflict]:
 def _paths(recipe: Recipe) -> Iterator[Conflict]:
     for key, path in _all_paths(recipe):
         if path.startswith("~"):
-            yield Conflict(key, "`~` is not filled in", f"write the folder out: {show(expanduser(path))}")
+            yield Conflict(key, "`~` is not filled in", f"write the folder out: {shorten(expanduser(path))}")
         elif re.search(r"\$\w|\$\{", path):
             yield Conflict(key, "variables are not filled in", f"write it out, or use --set {key}=...")
     output = normpath(recipe.output)
     for key, path in _all_paths(recipe):
         if key != "output" and normpath(path) == output:
-            yield Conflict("output", f"'{show(recipe.output)}' is {key} too", "name a folder of its own", (key,))
+            yield Conflict("output", f"'{shorten(recipe.output)}' is {key} too", "name a folder of its own", (key,))
     if PurePath(output).suffix in (*ROW_FILES, ".yaml", ".yml", ".gguf", ".safetensors"):
-        yield Conflict("output", f"'{show(recipe.output)}' is named like a file", "name a folder")
+        yield Conflict("output", f"'{shorten(recipe.output)}' is named like a file", "name a folder")
 
 
 def _all_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from lora_cli.recipe.methods import FACTS, MethodName
+from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.tasks import FormatName, TaskName
 
 
@@ -127,7 +127,7 @@ class AdapterSpec(Section):
     @classmethod
     def _fill_options(cls, given: Any) -> Any:
         """Fill in the defaults of the method; what it does not take stays null, and is refused where it is set."""
-        if isinstance(given, dict) and (facts := FACTS.get(given.get("method", "lora"))):
+        if isinstance(given, dict) and (facts := METHOD_FACTS.get(given.get("method", "lora"))):
             filled = {key: value for key, value in given.items() if value is not None or key not in facts.options}
             return {**facts.options, **filled}
         return given
@@ -297,7 +297,7 @@ class Recipe(Section):
         if self.data.packing is None:
             # LLM.int8 picks its outlier columns over the whole batch: packed rows would change each other's results.
             int8 = self.quantization is not None and self.quantization.bits == 8
-            packs = self.task == "causal-lm" and FACTS[self.adapter.method].packs and not int8
+            packs = self.task == "causal-lm" and METHOD_FACTS[self.adapter.method].packs and not int8
             object.__setattr__(self, "data", self.data.model_copy(update={"packing": packs}))
         if self.data.packing and training.tokens_per_batch is None:
             training = training.model_copy(update={"tokens_per_batch": self.data.max_length})

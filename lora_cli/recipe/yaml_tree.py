@@ -6,14 +6,14 @@ from typing import NoReturn
 
 import yaml
 
-from lora_cli.recipe.problem import Place, Problem, Unreadable, show
-from lora_cli.recipe.scalars import Scalar, scalar
+from lora_cli.recipe.problem import Location, Problem, UnreadableRecipe, shorten
+from lora_cli.recipe.yaml_scalars import Scalar, parse_scalar
 
 # Far above any recipe, far below what hurts: a recipe has some fifty values, four levels deep.
-MOST_VALUES = 5_000
-DEEPEST = 16
+MAX_VALUES = 5_000
+MAX_DEPTH = 16
 
-Plain = Scalar | list["Plain"] | dict[str, "Plain"]
+PlainValue = Scalar | list["PlainValue"] | dict[str, "PlainValue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +21,17 @@ class Node:
     """A value and where it was written: for the value of a key, where the key stands."""
 
     value: "Scalar | list[Node] | dict[str, Node]"
-    place: Place
+    place: Location
     source: str = ""  # a scalar as written, without quotes
     quoted: bool = False
     size: int = 1  # values in it, with each alias counted as if written out
 
     @property
-    def blank(self) -> bool:
+    def is_empty(self) -> bool:
         """Whether nothing at all stands behind the key, as in `training:`."""
         return self.value is None and not self.source
 
-    def plain(self) -> Plain:
+    def plain(self) -> PlainValue:
         match self.value:
             case dict(entries):
                 return {key: node.plain() for key, node in entries.items()}
@@ -46,14 +46,14 @@ class _Open:
     """A list or section whose end has not been read yet."""
 
     value: list[Node] | dict[str, Node]
-    place: Place
+    place: Location
     path: str
     anchor: str | None
     key: Node | None = None  # read, and waiting for its value
     size: int = 1
 
 
-def parse(text: str, at: Callable[[int], Place]) -> tuple[Node | None, list[Problem]]:
+def parse_yaml(text: str, at: Callable[[int], Location]) -> tuple[Node | None, list[Problem]]:
     """The tree of the one document in `text`, None where it is empty, and what is wrong on the way.
 
     Raises:
@@ -65,19 +65,19 @@ def parse(text: str, at: Callable[[int], Place]) -> tuple[Node | None, list[Prob
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             builder.take(event)
     except yaml.YAMLError as error:
-        raise Unreadable(_syntax(error, text, at)) from None
+        raise UnreadableRecipe(_syntax(error, text, at)) from None
     except ValueError:
         # PyYAML hands the number in "\U00110000" or "%YAML 9...9" to chr() and int() as it stands.
         found = "not valid YAML: a number out of range"
-        raise Unreadable(Problem(at(builder.line), "", found, "check the escapes in quotes")) from None
+        raise UnreadableRecipe(Problem(at(builder.line), "", found, "check the escapes in quotes")) from None
     root = builder.root
-    return (None if root is None or root.blank else root), builder.problems
+    return (None if root is None or root.is_empty else root), builder.problems
 
 
 class _Builder:
     """Builds the tree from the parser's events, and holds what is open between two of them."""
 
-    def __init__(self, at: Callable[[int], Place]) -> None:
+    def __init__(self, at: Callable[[int], Location]) -> None:
         self.at = at
         self.line = 1
         self.root: Node | None = None
@@ -100,15 +100,15 @@ class _Builder:
             case yaml.ScalarEvent():
                 self._check_tag(event.tag)
                 quoted = event.style is not None
-                value = event.value if quoted else scalar(event.value)
+                value = event.value if quoted else parse_scalar(event.value)
                 node = Node(value, self.at(self.line), event.value, quoted)
                 self._check_text(node)
                 self._keep(event.anchor, node)
                 self._add(node)
             case yaml.SequenceStartEvent() | yaml.MappingStartEvent():
                 self._check_tag(event.tag)
-                if len(self._open) == DEEPEST:
-                    self._stop(f"nested more than {DEEPEST} levels deep", "a recipe has four: check the brackets")
+                if len(self._open) == MAX_DEPTH:
+                    self._stop(f"nested more than {MAX_DEPTH} levels deep", "a recipe has four: check the brackets")
                 if event.anchor:
                     self._anchors.pop(event.anchor, None)
                 empty: list[Node] | dict[str, Node] = [] if isinstance(event, yaml.SequenceStartEvent) else {}
@@ -122,8 +122,8 @@ class _Builder:
     def _add(self, node: Node, *, counted: bool = False) -> None:
         # A list's own values were counted one by one as they came.
         self._values += 1 if counted else node.size
-        if self._values > MOST_VALUES:
-            self._stop(f"more than {MOST_VALUES:,} values, aliases written out", "a recipe has about fifty")
+        if self._values > MAX_VALUES:
+            self._stop(f"more than {MAX_VALUES:,} values, aliases written out", "a recipe has about fifty")
         if not self._open:
             self.root = node
             return
@@ -155,11 +155,11 @@ class _Builder:
 
     def _alias(self, anchor: str) -> Node:
         if any(part.anchor == anchor for part in self._open):
-            self._stop(f"*{show(anchor)} refers to the value that it is part of", "write the value out")
+            self._stop(f"*{shorten(anchor)} refers to the value that it is part of", "write the value out")
         if anchor not in self._anchors:
             self._stop(
-                f"*{show(anchor)} refers to no anchor above it",
-                f"write &{show(anchor)} before the value meant",
+                f"*{shorten(anchor)} refers to no anchor above it",
+                f"write &{shorten(anchor)} before the value meant",
             )
         return replace(self._anchors[anchor], place=self.at(self.line))
 
@@ -169,7 +169,7 @@ class _Builder:
 
     def _check_tag(self, tag: str | None) -> None:
         if tag not in (None, "!"):
-            written = show(tag.replace("tag:yaml.org,2002:", "!!"))
+            written = shorten(tag.replace("tag:yaml.org,2002:", "!!"))
             self._note(f"YAML tag {written}", "remove it: tags are not supported")
 
     def _check_text(self, node: Node) -> None:
@@ -192,7 +192,7 @@ class _Builder:
         self.problems.append(Problem(self.at(self.line), self._path(), found, fix))
 
     def _stop(self, found: str, fix: str) -> NoReturn:
-        raise Unreadable(Problem(self.at(self.line), self._path(), found, fix))
+        raise UnreadableRecipe(Problem(self.at(self.line), self._path(), found, fix))
 
 
 # PyYAML's own words are about its grammar; these are about the text. First match wins.
@@ -228,7 +228,7 @@ _SYNTAX = (
 )
 
 
-def _syntax(error: yaml.YAMLError, text: str, at: Callable[[int], Place]) -> Problem:
+def _syntax(error: yaml.YAMLError, text: str, at: Callable[[int], Location]) -> Problem:
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
         return Problem(at(line), "", f"a control character (U+{ord(text[error.position]):04X})", "remove it")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.recipe.names import all_keys
 from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.suggest import all_keys
 from tests.commands.conftest import Finished, Lora, WriteRecipe
 from tests.model.test_gguf import write_gguf
 

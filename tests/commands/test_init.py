@@ -7,7 +7,7 @@ import yaml
 
 from lora_cli.commands.init import recipes
 from lora_cli.recipe.load import load_recipe
-from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.methods import METHOD_FACTS
 from tests.commands.conftest import Lora
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,7 +50,7 @@ def test_a_recipe_that_is_none_is_one_line(lora: Lora):
 def test_methods_are_listed_with_their_keys(lora: Lora):
     done = lora("methods")
     assert done.code == 0
-    assert [line.split(":")[0] for line in done.out.splitlines()[::3]] == list(FACTS)
+    assert [line.split(":")[0] for line in done.out.splitlines()[::3]] == list(METHOD_FACTS)
     loftq = done.out[done.out.index("loftq:") : done.out.index("adalora:")]
     assert "rank (16)" in loftq
     assert "over a 4-bit base only; rows can be packed; can be merged" in loftq

@@ -12,14 +12,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.methods import METHOD_FACTS
 from tests.commands.conftest import Lora, WriteRecipe
 
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8, "final_rank": 2, "rotation_size": 8, "hidden_size": 32}
 
 
 def changes_for(method: str) -> dict[str, Any]:
-    facts = FACTS[method]
+    facts = METHOD_FACTS[method]
     options = {key: value for key, value in SMALL.items() if key in facts.options}
     return {
         "adapter": {"method": method, **options},
@@ -28,9 +28,9 @@ def changes_for(method: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("method", FACTS)
+@pytest.mark.parametrize("method", METHOD_FACTS)
 def test_it_goes_from_rows_to_a_measured_adapter(method: str, recipe: WriteRecipe, lora: Lora):
-    facts = FACTS[method]
+    facts = METHOD_FACTS[method]
     recipe(changes_for(method))
     checked = lora("check", "recipe.yaml", "--rows", "0")
     assert checked.code == 0, checked.err

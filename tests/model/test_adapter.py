@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import LoraError
 from lora_cli.model import adapter, held, saving
-from lora_cli.recipe.methods import FACTS, MethodName
+from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.schema import AdapterSpec
 from tests.model import zoo
 
@@ -131,7 +131,7 @@ def test_the_seed_draws_a_and_b_is_zero():
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": ["word"]}])
 @pytest.mark.parametrize("method", zoo.METHODS)
 def test_trained_weights_are_fp32_over_a_bf16_base(method: str, options: dict[str, Any]):
-    taken = {key: value for key, value in options.items() if key in FACTS[method].options}
+    taken = {key: value for key, value in options.items() if key in METHOD_FACTS[method].options}
     model = zoo.adapted(zoo.make("qwen2", dtype=torch.bfloat16), method=method, **taken)
     held.hold_in_fp32(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -157,7 +157,7 @@ def test_dora_over_bf16_is_what_plain_peft_computes_and_begins_as_the_base(tmp_p
 
 
 def test_a_table_has_every_method():
-    assert adapter.METHODS.keys() == FACTS.keys() == set(get_args(MethodName))
+    assert adapter.METHODS.keys() == METHOD_FACTS.keys() == set(get_args(MethodName))
 
 
 def experts() -> Any:

@@ -14,7 +14,7 @@ from lora_cli.evaluation.likelihood import measure
 from lora_cli.model import adalora, base, fused, held, isolation, quantize, saving, targets
 from lora_cli.model.score import Scorer
 from lora_cli.model.setting import Setting
-from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import QuantizationSpec, TrainingSpec
 from lora_cli.training.loop import fit
 from lora_cli.training.optim import make_optimizer
@@ -142,7 +142,7 @@ def test_checkpointed_gradients_are_the_same(nf4: Any):
 
 
 SETTING = Setting(encode=lambda text: [3], plan=Plan(zoo.rows_of([30, 41]), packing=True, size=60, per_step=1, seed=0))
-OVER = [(bits, name) for name, facts in FACTS.items() for bits in facts.bits]
+OVER = [(bits, name) for name, facts in METHOD_FACTS.items() for bits in facts.bits]
 
 
 @pytest.mark.parametrize(("bits", "method"), OVER)

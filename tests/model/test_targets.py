@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
 from lora_cli.model import adapter, base, targets
-from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec
 from tests.model import zoo
 
@@ -83,7 +83,7 @@ def test_the_head_may_be_named():
 )
 def test_layers_and_exclusions_narrow_it(options: dict[str, Any], kinds: set[str], count: int):
     for method in ("lora", "vera", "ia3", "oft"):
-        taken = {key: value for key, value in options.items() if key in FACTS[method].options}
+        taken = {key: value for key, value in options.items() if key in METHOD_FACTS[method].options}
         if taken == options:
             given = {"target_modules": "all-linear", **options}
             check = zoo.attached(zoo.make("llama"), method=method, **given)

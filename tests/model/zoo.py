@@ -14,7 +14,7 @@ from lora_cli.data.batches import Plan
 from lora_cli.data.rows import IGNORED, Row
 from lora_cli.model import adapter
 from lora_cli.model.setting import Setting
-from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec
 
 VOCABULARY = 97
@@ -95,13 +95,13 @@ SMALL: dict[str, Any] = {
     "rotation_size": 8,
     "hidden_size": 32,
 }
-METHODS = [name for name, facts in FACTS.items() if not facts.needs_bits]
-LAYERED = [name for name in METHODS if "target_modules" in FACTS[name].options]  # not virtual tokens
+METHODS = [name for name, facts in METHOD_FACTS.items() if not facts.needs_bits]
+LAYERED = [name for name in METHODS if "target_modules" in METHOD_FACTS[name].options]  # not virtual tokens
 
 
 def spec_of(**given: Any) -> AdapterSpec:
     """A small adapter of the method given, or of lora."""
-    options = FACTS[given.get("method", "lora")].options
+    options = METHOD_FACTS[given.get("method", "lora")].options
     return AdapterSpec.model_validate({**{k: v for k, v in SMALL.items() if k in options}, **given})
 
 

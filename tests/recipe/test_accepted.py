@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from lora_cli.errors import LoraError
 from lora_cli.recipe.dump import dump_recipe, recipe_schema
 from lora_cli.recipe.load import load_recipe
-from lora_cli.recipe.methods import FACTS
+from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.rules import conflicts
-from lora_cli.recipe.scalars import scalar
 from lora_cli.recipe.schema import AdapterSpec, Recipe
+from lora_cli.recipe.yaml_scalars import parse_scalar
 
 GOOD = "model: {path: org/model}\ndata: {train: rows.jsonl}\n"
 
@@ -35,8 +35,8 @@ RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], 
     ],
 )
 def test_plain_scalars(text: str, value: object):
-    assert scalar(text) == value
-    assert type(scalar(text)) is type(value)
+    assert parse_scalar(text) == value
+    assert type(parse_scalar(text)) is type(value)
 
 
 def test_the_smallest_recipe(write):
@@ -136,7 +136,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "packing": packing,
         "max_length": length,
     }
-    method = draw(st.sampled_from(list(FACTS)))
+    method = draw(st.sampled_from(list(METHOD_FACTS)))
     adapter = {
         "alpha": draw(NUMBER),
         "target_modules": draw(st.lists(TEXT, min_size=1) | TEXT),
@@ -147,7 +147,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
     }
     given = {
         "model": {"path": draw(TEXT), "revision": draw(st.none() | TEXT)},
-        "adapter": {"method": method, **{key: value for key, value in adapter.items() if key in FACTS[method].options}},
+        "adapter": {
+            "method": method,
+            **{key: value for key, value in adapter.items() if key in METHOD_FACTS[method].options},
+        },
         "data": data,
         "training": training,
         "output": draw(TEXT),
@@ -168,9 +171,9 @@ def test_a_resolved_recipe_loads_as_itself(recipe: Recipe, write):
     assert dump_recipe(loaded) == dump_recipe(recipe)
 
 
-@pytest.mark.parametrize("method", FACTS)
+@pytest.mark.parametrize("method", METHOD_FACTS)
 def test_a_method_is_filled_with_its_own_defaults_and_no_others(method: str, write):
-    facts = FACTS[method]
+    facts = METHOD_FACTS[method]
     quantization = f"quantization: {{bits: {facts.needs_bits}}}\n" if facts.needs_bits else ""
     recipe = load_recipe(write(f"{GOOD}adapter: {{method: {method}}}\n{quantization}"))
     options = {name: getattr(recipe.adapter, name) for name in AdapterSpec.model_fields if name != "method"}

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.recipe.foreign import RENAMED, RENAMED_IN_SOURCE
-from lora_cli.recipe.load import MOST_BYTES, load_recipe
-from lora_cli.recipe.names import all_keys
+from lora_cli.recipe.load import MAX_BYTES, load_recipe
+from lora_cli.recipe.other_tools import RENAMED, RENAMED_IN_SOURCE
 from lora_cli.recipe.schema import Recipe, SourceSpec
+from lora_cli.recipe.suggest import all_keys
 
 RECIPES = Path(__file__).parents[1] / "inputs" / "recipes"
 GOOD = "model: {path: org/model}\ndata: {train: rows.jsonl}\n"
@@ -90,7 +90,7 @@ def test_unreadable_file(write, monkeypatch):
 
 def test_a_model_named_as_recipe(write):
     with pytest.raises(LoraError, match=r"r.yaml is larger than 256 KB"):
-        load_recipe(write(b"GGUF" + bytes(MOST_BYTES)))
+        load_recipe(write(b"GGUF" + bytes(MAX_BYTES)))
 
 
 LONG = {

@@ -3,20 +3,20 @@
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from lora_cli.recipe.foreign import RENAMED, RENAMED_IN_SOURCE, REPLACED
-from lora_cli.recipe.problem import join
+from lora_cli.recipe.other_tools import RENAMED, RENAMED_IN_SOURCE, REPLACED
+from lora_cli.recipe.problem import join_words
 
-Schema = dict[str, Any]  # a JSON Schema, or a part of one
+JsonSchema = dict[str, Any]  # a JSON Schema, or a part of one
 
 
-class Meant(NamedTuple):
+class Suggestion(NamedTuple):
     """What to do about an unknown key."""
 
     fix: str
     key: str = ""  # the key of ours that was meant, dotted, where it is known
 
 
-def meant(name: str, section: str, *, keys: list[str], recipe: Schema) -> Meant:
+def suggest(name: str, section: str, *, keys: list[str], recipe: JsonSchema) -> Suggestion:
     """What was meant by `name` in `section` (dotted; empty for the top), which has `keys`."""
     flat = _flat(name)
     here = {_flat(key): key for key in keys}
@@ -25,27 +25,27 @@ def meant(name: str, section: str, *, keys: list[str], recipe: Schema) -> Meant:
     if section.endswith("]") and flat in RENAMED_FLAT_IN_SOURCE:
         return _is(RENAMED_FLAT_IN_SOURCE[flat], section)
     if flat in RENAMED_FLAT:
-        return Meant(f"here it is {RENAMED_FLAT[flat]}", RENAMED_FLAT[flat])
+        return Suggestion(f"here it is {RENAMED_FLAT[flat]}", RENAMED_FLAT[flat])
     if flat in REPLACED_FLAT:
-        return Meant(REPLACED_FLAT[flat])
+        return Suggestion(REPLACED_FLAT[flat])
     everywhere = all_keys(recipe)
     if name in everywhere:
         outer, _, inner = name.partition(".")
-        return Meant(f"nest it: `{outer}: {{{inner}: ...}}`", name)
+        return Suggestion(f"nest it: `{outer}: {{{inner}: ...}}`", name)
     elsewhere = [key for key in everywhere if _flat(key.rpartition(".")[2]) == flat]
     if elsewhere:
-        return Meant(f"it belongs elsewhere: {join(elsewhere)}", elsewhere[0])
+        return Suggestion(f"it belongs elsewhere: {join_words(elsewhere)}", elsewhere[0])
     if close := get_close_matches(flat, here, n=1, cutoff=0.6):
         return _is(here[close[0]], section, sure=False)
     leaves = {_flat(key.rpartition(".")[2]): key for key in everywhere}
     if close := get_close_matches(flat, leaves, n=1, cutoff=0.75):
-        return Meant(f"did you mean {leaves[close[0]]}?", leaves[close[0]])
-    return Meant(f"the keys here are {join(keys, 'and')}")
+        return Suggestion(f"did you mean {leaves[close[0]]}?", leaves[close[0]])
+    return Suggestion(f"the keys here are {join_words(keys, 'and')}")
 
 
-def _is(key: str, section: str, *, sure: bool = True) -> Meant:
+def _is(key: str, section: str, *, sure: bool = True) -> Suggestion:
     full = f"{section}.{key}" if section else key
-    return Meant(f"here it is {key}" if sure else f"did you mean {key}?", full)
+    return Suggestion(f"here it is {key}" if sure else f"did you mean {key}?", full)
 
 
 def _flat(name: str) -> str:
@@ -53,22 +53,22 @@ def _flat(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
-def all_keys(recipe: Schema) -> list[str]:
+def all_keys(recipe: JsonSchema) -> list[str]:
     """Every dotted key of a recipe, down to the keys of its sections."""
     keys = []
     for name, schema in recipe["properties"].items():
         keys.append(name)
-        for part in options(schema, recipe):
+        for part in alternatives(schema, recipe):
             keys += [f"{name}.{key}" for key in part.get("properties", {})]
     return keys
 
 
-def options(schema: Schema, recipe: Schema) -> list[Schema]:
+def alternatives(schema: JsonSchema, recipe: JsonSchema) -> list[JsonSchema]:
     """The alternatives of a schema, with references followed."""
     if "$ref" in schema:
-        return options(recipe["$defs"][schema["$ref"].rpartition("/")[2]], recipe)
+        return alternatives(recipe["$defs"][schema["$ref"].rpartition("/")[2]], recipe)
     if "anyOf" in schema:
-        return [option for part in schema["anyOf"] for option in options(part, recipe)]
+        return [option for part in schema["anyOf"] for option in alternatives(part, recipe)]
     return [schema]
 
 

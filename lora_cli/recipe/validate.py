@@ -7,18 +7,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_cli.recipe.explain import explain
-from lora_cli.recipe.names import Meant, Schema, meant, options
-from lora_cli.recipe.problem import Place, Problem
+from lora_cli.recipe.problem import Location, Problem
 from lora_cli.recipe.rules import conflicts
 from lora_cli.recipe.schema import Recipe
-from lora_cli.recipe.yaml_tree import Node, Plain
+from lora_cli.recipe.suggest import JsonSchema, Suggestion, alternatives, suggest
+from lora_cli.recipe.yaml_tree import Node, PlainValue
 
-Steps = tuple[str | int, ...]  # ("data", "train", 0, "path"), shown as data.train[0].path
+KeyPath = tuple[str | int, ...]  # ("data", "train", 0, "path"), shown as data.train[0].path
 
 
-def check(tree: Node, top: Place) -> tuple[Recipe | None, list[Problem]]:
+def validate_recipe(tree: Node, top: Location) -> tuple[Recipe | None, list[Problem]]:
     """The recipe that the tree spells, or None, and everything that is wrong with it."""
-    found: dict[Steps, Problem] = {}
+    found: dict[KeyPath, Problem] = {}
     try:
         recipe = Recipe.model_validate(tree.plain())
     except ValidationError as error:
@@ -27,14 +27,14 @@ def check(tree: Node, top: Place) -> tuple[Recipe | None, list[Problem]]:
     bad = set(found)
     for steps, blank in _blanks(tree, ()):
         if not any(steps[: len(other)] == other and steps != other for other in bad):
-            unknown = steps in found and found[steps].found == UNKNOWN
+            unknown = steps in found and found[steps].found == UNKNOWN_KEY
             fix = "write one, or remove the key"
             found[steps] = found[steps] if unknown else _problem(steps, blank.place, "has no value", fix)
     bad |= set(found)
     problems = [problem for problem in found.values() if problem.found]
     # Rules between fields are told as well: over what stands, with defaults in place of what does not.
     for conflict in conflicts(recipe or Recipe.model_validate(_healed(tree, bad))):
-        keys = [_steps(key) for key in (conflict.key, *conflict.reads)]
+        keys = [_steps(key) for key in (conflict.key, *conflict.depends_on)]
         if not any(key[: len(other)] == other[: len(key)] for key in keys for other in bad):
             places = [node.place for key in keys if (node := _at(tree, key))]
             place = places[0] if places else top
@@ -42,13 +42,13 @@ def check(tree: Node, top: Place) -> tuple[Recipe | None, list[Problem]]:
     return (None if problems else recipe), problems
 
 
-UNKNOWN = "unknown key"
+UNKNOWN_KEY = "unknown key"
 
 
-def _refused_by_schema(errors: list[ErrorDetails], tree: Node, top: Place) -> dict[Steps, Problem]:
+def _refused_by_schema(errors: list[ErrorDetails], tree: Node, top: Location) -> dict[KeyPath, Problem]:
     """One problem for each value that pydantic refuses; it says where, the JSON Schema says why."""
     schema = Recipe.model_json_schema()
-    kinds: dict[Steps, str] = {}
+    kinds: dict[KeyPath, str] = {}
     for error in errors:
         steps = _trace(tree, error["loc"])
         if error["type"] == "missing":
@@ -56,14 +56,14 @@ def _refused_by_schema(errors: list[ErrorDetails], tree: Node, top: Place) -> di
         kinds.setdefault(steps, error["type"])
     # A union tells what is wrong with the value for each of its types; the one that looked inside fits best.
     inner = [steps for steps in kinds if not any(steps == other[: len(steps)] != other for other in kinds)]
-    named: list[Meant] = []
-    problems: dict[Steps, Problem] = {}
+    named: list[Suggestion] = []
+    problems: dict[KeyPath, Problem] = {}
     for steps in inner:
         if kinds[steps] == "extra_forbidden" and (node := _at(tree, steps)):
             section = _schema_at(steps[:-1], schema)
-            keys = [key for option in options(section, schema) for key in option.get("properties", ())]
-            named.append(meant(str(steps[-1]), _key(steps[:-1]), keys=keys, recipe=schema))
-            problems[steps] = _problem(steps, node.place, UNKNOWN, named[-1].fix)
+            keys = [key for option in alternatives(section, schema) for key in option.get("properties", ())]
+            named.append(suggest(str(steps[-1]), _key(steps[:-1]), keys=keys, recipe=schema))
+            problems[steps] = _problem(steps, node.place, UNKNOWN_KEY, named[-1].fix)
     for steps in inner:
         if kinds[steps] == "missing":
             parent = _at(tree, steps[:-1])
@@ -78,15 +78,15 @@ def _refused_by_schema(errors: list[ErrorDetails], tree: Node, top: Place) -> di
     return problems
 
 
-def _how_to_add(steps: Steps, schema: Schema) -> str:
+def _how_to_add(steps: KeyPath, schema: JsonSchema) -> str:
     field = _schema_at(steps, schema)
-    if required := [key for option in options(field, schema) for key in option.get("required", ())]:
+    if required := [key for option in alternatives(field, schema) for key in option.get("required", ())]:
         return f"add `{steps[-1]}: {{{required[0]}: ...}}`"
     description = str(field["description"]).rstrip(".")
     return f"add it: {description[0].lower()}{description[1:]}"
 
 
-def _trace(node: Node, location: tuple[str | int, ...]) -> Steps:
+def _trace(node: Node, location: tuple[str | int, ...]) -> KeyPath:
     """The part of pydantic's location that is in the tree: between, it names the types of a union."""
     steps: list[str | int] = []
     for step in location:
@@ -97,7 +97,7 @@ def _trace(node: Node, location: tuple[str | int, ...]) -> Steps:
     return tuple(steps)
 
 
-def _at(node: Node, steps: Steps) -> Node | None:
+def _at(node: Node, steps: KeyPath) -> Node | None:
     """The value at the end of `steps`, None where there is none."""
     for step in steps:
         match node.value, step:
@@ -110,10 +110,10 @@ def _at(node: Node, steps: Steps) -> Node | None:
     return node
 
 
-def _schema_at(steps: Steps, recipe: Schema) -> Schema:
+def _schema_at(steps: KeyPath, recipe: JsonSchema) -> JsonSchema:
     schema = recipe
     for step in steps:
-        for option in options(schema, recipe):
+        for option in alternatives(schema, recipe):
             if isinstance(step, int) and "items" in option:
                 schema = option["items"]
             elif step in option.get("properties", ()):
@@ -123,7 +123,7 @@ def _schema_at(steps: Steps, recipe: Schema) -> Schema:
     return schema
 
 
-def _blanks(node: Node, steps: Steps) -> Iterator[tuple[Steps, Node]]:
+def _blanks(node: Node, steps: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
     """Values that were left out behind their key: null by accident, and null often means `never`."""
     match node.value:
         case dict(entries):
@@ -132,11 +132,11 @@ def _blanks(node: Node, steps: Steps) -> Iterator[tuple[Steps, Node]]:
         case list(items):
             for index, inner in enumerate(items):
                 yield from _blanks(inner, (*steps, index))
-        case _ if node.blank:
+        case _ if node.is_empty:
             yield steps, node
 
 
-def _healed(tree: Node, bad: set[Steps]) -> dict[str, Plain]:
+def _healed(tree: Node, bad: set[KeyPath]) -> dict[str, PlainValue]:
     """The recipe without the fields that have problems, so that the others can be seen together."""
     plain = tree.plain()
     assert isinstance(plain, dict), "the top was checked to be a section"
@@ -153,13 +153,13 @@ def _healed(tree: Node, bad: set[Steps]) -> dict[str, Plain]:
     return plain
 
 
-def _problem(steps: Steps, place: Place, found: str, fix: str) -> Problem:
+def _problem(steps: KeyPath, place: Location, found: str, fix: str) -> Problem:
     return Problem(place, _key(steps), found, fix)
 
 
-def _key(steps: Steps) -> str:
+def _key(steps: KeyPath) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 
-def _steps(key: str) -> Steps:
+def _steps(key: str) -> KeyPath:
     return tuple(int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", key))

@@ -25,7 +25,7 @@ WORDS: dict[str, Scalar] = {
 }
 
 
-def scalar(text: str) -> Scalar:
+def parse_scalar(text: str) -> Scalar:
     """The value of an unquoted scalar; what is no number, boolean or null stays text."""
     if text in WORDS:
         return WORDS[text]
