@@ -34,8 +34,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
-from lora_cli.data.batches import Plan
-from lora_cli.data.rows import Row
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.dataset import Row
 from lora_cli.model.base import cache_folder
 from lora_cli.model.gguf import unpack
 
@@ -163,7 +163,7 @@ class EncodedRows:
 
 def compare_losses(arguments: argparse.Namespace, chosen: "Chosen", scratch: Path) -> bool:
     """Print both losses of every step; returns whether they agree."""
-    plan = Plan(EncodedRows(chosen.ids), packing=False, size=arguments.rows, per_step=1, seed=SEED)
+    plan = BatchPlan(EncodedRows(chosen.ids), packing=False, size=arguments.rows, batches_per_step=1, seed=SEED)
     info("lora train ...")
     ours = lora_train(
         arguments.model,

@@ -11,7 +11,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from lora_cli.commands.subject import open_subject, read_config
-from lora_cli.data.labels import FILE as LABELS
+from lora_cli.data.class_labels import LABELS_FILE as LABELS
 from lora_cli.errors import LoraError
 from lora_cli.merging import factors
 from lora_cli.merging.factors import Pair, Saved

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from lora_cli.commands.opening import Opening
-from lora_cli.data.rows import Rows
+from lora_cli.data.dataset import EncodedDataset
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import harness, texts
 from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
@@ -57,7 +57,7 @@ class Question(NamedTuple):
     ends: list[list[int]]  # ids of the references
 
 
-def questions_of(rows: Rows, count: int, opening: Opening, recipe: Recipe) -> list[Question]:
+def questions_of(rows: EncodedDataset, count: int, opening: Opening, recipe: Recipe) -> list[Question]:
     """The first `count` prompts; rows that share one are its references."""
     if not count:
         return []

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.commands import card
 from lora_cli.commands.opening import Opening
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model import adapter, base, fused, held, isolation, memory, targets
 from lora_cli.model.quantize import bytes_of_quantized
@@ -65,7 +65,7 @@ def load_base(recipe: Recipe, opening: Opening, *, info: Info = console.no_outpu
     return Based(loaded.model, loaded.heads, proof)
 
 
-def setting(recipe: Recipe, opening: Opening, *, heads: tuple[str, ...], plan: Plan | None, total: int) -> Setting:
+def setting(recipe: Recipe, opening: Opening, *, heads: tuple[str, ...], plan: BatchPlan | None, total: int) -> Setting:
     """What the adapter is made for; without a plan, only its shapes count."""
 
     def encode(text: str) -> list[int]:
@@ -96,7 +96,7 @@ def _originals(recipe: Recipe, opening: Opening) -> Weights:
     return weights
 
 
-def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, info: Info) -> Built:
+def build(recipe: Recipe, opening: Opening, plan: BatchPlan, *, total: int, info: Info) -> Built:
     """Load the base, choose its attention, put the adapter on it, and say what was done."""
     optimizer = optimizer_of(recipe, opening)
     based = load_base(recipe, opening, info=info)
@@ -124,18 +124,18 @@ def build(recipe: Recipe, opening: Opening, plan: Plan, *, total: int, info: Inf
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     for line in coverage_table(peft_model, layers, trainable):
         info(line)
-    if _checkpoints_activations(recipe, opening, model, trainable, plan.largest, info):
+    if _checkpoints_activations(recipe, opening, model, trainable, plan.max_tokens, info):
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     compute_as_trained(peft_model)
-    probe = plan.build([int(opening.data.train.lengths[:64].argmin())])
+    probe = plan.make_batch([int(opening.data.train.lengths[:64].argmin())])
     adapter.refuse_bypassed(peft_model, lambda: Scorer(peft_model, task=recipe.task)(probe).loss)
     if recipe.task == "seq-cls" and peft_model.active_peft_config.is_prompt_learning:
         _refuse_class_of_padding(peft_model, recipe, opening, plan)
     return Built(peft_model, sum(p.numel() for p in peft_model.parameters() if p.requires_grad), proof, optimizer)
 
 
-def _refuse_class_of_padding(model: PeftModel, recipe: Recipe, opening: Opening, plan: Plan) -> None:
+def _refuse_class_of_padding(model: PeftModel, recipe: Recipe, opening: Opening, plan: BatchPlan) -> None:
     """Decoders read the class at the last token, which transformers cannot tell from padding behind virtual tokens."""
     lengths = opening.data.train.lengths[:64]
     short, long = int(lengths.argmin()), int(lengths.argmax())
@@ -145,7 +145,7 @@ def _refuse_class_of_padding(model: PeftModel, recipe: Recipe, opening: Opening,
     training = model.training
     model.eval()
     with torch.no_grad():
-        alone, padded = (scorer.logits(plan.build(rows))[0].float() for rows in ([short], [short, long]))
+        alone, padded = (scorer.logits(plan.make_batch(rows))[0].float() for rows in ([short], [short, long]))
     model.train(training)
     if float((alone - padded).abs().max() / alone.abs().max().clamp_min(1e-12)) > PADDED:
         raise LoraError(

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from lora_cli.commands import card
 from lora_cli.commands.building import coverage_table, held_as, optimizer_of, refuse_untaught, setting
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
-from lora_cli.data.intake import read_only_check
-from lora_cli.data.rows import IGNORED, Row, xray
+from lora_cli.data.dataset import IGNORE_INDEX, Row, show_mask
+from lora_cli.data.examples import check_rows
 from lora_cli.model import adapter, base, memory, targets
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
@@ -27,15 +27,15 @@ def check(recipe: Recipe, *, rows: int) -> None:
         info(_shown(opening.data.train[number], opening, recipe))
     if rows and recipe.task == "causal-lm":
         info("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
-    plan = batch_plan(recipe, opening, opening.data.train, per_step=recipe.training.gradient_accumulation)
+    plan = batch_plan(recipe, opening, opening.data.train, batches_per_step=recipe.training.gradient_accumulation)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
     info(
         f"steps: {total:,} in one process, {plan.steps_per_epoch:,} an epoch; "
-        f"{plan.fill:.1%} of what the batches compute is tokens"
+        f"{plan.token_share:.1%} of what the batches compute is tokens"
     )
     if recipe.training.optimizer == "auto":
         info(f"optimizer: {optimizer} (auto)")
-    _count(recipe, opening, tokens=plan.largest, total=total, optimizer=optimizer)
+    _count(recipe, opening, tokens=plan.max_tokens, total=total, optimizer=optimizer)
     info(f"ok: lora train would train {card.public(recipe.model.path)} on these rows")
 
 
@@ -97,7 +97,7 @@ def check_without_model(recipe: Recipe) -> None:
             console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
     if here:
         local = recipe.data.model_copy(update={"train": here, "eval": None})
-        for found in read_only_check(local, recipe.task, console.info):
+        for found in check_rows(local, recipe.task, console.info):
             bad = "".join(f", {count:,} skipped: {reason}" for reason, count in found.bad.items())
             console.out.print(f"{found.source}: {found.read:,} rows of format {found.format}{bad}")
     console.out.print("ok: the recipe is valid; model, labels and memory were not looked at")
@@ -135,7 +135,7 @@ def _tagged(row: Row, opening: Opening) -> Text:
     text = Text(f"{row.where}:")
     for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
         word = opening.tokenizer.decode([token], skip_special_tokens=False).strip()
-        text.append(f" {word}" if label == IGNORED else f" {word}[{labels.names[label]}]")
+        text.append(f" {word}" if label == IGNORE_INDEX else f" {word}[{labels.names[label]}]")
     return text
 
 
@@ -143,7 +143,7 @@ def _coloured(row: Row, opening: Opening) -> Text:
     """The row's text, supervised tokens in bold green, or between [[ and ]] where there is no colour."""
     text = Text(f"{row.where}: ")
     colour, inside = console.out.is_terminal, False
-    for token, supervised in xray(row, opening.tokenizer):
+    for token, supervised in show_mask(row, opening.tokenizer):
         if not colour and supervised != inside:
             text.append("[[" if supervised else "]]")
         inside = supervised

@@ -13,7 +13,7 @@ from lora_cli.commands import answering
 from lora_cli.commands.answering import Asked
 from lora_cli.commands.building import compute_as_trained, load_base
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
-from lora_cli.data import labels as labelling
+from lora_cli.data import class_labels as labelling
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import intervals, metrics
 from lora_cli.evaluation.classify import predict
@@ -88,7 +88,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         )
     model = load_base(recipe, opening, info=console.info).model
     model.eval()
-    plan = batch_plan(recipe, opening, rows, per_step=1)
+    plan = batch_plan(recipe, opening, rows, batches_per_step=1)
     questions = answering.questions_of(rows, asked.prompts, opening, recipe)
     figures: dict[str, Figures] = {}
     said: dict[str, list[Answer]] = {}
@@ -187,13 +187,13 @@ def _find(target: Path, named: Sequence[str]) -> Target:
     return Target(recipe, adapters, models)
 
 
-def _labels(adapters: dict[str, Path]) -> labelling.Labels | None:
+def _labels(adapters: dict[str, Path]) -> labelling.ClassLabels | None:
     """What the heads of the adapters tell apart.
 
     Raises:
         LoraError: not all the same, in the same order: one number would stand for two labels.
     """
-    found = {folder: labels for folder in adapters.values() if (labels := labelling.read(folder))}
+    found = {folder: labels for folder in adapters.values() if (labels := labelling.load_labels(folder))}
     first = next(iter(found.items()), None)
     for folder, labels in found.items():
         if first and labels != first[1]:

@@ -15,8 +15,8 @@ from lora_cli.commands import merge as merging
 from lora_cli.commands import verifying
 from lora_cli.commands.opening import open_run_inputs
 from lora_cli.commands.subject import CPU, open_subject, read_config, refuse_other_base
-from lora_cli.data.labels import Kind, Labels
-from lora_cli.data.rows import IGNORED
+from lora_cli.data.class_labels import ClassLabels, LabelKind
+from lora_cli.data.dataset import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS, Exporter
 from lora_cli.export.subject import Check, Options, Subject
@@ -135,11 +135,11 @@ def _whole(target: str, request: Request) -> Subject:
     )
 
 
-def _labels(config: PretrainedConfig) -> Labels:
+def _labels(config: PretrainedConfig) -> ClassLabels:
     """What a classifier's own head tells apart."""
-    kinds: tuple[Kind, ...] = ("single", "multi", "regression")
-    kind: Kind = next((kind for kind in kinds if base.PROBLEMS[kind] == config.problem_type), "single")
-    return Labels(kind, tuple(config.id2label[number] for number in sorted(config.id2label)))
+    kinds: tuple[LabelKind, ...] = ("single", "multi", "regression")
+    kind: LabelKind = next((kind for kind in kinds if base.PROBLEMS[kind] == config.problem_type), "single")
+    return ClassLabels(kind, tuple(config.id2label[number] for number in sorted(config.id2label)))
 
 
 def _adapted(folder: Path, request: Request) -> tuple[Subject, Path | None]:
@@ -178,7 +178,7 @@ def _held_out(adapter: Path) -> tuple[tuple[int, ...], ...]:
     held = rows.eval if rows.eval is not None else rows.train
     for number in range(len(held)):
         row = held[number]
-        supervised = (row.labels != IGNORED).nonzero()[0]
+        supervised = (row.labels != IGNORE_INDEX).nonzero()[0]
         if len(supervised) and 0 < supervised[0] <= LONGEST_PROMPT:
             found.append(tuple(row.input_ids[: supervised[0]].tolist()))
         if len(found) == PROMPTS:

@@ -10,10 +10,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
-from lora_cli.data.batches import Join, Plan, join_classified, join_packed, join_padded, join_tagged, join_translated
-from lora_cli.data.prepare import Prepared, prepare
-from lora_cli.data.rows import Rows
-from lora_cli.data.templates import resolve
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.chat_templates import resolve_template
+from lora_cli.data.collate import (
+    Collate,
+    collate_classified,
+    collate_packed,
+    collate_padded,
+    collate_tagged,
+    collate_translated,
+)
+from lora_cli.data.dataset import EncodedDataset
+from lora_cli.data.prepare import PreparedData, prepare_data
 from lora_cli.errors import LoraError
 from lora_cli.model import attention, base, prequantized
 from lora_cli.model.tasks import TASKS
@@ -45,7 +53,7 @@ class Opening(NamedTuple):
     source: base.Source
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    data: Prepared
+    data: PreparedData
     prequantized: prequantized.Prequantized | None  # what the base was quantised with before it came here
 
     @property
@@ -94,7 +102,7 @@ def open_run_inputs(
     _refuse_unknown_attention(model.attention)
     tokenizer = base.load_tokenizer(source, model.new_tokens)
     _refuse_longer_than_model(config, data, virtual=recipe.adapter.virtual_tokens or 0)
-    prepared = prepare(
+    prepared = prepare_data(
         data,
         tokenizer,
         seed=recipe.training.seed,
@@ -108,7 +116,7 @@ def open_run_inputs(
         _refuse_mixed_pairs(prepared, config)
     if data.chat_template is not None:
         # What is saved beside the adapter must prompt it as it was trained.
-        template = resolve(data.chat_template, tokenizer)
+        template = resolve_template(data.chat_template, tokenizer)
         tokenizer.chat_template = template.source if template else None
     return Opening(device, dtype, source, config, tokenizer, prepared, already)
 
@@ -137,7 +145,7 @@ def _refuse_longer_than_model(config: PretrainedConfig, data: DataSpec, *, virtu
         )
 
 
-def _refuse_mixed_pairs(data: Prepared, config: PretrainedConfig) -> None:
+def _refuse_mixed_pairs(data: PreparedData, config: PretrainedConfig) -> None:
     """Such a model reads the class at the last end token, and wants as many of them in each row of a batch."""
     counts: dict[int, str] = {}
     for rows in (data.train, data.eval):
@@ -164,28 +172,28 @@ def _refuse_unknown_attention(name: str) -> None:
         )
 
 
-def batch_plan(recipe: Recipe, opening: Opening, rows: Rows, *, per_step: int) -> Plan:
+def batch_plan(recipe: Recipe, opening: Opening, rows: EncodedDataset, *, batches_per_step: int) -> BatchPlan:
     """The batches of `rows` as the recipe wants them."""
     packing = bool(recipe.data.packing)
     size = recipe.training.tokens_per_batch if packing else recipe.training.batch_size
     assert size is not None  # the schema fills the one that packing leaves in use
-    return Plan(
+    return BatchPlan(
         rows,
         packing=packing,
         size=size,
-        per_step=per_step,
+        batches_per_step=batches_per_step,
         seed=recipe.training.seed,
         pad_id=opening.pad_id,
-        join=_join(recipe, opening, packing=packing),
+        collate=_join(recipe, opening, packing=packing),
     )
 
 
-def _join(recipe: Recipe, opening: Opening, *, packing: bool) -> Join:
+def _join(recipe: Recipe, opening: Opening, *, packing: bool) -> Collate:
     match recipe.task:
         case "seq-cls":
-            return join_classified
+            return collate_classified
         case "token-cls":
-            return join_tagged
+            return collate_tagged
         case "seq2seq-lm":
             start = opening.config.decoder_start_token_id
             if start is None:
@@ -193,6 +201,6 @@ def _join(recipe: Recipe, opening: Opening, *, packing: bool) -> Join:
                     "model.path: its config does not say which token a decoder starts with (decoder_start_token_id)",
                     hint="add it to the model's config.json",
                 )
-            return partial(join_translated, start_id=start)
+            return partial(collate_translated, start_id=start)
         case _:
-            return join_packed if packing else join_padded
+            return collate_packed if packing else collate_padded

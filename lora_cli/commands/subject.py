@@ -8,8 +8,8 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data import labels as labelling
-from lora_cli.data.labels import Labels
+from lora_cli.data import class_labels as labelling
+from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
 from lora_cli.model import base, hollow, origin
 from lora_cli.model.origin import Origin
@@ -27,7 +27,7 @@ class Subject(NamedTuple):
     folder: Path
     config: PeftConfig
     task: TaskName
-    labels: Labels | None
+    labels: ClassLabels | None
     origin: Origin | None
     base: str  # the user's name for it
     source: base.Source
@@ -79,7 +79,7 @@ def open_subject(folder: Path, config: PeftConfig, *, base_path: str | None, tru
     """
     known: dict[str, TaskName] = {task.peft: name for name, task in TASKS.items()}
     task = known.get(str(config.task_type or ""), "causal-lm")
-    trained_on, labels = origin.read(folder), labelling.read(folder)
+    trained_on, labels = origin.read(folder), labelling.load_labels(folder)
     path = base_path or str(config.base_model_name_or_path)
     revision = None if base_path else config.revision or (trained_on.commit if trained_on else None)
     # Folding needs whole weights: the numbers are the same as the packed ones.

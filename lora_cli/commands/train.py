@@ -13,8 +13,9 @@ from peft import PeftModel
 from lora_cli.commands import card
 from lora_cli.commands.building import Built, Info, build, compute_as_trained
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
-from lora_cli.data import labels
-from lora_cli.data.batches import Batch, Plan
+from lora_cli.data import class_labels
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure, shown
 from lora_cli.model import adalora, base, origin, saving
@@ -70,11 +71,13 @@ class Training:
         for line in opening.data.ledger.table():
             self.info(line)
         world = self.accelerator.num_processes
-        plan = batch_plan(self.recipe, opening, opening.data.train, per_step=world * self.spec.gradient_accumulation)
+        plan = batch_plan(
+            self.recipe, opening, opening.data.train, batches_per_step=world * self.spec.gradient_accumulation
+        )
         total = plan.steps_in(epochs=self.spec.epochs, max_steps=self.spec.max_steps)
         self.info(
-            f"{total:,} step{'s' * (total > 1)} of {plan.per_step} batch{'es' * (plan.per_step > 1)}, "
-            f"{plan.steps_per_epoch:,} an epoch; {plan.fill:.1%} of each batch is tokens"
+            f"{total:,} step{'s' * (total > 1)} of {plan.batches_per_step} batch{'es' * (plan.batches_per_step > 1)}, "
+            f"{plan.steps_per_epoch:,} an epoch; {plan.token_share:.1%} of each batch is tokens"
         )
         try:
             stopped = self._train(opening, plan, total)
@@ -83,7 +86,7 @@ class Training:
         self.accelerator.end_training()
         return stopped
 
-    def _train(self, opening: Opening, plan: Plan, total: int) -> int:
+    def _train(self, opening: Opening, plan: BatchPlan, total: int) -> int:
         """Build, take the steps, prove; returns the exit code."""
         built = build(self.recipe, opening, plan, total=total, info=self.info)
         start_alike(built.model, self.accelerator)
@@ -115,7 +118,7 @@ class Training:
         self,
         opening: Opening,
         model: PeftModel,
-        plan: Plan,
+        plan: BatchPlan,
         optimizer: torch.optim.Optimizer,
         *,
         total: int,
@@ -125,7 +128,7 @@ class Training:
         """Train from step `done` to `total`; returns the exit code if a signal ended it before, else 0."""
         spec, run = self.spec, self.run
         held_out = opening.data.eval
-        eval_plan = batch_plan(self.recipe, opening, held_out, per_step=1) if held_out else None
+        eval_plan = batch_plan(self.recipe, opening, held_out, batches_per_step=1) if held_out else None
         scorer = Scorer(model, task=self.recipe.task)
         metrics = metrics_log.MetricsLog(run.metrics) if run else None
 
@@ -212,12 +215,12 @@ class Training:
             console.info(f"hint: {hint}")
         return LoraError(message, hint=hint, exit_code=1)
 
-    def _resumable(self, opening: Opening, built: Built, plan: Plan, total: int) -> dict[str, Any]:
+    def _resumable(self, opening: Opening, built: Built, plan: BatchPlan, total: int) -> dict[str, Any]:
         """What must not change for a resumed run to be the uninterrupted one."""
         without_effect = {"eval_every", "save_every", "keep_checkpoints", "log_every", "gradient_accumulation"}
         return {
             "total_steps": total,
-            "batches_per_step": plan.per_step,
+            "batches_per_step": plan.batches_per_step,
             "data": opening.data.fingerprint,
             "model": base.fingerprint(opening.source),
             "dtype": str(opening.dtype).removeprefix("torch."),
@@ -237,9 +240,9 @@ class Training:
         opening.tokenizer.save_pretrained(str(folder))
         origin.write(_origin(self.recipe, opening, model), folder)
         if opening.data.labels is not None:
-            labels.write(opening.data.labels, folder)
+            class_labels.save_labels(opening.data.labels, folder)
 
-    def _finish(self, run: RunFolder, opening: Opening, model: PeftModel, plan: Plan) -> None:
+    def _finish(self, run: RunFolder, opening: Opening, model: PeftModel, plan: BatchPlan) -> None:
         """Write the adapter, load it back, and only then put it in its place.
 
         Raises:
@@ -259,7 +262,7 @@ class Training:
         if self.upkeep is not None:
             self.upkeep.finish()
         lengths = opening.data.train.lengths
-        probe = plan.build([int(lengths[:64].argmin())])
+        probe = plan.make_batch([int(lengths[:64].argmin())])
         with atomic.folder(run.adapter, replace=True) as partial:
             self._write(model, opening, partial)
             (partial / "README.md").write_text(text, encoding="utf-8")

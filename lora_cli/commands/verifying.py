@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_cli.commands.building import compute_as_trained
 from lora_cli.commands.opening import batch_plan, open_run_inputs
 from lora_cli.commands.subject import CPU, Subject, trained_tokens
-from lora_cli.data.batches import Batch
+from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.merging import parity
 from lora_cli.merging.changes import merged_parameters
@@ -84,13 +84,13 @@ def _held_out(recipe_file: Path) -> Probes:
     recipe = load_recipe(recipe_file)
     opening = open_run_inputs(recipe, info=console.no_output)
     rows = opening.data.eval or opening.data.train
-    plan = batch_plan(recipe, opening, rows, per_step=1)
+    plan = batch_plan(recipe, opening, rows, batches_per_step=1)
     batches: list[Batch] = []
     for number in range(min(ROWS, len(rows))):
-        batches.append(plan.build([number]))
-        if sum(len(batch.predict) for batch in batches) > POSITIONS:
+        batches.append(plan.make_batch([number]))
+        if sum(len(batch.label_positions) for batch in batches) > POSITIONS:
             break
-    outputs = sum(len(batch.predict) for batch in batches)
+    outputs = sum(len(batch.label_positions) for batch in batches)
     which = "held-out" if opening.data.eval is not None else "training"
     unit = TASKS[recipe.task].unit
     return Probes(batches, f"{len(batches)} {which} rows ({outputs} {unit}s)")

@@ -13,34 +13,34 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from lora_cli.data.encode import Encoded, truncated
-from lora_cli.data.intake import BadRows, Item, opened, where
-from lora_cli.data.labelled import Labelled, RowEncoder
-from lora_cli.data.labels import Table
+from lora_cli.data.class_labels import LabelTable
+from lora_cli.data.dataset import SCHEMA, EncodedFile, RowWithSource, to_record_batch
+from lora_cli.data.encode import EncodedRow, truncate_row
+from lora_cli.data.encode_classes import LabeledRow, RowEncoder
+from lora_cli.data.examples import BadRows, ParsedRow, open_source, row_location
 from lora_cli.data.ledger import Tally
-from lora_cli.data.records import LISTED, BadRow, refuse
-from lora_cli.data.rows import SCHEMA, Placed, Stored, batch_of
-from lora_cli.data.sources import Source, content_hash
+from lora_cli.data.records import MAX_FINDINGS, BadRow, findings_error
+from lora_cli.data.sources import DataSource, content_hash
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CODE = 2  # raise it when the same rows and options would be encoded otherwise than before
-TOGETHER = 512  # rows that are tokenised in one call and written as one Arrow batch
-PATIENCE = 10.0  # seconds between messages while encoding
+CACHE_VERSION = 2  # raise it when the same rows and options would be encoded otherwise than before
+ROWS_PER_BATCH = 512  # rows that are tokenised in one call and written as one Arrow batch
+PROGRESS_EVERY_S = 10.0  # seconds between messages while encoding
 
 
 class EncodedSource(NamedTuple):
     """A source as the model will read it."""
 
-    source: Source
+    source: DataSource
     content: str  # hash of its bytes
     tally: Tally
-    rows: Stored
+    rows: EncodedFile
 
 
-def encoded(
-    source: Source, spec: DataSpec, encoder: RowEncoder, *, cache: Path, info: Callable[[str], None]
+def encode_source(
+    source: DataSource, spec: DataSpec, encoder: RowEncoder, *, cache: Path, info: Callable[[str], None]
 ) -> EncodedSource:
     """The rows of a source, from the cache where they are there.
 
@@ -66,9 +66,9 @@ def encoded(
     return found
 
 
-def _key(source: Source, spec: DataSpec, encoder: RowEncoder, content: str) -> str:
+def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) -> str:
     parts = [
-        CODE,
+        CACHE_VERSION,
         content,
         encoder.identity(),
         [source.spec.format, source.spec.columns, spec.on_bad_row],
@@ -78,10 +78,10 @@ def _key(source: Source, spec: DataSpec, encoder: RowEncoder, content: str) -> s
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _load(folder: Path, source: Source, content: str) -> EncodedSource | None:
+def _load(folder: Path, source: DataSource, content: str) -> EncodedSource | None:
     try:
         tally = Tally.from_json(json.loads((folder / "tally.json").read_text(encoding="utf-8")))
-        rows = Stored(folder / "rows.arrow", source.names)
+        rows = EncodedFile(folder / "rows.arrow", source.names)
     except (FileNotFoundError, ValueError, pa.ArrowInvalid):
         return None  # not there, or damaged by something other than us: encoded again
     return EncodedSource(source, content, tally, rows) if len(rows) == tally.kept else None
@@ -100,41 +100,41 @@ def _locked(path: Path, info: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def _build(source: Source, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
-    intake = opened(source, encoder.task)
+def _build(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
+    intake = open_source(source, encoder.task)
     info(f"{source.name}: encoding, format {intake.format.name} ({intake.format.why})")
     tally = Tally(format=intake.format.name, why=intake.format.why)
     bad = BadRows()
     overlong: list[str] = []
-    table = Table()
+    table = LabelTable()
     started = said = time.monotonic()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        while items := list(islice(intake.items, TOGETHER)):
+        while items := list(islice(intake.items, ROWS_PER_BATCH)):
             tally.read += len(items)
             fits = []
             for item, row in _results(items, encoder, read_only=bool(bad.first) and spec.on_bad_row == "error"):
-                place = where(source, item)
+                place = row_location(source, item)
                 try:
                     if isinstance(row, BadRow):
                         raise row
-                    kept = _fitting(row, spec, tally)
+                    kept = _apply_max_length(row, spec, tally)
                     if kept is not None:
                         fits.append(_placed(item, kept, encoder, table, place))
-                    elif len(overlong) < LISTED:
+                    elif len(overlong) < MAX_FINDINGS:
                         overlong.append(f"{place}: {row.length:,} tokens")
                 except BadRow as found:
                     bad.add(place, found)
                     tally.dropped[found.reason] += 1
             if fits:
-                writer.write_batch(batch_of(fits))
+                writer.write_batch(to_record_batch(fits))
             tally.kept += len(fits)
-            if time.monotonic() > said + PATIENCE:
+            if time.monotonic() > said + PROGRESS_EVERY_S:
                 said = time.monotonic()
                 info(f"{source.name}: {tally.read:,} rows, {tally.read / (said - started):,.0f} rows/s")
     if bad.first and spec.on_bad_row == "error":
         raise bad.refusal(source, encoder.task, read=tally.read)
     if overlong and spec.overlong == "error":
-        raise _overlong(source, spec, overlong, tally)
+        raise _overlong_error(source, spec, overlong, tally)
     for finding in bad.first:
         info(f"skipped {finding}")
     tally.labels = table.found()
@@ -143,17 +143,19 @@ def _build(source: Source, spec: DataSpec, encoder: RowEncoder, path: Path, info
     return tally
 
 
-def _placed(item: Item, row: Encoded | Labelled, encoder: RowEncoder, table: Table, place: str) -> Placed:
-    if isinstance(row, Encoded):
-        return Placed(item.file, item.line, row)
+def _placed(
+    item: ParsedRow, row: EncodedRow | LabeledRow, encoder: RowEncoder, table: LabelTable, place: str
+) -> RowWithSource:
+    if isinstance(row, EncodedRow):
+        return RowWithSource(item.file, item.line, row)
     # A target text's ids are what they are; labels are numbered as they come.
     values = row.values if encoder.task == "seq2seq-lm" else table.number(row, place)
-    return Placed(item.file, item.line, row, values)
+    return RowWithSource(item.file, item.line, row, values)
 
 
 def _results(
-    items: list[Item], encoder: RowEncoder, *, read_only: bool
-) -> Iterator[tuple[Item, Encoded | Labelled | BadRow]]:
+    items: list[ParsedRow], encoder: RowEncoder, *, read_only: bool
+) -> Iterator[tuple[ParsedRow, EncodedRow | LabeledRow | BadRow]]:
     """Every item that has a result; where the run will stop anyway, only bad ones are of interest."""
     good = [item.example for item in items if not isinstance(item.example, BadRow)]
     results = encoder.encode([] if read_only else good)
@@ -167,36 +169,36 @@ def _results(
 TOO_LONG = "longer than data.max_length"
 
 
-def _fitting(row: Encoded | Labelled, spec: DataSpec, tally: Tally) -> Encoded | Labelled | None:
+def _apply_max_length(row: EncodedRow | LabeledRow, spec: DataSpec, tally: Tally) -> EncodedRow | LabeledRow | None:
     """The row as `data.overlong` has it, or None where it is left out; counts what it costs."""
     if row.length <= spec.max_length:
-        if isinstance(row, Encoded):
+        if isinstance(row, EncodedRow):
             tally.splits += row.split
             tally.rewritten += row.rewritten
         return row
-    if isinstance(row, Labelled):
-        kept: Encoded | Labelled | None = row.cut
-        lost = row.supervised - (row.cut.supervised if row.cut else 0)
+    if isinstance(row, LabeledRow):
+        kept: EncodedRow | LabeledRow | None = row.truncated
+        lost = row.supervised - (row.truncated.supervised if row.truncated else 0)
     else:
-        kept = truncated(row, spec.max_length)
+        kept = truncate_row(row, spec.max_length)
         lost = 0
     if spec.overlong != "truncate" or not kept or not kept.supervised:
         tally.dropped[TOO_LONG if spec.overlong != "truncate" else "nothing to learn after the cut"] += 1
         return None
     tally.cut += 1
-    if isinstance(row, Labelled):
+    if isinstance(row, LabeledRow):
         tally.labels_cut += lost
     else:
         tally.splits += row.split
         tally.rewritten += row.rewritten
-        tally.answers_cut += sum(start < spec.max_length < stop for start, stop in row.answers)
-        tally.ends_lost += sum(stop > spec.max_length for _, stop in row.answers)
+        tally.answers_cut += sum(start < spec.max_length < stop for start, stop in row.answer_spans)
+        tally.ends_lost += sum(stop > spec.max_length for _, stop in row.answer_spans)
     return kept
 
 
-def _overlong(source: Source, spec: DataSpec, first: list[str], tally: Tally) -> LoraError:
+def _overlong_error(source: DataSource, spec: DataSpec, first: list[str], tally: Tally) -> LoraError:
     total = tally.dropped[TOO_LONG]
-    return refuse(
+    return findings_error(
         f"{source.name}: {total:,} of {tally.read:,} rows {'is' if total == 1 else 'are'} longer than "
         f"data.max_length ({spec.max_length:,} tokens)",
         first,

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lora_cli.data.readers import kind, nested, shown
+from lora_cli.data.readers import json_type, parse_json_field, quote
 from lora_cli.data.records import BadRow
 
 Message = dict[str, Any]
@@ -29,7 +29,7 @@ class Conversation(NamedTuple):
     tools: list[dict[str, Any]] | None
 
 
-def conversation(messages: Sequence[Any], *, field: str, tools: object = None) -> Conversation:
+def check_conversation(messages: Sequence[Any], *, field: str, tools: object = None) -> Conversation:
     """`messages` checked, with null fields left out, as transformers does before it renders.
 
     Raises:
@@ -63,14 +63,14 @@ def conversation(messages: Sequence[Any], *, field: str, tools: object = None) -
 
 def _message(given: object, place: str) -> Message:
     if not isinstance(given, dict):
-        raise BadRow("message is no object", f"is {kind(given)}, not an object with role and content", field=place)
+        raise BadRow("message is no object", f"is {json_type(given)}, not an object with role and content", field=place)
     message = {key: value for key, value in given.items() if value is not None}
     role = message.get("role")
     if role is None:
         raise BadRow("message without role", "has no role", field=place)
     if role not in ROLES:
         close = difflib.get_close_matches(str(role).lower(), ROLES, n=1)
-        problem = f"{shown(role)} is no role: " + (
+        problem = f"{quote(role)} is no role: " + (
             f"did you mean {close[0]}?" if close else f"known are {', '.join(ROLES)}"
         )
         raise BadRow("unknown role", problem, field=f"{place}.role")
@@ -101,13 +101,13 @@ def _content(content: object, field: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRow("content is no text", f"is {kind(content)}, not a string", field=field)
+        raise BadRow("content is no text", f"is {json_type(content)}, not a string", field=field)
     texts = []
     for index, part in enumerate(content):
-        part_kind = part.get("type") if isinstance(part, dict) else kind(part)
+        part_kind = part.get("type") if isinstance(part, dict) else json_type(part)
         if part_kind != "text" or not isinstance(part.get("text"), str):
             raise BadRow(
-                "content is no text", f"is {shown(part_kind)}: only text is supported", field=f"{field}[{index}]"
+                "content is no text", f"is {quote(part_kind)}: only text is supported", field=f"{field}[{index}]"
             )
         texts.append(part["text"])
     return "".join(texts)
@@ -115,22 +115,24 @@ def _content(content: object, field: str) -> str:
 
 def _tool_calls(calls: object, field: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
-        raise BadRow("wrong tool call", f"is {kind(calls)}, not a list", field=field)
+        raise BadRow("wrong tool call", f"is {json_type(calls)}, not a list", field=field)
     return [_tool_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]
 
 
 def _tool_call(call: object, field: str) -> dict[str, Any]:
     if not isinstance(call, dict):
-        raise BadRow("wrong tool call", f"is {kind(call)}, not an object", field=field)
+        raise BadRow("wrong tool call", f"is {json_type(call)}, not an object", field=field)
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("wrong tool call", "has no function name", field=field)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         # OpenAI's files hold them as JSON text; templates expect the object and would quote the text again.
-        arguments = nested(arguments, field=f"{field}.function.arguments")
+        arguments = parse_json_field(arguments, field=f"{field}.function.arguments")
     if not isinstance(arguments, dict):
-        raise BadRow("wrong tool call", f"is {kind(arguments)}, not an object", field=f"{field}.function.arguments")
+        raise BadRow(
+            "wrong tool call", f"is {json_type(arguments)}, not an object", field=f"{field}.function.arguments"
+        )
     extra = {key: value for key, value in call.items() if key in {"id", "type"} and value is not None}
     return {"type": "function", **extra, "function": {"name": function["name"], "arguments": arguments}}
 
@@ -142,11 +144,11 @@ def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
         BadRow: it is something else.
     """
     if isinstance(tools, str) and tools.strip():
-        tools = nested(tools, field="tools")
+        tools = parse_json_field(tools, field="tools")
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise BadRow("wrong tools", f"is {kind(tools)}, not a list of tool schemas", field="tools")
+        raise BadRow("wrong tools", f"is {json_type(tools)}, not a list of tool schemas", field="tools")
     for index, tool in enumerate(tools):
         schema = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(schema, dict) or not isinstance(schema.get("name"), str):

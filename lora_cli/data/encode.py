@@ -12,11 +12,11 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
+from lora_cli.data.assistant_spans import AssistantFormat, Span, infer_template_format, render_with_spans
+from lora_cli.data.chat_templates import Template, resolve_template
 from lora_cli.data.conversation import Conversation
-from lora_cli.data.formats import Completion, Example, Text, Tokens
+from lora_cli.data.formats import Document, Example, PromptCompletion, TokenIds
 from lora_cli.data.records import BadRow
-from lora_cli.data.spans import Layout, Span, learn, rendered
-from lora_cli.data.templates import Template, resolve
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
@@ -24,19 +24,19 @@ from lora_cli.recipe.tasks import TaskName
 Ints = npt.NDArray[np.int32]
 
 
-class Encoded(NamedTuple):
+class EncodedRow(NamedTuple):
     """One row on its way to disk, and what encoding it took."""
 
     ids: Ints
-    runs: tuple[Span, ...]  # token ranges that carry loss: in order, apart, not empty
-    answers: tuple[Span, ...]  # token ranges of the whole answers, end-of-turn token included
+    supervised_spans: tuple[Span, ...]  # token ranges that carry loss: in order, apart, not empty
+    answer_spans: tuple[Span, ...]  # token ranges of the whole answers, end-of-turn token included
     split: bool = False  # an answer began inside a token, so that its text was tokenised on its own
     rewritten: int = 0  # answers that the chat template wrote otherwise than the row has them
 
     @property
     def supervised(self) -> int:
         """Tokens that carry loss."""
-        return sum(stop - start for start, stop in self.runs)
+        return sum(stop - start for start, stop in self.supervised_spans)
 
     @property
     def length(self) -> int:
@@ -46,13 +46,13 @@ class Encoded(NamedTuple):
     @property
     def key(self) -> int:
         """A 64-bit hash of ids and labels: equal for equal rows, whatever file they are in."""
-        runs = np.array(self.runs, dtype=np.int32)
+        runs = np.array(self.supervised_spans, dtype=np.int32)
         digest = hashlib.blake2b(self.ids.astype("<i4").tobytes(), digest_size=8)
         digest.update(b"runs" + runs.astype("<i4").tobytes())
         return int.from_bytes(digest.digest(), "little")
 
 
-class _Plan(NamedTuple):
+class _PendingRow(NamedTuple):
     """A row on its way: the text to tokenise, and where its answers lie."""
 
     text: str
@@ -62,7 +62,7 @@ class _Plan(NamedTuple):
     rewritten: int = 0
 
 
-class Encoder:
+class CausalLMEncoder:
     """A tokenizer and a recipe's options, ready to encode rows in batches.
 
     A class, because what is learnt once (the template's layout, a tokenizer that reports exact offsets) serves
@@ -72,19 +72,19 @@ class Encoder:
     task: TaskName = "causal-lm"
 
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-        refuse_slow(tokenizer)
+        require_fast_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self._spec = spec
-        self._layouts: dict[bool, Layout] = {}
-        self._backend = _plain_backend(tokenizer)
-        self._before = _added_before(tokenizer)
+        self._layouts: dict[bool, AssistantFormat] = {}
+        self._backend = _backend_without_special_tokens(tokenizer)
+        self._before = _prefix_tokens(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
         self._size = len(tokenizer)
 
     def identity(self) -> str:
         """A hash of all that decides how an example becomes ids: tokenizer, templates, options."""
-        templates = [resolve(self._spec.chat_template, self.tokenizer, tools=tools) for tools in (False, True)]
+        templates = [resolve_template(self._spec.chat_template, self.tokenizer, tools=tools) for tools in (False, True)]
         options = [
             [template.source if template else None for template in templates],
             self.tokenizer.special_tokens_map,
@@ -95,42 +95,42 @@ class Encoder:
         digest.update(json.dumps(options, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
-    def encode(self, examples: Sequence[Example]) -> Iterator[Encoded | BadRow]:
+    def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | BadRow]:
         """One result an example, in order."""
         plans = [self._planned(example) for example in examples]
         # In one call, because the tokenizer spreads a batch over the cores.
-        texts = [plan.text for plan in plans if isinstance(plan, _Plan)]
+        texts = [plan.text for plan in plans if isinstance(plan, _PendingRow)]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         for plan in plans:
-            if isinstance(plan, _Plan):
+            if isinstance(plan, _PendingRow):
                 yield self._finished(plan, next(encodings))
             else:
                 yield plan
 
-    def _planned(self, example: Example) -> _Plan | Encoded | BadRow:
+    def _planned(self, example: Example) -> _PendingRow | EncodedRow | BadRow:
         whole = self._spec.loss_on == "all"
         try:
             match example:
                 case Conversation():
                     layout = self._layout(example)
-                    text, turns, rewritten = rendered(layout, example)
-                    return _Plan(text, turns, alone=False, whole=whole, rewritten=rewritten)
-                case Completion(prompt, completion):
+                    text, turns, rewritten = render_with_spans(layout, example)
+                    return _PendingRow(text, turns, alone=False, whole=whole, rewritten=rewritten)
+                case PromptCompletion(prompt, completion):
                     text = prompt + completion
-                    return _Plan(text, [Span(len(prompt), len(text))], alone=True, whole=whole)
-                case Text(text):
-                    return _Plan(text, [Span(0, len(text))], alone=True, whole=True)
-                case Tokens():
+                    return _PendingRow(text, [Span(len(prompt), len(text))], alone=True, whole=whole)
+                case Document(text):
+                    return _PendingRow(text, [Span(0, len(text))], alone=True, whole=True)
+                case TokenIds():
                     return self._checked(example)
                 case _:
                     raise TypeError(f"rows of {type(example).__name__} belong to another task")
         except BadRow as bad:
             return bad
 
-    def _layout(self, chat: Conversation) -> Layout:
+    def _layout(self, chat: Conversation) -> AssistantFormat:
         tools = chat.tools is not None
         if tools not in self._layouts:
-            template = resolve(self._spec.chat_template, self.tokenizer, tools=tools)
+            template = resolve_template(self._spec.chat_template, self.tokenizer, tools=tools)
             if template is None:
                 raise LoraError(
                     "data: the rows are conversations, and the tokenizer has no chat template",
@@ -145,12 +145,12 @@ class Encoder:
             )
         return layout
 
-    def _learnt(self, template: Template) -> Layout:
+    def _learnt(self, template: Template) -> AssistantFormat:
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in tokens if token.special and token.content.strip()}
-        return learn(template, special=special, bos=self.tokenizer.bos_token)
+        return infer_template_format(template, special=special, bos=self.tokenizer.bos_token)
 
-    def _checked(self, example: Tokens) -> Encoded:
+    def _checked(self, example: TokenIds) -> EncodedRow:
         ids, labels = example
         for index, token in enumerate(ids):
             if not 0 <= token < self._size:
@@ -158,12 +158,12 @@ class Encoder:
                 raise BadRow("id outside the vocabulary", problem, field=f"input_ids[{index}]")
         self._one_bos(ids)
         kept = [label != -100 for label in labels] if labels is not None else [True] * len(ids)
-        return _encoded(ids, _runs(kept), answers=())
+        return _make_row(ids, _runs(kept), answers=())
 
-    def _finished(self, plan: _Plan, encoding: Encoding) -> Encoded | BadRow:
+    def _finished(self, plan: _PendingRow, encoding: Encoding) -> EncodedRow | BadRow:
         ids = encoding.ids
         borders = [border for span in plan.answers for border in span]
-        places = _located(encoding, borders, len(plan.text))
+        places = _tokens_at(encoding, borders, len(plan.text))
         split = places is None
         try:
             if places is None:
@@ -174,7 +174,7 @@ class Encoder:
             self._one_bos(ids)
             chosen = answers[-1:] if self._spec.loss_on == "last-turn" else answers
             runs = [Span(0, len(ids))] if plan.whole else chosen
-            return _encoded(ids, runs, tuple(answers), split=split, rewritten=plan.rewritten)
+            return _make_row(ids, runs, tuple(answers), split=split, rewritten=plan.rewritten)
         except BadRow as bad:
             return bad
 
@@ -209,7 +209,7 @@ class Encoder:
             raise BadRow("two BOS tokens", f"starts with two BOS tokens ({self.tokenizer.bos_token})")
 
 
-def refuse_slow(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Tokens have to be traced to their text.
 
     Raises:
@@ -222,25 +222,25 @@ def refuse_slow(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def truncated(row: Encoded, length: int) -> Encoded:
+def truncate_row(row: EncodedRow, length: int) -> EncodedRow:
     """The first `length` tokens of a row, with the loss they carry."""
-    runs = tuple(Span(start, min(stop, length)) for start, stop in row.runs if start < length)
-    return row._replace(ids=row.ids[:length], runs=runs)
+    runs = tuple(Span(start, min(stop, length)) for start, stop in row.supervised_spans if start < length)
+    return row._replace(ids=row.ids[:length], supervised_spans=runs)
 
 
-def _encoded(
+def _make_row(
     ids: Sequence[int],
     runs: Sequence[Span],
     answers: tuple[Span, ...],
     *,
     split: bool = False,
     rewritten: int = 0,
-) -> Encoded:
+) -> EncodedRow:
     # Nothing precedes the first token, so nothing predicts it: it never carries loss.
     kept = tuple(Span(max(1, start), stop) for start, stop in runs if stop > max(1, start))
     if not kept:
         raise BadRow("nothing to learn", "no token of the row carries loss")
-    return Encoded(np.array(ids, dtype=np.int32), kept, answers, split, rewritten)
+    return EncodedRow(np.array(ids, dtype=np.int32), kept, answers, split, rewritten)
 
 
 def _runs(kept: Sequence[bool]) -> list[Span]:
@@ -248,7 +248,7 @@ def _runs(kept: Sequence[bool]) -> list[Span]:
     return [Span(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
-def _located(encoding: Encoding, borders: list[int], length: int) -> list[int] | None:
+def _tokens_at(encoding: Encoding, borders: list[int], length: int) -> list[int] | None:
     """The tokens that begin at the character borders, or None where a token lies across one."""
     places = []
     offsets = encoding.offsets
@@ -266,7 +266,7 @@ def _located(encoding: Encoding, borders: list[int], length: int) -> list[int] |
     return places
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def _backend_without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """A copy of the tokenizer that neither cuts nor pads, and whose offsets include a token's blanks."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -276,7 +276,7 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def _added_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens (BOS, mostly) that the tokenizer writes before a plain text."""
     bare: list[int] = tokenizer("x", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("x")["input_ids"]

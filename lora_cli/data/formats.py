@@ -3,29 +3,29 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lora_cli.data.conversation import Conversation, Message, conversation
-from lora_cli.data.readers import kind, nested, shown
+from lora_cli.data.conversation import Conversation, Message, check_conversation
+from lora_cli.data.readers import json_type, parse_json_field, quote
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe.tasks import TASK_FORMATS, FormatName, TaskName
 
-DETECTED_ON = 32  # rows that `auto` looks at before it says what they are
+DETECTION_ROWS = 32  # rows that `auto` looks at before it says what they are
 
 
-class Completion(NamedTuple):
+class PromptCompletion(NamedTuple):
     """Literal text without a chat template: the prompt is read, the completion learnt."""
 
     prompt: str
     completion: str
 
 
-class Text(NamedTuple):
+class Document(NamedTuple):
     """A document, learnt as a whole."""
 
     text: str
 
 
-class Tokens(NamedTuple):
+class TokenIds(NamedTuple):
     """Ready token ids."""
 
     input_ids: list[int]
@@ -35,7 +35,7 @@ class Tokens(NamedTuple):
 Label = str | int | float | bool
 
 
-class Classified(NamedTuple):
+class ClassificationExample(NamedTuple):
     """A text, or two, and what it is."""
 
     text: str
@@ -43,15 +43,15 @@ class Classified(NamedTuple):
     label: Label | list[Label]
 
 
-class Tagged(NamedTuple):
+class TaggingExample(NamedTuple):
     """Words, each with what it is."""
 
     words: list[str]
     tags: list[Label]
 
 
-Example = Conversation | Completion | Text | Tokens | Classified | Tagged
-Row = Mapping[str, Any]
+Example = Conversation | PromptCompletion | Document | TokenIds | ClassificationExample | TaggingExample
+RawRow = Mapping[str, Any]
 
 
 class Format(NamedTuple):
@@ -59,13 +59,13 @@ class Format(NamedTuple):
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Row], Example]
+    read: Callable[[RawRow], Example]
     summary: str
 
 
-def messages(row: Row) -> Conversation:
+def parse_messages(row: RawRow) -> Conversation:
     """The chat format of OpenAI and transformers."""
-    return conversation(_list(row, "messages"), field="messages", tools=row.get("tools"))
+    return check_conversation(_list(row, "messages"), field="messages", tools=row.get("tools"))
 
 
 SHAREGPT_ROLES = {
@@ -86,30 +86,30 @@ SHAREGPT_ROLES = {
 }
 
 
-def sharegpt(row: Row) -> Conversation:
+def parse_sharegpt(row: RawRow) -> Conversation:
     """Turns of `from` and `value`; function calls and observations become tool calls and results."""
     turns = [_sharegpt_turn(turn, f"conversations[{i}]") for i, turn in enumerate(_list(row, "conversations"))]
     if system := _optional(row, "system"):
         turns.insert(0, {"role": "system", "content": system})
-    return conversation(turns, field="conversations", tools=row.get("tools"))
+    return check_conversation(turns, field="conversations", tools=row.get("tools"))
 
 
 def _sharegpt_turn(turn: object, place: str) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow("message is no object", f"is {kind(turn)}, not an object with from and value", field=place)
+        raise BadRow("message is no object", f"is {json_type(turn)}, not an object with from and value", field=place)
     speaker, value = turn.get("from"), turn.get("value")
     if speaker not in SHAREGPT_ROLES:
-        problem = "is missing" if speaker is None else f"{shown(speaker)} is no role: known are human, gpt, system, ..."
+        problem = "is missing" if speaker is None else f"{quote(speaker)} is no role: known are human, gpt, system, ..."
         raise BadRow("unknown role", problem, field=f"{place}.from")
     if not isinstance(value, str):
-        raise BadRow("content is no text", f"is {kind(value)}, not a string", field=f"{place}.value")
+        raise BadRow("content is no text", f"is {json_type(value)}, not a string", field=f"{place}.value")
     if speaker not in {"function_call", "tool_call"}:
         return {"role": SHAREGPT_ROLES[speaker], "content": value}
-    calls = nested(value, field=f"{place}.value")
+    calls = parse_json_field(value, field=f"{place}.value")
     return {"role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
-def alpaca(row: Row) -> Conversation:
+def parse_alpaca(row: RawRow) -> Conversation:
     """An instruction with optional input, system text and earlier turns."""
     # One line break between instruction and input, as LLaMA-Factory joins them.
     given = [_text(row, "instruction"), _optional(row, "input")]
@@ -125,31 +125,31 @@ def alpaca(row: Row) -> Conversation:
         raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field="output")
     turns.append({"role": "user", "content": "\n".join(part for part in given if part)})
     turns.append({"role": "assistant", "content": output})
-    return conversation(turns, field="history")
+    return check_conversation(turns, field="history")
 
 
-def prompt_completion(row: Row) -> Completion | Conversation:
+def parse_prompt_completion(row: RawRow) -> PromptCompletion | Conversation:
     """Two literal texts, or two lists of messages that make one conversation."""
     prompt, completion = _present(row, "prompt"), _present(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         if any(isinstance(turn, dict) and turn.get("role") != "assistant" for turn in completion[:1]):
             raise BadRow("wrong role order", "starts with another role than assistant", field="completion")
-        return conversation([*prompt, *completion], field="prompt + completion", tools=row.get("tools"))
-    literal = Completion(_text(row, "prompt"), _text(row, "completion"))
+        return check_conversation([*prompt, *completion], field="prompt + completion", tools=row.get("tools"))
+    literal = PromptCompletion(_text(row, "prompt"), _text(row, "completion"))
     if not literal.completion.strip():
         raise BadRow("nothing to learn", "is empty: there is nothing to learn from", field="completion")
     return literal
 
 
-def text(row: Row) -> Text:
+def parse_text(row: RawRow) -> Document:
     """A document."""
     found = _text(row, "text")
     if not found.strip():
         raise BadRow("nothing to learn", "is empty", field="text")
-    return Text(found)
+    return Document(found)
 
 
-def tokens(row: Row) -> Tokens:
+def parse_tokens(row: RawRow) -> TokenIds:
     """Ready ids; labels, where there are any, decide alone what carries loss."""
     ids = _whole_numbers(row, "input_ids")
     labels = _whole_numbers(row, "labels") if row.get("labels") is not None else None
@@ -167,10 +167,10 @@ def tokens(row: Row) -> Tokens:
             raise BadRow("masked tokens", "is not all ones: leave padding out", field="attention_mask")
     if len(ids) < 2:
         raise BadRow("nothing to learn", "is shorter than 2 ids: nothing follows the first", field="input_ids")
-    return Tokens(ids, labels)
+    return TokenIds(ids, labels)
 
 
-def classification(row: Row) -> Classified:
+def parse_classification(row: RawRow) -> ClassificationExample:
     """A text with a label: a name or number, a list of them, or a number to come near to."""
     first, label = _text(row, "text"), _present(row, "label")
     if not first.strip():
@@ -180,15 +180,15 @@ def classification(row: Row) -> Classified:
             _label(each, f"label[{index}]")
     else:
         _label(label, "label")
-    return Classified(first, _text(row, "text_pair") if row.get("text_pair") is not None else None, label)
+    return ClassificationExample(first, _text(row, "text_pair") if row.get("text_pair") is not None else None, label)
 
 
-def tagging(row: Row) -> Tagged:
+def parse_tagging(row: RawRow) -> TaggingExample:
     """Words and one tag for each."""
     words, tags = _list(row, "tokens"), _list(row, "tags")
     for index, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():
-            problem = "is empty" if isinstance(word, str) else f"is {kind(word)}, not a string"
+            problem = "is empty" if isinstance(word, str) else f"is {json_type(word)}, not a string"
             raise BadRow("not a word", problem, field=f"tokens[{index}]")
     if len(words) != len(tags):
         raise BadRow("tags do not fit", f"has {len(tags)} entries where tokens has {len(words)}", field="tags")
@@ -196,12 +196,12 @@ def tagging(row: Row) -> Tagged:
         raise BadRow("nothing to learn", "is empty", field="tokens")
     for index, tag in enumerate(tags):
         _label(tag, f"tags[{index}]")
-    return Tagged(words, tags)
+    return TaggingExample(words, tags)
 
 
 def _label(value: object, field: str) -> None:
     if not isinstance(value, str | int | float):  # a bool is an int
-        raise BadRow("not a label", f"is {kind(value)}, not a name or number", field=field)
+        raise BadRow("not a label", f"is {json_type(value)}, not a name or number", field=field)
     if isinstance(value, int) and not isinstance(value, bool) and value < 0:
         raise BadRow("no label", f"is {value}, which stands for a row without label", field=field)
     if value == "":
@@ -213,31 +213,31 @@ FORMATS: dict[FormatName, Format] = {
     "alpaca": Format(
         ("instruction", "output"),
         ("input", "system", "history"),
-        alpaca,
+        parse_alpaca,
         "instruction, optional input, output; becomes a conversation",
     ),
     "prompt-completion": Format(
         ("prompt", "completion"),
         ("tools",),
-        prompt_completion,
+        parse_prompt_completion,
         "strings: literal text and EOS, no chat template; lists of messages: a conversation",
     ),
-    "messages": Format(("messages",), ("tools",), messages, "messages with role and content, optional tools"),
-    "sharegpt": Format(("conversations",), ("system", "tools"), sharegpt, "conversations of from and value"),
-    "tokens": Format(("input_ids",), ("labels", "attention_mask"), tokens, "input_ids, optional labels"),
-    "text": Format(("text",), (), text, "a document: every token is learnt, EOS at its end"),
+    "messages": Format(("messages",), ("tools",), parse_messages, "messages with role and content, optional tools"),
+    "sharegpt": Format(("conversations",), ("system", "tools"), parse_sharegpt, "conversations of from and value"),
+    "tokens": Format(("input_ids",), ("labels", "attention_mask"), parse_tokens, "input_ids, optional labels"),
+    "text": Format(("text",), (), parse_text, "a document: every token is learnt, EOS at its end"),
     "classification": Format(
         ("text", "label"),
         ("text_pair",),
-        classification,
+        parse_classification,
         "text, optional text_pair, and a label, number or list of labels",
     ),
-    "tagging": Format(("tokens", "tags"), (), tagging, "a list of words, and a list with the tag of each"),
+    "tagging": Format(("tokens", "tags"), (), parse_tagging, "a list of words, and a list with the tag of each"),
 }
 
 
 # How `data.columns` is meant, for messages.
-MAPPED: dict[TaskName, str] = {
+COLUMN_EXAMPLES: dict[TaskName, str] = {
     "causal-lm": "{prompt: question, completion: answer}",
     "seq-cls": "{text: sentence, label: class}",
     "token-cls": "{tokens: words, tags: ner_tags}",
@@ -245,7 +245,7 @@ MAPPED: dict[TaskName, str] = {
 }
 
 
-def rename(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """`row` with the format's names for its columns, as `data.columns` says."""
     if not columns:
         return row
@@ -254,7 +254,7 @@ def rename(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     return {**kept, **{name: row[column] for name, column in columns.items() if column in row}}
 
 
-def read(row: Row, name: FormatName) -> Example:
+def parse_row(row: RawRow, name: FormatName) -> Example:
     """`row` read as the named format.
 
     Raises:
@@ -263,11 +263,11 @@ def read(row: Row, name: FormatName) -> Example:
     wanted = FORMATS[name]
     for column in wanted.required:
         if column not in row:
-            raise BadRow("missing field", f"is missing; the row has {listed(row)}", field=column)
+            raise BadRow("missing field", f"is missing; the row has {column_names(row)}", field=column)
     return wanted.read(row)
 
 
-class Detected(NamedTuple):
+class DetectedFormat(NamedTuple):
     """What `auto` made of a source."""
 
     name: FormatName
@@ -275,7 +275,7 @@ class Detected(NamedTuple):
     columns: dict[str, str]  # renames that the format needs here, as in data.columns
 
 
-def detect(places: Sequence[str], rows: Sequence[Row], task: TaskName = "causal-lm") -> Detected:
+def detect_format(places: Sequence[str], rows: Sequence[RawRow], task: TaskName = "causal-lm") -> DetectedFormat:
     """The one format of the task that all the given first rows have; `places` names them in messages.
 
     Raises:
@@ -286,8 +286,8 @@ def detect(places: Sequence[str], rows: Sequence[Row], task: TaskName = "causal-
     known = [(place, row, name) for place, row, name in looks if name is not None]
     if not known:
         raise LoraError(
-            f"{places[0]}: no known format has these columns: {listed(rows[0])}",
-            hint=f"map them, as in data.columns: {MAPPED[task]}",
+            f"{places[0]}: no known format has these columns: {column_names(rows[0])}",
+            hint=f"map them, as in data.columns: {COLUMN_EXAMPLES[task]}",
         )
     at, row, first = known[0]
     for place, _, name in known:
@@ -297,12 +297,12 @@ def detect(places: Sequence[str], rows: Sequence[Row], task: TaskName = "causal-
                 hint="set data.format, or list the rows of each format as a source of its own",
             )
     if first == "messages" and "messages" not in row:
-        return Detected("messages", "role and content in column conversations", {"messages": "conversations"})
+        return DetectedFormat("messages", "role and content in column conversations", {"messages": "conversations"})
     seen = [column for column in (*FORMATS[first].required, *FORMATS[first].optional) if column in row]
-    return Detected(first, f"its rows have {' + '.join(seen)}", {})
+    return DetectedFormat(first, f"its rows have {' + '.join(seen)}", {})
 
 
-def _detect_one(place: str, row: Row, task: TaskName) -> FormatName | None:
+def _detect_one(place: str, row: RawRow, task: TaskName) -> FormatName | None:
     if task == "causal-lm" and "chosen" in row and "rejected" in row:
         raise LoraError(
             f"{place}: a preference row (chosen and rejected answers), which `task: causal-lm` cannot learn from",
@@ -315,43 +315,43 @@ def _detect_one(place: str, row: Row, task: TaskName) -> FormatName | None:
     return next((name for name in fitting if all(c in row for c in FORMATS[name].required)), None)
 
 
-def listed(row: Row) -> str:
+def column_names(row: RawRow) -> str:
     """The columns of a row, for a message."""
-    names = [shown(name) if not name.isidentifier() else name for name in row]
+    names = [quote(name) if not name.isidentifier() else name for name in row]
     return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "no fields"
 
 
-def _present(row: Row, field: str) -> Any:
+def _present(row: RawRow, field: str) -> Any:
     value = row[field]
     if value is None:
         raise BadRow("null field", "is null", field=field)
     return value
 
 
-def _text(row: Row, field: str) -> str:
+def _text(row: RawRow, field: str) -> str:
     value = _present(row, field)
     if not isinstance(value, str):
-        raise BadRow("not a string", f"is {kind(value)}, not a string", field=field)
+        raise BadRow("not a string", f"is {json_type(value)}, not a string", field=field)
     return value
 
 
-def _optional(row: Row, field: str) -> str:
+def _optional(row: RawRow, field: str) -> str:
     return "" if row.get(field) is None else _text(row, field)
 
 
-def _list(row: Row, field: str) -> list[Any]:
+def _list(row: RawRow, field: str) -> list[Any]:
     value = _present(row, field)
     if isinstance(value, str):
         # Tables (.csv, many .parquet files) hold lists as JSON text.
-        value = nested(value, field=field)
+        value = parse_json_field(value, field=field)
     if not isinstance(value, list):
-        raise BadRow("not a list", f"is {kind(value)}, not a list", field=field)
+        raise BadRow("not a list", f"is {json_type(value)}, not a list", field=field)
     return value
 
 
-def _whole_numbers(row: Row, field: str) -> list[int]:
+def _whole_numbers(row: RawRow, field: str) -> list[int]:
     values = _list(row, field)
     for index, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise BadRow("not a token id", f"is {kind(value)}, not a whole number", field=f"{field}[{index}]")
+            raise BadRow("not a token id", f"is {json_type(value)}, not a whole number", field=f"{field}[{index}]")
     return values

@@ -9,30 +9,35 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data import labels as labelling
-from lora_cli.data.cache import EncodedSource, encoded
-from lora_cli.data.labelled import encoder_for
-from lora_cli.data.labels import Found, Labels
+from lora_cli.data import class_labels as labelling
+from lora_cli.data.cache import EncodedSource, encode_source
+from lora_cli.data.class_labels import ClassLabels, SourceLabels
+from lora_cli.data.dataset import EncodedDataset
+from lora_cli.data.encode_classes import make_encoder
 from lora_cli.data.ledger import Entry, Ledger, Totals, check_loss
-from lora_cli.data.rows import Rows
 from lora_cli.data.sources import eval_sources, train_sources
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
 
-UNITS = {"causal-lm": "supervised", "seq-cls": "labels", "token-cls": "labels", "seq2seq-lm": "target tokens"}
+SUPERVISED_UNITS = {
+    "causal-lm": "supervised",
+    "seq-cls": "labels",
+    "token-cls": "labels",
+    "seq2seq-lm": "target tokens",
+}
 
 Index = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 
-class Prepared(NamedTuple):
+class PreparedData(NamedTuple):
     """The data of a run."""
 
-    train: Rows
-    eval: Rows | None
+    train: EncodedDataset
+    eval: EncodedDataset | None
     ledger: Ledger
-    labels: Labels | None = None  # of a task that classifies
+    labels: ClassLabels | None = None  # of a task that classifies
 
     @property
     def fingerprint(self) -> str:
@@ -42,7 +47,7 @@ class Prepared(NamedTuple):
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def prepare(
+def prepare_data(
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -52,7 +57,7 @@ def prepare(
     task: TaskName = "causal-lm",
     own_labels: Sequence[str] = (),
     train_key: str = "data.train",
-) -> Prepared:
+) -> PreparedData:
     """Reads, checks, encodes and splits the rows that a recipe names.
 
     Args:
@@ -68,9 +73,9 @@ def prepare(
     Raises:
         LoraError: no row, bad rows, a template that cannot be trained with, more loss than allowed, ...
     """
-    encoder = encoder_for(task, spec, tokenizer)
-    train = [encoded(source, spec, encoder, cache=cache, info=info) for source in train_sources(spec)]
-    own = [encoded(source, spec, encoder, cache=cache, info=info) for source in eval_sources(spec)]
+    encoder = make_encoder(task, spec, tokenizer)
+    train = [encode_source(source, spec, encoder, cache=cache, info=info) for source in train_sources(spec)]
+    own = [encode_source(source, spec, encoder, cache=cache, info=info) for source in eval_sources(spec)]
     held = _held_out(train, spec.eval if isinstance(spec.eval, float) else 0.0, seed)
     parts, entries = [], []
     for number, (item, out) in enumerate(zip(train, held, strict=True)):
@@ -86,9 +91,9 @@ def prepare(
     labels, read = None, []
     if task in ("seq-cls", "token-cls"):
         there = [_found(item) for item in [*train, *own]]
-        labels = labelling.settle(spec.labels, there[: len(train)], there[len(train) :], base=own_labels)
-        read = [labelling.reader(labels, found) for found in there]
-    rows, tested = Rows(parts, read[: len(train)]), Rows(evaluation, read)
+        labels = labelling.resolve_labels(spec.labels, there[: len(train)], there[len(train) :], base=own_labels)
+        read = [labelling.label_mapper(labels, found) for found in there]
+    rows, tested = EncodedDataset(parts, read[: len(train)]), EncodedDataset(evaluation, read)
     for split, name in ((rows, train_key), (tested, "data.eval")):
         if not len(split) and (split is rows or own):
             raise LoraError(f"{name}: no row is left", hint="see data.on_bad_row, data.overlong and the weights")
@@ -100,18 +105,18 @@ def prepare(
         Totals.of(rows.lengths, rows.supervised),
         Totals.of(tested.lengths, tested.supervised) if len(tested) else None,
         leaked,
-        UNITS[task],
+        SUPERVISED_UNITS[task],
         labels.describe() if labels else None,
     )
     ledger.check()
-    return Prepared(rows, tested if len(tested) else None, ledger, labels)
+    return PreparedData(rows, tested if len(tested) else None, ledger, labels)
 
 
-def _found(item: EncodedSource) -> Found:
+def _found(item: EncodedSource) -> SourceLabels:
     stored = item.tally.labels
     if stored is None:
         raise LoraError(f"{item.source.name}: no row is left", hint="see data.on_bad_row and data.overlong")
-    return Found(**stored)
+    return SourceLabels(**stored)
 
 
 def _limit(spec: DataSpec) -> float:

@@ -20,7 +20,7 @@ BLANKS = re.compile(r"[ \t\r\n]*")
 Line = tuple[int, dict[str, Any] | BadRow]
 
 
-class Parsed(NamedTuple):
+class ParsedJson(NamedTuple):
     """A JSON value, and what its syntax allows but a data row must not hold."""
 
     value: Any
@@ -28,7 +28,7 @@ class Parsed(NamedTuple):
     flaw: BadRow | None
 
 
-def decode(text: str, start: int = 0) -> Parsed:
+def parse_json(text: str, start: int = 0) -> ParsedJson:
     """The JSON value at `start`; unlike `json.loads`, repeated keys, NaN and infinity are noticed.
 
     Raises:
@@ -41,7 +41,7 @@ def decode(text: str, start: int = 0) -> Parsed:
         if len(found) < len(items):
             keys = [key for key, _ in items]
             twice = next(key for key in keys if keys.count(key) > 1)
-            flaws.append(BadRow("repeated key", f"the key {shown(twice)} is there twice", field=twice))
+            flaws.append(BadRow("repeated key", f"the key {quote(twice)} is there twice", field=twice))
         return found
 
     def constant(name: str) -> None:
@@ -56,14 +56,14 @@ def decode(text: str, start: int = 0) -> Parsed:
     except ValueError:  # Python refuses to convert numbers of thousands of digits
         raise json.JSONDecodeError("a number of too many digits", text, start) from None
     if not flaws and text.find("\\u", start, end) >= 0:
-        flaws.extend(filter(None, [unwritable(value)]))
-    return Parsed(value, end, flaws[0] if flaws else None)
+        flaws.extend(filter(None, [find_invalid_characters(value)]))
+    return ParsedJson(value, end, flaws[0] if flaws else None)
 
 
-def nested(text: str, *, field: str) -> Any:
+def parse_json_field(text: str, *, field: str) -> Any:
     """The JSON value that a cell or string field holds; raises `BadRow` where it holds none."""
     try:
-        parsed = decode(text.strip())
+        parsed = parse_json(text.strip())
     except json.JSONDecodeError:
         raise BadRow("malformed JSON", "is a string that is no JSON", field=field) from None
     if parsed.end < len(text.strip()):
@@ -73,22 +73,24 @@ def nested(text: str, *, field: str) -> Any:
     return parsed.value
 
 
-def shown(value: object, limit: int = 40) -> str:
+def quote(value: object, limit: int = 40) -> str:
     """`value` as a short quoted text that is safe to print."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= limit else text[: limit - 4] + "..." + text[0]
 
 
-def unwritable(value: object, field: str = "") -> BadRow | None:
+def find_invalid_characters(value: object, field: str = "") -> BadRow | None:
     """Characters that are legal in a JSON escape, but no text: lone surrogates and NUL."""
     if isinstance(value, dict):
         found = (
-            unwritable(key, field) or unwritable(item, f"{field}.{key}" if field else key)
+            find_invalid_characters(key, field) or find_invalid_characters(item, f"{field}.{key}" if field else key)
             for key, item in value.items()
         )
         return next(filter(None, found), None)
     if isinstance(value, list):
-        return next(filter(None, (unwritable(item, f"{field}[{i}]") for i, item in enumerate(value))), None)
+        return next(
+            filter(None, (find_invalid_characters(item, f"{field}[{i}]") for i, item in enumerate(value))), None
+        )
     if not isinstance(value, str):
         return None
     if "\0" in value:
@@ -99,7 +101,7 @@ def unwritable(value: object, field: str = "") -> BadRow | None:
     return None
 
 
-def as_text(raw: bytes) -> str:
+def decode_utf8(raw: bytes) -> str:
     """`raw` as text; raises `BadRow` where it is none."""
     if b"\0" in raw:
         raise BadRow("NUL byte", f"holds a NUL byte at byte {raw.index(0) + 1} of the line")
@@ -110,7 +112,7 @@ def as_text(raw: bytes) -> str:
         raise BadRow("not UTF-8", problem) from None
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file with their numbers, without BOM and line ends; blank ones are left out."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -124,14 +126,14 @@ def lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def an_object(value: Any) -> dict[str, Any]:
+def require_object(value: Any) -> dict[str, Any]:
     """`value` where it is a row; raises `BadRow` else."""
     if not isinstance(value, dict):
-        raise BadRow("not an object", f"holds {kind(value)} where an object of fields is due")
+        raise BadRow("not an object", f"holds {json_type(value)} where an object of fields is due")
     return value
 
 
-def kind(value: object) -> str:
+def json_type(value: object) -> str:
     """The name of a JSON value's type, with its article."""
     names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
     number = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
@@ -140,13 +142,13 @@ def kind(value: object) -> str:
 
 def read_jsonl(path: Path) -> Iterator[Line]:
     """One JSON object a line."""
-    for number, raw in lines(path):
+    for number, raw in read_lines(path):
         try:
-            text = as_text(raw).strip()
-            parsed = decode(text)
+            text = decode_utf8(raw).strip()
+            parsed = parse_json(text)
             if parsed.end < len(text):
                 raise BadRow("malformed JSON", f"malformed JSON: more text after column {parsed.end}")
-            yield number, parsed.flaw or an_object(parsed.value)
+            yield number, parsed.flaw or require_object(parsed.value)
         except BadRow as bad:
             yield number, bad
         except json.JSONDecodeError as error:
@@ -167,7 +169,7 @@ def read_json(path: Path) -> Iterator[Line]:
             hint="rows behind this place cannot be told apart: mend the file (in .jsonl one bad line is one bad row)",
         )
 
-    window = _Window(path, broken)
+    window = _JsonStream(path, broken)
     if window.skip_blanks() != "[":
         if window.peek() == "":
             return
@@ -185,7 +187,7 @@ def read_json(path: Path) -> Iterator[Line]:
             line = window.line
             parsed = window.decode()
             try:
-                yield line, parsed.flaw or an_object(parsed.value)
+                yield line, parsed.flaw or require_object(parsed.value)
             except BadRow as bad:
                 yield line, bad
             mark = window.skip_blanks()
@@ -199,10 +201,10 @@ def read_json(path: Path) -> Iterator[Line]:
 
 
 def _mark(character: str) -> str:
-    return shown(character) if character else "the end of the file"
+    return quote(character) if character else "the end of the file"
 
 
-class _Window:
+class _JsonStream:
     """The part of a JSON file that is being looked at: it moves forward and counts lines."""
 
     def __init__(self, path: Path, broken: Callable[[int, str], LoraError]) -> None:
@@ -252,11 +254,11 @@ class _Window:
             if self.peek() or not self._grow():
                 return self.peek()
 
-    def decode(self) -> Parsed:
+    def decode(self) -> ParsedJson:
         """The value at the window's start, which moves behind it."""
         while True:
             try:
-                parsed = decode(self._text, self._at)
+                parsed = parse_json(self._text, self._at)
             except json.JSONDecodeError as error:
                 # Cut-off text fails at its very end or inside a string; anything else is really malformed.
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 12
@@ -298,7 +300,7 @@ def read_csv(path: Path) -> Iterator[Line]:
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
-    problems = [f"the column {shown(name)} is there twice" for name in names if names.count(name) > 1]
+    problems = [f"the column {quote(name)} is there twice" for name in names if names.count(name) > 1]
     problems += [f"column {i} has no name" for i, name in enumerate(names, 1) if not name.strip()]
     problems += ["the names are not UTF-8" for name in names if re.search("[\ud800-\udfff]", name)]
     if problems:
@@ -338,9 +340,9 @@ def read_parquet(path: Path) -> Iterator[Line]:
 
 def read_txt(path: Path) -> Iterator[Line]:
     """One row a line that is not blank, as `datasets` reads text; its field is `text`."""
-    for number, raw in lines(path):
+    for number, raw in read_lines(path):
         try:
-            yield number, {"text": as_text(raw)}
+            yield number, {"text": decode_utf8(raw)}
         except BadRow as bad:
             yield number, bad
 

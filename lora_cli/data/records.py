@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 
-LISTED = 5  # findings shown one by one; the rest are counted
+MAX_FINDINGS = 5  # findings shown one by one; the rest are counted
 
 
 class BadRow(Exception):
@@ -43,9 +43,9 @@ class Finding(NamedTuple):
         return f"{self.where}: {field}{self.bad.problem}"
 
 
-def refuse(message: str, findings: Sequence[object], total: int, *, hint: str) -> LoraError:
+def findings_error(message: str, findings: Sequence[object], total: int, *, hint: str) -> LoraError:
     """The error that lists the first findings and counts the rest."""
-    details = [str(finding) for finding in findings[:LISTED]]
+    details = [str(finding) for finding in findings[:MAX_FINDINGS]]
     if total > len(details):
         details.append(f"... and {total - len(details):,} more")
     return LoraError(message, hint=hint, details=details)

@@ -17,7 +17,7 @@ from lora_cli.recipe.schema import DataSpec, SourceSpec
 SUFFIXES = " ".join(READERS)
 
 
-class Source(NamedTuple):
+class DataSource(NamedTuple):
     """One source of a recipe, found but not read yet."""
 
     spec: SourceSpec  # with the data section's format and columns filled in
@@ -32,16 +32,16 @@ class Source(NamedTuple):
         return _named(self.spec)
 
 
-def train_sources(spec: DataSpec) -> list[Source]:
+def train_sources(spec: DataSpec) -> list[DataSource]:
     """The sources of `data.train`."""
-    return [find(source, splits=("train",)) for source in _specs(spec, spec.train)]
+    return [find_source(source, splits=("train",)) for source in _specs(spec, spec.train)]
 
 
-def eval_sources(spec: DataSpec) -> list[Source]:
+def eval_sources(spec: DataSpec) -> list[DataSource]:
     """The sources of `data.eval`; none where it is a fraction or null."""
     if spec.eval is None or isinstance(spec.eval, float):
         return []
-    return [find(source, splits=("validation", "test", "train")) for source in _specs(spec, spec.eval)]
+    return [find_source(source, splits=("validation", "test", "train")) for source in _specs(spec, spec.eval)]
 
 
 def _specs(spec: DataSpec, given: str | list[SourceSpec]) -> list[SourceSpec]:
@@ -54,7 +54,7 @@ def _specs(spec: DataSpec, given: str | list[SourceSpec]) -> list[SourceSpec]:
     ]
 
 
-def records(source: Source) -> Iterator[Record]:
+def read_records(source: DataSource) -> Iterator[Record]:
     """Every row of a source in its deterministic order: files sorted by name, rows as they lie."""
     for index, read in enumerate(source.readers):
         line = 0
@@ -64,7 +64,7 @@ def records(source: Source) -> Iterator[Record]:
             raise LoraError(f"{source.names[index]}: holds no rows", hint="leave the file out, or fill it")
 
 
-def content_hash(source: Source) -> str:
+def content_hash(source: DataSource) -> str:
     """A hash of the source's bytes; names and places do not count, so a moved file is the same content."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{source.spec.subset} {source.spec.split} {source.fingerprint}\n".encode())
@@ -76,7 +76,7 @@ def content_hash(source: Source) -> str:
     return digest.hexdigest()
 
 
-def find(spec: SourceSpec, *, splits: tuple[str, ...]) -> Source:
+def find_source(spec: SourceSpec, *, splits: tuple[str, ...]) -> DataSource:
     """Looks `spec.path` up; `splits` are tried in order where a dataset has several and the recipe names none."""
     path = Path(spec.path).expanduser()
     if path.is_file():
@@ -90,7 +90,7 @@ def find(spec: SourceSpec, *, splits: tuple[str, ...]) -> Source:
     return _hub(spec, splits)
 
 
-def _files(spec: SourceSpec, paths: list[Path]) -> Source:
+def _files(spec: SourceSpec, paths: list[Path]) -> DataSource:
     for key, given in (("split", spec.split), ("subset", spec.subset)):
         if given is not None:
             raise LoraError(
@@ -104,7 +104,7 @@ def _files(spec: SourceSpec, paths: list[Path]) -> Source:
     if closed := [path for path in paths if not os.access(path, os.R_OK)]:
         raise LoraError(f"data: may not read {closed[0]}", hint="change its permissions")
     readers = tuple(partial(READERS[path.suffix.lower()], path) for path in paths)
-    return Source(spec, tuple(map(str, paths)), tuple(paths), readers)
+    return DataSource(spec, tuple(map(str, paths)), tuple(paths), readers)
 
 
 def _folder(folder: Path) -> list[Path]:
@@ -142,7 +142,7 @@ def _missing(path: Path) -> LoraError:
     return LoraError(f"data: {path} does not exist", hint=hint)
 
 
-def _saved(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> Source:
+def _saved(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> DataSource:
     import datasets  # two seconds of import, for this kind of source only
 
     try:
@@ -155,7 +155,7 @@ def _saved(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> Source:
     return _dataset(spec, loaded, splits)
 
 
-def _hub(spec: SourceSpec, splits: tuple[str, ...]) -> Source:
+def _hub(spec: SourceSpec, splits: tuple[str, ...]) -> DataSource:
     import datasets
 
     try:
@@ -174,7 +174,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _dataset(spec: SourceSpec, loaded: Any, splits: tuple[str, ...]) -> Source:
+def _dataset(spec: SourceSpec, loaded: Any, splits: tuple[str, ...]) -> DataSource:
     if isinstance(loaded, dict):
         split = spec.split or next((name for name in splits if name in loaded), None)
         if split not in loaded:
@@ -188,9 +188,9 @@ def _dataset(spec: SourceSpec, loaded: Any, splits: tuple[str, ...]) -> Source:
     return _one(spec, loaded)
 
 
-def _one(spec: SourceSpec, dataset: Any) -> Source:
+def _one(spec: SourceSpec, dataset: Any) -> DataSource:
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
-    return Source(spec, (_named(spec),), files, (partial(_dataset_rows, dataset),), dataset._fingerprint)
+    return DataSource(spec, (_named(spec),), files, (partial(_dataset_rows, dataset),), dataset._fingerprint)
 
 
 def _named(spec: SourceSpec) -> str:

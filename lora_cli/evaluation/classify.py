@@ -6,15 +6,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lora_cli.data.batches import Plan, rows_of_units
-from lora_cli.data.labels import Kind, Labels
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.class_labels import ClassLabels, LabelKind
+from lora_cli.data.collate import rows_of_labels
 from lora_cli.model.score import Scorer
 
 
 class Outcome(NamedTuple):
     """Every labelled unit of the rows, in the order of the plan."""
 
-    kind: Kind
+    kind: LabelKind
     names: tuple[str, ...]  # of the labels, or of the values of a regression
     wanted: npt.NDArray[np.float64]  # [units] class numbers; [units, labels] of 0 and 1; [units, values]
     predicted: npt.NDArray[np.float64]  # likewise
@@ -22,23 +23,23 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def predict(scorer: Scorer, plan: Plan, labels: Labels) -> Outcome:
+def predict(scorer: Scorer, plan: BatchPlan, labels: ClassLabels) -> Outcome:
     """Run every row of `plan` once, in eval mode."""
     training = scorer.base.training
     scorer.base.eval()
     wanted, predicted, row, done = [], [], [], 0
-    for batch in plan.whole():
+    for batch in plan.all_batches():
         logits = scorer.logits(batch).float().cpu()
         wanted.append(batch.targets.double().numpy())
         predicted.append(_decided(logits, labels).double().numpy())
-        lines = np.arange(len(batch.rows)) if scorer.task == "seq-cls" else rows_of_units(batch)
+        lines = np.arange(len(batch.rows)) if scorer.task == "seq-cls" else rows_of_labels(batch)
         row.append(done + lines)
         done += len(batch.rows)
     scorer.base.train(training)
     return Outcome(labels.kind, labels.names, *(np.concatenate(parts) for parts in (wanted, predicted, row)))
 
 
-def _decided(logits: torch.Tensor, labels: Labels) -> torch.Tensor:
+def _decided(logits: torch.Tensor, labels: ClassLabels) -> torch.Tensor:
     if labels.kind == "regression":
         return logits
     return logits > 0 if labels.kind == "multi" else logits.argmax(dim=1)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.rows import IGNORED, Row
+from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 
@@ -26,7 +26,7 @@ def prompt_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
     """What the model is given: the ids before the row's first supervised token, or all that an encoder reads."""
     if task == "seq2seq-lm":
         return list(map(int, row.input_ids))
-    supervised = (row.labels != IGNORED).nonzero()[0]
+    supervised = (row.labels != IGNORE_INDEX).nonzero()[0]
     return list(map(int, row.input_ids[: supervised[0]]))
 
 
@@ -34,7 +34,7 @@ def reference_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
     """What it should answer: the ids of the row's first run of supervised tokens, or its target."""
     if task == "seq2seq-lm":
         return list(map(int, row.labels))
-    supervised = (row.labels != IGNORED).nonzero()[0]
+    supervised = (row.labels != IGNORE_INDEX).nonzero()[0]
     run = 1
     while run < len(supervised) and supervised[run] == supervised[0] + run:
         run += 1

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from lora_cli.data.batches import Plan, rows_of_units
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.collate import rows_of_labels
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.tasks import TaskName
 
@@ -43,15 +44,15 @@ class ByRow(NamedTuple):
 
 
 @torch.no_grad()
-def measure_rows(scorer: Scorer, plan: Plan) -> ByRow:
+def measure_rows(scorer: Scorer, plan: BatchPlan) -> ByRow:
     """Score every row of `plan` once, in eval mode, each by itself."""
     training = scorer.base.training
     scorer.base.eval()
     count = len(plan.rows)
     loss, hits, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
-    for batch in plan.whole():
+    for batch in plan.all_batches():
         losses, right = scorer.each(batch)
-        rows = np.array(batch.rows)[rows_of_units(batch) if scorer.task != "seq-cls" else np.arange(len(batch.rows))]
+        rows = np.array(batch.rows)[rows_of_labels(batch) if scorer.task != "seq-cls" else np.arange(len(batch.rows))]
         np.add.at(loss, rows, losses.double().cpu().numpy())
         np.add.at(hits, rows, right.double().cpu().numpy())
         np.add.at(units, rows, 1)
@@ -60,14 +61,14 @@ def measure_rows(scorer: Scorer, plan: Plan) -> ByRow:
 
 
 @torch.no_grad()
-def measure(scorer: Scorer, plan: Plan, *, accelerator: Accelerator | None = None) -> Likelihood:
+def measure(scorer: Scorer, plan: BatchPlan, *, accelerator: Accelerator | None = None) -> Likelihood:
     """Score every row of `plan` once, in eval mode, shared among the processes of `accelerator`."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     training = scorer.base.training
     scorer.base.eval()
     # fp64: a sum over millions of tokens must not depend on how they were batched.
     totals = torch.zeros(3, dtype=torch.float64, device=scorer.device)
-    for batch in plan.whole(rank=rank, world=world):
+    for batch in plan.all_batches(rank=rank, world=world):
         scored = scorer(batch)
         totals += torch.stack([scored.loss.double(), scored.correct.double(), totals.new_tensor(scored.tokens)])
     scorer.base.train(training)

@@ -10,7 +10,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 from torch import Tensor
 
-from lora_cli.data import labels
+from lora_cli.data import class_labels
 from lora_cli.errors import LoraError
 from lora_cli.export.subject import Check, Options, Subject
 from lora_cli.model import base, hollow, origin, saving
@@ -19,7 +19,7 @@ from lora_cli.model.tasks import TASKS
 
 CONFIG = "adapter_config.json"
 # What belongs to an adapter; optimizers, schedules and random states of other tools' checkpoints do not.
-KEPT = (saving.WEIGHTS, CONFIG, "README.md", labels.FILE, origin.FILE)
+KEPT = (saving.WEIGHTS, CONFIG, "README.md", class_labels.LABELS_FILE, origin.FILE)
 WORDS = (
     "tokenizer.json",
     "tokenizer_config.json",

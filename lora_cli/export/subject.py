@@ -15,7 +15,7 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.labels import Labels
+from lora_cli.data.class_labels import ClassLabels
 from lora_cli.recipe.tasks import TaskName
 
 
@@ -27,7 +27,7 @@ class Subject(NamedTuple):
     config: PretrainedConfig  # of that folder
     tokenizer: PreTrainedTokenizerBase
     task: TaskName
-    labels: Labels | None
+    labels: ClassLabels | None
     prompts: tuple[tuple[int, ...], ...]  # token ids that the runtimes are to go on from
     adapter: Path | None = None  # a folder as PEFT writes it, for the formats that take adapters
     trust_remote_code: bool = False

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_cli.data.batches import Batch
+from lora_cli.data.collate import Batch
 from lora_cli.model.score import Scorer
 from lora_cli.recipe.tasks import TaskName
 
@@ -58,7 +58,7 @@ def random_probes(
                 position_ids=torch.arange(length)[None],
                 attention_mask=torch.ones_like(ids, dtype=torch.bool),
                 lengths=(length,),
-                predict=places,
+                label_positions=places,
                 targets=places,
                 rows=(0,),
                 extra=extra,

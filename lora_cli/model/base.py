@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.labels import Labels
+from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
 from lora_cli.model import gguf, prequantized
 from lora_cli.model.quantize import guard_cpu, is_quantized, library_config, prepare
@@ -170,7 +170,7 @@ def load_base(
     attention: str | None = None,
     quantization: QuantizationSpec | None = None,
     task: TaskName = "causal-lm",
-    labels: Labels | None = None,
+    labels: ClassLabels | None = None,
     vocabulary: int = 0,
     pad_id: int | None = None,
     seed: int = 0,
@@ -224,7 +224,7 @@ def load_base(
     return Loaded(model.requires_grad_(False), heads, notes)
 
 
-def _head_options(labels: Labels) -> dict[str, Any]:
+def _head_options(labels: ClassLabels) -> dict[str, Any]:
     return {
         "num_labels": len(labels.names),
         "id2label": dict(enumerate(labels.names)),
@@ -292,7 +292,7 @@ def skeleton(
     *,
     trust_remote_code: bool = False,
     task: TaskName = "causal-lm",
-    labels: Labels | None = None,
+    labels: ClassLabels | None = None,
     vocabulary: int = 0,
 ) -> PreTrainedModel:
     """The model's modules without weights, on the meta device: for counting."""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.data.batches import Batch, Plan
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.model import held, targets
 from lora_cli.model.score import Scorer
@@ -259,11 +260,11 @@ def dora(model: PeftModel) -> None:
                 magnitude.weight.data = torch.linalg.norm(_weight(layer), dim=1)
 
 
-def _batches(plan: Plan) -> list[Batch]:
-    return [plan.build(indices) for indices in plan.epoch(0)[:LOOKED_AT]]
+def _batches(plan: BatchPlan) -> list[Batch]:
+    return [plan.make_batch(indices) for indices in plan.epoch(0)[:LOOKED_AT]]
 
 
-def _single_rows(plan: Plan) -> Iterator[Batch]:
+def _single_rows(plan: BatchPlan) -> Iterator[Batch]:
     """Rows of the first batches, one by one: CorDA's statistics are taken over one sequence at a time."""
     rows = [index for indices in plan.epoch(0) for index in indices][:ROWS_LOOKED_AT]
-    return (plan.build([index]) for index in rows)
+    return (plan.make_batch([index]) for index in rows)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from lora_cli.data.batches import Batch
+from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.model import attention
 from lora_cli.model.score import kept_logits, model_inputs

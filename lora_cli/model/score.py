@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.data.batches import Batch
+from lora_cli.data.collate import Batch
 from lora_cli.model import attention
 from lora_cli.recipe.tasks import TaskName
 
@@ -60,7 +60,7 @@ class Scorer:
             self._noise.lengths = batch.lengths
         targets = batch.targets.to(self.device)
         if self.plain_head:
-            predict, inputs = batch.predict.to(self.device), self.inputs(batch)
+            predict, inputs = batch.label_positions.to(self.device), self.inputs(batch)
             hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[predict]
             head = self.base.get_output_embeddings()
             loss, correct = HeadLoss.apply(  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ class Scorer:
         targets = batch.targets.to(self.device)
         if not self.plain_head:
             return self._judge(self.logits(batch), targets)
-        predict, inputs = batch.predict.to(self.device), self.inputs(batch)
+        predict, inputs = batch.label_positions.to(self.device), self.inputs(batch)
         hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[predict]
         head = self.base.get_output_embeddings()
         parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
@@ -98,7 +98,7 @@ class Scorer:
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits [units, vocabulary or labels] at the units of `batch`, in the model's dtype."""
-        predict, inputs = batch.predict.to(self.device), self.inputs(batch)
+        predict, inputs = batch.label_positions.to(self.device), self.inputs(batch)
         if self.task == "causal-lm" and self._prompted is None:
             return kept_logits(self.base, inputs, predict)
         found: Tensor = (self._prompted or self.base)(**inputs).logits

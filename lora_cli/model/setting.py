@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import BatchPlan
 from lora_cli.recipe.tasks import TaskName
 
 Weights = Mapping[str, Tensor]  # full name of a tensor → the tensor
@@ -17,6 +17,6 @@ class Setting(NamedTuple):
     task: TaskName = "causal-lm"
     heads: tuple[str, ...] = ()  # modules that are new, and so are trained whole
     total_steps: int = 1  # optimizer steps of the run
-    plan: Plan | None = None  # training rows, for methods that look at them; None where only shapes count
+    plan: BatchPlan | None = None  # training rows, for methods that look at them; None where only shapes count
     encode: Callable[[str], list[int]] | None = None  # a text's token ids, no special ones added
     originals: Callable[[], Weights] | None = None  # the base's weights before they were quantised

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
-from lora_cli.data.batches import Batch, Plan
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.model.adalora import Upkeep
 from lora_cli.model.held import Beside
@@ -34,7 +35,7 @@ class Step(NamedTuple):
 
 def fit(
     model: nn.Module,
-    plan: Plan,
+    plan: BatchPlan,
     *,
     spec: TrainingSpec,
     optimizer: torch.optim.Optimizer,
@@ -141,7 +142,7 @@ def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, 
             parameter.grad.div_(share)
 
 
-def _not_finite(number: int, losses: list[tuple[Batch, Tensor]], plan: Plan) -> LoraError:
+def _not_finite(number: int, losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> LoraError:
     """The error of a step whose sums, the same in every process, are not finite; all of them must call it."""
     rows = {
         finite: [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lora_cli.data.prepare import Prepared, prepare
+from lora_cli.data.prepare import PreparedData, prepare_data
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
 from tests.inputs.tiny_tokenizers import CHATML, build
@@ -34,7 +34,7 @@ def smollm() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 
-Prepare = Callable[..., Prepared]
+Prepare = Callable[..., PreparedData]
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
         info: Callable[[str], None] = lambda line: None,
         task: TaskName = "causal-lm",
         **section: Any,
-    ) -> Prepared:
+    ) -> PreparedData:
         for name, content in (files or {}).items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         spec = DataSpec.model_validate({"train": "train.jsonl", "eval": None, **section})
-        return prepare(spec, tokenizer, seed=seed, cache=tmp_path / "cache", info=info, task=task)
+        return prepare_data(spec, tokenizer, seed=seed, cache=tmp_path / "cache", info=info, task=task)
 
     return run

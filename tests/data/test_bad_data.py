@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_cli.data.intake import read_only_check
+from lora_cli.data.examples import check_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from tests.inputs.bad_data import BAD, Bad
@@ -38,10 +38,10 @@ def test_reading_alone_says_the_same(tmp_path, monkeypatch, bad: Bad):
     (tmp_path / bad.file).write_bytes(bad.content)
     spec = DataSpec.model_validate({"train": bad.file, "eval": None, **bad.section})
     if bad.name in NEEDS_TOKENIZER or spec.chat_template is not None:
-        read_only_check(spec, "causal-lm", lambda line: None)
+        check_rows(spec, "causal-lm", lambda line: None)
     else:
         with pytest.raises(LoraError) as caught:
-            read_only_check(spec, "causal-lm", lambda line: None)
+            check_rows(spec, "causal-lm", lambda line: None)
         assert shown(caught.value) == list(bad.lines)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lora_cli.data import cache
-from lora_cli.data.encode import Encoder
-from lora_cli.data.prepare import Prepared
+from lora_cli.data.encode import CausalLMEncoder
+from lora_cli.data.prepare import PreparedData
 from tests.inputs.tiny_tokenizers import CHATML, MARKED, MARKED_SHORT, build
 
 ROWS = "".join(json.dumps({"text": f"the answer {i} is capital"}) + "\n" for i in range(50))
@@ -24,17 +24,17 @@ def stored(folder: Path) -> list[str]:
 
 def count_encoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    encode = Encoder.encode
+    encode = CausalLMEncoder.encode
 
-    def counted(self: Encoder, examples):
+    def counted(self: CausalLMEncoder, examples):
         calls.append(len(examples))
         return encode(self, examples)
 
-    monkeypatch.setattr(Encoder, "encode", counted)
+    monkeypatch.setattr(CausalLMEncoder, "encode", counted)
     return calls
 
 
-def same(one: Prepared, two: Prepared) -> bool:
+def same(one: PreparedData, two: PreparedData) -> bool:
     return (one.fingerprint, one.ledger) == (two.fingerprint, two.ledger)
 
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data.conversation import Conversation
-from lora_cli.data.encode import Encoded, Encoder, truncated
-from lora_cli.data.formats import Completion, Text
+from lora_cli.data.encode import CausalLMEncoder, EncodedRow, truncate_row
+from lora_cli.data.formats import Document, PromptCompletion
 from lora_cli.data.records import BadRow
 from lora_cli.recipe.schema import DataSpec
 from tests.inputs import tiny_tokenizers as tiny
@@ -22,7 +22,7 @@ FAMILIES = {
     "mistral": (build(bos="<s>", eos="</s>", template=tiny.MISTRAL), "</s>", lambda text: " " + text.strip()),
     "marked": (build("<|im_start|>", eos="<|im_end|>", template=tiny.MARKED_SHORT), "<|im_end|>", str),
 }
-ENCODERS = {name: Encoder(DataSpec(train="x"), family[0]) for name, family in FAMILIES.items()}
+ENCODERS = {name: CausalLMEncoder(DataSpec(train="x"), family[0]) for name, family in FAMILIES.items()}
 
 letters = st.sampled_from([*list("ab \n\t.é漢🙂<|>[]{}/'\""), "capital", " the", "\r\n", "́", "assistant\n", "\xa0"])
 content = st.lists(letters, min_size=1, max_size=12).map("".join).filter(lambda text: text.strip())
@@ -37,7 +37,7 @@ conversations = st.lists(st.tuples(content, content), min_size=1, max_size=3).ma
 )
 
 
-def text_of(encoder: Encoder, ids: list[int]) -> str:
+def text_of(encoder: CausalLMEncoder, ids: list[int]) -> str:
     return encoder.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -48,35 +48,35 @@ def test_conversations(family: str, messages: list[dict[str, str]]):
     tokenizer, end, written = FAMILIES[family]
     encoder = ENCODERS[family]
     (row,) = encoder.encode([Conversation(messages, None)])
-    assert isinstance(row, Encoded)
+    assert isinstance(row, EncodedRow)
     ids = row.ids.tolist()
     assert text_of(encoder, ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     if not row.split:
         assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
     answers = [written(message["content"]) + end for message in messages if message["role"] == "assistant"]
-    assert [text_of(encoder, ids[start:stop]) for start, stop in row.runs] == answers
+    assert [text_of(encoder, ids[start:stop]) for start, stop in row.supervised_spans] == answers
 
 
 @settings(max_examples=60, deadline=None)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"])), completion=content)
 def test_completions(prompt: str, completion: str):
     encoder = ENCODERS["chatml"]
-    (row,) = encoder.encode([Completion(prompt, completion)])
+    (row,) = encoder.encode([PromptCompletion(prompt, completion)])
     if isinstance(row, BadRow):  # a first token alone carries no loss
         assert row.reason in {"nothing to learn", "answer begins inside a token"}
         return
     ids = row.ids.tolist()
     assert text_of(encoder, ids) == prompt + completion + "<|im_end|>"
-    ((start, stop),) = row.answers
+    ((start, stop),) = row.answer_spans
     assert text_of(encoder, ids[start:stop]) == completion + "<|im_end|>"
 
 
 @settings(max_examples=60, deadline=None)
 @given(text=content, length=st.integers(2, 30))
 def test_a_cut_row_is_a_prefix_and_keeps_its_labels(text: str, length: int):
-    (row,) = ENCODERS["chatml"].encode([Text(text * 3)])
-    assert isinstance(row, Encoded)
-    cut = truncated(row, length)
+    (row,) = ENCODERS["chatml"].encode([Document(text * 3)])
+    assert isinstance(row, EncodedRow)
+    cut = truncate_row(row, length)
     assert cut.ids.tolist() == row.ids.tolist()[:length]
     assert cut.supervised == min(row.supervised, length - 1)
     assert (cut.key == row.key) == (len(row.ids) <= length)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data.prepare import Prepared, prepare
+from lora_cli.data.prepare import PreparedData, prepare_data
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from tests.data.conftest import Prepare
@@ -19,7 +19,7 @@ def texts(*values: object) -> str:
     return "".join(json.dumps({"text": value}) + "\n" for value in values)
 
 
-def words_of(data: Prepared, tokenizer) -> tuple[list[str], list[str]]:
+def words_of(data: PreparedData, tokenizer) -> tuple[list[str], list[str]]:
     splits = (data.train, data.eval or [])
     return tuple([tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in rows] for rows in splits)
 
@@ -46,7 +46,7 @@ def test_the_sums_hold(chatml, tmp_path_factory, files, weights, overlong, share
     section = {"train": sources, "eval": share, "overlong": overlong, "max_length": 20, "on_bad_row": "skip"}
     spec = DataSpec.model_validate({**section, "max_loss": 1.0})
     try:
-        data = prepare(spec, chatml, seed=seed, cache=folder / "cache", info=lambda line: None)
+        data = prepare_data(spec, chatml, seed=seed, cache=folder / "cache", info=lambda line: None)
     except LoraError as error:
         if "no row is left" not in error.message and "all rows are the same" not in error.message:
             raise

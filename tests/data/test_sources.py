@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.data import readers, sources
+from lora_cli.data.examples import check_rows
 from lora_cli.data.formats import FORMATS
-from lora_cli.data.intake import read_only_check
 from lora_cli.data.records import BadRow
-from lora_cli.data.sources import records, train_sources
+from lora_cli.data.sources import read_records, train_sources
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec, FormatName
 
@@ -92,7 +92,7 @@ def test_a_json_array_reads_the_same_in_any_chunks(tmp_path_factory, rows, chunk
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "CHUNK", chunk)
         found = list(readers.read_json(path))
-    flawed = [readers.unwritable(row) is not None for row in rows]
+    flawed = [readers.find_invalid_characters(row) is not None for row in rows]
     assert [row for (_, row), bad in zip(found, flawed, strict=True) if not bad] == [
         row for row, bad in zip(rows, flawed, strict=True) if not bad
     ]
@@ -189,7 +189,7 @@ def test_numbered_classes_are_read_by_their_names(tmp_path):
     rows = [{"text": "a", "label": 1, "tags": [0, 1]}, {"text": "b", "label": -1, "tags": []}]
     datasets.Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     [source] = train_sources(DataSpec(train=str(tmp_path / "saved")))
-    assert [record.row for record in records(source)] == [
+    assert [record.row for record in read_records(source)] == [
         {"text": "a", "label": "yes", "tags": ["no", "yes"]},
         {"text": "b", "label": -1, "tags": []},  # as in the test splits of GLUE: no label, and said so
     ]
@@ -212,7 +212,7 @@ def test_reading_alone_counts_rows(tmp_path, monkeypatch):
     (tmp_path / "test.csv").write_text(csv_of(ROWS))
     said: list[str] = []
     spec = DataSpec(train="train.jsonl", eval="test.csv", on_bad_row="skip")
-    first, second = read_only_check(spec, "causal-lm", said.append)
+    first, second = check_rows(spec, "causal-lm", said.append)
     assert (first.read, first.bad) == (6, {"malformed JSON": 1})
     assert (second.source, second.format, second.read, second.bad) == ("test.csv", "prompt-completion", 5, {})
     assert said[1] == "skipped train.jsonl:6: malformed JSON at column 1: expecting value"

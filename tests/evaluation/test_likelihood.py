@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import BatchPlan
 from lora_cli.evaluation.likelihood import Likelihood, measure, measure_rows
 from lora_cli.model import attention
 from lora_cli.model.score import Scorer
@@ -34,13 +34,15 @@ def test_it_is_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size:
     expected = reference(model.eval())
     if family == "llama":
         model.get_base_model().set_attn_implementation(attention.NAME if packing else "sdpa")
-    found = measure(Scorer(model.train()), Plan(ROWS, packing=packing, size=size, per_step=1, seed=0))
+    found = measure(Scorer(model.train()), BatchPlan(ROWS, packing=packing, size=size, batches_per_step=1, seed=0))
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert (found.accuracy, found.tokens) == (expected.accuracy, expected.tokens)
-    by_row = measure_rows(Scorer(model.train()), Plan(ROWS, packing=packing, size=size, per_step=1, seed=0))
+    by_row = measure_rows(
+        Scorer(model.train()), BatchPlan(ROWS, packing=packing, size=size, batches_per_step=1, seed=0)
+    )
     assert by_row.whole == pytest.approx(found, rel=1e-6)
     for i in range(len(ROWS)):
-        alone = Plan(zoo.MemoryRows([ROWS[i]]), packing=packing, size=50, per_step=1, seed=0)
+        alone = BatchPlan(zoo.MemoryRows([ROWS[i]]), packing=packing, size=50, batches_per_step=1, seed=0)
         one = measure(Scorer(model), alone)
         assert by_row.units[i] == one.tokens
         assert by_row.hits[i] == pytest.approx((one.accuracy or 0.0) * one.tokens)
@@ -51,7 +53,7 @@ def test_it_is_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size:
 @pytest.mark.parametrize("training", [True, False])
 def test_it_leaves_the_mode_alone_and_records_no_gradient(training: bool):
     model = zoo.adapted(zoo.make("llama")).train(training)
-    measure(Scorer(model), Plan(ROWS, packing=False, size=3, per_step=1, seed=0))
+    measure(Scorer(model), BatchPlan(ROWS, packing=False, size=3, batches_per_step=1, seed=0))
     assert {module.training for module in model.get_base_model().modules()} == {training}
     assert all(p.grad is None for p in model.parameters())
 
@@ -69,7 +71,7 @@ class Shared:
 
 
 def test_shares_of_the_processes_add_up():
-    scorer, plan = Scorer(zoo.make("llama")), Plan(ROWS, packing=False, size=3, per_step=1, seed=0)
+    scorer, plan = Scorer(zoo.make("llama")), BatchPlan(ROWS, packing=False, size=3, batches_per_step=1, seed=0)
     shares = [Shared(rank, 3) for rank in range(3)]
     for share in shares:
         measure(scorer, plan, accelerator=share)
@@ -87,4 +89,7 @@ def test_perplexity_never_overflows(loss: float, perplexity: float):
 def test_no_supervised_token_is_no_division():
     rows = zoo.rows_of([4])
     rows[0].labels[:] = -100
-    assert measure(Scorer(zoo.make("llama")), Plan(rows, packing=False, size=1, per_step=1, seed=0)).tokens == 0
+    assert (
+        measure(Scorer(zoo.make("llama")), BatchPlan(rows, packing=False, size=1, batches_per_step=1, seed=0)).tokens
+        == 0
+    )

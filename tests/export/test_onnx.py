@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lora_cli.data.labels import Labels
+from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
 from lora_cli.export import onnx as exporter
 from lora_cli.export import onnx_graph, onnx_proof
@@ -56,7 +56,7 @@ def export(source: Subject, out: Path) -> Export:
 
 
 def classifier(
-    family: str, folder: Path, *, task: str | None = None, labels: Labels | None = LABELS, **more: Any
+    family: str, folder: Path, *, task: str | None = None, labels: ClassLabels | None = LABELS, **more: Any
 ) -> Subject:
     """A tiny classifier in `folder`, its biases other than zero."""
     entry = FAMILIES[family]._replace(task=task) if task else FAMILIES[family]
@@ -282,7 +282,7 @@ def test_a_changed_head_is_found(kind: Any, bert: Export, tmp_path: Path):
     def turn(values: np.ndarray) -> None:
         values *= -1
 
-    labels = Labels(kind, LABELS.names)
+    labels = ClassLabels(kind, LABELS.names)
     as_such = bert._replace(source=bert.source._replace(labels=labels))
     checks = as_such.checks()
     assert all(check.passed for check in checks.values()), checks

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from lora_cli.data.labels import Kind, Labels
+from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.errors import LoraError
 from lora_cli.export import logits, safetensors
 from lora_cli.export.subject import Check, Subject
@@ -27,12 +27,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return subject("llama", tmp_path_factory.mktemp("llama") / "base")
 
 
-def classifier(family: str, folder: Path, kind: Kind = "single") -> Subject:
+def classifier(family: str, folder: Path, kind: LabelKind = "single") -> Subject:
     words, task = tokenizer(), FAMILIES[family].task
     made = model(family, vocabulary=len(words), pad_token_id=0, num_labels=2)
     made.save_pretrained(folder)
     words.save_pretrained(folder)
-    labels = Labels(kind, ("a", "b")) if TASKS[task].classes else None
+    labels = ClassLabels(kind, ("a", "b")) if TASKS[task].classes else None
     return Subject(family, folder, AutoConfig.from_pretrained(folder), words, task, labels, ())
 
 
@@ -120,7 +120,7 @@ def test_the_demo_model_in_four_bits(demo_folder: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "llama-classifier"])
 @pytest.mark.parametrize("kind", ["multi", "regression"])
-def test_classifiers_of_every_kind(family: str, kind: Kind, tmp_path: Path):
+def test_classifiers_of_every_kind(family: str, kind: LabelKind, tmp_path: Path):
     found = classifier(family, tmp_path / "base", kind)
     for form in (None, "f16"):
         assert exported(found, tmp_path / f"out-{form}", form)["distribution"].passed

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import BatchPlan
 from lora_cli.model import attention, fused
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training.loop import Step, fit
@@ -36,7 +36,7 @@ def one_step(layout: str, model: PeftModel) -> tuple[Step, list[torch.Tensor]]:
     packing, size, batches = LAYOUTS[layout]
     model.get_base_model().set_attn_implementation(attention.NAME if packing else "sdpa")
     assert fused.fuse(model) > 0
-    plan = Plan(zoo.rows_of(LENGTHS), packing=packing, size=size, per_step=batches, seed=0)
+    plan = BatchPlan(zoo.rows_of(LENGTHS), packing=packing, size=size, batches_per_step=batches, seed=0)
     assert (plan.batches_per_epoch, plan.steps_per_epoch) == (batches, 1)
     optimizer = Recorder([p for p in model.parameters() if p.requires_grad], lr=0.0)
     spec = TrainingSpec(max_grad_norm=None)

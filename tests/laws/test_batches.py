@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.data.batches import Plan, group_by_length, join_packed, join_padded, pack
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.collate import collate_packed, collate_padded
+from lora_cli.data.packing import group_by_length, pack
 from tests.model import zoo
 
 CAPACITY = 100
@@ -46,14 +48,16 @@ def test_packing_stays_within_eleven_ninths_of_the_best(cuts: list[int], seed: i
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("rows", "longest"), [(200, 512), (2000, 1024), (2000, 4096)])
 def test_text_fills_packed_batches(rows: int, longest: int, seed: int):
-    plan = Plan(zoo.rows_of(text_like(rows, longest, seed)), packing=True, size=longest, per_step=1, seed=seed)
-    assert plan.fill >= 0.95
+    plan = BatchPlan(
+        zoo.rows_of(text_like(rows, longest, seed)), packing=True, size=longest, batches_per_step=1, seed=seed
+    )
+    assert plan.token_share >= 0.95
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_of_like_length_are_padded_together(seed: int):
-    plan = Plan(zoo.rows_of(text_like(2000, 1024, seed)), packing=False, size=8, per_step=1, seed=seed)
-    assert plan.fill >= 0.9
+    plan = BatchPlan(zoo.rows_of(text_like(2000, 1024, seed)), packing=False, size=8, batches_per_step=1, seed=seed)
+    assert plan.token_share >= 0.9
 
 
 @given(lengths=LENGTHS, size=st.integers(1, 9), seed=st.integers(0, 99))
@@ -76,16 +80,16 @@ def test_packed_and_padded_ask_for_the_same_predictions(lengths: list[int], seed
         for place in range(lengths[row] - 1)
         if chosen[row].labels[place + 1] != -100
     }
-    for join in (join_packed, join_padded):
+    for join in (collate_packed, collate_padded):
         batch = join(chosen, range(len(chosen)), 0)
         width = batch.input_ids.shape[1]
         row_at = torch.repeat_interleave(torch.tensor(lengths)) if batch.attention_mask is None else None
-        flat = batch.predict
+        flat = batch.label_positions
         row = row_at[flat] if row_at is not None else flat // width
         place = batch.position_ids.reshape(-1)[flat]
         triples = set(zip(row.tolist(), place.tolist(), batch.targets.tolist(), strict=True))
         assert triples == expected
-        assert len(batch.predict) == len(expected)
+        assert len(batch.label_positions) == len(expected)
         assert batch.tokens == sum(lengths)
         ids = batch.input_ids.reshape(-1)
         real = ids if batch.attention_mask is None else ids[batch.attention_mask.reshape(-1)]
@@ -96,8 +100,8 @@ def test_packed_and_padded_ask_for_the_same_predictions(lengths: list[int], seed
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_ranks_share_a_step_without_overlap(world: int, packing: bool):
     rows = zoo.rows_of([5, 9, 30, 12, 7, 22, 3, 18, 26, 11, 4])
-    plan = Plan(rows, packing=packing, size=30 if packing else 2, per_step=4, seed=3)
-    assert plan.batches_per_epoch % plan.per_step  # a ragged last step
+    plan = BatchPlan(rows, packing=packing, size=30 if packing else 2, batches_per_step=4, seed=3)
+    assert plan.batches_per_epoch % plan.batches_per_step  # a ragged last step
     for step in range(2 * plan.steps_per_epoch):
         alone = {place: batch.rows for place, batch in plan.step(step)}
         shared: dict[int, tuple[int, ...]] = {}
@@ -119,7 +123,9 @@ def test_ranks_share_a_step_without_overlap(world: int, packing: bool):
 @pytest.mark.parametrize("packing", [True, False])
 def test_epochs_and_seeds_differ_and_can_be_asked_for_in_any_order(packing: bool):
     rows = zoo.rows_of(text_like(60, 40, 0).tolist())
-    plans = [Plan(rows, packing=packing, size=40 if packing else 4, per_step=2, seed=seed) for seed in (1, 1, 2)]
+    plans = [
+        BatchPlan(rows, packing=packing, size=40 if packing else 4, batches_per_step=2, seed=seed) for seed in (1, 1, 2)
+    ]
     first, second = plans[0].epoch(0), plans[0].epoch(1)
     assert plans[1].epoch(1) == second
     assert plans[1].epoch(0) == first  # back again, as a resumed run may ask

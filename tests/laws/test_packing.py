@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lora_cli.data.batches import Batch, join_packed
+from lora_cli.data.collate import Batch, collate_packed
 from lora_cli.model import attention
 from lora_cli.model.attention import LONG_ROW, row_attention
 from lora_cli.model.score import Scorer
@@ -31,7 +31,7 @@ LENGTHS = st.lists(
 
 def packed(lengths: list[int], vocabulary: int = zoo.VOCABULARY) -> Batch:
     rows = zoo.rows_of(lengths, vocabulary=vocabulary)
-    return join_packed([rows[i] for i in range(len(rows))], range(len(rows)), 0)
+    return collate_packed([rows[i] for i in range(len(rows))], range(len(rows)), 0)
 
 
 def logits_packed(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from lora_cli.data.labels import Labels
+from lora_cli.data.class_labels import ClassLabels
 from lora_cli.model import base
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName
 from tests.model.zoo import COMMON
 
-LABELS = Labels("single", ("yes", "no", "maybe"))
+LABELS = ClassLabels("single", ("yes", "no", "maybe"))
 NONE: Mapping[str, Any] = MappingProxyType({})
 GATED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 FUSED = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}

@@ -14,8 +14,16 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
-from lora_cli.data.batches import Join, Plan, join_classified, join_packed, join_padded, join_tagged, join_translated
-from lora_cli.data.rows import IGNORED, Row
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.collate import (
+    Collate,
+    collate_classified,
+    collate_packed,
+    collate_padded,
+    collate_tagged,
+    collate_translated,
+)
+from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.errors import LoraError
 from lora_cli.model import adapter, fused, held, isolation, saving, targets
 from lora_cli.model.score import Scorer
@@ -49,7 +57,7 @@ def rows_of(family: Family) -> zoo.MemoryRows:
         if family.task == "seq-cls":
             labels = rng.integers(0, 3, 1).astype(np.int32)
         elif family.task == "token-cls":
-            labels = np.where(rng.random(len(row.input_ids)) < 0.5, rng.integers(0, 3), IGNORED).astype(np.int32)
+            labels = np.where(rng.random(len(row.input_ids)) < 0.5, rng.integers(0, 3), IGNORE_INDEX).astype(np.int32)
             labels[0] = 1
         elif family.task == "seq2seq-lm":
             labels = rng.integers(3, 97, 9).astype(np.float64)
@@ -59,19 +67,19 @@ def rows_of(family: Family) -> zoo.MemoryRows:
     return zoo.MemoryRows(rows)
 
 
-def join_of(family: Family, *, packing: bool) -> Join:
+def join_of(family: Family, *, packing: bool) -> Collate:
     return {
-        "causal-lm": join_packed if packing else join_padded,
-        "seq-cls": join_classified,
-        "token-cls": join_tagged,
-        "seq2seq-lm": partial(join_translated, start_id=0),
+        "causal-lm": collate_packed if packing else collate_padded,
+        "seq-cls": collate_classified,
+        "token-cls": collate_tagged,
+        "seq2seq-lm": partial(collate_translated, start_id=0),
     }[family.task]
 
 
-def plan_of(family: Family, *, packing: bool) -> Plan:
+def plan_of(family: Family, *, packing: bool) -> BatchPlan:
     size = sum(LENGTHS) if packing else len(LENGTHS)
     join = join_of(family, packing=packing)
-    return Plan(rows_of(family), packing=packing, size=size, per_step=1, seed=0, join=join)
+    return BatchPlan(rows_of(family), packing=packing, size=size, batches_per_step=1, seed=0, collate=join)
 
 
 def attached(family: Family, folder: Path) -> tuple[PeftModel, set[str]]:
@@ -164,5 +172,5 @@ def test_packed_rows_are_rows_apart_or_refused_with_the_reason(family: Family, f
     together = Scorer(model).logits(packed)
     model.set_attn_implementation("eager")
     rows = rows_of(family)
-    apart = [Scorer(model).logits(join_padded([rows[i]], [i], 0)) for i in packed.rows]
+    apart = [Scorer(model).logits(collate_padded([rows[i]], [i], 0)) for i in packed.rows]
     assert zoo.relative(together, torch.cat(apart)) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from lora_cli.data.encode import Encoder
+from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.errors import LoraError
 from lora_cli.model import adapter, base, prequantized, saving
 from lora_cli.model.gguf import GgufExperts, GgufLinear, PackedLora, choose, make_differentiable, unpack
@@ -177,7 +177,7 @@ def test_without_weights_config_and_tokenizer_are_the_same(file: Path, tmp_path:
     full = unpack(file, dtype=torch.float32, cache=tmp_path, info=silence)
     assert full != light
     assert unpack(file, dtype=torch.float32, cache=tmp_path, info=silence, weights=False) == full
-    encoders = [Encoder(DataSpec(train="x"), AutoTokenizer.from_pretrained(folder)) for folder in (light, full)]
+    encoders = [CausalLMEncoder(DataSpec(train="x"), AutoTokenizer.from_pretrained(folder)) for folder in (light, full)]
     assert encoders[0].identity() == encoders[1].identity()
     shapes = [
         {name: p.shape for name, p in base.skeleton(AutoConfig.from_pretrained(folder)).named_parameters()}

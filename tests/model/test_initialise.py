@@ -12,7 +12,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model import held, initialise, saving
 from lora_cli.model.setting import Setting
@@ -22,8 +22,8 @@ RANK, ALPHA = 4, 8
 IDS = torch.randint(3, zoo.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def plan_of(lengths: list[int], *, packing: bool = True, size: int = 120) -> Plan:
-    return Plan(zoo.rows_of(lengths), packing=packing, size=size, per_step=1, seed=0)
+def plan_of(lengths: list[int], *, packing: bool = True, size: int = 120) -> BatchPlan:
+    return BatchPlan(zoo.rows_of(lengths), packing=packing, size=size, batches_per_step=1, seed=0)
 
 
 def their_pissa(model: torch.nn.Module) -> PeftModel:
@@ -96,7 +96,7 @@ def test_pissa_takes_the_largest_components(tmp_path: Path):
         assert zoo.relative(ALPHA / RANK * b @ a, best) < 1e-4
 
 
-def inputs_of(name: str, plan: Plan) -> Tensor:
+def inputs_of(name: str, plan: BatchPlan) -> Tensor:
     """Inputs [tokens, width] of a layer of the base, row by row, so without padding."""
     model, seen = zoo.make("llama"), []
     layer = model.get_submodule(name)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure
 from lora_cli.model import adalora, base, fused, held, isolation, quantize, saving, targets
@@ -141,7 +141,9 @@ def test_checkpointed_gradients_are_the_same(nf4: Any):
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
-SETTING = Setting(encode=lambda text: [3], plan=Plan(zoo.rows_of([30, 41]), packing=True, size=60, per_step=1, seed=0))
+SETTING = Setting(
+    encode=lambda text: [3], plan=BatchPlan(zoo.rows_of([30, 41]), packing=True, size=60, batches_per_step=1, seed=0)
+)
 OVER = [(bits, name) for name, facts in METHOD_FACTS.items() for bits in facts.bits]
 
 
@@ -159,7 +161,7 @@ def test_every_method_that_says_so_learns_over_a_quantised_base(
     held.hold_in_fp32(adapted)
     before = {name: p.detach().clone() for name, p in adapted.named_parameters() if not p.requires_grad}
     training = TrainingSpec.model_validate({"learning_rate": 0.02, "schedule": "constant", "warmup": 0})
-    plan = Plan(zoo.rows_of([12, 30, 7, 21]), packing=False, size=4, per_step=1, seed=0)
+    plan = BatchPlan(zoo.rows_of([12, 30, 7, 21]), packing=False, size=4, batches_per_step=1, seed=0)
     around = {"spec": training, "optimizer": make_optimizer(adapted, training), "accelerator": Accelerator(cpu=True)}
     steps = list(fit(adapted, plan, total=8, upkeep=adalora.upkeep(adapted), **around))
     assert steps[-1].loss < steps[0].loss
@@ -214,7 +216,7 @@ def test_gradients_are_those_over_the_dequantised_weights_even_after_evaluating(
     assert proof.leak == 0
     model = zoo.adapted(nf4)
     assert fused.fuse(model) == 14
-    plan = Plan(rows, packing=True, size=70, per_step=1, seed=0)
+    plan = BatchPlan(rows, packing=True, size=70, batches_per_step=1, seed=0)
     scorer = Scorer(model)
     found = measure(scorer, plan)
     model.train()
@@ -235,7 +237,7 @@ def test_training_moves_the_adapter_alone(nf4: Any):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     training = TrainingSpec.model_validate({"learning_rate": 0.01, "schedule": "constant", "warmup": 0})
     optimizer, accelerator = make_optimizer(model, training), Accelerator(cpu=True)
-    plan = Plan(zoo.rows_of([12, 30, 7, 21]), packing=True, size=40, per_step=2, seed=0)
+    plan = BatchPlan(zoo.rows_of([12, 30, 7, 21]), packing=True, size=40, batches_per_step=2, seed=0)
     steps = list(fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=8))
     assert steps[-1].loss < 0.9 * steps[0].loss
     for name, parameter in model.named_parameters():

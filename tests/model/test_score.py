@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from lora_cli.data.batches import Batch, join_packed, join_padded
+from lora_cli.data.collate import Batch, collate_packed, collate_padded
 from lora_cli.model import attention
 from lora_cli.model.score import CHUNK, HeadLoss, Scorer
 from tests.model import families, zoo
@@ -85,7 +85,7 @@ def test_the_loss_is_transformers_own(family: str, packing: bool):
     model.set_attn_implementation("eager" if capped else attention.NAME if packing else "sdpa")
     scorer = Scorer(peft_model)
     assert scorer.plain_head == PLAIN[family]
-    score = scorer((join_packed if packing else join_padded)(chosen, range(4), 0))
+    score = scorer((collate_packed if packing else collate_padded)(chosen, range(4), 0))
     assert float(score.loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert score.tokens == sum(int((row.labels[1:] != -100).sum()) for row in chosen)
     assert score.loss.requires_grad
@@ -113,7 +113,7 @@ def test_looking_at_the_head_leaves_the_mode_alone(training: bool):
 def test_the_active_adapter_counts():
     model = zoo.adapted(zoo.make("llama"))
     rows = zoo.rows_of([20])
-    batch = join_padded([rows[0]], [0], 0)
+    batch = collate_padded([rows[0]], [0], 0)
     scorer = Scorer(model)
     with model.disable_adapter():
         base = float(scorer(batch).loss.detach())
@@ -130,7 +130,7 @@ def test_no_head_computes_logits_where_there_is_no_label(family: str, packing: b
     for i in range(len(rows)):
         rows[i].labels[:-2] = -100
         rows[i].labels[-2:] = rows[i].input_ids[-2:]
-    batch = (join_packed if packing else join_padded)([rows[i] for i in range(len(rows))], range(4), 0)
+    batch = (collate_packed if packing else collate_padded)([rows[i] for i in range(len(rows))], range(4), 0)
     multiplied: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _, args, out: multiplied.append(out.numel() // 97))
     score = scorer(batch)
@@ -164,7 +164,7 @@ def test_smoothing_is_the_same_through_either_head(family: str):
     """Llama's head is plain, Gemma 2's caps its logits: the one goes by HeadLoss, the other by torch."""
     model = zoo.adapted(zoo.make(family))
     rows = zoo.rows_of([12, 31])
-    batch = join_padded([rows[0], rows[1]], range(2), 0)
+    batch = collate_padded([rows[0], rows[1]], range(2), 0)
     smooth = Scorer(model, label_smoothing=0.2)
     assert smooth.plain_head is (family == "llama")
     logits = smooth.logits(batch).double()
@@ -177,7 +177,7 @@ def test_smoothing_is_the_same_through_either_head(family: str):
 def test_neftune_noise_is_uniform_of_each_rows_own_size(packing: bool):
     """|noise| < alpha/sqrt(L·d) of a row of L tokens, its variance a third of that squared; none in evaluation."""
     alpha, rows = 5.0, zoo.rows_of([6, 30, 11])
-    batch = (join_packed if packing else join_padded)([rows[i] for i in range(3)], range(3), 0)
+    batch = (collate_packed if packing else collate_padded)([rows[i] for i in range(3)], range(3), 0)
     model = zoo.adapted(zoo.make("llama", attention=attention.NAME if packing else "sdpa"))
     torch.manual_seed(0)
     seen: list[torch.Tensor] = []

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lora_cli.data.batches import Plan
-from lora_cli.data.rows import IGNORED, Row
+from lora_cli.data.batches import BatchPlan
+from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.model import adapter
 from lora_cli.model.setting import Setting
 from lora_cli.recipe.methods import METHOD_FACTS
@@ -107,7 +107,7 @@ def spec_of(**given: Any) -> AdapterSpec:
 
 def attached(model: PreTrainedModel, *, seed: int = 0, setting: Setting | None = None, **given: Any) -> PeftModel:
     """`model` with a fresh adapter, started from its rows where the method wants to see some."""
-    plan = Plan(rows_of([30, 41, 12, 25, 60, 7]), packing=True, size=60, per_step=1, seed=0)
+    plan = BatchPlan(rows_of([30, 41, 12, 25, 60, 7]), packing=True, size=60, batches_per_step=1, seed=0)
     around = setting or Setting(total_steps=10, plan=plan, encode=lambda text: [3 + len(w) for w in text.split()])
     return adapter.attach(model, spec_of(**given), seed=seed, setting=around)
 
@@ -145,7 +145,7 @@ def rows_of(lengths: Sequence[int], *, vocabulary: int = VOCABULARY, seed: int =
     for number, length in enumerate(lengths):
         ids = rng.integers(3, vocabulary, length).astype(np.int32)
         starts = np.sort(rng.integers(0, length + 1, 4))
-        labels = np.full(length, IGNORED, dtype=np.int32)
+        labels = np.full(length, IGNORE_INDEX, dtype=np.int32)
         for start, stop in (starts[:2], starts[2:]):
             labels[start:stop] = ids[start:stop]
         labels[-1] = ids[-1]
@@ -160,8 +160,8 @@ def loss_row_by_row(model: torch.nn.Module, rows: MemoryRows) -> tuple[Tensor, i
         ids = torch.tensor(rows[i].input_ids[None].astype(np.int64))
         labels = torch.tensor(rows[i].labels.astype(np.int64))[1:]
         logits = model(input_ids=ids).logits[0, :-1]
-        total = total + cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").double()
-        count += int((labels != IGNORED).sum())
+        total = total + cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum").double()
+        count += int((labels != IGNORE_INDEX).sum())
     return total, count
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
-from lora_cli.data.batches import Plan
+from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model import attention, fused
 from lora_cli.recipe.schema import TrainingSpec
@@ -30,15 +30,15 @@ def trained(model: PeftModel) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-def run(model: PeftModel, plan: Plan, *, total: int, start: int = 0, **spec: object) -> list[Step]:
+def run(model: PeftModel, plan: BatchPlan, *, total: int, start: int = 0, **spec: object) -> list[Step]:
     training = TrainingSpec.model_validate({"learning_rate": 1e-2, "schedule": "constant", "warmup": 0, **spec})
     optimizer = make_optimizer(model, training)
     accelerator = Accelerator(cpu=True)
     return list(fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=total, start=start))
 
 
-def plan_of(lengths: Sequence[int] = LENGTHS, *, per_step: int = 2, size: int = 50) -> Plan:
-    return Plan(zoo.rows_of(lengths), packing=True, size=size, per_step=per_step, seed=1)
+def plan_of(lengths: Sequence[int] = LENGTHS, *, batches_per_step: int = 2, size: int = 50) -> BatchPlan:
+    return BatchPlan(zoo.rows_of(lengths), packing=True, size=size, batches_per_step=batches_per_step, seed=1)
 
 
 def test_training_lowers_the_loss_and_moves_only_the_adapter():
@@ -69,7 +69,7 @@ def test_gradient_checkpointing_changes_nothing(dropout: float, packing: bool):
         if recompute:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
-        plan = Plan(zoo.rows_of(LENGTHS), packing=packing, size=50 if packing else 4, per_step=2, seed=1)
+        plan = BatchPlan(zoo.rows_of(LENGTHS), packing=packing, size=50 if packing else 4, batches_per_step=2, seed=1)
         steps = run(model, plan, total=3)
         found.append((trained(model), [(s.loss, s.grad_norm) for s in steps], len(calls)))
     off, on = found
@@ -146,7 +146,7 @@ def _more(rows: list[str]) -> str:
 def test_batches_without_a_label_are_stepped_over():
     rows = zoo.rows_of([20, 20, 20])
     rows[1].labels[:] = -100
-    plan = Plan(rows, packing=False, size=1, per_step=3, seed=0)
+    plan = BatchPlan(rows, packing=False, size=1, batches_per_step=3, seed=0)
     model = ready()
     model.get_base_model().set_attn_implementation("sdpa")
     (step,) = run(model, plan, total=1)
@@ -161,7 +161,7 @@ def test_a_step_without_any_label_moves_nothing():
         row.labels[:] = -100
     model = ready()
     before = trained(model)
-    (step,) = run(model, Plan(rows, packing=True, size=40, per_step=1, seed=0), total=1)
+    (step,) = run(model, BatchPlan(rows, packing=True, size=40, batches_per_step=1, seed=0), total=1)
     assert (step.supervised, step.loss) == (0, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
 
@@ -173,7 +173,7 @@ def test_fp16_gradients_of_a_large_step_do_not_vanish(monkeypatch: pytest.Monkey
     for dtype in (torch.float16, torch.float32):
         half = zoo.make("llama", dtype=torch.float16, attention="sdpa", initializer_range=0.05)
         model = zoo.adapted(half.to(dtype))  # the same numbers
-        plan = Plan(zoo.rows_of(LENGTHS), packing=False, size=4, per_step=3, seed=1)
+        plan = BatchPlan(zoo.rows_of(LENGTHS), packing=False, size=4, batches_per_step=3, seed=1)
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(weights, lr=0.0)
         seen: list[Tensor] = []

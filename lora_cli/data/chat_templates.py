@@ -14,7 +14,7 @@ from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 
 
-class Named(NamedTuple):
+class NamedTemplate(NamedTuple):
     """A template for base models that have none."""
 
     source: str
@@ -23,15 +23,15 @@ class Named(NamedTuple):
 
 # Plain Jinja without {% generation %} marks: the template is saved with the adapter, and not every runtime that
 # will read it knows the mark. Spans are found by rendering all the same.
-NAMED: dict[str, Named] = {
-    "chatml": Named(
+NAMED_TEMPLATES: dict[str, NamedTemplate] = {
+    "chatml": NamedTemplate(
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
         ("<|im_start|>", "<|im_end|>"),
     ),
-    "llama3": Named(
+    "llama3": NamedTemplate(
         "{% for message in messages %}"
         "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
         "{{ message['content'] | trim + '<|eot_id|>' }}"
@@ -39,7 +39,7 @@ NAMED: dict[str, Named] = {
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
-    "gemma": Named(
+    "gemma": NamedTemplate(
         "{% set state = namespace(system='') %}"
         "{% for message in messages %}"
         "{% if message['role'] == 'system' %}{% set state.system = message['content'] | trim + '\\n\\n' %}"
@@ -51,7 +51,7 @@ NAMED: dict[str, Named] = {
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
         ("<start_of_turn>", "<end_of_turn>"),
     ),
-    "mistral": Named(
+    "mistral": NamedTemplate(
         "{% set state = namespace(system='') %}"
         "{% for message in messages %}"
         "{% if message['role'] == 'system' %}{% set state.system = message['content'] | trim + '\\n\\n' %}"
@@ -62,7 +62,7 @@ NAMED: dict[str, Named] = {
         "{% endfor %}",
         (),
     ),
-    "alpaca": Named(
+    "alpaca": NamedTemplate(
         "{% if messages[0]['role'] != 'system' %}"
         "{{ 'Below is an instruction that describes a task. "
         "Write a response that appropriately completes the request.\\n\\n' }}"
@@ -80,7 +80,7 @@ NAMED: dict[str, Named] = {
 }
 
 # What a template's own code can raise on a row, besides raise_exception: it is a program that we did not write.
-FAILURES = (
+TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
     ValueError,
@@ -100,14 +100,16 @@ class Template(NamedTuple):
     variables: dict[str, Any]
 
 
-class Marked(NamedTuple):
+class MarkedText(NamedTuple):
     """A rendering, and the character ranges that `{% generation %}` marks in it."""
 
     text: str
     blocks: list[tuple[int, int]]
 
 
-def resolve(setting: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False) -> Template | None:
+def resolve_template(
+    setting: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False
+) -> Template | None:
     """The template that `data.chat_template` names, else the tokenizer's own, else None.
 
     Args:
@@ -133,7 +135,7 @@ def resolve(setting: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: b
             ) from None
     template = Template(name, source, dict(tokenizer.special_tokens_map))
     try:
-        render(template, [{"role": "user", "content": "x"}])
+        render_template(template, [{"role": "user", "content": "x"}])
     except jinja2.TemplateSyntaxError as error:
         raise LoraError(
             f"data.chat_template: {name}, line {error.lineno}: no valid Jinja: {error.message}",
@@ -147,7 +149,7 @@ def resolve(setting: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: b
 def _chosen(setting: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if "{{" in setting or "{%" in setting:
         return "the inline template", setting
-    if setting in NAMED:
+    if setting in NAMED_TEMPLATES:
         return f"template {setting}", _named(setting, tokenizer)
     path = Path(setting).expanduser()
     if path.is_file():
@@ -155,28 +157,30 @@ def _chosen(setting: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]
             return f"template {setting}", path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise LoraError(f"data.chat_template: {path} is not UTF-8", hint="save it as UTF-8") from None
-    close = difflib.get_close_matches(setting, NAMED, n=1)
+    close = difflib.get_close_matches(setting, NAMED_TEMPLATES, n=1)
     raise LoraError(
         f"data.chat_template: {setting} is no file and no template name",
-        hint=f"did you mean {close[0]}?" if close else f"names are {', '.join(NAMED)}; else a path or inline Jinja",
+        hint=f"did you mean {close[0]}?"
+        if close
+        else f"names are {', '.join(NAMED_TEMPLATES)}; else a path or inline Jinja",
     )
 
 
 def _named(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     known = tokenizer.get_vocab()
-    missing = [token for token in NAMED[name].tokens if token not in known]
+    missing = [token for token in NAMED_TEMPLATES[name].tokens if token not in known]
     if missing:
-        fitting = [other for other in NAMED if all(token in known for token in NAMED[other].tokens)]
+        fitting = [other for other in NAMED_TEMPLATES if all(token in known for token in NAMED_TEMPLATES[other].tokens)]
         raise LoraError(
             f"data.chat_template: {name} needs {' '.join(missing)}, which this tokenizer does not have as one token",
             hint=f"templates that fit it: {', '.join(fitting)}",
         )
     # A base model that has always seen BOS first should see it here too.
     starts = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    return ("{{ bos_token }}" if starts and tokenizer.bos_token_id is not None else "") + NAMED[name].source
+    return ("{{ bos_token }}" if starts and tokenizer.bos_token_id is not None else "") + NAMED_TEMPLATES[name].source
 
 
-def render(
+def render_template(
     template: Template,
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None = None,
@@ -191,7 +195,9 @@ def render(
     return _render(template, messages, tools, header=header, marks=False).text
 
 
-def render_marked(template: Template, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Marked:
+def render_with_marks(
+    template: Template, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
+) -> MarkedText:
     """The conversation as text, with what the template marks as generated.
 
     Raises:
@@ -207,7 +213,7 @@ def _render(
     *,
     header: bool,
     marks: bool,
-) -> Marked:
+) -> MarkedText:
     try:
         texts, blocks = render_jinja_template(
             conversations=[list(messages)],
@@ -219,7 +225,7 @@ def _render(
         )
     except jinja2.TemplateSyntaxError:
         raise
-    except FAILURES as error:
+    except TEMPLATE_ERRORS as error:
         found = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadRow("refused by the chat template", f"the chat template refuses the row: {found}") from None
-    return Marked(texts[0], blocks[0] if marks else [])
+    return MarkedText(texts[0], blocks[0] if marks else [])

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lora_cli.data.encode import Encoder
-from lora_cli.data.rows import xray
-from lora_cli.data.templates import NAMED
+from lora_cli.data.chat_templates import NAMED_TEMPLATES
+from lora_cli.data.dataset import show_mask
+from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from tests.inputs import tiny_tokenizers as tiny
@@ -182,15 +182,16 @@ def test_given_labels_decide_alone(prepared, chatml):
     assert data.train.supervised.tolist() == [2, 2, 1]
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
 def test_named_templates_fit_base_models(prepared, name: str):
-    tokenizer = build(*NAMED[name].tokens, bos="<s>", eos="</s>", adds_bos=True)
+    tokenizer = build(*NAMED_TEMPLATES[name].tokens, bos="<s>", eos="</s>", adds_bos=True)
     spec = {"chat_template": name, "max_length": 4096}
     for system in (None, "Be brief"):
         messages = chat("Hello", "Hi", "More", "Yes", system=system)
         row = prepared(tokenizer, files=file_of({"messages": messages}), **spec).train[0]
         end = next(
-            (token for token in NAMED[name].tokens if token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")), "</s>"
+            (token for token in NAMED_TEMPLATES[name].tokens if token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")),
+            "</s>",
         )
         assert [text.strip() for text in learnt(row, tokenizer)] == [f"Hi{end}", f"Yes{end}"]
         ids = row.input_ids.tolist()
@@ -256,13 +257,13 @@ def test_conversations_need_a_template_and_a_fast_tokenizer(prepared, base):
         is_fast = False
 
     with pytest.raises(LoraError, match="Slow is no fast tokenizer"):
-        Encoder(DataSpec.model_validate({"train": "x"}), Slow())
+        CausalLMEncoder(DataSpec.model_validate({"train": "x"}), Slow())
 
 
 def test_smollm_writes_its_own_system_message(prepared, smollm):
     row = prepared(smollm, files=file_of({"messages": chat("What is 2+2?", "4")})).train[0]
     assert learnt(row, smollm) == ["4<|im_end|>"]
-    colours = xray(row, smollm)
+    colours = show_mask(row, smollm)
     assert [text for text, supervised in colours if supervised] == ["4", "<|im_end|>"]
     assert "".join(text for text, _ in colours).endswith("<|im_start|>assistant\n4<|im_end|>\n")
     assert row.input_ids.tolist() == smollm.apply_chat_template(chat("What is 2+2?", "4"))["input_ids"]

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.encode import Encoded
-from lora_cli.data.labelled import NOTHING, Labelled, Numbers
+from lora_cli.data.encode import EncodedRow
+from lora_cli.data.encode_classes import NO_VALUES, LabeledRow, LabelValues
 
-IGNORED = -100  # label of a token without loss, as everywhere in the field
+IGNORE_INDEX = -100  # label of a token without loss, as everywhere in the field
 
 SCHEMA = pa.schema(
     [
@@ -35,25 +35,25 @@ class Row(NamedTuple):
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[Any]  # causal-lm: int32, the id at its place where it carries loss, else -100; not shifted
     where: str  # `data/train.jsonl:17`
-    second: int = 0  # tokens at its end that belong to a second text
+    pair_tokens: int = 0  # tokens at its end that belong to a second text
 
 
-class Placed(NamedTuple):
+class RowWithSource(NamedTuple):
     """An encoded row and where it came from."""
 
     file: int
     line: int
-    row: Encoded | Labelled
-    values: Numbers = NOTHING  # of a labelled row: its labels as the source numbers them, or its target ids
+    row: EncodedRow | LabeledRow
+    values: LabelValues = NO_VALUES  # of a labelled row: its labels as the source numbers them, or its target ids
 
 
-def batch_of(rows: Sequence[Placed]) -> pa.RecordBatch:
+def to_record_batch(rows: Sequence[RowWithSource]) -> pa.RecordBatch:
     """The rows as one batch of the file."""
     columns = [
         _lists([placed.row.ids for placed in rows]),
         _lists([_runs(placed.row) for placed in rows]),
         _lists([placed.values for placed in rows], pa.float64()),
-        pa.array([placed.row.second if isinstance(placed.row, Labelled) else 0 for placed in rows], pa.int32()),
+        pa.array([placed.row.pair_tokens if isinstance(placed.row, LabeledRow) else 0 for placed in rows], pa.int32()),
         pa.array([placed.row.supervised for placed in rows], pa.int32()),
         pa.array([placed.row.key for placed in rows], pa.uint64()),
         pa.array([placed.file for placed in rows], pa.int32()),
@@ -62,8 +62,8 @@ def batch_of(rows: Sequence[Placed]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-def _runs(row: Encoded | Labelled) -> npt.NDArray[np.int32]:
-    return np.array(row.runs if isinstance(row, Encoded) else (), dtype=np.int32).ravel()
+def _runs(row: EncodedRow | LabeledRow) -> npt.NDArray[np.int32]:
+    return np.array(row.supervised_spans if isinstance(row, EncodedRow) else (), dtype=np.int32).ravel()
 
 
 def _lists(arrays: list[npt.NDArray[Any]], kind: pa.DataType | None = None) -> pa.Array:
@@ -71,7 +71,7 @@ def _lists(arrays: list[npt.NDArray[Any]], kind: pa.DataType | None = None) -> p
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays), kind or pa.int32()))
 
 
-class Stored:
+class EncodedFile:
     """One file of encoded rows, mapped: its rows are read from disk when they are asked for."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
@@ -103,7 +103,7 @@ class _Batch:
         self._runs: npt.NDArray[np.int32] = runs.values.to_numpy()
         values = batch.column("values")
         self._value_offsets: npt.NDArray[np.int32] = values.offsets.to_numpy()
-        self._values: Numbers = values.values.to_numpy()
+        self._values: LabelValues = values.values.to_numpy()
         self._second: npt.NDArray[np.int32] = batch.column("second").to_numpy()
         self.supervised: npt.NDArray[np.int32] = batch.column("supervised").to_numpy()
         self.keys: npt.NDArray[np.uint64] = batch.column("key").to_numpy()
@@ -116,18 +116,18 @@ class _Batch:
         values = self._values[self._value_offsets[index] : self._value_offsets[index + 1]]
         if len(values):
             return Row(ids, values, where, int(self._second[index]))
-        labels = np.full_like(ids, IGNORED)
+        labels = np.full_like(ids, IGNORE_INDEX)
         runs = self._runs[self._run_offsets[index] : self._run_offsets[index + 1]]
         for start, stop in runs.reshape(-1, 2):
             labels[start:stop] = ids[start:stop]
         return Row(ids, labels, where)
 
 
-class Rows:
+class EncodedDataset:
     """A split: rows of stored files in a fixed order, by file, then as they lie in it. Immutable."""
 
     def __init__(
-        self, parts: Sequence[tuple[Stored, npt.NDArray[np.int64]]], read: Sequence[Callable[[Row], Row]] = ()
+        self, parts: Sequence[tuple[EncodedFile, npt.NDArray[np.int64]]], read: Sequence[Callable[[Row], Row]] = ()
     ) -> None:
         """`read`: for each part, what makes a row's labels of the numbers that its source has for them."""
         self._parts = [stored for stored, _ in parts]
@@ -162,7 +162,7 @@ class Rows:
         return hashlib.blake2b(self.keys.astype("<u8").tobytes(), digest_size=16).hexdigest()
 
 
-def xray(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def show_mask(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Every token of a row as text, and whether it carries loss; for `lora check` to colour."""
     pairs = zip(row.input_ids.tolist(), row.labels.tolist(), strict=True)
-    return [(tokenizer.decode([token], skip_special_tokens=False), label != IGNORED) for token, label in pairs]
+    return [(tokenizer.decode([token], skip_special_tokens=False), label != IGNORE_INDEX) for token, label in pairs]

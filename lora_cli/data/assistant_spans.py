@@ -14,20 +14,20 @@ import re
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from lora_cli.data.chat_templates import Template, render_template, render_with_marks
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.records import BadRow
-from lora_cli.data.templates import Template, render, render_marked
 from lora_cli.errors import LoraError
 
 
-class Layout(NamedTuple):
+class AssistantFormat(NamedTuple):
     """How a template writes assistant turns, learnt from probe conversations."""
 
     template: Template
-    marked: bool  # it has {% generation %}
+    has_generation_tags: bool  # it has {% generation %}
     header: str  # what it opens an assistant turn with; empty where a turn follows the user's text directly
-    ends: re.Pattern[str]  # its end-of-turn tokens
-    control: re.Pattern[str]  # tokens that structure a conversation, which no message may contain
+    end_tokens: re.Pattern[str]  # its end-of-turn tokens
+    control_tokens: re.Pattern[str]  # tokens that structure a conversation, which no message may contain
     takes_tools: bool
 
 
@@ -38,7 +38,7 @@ class Span(NamedTuple):
     stop: int
 
 
-class Rendered(NamedTuple):
+class RenderedChat(NamedTuple):
     """A conversation as text, with the assistant's turns in it."""
 
     text: str
@@ -46,20 +46,20 @@ class Rendered(NamedTuple):
     rewritten: int  # turns whose text the template did not write as it is in the row
 
 
-def rendered(layout: Layout, chat: Conversation) -> Rendered:
+def render_with_spans(layout: AssistantFormat, chat: Conversation) -> RenderedChat:
     """`chat` as text, with one span an assistant turn: in order, apart, each with an end-of-turn token at its end.
 
     Raises:
         BadRow: the spans cannot be proved, or the template leaves a part of the row out.
     """
-    if found := layout.control.search(_everything(chat)):
+    if found := layout.control_tokens.search(_everything(chat)):
         problem = f"contains the control token {found[0]}: the model would take it for the end or start of a turn"
         raise BadRow("control token in the text", problem)
-    if layout.marked:
-        text, blocks = render_marked(layout.template, chat.messages, chat.tools)
+    if layout.has_generation_tags:
+        text, blocks = render_with_marks(layout.template, chat.messages, chat.tools)
         spans = [_closed(layout, text, start, stop) for start, stop in blocks]
     else:
-        text = render(layout.template, chat.messages, chat.tools)
+        text = render_template(layout.template, chat.messages, chat.tools)
         spans = _by_prefix(layout, chat, text) or _by_scan(layout, chat, text)
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     if len(spans) != len(answers):
@@ -72,7 +72,7 @@ def rendered(layout: Layout, chat: Conversation) -> Rendered:
         if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
             raise BadRow("text left out", f"the chat template leaves the {message['role']} message out")
     rewritten = (_rewritten(answer, text[a:b], text) for answer, (a, b) in zip(answers, spans, strict=True))
-    return Rendered(text, spans, sum(rewritten))
+    return RenderedChat(text, spans, sum(rewritten))
 
 
 def _everything(chat: Conversation) -> str:
@@ -82,7 +82,7 @@ def _everything(chat: Conversation) -> str:
     return "\0".join([*parts, json.dumps([rest, chat.tools], ensure_ascii=False, default=str)])
 
 
-def _by_prefix(layout: Layout, chat: Conversation, text: str) -> list[Span]:
+def _by_prefix(layout: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
     """The spans, or none where the template does not write the first messages as in the whole conversation."""
     spans = []
     for index, message in enumerate(chat.messages):
@@ -90,8 +90,8 @@ def _by_prefix(layout: Layout, chat: Conversation, text: str) -> list[Span]:
             continue
         last = index + 1 == len(chat.messages)
         try:
-            head = render(layout.template, chat.messages[:index], chat.tools, header=True)
-            turn = text if last else render(layout.template, chat.messages[: index + 1], chat.tools)
+            head = render_template(layout.template, chat.messages[:index], chat.tools, header=True)
+            turn = text if last else render_template(layout.template, chat.messages[: index + 1], chat.tools)
         except BadRow:
             return []  # it takes whole conversations only
         if not (text.startswith(head) and text.startswith(turn) and len(head) < len(turn)):
@@ -100,16 +100,16 @@ def _by_prefix(layout: Layout, chat: Conversation, text: str) -> list[Span]:
     return spans
 
 
-def _by_scan(layout: Layout, chat: Conversation, text: str) -> list[Span]:
-    if not layout.control.search(layout.header):
+def _by_scan(layout: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
+    if not layout.control_tokens.search(layout.header):
         return []
     starts = [match.end() for match in re.finditer(re.escape(layout.header), text)]
     return [_closed(layout, text, start, None) for start in starts]
 
 
-def _closed(layout: Layout, text: str, start: int, stop: int | None) -> Span:
+def _closed(layout: AssistantFormat, text: str, start: int, stop: int | None) -> Span:
     """The span from `start` to its end-of-turn token, which must be what `stop` borders on, blanks aside."""
-    end = layout.ends.search(text, start)
+    end = layout.end_tokens.search(text, start)
     between = (text[end.end() : stop] or text[stop : end.start()]) if end and stop is not None else ""
     if end is None or between.strip():
         raise BadRow("no end-of-turn token", "the chat template writes an answer without an end-of-turn token")
@@ -130,7 +130,7 @@ def _rewritten(message: Message, span: str, text: str) -> bool:
 # --- learning and proving the layout --------------------------------------------------------------------------------
 
 
-def learn(template: Template, *, special: set[str], bos: str | None) -> Layout:
+def infer_template_format(template: Template, *, special: set[str], bos: str | None) -> AssistantFormat:
     """The layout of a template, proved on probe conversations.
 
     Args:
@@ -161,12 +161,14 @@ def learn(template: Template, *, special: set[str], bos: str | None) -> Layout:
         end = tokens.search(called, called.rindex("probe_argument"))
         ends |= {end[0]} if end else set()  # some models end a turn that calls a tool with a token of its own
     shown = _attempt(template, Conversation(readable[0][0].messages, tools))
-    layout = Layout(
+    layout = AssistantFormat(
         template=template,
-        marked=re.search(r"{%-?\s*generation\s*-?%}", template.source) is not None,
+        has_generation_tags=re.search(r"{%-?\s*generation\s*-?%}", template.source) is not None,
         header=header,
-        ends=_any_of(ends),
-        control=_any_of({token for token in special if token in template.source} | ends | ({bos} if bos else set())),
+        end_tokens=_any_of(ends),
+        control_tokens=_any_of(
+            {token for token in special if token in template.source} | ends | ({bos} if bos else set())
+        ),
         takes_tools=isinstance(shown, str) and "probe_tool" in shown,
     )
     for number, (chat, _) in enumerate(readable):
@@ -174,7 +176,7 @@ def learn(template: Template, *, special: set[str], bos: str | None) -> Layout:
     return layout
 
 
-def _prove(layout: Layout, chat: Conversation, *, simplest: bool) -> None:
+def _prove(layout: AssistantFormat, chat: Conversation, *, simplest: bool) -> None:
     """Every span must hold its own answer and no other message.
 
     Only the simplest conversation must be readable: where a template leaves system messages out, say, the rows that
@@ -182,7 +184,7 @@ def _prove(layout: Layout, chat: Conversation, *, simplest: bool) -> None:
     """
     answers = [message["content"] for message in chat.messages if message["role"] == "assistant"]
     try:
-        found = rendered(layout, chat)
+        found = render_with_spans(layout, chat)
     except BadRow as bad:
         if not simplest:
             return
@@ -192,7 +194,7 @@ def _prove(layout: Layout, chat: Conversation, *, simplest: bool) -> None:
         others = [m["content"] for m in chat.messages if m["content"] != answer and m["content"] in span]
         if answer not in span or others:
             raise _unfit(layout.template, "answers and questions cannot be told apart", hint="use another template")
-        if not layout.marked and not layout.header and span[: span.index(answer)].strip():
+        if not layout.has_generation_tags and not layout.header and span[: span.index(answer)].strip():
             raise _unfit(
                 layout.template,
                 "it ignores add_generation_prompt, so where an answer starts is unknown",
@@ -228,7 +230,7 @@ def _tool(name: str) -> dict[str, Any]:
 
 def _attempt(template: Template, chat: Conversation) -> str | BadRow:
     try:
-        return render(template, chat.messages, chat.tools)
+        return render_template(template, chat.messages, chat.tools)
     except BadRow as bad:
         return bad
 
@@ -236,7 +238,7 @@ def _attempt(template: Template, chat: Conversation) -> str | BadRow:
 def _header(template: Template, chat: Conversation) -> str:
     asked = chat.messages[:-1]
     try:
-        bare, opened = render(template, asked), render(template, asked, header=True)
+        bare, opened = render_template(template, asked), render_template(template, asked, header=True)
     except BadRow:
         return ""
     return opened[len(bare) :] if opened.startswith(bare) else ""

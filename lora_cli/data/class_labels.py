@@ -8,82 +8,84 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_cli.data.labelled import Labelled, Numbers
+from lora_cli.data.dataset import IGNORE_INDEX, Row
+from lora_cli.data.encode_classes import LabeledRow, LabelValues
 from lora_cli.data.records import BadRow
-from lora_cli.data.rows import IGNORED, Row
 from lora_cli.errors import LoraError
 
 # single: one label a row or word; multi: any number of them; regression: numbers to come near to.
-Kind = Literal["single", "multi", "regression"]
-SHOWN = 8
-MOST = 10_000  # labels; a larger number is a measure, or an id
+LabelKind = Literal["single", "multi", "regression"]
+MAX_SHOWN = 8
+MAX_LABELS = 10_000  # labels; a larger number is a measure, or an id
 
 
-class Labels(NamedTuple):
+class ClassLabels(NamedTuple):
     """What a model's head tells apart."""
 
-    kind: Kind
+    kind: LabelKind
     names: tuple[str, ...]  # in the order of their numbers; of a regression, the names of its values
 
     def describe(self) -> str:
         """`3 labels: neutral, positive, negative`, for the user."""
         if self.kind == "regression":
             return "regression" if len(self.names) == 1 else f"regression of {len(self.names)} values"
-        listed = ", ".join(self.names[:SHOWN]) + (
-            f" and {len(self.names) - SHOWN} more" if len(self.names) > SHOWN else ""
+        listed = ", ".join(self.names[:MAX_SHOWN]) + (
+            f" and {len(self.names) - MAX_SHOWN} more" if len(self.names) > MAX_SHOWN else ""
         )
         several = ", several a row" if self.kind == "multi" else ""
         return f"{len(self.names)} labels{several}: {listed}"
 
 
-FILE = "labels.json"  # beside an adapter: PEFT's own files do not name what a head tells apart
+LABELS_FILE = "labels.json"  # beside an adapter: PEFT's own files do not name what a head tells apart
 
 
-def write(labels: Labels, folder: Path) -> None:
+def save_labels(labels: ClassLabels, folder: Path) -> None:
     """Put the labels beside the adapter whose head they belong to."""
-    (folder / FILE).write_text(json.dumps(labels._asdict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / LABELS_FILE).write_text(
+        json.dumps(labels._asdict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
-def read(folder: Path) -> Labels | None:
+def load_labels(folder: Path) -> ClassLabels | None:
     """The labels that lie beside an adapter; None where there are none."""
-    if not (folder / FILE).is_file():
+    if not (folder / LABELS_FILE).is_file():
         return None
-    stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    return Labels(stored["kind"], tuple(stored["names"]))
+    stored = json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
+    return ClassLabels(stored["kind"], tuple(stored["names"]))
 
 
-class Found(NamedTuple):
+class SourceLabels(NamedTuple):
     """The labels of one source, as its rows spell them, in the order in which they were met."""
 
-    kind: Kind
+    kind: LabelKind
     counts: dict[str, int]
     first: dict[str, str]  # where each was met first: `data/train.jsonl:17`
     numbered: bool  # all of them were whole numbers
     width: int = 1  # values a row, of a regression
 
 
-class Table:
+class LabelTable:
     """Numbers the labels of one source while it is encoded."""
 
     def __init__(self) -> None:
-        self._kind: Kind | None = None
+        self._kind: LabelKind | None = None
         self._numbers: dict[str, int] = {}
         self._counts: list[int] = []
         self._first: list[str] = []
         self._numbered = True
         self._width = 1
 
-    def number(self, row: Labelled, where: str) -> Numbers:
+    def number(self, row: LabeledRow, where: str) -> LabelValues:
         """The row's labels as numbers of this table, IGNORED where a token has none; its values, of a regression.
 
         Raises:
             BadRow: its labels are of another kind than those of the rows before.
         """
-        kind: Kind = "multi" if row.several else "single" if row.spelled else "regression"
+        kind: LabelKind = "multi" if row.multi_label else "single" if row.label_keys else "regression"
         if self._kind is None:
             self._kind, self._width = kind, len(row.values) or 1
         if kind != self._kind:
-            problem = f"is {KINDS[kind]}, and in rows before it {KINDS[self._kind]}"
+            problem = f"is {KIND_NAMES[kind]}, and in rows before it {KIND_NAMES[self._kind]}"
             raise BadRow("another kind of label", problem, field="label")
         if kind == "regression":
             if len(row.values) != self._width:
@@ -91,11 +93,11 @@ class Table:
             return row.values
         self._numbered &= row.numbered
         # A row of no labels must still be seen to have been read.
-        return np.array([self._of(each, where) for each in row.spelled] or [IGNORED], dtype=np.float64)
+        return np.array([self._of(each, where) for each in row.label_keys] or [IGNORE_INDEX], dtype=np.float64)
 
     def _of(self, label: str | None, where: str) -> int:
         if label is None:
-            return IGNORED
+            return IGNORE_INDEX
         if label not in self._numbers:
             self._numbers[label] = len(self._counts)
             self._counts.append(0)
@@ -110,19 +112,19 @@ class Table:
             return None
         counts = dict(zip(self._numbers, self._counts, strict=True))
         first = dict(zip(self._numbers, self._first, strict=True))
-        return Found(self._kind, counts, first, self._numbered, self._width)._asdict()
+        return SourceLabels(self._kind, counts, first, self._numbered, self._width)._asdict()
 
 
-KINDS = {"single": "one label", "multi": "a list of labels", "regression": "a number to come near to"}
+KIND_NAMES = {"single": "one label", "multi": "a list of labels", "regression": "a number to come near to"}
 
 
-def settle(
+def resolve_labels(
     wanted: Literal["auto", "regression"] | Sequence[str],
-    train: Sequence[Found],
-    evaluation: Sequence[Found],
+    train: Sequence[SourceLabels],
+    evaluation: Sequence[SourceLabels],
     *,
     base: Sequence[str] = (),
-) -> Labels:
+) -> ClassLabels:
     """The labels of a run: those of the recipe, else those of the base's own head where the rows have no others, else
     those of the training rows, sorted; numbers in their order, with those between that no row has.
 
@@ -149,7 +151,9 @@ def settle(
         widths = {found.width for found in sources}
         if len(widths) > 1:
             raise LoraError(f"data: rows of {' and '.join(map(str, sorted(widths)))} values", hint="mend the rows")
-        return Labels("regression", tuple(f"value {i}" for i in range(widths.pop())) if widths != {1} else ("value",))
+        return ClassLabels(
+            "regression", tuple(f"value {i}" for i in range(widths.pop())) if widths != {1} else ("value",)
+        )
     if len(kinds) > 1:
         raise LoraError(
             f"data: sources disagree on what a label is: {' and '.join(sorted(kinds))}",
@@ -161,8 +165,8 @@ def settle(
         raise LoraError("data: no training row has a label", hint="see the column that data.columns names `label`")
     numbered = all(found.numbered for found in train)
     if (
-        len(there) > MOST
-        or (numbered and max(map(int, there)) >= MOST)
+        len(there) > MAX_LABELS
+        or (numbered and max(map(int, there)) >= MAX_LABELS)
         or (not numbered and all(map(_is_measure, there)))
     ):
         raise LoraError(
@@ -179,7 +183,7 @@ def settle(
             names = tuple(sorted(there))
     else:
         names = tuple(wanted)
-    labels = Labels(kind, names)
+    labels = ClassLabels(kind, names)
     for found in sources:
         _refuse_strange(labels, found)
     if len(names) < 2 and kind == "single":
@@ -191,19 +195,19 @@ def _is_measure(label: str) -> bool:
     return re.fullmatch(r"-?\d+\.\d+", label) is not None
 
 
-def _refuse_strange(labels: Labels, found: Found) -> None:
-    known = numbers(labels, found)
+def _refuse_strange(labels: ClassLabels, found: SourceLabels) -> None:
+    known = label_numbers(labels, found)
     strange = [label for label in found.counts if label not in known]
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-        listed = ", ".join(labels.names[:SHOWN]) + (", ..." if len(labels.names) > SHOWN else "")
+        listed = ", ".join(labels.names[:MAX_SHOWN]) + (", ..." if len(labels.names) > MAX_SHOWN else "")
         raise LoraError(
             f"{found.first[strange[0]]}: label {strange[0]}{more}: not among the {len(labels.names)} of the head",
             hint=f"they are {listed}: mend the row, or list it in data.labels",
         )
 
 
-def numbers(labels: Labels, found: Found) -> dict[str, int]:
+def label_numbers(labels: ClassLabels, found: SourceLabels) -> dict[str, int]:
     """The number of each spelling: of a name, its place; of a number that is no name, itself."""
     known = {name: number for number, name in enumerate(labels.names)}
     if found.numbered:
@@ -211,7 +215,7 @@ def numbers(labels: Labels, found: Found) -> dict[str, int]:
     return known
 
 
-def reader(labels: Labels, found: Found) -> Callable[[Row], Row]:
+def label_mapper(labels: ClassLabels, found: SourceLabels) -> Callable[[Row], Row]:
     """What makes a row's labels of the numbers that its source has for them.
 
     A class is int32 [1], or one for each token and IGNORED at most of them; several classes are float32
@@ -219,16 +223,18 @@ def reader(labels: Labels, found: Found) -> Callable[[Row], Row]:
     """
     if labels.kind == "regression":
         return lambda row: row._replace(labels=row.labels.astype(np.float32))
-    known = numbers(labels, found)
+    known = label_numbers(labels, found)
     lookup = np.array([known[label] for label in found.counts], dtype=np.int32)
 
     def single(row: Row) -> Row:
         chosen = row.labels.astype(np.int64)
-        return row._replace(labels=np.where(chosen == IGNORED, IGNORED, lookup[chosen.clip(0)]).astype(np.int32))
+        return row._replace(
+            labels=np.where(chosen == IGNORE_INDEX, IGNORE_INDEX, lookup[chosen.clip(0)]).astype(np.int32)
+        )
 
     def several(row: Row) -> Row:
         hot = np.zeros(len(labels.names), np.float32)
-        hot[lookup[row.labels[row.labels != IGNORED].astype(np.int64)]] = 1
+        hot[lookup[row.labels[row.labels != IGNORE_INDEX].astype(np.int64)]] = 1
         return row._replace(labels=hot)
 
     return several if labels.kind == "multi" else single

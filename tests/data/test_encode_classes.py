@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.formats import Classified, Tagged
-from lora_cli.data.labelled import LabelledEncoder
-from lora_cli.data.labels import Found, Labels, settle
+from lora_cli.data.class_labels import ClassLabels, SourceLabels, resolve_labels
+from lora_cli.data.dataset import IGNORE_INDEX
+from lora_cli.data.encode_classes import LabeledRowEncoder
+from lora_cli.data.formats import ClassificationExample, TaggingExample
 from lora_cli.data.records import BadRow
-from lora_cli.data.rows import IGNORED
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from tests.data.conftest import Prepare
@@ -35,7 +35,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> str:
 def test_a_class_is_the_rows_and_the_ids_are_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast, prepared: Prepare):
     rows = [{"text": f"the fox {i}", "label": ["dog", "ant", "cat"][i % 3]} for i in range(7)]
     data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="seq-cls")
-    assert data.labels == Labels("single", ("ant", "cat", "dog"))
+    assert data.labels == ClassLabels("single", ("ant", "cat", "dog"))
     for row, given_ in zip(data.train, rows, strict=True):
         assert row.input_ids.tolist() == tokenizer(given_["text"])["input_ids"]
         assert data.labels.names[int(row.labels[0])] == given_["label"]
@@ -49,23 +49,23 @@ def test_a_pair_is_the_tokenizers_own_with_its_types(tokenizer: PreTrainedTokeni
     data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="seq-cls")
     whole = tokenizer("the fox", "lazy dog", return_token_type_ids=True)
     assert data.train[0].input_ids.tolist() == whole["input_ids"]
-    assert data.train[0].second == sum(whole["token_type_ids"])
-    assert data.train[1].second == 0
+    assert data.train[0].pair_tokens == sum(whole["token_type_ids"])
+    assert data.train[1].pair_tokens == 0
 
 
 @pytest.mark.parametrize(
     ("given_", "labels", "wanted"),
     [
-        ([2, 0, 1], Labels("single", ("0", "1", "2")), [[2], [0], [1]]),
-        (["2", "0", "0"], Labels("single", ("0", "1", "2")), [[2], [0], [0]]),
-        ([True, False, True], Labels("single", ("false", "true")), [[1], [0], [1]]),
-        ([["b", "a"], [], ["a"]], Labels("multi", ("a", "b")), [[1, 1], [0, 0], [1, 0]]),
-        ([[1], [0, 2], []], Labels("multi", ("0", "1", "2")), [[0, 1, 0], [1, 0, 1], [0, 0, 0]]),
-        ([0.5, 1.0, -2.5], Labels("regression", ("value",)), [[0.5], [1.0], [-2.5]]),
-        ([[0.5, 1.0], [2.0, 3.0]], Labels("regression", ("value 0", "value 1")), [[0.5, 1.0], [2.0, 3.0]]),
+        ([2, 0, 1], ClassLabels("single", ("0", "1", "2")), [[2], [0], [1]]),
+        (["2", "0", "0"], ClassLabels("single", ("0", "1", "2")), [[2], [0], [0]]),
+        ([True, False, True], ClassLabels("single", ("false", "true")), [[1], [0], [1]]),
+        ([["b", "a"], [], ["a"]], ClassLabels("multi", ("a", "b")), [[1, 1], [0, 0], [1, 0]]),
+        ([[1], [0, 2], []], ClassLabels("multi", ("0", "1", "2")), [[0, 1, 0], [1, 0, 1], [0, 0, 0]]),
+        ([0.5, 1.0, -2.5], ClassLabels("regression", ("value",)), [[0.5], [1.0], [-2.5]]),
+        ([[0.5, 1.0], [2.0, 3.0]], ClassLabels("regression", ("value 0", "value 1")), [[0.5, 1.0], [2.0, 3.0]]),
     ],
 )
-def test_labels_are_of_the_kind_that_rows_write(given_: list[Any], labels: Labels, wanted: Any, prepared: Prepare):
+def test_labels_are_of_the_kind_that_rows_write(given_: list[Any], labels: ClassLabels, wanted: Any, prepared: Prepare):
     rows = [{"text": f"row {i}", "label": label} for i, label in enumerate(given_)]
     data = prepared(build_encoder("bert"), files={"train.jsonl": lines(rows)}, task="seq-cls")
     assert data.labels == labels
@@ -83,7 +83,7 @@ def test_the_recipe_names_labels_in_their_order_and_numbers_mean_it(prepared: Pr
     data = prepared(
         build_encoder("bert"), files={"train.jsonl": lines(rows)}, task="seq-cls", labels=["zebra", "ant", "cow"]
     )
-    assert data.labels == Labels("single", ("zebra", "ant", "cow"))
+    assert data.labels == ClassLabels("single", ("zebra", "ant", "cow"))
     assert [int(row.labels[0]) for row in data.train] == [1, 0]
 
 
@@ -113,7 +113,7 @@ def test_sources_number_their_labels_each_and_the_run_as_one(prepared: Prepare):
 )
 def test_each_tag_is_at_the_first_token_of_its_word(words: list[str], kind: str):
     encoder = ENCODERS[kind]
-    (row,) = encoder.encode([Tagged(words, [f"tag{i}" for i in range(len(words))])])
+    (row,) = encoder.encode([TaggingExample(words, [f"tag{i}" for i in range(len(words))])])
     if isinstance(row, BadRow):  # a character that this small alphabet has no token for, say
         assert row.reason == "word without token"
         return
@@ -122,7 +122,9 @@ def test_each_tag_is_at_the_first_token_of_its_word(words: list[str], kind: str)
     assert row.ids.tolist() == encoding["input_ids"]
     starts = np.cumsum([0, *(len(word) + 1 for word in words)])
     found = [
-        (int(label.removeprefix("tag")), encoding["offset_mapping"][i]) for i, label in enumerate(row.spelled) if label
+        (int(label.removeprefix("tag")), encoding["offset_mapping"][i])
+        for i, label in enumerate(row.label_keys)
+        if label
     ]
     assert [number for number, _ in found] == list(range(len(words)))
     for number, (start, stop) in found:
@@ -130,13 +132,13 @@ def test_each_tag_is_at_the_first_token_of_its_word(words: list[str], kind: str)
         assert start < starts[number] + len(words[number])
         assert stop > starts[number]
     special = [i for i, span in enumerate(encoding["offset_mapping"]) if span == (0, 0)]
-    assert all(row.spelled[i] is None for i in special if encoding["input_ids"][i] in tokenizer.all_special_ids)
+    assert all(row.label_keys[i] is None for i in special if encoding["input_ids"][i] in tokenizer.all_special_ids)
     assert row.supervised == len(words)
 
 
 TOKENIZERS = {kind: build_encoder(kind) for kind in KINDS}
 ENCODERS = {
-    kind: LabelledEncoder("token-cls", DataSpec.model_validate({"train": "x"}), tokenizer)
+    kind: LabeledRowEncoder("token-cls", DataSpec.model_validate({"train": "x"}), tokenizer)
     for kind, tokenizer in TOKENIZERS.items()
 }
 
@@ -145,12 +147,12 @@ def test_tags_become_labels_at_their_tokens_and_nothing_elsewhere(prepared: Prep
     rows = [{"tokens": ["The", "capital", "jumps"], "tags": ["O", "B-LOC", "O"]}]
     tokenizer = build_encoder("bert")
     data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="token-cls")
-    assert data.labels == Labels("single", ("B-LOC", "O"))
+    assert data.labels == ClassLabels("single", ("B-LOC", "O"))
     (row,) = data.train
     words = tokenizer("The capital jumps").word_ids()
-    marks = [data.labels.names[label] for label in row.labels if label != IGNORED]
+    marks = [data.labels.names[label] for label in row.labels if label != IGNORE_INDEX]
     assert marks == ["O", "B-LOC", "O"]
-    assert row.labels[0] == row.labels[-1] == IGNORED  # [CLS] and [SEP]
+    assert row.labels[0] == row.labels[-1] == IGNORE_INDEX  # [CLS] and [SEP]
     assert len(row.labels) == len(words)
 
 
@@ -206,8 +208,8 @@ def test_another_label_is_another_run(prepared: Prepare):
     assert one.fingerprint != two.fingerprint
 
 
-def found(kind: str, *labels: str, numbered: bool = False, width: int = 1) -> Found:
-    return Found(
+def found(kind: str, *labels: str, numbered: bool = False, width: int = 1) -> SourceLabels:
+    return SourceLabels(
         kind,
         dict.fromkeys(labels, 1),
         {label: f"f.jsonl:{i}" for i, label in enumerate(labels, 1)},
@@ -228,8 +230,8 @@ def found(kind: str, *labels: str, numbered: bool = False, width: int = 1) -> Fo
         ("auto", [found("single", "1", numbered=True), found("single", "one")], (), ("1", "one")),
     ],
 )
-def test_names_are_settled(wanted: Any, train: list[Found], base: tuple[str, ...], names: tuple[str, ...]):
-    assert settle(wanted, train, [], base=base).names == names
+def test_names_are_settled(wanted: Any, train: list[SourceLabels], base: tuple[str, ...], names: tuple[str, ...]):
+    assert resolve_labels(wanted, train, [], base=base).names == names
 
 
 @pytest.mark.parametrize(
@@ -262,17 +264,19 @@ def test_names_are_settled(wanted: Any, train: list[Found], base: tuple[str, ...
         ("auto", [found("regression", width=1), found("regression", width=2)], [], "rows of 1 and 2 values"),
     ],
 )
-def test_what_is_no_set_of_labels_is_refused(wanted: Any, train: list[Found], evaluation: list[Found], said: str):
+def test_what_is_no_set_of_labels_is_refused(
+    wanted: Any, train: list[SourceLabels], evaluation: list[SourceLabels], said: str
+):
     with pytest.raises(LoraError) as refused:
-        settle(wanted, train, evaluation)
+        resolve_labels(wanted, train, evaluation)
     assert said in refused.value.message
     assert refused.value.hint
 
 
 def test_one_word_classifies_as_it_is_read():
-    encoder = LabelledEncoder("seq-cls", DataSpec.model_validate({"train": "x"}), TOKENIZERS["bert"])
-    (row,) = encoder.encode([Classified("fox", None, "x")])
-    assert (row.spelled, row.supervised, row.length) == (("x",), 1, len(row.ids))
+    encoder = LabeledRowEncoder("seq-cls", DataSpec.model_validate({"train": "x"}), TOKENIZERS["bert"])
+    (row,) = encoder.encode([ClassificationExample("fox", None, "x")])
+    assert (row.label_keys, row.supervised, row.length) == (("x",), 1, len(row.ids))
 
 
 SEEN = "hint: mend them, or set data.on_bad_row: skip to leave them out, counted"
