@@ -36,8 +36,8 @@ from transformers.utils import logging as transformers_logging
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.dataset import Row
-from lora_cli.model.base import cache_folder
-from lora_cli.model.gguf import unpack
+from lora_cli.model.base_model import cache_folder
+from lora_cli.model.gguf import unpack_gguf
 
 transformers_logging.disable_progress_bar()
 
@@ -176,7 +176,7 @@ def compare_losses(arguments: argparse.Namespace, chosen: "Chosen", scratch: Pat
         epochs=1,
     )
     info("transformers + PEFT ...")
-    folder = unpack(arguments.model, dtype=torch.float32, cache=cache_folder(), info=info)
+    folder = unpack_gguf(arguments.model, dtype=torch.float32, cache=cache_folder(), info=info)
     theirs = plain_peft(folder, chosen.ids, plan.epoch(0), bf16=False, dropout=0.0)
 
     print(f"\ntrainable parameters   lora {ours.trainable:,}   PEFT {theirs.trainable:,}")
@@ -206,7 +206,7 @@ def compare_speed(arguments: argparse.Namespace, chosen: "Chosen", scratch: Path
     size = max(1, round(TOKENS / (sum(lengths) / len(lengths))))
     order = np.random.default_rng(SEED).permutation(len(lengths)).tolist()
     batches = [order[start : start + size] for start in range(0, size * steps, size)]
-    folder = unpack(arguments.model, dtype=torch.bfloat16, cache=cache_folder(), info=info)
+    folder = unpack_gguf(arguments.model, dtype=torch.bfloat16, cache=cache_folder(), info=info)
     print(
         f"\nlora: rows packed into {TOKENS} tokens; PEFT: {size} rows a batch, padded; bf16, dropout 0.05, all-linear"
     )
@@ -289,7 +289,7 @@ def main() -> None:
     if arguments.speed and arguments.steps < 2:
         parser.error("--speed needs --steps of at least 2, as the first is not counted")
     tokenizer = AutoTokenizer.from_pretrained(
-        unpack(arguments.model, dtype=torch.float32, cache=cache_folder(), info=info)
+        unpack_gguf(arguments.model, dtype=torch.float32, cache=cache_folder(), info=info)
     )
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)

@@ -16,15 +16,15 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import factors
 from lora_cli.merging.factors import Pair, Saved
 from lora_cli.merging.fold import Pair as Files
-from lora_cli.model import base, origin, shards
-from lora_cli.model.layout import Layout
-from lora_cli.model.saving import WEIGHTS
-from lora_cli.model.targets import layer_number
+from lora_cli.model import base_model, safetensors_io, trained_on
+from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
+from lora_cli.model.target_modules import layer_index
 from lora_cli.run import atomic, console
 
 SHARES = (0.9, 0.95, 0.99)
 ALONG = (
-    origin.FILE,
+    trained_on.TRAINED_ON_FILE,
     LABELS,
     "chat_template.jinja",
     "special_tokens_map.json",
@@ -63,7 +63,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
     looks = [look for look in looks if look.norm > 0]
     if not looks:
         raise LoraError(f"{folder}: every update is zero: it was never trained", hint="train it first")
-    config, size = saved.config, (folder / WEIGHTS).stat().st_size
+    config, size = saved.config, (folder / ADAPTER_WEIGHTS).stat().st_size
     kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
     counted = sum(look.parameters for look in looks) + sum(tensor.numel() for tensor in saved.others.values())
     console.out.print(
@@ -108,19 +108,19 @@ def _base_norms(folder: Path, base_path: str | None, saved: Saved) -> dict[str, 
     """‖W‖ of every adapted module, where the base's files are on this machine."""
     try:
         subject = open_subject(folder, saved.config, base_path=base_path, trust_remote_code=False)
-        tensors = shards.list_tensors(base.local_folder(subject.source, fetch=False))
+        tensors = safetensors_io.list_tensors(base_model.local_folder(subject.source, fetch=False))
     except LoraError as reason:
         if base_path is not None:
             raise
         console.info(f"without the base's own norms: {reason.message}")
         return {}
-    layout = Layout(subject.skeleton(), tensors)
+    mapping = CheckpointMapping(subject.skeleton(), tensors)
     norms = {}
-    with shards.Files(writable=False) as files:
+    with safetensors_io.ShardFiles(writable=False) as files:
         for module in saved.pairs:
             name = f"{module}.weight"
-            if name in layout.parts and not layout.is_joined(name):
-                weight = Files(files, files).read(tensors[layout.key(name)])
+            if name in mapping.parts and not mapping.is_joined(name):
+                weight = Files(files, files).read(tensors[mapping.key(name)])
                 norms[module] = float(weight.float().norm())
     return norms
 
@@ -145,7 +145,7 @@ def _table(looks: list[Look]) -> Table:
             _span([look.rank for look in group]),
             f"{sum(look.norm for look in group) / len(group):.3f}",
             f"{sum(relative) / len(relative):.2%}" if relative else "?",
-            "" if (number := layer_number(largest.module)) is None else f"layer {number}",
+            "" if (number := layer_index(largest.module)) is None else f"layer {number}",
             f"{sum(look.effective_rank for look in group) / len(group):.1f}",
             *needed,
         )
@@ -162,7 +162,7 @@ def _plot(looks: list[Look], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise LoraError("--plot needs matplotlib", hint='pip install "lora-cli[plot]"') from None
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), mapping="constrained")
     spectra, sizes = figure.subplots(1, 2)
     kinds: defaultdict[str, list[Look]] = defaultdict(list)
     for look in looks:
@@ -242,14 +242,14 @@ def combine(
 
 def _refuse_apart(adapters: list[Saved]) -> None:
     """What cannot be summed: other bases, and what is not of low rank."""
-    first, known = adapters[0], origin.read(adapters[0].folder)
+    first, known = adapters[0], trained_on.read_trained_on(adapters[0].folder)
     for saved in adapters:
         if saved.others:
             raise LoraError(
                 f"{saved.folder}: {sorted(saved.others)[0]} is no update of low rank, and cannot be summed",
                 hint="merge the adapters one after the other with lora merge",
             )
-        here = origin.read(saved.folder)
+        here = trained_on.read_trained_on(saved.folder)
         if known and here and known.fingerprint != here.fingerprint:
             raise LoraError(
                 f"{saved.folder} and {first.folder} were trained on different bases", hint="see trained_on.json"
@@ -276,7 +276,7 @@ def _write(pairs: dict[str, Pair], like: Saved, out: Path, *, force: bool, what:
     config: LoraConfig = factors.config_of(pairs, like.config)
     with atomic.folder(out, replace=force) as partial:
         tensors: dict[str, Any] = {**factors.tensors_of(pairs), **like.others}
-        save_file(tensors, partial / WEIGHTS, {"format": "pt"})
+        save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))
         for name in ALONG:
             if (like.folder / name).is_file():

@@ -15,7 +15,7 @@ from lora_cli.data.dataset import EncodedDataset
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import harness, texts
 from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
-from lora_cli.model import attention
+from lora_cli.model import packed_attention
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
@@ -121,7 +121,7 @@ def answers_of(
 def _padding(model: PreTrainedModel) -> Iterator[None]:
     """An attention that knows padding: ours packs rows."""
     measured_with = model.config._attn_implementation
-    if measured_with == attention.NAME:
+    if measured_with == packed_attention.PACKED_ATTENTION:
         model.set_attn_implementation("sdpa")
     yield
     model.set_attn_implementation(measured_with)

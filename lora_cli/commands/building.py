@@ -12,10 +12,18 @@ from lora_cli.commands import card
 from lora_cli.commands.opening import Opening
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter, base, fused, held, isolation, memory, targets
-from lora_cli.model.quantize import bytes_of_quantized
-from lora_cli.model.score import Scorer
-from lora_cli.model.setting import Setting, Weights
+from lora_cli.model import (
+    attach_adapter,
+    base_model,
+    fp32_weights,
+    fused_lora,
+    memory,
+    select_attention,
+    target_modules,
+)
+from lora_cli.model.adapter_context import AdapterContext, StateDict
+from lora_cli.model.loss import LossFunction
+from lora_cli.model.quantize import quantized_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
 from lora_cli.training.optim import choose, moment_bytes
@@ -29,7 +37,7 @@ class Based(NamedTuple):
 
     model: PreTrainedModel
     heads: tuple[str, ...]  # modules that are trained whole with any adapter
-    proof: isolation.Proof | None  # of packed rows kept apart
+    proof: select_attention.LeakCheck | None  # of packed rows kept apart
 
 
 class Built(NamedTuple):
@@ -37,7 +45,7 @@ class Built(NamedTuple):
 
     model: PeftModel
     trainable: int  # parameters
-    proof: isolation.Proof | None
+    proof: select_attention.LeakCheck | None
     optimizer: str  # which one training.optimizer stands for
 
 
@@ -45,7 +53,7 @@ def load_base(recipe: Recipe, opening: Opening, *, info: Info = console.no_outpu
     """The base model, frozen, with the head of the task and the attention that suits it; with packing, the proof that
     rows are apart.
     """
-    loaded = base.load_base(
+    loaded = base_model.load_base(
         opening.source,
         dtype=opening.dtype,
         device=opening.device,
@@ -59,20 +67,22 @@ def load_base(recipe: Recipe, opening: Opening, *, info: Info = console.no_outpu
     )
     for note in loaded.notes:
         info(note)
-    proof = isolation.settle(
+    proof = select_attention.choose_attention(
         loaded.model, recipe.model.attention, packing=bool(recipe.data.packing), causal=recipe.task == "causal-lm"
     )
     return Based(loaded.model, loaded.heads, proof)
 
 
-def setting(recipe: Recipe, opening: Opening, *, heads: tuple[str, ...], plan: BatchPlan | None, total: int) -> Setting:
+def context(
+    recipe: Recipe, opening: Opening, *, heads: tuple[str, ...], plan: BatchPlan | None, total: int
+) -> AdapterContext:
     """What the adapter is made for; without a plan, only its shapes count."""
 
     def encode(text: str) -> list[int]:
         ids: list[int] = opening.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    return Setting(
+    return AdapterContext(
         task=recipe.task,
         heads=heads,
         total_steps=total,
@@ -82,9 +92,9 @@ def setting(recipe: Recipe, opening: Opening, *, heads: tuple[str, ...], plan: B
     )
 
 
-def _originals(recipe: Recipe, opening: Opening) -> Weights:
+def _originals(recipe: Recipe, opening: Opening) -> StateDict:
     """The base's weights as they were before they were quantised, on the CPU."""
-    whole = base.load_base(
+    whole = base_model.load_base(
         opening.source,
         dtype=opening.dtype,
         device=torch.device("cpu"),
@@ -92,7 +102,7 @@ def _originals(recipe: Recipe, opening: Opening) -> Weights:
         labels=opening.data.labels,
         seed=recipe.training.seed,
     )
-    weights: Weights = whole.model.state_dict()
+    weights: StateDict = whole.model.state_dict()
     return weights
 
 
@@ -101,19 +111,19 @@ def build(recipe: Recipe, opening: Opening, plan: BatchPlan, *, total: int, info
     optimizer = optimizer_of(recipe, opening)
     based = load_base(recipe, opening, info=info)
     model, proof = based.model, based.proof
-    layers = targets.linear_layers(model, based.heads)
+    layers = target_modules.linear_layers(model, based.heads)
     refuse_untaught(recipe, model)
-    peft_model = adapter.attach(
+    peft_model = attach_adapter.attach(
         model,
         recipe.adapter,
         seed=recipe.training.seed,
-        setting=setting(recipe, opening, heads=based.heads, plan=plan, total=total),
+        context=context(recipe, opening, heads=based.heads, plan=plan, total=total),
     )
     where = f"{str(opening.dtype).removeprefix('torch.')} on {opening.device}"
     info(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
     for line in held_as(recipe, opening):
         info(line)
-    taken, weights = bytes_of_quantized(model)
+    taken, weights = quantized_bytes(model)
     if weights:
         info(f"  {weights:,} weights in {console.format_bytes(taken)}: {taken / weights:.3f} bytes each")
     if proof:
@@ -129,7 +139,7 @@ def build(recipe: Recipe, opening: Opening, plan: BatchPlan, *, total: int, info
         model.enable_input_require_grads()
     compute_as_trained(peft_model)
     probe = plan.make_batch([int(opening.data.train.lengths[:64].argmin())])
-    adapter.refuse_bypassed(peft_model, lambda: Scorer(peft_model, task=recipe.task)(probe).loss)
+    attach_adapter.check_gradients_reach(peft_model, lambda: LossFunction(peft_model, task=recipe.task)(probe).loss)
     if recipe.task == "seq-cls" and peft_model.active_peft_config.is_prompt_learning:
         _refuse_class_of_padding(peft_model, recipe, opening, plan)
     return Built(peft_model, sum(p.numel() for p in peft_model.parameters() if p.requires_grad), proof, optimizer)
@@ -141,11 +151,11 @@ def _refuse_class_of_padding(model: PeftModel, recipe: Recipe, opening: Opening,
     short, long = int(lengths.argmin()), int(lengths.argmax())
     if recipe.training.batch_size == 1 or lengths[short] == lengths[long]:
         return
-    scorer = Scorer(model, task=recipe.task)
+    loss_fn = LossFunction(model, task=recipe.task)
     training = model.training
     model.eval()
     with torch.no_grad():
-        alone, padded = (scorer.logits(plan.make_batch(rows))[0].float() for rows in ([short], [short, long]))
+        alone, padded = (loss_fn.logits(plan.make_batch(rows))[0].float() for rows in ([short], [short, long]))
     model.train(training)
     if float((alone - padded).abs().max() / alone.abs().max().clamp_min(1e-12)) > PADDED:
         raise LoraError(
@@ -159,7 +169,7 @@ def refuse_untaught(recipe: Recipe, model: PreTrainedModel) -> None:
     spec = recipe.adapter
     untaught = [token for token in recipe.model.new_tokens if token not in (spec.trainable_tokens or ())]
     embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    if untaught and embeddings not in targets.find_modules(model, spec.modules_to_save or ()):
+    if untaught and embeddings not in target_modules.find_modules(model, spec.modules_to_save or ()):
         raise LoraError(
             f"model.new_tokens: nothing teaches {untaught[0]!r}: adapter.modules_to_save does not have {embeddings}",
             hint=f"add {embeddings.rpartition('.')[2]} to it, and the head where it is not tied; "
@@ -179,8 +189,8 @@ def optimizer_of(recipe: Recipe, opening: Opening) -> str:
 
 def compute_as_trained(model: PeftModel) -> None:
     """Put a fresh or loaded adapter into the arithmetic of training: held in fp32, computed in its layer's dtype."""
-    fused.fuse(model)
-    held.hold_in_fp32(model)
+    fused_lora.fuse(model)
+    fp32_weights.upcast_trainable_params(model)
 
 
 def held_as(recipe: Recipe, opening: Opening) -> list[str]:
@@ -201,7 +211,7 @@ def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainab
     if model.active_peft_config.is_prompt_learning:
         count = model.active_peft_config.num_virtual_tokens
         return [f"adapter: {count} virtual tokens before each row", f"  {trainable:,} trainable parameters in all"]
-    rows = adapter.coverage(model, layers)
+    rows = attach_adapter.coverage(model, layers)
     width = max((len(row.kind) for row in rows), default=0)
     lines = [
         f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters" for row in rows
@@ -220,7 +230,7 @@ def _checkpoints_activations(
         return wanted
     if recipe.adapter.method == "prefix":
         return False  # its keys and values come in the cache, which recomputation has none of
-    estimate = memory.plan(
+    estimate = memory.plan_memory(
         model,
         dtype=opening.dtype,
         trainable=trainable,
@@ -232,7 +242,7 @@ def _checkpoints_activations(
         moment_bytes=moment_bytes(optimizer_of(recipe, opening)),
     )
     # The weights are loaded by now, so what is free has to hold the rest.
-    rest, free = estimate.total - estimate.weights - estimate.process, memory.available(opening.device)
+    rest, free = estimate.total - estimate.weights - estimate.process, memory.available_memory(opening.device)
     if rest > 0.9 * free:
         need, left = console.format_bytes(rest), console.format_bytes(free)
         info(f"gradient checkpointing: on, a step needs about {need} and {left} is free")

@@ -15,8 +15,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.commands.subject import open_subject, read_config
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generate import stop_ids
-from lora_cli.model import base, held
-from lora_cli.model.loading import load
+from lora_cli.model import base_model, fp32_weights
+from lora_cli.model.load_adapter import load_adapter
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import atomic, console
 from lora_cli.training import host
@@ -207,7 +207,7 @@ def _load(
     target: Path, named: Sequence[str], base_path: str | None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, list[str]]:
     """The base of the first adapter with all adapters on it, or a whole model."""
-    device = base.pick_device()
+    device = base_model.pick_device()
     if device.type == "cpu":
         host.set_up_cpu()
     if (target / "adapter" / "adapter_config.json").is_file():
@@ -215,23 +215,23 @@ def _load(
     folders = _folders(target, named)
     if not folders:
         spec = ModelSpec(path=str(target))
-        dtype = base.pick_dtype("auto", device)
-        source = base.locate(spec, dtype=dtype, device=device, info=console.info)
-        model = base.load_base(source, dtype=dtype, device=device).model
-        return model, base.load_tokenizer(source), []
+        dtype = base_model.pick_dtype("auto", device)
+        source = base_model.find_model(spec, dtype=dtype, device=device, info=console.info)
+        model = base_model.load_base(source, dtype=dtype, device=device).model
+        return model, base_model.load_tokenizer(source), []
     first = next(iter(folders.values()))
     subject = open_subject(first, read_config(first), base_path=base_path, trust_remote_code=False)
     if subject.task != "causal-lm":
         raise LoraError(f"{first}: a model for {subject.task} does not chat", hint="measure it with lora eval")
-    section = subject.origin.quantization if subject.origin else None
+    section = subject.trained_on.quantization if subject.trained_on else None
     quantization = QuantizationSpec.model_validate(section) if section else None
-    dtype = base.pick_dtype("auto", device, quantization) if subject.origin is None else subject.dtype
-    loaded: PreTrainedModel | PeftModel = base.load_base(
+    dtype = base_model.pick_dtype("auto", device, quantization) if subject.trained_on is None else subject.dtype
+    loaded: PreTrainedModel | PeftModel = base_model.load_base(
         subject.source, dtype=dtype, device=device, quantization=quantization, vocabulary=subject.vocabulary
     ).model
     for name, folder in folders.items():
-        loaded = load(loaded, folder, base=subject.base, name=name)
-    held.hold_in_fp32(loaded)
+        loaded = load_adapter(loaded, folder, base=subject.base, name=name)
+    fp32_weights.upcast_trainable_params(loaded)
     assert isinstance(loaded, PeftModel)
     loaded.set_adapter(next(iter(folders)))
     return loaded, subject.tokenizer, list(folders)

@@ -6,11 +6,11 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from lora_cli.commands import card
-from lora_cli.commands.building import coverage_table, held_as, optimizer_of, refuse_untaught, setting
+from lora_cli.commands.building import context, coverage_table, held_as, optimizer_of, refuse_untaught
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.dataset import IGNORE_INDEX, Row, show_mask
 from lora_cli.data.examples import check_rows
-from lora_cli.model import adapter, base, memory, targets
+from lora_cli.model import attach_adapter, base_model, memory, target_modules
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
 from lora_cli.training.optim import moment_bytes
@@ -43,8 +43,8 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimiz
     """Target modules and the memory plan, from the modules' shapes on the meta device."""
 
     def skeleton() -> PreTrainedModel:
-        return base.skeleton(
-            base.load_config(opening.source),
+        return base_model.skeleton(
+            base_model.load_config(opening.source),
             trust_remote_code=recipe.model.trust_remote_code,
             task=recipe.task,
             labels=opening.data.labels,
@@ -52,19 +52,19 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimiz
         )
 
     model = skeleton()
-    heads = base.task_heads(model, recipe.task)
-    layers = targets.linear_layers(model, heads)
+    heads = base_model.task_heads(model, recipe.task)
+    layers = target_modules.linear_layers(model, heads)
     refuse_untaught(recipe, model)
-    adapted = adapter.attach(
+    adapted = attach_adapter.attach(
         model,
         recipe.adapter,
         seed=recipe.training.seed,
-        setting=setting(recipe, opening, heads=heads, plan=None, total=total),
+        context=context(recipe, opening, heads=heads, plan=None, total=total),
     )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     for line in [*held_as(recipe, opening), *coverage_table(adapted, layers, trainable)]:
         console.out.print(line)
-    plan = memory.plan(
+    plan = memory.plan_memory(
         skeleton(),
         dtype=opening.dtype,
         trainable=trainable,
@@ -76,7 +76,7 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimiz
         moment_bytes=moment_bytes(optimizer),
     )
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
-    free = memory.available(opening.device)
+    free = memory.available_memory(opening.device)
     console.out.print(
         f"memory, estimated: {console.format_bytes(plan.total)} ({parts}); free now: {console.format_bytes(free)}"
     )

@@ -20,9 +20,9 @@ from lora_cli.evaluation.classify import predict
 from lora_cli.evaluation.generate import Answer
 from lora_cli.evaluation.intervals import Interval
 from lora_cli.evaluation.likelihood import ByRow, Likelihood, measure_rows
-from lora_cli.model import base
-from lora_cli.model.loading import load
-from lora_cli.model.score import Scorer
+from lora_cli.model import base_model
+from lora_cli.model.load_adapter import load_adapter
+from lora_cli.model.loss import LossFunction
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
@@ -96,9 +96,9 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
 
     def look(name: str, at: PeftModel | PreTrainedModel) -> None:
         console.info(f"measuring {name} on {len(rows):,} rows")
-        scorer = Scorer(at, task=recipe.task)
-        more = metrics.measure(predict(scorer, plan, labels)) if labels and not metrics.missing() else {}
-        figures[name] = Figures(measure_rows(scorer, plan), more)
+        loss_fn = LossFunction(at, task=recipe.task)
+        more = metrics.measure(predict(loss_fn, plan, labels)) if labels and not metrics.missing() else {}
+        figures[name] = Figures(measure_rows(loss_fn, plan), more)
         if questions:
             console.info(f"answering {len(questions):,} prompts")
             said[name] = answering.answers_of(at, opening, questions, recipe)
@@ -222,7 +222,7 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
         if trained_on != base_path:
             # One model has many names (hub id, folder, GGUF), so this may be right: it is said, not refused.
             console.info(f"note: {folder} names its base {trained_on}, and is measured on {base_path}")
-        loaded = load(loaded, folder, base=base_path, name=name)
+        loaded = load_adapter(loaded, folder, base=base_path, name=name)
     compute_as_trained(loaded)
     return loaded
 
@@ -230,7 +230,7 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
 def _load_whole(recipe: Recipe, opening: Opening, folder: Path) -> PreTrainedModel:
     """A merged model in the base's stead, in 16 or 32 bits as the run has it."""
     spec = recipe.model.model_copy(update={"path": str(folder), "revision": None})
-    source = base.locate(spec, dtype=opening.dtype, device=opening.device, info=console.info)
+    source = base_model.find_model(spec, dtype=opening.dtype, device=opening.device, info=console.info)
     whole = recipe.model_copy(update={"model": spec, "quantization": None})
     model = load_base(whole, opening._replace(source=source), info=console.info).model
     return model.eval()

@@ -20,7 +20,7 @@ from lora_cli.data.dataset import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS, Exporter
 from lora_cli.export.subject import Check, Options, Subject
-from lora_cli.model import base, prequantized, shards
+from lora_cli.model import base_model, prequantized, safetensors_io
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
@@ -112,9 +112,9 @@ def _refuse_place(out: Path, target: Path, adapter: Path | None, exporter: Expor
 def _whole(target: str, request: Request) -> Subject:
     """A model, as it is."""
     spec = ModelSpec(path=target, gguf="dequantized", trust_remote_code=request.trust_remote_code)
-    source = base.locate(spec, dtype=torch.float32, device=CPU, info=console.info)
-    config = base.load_config(source)
-    if (already := prequantized.recognise(config)) is not None:
+    source = base_model.find_model(spec, dtype=torch.float32, device=CPU, info=console.info)
+    config = base_model.load_config(source)
+    if (already := prequantized.detect_prequantized(config)) is not None:
         raise LoraError(
             f"{target} is quantised ({already.method}): a form is made of whole weights",
             hint="export the 16-bit model that it was made from",
@@ -125,9 +125,9 @@ def _whole(target: str, request: Request) -> Subject:
     task = next((task for ending, task in known.items() if named.endswith(ending)), otherwise)
     return Subject(
         Path(target).stem if source.file else Path(target).name,
-        base.local_folder(source, fetch=True),
+        base_model.local_folder(source, fetch=True),
         config,
-        base.load_tokenizer(source),
+        base_model.load_tokenizer(source),
         task,
         _labels(config) if task in ("seq-cls", "token-cls") else None,
         (),
@@ -138,7 +138,7 @@ def _whole(target: str, request: Request) -> Subject:
 def _labels(config: PretrainedConfig) -> ClassLabels:
     """What a classifier's own head tells apart."""
     kinds: tuple[LabelKind, ...] = ("single", "multi", "regression")
-    kind: LabelKind = next((kind for kind in kinds if base.PROBLEMS[kind] == config.problem_type), "single")
+    kind: LabelKind = next((kind for kind in kinds if base_model.PROBLEM_TYPES[kind] == config.problem_type), "single")
     return ClassLabels(kind, tuple(config.id2label[number] for number in sorted(config.id2label)))
 
 
@@ -149,7 +149,7 @@ def _adapted(folder: Path, request: Request) -> tuple[Subject, Path | None]:
     refuse_other_base(found, allowed=request.other_base)
     subject = Subject(
         folder.parent.name if folder.name == "adapter" else folder.name,
-        base.local_folder(found.source, fetch=True),
+        base_model.local_folder(found.source, fetch=True),
         found.skeleton().config,
         found.tokenizer,
         found.task,
@@ -197,7 +197,7 @@ def _runs(exporter: Exporter, subject: Subject, request: Request) -> bool:
             f'(pip install "lora-cli[{exporter.prover_extra}]")'
         )
         return False
-    parameters = sum(parameter.numel() for parameter in base.skeleton(subject.config).parameters())
+    parameters = sum(parameter.numel() for parameter in base_model.skeleton(subject.config).parameters())
     if verifying.fits(parameters) or request.verify == "runtime":
         return True
     console.info("note: read back, but not run: original and export do not fit in memory together (--verify runtime)")
@@ -206,7 +206,7 @@ def _runs(exporter: Exporter, subject: Subject, request: Request) -> bool:
 
 def _merged(folder: Path, subject: Subject, out: Path, request: Request) -> Subject:
     """The adapter folded into its base, in `out`."""
-    stored = {tensor.dtype for tensor in shards.list_tensors(subject.model).values()}
+    stored = {tensor.dtype for tensor in safetensors_io.list_tensors(subject.model).values()}
     keeps = KEEPS.get(request.quantize or ("f16" if request.to in ("gguf", "ollama") else ""))
     as_stored = request.to == "safetensors" and request.quantize in (None, "nf4")
     options = merging.Options(
@@ -221,8 +221,8 @@ def _merged(folder: Path, subject: Subject, out: Path, request: Request) -> Subj
         trust_remote_code=request.trust_remote_code,
     )
     merging.write(folder, out=out, options=options)
-    source = base.Source(str(out), {"trust_remote_code": request.trust_remote_code})
-    return subject._replace(model=out, config=base.load_config(source), adapter=None)
+    source = base_model.ModelSource(str(out), {"trust_remote_code": request.trust_remote_code})
+    return subject._replace(model=out, config=base_model.load_config(source), adapter=None)
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def _verdict(target: str, subject: Subject, partial: Path, checks: list[Check], 
 
 
 def _weights(folder: Path) -> list[Path]:
-    return sorted({tensor.file for tensor in shards.list_tensors(folder).values()})
+    return sorted({tensor.file for tensor in safetensors_io.list_tensors(folder).values()})
 
 
 def _sha256(file: Path) -> str:

@@ -16,8 +16,8 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import stream
 from lora_cli.merging.fold import Folded
 from lora_cli.merging.parity import Agreement
-from lora_cli.model import base, hollow, prequantized, requantize, shards
-from lora_cli.model.layout import Layout
+from lora_cli.model import base_model, empty_base, fake_quantize, prequantized, safetensors_io
+from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import atomic, console
@@ -56,7 +56,7 @@ def write(folder: Path, *, out: Path, options: Options) -> None:
     Raises:
         LoraError: as `merge`.
     """
-    largest = shards.parse_size(options.max_shard_size)
+    largest = safetensors_io.parse_size(options.max_shard_size)
     subject = _open(folder, out, options)
     atomic.remove_leftovers(out.absolute().parent, out.name)  # what a merge that was killed has left
     plan = _plan(subject, STORED.get(options.dtype))
@@ -94,7 +94,7 @@ def _open(folder: Path, out: Path, options: Options) -> Subject:
         raise LoraError("--unmerge: from which merged model?", hint="name its folder: --base MERGED")
     _refuse_place(folder, out, config, options)
     subject = open_subject(folder, config, base_path=options.base, trust_remote_code=options.trust_remote_code)
-    if (already := prequantized.recognise(subject.base_config)) is not None:
+    if (already := prequantized.detect_prequantized(subject.base_config)) is not None:
         raise LoraError(
             f"{subject.base} is quantised ({already.method}): an update is folded into whole weights",
             hint="name the 16-bit model that it was made from: --base PATH --other-base",
@@ -115,16 +115,16 @@ def _refuse_place(folder: Path, out: Path, config: PeftConfig, options: Options)
 
 
 def _plan(subject: Subject, dtype: torch.dtype | None) -> stream.Plan:
-    tensors = shards.list_tensors(base.local_folder(subject.source, fetch=True))
-    model = hollow.empty(subject.skeleton())
-    layout = Layout(model, tensors)
-    adapted = hollow.attach(model, subject.folder, subject.config, base=subject.base)
-    return stream.plan(adapted, layout, tensors, dtype=dtype, keep_unknown=not TASKS[subject.task].classes)
+    tensors = safetensors_io.list_tensors(base_model.local_folder(subject.source, fetch=True))
+    model = empty_base.init_empty_weights(subject.skeleton())
+    mapping = CheckpointMapping(model, tensors)
+    adapted = empty_base.attach_saved_adapter(model, subject.folder, subject.config, base=subject.base)
+    return stream.plan(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[subject.task].classes)
 
 
 def _quantization(subject: Subject, options: Options) -> QuantizationSpec | None:
     """How the base was quantised when the adapter was trained over it."""
-    section = subject.origin.quantization if subject.origin else None
+    section = subject.trained_on.quantization if subject.trained_on else None
     if section is None and options.weights == "dequantized":
         raise LoraError(
             f"--weights dequantized: {subject.folder} does not say that its base was quantised",
@@ -139,8 +139,10 @@ def _transforms(
     """What is done to the base's weights before the update is added: nothing, or a round trip to 4 or 8 bits."""
     if spec is None or options.weights == "original":
         return {}
-    names = requantize.quantized_weights(subject.skeleton(), spec)
-    found = {name: requantize.round_trip(spec, subject.dtype, turned=turned) for name, turned in names.items()}
+    names = fake_quantize.quantized_weights(subject.skeleton(), spec)
+    found = {
+        name: fake_quantize.quantize_dequantize(spec, subject.dtype, turned=turned) for name, turned in names.items()
+    }
     if options.weights == "dequantized":
         return found
     if probes is None:
@@ -175,7 +177,7 @@ def _write_rest(subject: Subject, plan: stream.Plan, folder: Path, options: Opti
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
     config.save_pretrained(str(folder))
-    files = base.local_folder(subject.source, fetch=False)
+    files = base_model.local_folder(subject.source, fetch=False)
     copied = [] if classes else [files / "generation_config.json"]
     copied += files.glob("*.py") if hasattr(config, "auto_map") else []
     for file in copied:
@@ -216,12 +218,12 @@ def _landing(subject: Subject, folder: Path) -> str:
     path = str(subject.config.base_model_name_or_path)
     try:
         spec = ModelSpec(path=path, revision=subject.config.revision, gguf="dequantized")
-        source = base.locate(spec, dtype=subject.dtype, device=CPU, info=console.no_output)
-        original = shards.list_tensors(base.local_folder(source, fetch=False))
+        source = base_model.find_model(spec, dtype=subject.dtype, device=CPU, info=console.no_output)
+        original = safetensors_io.list_tensors(base_model.local_folder(source, fetch=False))
     except LoraError as reason:
         return f"not compared with the original: {reason.message}"
-    merged = shards.list_tensors(base.local_folder(subject.source, fetch=False))
-    apart = stream.compare(shards.list_tensors(folder), original, between=merged)
+    merged = safetensors_io.list_tensors(base_model.local_folder(subject.source, fetch=False))
+    apart = stream.compare(safetensors_io.list_tensors(folder), original, between=merged)
     return (
         f"against {path}: {apart.equal:.1%} of the weights are equal, the others within "
         f"{apart.roundings:.2f} units in the last place ({apart.worst})"

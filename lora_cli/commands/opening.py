@@ -23,7 +23,7 @@ from lora_cli.data.collate import (
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.prepare import PreparedData, prepare_data
 from lora_cli.errors import LoraError
-from lora_cli.model import attention, base, prequantized
+from lora_cli.model import base_model, packed_attention, prequantized
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import DataSpec, Recipe
 
@@ -50,7 +50,7 @@ class Opening(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    source: base.Source
+    source: base_model.ModelSource
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
@@ -88,28 +88,28 @@ def open_run_inputs(
         LoraError: whatever is wrong with the model's path, its tokenizer or the rows.
     """
     model, data, task = recipe.model, data or recipe.data, recipe.task
-    device = base.pick_device()
-    dtype = base.pick_dtype(model.dtype, device, recipe.quantization)
-    source = base.locate(model, dtype=dtype, device=device, info=info, weights=weights)
+    device = base_model.pick_device()
+    dtype = base_model.pick_dtype(model.dtype, device, recipe.quantization)
+    source = base_model.find_model(model, dtype=dtype, device=device, info=info, weights=weights)
     # All that can refuse the model in a second comes before the rows, which can take minutes.
-    config = base.load_config(source)
+    config = base_model.load_config(source)
     _refuse_other_task(config, recipe)
-    already = prequantized.recognise(config)
+    already = prequantized.detect_prequantized(config)
     if source.packed:
         already = prequantized.Prequantized("gguf", None)
     if already is not None:
-        prequantized.check(already, recipe.adapter, recipe.quantization, path=model.path)
+        prequantized.check_prequantized(already, recipe.adapter, recipe.quantization, path=model.path)
     _refuse_unknown_attention(model.attention)
-    tokenizer = base.load_tokenizer(source, model.new_tokens)
+    tokenizer = base_model.load_tokenizer(source, model.new_tokens)
     _refuse_longer_than_model(config, data, virtual=recipe.adapter.virtual_tokens or 0)
     prepared = prepare_data(
         data,
         tokenizer,
         seed=recipe.training.seed,
-        cache=base.cache_folder(),
+        cache=base_model.cache_folder(),
         info=info,
         task=task,
-        own_labels=base.own_labels(config, task),
+        own_labels=base_model.head_labels(config, task),
         train_key=train_key,
     )
     if task == "seq-cls" and config.is_encoder_decoder:
@@ -161,7 +161,11 @@ def _refuse_mixed_pairs(data: PreparedData, config: PretrainedConfig) -> None:
 
 
 def _refuse_unknown_attention(name: str) -> None:
-    known = sorted(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key and key != attention.NAME)
+    known = sorted(
+        key
+        for key in ALL_ATTENTION_FUNCTIONS.valid_keys()
+        if "|" not in key and key != packed_attention.PACKED_ATTENTION
+    )
     # With a slash it is a kernel of the hub, which only the hub knows.
     if name not in ("auto", "eager", *known) and "/" not in name:
         raise LoraError(f"model.attention: {name} is not known", hint=f"known are auto, eager, {', '.join(known)}")

@@ -11,9 +11,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.data import class_labels as labelling
 from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
-from lora_cli.model import base, hollow, origin
-from lora_cli.model.origin import Origin
+from lora_cli.model import base_model, empty_base, trained_on
 from lora_cli.model.tasks import TASKS
+from lora_cli.model.trained_on import TrainedOn
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import console
@@ -28,9 +28,9 @@ class Subject(NamedTuple):
     config: PeftConfig
     task: TaskName
     labels: ClassLabels | None
-    origin: Origin | None
+    trained_on: TrainedOn | None
     base: str  # the user's name for it
-    source: base.Source
+    source: base_model.ModelSource
     base_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int  # embeddings that base and adapter have together, where the adapter brings some
@@ -38,7 +38,7 @@ class Subject(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """That the base was loaded in for training."""
-        found: torch.dtype = getattr(torch, self.origin.dtype) if self.origin else torch.bfloat16
+        found: torch.dtype = getattr(torch, self.trained_on.dtype) if self.trained_on else torch.bfloat16
         return found
 
     @property
@@ -48,8 +48,8 @@ class Subject(NamedTuple):
 
     def skeleton(self) -> PreTrainedModel:
         """The base's modules on the meta device, with the adapter's labels and vocabulary."""
-        return base.skeleton(
-            base.load_config(self.source),
+        return base_model.skeleton(
+            base_model.load_config(self.source),
             trust_remote_code=bool(self.source.options["trust_remote_code"]),
             task=self.task,
             labels=self.labels,
@@ -79,33 +79,35 @@ def open_subject(folder: Path, config: PeftConfig, *, base_path: str | None, tru
     """
     known: dict[str, TaskName] = {task.peft: name for name, task in TASKS.items()}
     task = known.get(str(config.task_type or ""), "causal-lm")
-    trained_on, labels = origin.read(folder), labelling.load_labels(folder)
+    origin, labels = trained_on.read_trained_on(folder), labelling.load_labels(folder)
     path = base_path or str(config.base_model_name_or_path)
-    revision = None if base_path else config.revision or (trained_on.commit if trained_on else None)
+    revision = None if base_path else config.revision or (origin.commit if origin else None)
     # Folding needs whole weights: the numbers are the same as the packed ones.
     spec = ModelSpec(path=path, revision=revision, gguf="dequantized", trust_remote_code=trust_remote_code)
-    dtype = getattr(torch, trained_on.dtype) if trained_on else torch.bfloat16
-    source = base.locate(spec, dtype=dtype, device=CPU, info=console.info)
-    base_config = base.load_config(source)
+    dtype = getattr(torch, origin.dtype) if origin else torch.bfloat16
+    source = base_model.find_model(spec, dtype=dtype, device=CPU, info=console.info)
+    base_config = base_model.load_config(source)
     own_tokenizer = (folder / "tokenizer_config.json").is_file()
-    tokenizer = base.load_tokenizer(source._replace(where=str(folder)) if own_tokenizer else source)
+    tokenizer = base_model.load_tokenizer(source._replace(where=str(folder)) if own_tokenizer else source)
     if own_tokenizer:
         _refuse_other_tokenizer(folder, tokenizer, path, source)
-    found = Subject(folder, config, task, labels, trained_on, path, source, base_config, tokenizer, 0)
+    found = Subject(folder, config, task, labels, origin, path, source, base_config, tokenizer, 0)
     skeleton = found.skeleton()
-    rows = hollow.embedding_rows(folder, skeleton)
+    rows = empty_base.embedding_rows(folder, skeleton)
     # A tokenizer may well know more tokens than the base has embeddings for, which is no reason to make new ones.
     taught_new = max(trained_tokens(config), default=-1) >= skeleton.get_input_embeddings().weight.shape[0]
     return found._replace(vocabulary=max(rows, len(tokenizer) if taught_new else 0))
 
 
-def _refuse_other_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, path: str, source: base.Source) -> None:
+def _refuse_other_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, path: str, source: base_model.ModelSource
+) -> None:
     """The adapter's tokenizer may know more than the base's, but what both know has to be the same token."""
-    where = base.local_folder(source, fetch=True)
+    where = base_model.local_folder(source, fetch=True)
     if not any((where / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return
     own = tokenizer.get_vocab()
-    for token, number in base.load_tokenizer(source).get_vocab().items():
+    for token, number in base_model.load_tokenizer(source).get_vocab().items():
         if own.get(token, number) != number:
             raise LoraError(
                 f"{folder}: its tokenizer is none of {path}: {token!r} is token {own[token]:,}, not {number:,}",
@@ -125,8 +127,8 @@ def refuse_other_base(subject: Subject, *, allowed: bool) -> None:
     Raises:
         LoraError: they are others.
     """
-    trained_on = subject.origin
-    if trained_on is None or (here := base.fingerprint(subject.source)) == trained_on.fingerprint:
+    trained_on = subject.trained_on
+    if trained_on is None or (here := base_model.fingerprint(subject.source)) == trained_on.fingerprint:
         return
     if allowed:
         trained = subject.config.base_model_name_or_path

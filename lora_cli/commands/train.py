@@ -18,8 +18,8 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure, shown
-from lora_cli.model import adalora, base, origin, saving
-from lora_cli.model.score import Scorer
+from lora_cli.model import adalora, base_model, save_adapter, trained_on
+from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
@@ -44,7 +44,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
                 open_run_inputs(recipe, info=console.info)
             console.info(f"starting {processes} processes")
             return launch.spawn(processes, arguments)
-    on_cpu = base.pick_device().type == "cpu"
+    on_cpu = base_model.pick_device().type == "cpu"
     accelerator = launch.join(cpu=on_cpu)
     if on_cpu:
         host.set_up_cpu(launch.neighbours(accelerator))
@@ -62,7 +62,7 @@ class Training:
         self.recipe, self.spec = recipe, recipe.training
         self.accelerator, self.run, self.resume = accelerator, run, resume
         self.info: Info = console.info if run else console.no_output
-        self.upkeep: adalora.Upkeep | None = None
+        self.rank_allocator: adalora.AdaLoraRankAllocator | None = None
 
     def go(self) -> int:
         """Rows, base, adapter, steps, proof; returns the exit code."""
@@ -92,12 +92,12 @@ class Training:
         start_alike(built.model, self.accelerator)
         ratio = self.recipe.adapter.lr_ratio
         optimizer = make_optimizer(built.model, self.spec, name=built.optimizer, lr_ratio=ratio)
-        self.upkeep = adalora.upkeep(built.model)
+        self.rank_allocator = adalora.rank_allocator(built.model)
         same = self._resumable(opening, built, plan, total)
         done = 0
         if self.resume:
             folder = Path(self.recipe.output) / "checkpoints"
-            done = checkpoint.load(folder, built.model, optimizer, state=same, upkeep=self.upkeep)
+            done = checkpoint.load(folder, built.model, optimizer, state=same, rank_allocator=self.rank_allocator)
             self.info(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
         if self.run:
             self._begin(self.run, opening, built, total, done)
@@ -129,13 +129,13 @@ class Training:
         spec, run = self.spec, self.run
         held_out = opening.data.eval
         eval_plan = batch_plan(self.recipe, opening, held_out, batches_per_step=1) if held_out else None
-        scorer = Scorer(model, task=self.recipe.task)
+        loss_fn = LossFunction(model, task=self.recipe.task)
         metrics = metrics_log.MetricsLog(run.metrics) if run else None
 
         def evaluate(step: int, info: Info) -> None:
             if eval_plan is None:
                 return
-            found = measure(scorer, eval_plan, accelerator=self.accelerator)
+            found = measure(loss_fn, eval_plan, accelerator=self.accelerator)
             if not math.isfinite(found.loss):
                 raise LoraError(
                     f"the loss on the held-out rows is not finite at step {step}",
@@ -158,7 +158,7 @@ class Training:
                     state=same,
                     keep=spec.keep_checkpoints,
                     write_adapter=lambda folder: self._write(model, opening, folder),
-                    upkeep=self.upkeep,
+                    rank_allocator=self.rank_allocator,
                 )
             self.accelerator.wait_for_everyone()
 
@@ -179,7 +179,7 @@ class Training:
                 total=total,
                 start=done,
                 task=self.recipe.task,
-                upkeep=self.upkeep,
+                rank_allocator=self.rank_allocator,
             ):
                 if metrics:
                     metrics.write(_record(step))
@@ -222,7 +222,7 @@ class Training:
             "total_steps": total,
             "batches_per_step": plan.batches_per_step,
             "data": opening.data.fingerprint,
-            "model": base.fingerprint(opening.source),
+            "model": base_model.fingerprint(opening.source),
             "dtype": str(opening.dtype).removeprefix("torch."),
             "attention": built.model.get_base_model().config._attn_implementation,
             "training": self.spec.model_dump(mode="json", exclude=without_effect),
@@ -236,9 +236,9 @@ class Training:
     def _write(self, model: PeftModel, opening: Opening, folder: Path) -> None:
         """A plain PEFT adapter, with the tokenizer that it was trained with."""
         spec = self.recipe.model
-        saving.save(model, folder, base=spec.path, revision=spec.revision)
+        save_adapter.save_adapter(model, folder, base=spec.path, revision=spec.revision)
         opening.tokenizer.save_pretrained(str(folder))
-        origin.write(_origin(self.recipe, opening, model), folder)
+        trained_on.write_trained_on(_origin(self.recipe, opening, model), folder)
         if opening.data.labels is not None:
             class_labels.save_labels(opening.data.labels, folder)
 
@@ -259,14 +259,14 @@ class Training:
             ledger=opening.data.ledger.to_json(),
             results=results,
         )
-        if self.upkeep is not None:
-            self.upkeep.finish()
+        if self.rank_allocator is not None:
+            self.rank_allocator.prune()
         lengths = opening.data.train.lengths
         probe = plan.make_batch([int(lengths[:64].argmin())])
         with atomic.folder(run.adapter, replace=True) as partial:
             self._write(model, opening, partial)
             (partial / "README.md").write_text(text, encoding="utf-8")
-            difference = saving.difference_when_loaded(
+            difference = save_adapter.difference_when_loaded(
                 model, partial, lambda one: self._logits(one, probe), compute_as_trained
             )
             if not difference.is_none(opening.dtype):
@@ -287,14 +287,14 @@ class Training:
     def _logits(self, model: PeftModel, batch: Batch) -> torch.Tensor:
         """What the model says of one row, with nothing random."""
         model.eval()
-        return Scorer(model, task=self.recipe.task).logits(batch).double()
+        return LossFunction(model, task=self.recipe.task).logits(batch).double()
 
 
-def _origin(recipe: Recipe, opening: Opening, model: PeftModel) -> origin.Origin:
+def _origin(recipe: Recipe, opening: Opening, model: PeftModel) -> trained_on.TrainedOn:
     spec = recipe.quantization
-    return origin.Origin(
-        commit=base.commit(opening.source),
-        fingerprint=base.fingerprint(opening.source),
+    return trained_on.TrainedOn(
+        commit=base_model.hub_commit(opening.source),
+        fingerprint=base_model.fingerprint(opening.source),
         architecture=type(model.get_base_model()).__name__,
         dtype=str(opening.dtype).removeprefix("torch."),
         quantization=spec.model_dump(mode="json") if spec else None,

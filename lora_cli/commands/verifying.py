@@ -17,8 +17,8 @@ from lora_cli.merging import parity
 from lora_cli.merging.changes import merged_parameters
 from lora_cli.merging.parity import Agreement
 from lora_cli.merging.stream import Plan
-from lora_cli.model import base, memory
-from lora_cli.model.loading import load
+from lora_cli.model import base_model, memory
+from lora_cli.model.load_adapter import load_adapter
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import QuantizationSpec
@@ -40,7 +40,7 @@ class Probes(NamedTuple):
 
 def fits(parameters: int) -> bool:
     """Whether two models of so many parameters fit into memory in fp32, with room to compute."""
-    return 2 * 4 * parameters * 1.2 + memory.PROCESS < memory.available(CPU)
+    return 2 * 4 * parameters * 1.2 + memory.PROCESS_BYTES < memory.available_memory(CPU)
 
 
 def decide(verify: str, parameters: int) -> bool:
@@ -53,7 +53,7 @@ def decide(verify: str, parameters: int) -> bool:
         return False
     if fits(parameters):
         return True
-    need, free = console.format_bytes(8 * parameters), console.format_bytes(memory.available(CPU))
+    need, free = console.format_bytes(8 * parameters), console.format_bytes(memory.available_memory(CPU))
     if verify == "logits":
         raise LoraError(f"--verify logits: two models take {need}, and {free} are free", hint="write --verify tensors")
     console.info(f"verified by tensors alone: two models take {need} in fp32, and {free} are free")
@@ -126,8 +126,12 @@ def prove(subject: Subject, probes: Probes, written: Path, plan: Plan, transform
             bare = _logits(adapted, probes, subject)
     merged = merged_parameters(adapted)
     options = {"trust_remote_code": subject.source.options["trust_remote_code"]}
-    again = base.load_base(
-        base.Source(str(written), options), dtype=torch.float32, device=CPU, task=subject.task, labels=subject.labels
+    again = base_model.load_base(
+        base_model.ModelSource(str(written), options),
+        dtype=torch.float32,
+        device=CPU,
+        task=subject.task,
+        labels=subject.labels,
     ).model
     for off in parity.strayed(again, merged, plan.dtypes()):
         raise LoraError(
@@ -150,7 +154,7 @@ def _load(
     subject: Subject, plan: Plan, transforms: Transforms, *, quantization: QuantizationSpec | None = None
 ) -> PeftModel:
     """Base and adapter, as PEFT has them: in fp32, or quantised and computed as in training."""
-    model = base.load_base(
+    model = base_model.load_base(
         subject.source,
         dtype=subject.dtype if quantization else torch.float32,
         device=CPU,
@@ -167,7 +171,7 @@ def _load(
         owner, _, key = name.rpartition(".")
         module: Any = model.get_submodule(owner)
         setattr(module, key, nn.Parameter(getattr(module, key).detach().clone(), requires_grad=False))
-    adapted = load(model, subject.folder, base=subject.base)
+    adapted = load_adapter(model, subject.folder, base=subject.base)
     if quantization:
         compute_as_trained(adapted)
     else:

@@ -46,21 +46,21 @@ class RenderedChat(NamedTuple):
     rewritten: int  # turns whose text the template did not write as it is in the row
 
 
-def render_with_spans(layout: AssistantFormat, chat: Conversation) -> RenderedChat:
+def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedChat:
     """`chat` as text, with one span an assistant turn: in order, apart, each with an end-of-turn token at its end.
 
     Raises:
         BadRow: the spans cannot be proved, or the template leaves a part of the row out.
     """
-    if found := layout.control_tokens.search(_everything(chat)):
+    if found := format_.control_tokens.search(_everything(chat)):
         problem = f"contains the control token {found[0]}: the model would take it for the end or start of a turn"
         raise BadRow("control token in the text", problem)
-    if layout.has_generation_tags:
-        text, blocks = render_with_marks(layout.template, chat.messages, chat.tools)
-        spans = [_closed(layout, text, start, stop) for start, stop in blocks]
+    if format_.has_generation_tags:
+        text, blocks = render_with_marks(format_.template, chat.messages, chat.tools)
+        spans = [_closed(format_, text, start, stop) for start, stop in blocks]
     else:
-        text = render_template(layout.template, chat.messages, chat.tools)
-        spans = _by_prefix(layout, chat, text) or _by_scan(layout, chat, text)
+        text = render_template(format_.template, chat.messages, chat.tools)
+        spans = _by_prefix(format_, chat, text) or _by_scan(format_, chat, text)
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     if len(spans) != len(answers):
         problem = f"the chat template shows {len(spans)} answers for {len(answers)} assistant messages"
@@ -82,7 +82,7 @@ def _everything(chat: Conversation) -> str:
     return "\0".join([*parts, json.dumps([rest, chat.tools], ensure_ascii=False, default=str)])
 
 
-def _by_prefix(layout: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
+def _by_prefix(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
     """The spans, or none where the template does not write the first messages as in the whole conversation."""
     spans = []
     for index, message in enumerate(chat.messages):
@@ -90,26 +90,26 @@ def _by_prefix(layout: AssistantFormat, chat: Conversation, text: str) -> list[S
             continue
         last = index + 1 == len(chat.messages)
         try:
-            head = render_template(layout.template, chat.messages[:index], chat.tools, header=True)
-            turn = text if last else render_template(layout.template, chat.messages[: index + 1], chat.tools)
+            head = render_template(format_.template, chat.messages[:index], chat.tools, header=True)
+            turn = text if last else render_template(format_.template, chat.messages[: index + 1], chat.tools)
         except BadRow:
             return []  # it takes whole conversations only
         if not (text.startswith(head) and text.startswith(turn) and len(head) < len(turn)):
             return []
-        spans.append(_closed(layout, text, len(head), len(turn)))
+        spans.append(_closed(format_, text, len(head), len(turn)))
     return spans
 
 
-def _by_scan(layout: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
-    if not layout.control_tokens.search(layout.header):
+def _by_scan(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
+    if not format_.control_tokens.search(format_.header):
         return []
-    starts = [match.end() for match in re.finditer(re.escape(layout.header), text)]
-    return [_closed(layout, text, start, None) for start in starts]
+    starts = [match.end() for match in re.finditer(re.escape(format_.header), text)]
+    return [_closed(format_, text, start, None) for start in starts]
 
 
-def _closed(layout: AssistantFormat, text: str, start: int, stop: int | None) -> Span:
+def _closed(format_: AssistantFormat, text: str, start: int, stop: int | None) -> Span:
     """The span from `start` to its end-of-turn token, which must be what `stop` borders on, blanks aside."""
-    end = layout.end_tokens.search(text, start)
+    end = format_.end_tokens.search(text, start)
     between = (text[end.end() : stop] or text[stop : end.start()]) if end and stop is not None else ""
     if end is None or between.strip():
         raise BadRow("no end-of-turn token", "the chat template writes an answer without an end-of-turn token")
@@ -161,7 +161,7 @@ def infer_template_format(template: Template, *, special: set[str], bos: str | N
         end = tokens.search(called, called.rindex("probe_argument"))
         ends |= {end[0]} if end else set()  # some models end a turn that calls a tool with a token of its own
     shown = _attempt(template, Conversation(readable[0][0].messages, tools))
-    layout = AssistantFormat(
+    format_ = AssistantFormat(
         template=template,
         has_generation_tags=re.search(r"{%-?\s*generation\s*-?%}", template.source) is not None,
         header=header,
@@ -172,11 +172,11 @@ def infer_template_format(template: Template, *, special: set[str], bos: str | N
         takes_tools=isinstance(shown, str) and "probe_tool" in shown,
     )
     for number, (chat, _) in enumerate(readable):
-        _prove(layout, chat, simplest=number == 0)
-    return layout
+        _prove(format_, chat, simplest=number == 0)
+    return format_
 
 
-def _prove(layout: AssistantFormat, chat: Conversation, *, simplest: bool) -> None:
+def _prove(format_: AssistantFormat, chat: Conversation, *, simplest: bool) -> None:
     """Every span must hold its own answer and no other message.
 
     Only the simplest conversation must be readable: where a template leaves system messages out, say, the rows that
@@ -184,19 +184,19 @@ def _prove(layout: AssistantFormat, chat: Conversation, *, simplest: bool) -> No
     """
     answers = [message["content"] for message in chat.messages if message["role"] == "assistant"]
     try:
-        found = render_with_spans(layout, chat)
+        found = render_with_spans(format_, chat)
     except BadRow as bad:
         if not simplest:
             return
-        raise _unfit(layout.template, _about(bad), hint="mark its answers with {% generation %}") from None
+        raise _unfit(format_.template, _about(bad), hint="mark its answers with {% generation %}") from None
     for answer, (start, stop) in zip(answers, found.turns, strict=True):
         span = found.text[start:stop]
         others = [m["content"] for m in chat.messages if m["content"] != answer and m["content"] in span]
         if answer not in span or others:
-            raise _unfit(layout.template, "answers and questions cannot be told apart", hint="use another template")
-        if not layout.has_generation_tags and not layout.header and span[: span.index(answer)].strip():
+            raise _unfit(format_.template, "answers and questions cannot be told apart", hint="use another template")
+        if not format_.has_generation_tags and not format_.header and span[: span.index(answer)].strip():
             raise _unfit(
-                layout.template,
+                format_.template,
                 "it ignores add_generation_prompt, so where an answer starts is unknown",
                 hint="let it open the assistant's turn there, or mark answers with {% generation %}",
             )

@@ -75,7 +75,7 @@ class CausalLMEncoder:
         require_fast_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self._spec = spec
-        self._layouts: dict[bool, AssistantFormat] = {}
+        self._formats: dict[bool, AssistantFormat] = {}
         self._backend = _backend_without_special_tokens(tokenizer)
         self._before = _prefix_tokens(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
@@ -112,8 +112,8 @@ class CausalLMEncoder:
         try:
             match example:
                 case Conversation():
-                    layout = self._layout(example)
-                    text, turns, rewritten = render_with_spans(layout, example)
+                    format_ = self._format_of(example)
+                    text, turns, rewritten = render_with_spans(format_, example)
                     return _PendingRow(text, turns, alone=False, whole=whole, rewritten=rewritten)
                 case PromptCompletion(prompt, completion):
                     text = prompt + completion
@@ -127,23 +127,23 @@ class CausalLMEncoder:
         except BadRow as bad:
             return bad
 
-    def _layout(self, chat: Conversation) -> AssistantFormat:
+    def _format_of(self, chat: Conversation) -> AssistantFormat:
         tools = chat.tools is not None
-        if tools not in self._layouts:
+        if tools not in self._formats:
             template = resolve_template(self._spec.chat_template, self.tokenizer, tools=tools)
             if template is None:
                 raise LoraError(
                     "data: the rows are conversations, and the tokenizer has no chat template",
                     hint="set data.chat_template: a named template (chatml, alpaca, ...), a path, or inline Jinja",
                 )
-            self._layouts[tools] = self._learnt(template)
-        layout = self._layouts[tools]
-        if tools and not layout.takes_tools:
+            self._formats[tools] = self._learnt(template)
+        format_ = self._formats[tools]
+        if tools and not format_.takes_tools:
             raise LoraError(
-                f"data: rows have tools, and {layout.template.name} ignores them",
+                f"data: rows have tools, and {format_.template.name} ignores them",
                 hint="use a template that takes tools, or leave the tools column out of the data",
             )
-        return layout
+        return format_
 
     def _learnt(self, template: Template) -> AssistantFormat:
         tokens = self.tokenizer.added_tokens_decoder.values()

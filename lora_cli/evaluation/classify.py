@@ -9,7 +9,7 @@ import torch
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.data.collate import rows_of_labels
-from lora_cli.model.score import Scorer
+from lora_cli.model.loss import LossFunction
 
 
 class Outcome(NamedTuple):
@@ -23,19 +23,19 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def predict(scorer: Scorer, plan: BatchPlan, labels: ClassLabels) -> Outcome:
+def predict(loss_fn: LossFunction, plan: BatchPlan, labels: ClassLabels) -> Outcome:
     """Run every row of `plan` once, in eval mode."""
-    training = scorer.base.training
-    scorer.base.eval()
+    training = loss_fn.base.training
+    loss_fn.base.eval()
     wanted, predicted, row, done = [], [], [], 0
     for batch in plan.all_batches():
-        logits = scorer.logits(batch).float().cpu()
+        logits = loss_fn.logits(batch).float().cpu()
         wanted.append(batch.targets.double().numpy())
         predicted.append(_decided(logits, labels).double().numpy())
-        lines = np.arange(len(batch.rows)) if scorer.task == "seq-cls" else rows_of_labels(batch)
+        lines = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
         row.append(done + lines)
         done += len(batch.rows)
-    scorer.base.train(training)
+    loss_fn.base.train(training)
     return Outcome(labels.kind, labels.names, *(np.concatenate(parts) for parts in (wanted, predicted, row)))
 
 

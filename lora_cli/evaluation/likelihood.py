@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import rows_of_labels
-from lora_cli.model.score import Scorer
+from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.tasks import TaskName
 
 
@@ -44,38 +44,40 @@ class ByRow(NamedTuple):
 
 
 @torch.no_grad()
-def measure_rows(scorer: Scorer, plan: BatchPlan) -> ByRow:
+def measure_rows(loss_fn: LossFunction, plan: BatchPlan) -> ByRow:
     """Score every row of `plan` once, in eval mode, each by itself."""
-    training = scorer.base.training
-    scorer.base.eval()
+    training = loss_fn.base.training
+    loss_fn.base.eval()
     count = len(plan.rows)
     loss, hits, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
     for batch in plan.all_batches():
-        losses, right = scorer.each(batch)
-        rows = np.array(batch.rows)[rows_of_labels(batch) if scorer.task != "seq-cls" else np.arange(len(batch.rows))]
+        losses, right = loss_fn.per_token(batch)
+        rows = np.array(batch.rows)[rows_of_labels(batch) if loss_fn.task != "seq-cls" else np.arange(len(batch.rows))]
         np.add.at(loss, rows, losses.double().cpu().numpy())
         np.add.at(hits, rows, right.double().cpu().numpy())
         np.add.at(units, rows, 1)
-    scorer.base.train(training)
-    return ByRow(loss, hits, units, getattr(scorer.base.config, "problem_type", None) != "regression")
+    loss_fn.base.train(training)
+    return ByRow(loss, hits, units, getattr(loss_fn.base.config, "problem_type", None) != "regression")
 
 
 @torch.no_grad()
-def measure(scorer: Scorer, plan: BatchPlan, *, accelerator: Accelerator | None = None) -> Likelihood:
+def measure(loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None) -> Likelihood:
     """Score every row of `plan` once, in eval mode, shared among the processes of `accelerator`."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    training = scorer.base.training
-    scorer.base.eval()
+    training = loss_fn.base.training
+    loss_fn.base.eval()
     # fp64: a sum over millions of tokens must not depend on how they were batched.
-    totals = torch.zeros(3, dtype=torch.float64, device=scorer.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=loss_fn.device)
     for batch in plan.all_batches(rank=rank, world=world):
-        scored = scorer(batch)
+        scored = loss_fn(batch)
         totals += torch.stack([scored.loss.double(), scored.correct.double(), totals.new_tensor(scored.tokens)])
-    scorer.base.train(training)
+    loss_fn.base.train(training)
     if accelerator is not None:
         totals = accelerator.reduce(totals, reduction="sum")
     loss, correct, tokens = (float(value) for value in totals)
-    accuracy = None if getattr(scorer.base.config, "problem_type", None) == "regression" else correct / max(1.0, tokens)
+    accuracy = (
+        None if getattr(loss_fn.base.config, "problem_type", None) == "regression" else correct / max(1.0, tokens)
+    )
     return Likelihood(loss / max(1.0, tokens), accuracy, int(tokens))
 
 

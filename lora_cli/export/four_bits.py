@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
 from lora_cli.export.subject import Subject
-from lora_cli.model import base, requantize
-from lora_cli.model.layout import Layout
-from lora_cli.model.quantize import BLOCK, library_config
+from lora_cli.model import base_model, fake_quantize
+from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.quantize import BLOCK_SIZE, bnb_config
 from lora_cli.recipe.schema import QuantizationSpec
 
 SPEC = QuantizationSpec(bits=4)  # nf4, its scales quantised too, computed in bfloat16: QLoRA's
@@ -37,21 +37,21 @@ def weights(subject: Subject, keys: list[str]) -> dict[str, bool]:
     Raises:
         LoraError: one of them is spread over several tensors of the checkpoint.
     """
-    layout, found = Layout(skeleton(subject), keys), {}
-    for name, turned in requantize.quantized_weights(skeleton(subject), SPEC).items():
-        if layout.is_joined(name):
+    mapping, found = CheckpointMapping(skeleton(subject), keys), {}
+    for name, turned in fake_quantize.quantized_weights(skeleton(subject), SPEC).items():
+        if mapping.is_joined(name):
             raise LoraError(
                 f"--quantize nf4: the checkpoint keeps {name} in several tensors, and bitsandbytes knows it as one",
                 hint="write bf16, and quantise when it is loaded: quantization_config=BitsAndBytesConfig(...)",
             )
-        if name in layout.parts:
-            found[layout.key(name)] = turned
+        if name in mapping.parts:
+            found[mapping.key(name)] = turned
     return found
 
 
 def skeleton(subject: Subject) -> PreTrainedModel:
     """The model's modules without weights, to be used up."""
-    return base.skeleton(
+    return base_model.skeleton(
         deepcopy(subject.config),  # which is changed on the way
         trust_remote_code=subject.trust_remote_code,
         task=subject.task,
@@ -61,14 +61,14 @@ def skeleton(subject: Subject) -> PreTrainedModel:
 
 def section() -> dict[str, Any]:
     """What config.json says of it."""
-    found: dict[str, Any] = library_config(SPEC).to_dict()
+    found: dict[str, Any] = bnb_config(SPEC).to_dict()
     return found
 
 
 def form(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Form:
     """Dtypes and shapes of the tensors that hold the weight `key`, by their names; `shape` as bitsandbytes has it."""
     count = math.prod(shape)
-    blocks = -(-count // BLOCK)
+    blocks = -(-count // BLOCK_SIZE)
     return {
         key: (torch.uint8, (-(-count // 2), 1)),
         f"{key}.absmax": (torch.uint8, (blocks,)),
@@ -83,7 +83,7 @@ def _words(shape: tuple[int, ...], dtype: torch.dtype, offset: str) -> bytes:
     """As bitsandbytes writes it, but for the number."""
     said = {
         "quant_type": "nf4",
-        "blocksize": BLOCK,
+        "blocksize": BLOCK_SIZE,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
         "nested_blocksize": SCALES,
@@ -102,7 +102,7 @@ def quantize(key: str, weight: Tensor, *, turned: bool) -> dict[str, Tensor]:
     """
     given = weight.T.contiguous() if turned else weight.contiguous()
     codes, state = bnbf.quantize_4bit(
-        given, quant_type="nf4", compress_statistics=True, quant_storage=torch.uint8, blocksize=BLOCK
+        given, quant_type="nf4", compress_statistics=True, quant_storage=torch.uint8, blocksize=BLOCK_SIZE
     )
     held: dict[str, Tensor] = {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
     # A file's places are laid out before a weight is read, and this is as long as the digits of a mean. JSON may end
@@ -120,9 +120,9 @@ def misses(key: str, held: dict[str, Tensor], weight: Tensor, *, turned: bool) -
     largest by less than 0.01 of the tensor's.
     """
     given = (weight.T if turned else weight).float().reshape(-1)
-    spare = (0, -given.numel() % BLOCK)
-    largest = pad(given.abs(), spare).view(-1, BLOCK).amax(dim=1)
-    apart = pad((_restored(key, held)[: given.numel()] - given).abs(), spare).view(-1, BLOCK).amax(dim=1)
+    spare = (0, -given.numel() % BLOCK_SIZE)
+    largest = pad(given.abs(), spare).view(-1, BLOCK_SIZE).amax(dim=1)
+    apart = pad((_restored(key, held)[: given.numel()] - given).abs(), spare).view(-1, BLOCK_SIZE).amax(dim=1)
     allowed = 0.304 / 2 * largest + 0.01 * largest.max()
     off = float((apart / allowed.clamp_min(torch.finfo(torch.float32).tiny)).max())
     return off if math.isfinite(off) else math.inf
@@ -135,5 +135,5 @@ def _restored(key: str, held: dict[str, Tensor]) -> Tensor:
     scales = bnbf.dequantize_blockwise(state.absmax, state.state2) + state.offset
     packed = held[key].view(-1)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)  # the first of two in the upper half
-    restored: Tensor = state.code[codes.long()] * scales.float().repeat_interleave(BLOCK)[: len(codes)]
+    restored: Tensor = state.code[codes.long()] * scales.float().repeat_interleave(BLOCK_SIZE)[: len(codes)]
     return restored

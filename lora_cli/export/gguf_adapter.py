@@ -18,8 +18,8 @@ from lora_cli.errors import LoraError
 from lora_cli.export import architectures, gguf_file, gguf_proof, llama_cpp, reference
 from lora_cli.export.gguf_file import FORMS, Form, Placed
 from lora_cli.export.subject import Check, Options, Subject
-from lora_cli.model import base, hollow
-from lora_cli.model.loading import PREFIX
+from lora_cli.model import base_model, empty_base
+from lora_cli.model.load_adapter import PREFIX
 
 DEFAULT = "f32"
 TAKES = ("f32", "f16", "bf16")
@@ -95,8 +95,8 @@ def _config(subject: Subject) -> PeftConfig:
 def _adapted(subject: Subject) -> PeftModel:
     """The adapter on a base without weights."""
     assert subject.adapter is not None
-    model = hollow.empty(base.skeleton(subject.config))
-    return hollow.attach(model, subject.adapter, _config(subject), base=subject.name).model
+    model = empty_base.init_empty_weights(base_model.skeleton(subject.config))
+    return empty_base.attach_saved_adapter(model, subject.adapter, _config(subject), base=subject.name).model
 
 
 def _pairs(subject: Subject) -> Iterator[tuple[str, Any]]:

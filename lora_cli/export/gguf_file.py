@@ -18,8 +18,8 @@ from transformers import PretrainedConfig
 from lora_cli.errors import LoraError
 from lora_cli.export import architectures
 from lora_cli.export.architectures import Architecture
-from lora_cli.model import base, shards
-from lora_cli.model.shards import Stored
+from lora_cli.model import base_model, safetensors_io
+from lora_cli.model.safetensors_io import TensorInfo
 
 Array = NDArray[np.float32]
 BLOCK = 32  # values that share a scale, in every block format below
@@ -64,14 +64,14 @@ class Placed(NamedTuple):
     """One tensor of the file, and what it is made of."""
 
     name: str
-    source: Stored | Array
+    source: TensorInfo | Array
     type: GGMLQuantizationType
     shape: tuple[int, ...]  # as torch has it: rows first
     rows: NDArray[np.int64] | None = None
     turned: bool = False
     plus: float = 0.0
 
-    def values(self, files: shards.Files) -> Array:
+    def values(self, files: safetensors_io.ShardFiles) -> Array:
         """The source in fp32, laid out as llama.cpp has it."""
         found = self.source if isinstance(self.source, np.ndarray) else read(self.source, files)
         if self.turned:
@@ -81,10 +81,10 @@ class Placed(NamedTuple):
         return np.ascontiguousarray(found + np.float32(self.plus) if self.plus else found)
 
 
-def read(stored: Stored, files: shards.Files) -> Array:
+def read(stored: TensorInfo, files: safetensors_io.ShardFiles) -> Array:
     """A tensor of a safetensors file, in fp32."""
     held = torch.empty(stored.shape, dtype=stored.dtype)
-    files.read(stored.file, shards.as_bytes(held), stored.begin)
+    files.read(stored.file, safetensors_io.as_bytes(held), stored.begin)
     values: Array = held.float().numpy()
     return values
 
@@ -96,7 +96,7 @@ def plan(folder: Path, config: PretrainedConfig, form: Form) -> list[Placed]:
         LoraError: a tensor that the architecture has no place for, or one that it needs and the folder lacks.
     """
     architecture = architectures.find(config)
-    stored = shards.list_tensors(folder)
+    stored = safetensors_io.list_tensors(folder)
     names = tensor_names(config, architecture)
     found: list[Placed] = []
     for name, values in architectures.extra_tensors(config):
@@ -127,7 +127,7 @@ def kind_of(key: str) -> str:
 
 
 def _place(
-    name: str, key: str, tensor: Stored, config: PretrainedConfig, architecture: Architecture, form: Form
+    name: str, key: str, tensor: TensorInfo, config: PretrainedConfig, architecture: Architecture, form: Form
 ) -> Placed:
     kind = kind_of(key)
     turned = kind in architecture.turned and len(tensor.shape) == 2
@@ -155,7 +155,7 @@ def _type(name: str, shape: tuple[int, ...], form: Form) -> GGMLQuantizationType
 def _refuse_lacking(found: Iterable[Placed], folder: Path, config: PretrainedConfig, names: gguf.TensorNameMap) -> None:
     """Hold the names against the model's own parameters: llama.cpp takes some of those that lack for meant."""
     here = {placed.name for placed in found}
-    model = base.skeleton(config)
+    model = base_model.skeleton(config)
     for key, _ in model.named_parameters():  # tied ones once
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name not in here:
@@ -190,7 +190,7 @@ def write(file: Path, tensors: list[Placed], *, arch: str, describe: Callable[[G
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with shards.Files(writable=False) as files:
+        with safetensors_io.ShardFiles(writable=False) as files:
             for placed in tensors:
                 writer.write_tensor_data(_encoded(placed, placed.values(files)))
         writer.flush()
@@ -215,7 +215,7 @@ def strayed(file: gguf.GGUFReader, tensors: list[Placed]) -> Iterator[tuple[str,
     held: Mapping[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in file.tensors}
     for name in held.keys() ^ {placed.name for placed in tensors}:
         yield name, "is in one of the two alone"
-    with shards.Files(writable=False) as files:
+    with safetensors_io.ShardFiles(writable=False) as files:
         for placed in tensors:
             tensor = held.get(placed.name)
             if tensor is None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from lora_cli.export import four_bits
 from lora_cli.export.reference import CPU, ends
 from lora_cli.export.subject import Check, Subject
-from lora_cli.model import base, requantize
+from lora_cli.model import base_model, fake_quantize
 
 POSITIONS = 33  # of each text, from its end: the answer's, for the most part
 LONGEST = 32  # tokens that a prompt is continued by
@@ -92,8 +92,10 @@ def _run(
         asked: texts that it is asked of; its own where None.
         rounding: what its weights go through first.
     """
-    source = base.Source(str(subject.model), {"trust_remote_code": subject.trust_remote_code})
-    model = base.load_base(source, dtype=torch.float32, device=CPU, task=subject.task, labels=subject.labels).model
+    source = base_model.ModelSource(str(subject.model), {"trust_remote_code": subject.trust_remote_code})
+    model = base_model.load_base(
+        source, dtype=torch.float32, device=CPU, task=subject.task, labels=subject.labels
+    ).model
     if rounding is not None:
         _round(model.eval(), subject, rounding)
     # Of a checkpoint in 4 bits, transformers leaves what is whole in its dtype, and packed layers compute in bfloat16.
@@ -114,13 +116,13 @@ def _round(model: PreTrainedModel, subject: Subject, rounding: Rounding) -> None
     assert rounding.dtype is not None
     packed: dict[str, bool] = {}
     if rounding.packed:
-        packed = requantize.quantized_weights(four_bits.skeleton(subject), four_bits.SPEC)
+        packed = fake_quantize.quantized_weights(four_bits.skeleton(subject), four_bits.SPEC)
     for name, held in model.state_dict().items():
         if held.is_floating_point():
             value = held.to(rounding.dtype).float()
             if name in packed:
                 # bitsandbytes multiplies by what the codes stand for in the dtype of the input, here fp32.
-                value = requantize.round_trip(four_bits.SPEC, torch.float32, turned=packed[name])(value)
+                value = fake_quantize.quantize_dequantize(four_bits.SPEC, torch.float32, turned=packed[name])(value)
             held.copy_(value)
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from lora_cli.errors import LoraError
 from lora_cli.export import onnx_graph, onnx_proof
 from lora_cli.export.subject import Check, Options, Subject
-from lora_cli.model import base, prequantized
+from lora_cli.model import base_model, prequantized
 
 FILE = "model.onnx"
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def refuse(subject: Subject, options: Options) -> None:
             f"--to onnx: {subject.config.model_type} reads and writes in two parts, and one graph is written here",
             hint="use --to safetensors",
         )
-    if (already := prequantized.recognise(subject.config)) is not None:
+    if (already := prequantized.detect_prequantized(subject.config)) is not None:
         raise LoraError(
             f"--to onnx: {subject.name} is quantised ({already.method})",
             hint="export the 16-bit model that it was made from; of an adapter, lora merge --weights dequantized first",
@@ -57,7 +57,7 @@ def _untraceable(subject: Subject) -> str | None:
     if any(each.get("rope_type") == "dynamic" for each in kinds):
         return f"this {kind} computes its rotary frequencies anew as a text grows (rope_type dynamic)"
     trust = subject.trust_remote_code
-    model = base.skeleton(copy.deepcopy(config), trust_remote_code=trust, task=subject.task)
+    model = base_model.skeleton(copy.deepcopy(config), trust_remote_code=trust, task=subject.task)
     layers = DynamicCache(config=config).layers if subject.task == "causal-lm" else []
     if model._is_stateful or not all(isinstance(layer, DynamicLayer) for layer in layers):
         return f"a {kind} model remembers what it read otherwise than by keys and values of each layer"
@@ -116,8 +116,8 @@ def usage(subject: Subject, out: Path, options: Options) -> list[str]:
 def load(subject: Subject, *, attention: str | None = None) -> PreTrainedModel:
     """The model in fp32 on the CPU, as transformers computes it or with another `attention`."""
     options: dict[str, object] = {"trust_remote_code": subject.trust_remote_code}
-    loaded = base.load_base(
-        base.Source(str(subject.model), options),
+    loaded = base_model.load_base(
+        base_model.ModelSource(str(subject.model), options),
         dtype=torch.float32,
         device=CPU,
         attention=attention,

@@ -13,13 +13,13 @@ from torch import Tensor
 from lora_cli.data import class_labels
 from lora_cli.errors import LoraError
 from lora_cli.export.subject import Check, Options, Subject
-from lora_cli.model import base, hollow, origin, saving
-from lora_cli.model.loading import PREFIX
+from lora_cli.model import base_model, empty_base, save_adapter, trained_on
+from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.tasks import TASKS
 
 CONFIG = "adapter_config.json"
 # What belongs to an adapter; optimizers, schedules and random states of other tools' checkpoints do not.
-KEPT = (saving.WEIGHTS, CONFIG, "README.md", class_labels.LABELS_FILE, origin.FILE)
+KEPT = (save_adapter.ADAPTER_WEIGHTS, CONFIG, "README.md", class_labels.LABELS_FILE, trained_on.TRAINED_ON_FILE)
 WORDS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -50,10 +50,10 @@ def refuse(subject: Subject, options: Options) -> None:
             f"--quantize {options.quantize}: an adapter folder is copied as it is", hint="leave --quantize out"
         )
     folder = adapter_of(subject)
-    if not (folder / saving.WEIGHTS).is_file():
+    if not (folder / save_adapter.ADAPTER_WEIGHTS).is_file():
         held = sorted(path.name for path in folder.glob("adapter_model*"))
         raise LoraError(
-            f"{folder} has no {saving.WEIGHTS}" + (f", only {held[0]}" if held else ""),
+            f"{folder} has no {save_adapter.ADAPTER_WEIGHTS}" + (f", only {held[0]}" if held else ""),
             hint="load it with PEFT once and save it: its save_pretrained writes safetensors",
         )
     attach(subject, folder)
@@ -107,7 +107,7 @@ def adapter_of(subject: Subject) -> Path:
 
 def trained_over(subject: Subject) -> list[str]:
     """A line on the base's quantisation in training, which no file of PEFT's tells of; none where it had none."""
-    found = origin.read(adapter_of(subject))
+    found = trained_on.read_trained_on(adapter_of(subject))
     if found is None or found.quantization is None:
         return []
     kind = found.quantization.get("type") or "int8"
@@ -127,28 +127,28 @@ def copy(subject: Subject, out: Path) -> None:
         subject.tokenizer.save_pretrained(str(out))
 
 
-def attach(subject: Subject, folder: Path) -> hollow.Hollow:
+def attach(subject: Subject, folder: Path) -> empty_base.EmptyModel:
     """The adapter in `folder` on its base's shapes, by PEFT.
 
     Raises:
         LoraError: the two do not fit.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    skeleton = base.skeleton(
+    skeleton = base_model.skeleton(
         deepcopy(subject.config),  # which is changed on the way
         trust_remote_code=subject.trust_remote_code,
         task=subject.task,
         labels=subject.labels,
     )
-    rows = hollow.embedding_rows(folder, skeleton)
+    rows = empty_base.embedding_rows(folder, skeleton)
     if rows > skeleton.get_input_embeddings().weight.shape[0]:
         skeleton.resize_token_embeddings(rows, mean_resizing=False)
-    return hollow.attach(hollow.empty(skeleton), folder, config, base=subject.name)
+    return empty_base.attach_saved_adapter(empty_base.init_empty_weights(skeleton), folder, config, base=subject.name)
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and values of what the adapter file holds, one after the other."""
-    with safe_open(folder / saving.WEIGHTS, framework="pt") as file:
+    with safe_open(folder / save_adapter.ADAPTER_WEIGHTS, framework="pt") as file:
         for key in sorted(file.keys()):
             yield key, file.get_tensor(key)
 
@@ -178,7 +178,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def loaded(subject: Subject, out: Path) -> Check:
     """What PEFT has of the folder, once it is on the base, against the adapter's file."""
     attached = attach(subject, out)
-    held = saving.tensors(attached.model)
+    held = save_adapter.adapter_tensors(attached.model)
     held |= {PREFIX + name: attached.model.get_base_model().get_parameter(name) for name in attached.given}
     strayed, count = [], 0
     for key, value in tensors(adapter_of(subject)):

@@ -10,8 +10,8 @@ from peft import PeftConfig
 from transformers import GenerationConfig
 
 from lora_cli.export.subject import Continuation, Subject
-from lora_cli.model import base
-from lora_cli.model.loading import load
+from lora_cli.model import base_model
+from lora_cli.model.load_adapter import load_adapter
 
 CPU = torch.device("cpu")
 
@@ -31,8 +31,8 @@ class Reference:
 
     def __init__(self, subject: Subject) -> None:
         options: dict[str, object] = {"trust_remote_code": subject.trust_remote_code}
-        source = base.Source(str(subject.model), options)
-        model = base.load_base(
+        source = base_model.ModelSource(str(subject.model), options)
+        model = base_model.load_base(
             source, dtype=torch.float32, device=CPU, task=subject.task, labels=subject.labels
         ).model.eval()
         self._ends = list(ends(subject))
@@ -40,7 +40,7 @@ class Reference:
         self._model = model
         if subject.adapter is not None:
             config = PeftConfig.from_pretrained(str(subject.adapter))
-            self._model = load(model, subject.adapter, base=subject.name, config=config).float().eval()
+            self._model = load_adapter(model, subject.adapter, base=subject.name, config=config).float().eval()
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int], *, last: int = 1) -> NDArray[np.float64]:

@@ -16,9 +16,9 @@ from lora_cli.export import four_bits, logits
 from lora_cli.export.logits import Rounding
 from lora_cli.export.peft import same
 from lora_cli.export.subject import Check, Options, Subject
-from lora_cli.model import prequantized, shards
-from lora_cli.model.quantize import BLOCK
-from lora_cli.model.shards import Files, Stored
+from lora_cli.model import prequantized, safetensors_io
+from lora_cli.model.quantize import BLOCK_SIZE
+from lora_cli.model.safetensors_io import ShardFiles, TensorInfo
 from lora_cli.model.tasks import TASKS
 
 LARGEST = 2 * 10**9  # bytes of a file, where a tensor is not larger
@@ -31,7 +31,7 @@ class Piece(NamedTuple):
     """One tensor of the source, and what becomes of it."""
 
     key: str
-    source: Stored
+    source: TensorInfo
     dtype: torch.dtype  # that it is written in, or quantised from
     packed: bool = False  # into 4 bits
     turned: bool = False  # as bitsandbytes has it
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
             return {self.key: (self.dtype, self.source.shape)}
         return four_bits.form(self.key, self.source.shape[::-1] if self.turned else self.source.shape, self.dtype)
 
-    def make(self, files: Files) -> dict[str, Tensor]:
+    def make(self, files: ShardFiles) -> dict[str, Tensor]:
         """What is written, by name.
 
         Raises:
@@ -72,12 +72,14 @@ def refuse(subject: Subject, options: Options) -> None:
             f"--quantize {options.quantize} is none that is written here; what is: {', '.join((*DTYPES, QUANTIZED))}",
             hint="leave it out to keep the dtype of the weights; for q8_0 and its like: --to gguf",
         )
-    if (already := prequantized.recognise(subject.config)) is not None:
+    if (already := prequantized.detect_prequantized(subject.config)) is not None:
         raise LoraError(
             f"--to safetensors: {subject.name} is quantised already ({already.method})",
             hint="export the 16-bit model that it was made from",
         )
-    if options.quantize == QUANTIZED and not four_bits.weights(subject, list(shards.list_tensors(subject.model))):
+    if options.quantize == QUANTIZED and not four_bits.weights(
+        subject, list(safetensors_io.list_tensors(subject.model))
+    ):
         raise LoraError(
             f"--quantize nf4: {subject.name} has no linear layer that transformers would quantise",
             hint="write bf16",
@@ -100,13 +102,13 @@ def write(subject: Subject, out: Path, options: Options) -> None:
             hint="make room, or name a place on another disk",
             exit_code=1,
         )
-    with Files(writable=False) as sources, Files(writable=True) as targets:
-        placed = shards.lay_out(tensors, out, targets, largest=LARGEST)
+    with ShardFiles(writable=False) as sources, ShardFiles(writable=True) as targets:
+        placed = safetensors_io.plan_shards(tensors, out, targets, largest=LARGEST)
         for piece in pieces:
             for name, value in piece.make(sources).items():
                 where = placed[name]
                 assert (value.dtype, tuple(value.shape)) == (where.dtype, where.shape), name
-                targets.write(where.file, shards.as_bytes(value.contiguous()), where.begin)
+                targets.write(where.file, safetensors_io.as_bytes(value.contiguous()), where.begin)
     _write_rest(subject, out, options)
 
 
@@ -117,11 +119,11 @@ def prove(subject: Subject, out: Path, options: Options) -> Iterator[Check]:
     if not options.runtime:
         return
     packed = [piece for piece in pieces if piece.packed]
-    ragged = sorted(piece.key for piece in packed if piece.source.shape[0 if piece.turned else 1] % BLOCK)
+    ragged = sorted(piece.key for piece in packed if piece.source.shape[0 if piece.turned else 1] % BLOCK_SIZE)
     if ragged:
         # bitsandbytes' CPU kernels give blocks the scales of others there: see model/quantize.py: guard_cpu.
         yield Check(
-            "note", True, f"not run: on the CPU, 4-bit layers take rows of {BLOCK}s only, and {ragged[0]} is not"
+            "note", True, f"not run: on the CPU, 4-bit layers take rows of {BLOCK_SIZE}s only, and {ragged[0]} is not"
         )
         return
     changed = packed + [piece for piece in pieces if piece.dtype != piece.source.dtype]
@@ -152,7 +154,7 @@ def plan(subject: Subject, options: Options) -> list[Piece]:
     Raises:
         LoraError: the source is not whole, or cannot be written in 4 bits.
     """
-    stored = shards.list_tensors(subject.model)
+    stored = safetensors_io.list_tensors(subject.model)
     dtype = _dtype(stored, options)
     packed = four_bits.weights(subject, list(stored)) if options.quantize == QUANTIZED else {}
     found = []
@@ -164,14 +166,14 @@ def plan(subject: Subject, options: Options) -> list[Piece]:
     return found
 
 
-def read(stored: Stored, files: Files) -> Tensor:
+def read(stored: TensorInfo, files: ShardFiles) -> Tensor:
     """A tensor of a safetensors file."""
     held = torch.empty(stored.shape, dtype=stored.dtype)
-    files.read(stored.file, shards.as_bytes(held), stored.begin)
+    files.read(stored.file, safetensors_io.as_bytes(held), stored.begin)
     return held
 
 
-def _dtype(stored: dict[str, Stored], options: Options) -> torch.dtype | None:
+def _dtype(stored: dict[str, TensorInfo], options: Options) -> torch.dtype | None:
     """What floating tensors are written in, and quantised from; None for what each is in."""
     if options.quantize != QUANTIZED:
         return DTYPES.get(options.quantize or "")
@@ -182,7 +184,7 @@ def _dtype(stored: dict[str, Stored], options: Options) -> torch.dtype | None:
 
 def _write_rest(subject: Subject, out: Path, options: Options) -> None:
     config: dict[str, Any] = json.loads((subject.model / "config.json").read_text(encoding="utf-8"))
-    dtype = _dtype(shards.list_tensors(subject.model), options)
+    dtype = _dtype(safetensors_io.list_tensors(subject.model), options)
     if dtype is not None:
         config = {**_stamped(config, SAID[dtype]), "dtype": SAID[dtype]}
     if options.quantize == QUANTIZED:
@@ -206,10 +208,10 @@ def _stamped(section: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def _tensors(pieces: list[Piece], out: Path) -> Check:
     """Names, shapes and dtypes; each value the nearest that its dtype has; codes and scales bitsandbytes' own."""
-    held = shards.list_tensors(out)
+    held = safetensors_io.list_tensors(out)
     strayed = sorted(held.keys() ^ {name for piece in pieces for name in piece.form()})
     off, where, count, packed, whole = 0.0, "", 0, 0, 0
-    with Files(writable=False) as files:
+    with ShardFiles(writable=False) as files:
         for piece in pieces:
             form = piece.form()
             found = {name: held[name] for name in form if name in held}

@@ -24,8 +24,8 @@ from torch.nn.functional import pad
 from lora_cli.errors import LoraError
 from lora_cli.export import peft
 from lora_cli.export.subject import Check, Options, Subject
-from lora_cli.model import base, saving
-from lora_cli.model.loading import PREFIX
+from lora_cli.model import base_model, save_adapter
+from lora_cli.model.load_adapter import PREFIX
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be
 ADAPTER = "default"  # PEFT's name for the only one
@@ -115,7 +115,7 @@ def write(subject: Subject, out: Path, options: Options) -> None:
         assert match is not None  # `refuse` saw to it
         pair = pairs[match["layer"]]
         made[key] = _refit(key, value, form, ratio=pair.scale / form.scale, missing=form.rank - pair.rank)
-    save_file(made, out / saving.WEIGHTS, metadata={"format": "pt"})
+    save_file(made, out / save_adapter.ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = json.loads((out / peft.CONFIG).read_text(encoding="utf-8"))
     config |= {"r": form.rank, "lora_alpha": form.scale * form.rank, "use_rslora": False}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}
@@ -286,8 +286,8 @@ def _own_words(subject: Subject) -> bool:
     """Whether the adapter was trained with another tokenizer or chat template than its base's folder has."""
     if not (subject.model / "tokenizer_config.json").is_file():
         return True
-    source = base.Source(str(subject.model), {"trust_remote_code": subject.trust_remote_code})
-    words = base.load_tokenizer(source)
+    source = base_model.ModelSource(str(subject.model), {"trust_remote_code": subject.trust_remote_code})
+    words = base_model.load_tokenizer(source)
     return bool(
         words.chat_template != subject.tokenizer.chat_template or words.get_vocab() != subject.tokenizer.get_vocab()
     )

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from lora_cli.model.hollow import Hollow
+from lora_cli.model.empty_base import EmptyModel
 
 
 class LowRank(NamedTuple):
@@ -43,28 +43,28 @@ class Changes(NamedTuple):
     together: frozenset[str]  # parameters that the adapter changes just as those that they are tied to
 
 
-def find(hollow: Hollow) -> Changes:
+def find(empty: EmptyModel) -> Changes:
     """Walk through the adapted model, and list what the adapter changes."""
     layers: list[Layer] = []
     replaced: dict[str, Tensor] = {}
     together: set[str] = set()
-    ensured = bool(getattr(hollow.model.active_peft_config, "ensure_weight_tying", False))
-    for name, module in _walk(hollow.model.get_base_model(), ""):
+    ensured = bool(getattr(empty.model.active_peft_config, "ensure_weight_tying", False))
+    for name, module in _walk(empty.model.get_base_model(), ""):
         if isinstance(module, ModulesToSaveWrapper):
             whole = module.modules_to_save[module.active_adapters[0]]
             found = {f"{name}.{key}": value for key, value in whole.state_dict().items()}
             replaced |= found
             together |= found.keys() if ensured else set()
         elif isinstance(module, TrainableTokensWrapper):
-            layers.append(_layer(name, module.token_adapter, hollow.given))
+            layers.append(_layer(name, module.token_adapter, empty.given))
             if module.token_adapter.tied_adapter is not None:
                 together |= {layers[-1].full(key) for key in layers[-1].keys}
         elif isinstance(module, BaseTunerLayer):
-            layers.append(_layer(name, module, hollow.given))
+            layers.append(_layer(name, module, empty.given))
             together |= {layers[-1].full(key) for key in layers[-1].keys} if ensured else set()
     in_layers = {layer.full(key) for layer in layers for key in layer.keys}
-    for name, parameter in hollow.model.get_base_model().named_parameters(remove_duplicate=False):
-        if name in hollow.given - in_layers:
+    for name, parameter in empty.model.get_base_model().named_parameters(remove_duplicate=False):
+        if name in empty.given - in_layers:
             replaced[name] = parameter.data
     return Changes(tuple(layers), replaced, frozenset(together))
 

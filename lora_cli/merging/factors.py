@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.errors import LoraError
-from lora_cli.model.loading import PREFIX
-from lora_cli.model.saving import WEIGHTS
+from lora_cli.model.load_adapter import PREFIX
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
 NAME = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
 
@@ -77,7 +77,7 @@ def read(folder: Path) -> Saved:
     found: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     others = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         match = NAME.fullmatch(name.replace(".base_layer.", "."))
         if match is None:
             others[name] = tensor

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lora_cli.merging.changes import Layer, LowRank, by_peft
-from lora_cli.model.hollow import drain, fill
-from lora_cli.model.shards import Files, Stored, as_bytes
+from lora_cli.model.empty_base import drop_weights, load_weights
+from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, as_bytes
 
 BLOCK = 1 << 19  # weights at once: few enough that their fp32 copies stay in the caches
 COPIED = 8 << 20  # bytes at once
@@ -76,10 +76,10 @@ def run(jobs: list[Callable[[], list[Folded]]]) -> Iterator[Folded]:
 class Pair(NamedTuple):
     """Files to read from and to write to."""
 
-    base: Files
-    out: Files
+    base: ShardFiles
+    out: ShardFiles
 
-    def copy(self, source: Stored, target: Stored) -> list[Folded]:
+    def copy(self, source: TensorInfo, target: TensorInfo) -> list[Folded]:
         """A tensor as it is, or cast where the dtypes differ."""
         if source.dtype == target.dtype:
             buffer = memoryview(bytearray(min(COPIED, source.size)))
@@ -95,18 +95,20 @@ class Pair(NamedTuple):
             self.out.write(target.file, as_bytes(block.to(target.dtype)), target.begin + at * target.dtype.itemsize)
         return []
 
-    def read(self, source: Stored) -> Tensor:
+    def read(self, source: TensorInfo) -> Tensor:
         """A whole tensor, in the dtype that it is stored in."""
         value = torch.empty(source.shape, dtype=source.dtype)
         self.base.read(source.file, as_bytes(value), source.begin)
         return value
 
-    def write(self, value: Tensor, target: Stored) -> None:
+    def write(self, value: Tensor, target: TensorInfo) -> None:
         """A whole tensor, cast to the dtype that its place has."""
         self.out.write(target.file, as_bytes(value.to(target.dtype).contiguous()), target.begin)
 
     @torch.no_grad()
-    def fold_low_rank(self, name: str, low: LowRank, source: Stored, target: Stored, *, sign: int = 1) -> list[Folded]:
+    def fold_low_rank(
+        self, name: str, low: LowRank, source: TensorInfo, target: TensorInfo, *, sign: int = 1
+    ) -> list[Folded]:
         """W + left @ right in blocks of rows; the update is taken away again where `sign` is -1."""
         rows, columns = source.shape
         at_once = max(1, min(rows, BLOCK // columns))
@@ -150,7 +152,7 @@ def fold_whole(
         dtype_of: what it is rounded to there.
     """
     before = {key: read(layer.full(key)) for key in layer.keys if key not in layer.brought}
-    fill(layer.module, {key: value.clone() for key, value in before.items()})
+    load_weights(layer.module, {key: value.clone() for key, value in before.items()})
     by_peft(layer)
     found: list[Folded] = []
     for key in layer.keys:
@@ -158,7 +160,7 @@ def fold_whole(
         write(layer.full(key), after)
         base = before[key] if key in before else read(layer.full(key))
         found += measure(layer.full(key), base, after, dtype_of(layer.full(key)))
-    drain(layer.module, list(before))
+    drop_weights(layer.module, list(before))
     return found
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.data.collate import Batch
-from lora_cli.model.score import Scorer
+from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.tasks import TaskName
 
 LENGTHS = (5, 17, 40)  # tokens of each random probe
@@ -72,8 +72,8 @@ def logits(model: Any, batches: Sequence[Batch], task: TaskName) -> Tensor:
     """Logits of all probes, [positions, outputs] in fp32."""
     training = model.training
     model.eval()
-    scorer = Scorer(model, task=task)
-    found = torch.cat([scorer.logits(batch).float() for batch in batches])
+    loss_fn = LossFunction(model, task=task)
+    found = torch.cat([loss_fn.logits(batch).float() for batch in batches])
     model.train(training)
     return found
 

@@ -16,9 +16,9 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import fold
 from lora_cli.merging.changes import Changes, Layer, find, low_rank
 from lora_cli.merging.fold import Folded, Pair
-from lora_cli.model.hollow import Hollow
-from lora_cli.model.layout import Layout
-from lora_cli.model.shards import Files, Stored, lay_out
+from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.empty_base import EmptyModel
+from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, plan_shards
 
 Job = Callable[[], list[Folded]]
 
@@ -26,8 +26,8 @@ Job = Callable[[], list[Folded]]
 class Plan(NamedTuple):
     """What is to be written."""
 
-    base: dict[str, Stored]  # the base's tensors, by their names in the checkpoint
-    layout: Layout
+    base: dict[str, TensorInfo]  # the base's tensors, by their names in the checkpoint
+    mapping: CheckpointMapping
     changes: Changes
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the merged model, by their names in its checkpoint
     names: dict[str, str]  # of a changed parameter that stands alone, the tensor that it becomes
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """What each parameter of the merged model is stored in, by its name in the model."""
-        found = {name: self.tensors[parts[0].key][0] for name, parts in self.layout.parts.items()}
+        found = {name: self.tensors[parts[0].key][0] for name, parts in self.mapping.parts.items()}
         found |= {name: self.tensors[key][0] for name, key in self.origins.items() if key in self.tensors}
         return found | {name: self.tensors[key][0] for name, key in self.names.items()}
 
@@ -57,7 +57,12 @@ class Plan(NamedTuple):
 
 
 def plan(
-    hollow: Hollow, layout: Layout, base: dict[str, Stored], *, dtype: torch.dtype | None, keep_unknown: bool
+    empty: EmptyModel,
+    mapping: CheckpointMapping,
+    base: dict[str, TensorInfo],
+    *,
+    dtype: torch.dtype | None,
+    keep_unknown: bool,
 ) -> Plan:
     """What the merged model consists of.
 
@@ -71,17 +76,17 @@ def plan(
     Raises:
         LoraError: the base's files are not of the shapes that its config tells, or lack tensors.
     """
-    changes = find(hollow)
-    model = hollow.model.get_base_model()
-    shapes = hollow.shapes
-    origins = {name: parts[0].key for name, parts in layout.parts.items() if not layout.is_joined(name)}
-    for group in hollow.ties:
+    changes = find(empty)
+    model = empty.model.get_base_model()
+    shapes = empty.shapes
+    origins = {name: parts[0].key for name, parts in mapping.parts.items() if not mapping.is_joined(name)}
+    for group in empty.ties:
         held = [origins[name] for name in group if name in origins]
         origins |= {name: held[0] for name in group if held and name not in origins}
     changed = {layer.full(key) for layer in changes.layers for key in layer.keys} | changes.replaced.keys()
     for name, shape in shapes.items():
         if name not in origins:
-            if name not in layout.parts and name not in changed:
+            if name not in mapping.parts and name not in changed:
                 raise LoraError(f"model.path: the checkpoint has no weights for {name}", hint="give a whole model")
             continue
         there = base[origins[name]].shape
@@ -103,22 +108,24 @@ def plan(
     def written(stored: torch.dtype) -> torch.dtype:
         return dtype if dtype is not None and stored.is_floating_point and stored.itemsize > 1 else stored
 
-    kept = {key: stored for key, stored in base.items() if keep_unknown or key not in set(layout.unknown)}
+    kept = {key: stored for key, stored in base.items() if keep_unknown or key not in set(mapping.unknown)}
     tensors = {key: (written(stored.dtype), stored.shape) for key, stored in kept.items()}
-    together = [group for group in hollow.ties if _as_one(group, changes, changed)]
+    together = [group for group in empty.ties if _as_one(group, changes, changed)]
     # Of parameters that stay tied, those that the checkpoint has are written; the others are read from them.
-    follow = {name for group in together for name in group if name not in layout.parts}
+    follow = {name for group in together for name in group if name not in mapping.parts}
     names = {}
     for name in sorted(changed - follow):
-        if layout.is_joined(name):
+        if mapping.is_joined(name):
             continue
-        names[name] = layout.key(name) if name in layout.parts else name
+        names[name] = mapping.key(name) if name in mapping.parts else name
         shape = shapes.get(name) or tuple(changes.replaced[name].shape)
         tensors[names[name]] = (written(base[origins[name]].dtype if name in origins else main), shape)
-    untied = [name for group in hollow.ties if group not in together and changed & set(group) for name in group]
+    untied = [name for group in empty.ties if group not in together and changed & set(group) for name in group]
     for name in untied:
-        tensors.setdefault(layout.key(name) if name in layout.parts else name, tensors[origins[name]])
-    return Plan(base, layout, changes, tensors, names, origins, tuple(untied), tuple(sorted(base.keys() - kept.keys())))
+        tensors.setdefault(mapping.key(name) if name in mapping.parts else name, tensors[origins[name]])
+    return Plan(
+        base, mapping, changes, tensors, names, origins, tuple(untied), tuple(sorted(base.keys() - kept.keys()))
+    )
 
 
 def _as_one(group: tuple[str, ...], changes: Changes, changed: set[str]) -> bool:
@@ -149,8 +156,8 @@ def write(
             hint="make room, or name a place on another disk",
             exit_code=1,
         )
-    with Files(writable=False) as sources, Files(writable=True) as targets:
-        placed = lay_out(plan.tensors, folder, targets, largest=largest)
+    with ShardFiles(writable=False) as sources, ShardFiles(writable=True) as targets:
+        placed = plan_shards(plan.tensors, folder, targets, largest=largest)
         for stored in plan.base.values():
             sources.open(stored.file)
         work = _Work(plan, placed, Pair(sources, targets), transform, sign)
@@ -162,7 +169,7 @@ class _Work:  # what the jobs of one model share
     def __init__(
         self,
         plan: Plan,
-        placed: dict[str, Stored],
+        placed: dict[str, TensorInfo],
         pair: Pair,
         transform: dict[str, Callable[[Tensor], Tensor]],
         sign: int,
@@ -201,15 +208,15 @@ class _Work:  # what the jobs of one model share
         return [sized[1] for turn in zip_longest(*queues) for sized in turn if sized is not None]
 
     def _keys(self, name: str) -> list[str]:
-        layout = self.plan.layout
-        if layout.is_joined(name):
-            return [part.key for part in layout.parts[name]]
+        mapping = self.plan.mapping
+        if mapping.is_joined(name):
+            return [part.key for part in mapping.parts[name]]
         return [self.plan.names[name]] if name in self.plan.names else []
 
     def _layer(self, layer: Layer) -> list[Folded]:
         low = low_rank(layer)
         name = layer.full("weight")
-        plain = low is not None and not self.plan.layout.is_joined(name) and name not in self.transform
+        plain = low is not None and not self.plan.mapping.is_joined(name) and name not in self.transform
         source = self.plan.base.get(self.plan.origins.get(name, ""))
         if not plain or source is None or source.shape != tuple(layer.module.get_parameter("weight").shape):
             return fold.fold_whole(layer, read=self._read, write=self._write, dtype_of=self._dtype)
@@ -231,14 +238,14 @@ class _Work:  # what the jobs of one model share
             return []
         return fold.measure(name, self._read(name), value.float(), self._dtype(name))
 
-    def _transformed(self, name: str, source: Stored, target: Stored) -> list[Folded]:
+    def _transformed(self, name: str, source: TensorInfo, target: TensorInfo) -> list[Folded]:
         self.pair.write(self.transform[name](self.pair.read(source)), target)
         return []
 
     def _read(self, name: str) -> Tensor:
         """A parameter of the base, fp32, in the shape that the merged model has."""
-        if self.plan.layout.is_joined(name):
-            value = self.plan.layout.join(name, lambda key: self.pair.read(self.plan.base[key]))
+        if self.plan.mapping.is_joined(name):
+            value = self.plan.mapping.to_parameter(name, lambda key: self.pair.read(self.plan.base[key]))
         else:
             value = self.pair.read(self.plan.base[self.plan.origins[name]])
             rows = self.plan.tensors[self.plan.names.get(name, self.plan.origins[name])][1]
@@ -249,8 +256,8 @@ class _Work:  # what the jobs of one model share
         return value.float()
 
     def _write(self, name: str, value: Tensor) -> None:
-        for key, part in self.plan.layout.split(name, value).items():
-            where = key if self.plan.layout.is_joined(name) else self.plan.names.get(name)
+        for key, part in self.plan.mapping.to_checkpoint(name, value).items():
+            where = key if self.plan.mapping.is_joined(name) else self.plan.names.get(name)
             if where is not None:
                 self.pair.write(part, self.placed[where])
 
@@ -276,14 +283,14 @@ class Apart(NamedTuple):
 
 
 @torch.no_grad()
-def compare(found: dict[str, Stored], expected: dict[str, Stored], *, between: dict[str, Stored]) -> Apart:
+def compare(found: dict[str, TensorInfo], expected: dict[str, TensorInfo], *, between: dict[str, TensorInfo]) -> Apart:
     """Compare all floating tensors of the same name and shape, each as a whole.
 
     A weight that went through another value, `between`, was rounded there: that is the unit it may be off by.
     """
     equal = total = 0
     worst = (0.0, "none")
-    with Files(writable=False) as files:
+    with ShardFiles(writable=False) as files:
         for name, one in found.items():
             other = expected.get(name)
             middle = between.get(name)

@@ -30,7 +30,9 @@ from lora_cli.run import atomic
 modeling_gguf_pytorch_utils.tqdm = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
 
 
-def unpack(file: Path, *, dtype: torch.dtype, cache: Path, info: Callable[[str], None], weights: bool = True) -> Path:
+def unpack_gguf(
+    file: Path, *, dtype: torch.dtype, cache: Path, info: Callable[[str], None], weights: bool = True
+) -> Path:
     """The folder of model, config and tokenizer in `file`, its weights dequantised to `dtype`; made if need be.
 
     Without `weights` a folder of config and tokenizer will do, which reads no tensor; the whole one, where it is there.
@@ -39,12 +41,12 @@ def unpack(file: Path, *, dtype: torch.dtype, cache: Path, info: Callable[[str],
         LoraError: the `gguf` package is missing, or the file is not a GGUF that transformers can read.
     """
     name = str(dtype).removeprefix("torch.")
-    folder = _place(file, name, cache)
+    folder = _cache_folder(file, name, cache)
     if not folder.is_dir() and not weights:
-        folder = _place(file, "no weights", cache)
+        folder = _cache_folder(file, "no weights", cache)
     if folder.is_dir():
         return folder
-    check(file)
+    check_gguf_file(file)
     doing = f"dequantising {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
     info(f"{doing}, once; kept in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,7 @@ def unpack(file: Path, *, dtype: torch.dtype, cache: Path, info: Callable[[str],
     return folder
 
 
-def check(file: Path) -> None:
+def check_gguf_file(file: Path) -> None:
     """Refuse early what is no GGUF file, or cannot be read here.
 
     Raises:
@@ -91,7 +93,7 @@ def why_not_packed(file: Path, *, device: torch.device) -> str | None:
     return None
 
 
-def choose(
+def choose_packed(
     mode: Literal["auto", "packed", "dequantized"], file: Path, *, device: torch.device, info: Callable[[str], None]
 ) -> bool:
     """Whether `file` stays packed, as `model.gguf` wants it; what is not obvious is said.
@@ -112,12 +114,12 @@ class PackedLora(LoraLinear):  # type: ignore[misc]  # PEFT has no types
     """LoRA over a layer whose weights stay packed: PEFT's own forward, on what the packed layer computes."""
 
 
-def teach(config: LoraConfig) -> None:
+def register_packed_lora(config: LoraConfig) -> None:
     """Let PEFT put LoRA on packed layers too."""
     config._register_custom_module({GgufLinear: PackedLora})
 
 
-def make_differentiable(model: nn.Module) -> None:
+def make_packed_layers_differentiable(model: nn.Module) -> None:
     """Let gradients pass packed layers: their kernel for a few rows has no backward, and would drop them silently.
 
     Raises:
@@ -146,7 +148,7 @@ def _packed_forward(layer: GgufLinear, x: Tensor) -> Tensor:
     return product.reshape(*x.shape[:-1], layer.out_features).to(x.dtype)
 
 
-def _place(file: Path, kind: str, cache: Path) -> Path:
+def _cache_folder(file: Path, kind: str, cache: Path) -> Path:
     stat = file.stat()
     identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{kind}|{version('transformers')}"
     return cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_cli.model.targets import linear_layers
+from lora_cli.model.target_modules import linear_layers
 from lora_cli.recipe.schema import QuantizationSpec
 
 GIB = 1 << 30
-PROCESS = 700 << 20  # Python, torch and transformers themselves, resident (measured on Linux)
-LOGITS_AT_ONCE = 256 * 3 * 4  # chunk of supervised tokens, three fp32 copies: see model/score.py
+PROCESS_BYTES = 700 << 20  # Python, torch and transformers themselves, resident (measured on Linux)
+LOGITS_BYTES_PER_ID = 256 * 3 * 4  # chunk of supervised tokens, three fp32 copies: see model/loss.py
 
 
 class MemoryPlan(NamedTuple):
@@ -30,7 +30,7 @@ class MemoryPlan(NamedTuple):
         return sum(self)
 
 
-def plan(
+def plan_memory(
     model: PreTrainedModel,
     *,
     dtype: torch.dtype,
@@ -56,7 +56,7 @@ def plan(
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     heads = getattr(config, "num_attention_heads", 1)
     per_layer = 2 * 4 * hidden + size * (7 * hidden + 4 * inner)
-    if on_cpu:  # score matrices of short rows are kept, see model/attention.py
+    if on_cpu:  # score matrices of short rows are kept, see model/packed_attention.py
         per_layer += size * heads * min(longest, 320)
     kept = size * hidden * layers + per_layer if checkpointing else per_layer * layers
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -64,8 +64,8 @@ def plan(
         weights=_weight_bytes(model, dtype, quantization),
         adapter=trainable * (4 + 4 + 2 * moment_bytes),
         activations=kept * tokens,
-        logits=vocabulary * LOGITS_AT_ONCE,
-        process=PROCESS if on_cpu else 0,
+        logits=vocabulary * LOGITS_BYTES_PER_ID,
+        process=PROCESS_BYTES if on_cpu else 0,
     )
 
 
@@ -80,7 +80,7 @@ def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype, quantization: Quan
     return int(packed * per_weight) + (whole - packed) * int(dtype.itemsize)
 
 
-def available(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes that are free on `device` now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

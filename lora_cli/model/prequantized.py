@@ -13,10 +13,10 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 
-ELSEWHERE = "give the 16-bit model as model.path; to save memory, add quantization: {bits: 4}"
+USE_16BIT_HINT = "give the 16-bit model as model.path; to save memory, add quantization: {bits: 4}"
 
 
-class Known(NamedTuple):
+class QuantizationMethod(NamedTuple):
     """How a kind of quantised base is trained on."""
 
     packages: tuple[str, ...] = ()  # importable names of what transformers and PEFT need for it
@@ -24,24 +24,24 @@ class Known(NamedTuple):
     refused: str = ""  # why it cannot be trained on, where it cannot
 
 
-KNOWN: dict[str, Known] = {
-    "bitsandbytes": Known(),
-    "gguf": Known(),  # packed, by transformers' own layers
-    "gptq": Known(("optimum", "gptqmodel"), "optimum gptqmodel"),
-    "awq": Known(("gptqmodel",), "gptqmodel"),
-    "aqlm": Known(("aqlm",), "aqlm"),
-    "eetq": Known(("eetq",), "eetq"),
-    "torchao": Known(("torchao",), "torchao"),
-    "hqq": Known(refused="transformers 5 has no loader for HQQ weights"),
-    "mxfp4": Known(refused="transformers has no backward pass for MXFP4 experts"),
-    "fp8": Known(refused="PEFT has no layer over block-wise FP8 weights"),
-    "fbgemm_fp8": Known(refused="transformers runs FBGEMM's FP8 forward only"),
-    "compressed-tensors": Known(refused="PEFT has no layer over compressed-tensors weights"),
-    "bitnet": Known(refused="transformers runs packed BitNet weights forward only"),
-    "quanto": Known(refused="PEFT has no layer over quanto's weights"),
+QUANTIZATION_METHODS: dict[str, QuantizationMethod] = {
+    "bitsandbytes": QuantizationMethod(),
+    "gguf": QuantizationMethod(),  # packed, by transformers' own layers
+    "gptq": QuantizationMethod(("optimum", "gptqmodel"), "optimum gptqmodel"),
+    "awq": QuantizationMethod(("gptqmodel",), "gptqmodel"),
+    "aqlm": QuantizationMethod(("aqlm",), "aqlm"),
+    "eetq": QuantizationMethod(("eetq",), "eetq"),
+    "torchao": QuantizationMethod(("torchao",), "torchao"),
+    "hqq": QuantizationMethod(refused="transformers 5 has no loader for HQQ weights"),
+    "mxfp4": QuantizationMethod(refused="transformers has no backward pass for MXFP4 experts"),
+    "fp8": QuantizationMethod(refused="PEFT has no layer over block-wise FP8 weights"),
+    "fbgemm_fp8": QuantizationMethod(refused="transformers runs FBGEMM's FP8 forward only"),
+    "compressed-tensors": QuantizationMethod(refused="PEFT has no layer over compressed-tensors weights"),
+    "bitnet": QuantizationMethod(refused="transformers runs packed BitNet weights forward only"),
+    "quanto": QuantizationMethod(refused="PEFT has no layer over quanto's weights"),
 }
 # PEFT's other methods compute on the weights themselves, and these formats give none.
-OVER_FOREIGN = ("lora", "rslora", "lora+", "scaled", "eva")
+METHODS_OVER_OTHER_FORMATS = ("lora", "rslora", "lora+", "scaled", "eva")
 
 
 class Prequantized(NamedTuple):
@@ -51,7 +51,7 @@ class Prequantized(NamedTuple):
     bits: int | None
 
 
-def recognise(config: PretrainedConfig) -> Prequantized | None:
+def detect_prequantized(config: PretrainedConfig) -> Prequantized | None:
     """The quantisation that a checkpoint was saved with; None for a plain one."""
     given: Any = getattr(config, "quantization_config", None)
     if given is None:
@@ -62,7 +62,9 @@ def recognise(config: PretrainedConfig) -> Prequantized | None:
     return Prequantized(method, bits)
 
 
-def check(found: Prequantized, adapter: AdapterSpec, quantization: QuantizationSpec | None, *, path: str) -> None:
+def check_prequantized(
+    found: Prequantized, adapter: AdapterSpec, quantization: QuantizationSpec | None, *, path: str
+) -> None:
     """Refuse what cannot be trained, before any weight is read.
 
     Raises:
@@ -75,15 +77,15 @@ def check(found: Prequantized, adapter: AdapterSpec, quantization: QuantizationS
             f"quantization: {name}, and cannot be quantised again",
             hint="remove the quantization section, or give the 16-bit model as model.path",
         )
-    known = KNOWN.get(found.method)
+    known = QUANTIZATION_METHODS.get(found.method)
     if known is None:
-        raise LoraError(f"model.path: {name}, a format that PEFT does not know", hint=ELSEWHERE)
+        raise LoraError(f"model.path: {name}, a format that PEFT does not know", hint=USE_16BIT_HINT)
     if known.refused:
-        raise LoraError(f"model.path: {name}, and cannot be trained on: {known.refused}", hint=ELSEWHERE)
+        raise LoraError(f"model.path: {name}, and cannot be trained on: {known.refused}", hint=USE_16BIT_HINT)
     if missing := [package for package in known.packages if find_spec(package) is None]:
         raise LoraError(
             f"model.path: {name}, which needs {' and '.join(missing)}",
-            hint=f"pip install {known.install}; or {ELSEWHERE}",
+            hint=f"pip install {known.install}; or {USE_16BIT_HINT}",
         )
     facts, foreign = METHOD_FACTS[adapter.method], found.method != "bitsandbytes"
     if facts.needs_bits:
@@ -91,7 +93,7 @@ def check(found: Prequantized, adapter: AdapterSpec, quantization: QuantizationS
             f"adapter.method: {adapter.method} needs the weights from before quantisation, and {name}",
             hint="give the 16-bit model and quantization: {bits: 4}, or write another method",
         )
-    if (foreign and adapter.method not in OVER_FOREIGN) or (not foreign and found.bits not in facts.bits):
+    if (foreign and adapter.method not in METHODS_OVER_OTHER_FORMATS) or (not foreign and found.bits not in facts.bits):
         reason = f": {facts.no_quantization}" if facts.no_quantization else ""
         raise LoraError(
             f"adapter.method: {adapter.method} does not train over {found.method}{reason}; {name}",

@@ -9,10 +9,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import QuantizationSpec
 
-BLOCK = 64  # weights that share a scale
+BLOCK_SIZE = 64  # weights that share a scale
 
 
-def library_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
+def bnb_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
     """QLoRA's storage (Dettmers et al., arXiv:2305.14314, section 3): 4-bit codes, scales quantised too; or int8."""
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -26,7 +26,7 @@ def library_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
     )
 
 
-def prepare(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def prepare_for_kbit_training(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Freeze a quantised base, and compute its norms in fp32, as QLoRA's authors do; all else that is whole in `dtype`.
 
     Embeddings, head and what flows between the layers are in `dtype`, whatever a checkpoint that was quantised before
@@ -68,7 +68,7 @@ def is_quantized(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def bytes_of_quantized(model: PreTrainedModel) -> tuple[int, int]:
+def quantized_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """Bytes that the 4-bit layers' codes and scales take, and how many weights they hold."""
     taken = held = 0
     for module in model.modules():
@@ -81,7 +81,7 @@ def bytes_of_quantized(model: PreTrainedModel) -> tuple[int, int]:
     return taken, held
 
 
-def guard_cpu(model: PreTrainedModel) -> None:
+def check_cpu_4bit(model: PreTrainedModel) -> None:
     """Keep two faults of bitsandbytes' CPU kernels (0.50) out of the results; nothing to do on a GPU.
 
     At the first forward in eval mode on a CPU with AVX512-BF16 it packs 4-bit weights anew, for good, and the product
@@ -96,11 +96,11 @@ def guard_cpu(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Linear) and hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit
             layer: Any = module
             layer.support_avx512bf16_for_cpu = False
-            if module.weight.device.type == "cpu" and module.in_features % BLOCK:
+            if module.weight.device.type == "cpu" and module.in_features % BLOCK_SIZE:
                 ragged[name.rpartition(".")[2]] = module.in_features
     if ragged:
         listed = ", ".join(f"{kind} ({width:,})" for kind, width in ragged.items())
         raise LoraError(
-            f"quantization: on the CPU, 4-bit layers take inputs of a multiple of {BLOCK} only; not so: {listed}",
+            f"quantization: on the CPU, 4-bit layers take inputs of a multiple of {BLOCK_SIZE} only; not so: {listed}",
             hint="use a GPU, bits: 8, or leave quantization out",
         )

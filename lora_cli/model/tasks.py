@@ -12,7 +12,7 @@ from transformers import (
 from lora_cli.recipe.tasks import TaskName
 
 
-class Task(NamedTuple):
+class TaskInfo(NamedTuple):
     """One entry: how a base is loaded, and what its outputs are measured against."""
 
     loader: Any  # one of transformers' Auto classes
@@ -21,9 +21,9 @@ class Task(NamedTuple):
     unit: str  # what the loss is a mean over
 
 
-TASKS: dict[TaskName, Task] = {
-    "causal-lm": Task(AutoModelForCausalLM, "CAUSAL_LM", False, "supervised token"),
-    "seq2seq-lm": Task(AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM", False, "target token"),
-    "seq-cls": Task(AutoModelForSequenceClassification, "SEQ_CLS", True, "row"),
-    "token-cls": Task(AutoModelForTokenClassification, "TOKEN_CLS", True, "word"),
+TASKS: dict[TaskName, TaskInfo] = {
+    "causal-lm": TaskInfo(AutoModelForCausalLM, "CAUSAL_LM", False, "supervised token"),
+    "seq2seq-lm": TaskInfo(AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM", False, "target token"),
+    "seq-cls": TaskInfo(AutoModelForSequenceClassification, "SEQ_CLS", True, "row"),
+    "token-cls": TaskInfo(AutoModelForTokenClassification, "TOKEN_CLS", True, "word"),
 }

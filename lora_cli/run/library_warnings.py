@@ -15,7 +15,7 @@ def silence_library_warnings() -> None:
     warnings.filterwarnings("ignore", r"fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning)
     # AdaLoRA's pattern has a name for each layer's lora_E, where PEFT's check looks for names of layers.
     warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match any targeted", RuntimeWarning)
-    # What recipes may set is checked in model/targets.py; EVA's advice is about models too large for one device.
+    # What recipes may set is checked in model/target_modules.py; EVA's advice is about models too large for one device.
     warnings.filterwarnings("ignore", r"`init_lora_weights='eva'`|.*low_cpu_mem_usage=False", UserWarning)
     # BOFT without its extension takes one butterfly; recipes that want more are refused.
     warnings.filterwarnings("ignore", r"Failed to load the CUDA extension", UserWarning)
@@ -24,7 +24,7 @@ def silence_library_warnings() -> None:
     # bitsandbytes' int8 product takes fp16, and casts whatever comes: it says so at every layer.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_int8_cast)
     warnings.filterwarnings("ignore", r"MatMul8bitLt: inputs will be cast from", UserWarning)
-    # Tensors that a checkpoint lacks or has beyond the model are counted and told, or refused, in model/base.py.
+    # Tensors that a checkpoint lacks or has beyond the model are counted and told, or refused, in model/base_model.py.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_load_report)
     # bitsandbytes 0.50 looks on import for a 4-bit product that only generation on some CPUs would use, in a
     # package that nothing here needs; it says so in runs that quantise nothing.

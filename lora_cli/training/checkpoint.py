@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_cli.errors import LoraError
-from lora_cli.model import saving
-from lora_cli.model.adalora import Upkeep
+from lora_cli.model import save_adapter
+from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.run import atomic
 from lora_cli.training.optim import restore_state, state_of
 
@@ -34,7 +34,7 @@ def save(
     state: dict[str, Any],
     keep: int,
     write_adapter: Callable[[Path], None],
-    upkeep: Upkeep | None = None,
+    rank_allocator: AdaLoraRankAllocator | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNNNN atomically, then delete all but the `keep` newest; returns what was written.
 
@@ -55,8 +55,8 @@ def save(
         for name, p in trained.items()
         for key, value in state_of(optimizer, p).items()
     }
-    extra = {name: trained[name].detach() for name, kept in saving.kept_in(model).items() if kept is None}
-    extra |= {f"upkeep|{key}": value for key, value in (upkeep.state() if upkeep else {}).items()}
+    extra = {name: trained[name].detach() for name, kept in save_adapter.saved_names(model).items() if kept is None}
+    extra |= {f"upkeep|{key}": value for key, value in (rank_allocator.state_dict() if rank_allocator else {}).items()}
     with atomic.folder(target, replace=True) as partial:
         write_adapter(partial)
         save_file(_apart(moments), partial / MOMENTS)
@@ -80,7 +80,7 @@ def load(
     optimizer: torch.optim.Optimizer,
     *,
     state: dict[str, Any],
-    upkeep: Upkeep | None = None,
+    rank_allocator: AdaLoraRankAllocator | None = None,
 ) -> int:
     """Restore the newest checkpoint of `folder` into model and optimizer; returns its step, 0 if there is none.
 
@@ -98,17 +98,18 @@ def load(
             f"{newest}: cannot resume, changed since this checkpoint: {', '.join(changed)}",
             hint="train with the recipe and data of the first start, or start over with --fresh",
         )
-    adapter = load_file(newest / saving.WEIGHTS)
+    adapter = load_file(newest / save_adapter.ADAPTER_WEIGHTS)
     extra = load_file(newest / EXTRA) if (newest / EXTRA).is_file() else {}
-    if upkeep is not None:
+    if rank_allocator is not None:
         kept = {key.removeprefix("upkeep|"): value for key, value in extra.items() if key.startswith("upkeep|")}
-        upkeep.load_state(kept)
+        rank_allocator.load_state_dict(kept)
     parameters = dict(model.named_parameters())
     values: dict[str, Tensor | None] = {
-        name: extra.get(name) if kept is None else adapter.get(kept) for name, kept in saving.kept_in(model).items()
+        name: extra.get(name) if kept is None else adapter.get(kept)
+        for name, kept in save_adapter.saved_names(model).items()
     }
     fits = all(value is not None and value.shape == parameters[name].shape for name, value in values.items())
-    if not fits or adapter.keys() != saving.tensors(model).keys():
+    if not fits or adapter.keys() != save_adapter.adapter_tensors(model).keys():
         raise LoraError(
             f"{newest}: its adapter has other tensors than this recipe's",
             hint="train with the recipe of the first start, or start over with --fresh",

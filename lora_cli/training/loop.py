@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
-from lora_cli.model.adalora import Upkeep
-from lora_cli.model.held import Beside
-from lora_cli.model.score import Scorer
+from lora_cli.model.adalora import AdaLoraRankAllocator
+from lora_cli.model.fp32_weights import ConcatFrozen
+from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.training.optim import learning_rate, set_rate
@@ -43,7 +43,7 @@ def fit(
     total: int,
     start: int = 0,
     task: TaskName = "causal-lm",
-    upkeep: Upkeep | None = None,
+    rank_allocator: AdaLoraRankAllocator | None = None,
 ) -> Iterator[Step]:
     """Take optimizer steps `start`+1 to `total`, yielding after each.
 
@@ -55,7 +55,7 @@ def fit(
     Raises:
         LoraError: the loss or the gradient is not finite; raised before the parameters are touched.
     """
-    scorer = Scorer(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
+    loss_fn = LossFunction(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
     trained = [p for p in model.parameters() if p.requires_grad]
     world, rank = accelerator.num_processes, accelerator.process_index
     model.train()
@@ -72,14 +72,14 @@ def fit(
             if len(batch.targets) == 0:
                 continue
             torch.manual_seed(_seed(spec.seed, number, place))
-            loss = scorer(batch).loss
+            loss = loss_fn(batch).loss
             # The sum, not the mean: shares of 1/supervised would vanish below fp16's smallest number on their way down.
             loss.backward()
             losses.append((batch, loss.detach()))
             loss_sum += loss.detach()
         _reduce_gradients(trained, accelerator, share=max(1, supervised))
-        if upkeep is not None:
-            upkeep.penalty().backward()
+        if rank_allocator is not None:
+            rank_allocator.orthogonality_loss().backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         loss_sum = _sum(accelerator, loss_sum)
         if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
@@ -89,8 +89,8 @@ def fit(
         if spec.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
         optimizer.step()
-        if upkeep is not None:
-            upkeep.after_step(number + 1)
+        if rank_allocator is not None:
+            rank_allocator.update_and_allocate(number + 1)
         optimizer.zero_grad(set_to_none=True)
         yield Step(
             number=number + 1,
@@ -110,7 +110,7 @@ def start_alike(model: nn.Module, accelerator: Accelerator) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    constant = [module.constant for module in model.modules() if isinstance(module, Beside)]
+    constant = [module.constant for module in model.modules() if isinstance(module, ConcatFrozen)]
     for tensor in [*(p.data for p in model.parameters() if p.requires_grad), *constant]:
         broadcast(tensor, from_process=0)
 

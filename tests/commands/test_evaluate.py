@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.evaluation import texts
-from lora_cli.model import saving
+from lora_cli.model import save_adapter
 from tests.commands.conftest import Lora, WriteRecipe, rows, write_recipe
 from tests.model import zoo
 
@@ -219,7 +219,7 @@ def with_biases(place: Path) -> Path:
     for name, parameter in adapted.named_parameters():
         if "bias" in name:
             parameter.data += 1.0
-    saving.save(adapted, Path("biased"), base="qwen", revision=None)
+    save_adapter.save_adapter(adapted, Path("biased"), base="qwen", revision=None)
     return Path("biased")
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_cli.merging import parity, stream
 from lora_cli.merging.changes import LowRank
 from lora_cli.merging.fold import Folded, Pair
-from lora_cli.model import shards
-from lora_cli.model.shards import Stored
+from lora_cli.model import safetensors_io
+from lora_cli.model.safetensors_io import TensorInfo
 from tests.commands.conftest import Lora, WriteRecipe
 
 WEIGHTS = "runs/a/adapter/adapter_model.safetensors"
@@ -149,7 +149,7 @@ def fold_another_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer gets next to nothing of its update, before anything is measured."""
     fold = Pair.fold_low_rank
 
-    def forgetful(self: Pair, name: str, low: LowRank, *places: Stored, **options: int) -> list[Folded]:
+    def forgetful(self: Pair, name: str, low: LowRank, *places: TensorInfo, **options: int) -> list[Folded]:
         low = LowRank(low.left * 1e-3, low.right) if name == LOST else low
         return fold(self, name, low, *places, **options)
 
@@ -185,7 +185,7 @@ def test_what_reads_back_otherwise_is_found(trained: Path, lora: Lora, monkeypat
 
     def damaging(plan: stream.Plan, folder: Path, **options: Any) -> list[Folded]:
         folded = write(plan, folder, **options)
-        place = shards.list_tensors(folder)["lm_head.weight"]
+        place = safetensors_io.list_tensors(folder)["lm_head.weight"]
         with place.file.open("r+b") as file:
             file.seek(place.begin + 64)
             file.write(b"\x00\x00\x40\x41")

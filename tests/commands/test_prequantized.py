@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from lora_cli.errors import LoraError
-from lora_cli.model import base, prequantized
+from lora_cli.model import base_model, prequantized
 from lora_cli.model.prequantized import Prequantized
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from tests.commands.conftest import Lora, WriteRecipe
@@ -35,13 +35,15 @@ CPU = torch.device("cpu")
 def test_it_is_recognised_by_its_config(tmp_path: Path, section: dict[str, Any] | None, found: tuple[str, int] | None):
     config = {"model_type": "llama", "quantization_config": section} if section else {"model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert prequantized.recognise(AutoConfig.from_pretrained(tmp_path)) == (found and Prequantized(*found))
+    assert prequantized.detect_prequantized(AutoConfig.from_pretrained(tmp_path)) == (found and Prequantized(*found))
 
 
 def refusal(found: Prequantized, *, method: str = "lora", bits: int | None = None) -> LoraError:
     section = QuantizationSpec.model_validate({"bits": bits}) if bits else None
     with pytest.raises(LoraError) as caught:
-        prequantized.check(found, AdapterSpec.model_validate({"method": method}), section, path="org/model")
+        prequantized.check_prequantized(
+            found, AdapterSpec.model_validate({"method": method}), section, path="org/model"
+        )
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 2
     return caught.value
@@ -63,10 +65,10 @@ def test_what_its_format_needs_is_named(monkeypatch: pytest.MonkeyPatch, method:
     assert f"pip install {install}" in str(error.hint)
 
 
-@pytest.mark.parametrize("method", [name for name, known in prequantized.KNOWN.items() if known.refused])
+@pytest.mark.parametrize("method", [name for name, known in prequantized.QUANTIZATION_METHODS.items() if known.refused])
 def test_formats_without_a_way_back_are_refused_with_the_reason(method: str):
     error = refusal(Prequantized(method, None))
-    assert prequantized.KNOWN[method].refused in error.message
+    assert prequantized.QUANTIZATION_METHODS[method].refused in error.message
     assert "quantization: {bits: 4}" in str(error.hint)
 
 
@@ -91,19 +93,21 @@ def test_methods_that_cannot_are_refused(
     assert said in refusal(Prequantized(*found), method=method).message
 
 
-@pytest.mark.parametrize("method", prequantized.OVER_FOREIGN)
+@pytest.mark.parametrize("method", prequantized.METHODS_OVER_OTHER_FORMATS)
 def test_methods_that_can_pass(monkeypatch: pytest.MonkeyPatch, method: str):
     monkeypatch.setattr(prequantized, "find_spec", lambda package: object())
     spec = AdapterSpec.model_validate({"method": method})
     for found in (("gptq", 4), ("awq", 4), ("torchao", None), ("bitsandbytes", 8), ("bitsandbytes", 4)):
-        prequantized.check(Prequantized(*found), spec, None, path="org/model")
+        prequantized.check_prequantized(Prequantized(*found), spec, None, path="org/model")
 
 
 @pytest.fixture(params=[4, 8])
 def saved(request: pytest.FixtureRequest, place: Path) -> int:
     """The tiny base, quantised by bitsandbytes and saved so, as the folder `small`."""
     spec = QuantizationSpec.model_validate({"bits": request.param})
-    loaded = base.load_base(base.Source("base", {}), dtype=torch.bfloat16, device=CPU, quantization=spec)
+    loaded = base_model.load_base(
+        base_model.ModelSource("base", {}), dtype=torch.bfloat16, device=CPU, quantization=spec
+    )
     loaded.model.save_pretrained("small")
     AutoTokenizer.from_pretrained("base").save_pretrained("small")
     return int(request.param)
@@ -142,4 +146,4 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
 
 
 def test_a_plain_config_is_no_quantised_one():
-    assert prequantized.recognise(PretrainedConfig()) is None
+    assert prequantized.detect_prequantized(PretrainedConfig()) is None

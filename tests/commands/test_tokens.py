@@ -118,10 +118,10 @@ def test_what_cannot_be_taught(with_tokens: str, recipe: WriteRecipe, lora: Lora
 
 def test_rows_of_a_head_with_a_bias_are_refused():
     from lora_cli.errors import LoraError
-    from lora_cli.model.setting import Setting
+    from lora_cli.model.adapter_context import AdapterContext
 
     model = zoo.make("llama")
     model.set_output_embeddings(torch.nn.Linear(64, zoo.VOCABULARY))
     with pytest.raises(LoraError, match="lm_head has a bias") as caught:
-        zoo.attached(model, trainable_tokens=["a"], setting=Setting(encode=lambda text: [5]))
+        zoo.attached(model, trainable_tokens=["a"], context=AdapterContext(encode=lambda text: [5]))
     assert "modules_to_save: [model.embed_tokens, lm_head]" in str(caught.value.hint)

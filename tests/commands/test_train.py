@@ -194,12 +194,12 @@ def test_of_several_processes_the_first_tells_a_mistake(
 
 
 def test_too_little_memory_names_what_to_lower(recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch):
-    from lora_cli.model.score import Scorer
+    from lora_cli.model.loss import LossFunction
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(Scorer, "__call__", full)
+    monkeypatch.setattr(LossFunction, "__call__", full)
     done = lora("train", recipe())
     assert (done.code, done.out) == (1, "")
     assert done.last_two == [
@@ -237,17 +237,17 @@ def test_a_signal_saves_and_resume_ends_where_the_uninterrupted_run_does(
 def test_a_loss_that_is_not_finite_stops_before_the_step(
     recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
 ):
-    from lora_cli.model.score import Score, Scorer
+    from lora_cli.model.loss import BatchLoss, LossFunction
 
     recipe({"data.eval": None, "training.save_every": 1})
-    score, calls = Scorer.__call__, []
+    score, calls = LossFunction.__call__, []
 
-    def fourth_is_broken(scorer: Scorer, batch: Any) -> Score:  # the first one is the look for dead layers
+    def fourth_is_broken(loss_fn: LossFunction, batch: Any) -> BatchLoss:  # the first one is the look for dead layers
         calls.append(batch)
-        found = score(scorer, batch)
+        found = score(loss_fn, batch)
         return found._replace(loss=found.loss * float("nan")) if len(calls) == 4 else found
 
-    monkeypatch.setattr(Scorer, "__call__", fourth_is_broken)
+    monkeypatch.setattr(LossFunction, "__call__", fourth_is_broken)
     done = lora("train", "recipe.yaml")
     assert (done.code, done.out) == (1, "")
     assert re.fullmatch(r"error: step 3: the loss is not finite; its rows: rows\.jsonl:\d+.*", done.last_two[0])

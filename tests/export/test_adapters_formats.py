@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_cli.errors import LoraError
 from lora_cli.export import peft, vllm
 from lora_cli.export.subject import Subject
-from lora_cli.model import saving
-from lora_cli.model.origin import Origin
-from lora_cli.model.origin import write as write_origin
-from lora_cli.model.setting import Setting
+from lora_cli.model import save_adapter
+from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.trained_on import TrainedOn
+from lora_cli.model.trained_on import write_trained_on as write_origin
 from tests.export.subjects import model, options, subject, tokenizer
 from tests.model import zoo
 from tests.model.families import LABELS
@@ -40,7 +40,7 @@ def with_adapter(found: Subject, folder: Path, **given: Any) -> Subject:
 
 
 def saved(found: Subject, made: PeftModel, folder: Path) -> Subject:
-    saving.save(made, folder, base=str(found.model), revision=None)
+    save_adapter.save_adapter(made, folder, base=str(found.model), revision=None)
     return found._replace(adapter=folder)
 
 
@@ -56,10 +56,10 @@ def exported(module: Any, found: Subject, out: Path) -> Path:
 
 
 def damage(out: Path, *, key: str) -> None:
-    tensors = load_file(out / saving.WEIGHTS)
+    tensors = load_file(out / save_adapter.ADAPTER_WEIGHTS)
     name = next(name for name in sorted(tensors) if key in name)
     tensors[name].view(-1)[-1] += 0.25
-    save_file(tensors, out / saving.WEIGHTS)
+    save_file(tensors, out / save_adapter.ADAPTER_WEIGHTS)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def by_vllm(found: Subject, out: Path) -> Tensor:
     config = json.loads((out / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     base = AutoModelForCausalLM.from_pretrained(found.model)
-    tensors = load_file(out / saving.WEIGHTS)
+    tensors = load_file(out / save_adapter.ADAPTER_WEIGHTS)
     for name, a in tensors.items():
         if "lora_A" in name:
             b = tensors[name.replace("lora_A", "lora_B")]
@@ -115,10 +115,12 @@ def test_vllm_computes_what_peft_does(given: dict[str, Any], llama: Subject, tmp
 def test_narrow_factors_lose_nothing_where_scales_are_folded(llama: Subject, tmp_path: Path):
     made = zoo.adapted(model("llama", vocabulary=llama.config.vocab_size), alpha_pattern={"q_proj": 3, "k_proj": 4})
     found = saved(llama, made, tmp_path / "adapter")
-    narrow = {key: value.bfloat16() for key, value in load_file(tmp_path / "adapter" / saving.WEIGHTS).items()}
-    save_file(narrow, tmp_path / "adapter" / saving.WEIGHTS)
+    narrow = {
+        key: value.bfloat16() for key, value in load_file(tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS).items()
+    }
+    save_file(narrow, tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
     out = exported(vllm, found, tmp_path / "out")
-    wide = {key for key, value in load_file(out / saving.WEIGHTS).items() if value.dtype == torch.float32}
+    wide = {key for key, value in load_file(out / save_adapter.ADAPTER_WEIGHTS).items() if value.dtype == torch.float32}
     assert wide == {key for key in narrow if "q_proj.lora_B" in key}  # 4/8 is exact in bfloat16, 3/8 is not
 
 
@@ -178,15 +180,15 @@ def test_tasks_and_strange_tensors_are_refused(llama: Subject, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
     with pytest.raises(LoraError, match="seq-cls adapter"):
         vllm.refuse(found._replace(task="seq-cls"), options())
-    tensors = load_file(tmp_path / "adapter" / saving.WEIGHTS)
+    tensors = load_file(tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
     embeddings = {"base_model.model.model.embed_tokens.weight": torch.zeros(llama.config.vocab_size, 64)}
-    save_file(tensors | embeddings, tmp_path / "adapter" / saving.WEIGHTS)
+    save_file(tensors | embeddings, tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
     with pytest.raises(LoraError, match=r"no place for base_model\.model\.model\.embed_tokens\.weight"):
         vllm.refuse(found, options())
     for module in (vllm, peft):
         with pytest.raises(LoraError, match="--quantize f16"):
             module.refuse(with_adapter(llama, tmp_path / "other"), options("f16"))
-        (tmp_path / "other" / saving.WEIGHTS).rename(tmp_path / "other" / "adapter_model.bin")
+        (tmp_path / "other" / save_adapter.ADAPTER_WEIGHTS).rename(tmp_path / "other" / "adapter_model.bin")
         with pytest.raises(LoraError, match=r"only adapter_model\.bin"):
             module.refuse(found._replace(adapter=tmp_path / "other"), options())
 
@@ -209,7 +211,7 @@ def test_another_tokenizer_and_a_quantised_base_are_told(llama: Subject, tmp_pat
     found = with_adapter(llama, tmp_path / "adapter")
     words = tokenizer()
     words.chat_template = "{{ messages }}"
-    write_origin(Origin(None, "0", "LlamaForCausalLM", "bfloat16", {"bits": 4, "type": "nf4"}), tmp_path / "adapter")
+    write_origin(TrainedOn(None, "0", "LlamaForCausalLM", "bfloat16", {"bits": 4, "type": "nf4"}), tmp_path / "adapter")
     lines = vllm.usage(found._replace(tokenizer=words), tmp_path / "out", options())
     assert "--tokenizer" in shlex.split(lines[0])
     assert any("nf4" in line for line in lines)
@@ -243,8 +245,8 @@ def test_a_classifier_and_its_labels(tmp_path: Path):
     words = tokenizer()
     base = model("bert", vocabulary=len(words), num_labels=3, pad_token_id=0)
     base.save_pretrained(tmp_path / "base")
-    setting = Setting(task="seq-cls", heads=("classifier",))
-    made = zoo.adapted(base, setting=setting, target_modules=["query", "value"])
+    context = AdapterContext(task="seq-cls", heads=("classifier",))
+    made = zoo.adapted(base, context=context, target_modules=["query", "value"])
     config = AutoConfig.from_pretrained(tmp_path / "base")
     found = saved(Subject("bert", tmp_path / "base", config, words, "seq-cls", LABELS, ()), made, tmp_path / "adapter")
     lines = peft.usage(found, exported(peft, found, tmp_path / "out"), options())

@@ -14,7 +14,7 @@ from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.errors import LoraError
 from lora_cli.export import logits, safetensors
 from lora_cli.export.subject import Check, Subject
-from lora_cli.model import shards
+from lora_cli.model import safetensors_io
 from lora_cli.model.tasks import TASKS
 from tests.export.subjects import model, options, subject, tokenizer
 from tests.model.families import FAMILIES
@@ -236,10 +236,12 @@ def test_a_full_disk_is_told_before_anything_is_written(llama: Subject, tmp_path
 
 def test_one_tensor_is_in_memory_at_a_time(llama: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     steps: list[str] = []
-    read, write = safetensors.read, shards.Files.write
+    read, write = safetensors.read, safetensors_io.ShardFiles.write
     monkeypatch.setattr(safetensors, "read", lambda stored, files: steps.append("read") or read(stored, files))
     monkeypatch.setattr(
-        shards.Files, "write", lambda files, path, data, at: steps.append("write") or write(files, path, data, at)
+        safetensors_io.ShardFiles,
+        "write",
+        lambda files, path, data, at: steps.append("write") or write(files, path, data, at),
     )
     safetensors.write(llama, tmp_path / "out", options("bf16"))
     assert steps[0] == "write"  # of the header

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.model import attention, fused
+from lora_cli.model import fused_lora, packed_attention
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training.loop import Step, fit
 from tests.model import zoo
@@ -34,8 +34,8 @@ class Recorder(torch.optim.SGD):
 
 def one_step(layout: str, model: PeftModel) -> tuple[Step, list[torch.Tensor]]:
     packing, size, batches = LAYOUTS[layout]
-    model.get_base_model().set_attn_implementation(attention.NAME if packing else "sdpa")
-    assert fused.fuse(model) > 0
+    model.get_base_model().set_attn_implementation(packed_attention.PACKED_ATTENTION if packing else "sdpa")
+    assert fused_lora.fuse(model) > 0
     plan = BatchPlan(zoo.rows_of(LENGTHS), packing=packing, size=size, batches_per_step=batches, seed=0)
     assert (plan.batches_per_epoch, plan.steps_per_epoch) == (batches, 1)
     optimizer = Recorder([p for p in model.parameters() if p.requires_grad], lr=0.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_cli.errors import LoraError
-from lora_cli.model import fused
+from lora_cli.model import fused_lora
 from tests.model import zoo
 
 IDS = torch.arange(3, 40)[None]
@@ -30,7 +30,7 @@ def test_a_fresh_adapter_gives_the_base_logits(method: str, family: str):
         return
     adapted = zoo.attached(model, method=method, seed=1)
     assert torch.equal(logits(adapted), base)
-    fused.fuse(adapted)
+    fused_lora.fuse(adapted)
     # With gradients on, as in training: the fused layers are in use.
     assert logits(adapted).requires_grad
     assert zoo.relative(logits(adapted), base) == 0
@@ -43,7 +43,7 @@ def test_one_that_starts_from_the_weights_gives_them_but_for_rounding(method: st
     base = model(IDS).logits
     adapted = zoo.attached(model, method=method, seed=1)
     assert zoo.relative(logits(adapted), base) < 1e-5
-    fused.fuse(adapted)
+    fused_lora.fuse(adapted)
     assert zoo.relative(logits(adapted), base) < 1e-5
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lora_cli.data.collate import Batch, collate_packed
-from lora_cli.model import attention
-from lora_cli.model.attention import LONG_ROW, row_attention
-from lora_cli.model.score import Scorer
+from lora_cli.model import packed_attention
+from lora_cli.model.loss import LossFunction
+from lora_cli.model.packed_attention import LONG_ROW, packed_attention_forward
 from tests.model import zoo
 
 # Short rows, rows about the borders of the groups and of the flash kernel, long rows.
@@ -35,7 +35,7 @@ def packed(lengths: list[int], vocabulary: int = zoo.VOCABULARY) -> Batch:
 
 
 def logits_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
-    return model(**Scorer(model).inputs(batch)).logits[0]
+    return model(**LossFunction(model).inputs(batch)).logits[0]
 
 
 def logits_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -46,7 +46,11 @@ def logits_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "implementation"),
-    [(family, attention.NAME) for family in zoo.FAMILIES if family not in ("gemma2", "gpt-oss", "bloom", "mamba")]
+    [
+        (family, packed_attention.PACKED_ATTENTION)
+        for family in zoo.FAMILIES
+        if family not in ("gemma2", "gpt-oss", "bloom", "mamba")
+    ]
     + [(family, "sdpa") for family in ("llama", "mistral", "gemma3", "deepseek3")]
     + [("gemma2", "eager")],
 )
@@ -65,7 +69,7 @@ def test_packed_rows_have_the_logits_of_rows_apart(family: str, implementation: 
     law()
 
 
-@pytest.mark.parametrize("implementation", [attention.NAME, "sdpa"])
+@pytest.mark.parametrize("implementation", [packed_attention.PACKED_ATTENTION, "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_no_gradient_crosses_from_row_to_row(family: str, implementation: str):
     model = zoo.make(family, attention=implementation)
@@ -91,7 +95,7 @@ def test_the_demo_model_keeps_real_rows_apart(demo: PreTrainedModel, demo_folder
     lengths = [24, LONG_ROW + 4, 1, 17]
     batch = packed(lengths)._replace(input_ids=ids[:, : sum(lengths)])
     apart = logits_apart(demo, batch)
-    for implementation in (attention.NAME, "sdpa"):
+    for implementation in (packed_attention.PACKED_ATTENTION, "sdpa"):
         demo.set_attn_implementation(implementation)
         assert zoo.relative(logits_packed(demo, batch), apart) < 1e-5, implementation
 
@@ -126,8 +130,10 @@ def test_row_attention_is_softmax_attention_of_each_row(
         return torch.randn(1, count, total, width, generator=generator, dtype=torch.float64).requires_grad_()
 
     inputs = draw(heads[0], dims[0]), draw(heads[1], dims[0]), draw(heads[1], dims[1])
-    plan = attention.plan_rows(lengths)
-    got, _ = row_attention(torch.nn.Module(), *inputs, None, row_plan=plan, scaling=scale, sliding_window=window)
+    plan = packed_attention.plan_rows(lengths)
+    got, _ = packed_attention_forward(
+        torch.nn.Module(), *inputs, None, row_plan=plan, scaling=scale, sliding_window=window
+    )
     expected = torch.cat(
         [
             softmax_attention(*(x[0] for x in row), scale=scale or dims[0] ** -0.5, window=window)
@@ -146,7 +152,7 @@ def test_row_attention_is_softmax_attention_of_each_row(
 
 @given(LENGTHS)
 def test_a_row_plan_holds_every_position_once_and_pads_little(lengths: list[int]):
-    plan = attention.plan_rows(lengths)
+    plan = packed_attention.plan_rows(lengths)
     held = [group.gather[group.real] for group in plan.groups]
     held += [torch.arange(row.start, row.stop) for row in plan.long]
     joined = torch.cat(held)
@@ -155,7 +161,9 @@ def test_a_row_plan_holds_every_position_once_and_pads_little(lengths: list[int]
     for group in plan.groups:
         rows = np.split(group.gather.numpy(), group.rows)
         shortest = min(len(set(row.tolist())) for row in rows)
-        assert shortest >= min(attention.SMALLEST_SHARE * group.length, group.length - attention.SMALL_GAP)
+        assert shortest >= min(
+            packed_attention.MIN_LENGTH_RATIO * group.length, group.length - packed_attention.MAX_PADDING
+        )
 
 
 @pytest.mark.parametrize(
@@ -172,6 +180,6 @@ def test_a_row_plan_holds_every_position_once_and_pads_little(lengths: list[int]
 )
 def test_what_row_attention_would_get_wrong_it_refuses(asked: dict[str, object], named: str):
     x = torch.zeros(1, 4, 3, 8)
-    options = {"attention_mask": None, "row_plan": attention.plan_rows([3]), **asked}
+    options = {"attention_mask": None, "row_plan": packed_attention.plan_rows([3]), **asked}
     with pytest.raises(NotImplementedError, match=named):
-        row_attention(torch.nn.Module(), x, x, x, **options)
+        packed_attention_forward(torch.nn.Module(), x, x, x, **options)

@@ -14,14 +14,14 @@ from torch import Tensor
 from lora_cli.errors import LoraError
 from lora_cli.merging import factors
 from lora_cli.merging.factors import Pair, Saved
-from lora_cli.model import saving
+from lora_cli.model import save_adapter
 from tests.model import zoo
 
 
 def write(folder: Path, *, seed: int = 0, **given: Any) -> tuple[Saved, dict[str, Tensor]]:
     """An adapter as it is read from disk, and PEFT's own dense updates of it."""
     model = zoo.adapted(zoo.make("llama"), seed=seed, **{"rank": 4, "alpha": 8, **given})
-    saving.save(model, folder, base="base", revision=None)
+    save_adapter.save_adapter(model, folder, base="base", revision=None)
     layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
     return factors.read(folder), {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
 

@@ -16,9 +16,9 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import parity, stream
 from lora_cli.merging.changes import merged_parameters
 from lora_cli.merging.fold import Folded
-from lora_cli.model import adapter, base, hollow, saving, shards
-from lora_cli.model.layout import Layout
-from lora_cli.model.setting import Setting
+from lora_cli.model import attach_adapter, base_model, empty_base, safetensors_io, save_adapter
+from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName
 from tests.model import families, zoo
@@ -53,12 +53,14 @@ def merge(
     **options: Any,
 ) -> tuple[stream.Plan, list[Folded]]:
     """What `lora merge` does between opening and verifying."""
-    config = base.load_config(base.Source(str(base_folder), {}))
-    model = hollow.empty(base.skeleton(config, task=task, **options))
-    tensors = shards.list_tensors(base_folder)
-    layout = Layout(model, tensors)
-    adapted = hollow.attach(model, adapter_folder, PeftConfig.from_pretrained(str(adapter_folder)), base="base")
-    plan = stream.plan(adapted, layout, tensors, dtype=dtype, keep_unknown=not TASKS[task].classes)
+    config = base_model.load_config(base_model.ModelSource(str(base_folder), {}))
+    model = empty_base.init_empty_weights(base_model.skeleton(config, task=task, **options))
+    tensors = safetensors_io.list_tensors(base_folder)
+    mapping = CheckpointMapping(model, tensors)
+    adapted = empty_base.attach_saved_adapter(
+        model, adapter_folder, PeftConfig.from_pretrained(str(adapter_folder)), base="base"
+    )
+    plan = stream.plan(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].classes)
     out.mkdir()
     folded = stream.write(plan, out, largest=largest, transform={})
     saved = model.config
@@ -84,19 +86,19 @@ def test_every_family(family: Family, tmp_path: Path):
     folder = families.write(family, tmp_path / "base")
     in_bf16(folder)
     loaded = families.load(family, folder)
-    setting = Setting(task=family.task, heads=loaded.heads)
-    model = adapter.attach(loaded.model, zoo.spec_of(**family.adapter), seed=0, setting=setting)
+    context = AdapterContext(task=family.task, heads=loaded.heads)
+    model = attach_adapter.attach(loaded.model, zoo.spec_of(**family.adapter), seed=0, context=context)
     randomise(model)
-    saving.save(model, tmp_path / "adapter", base="x", revision=None)
+    save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     labels = families.LABELS if TASKS[family.task].classes else None
     plan, folded = merge(folder, tmp_path / "adapter", tmp_path / "out", task=family.task, labels=labels)
-    written = shards.list_tensors(tmp_path / "out")
+    written = safetensors_io.list_tensors(tmp_path / "out")
     if not labels:  # of an encoder's checkpoint a pooler may be left out
-        assert written.keys() == shards.list_tensors(folder).keys()
+        assert written.keys() == safetensors_io.list_tensors(folder).keys()
     again = PeftModel.from_pretrained(families.load(family, folder, seed=9).model, str(tmp_path / "adapter"))
     expected = merged_parameters(again)
     assert_is(tmp_path / "out", expected, plan, lambda path: families.load(family, Path(path)).model)
-    adapted = adapter.adapted_layers(model)
+    adapted = attach_adapter.adapted_layers(model)
     assert {each.name.rpartition(".")[0] for each in folded} >= adapted.keys()
     assert all(0.9 < each.survived < 1.1 for each in folded)
 
@@ -111,7 +113,7 @@ def test_every_method(method: str, tmp_path: Path):
     zoo.make("qwen2").save_pretrained(tmp_path / "base")
     in_bf16(tmp_path / "base")
     model = zoo.adapted(plain(str(tmp_path / "base")), method=method)
-    saving.save(model, tmp_path / "adapter", base="x", revision=None)
+    save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     plan, _ = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     again = PeftModel.from_pretrained(plain(str(tmp_path / "base")), str(tmp_path / "adapter"))
     assert_is(tmp_path / "out", merged_parameters(again), plan, plain)
@@ -158,7 +160,7 @@ def test_every_kind_of_change(name: str, tied: bool, tmp_path: Path):
     assert bool(plan.untied) is (tied and name in UNTIES)
     ends = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
     assert (ends[0] is ends[1]) is (tied and name not in UNTIES)
-    assert ("lm_head.weight" in shards.list_tensors(tmp_path / "out")) is (not tied or name in UNTIES)
+    assert ("lm_head.weight" in safetensors_io.list_tensors(tmp_path / "out")) is (not tied or name in UNTIES)
 
 
 def test_a_vocabulary_that_was_resized_by_another_tool(tmp_path: Path):
@@ -169,8 +171,8 @@ def test_a_vocabulary_that_was_resized_by_another_tool(tmp_path: Path):
     adapted = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]))
     randomise(adapted)
     adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
-    config = base.load_config(base.Source(str(tmp_path / "base"), {}))
-    rows = hollow.embedding_rows(tmp_path / "adapter", base.skeleton(config))
+    config = base_model.load_config(base_model.ModelSource(str(tmp_path / "base"), {}))
+    rows = empty_base.embedding_rows(tmp_path / "adapter", base_model.skeleton(config))
     assert rows == zoo.VOCABULARY + 7
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", vocabulary=rows)
     ids = torch.arange(2, zoo.VOCABULARY + 7)[None]
@@ -182,7 +184,7 @@ def test_files_are_no_larger_than_asked_and_hold_the_same(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path / "base", max_shard_size="60KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
     model = zoo.adapted(plain(str(tmp_path / "base")))
-    saving.save(model, tmp_path / "adapter", base="x", revision=None)
+    save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "one")
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "many", largest=100_000)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
@@ -192,8 +194,8 @@ def test_files_are_no_larger_than_asked_and_hold_the_same(tmp_path: Path):
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
     # What the library reads is what this one does.
-    for name, stored in shards.list_tensors(tmp_path / "many").items():
-        with shards.Files(writable=False) as opened:
+    for name, stored in safetensors_io.list_tensors(tmp_path / "many").items():
+        with safetensors_io.ShardFiles(writable=False) as opened:
             value = stream.Pair(opened, opened).read(stored)
         assert torch.equal(value, load_file(stored.file)[name])
 
@@ -201,7 +203,7 @@ def test_files_are_no_larger_than_asked_and_hold_the_same(tmp_path: Path):
 def test_weights_that_are_not_finite_are_an_error(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path / "base")
     model = zoo.adapted(plain(str(tmp_path / "base")))
-    saving.save(model, tmp_path / "adapter", base="x", revision=None)
+    save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     next(t for name, t in tensors.items() if "lora_B" in name)[0, 0] = float("inf")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from lora_cli.data.class_labels import ClassLabels
-from lora_cli.model import base
+from lora_cli.model import base_model
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName
 from tests.model.zoo import COMMON
@@ -170,11 +170,11 @@ def write(family: Family, folder: Path) -> Path:
     return folder
 
 
-def load(family: Family, folder: Path, **options: Any) -> base.Loaded:
+def load(family: Family, folder: Path, **options: Any) -> base_model.LoadedBase:
     """As training loads it."""
     labels = LABELS if TASKS[family.task].classes else None
-    return base.load_base(
-        base.Source(str(folder), {}),
+    return base_model.load_base(
+        base_model.ModelSource(str(folder), {}),
         **{
             "dtype": torch.float32,
             "device": torch.device("cpu"),

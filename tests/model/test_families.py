@@ -25,9 +25,9 @@ from lora_cli.data.collate import (
 )
 from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter, fused, held, isolation, saving, targets
-from lora_cli.model.score import Scorer
-from lora_cli.model.setting import Setting
+from lora_cli.model import attach_adapter, fp32_weights, fused_lora, save_adapter, select_attention, target_modules
+from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training.loop import fit
 from lora_cli.training.optim import make_optimizer
@@ -85,9 +85,9 @@ def plan_of(family: Family, *, packing: bool) -> BatchPlan:
 def attached(family: Family, folder: Path) -> tuple[PeftModel, set[str]]:
     """The model with an adapter as training puts it on, and the kinds of linear layers that it has."""
     loaded = families.load(family, folder)
-    layers = targets.linear_layers(loaded.model, loaded.heads)
-    setting = Setting(task=family.task, heads=loaded.heads)
-    model = adapter.attach(loaded.model, zoo.spec_of(**family.adapter), seed=0, setting=setting)
+    layers = target_modules.linear_layers(loaded.model, loaded.heads)
+    context = AdapterContext(task=family.task, heads=loaded.heads)
+    model = attach_adapter.attach(loaded.model, zoo.spec_of(**family.adapter), seed=0, context=context)
     return model, {name.rpartition(".")[2] for name in layers}
 
 
@@ -96,21 +96,23 @@ def logits(model: Any, family: Family) -> Tensor:
     """Of all rows, padded."""
     model.eval()
     (batch,) = plan_of(family, packing=False).whole()
-    return Scorer(model, task=family.task).logits(batch)
+    return LossFunction(model, task=family.task).logits(batch)
 
 
 def test_one_step_moves_the_adapter_alone_and_what_is_saved_and_merged_is_the_model(
     family: Family, folder: Path, tmp_path: Path
 ):
     model, kinds = attached(family, folder)
-    adapted = adapter.adapted_layers(model)
+    adapted = attach_adapter.adapted_layers(model)
     assert {name.rpartition(".")[2] for name in adapted} == family.layers
     # Whatever is linear and stands in no head carries the adapter, but for what was left out.
     assert kinds - set(family.adapter.get("exclude_modules", ())) == family.layers - {"experts", "gate"}
     packing = family.packs
-    isolation.settle(model.get_base_model(), "auto", packing=packing, causal=family.task == "causal-lm")
-    fused.fuse(model)
-    held.hold_in_fp32(model)
+    select_attention.choose_attention(
+        model.get_base_model(), "auto", packing=packing, causal=family.task == "causal-lm"
+    )
+    fused_lora.fuse(model)
+    fp32_weights.upcast_trainable_params(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     spec = TrainingSpec.model_validate({"learning_rate": 1e-2, "schedule": "constant", "warmup": 0})
     optimizer = make_optimizer(model, spec)
@@ -138,7 +140,7 @@ def test_one_step_moves_the_adapter_alone_and_what_is_saved_and_merged_is_the_mo
     for base in (model.get_base_model(), again):
         base.set_attn_implementation("eager")
     expected = logits(model, family)
-    saving.save(model, tmp_path / "adapter", base="x", revision=None)
+    save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
     assert zoo.relative(logits(loaded, family), expected) < 1e-6
     assert zoo.relative(logits(loaded.merge_and_unload(), family), expected) < 1e-5
@@ -149,7 +151,9 @@ def test_a_layer_that_the_model_goes_round_is_refused(tmp_path: Path):
     family = FAMILIES["mamba"]._replace(adapter={"exclude_modules": ["out_proj"]})
     model, _ = attached(family, families.write(family, tmp_path))
     with pytest.raises(LoraError, match=r"adapter\.target_modules: no gradient reaches dt_proj") as refused:
-        adapter.refuse_bypassed(model, lambda: Scorer(model)(next(plan_of(family, packing=False).whole())).loss)
+        attach_adapter.check_gradients_reach(
+            model, lambda: LossFunction(model)(next(plan_of(family, packing=False).whole())).loss
+        )
     assert "adapter.exclude_modules: [dt_proj]" in str(refused.value.hint)
     assert all(p.grad is None for p in model.parameters())
 
@@ -162,15 +166,15 @@ def test_packed_rows_are_rows_apart_or_refused_with_the_reason(family: Family, f
         with pytest.raises(
             LoraError, match=r"data\.packing: \w+ does not keep packed rows apart; tried .*\("
         ) as refused:
-            isolation.settle(model, "auto", packing=True)
+            select_attention.choose_attention(model, "auto", packing=True)
         assert refused.value.hint == "set data.packing: false"
-        assert isolation.settle(model, "auto", packing=False) is None
+        assert select_attention.choose_attention(model, "auto", packing=False) is None
         return
-    proof = isolation.settle(model, "auto", packing=True)
+    proof = select_attention.choose_attention(model, "auto", packing=True)
     assert proof is not None
     (packed,) = plan_of(family, packing=True).whole()
-    together = Scorer(model).logits(packed)
+    together = LossFunction(model).logits(packed)
     model.set_attn_implementation("eager")
     rows = rows_of(family)
-    apart = [Scorer(model).logits(collate_padded([rows[i]], [i], 0)) for i in packed.rows]
+    apart = [LossFunction(model).logits(collate_padded([rows[i]], [i], 0)) for i in packed.rows]
     assert zoo.relative(together, torch.cat(apart)) < 1e-5

@@ -11,8 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter, base, prequantized, saving
-from lora_cli.model.gguf import GgufExperts, GgufLinear, PackedLora, choose, make_differentiable, unpack
+from lora_cli.model import attach_adapter, base_model, prequantized, save_adapter
+from lora_cli.model.gguf import (
+    GgufExperts,
+    GgufLinear,
+    PackedLora,
+    choose_packed,
+    make_packed_layers_differentiable,
+    unpack_gguf,
+)
 from lora_cli.model.prequantized import Prequantized
 from lora_cli.recipe.schema import AdapterSpec, DataSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
@@ -107,7 +114,7 @@ def silence(line: str) -> None:
 def test_every_tensor_is_what_its_blocks_stand_for(tmp_path: Path, kind: str, dtype: torch.dtype):
     path = tmp_path / f"tiny.{kind}.gguf"
     meant = write_gguf(path, kind)
-    folder = unpack(path, dtype=dtype, cache=tmp_path, info=silence)
+    folder = unpack_gguf(path, dtype=dtype, cache=tmp_path, info=silence)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     found = model.state_dict()
     assert found.keys() == meant.keys()
@@ -123,7 +130,7 @@ def test_every_tensor_is_what_its_blocks_stand_for(tmp_path: Path, kind: str, dt
 
 
 def test_the_tokenizer_is_the_same(file: Path, tmp_path: Path):
-    folder = unpack(file, dtype=torch.float32, cache=tmp_path, info=silence)
+    folder = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence)
     mine, theirs = (
         AutoTokenizer.from_pretrained(folder),
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
@@ -137,14 +144,14 @@ def test_the_tokenizer_is_the_same(file: Path, tmp_path: Path):
 
 def test_the_second_time_it_is_only_looked_up(file: Path, tmp_path: Path):
     said: list[str] = []
-    first = unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append)
+    first = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append)
     stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
-    assert unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append) == first
+    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append) == first
     assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == stamps
     assert len(said) == 1
-    assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append) != first
+    assert unpack_gguf(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append) != first
     file.touch()  # perhaps other contents
-    assert unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append) != first
+    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append) != first
 
 
 def test_who_comes_second_takes_what_is_there(file: Path, tmp_path: Path):
@@ -156,11 +163,11 @@ def test_who_comes_second_takes_what_is_there(file: Path, tmp_path: Path):
     found: list[Path] = []
 
     def meanwhile(line: str) -> None:
-        found.append(unpack(file, dtype=torch.float32, cache=tmp_path, info=silence))
+        found.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence))
         stamps.update({path: path.stat().st_ino for path in found[0].iterdir()})
 
     stamps: dict[Path, int] = {}
-    found.append(unpack(file, dtype=torch.float32, cache=tmp_path, info=meanwhile))
+    found.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=meanwhile))
     assert found[0] == found[1]
     assert {path: path.stat().st_ino for path in found[1].iterdir()} == stamps
     assert list((tmp_path / "gguf").iterdir()) == [found[0]]
@@ -170,17 +177,17 @@ def test_without_weights_config_and_tokenizer_are_the_same(file: Path, tmp_path:
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr("lora_cli.model.gguf.AutoModelForCausalLM", None)
-        light = unpack(file, dtype=torch.float32, cache=tmp_path, info=said.append, weights=False)
-        assert unpack(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append, weights=False) == light
+        light = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append, weights=False)
+        assert unpack_gguf(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append, weights=False) == light
     assert said == [f"reading config and tokenizer of tiny.Q8_0.gguf, once; kept in {light}"]
     assert not list(light.glob("*.safetensors"))
-    full = unpack(file, dtype=torch.float32, cache=tmp_path, info=silence)
+    full = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence)
     assert full != light
-    assert unpack(file, dtype=torch.float32, cache=tmp_path, info=silence, weights=False) == full
+    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence, weights=False) == full
     encoders = [CausalLMEncoder(DataSpec(train="x"), AutoTokenizer.from_pretrained(folder)) for folder in (light, full)]
     assert encoders[0].identity() == encoders[1].identity()
     shapes = [
-        {name: p.shape for name, p in base.skeleton(AutoConfig.from_pretrained(folder)).named_parameters()}
+        {name: p.shape for name, p in base_model.skeleton(AutoConfig.from_pretrained(folder)).named_parameters()}
         for folder in (light, full)
     ]
     assert shapes[0] == shapes[1]
@@ -202,7 +209,7 @@ def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, na
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(file.read_bytes()[:-5000] if content is None else content)
     with pytest.raises(LoraError, match=said) as caught:
-        unpack(bad, dtype=torch.float32, cache=tmp_path / "cache", info=silence, weights=weights)
+        unpack_gguf(bad, dtype=torch.float32, cache=tmp_path / "cache", info=silence, weights=weights)
     assert "bad.gguf" in caught.value.message
     assert not list((tmp_path / "cache").glob("gguf/*"))
 
@@ -212,22 +219,22 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 def test_packed_or_not_is_chosen_and_said(file: Path, monkeypatch: pytest.MonkeyPatch):
     said: list[str] = []
-    assert choose("auto", file, device=CPU, info=said.append) is False
+    assert choose_packed("auto", file, device=CPU, info=said.append) is False
     assert said == ["tiny.Q8_0.gguf: dequantized, as transformers has no kernel for packed weights on the CPU"]
     with pytest.raises(LoraError, match=r"model\.gguf: packed, but transformers has no kernel .* on the CPU") as caught:
-        choose("packed", file, device=CPU, info=silence)
+        choose_packed("packed", file, device=CPU, info=silence)
     assert caught.value.hint == "write auto or dequantized: the numbers are the same"
-    assert choose("dequantized", file, device=GPU, info=silence) is False
+    assert choose_packed("dequantized", file, device=GPU, info=silence) is False
 
     # On a GPU it hangs on the package that fetches the kernel, and on the architecture.
     monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: None)
     with pytest.raises(LoraError, match="the package kernels, which fetches the kernel"):
-        choose("packed", file, device=GPU, info=silence)
+        choose_packed("packed", file, device=GPU, info=silence)
     monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: object())
     with pytest.raises(LoraError, match="transformers loads the architecture llama dequantised only"):
-        choose("packed", file, device=GPU, info=silence)
+        choose_packed("packed", file, device=GPU, info=silence)
     monkeypatch.setattr("lora_cli.model.gguf.is_gguf_arch_supported", lambda architecture: architecture == "llama")
-    assert choose("auto", file, device=GPU, info=said.append) is True
+    assert choose_packed("auto", file, device=GPU, info=said.append) is True
     assert said[-1] == "tiny.Q8_0.gguf: kept packed"
 
 
@@ -253,9 +260,9 @@ def test_gradients_pass_packed_layers_and_are_those_over_the_same_numbers(kind: 
     ids = torch.randint(3, zoo.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
     results = []
     for model in packed_and_plain(kind):
-        make_differentiable(model)
+        make_packed_layers_differentiable(model)
         spec = AdapterSpec(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "up_proj", "down_proj"])
-        adapted = adapter.attach(model, spec, seed=0)
+        adapted = attach_adapter.attach(model, spec, seed=0)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in adapted.named_parameters():
             if ".lora_B." in name:
@@ -274,17 +281,17 @@ def test_gradients_pass_packed_layers_and_are_those_over_the_same_numbers(kind: 
 
 
 def test_an_adapter_over_packed_layers_is_allowed_saved_and_loaded(tmp_path: Path):
-    prequantized.check(Prequantized("gguf", None), AdapterSpec(method="lora"), None, path="x.gguf")
+    prequantized.check_prequantized(Prequantized("gguf", None), AdapterSpec(method="lora"), None, path="x.gguf")
     packed, _ = packed_and_plain("Q8_0")
-    make_differentiable(packed)
-    adapted = adapter.attach(packed, AdapterSpec(rank=4, target_modules=["q_proj", "up_proj"]), seed=0)
+    make_packed_layers_differentiable(packed)
+    adapted = attach_adapter.attach(packed, AdapterSpec(rank=4, target_modules=["q_proj", "up_proj"]), seed=0)
     for name, parameter in adapted.named_parameters():
         if ".lora_B." in name:
             parameter.data += 0.05
-    saving.save(adapted, tmp_path, base="x.gguf", revision=None)
+    save_adapter.save_adapter(adapted, tmp_path, base="x.gguf", revision=None)
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        apart = saving.difference_when_loaded(
+        apart = save_adapter.difference_when_loaded(
             adapted, tmp_path, lambda model: model.eval()(ids).logits, lambda model: None
         )
     assert apart == (0, 0)
@@ -295,5 +302,5 @@ def test_packed_experts_are_refused():
     experts = GgufExperts(2, 64, 128, int(KINDS["Q8_0"]), int(KINDS["Q8_0"]), torch.nn.SiLU())
     model.set_submodule("model.layers.0.mlp", experts)
     with pytest.raises(LoraError, match=r"packed experts \(model\.layers\.0\.mlp\) cannot be trained over") as caught:
-        make_differentiable(model)
+        make_packed_layers_differentiable(model)
     assert caught.value.hint == "write model: {gguf: dequantized}"

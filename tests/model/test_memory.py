@@ -65,7 +65,7 @@ def test_it_is_near_the_measured_peak_of_a_step(demo_folder: Path):
 
 def plan_of(**given: object) -> memory.MemoryPlan:
     usual = {"dtype": torch.bfloat16, "trainable": 1000, "tokens": 256, "longest": 64, "checkpointing": False}
-    return memory.plan(zoo.make("llama"), **{**usual, "quantization": None, "on_cpu": False, **given})
+    return memory.plan_memory(zoo.make("llama"), **{**usual, "quantization": None, "on_cpu": False, **given})
 
 
 def test_weights_and_adapter_are_counted_exactly():

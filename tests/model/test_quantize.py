@@ -11,9 +11,18 @@ from accelerate import Accelerator
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure
-from lora_cli.model import adalora, base, fused, held, isolation, quantize, saving, targets
-from lora_cli.model.score import Scorer
-from lora_cli.model.setting import Setting
+from lora_cli.model import (
+    adalora,
+    base_model,
+    fp32_weights,
+    fused_lora,
+    quantize,
+    save_adapter,
+    select_attention,
+    target_modules,
+)
+from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import QuantizationSpec, TrainingSpec
 from lora_cli.training.loop import fit
@@ -31,7 +40,7 @@ from tests.model import zoo
     ],
 )
 def test_the_section_is_what_bitsandbytes_is_told(section: dict[str, object], expected: dict[str, object]):
-    config = quantize.library_config(QuantizationSpec.model_validate(section))
+    config = quantize.bnb_config(QuantizationSpec.model_validate(section))
     assert {name: getattr(config, name) for name in expected} == expected
 
 
@@ -43,8 +52,8 @@ def nf4(request: pytest.FixtureRequest, tiny_folder: Path) -> Any:
 
 
 def load(folder: Path, spec: QuantizationSpec | None = None, *, dtype: torch.dtype = torch.float32) -> Any:
-    source, cpu = base.Source(str(folder), {}), torch.device("cpu")
-    return base.load_base(source, dtype=dtype, device=cpu, attention="sdpa", quantization=spec).model
+    source, cpu = base_model.ModelSource(str(folder), {}), torch.device("cpu")
+    return base_model.load_base(source, dtype=dtype, device=cpu, attention="sdpa", quantization=spec).model
 
 
 def dequantised(nf4: Any, folder: Path) -> Any:
@@ -84,7 +93,7 @@ def test_codes_and_scales_are_bitsandbytes_own(tiny_folder: Path, code: str, dou
         mine = layer.weight.quant_state
         assert torch.equal(layer.weight.data, codes)
         assert torch.equal(mine.absmax, state.absmax)
-        assert (mine.quant_type, mine.nested, mine.blocksize) == (code, double, quantize.BLOCK)
+        assert (mine.quant_type, mine.nested, mine.blocksize) == (code, double, quantize.BLOCK_SIZE)
         if double:
             assert torch.equal(mine.state2.absmax, state.state2.absmax)
             assert torch.equal(mine.offset, state.offset)
@@ -93,8 +102,8 @@ def test_codes_and_scales_are_bitsandbytes_own(tiny_folder: Path, code: str, dou
 
 def test_double_quantised_weights_of_the_demo_model_take_little_more_than_half_a_byte(demo_folder: Path):
     model = load(demo_folder, QuantizationSpec(), dtype=torch.bfloat16)
-    taken, held = quantize.bytes_of_quantized(model)
-    layers = targets.linear_layers(load(demo_folder, None, dtype=torch.bfloat16))
+    taken, held = quantize.quantized_bytes(model)
+    layers = target_modules.linear_layers(load(demo_folder, None, dtype=torch.bfloat16))
     assert held == sum(layer.weight.numel() for layer in layers.values())
     assert 0.5 < taken / held <= 0.6
     # QLoRA, section 3: 0.127 bits a weight for the scales.
@@ -141,7 +150,7 @@ def test_checkpointed_gradients_are_the_same(nf4: Any):
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
-SETTING = Setting(
+SETTING = AdapterContext(
     encode=lambda text: [3], plan=BatchPlan(zoo.rows_of([30, 41]), packing=True, size=60, batches_per_step=1, seed=0)
 )
 OVER = [(bits, name) for name, facts in METHOD_FACTS.items() for bits in facts.bits]
@@ -155,27 +164,27 @@ def test_every_method_that_says_so_learns_over_a_quantised_base(
     section = {"bits": bits, "compute_dtype": "float32"} if bits == 4 else {"bits": 8}
     spec = QuantizationSpec.model_validate(section)
     model = load(tiny_folder, spec)
-    setting = SETTING._replace(total_steps=8, originals=lambda: load(tiny_folder).state_dict())
-    adapted = zoo.attached(model, method=method, setting=setting)
-    fused.fuse(adapted)
-    held.hold_in_fp32(adapted)
+    context = SETTING._replace(total_steps=8, originals=lambda: load(tiny_folder).state_dict())
+    adapted = zoo.attached(model, method=method, context=context)
+    fused_lora.fuse(adapted)
+    fp32_weights.upcast_trainable_params(adapted)
     before = {name: p.detach().clone() for name, p in adapted.named_parameters() if not p.requires_grad}
     training = TrainingSpec.model_validate({"learning_rate": 0.02, "schedule": "constant", "warmup": 0})
     plan = BatchPlan(zoo.rows_of([12, 30, 7, 21]), packing=False, size=4, batches_per_step=1, seed=0)
     around = {"spec": training, "optimizer": make_optimizer(adapted, training), "accelerator": Accelerator(cpu=True)}
-    steps = list(fit(adapted, plan, total=8, upkeep=adalora.upkeep(adapted), **around))
+    steps = list(fit(adapted, plan, total=8, rank_allocator=adalora.rank_allocator(adapted), **around))
     assert steps[-1].loss < steps[0].loss
     assert all(torch.equal(p, before[name]) for name, p in adapted.named_parameters() if not p.requires_grad)
     (batch,) = plan.whole()
-    if upkeep := adalora.upkeep(adapted):
-        upkeep.finish()
-    saving.save(adapted, tmp_path, base="x", revision=None)
+    if rank_allocator := adalora.rank_allocator(adapted):
+        rank_allocator.prune()
+    save_adapter.save_adapter(adapted, tmp_path, base="x", revision=None)
 
     def logits(one: Any) -> torch.Tensor:
         with torch.no_grad():
-            return Scorer(one.eval()).logits(batch).double()
+            return LossFunction(one.eval()).logits(batch).double()
 
-    found = saving.difference_when_loaded(adapted, tmp_path, logits, held.hold_in_fp32)
+    found = save_adapter.difference_when_loaded(adapted, tmp_path, logits, fp32_weights.upcast_trainable_params)
     assert found.is_none(torch.float32), found
 
 
@@ -185,11 +194,11 @@ def test_loftq_starts_nearer_to_the_whole_model(tiny_folder: Path):
     ids = torch.arange(3, 40)[None]
     expected = whole(ids).logits
     bare = zoo.relative(nf4(ids).logits, expected)
-    setting = SETTING._replace(originals=whole.state_dict)
+    context = SETTING._replace(originals=whole.state_dict)
     layer = "model.layers.0.mlp.up_proj"
     off = nf4.get_submodule(layer).weight
     error = whole.get_submodule(layer).weight - bnb.functional.dequantize_4bit(off.data, off.quant_state)
-    model = zoo.attached(nf4, method="loftq", rank=32, setting=setting)
+    model = zoo.attached(nf4, method="loftq", rank=32, context=context)
     assert zoo.relative(model(input_ids=ids).logits, expected) < 0.8 * bare
     lora = model.get_base_model().get_submodule(layer)
     update = lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
@@ -211,17 +220,17 @@ def test_gradients_are_those_over_the_dequantised_weights_even_after_evaluating(
     total, _ = zoo.loss_row_by_row(reference, rows)
     expected = torch.autograd.grad(total, [p for p in reference.parameters() if p.requires_grad])
 
-    proof = isolation.settle(nf4, "auto", packing=True)  # runs the model in eval mode
+    proof = select_attention.choose_attention(nf4, "auto", packing=True)  # runs the model in eval mode
     assert proof is not None
     assert proof.leak == 0
     model = zoo.adapted(nf4)
-    assert fused.fuse(model) == 14
+    assert fused_lora.fuse(model) == 14
     plan = BatchPlan(rows, packing=True, size=70, batches_per_step=1, seed=0)
-    scorer = Scorer(model)
-    found = measure(scorer, plan)
+    loss_fn = LossFunction(model)
+    found = measure(loss_fn, plan)
     model.train()
     (batch,) = plan.whole()
-    loss = scorer(batch).loss
+    loss = loss_fn(batch).loss
     got = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
     assert found.loss * found.tokens == pytest.approx(total.item(), rel=1e-5)
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
@@ -230,7 +239,7 @@ def test_gradients_are_those_over_the_dequantised_weights_even_after_evaluating(
 
 
 def test_training_moves_the_adapter_alone(nf4: Any):
-    isolation.settle(nf4, "auto", packing=True)
+    select_attention.choose_attention(nf4, "auto", packing=True)
     model = zoo.adapted(nf4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name for name in trained)
@@ -248,21 +257,21 @@ def test_packing_is_judged_by_the_dtype_of_the_products(tiny_folder: Path, monke
     """What is not quantised may be fp32, but the products are made in bf16 and are as exact as that."""
     model = load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "bfloat16"}))
     assert model.dtype == torch.float32
-    assert isolation.product_dtype(model) == torch.bfloat16
+    assert select_attention.matmul_dtype(model) == torch.bfloat16
     asked = []
-    right = isolation.candidates
-    monkeypatch.setattr(isolation, "candidates", lambda *x, **kw: asked.append(kw["dtype"]) or right(*x, **kw))
-    proof = isolation.settle(model, "sdpa", packing=True)  # as on a GPU
+    right = select_attention.candidates
+    monkeypatch.setattr(select_attention, "candidates", lambda *x, **kw: asked.append(kw["dtype"]) or right(*x, **kw))
+    proof = select_attention.choose_attention(model, "sdpa", packing=True)  # as on a GPU
     assert asked == [torch.bfloat16]  # flash attention would be tried
     assert proof is not None
     assert proof.leak == 0
-    assert proof.difference > isolation.TOLERANCE[torch.float32]
+    assert proof.difference > select_attention.TOLERANCE[torch.float32]
 
 
 def test_int8_is_refused_for_its_outliers_not_for_the_model(tiny_folder: Path):
     model = load(tiny_folder, QuantizationSpec(bits=8))
-    assert isolation.product_dtype(model) == torch.float16
+    assert select_attention.matmul_dtype(model) == torch.float16
     with pytest.raises(LoraError, match=r"data\.packing: 8-bit layers .* outlier columns") as caught:
-        isolation.settle(model, "auto", packing=True)
+        select_attention.choose_attention(model, "auto", packing=True)
     assert "quantization.bits: 8" in str(caught.value.hint)
     assert "data.packing: false" in str(caught.value.hint)

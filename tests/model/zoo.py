@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.dataset import IGNORE_INDEX, Row
-from lora_cli.model import adapter
-from lora_cli.model.setting import Setting
+from lora_cli.model import attach_adapter
+from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec
 
@@ -105,11 +105,15 @@ def spec_of(**given: Any) -> AdapterSpec:
     return AdapterSpec.model_validate({**{k: v for k, v in SMALL.items() if k in options}, **given})
 
 
-def attached(model: PreTrainedModel, *, seed: int = 0, setting: Setting | None = None, **given: Any) -> PeftModel:
+def attached(
+    model: PreTrainedModel, *, seed: int = 0, context: AdapterContext | None = None, **given: Any
+) -> PeftModel:
     """`model` with a fresh adapter, started from its rows where the method wants to see some."""
     plan = BatchPlan(rows_of([30, 41, 12, 25, 60, 7]), packing=True, size=60, batches_per_step=1, seed=0)
-    around = setting or Setting(total_steps=10, plan=plan, encode=lambda text: [3 + len(w) for w in text.split()])
-    return adapter.attach(model, spec_of(**given), seed=seed, setting=around)
+    around = context or AdapterContext(
+        total_steps=10, plan=plan, encode=lambda text: [3 + len(w) for w in text.split()]
+    )
+    return attach_adapter.attach(model, spec_of(**given), seed=seed, context=around)
 
 
 def adapted(model: PreTrainedModel, *, seed: int = 0, **given: Any) -> PeftModel:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, saving
+from lora_cli.model import adalora, save_adapter
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import checkpoint
 from lora_cli.training.optim import make_optimizer
@@ -33,19 +33,19 @@ def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, st
         step=step,
         state=STATE,
         keep=keep,
-        write_adapter=lambda place: saving.save(model, place, base="org/base", revision=None),
-        upkeep=adalora.upkeep(model),
+        write_adapter=lambda place: save_adapter.save_adapter(model, place, base="org/base", revision=None),
+        rank_allocator=adalora.rank_allocator(model),
     )
 
 
 def advance(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int, *, seed: int = 0) -> None:
-    upkeep = adalora.upkeep(model)
+    rank_allocator = adalora.rank_allocator(model)
     for number in range(steps):
         ids = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(seed + number))
         model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss.backward()
         optimizer.step()
-        if upkeep:
-            upkeep.after_step(seed + number + 1)
+        if rank_allocator:
+            rank_allocator.update_and_allocate(seed + number + 1)
         optimizer.zero_grad()
 
 
@@ -58,7 +58,9 @@ def goes_on_equally(tmp_path: Path, **spec: object) -> None:
     advance(model, optimizer, 3)
     save(tmp_path, model, optimizer, step=3, keep=2)
     other, its_optimizer = start(seed=5, family="qwen2", **spec)
-    assert checkpoint.load(tmp_path, other, its_optimizer, state=STATE, upkeep=adalora.upkeep(other)) == 3
+    assert (
+        checkpoint.load(tmp_path, other, its_optimizer, state=STATE, rank_allocator=adalora.rank_allocator(other)) == 3
+    )
     for each, its in ((model, optimizer), (other, its_optimizer)):
         advance(each, its, 3, seed=100)
     assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(other), strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import attention, fused
+from lora_cli.model import fused_lora, packed_attention
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import loop
 from lora_cli.training.loop import Step, fit
@@ -21,8 +21,8 @@ LENGTHS = [3, 41, 12, 7, 30, 2, 19, 8, 25, 11, 5, 17]
 
 
 def ready(**spec: object) -> PeftModel:
-    model = zoo.adapted(zoo.make("llama", attention=attention.NAME), **spec)
-    fused.fuse(model)
+    model = zoo.adapted(zoo.make("llama", attention=packed_attention.PACKED_ATTENTION), **spec)
+    fused_lora.fuse(model)
     return model
 
 

@@ -14,35 +14,37 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, gguf, held
+from lora_cli.model import adalora, fp32_weights, gguf
 
-WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def tensors(model: PeftModel) -> dict[str, Tensor]:
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """What a PEFT adapter file holds of the model, by PEFT's names, each tensor as it is to be saved."""
     # Embeddings are saved where they carry an adapter. PEFT's default would also look the base up on the hub, to see
     # whether the vocabulary was resized: what is new in it is saved as trained tokens.
-    found = get_peft_model_state_dict(model, state_dict=held.state_as_saved(model), save_embedding_layers=False)
+    found = get_peft_model_state_dict(
+        model, state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False
+    )
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def save(model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
+def save_adapter(model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
     """Write the adapter into `folder` as PEFT does, naming the base as the recipe does."""
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
     config.revision = revision
-    model.save_pretrained(str(folder), state_dict=held.state_as_saved(model), save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's card is a form to fill in
 
 
-def kept_in(model: PeftModel) -> dict[str, str | None]:
+def saved_names(model: PeftModel) -> dict[str, str | None]:
     """For each parameter of the adapter, the name under which `tensors` has it as it is; None where it has not.
 
     The adapter file does not hold a factor that was folded into another tensor, or what was pruned. Of parameters that
     are not trained, only those in the file are listed.
     """
-    saved = {(t.data_ptr(), t.shape, t.dtype): name for name, t in tensors(model).items() if t.numel()}
+    saved = {(t.data_ptr(), t.shape, t.dtype): name for name, t in adapter_tensors(model).items() if t.numel()}
     found = {name: (saved.get((p.data_ptr(), p.shape, p.dtype)), p) for name, p in model.named_parameters()}
     return {name: kept for name, (kept, p) in found.items() if kept is not None or p.requires_grad}
 
@@ -81,29 +83,31 @@ def difference_when_loaded(
     """
     ours, theirs = model.peft_config[model.active_adapter].to_dict(), PeftConfig.from_pretrained(str(folder)).to_dict()
     # Set while saving, and of no effect on the weights.
-    differ = [key for key in ours if key != "inference_mode" and _plain(ours[key]) != _plain(theirs.get(key))]
+    differ = [key for key in ours if key != "inference_mode" and _json_value(ours[key]) != _json_value(theirs.get(key))]
     if differ:
         raise LoraError(f"{folder}: adapter_config.json differs in {', '.join(differ)}", exit_code=1)
-    expected = {name: tensor.clone() for name, tensor in tensors(model).items()}
-    written = _apart(expected, load_file(folder / WEIGHTS))
+    expected = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
+    written = _max_difference(expected, load_file(folder / ADAPTER_WEIGHTS))
     reference = logits(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.fill_(math.nan)
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        gguf.teach(config)
-    loaded = PeftModel.from_pretrained(_bare(model), str(folder), config=config)
-    adalora.as_written(loaded, load_file(folder / WEIGHTS))
+        gguf.register_packed_lora(config)
+    loaded = PeftModel.from_pretrained(_unwrap_base(model), str(folder), config=config)
+    adalora.restore_fp32_tensors(loaded, load_file(folder / ADAPTER_WEIGHTS))
     arrange(loaded)
-    found = tensors(loaded)
+    found = adapter_tensors(loaded)
     # Modules that are trained whole are read into the base's dtype, which is what they were computed in.
-    read = _apart({name: t.to(found[name].dtype) for name, t in expected.items() if name in found}, found)
-    off = _apart({"": reference / reference.abs().max().clamp_min(1e-12)}, {"": logits(loaded) / reference.abs().max()})
+    read = _max_difference({name: t.to(found[name].dtype) for name, t in expected.items() if name in found}, found)
+    off = _max_difference(
+        {"": reference / reference.abs().max().clamp_min(1e-12)}, {"": logits(loaded) / reference.abs().max()}
+    )
     return Difference(max(written, read), off)
 
 
-def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def _max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     if ours.keys() != theirs.keys():
         return math.inf
     pairs = [(tensor, theirs[name].to(tensor.device)) for name, tensor in ours.items()]
@@ -115,9 +119,9 @@ def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     )
 
 
-def _bare(model: PeftModel) -> PreTrainedModel:
+def _unwrap_base(model: PeftModel) -> PreTrainedModel:
     """The base as it was; PEFT's `unload` refuses some methods over quantised weights, and knows no virtual tokens."""
-    held.release(model)
+    fp32_weights.remove_parametrizations(model)
     base: PreTrainedModel = model.get_base_model()
     done: list[str] = []  # wrappers hold wrappers: the outermost gives way
     for name, module in list(base.named_modules()):
@@ -131,6 +135,6 @@ def _bare(model: PeftModel) -> PreTrainedModel:
     return base
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """JSON has lists for sets and tuples."""
     return sorted(value, key=str) if isinstance(value, (set, list, tuple)) else value

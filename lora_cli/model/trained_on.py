@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FILE = "trained_on.json"  # PEFT's own configuration names the base, and says no more of it
+TRAINED_ON_FILE = "trained_on.json"  # PEFT's own configuration names the base, and says no more of it
 
 
-class Origin(NamedTuple):
+class TrainedOn(NamedTuple):
     """A base model as it was trained on; its name is in PEFT's own configuration."""
 
     commit: str | None  # of a hub model
@@ -19,13 +19,13 @@ class Origin(NamedTuple):
     quantization: dict[str, Any] | None  # the recipe's section, filled in
 
 
-def write(origin: Origin, folder: Path) -> None:
+def write_trained_on(trained_on: TrainedOn, folder: Path) -> None:
     """Put it beside the adapter."""
-    (folder / FILE).write_text(json.dumps(origin._asdict(), indent=2) + "\n", encoding="utf-8")
+    (folder / TRAINED_ON_FILE).write_text(json.dumps(trained_on._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: Path) -> Origin | None:
+def read_trained_on(folder: Path) -> TrainedOn | None:
     """What lies beside an adapter; None where there is nothing, as with adapters of other tools."""
-    if not (folder / FILE).is_file():
+    if not (folder / TRAINED_ON_FILE).is_file():
         return None
-    return Origin(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+    return TrainedOn(**json.loads((folder / TRAINED_ON_FILE).read_text(encoding="utf-8")))

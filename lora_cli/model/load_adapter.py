@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
 from lora_cli.model import adalora, gguf
-from lora_cli.model.saving import WEIGHTS
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."
-FITS = "an adapter fits only the base it was trained on; see its adapter_config.json"
+WRONG_BASE_HINT = "an adapter fits only the base it was trained on; see its adapter_config.json"
 
 
-def load(
+def load_adapter(
     model: PreTrainedModel | PeftModel,
     folder: Path,
     *,
@@ -38,7 +38,7 @@ def load(
     """
     config = config or PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        gguf.teach(config)
+        gguf.register_packed_lora(config)
     adapted: PeftModel
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     own = {PREFIX + key for key, _ in bare.named_parameters(remove_duplicate=False)}
@@ -50,16 +50,16 @@ def load(
         else:
             adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
     except (ValueError, RuntimeError) as reason:
-        raise LoraError(f"{folder} does not fit {base}: {_first_mismatch(reason)}", hint=FITS) from reason
-    adalora.as_written(adapted, load_file(folder / WEIGHTS), name=name)
+        raise LoraError(f"{folder} does not fit {base}: {_first_mismatch(reason)}", hint=WRONG_BASE_HINT) from reason
+    adalora.restore_fp32_tensors(adapted, load_file(folder / ADAPTER_WEIGHTS), name=name)
     known = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
-    refuse_strangers(folder, {bare_name(key) for key in known}, own, base=base)
+    check_adapter_keys(folder, {bare_name(key) for key in known}, own, base=base)
     return adapted
 
 
 def tensor_names(folder: Path) -> set[str]:
     """What the adapter file holds, by the names that the parameters have without the wrappers PEFT puts around."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
         return {bare_name(key) for key in file.keys()}  # noqa: SIM118 - a file is no dictionary
 
 
@@ -68,7 +68,7 @@ def bare_name(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
-def refuse_strangers(folder: Path, known: Set[str], own: Set[str], *, base: str) -> None:
+def check_adapter_keys(folder: Path, known: Set[str], own: Set[str], *, base: str) -> None:
     """Hold the tensors in `folder` against those of the loaded adapter; parameters of the base's `own` may be there.
 
     PEFT takes what fits, and says nothing of the rest.
@@ -81,7 +81,7 @@ def refuse_strangers(folder: Path, known: Set[str], own: Set[str], *, base: str)
         if apart:
             more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
             raise LoraError(
-                f"{folder} does not fit {base}: it {said} {min(apart).removeprefix(PREFIX)}{more}", hint=FITS
+                f"{folder} does not fit {base}: it {said} {min(apart).removeprefix(PREFIX)}{more}", hint=WRONG_BASE_HINT
             )
 
 

@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
 from lora_cli.model import gguf, prequantized
-from lora_cli.model.quantize import guard_cpu, is_quantized, library_config, prepare
+from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
@@ -25,10 +25,14 @@ Info = Callable[[str], None]
 # Progress of loading is ours to show; what transformers reports as a warning still comes through.
 transformers_logging.disable_progress_bar()
 
-PROBLEMS = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
+PROBLEM_TYPES = {
+    "single": "single_label_classification",
+    "multi": "multi_label_classification",
+    "regression": "regression",
+}
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """Where transformers finds a base model, and how it is asked for it."""
 
     where: str  # folder or hub id; of a packed GGUF, the folder of its config and tokenizer
@@ -37,7 +41,7 @@ class Source(NamedTuple):
     packed: bool = False  # they stay packed in it
 
 
-class Loaded(NamedTuple):
+class LoadedBase(NamedTuple):
     """A base model, frozen and on its device."""
 
     model: PreTrainedModel
@@ -78,7 +82,9 @@ def _cpu_multiplies_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def locate(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, info: Info, weights: bool = True) -> Source:
+def find_model(
+    spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, info: Info, weights: bool = True
+) -> ModelSource:
     """Find the base model; unpacks a GGUF file on the way, without its tensors where no `weights` are needed.
 
     Raises:
@@ -88,24 +94,24 @@ def locate(spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, info: I
     path = Path(spec.path).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise LoraError(f"model.path: there is no file {spec.path}", hint=_near(path))
-        gguf.check(path)
-        packed = gguf.choose(spec.gguf, path, device=device, info=info)
-        folder = gguf.unpack(path, dtype=dtype, cache=cache_folder(), info=info, weights=weights and not packed)
-        return Source(str(folder), options, path, packed)
+            raise LoraError(f"model.path: there is no file {spec.path}", hint=_suggest_path(path))
+        gguf.check_gguf_file(path)
+        packed = gguf.choose_packed(spec.gguf, path, device=device, info=info)
+        folder = gguf.unpack_gguf(path, dtype=dtype, cache=cache_folder(), info=info, weights=weights and not packed)
+        return ModelSource(str(folder), options, path, packed)
     if path.is_dir():
         if not (path / "config.json").is_file():
             hint = "model.path takes a folder that save_pretrained wrote, a .gguf file or a hub id"
             if (path / "adapter_config.json").is_file():
                 hint = "this is an adapter: give the base model it was trained on"
             raise LoraError(f"model.path: {spec.path} has no config.json", hint=hint)
-        return Source(str(path), options)
+        return ModelSource(str(path), options)
     if path.is_absolute() or spec.path.startswith(("./", "../", "~")) or spec.path.count("/") > 1:
-        raise LoraError(f"model.path: there is no folder {spec.path}", hint=_near(path))
-    return Source(spec.path, {**options, "revision": spec.revision or "main"})
+        raise LoraError(f"model.path: there is no folder {spec.path}", hint=_suggest_path(path))
+    return ModelSource(spec.path, {**options, "revision": spec.revision or "main"})
 
 
-def _near(path: Path) -> str:
+def _suggest_path(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either; model.path takes a .gguf file, a folder or a hub id"
     there = sorted(p.name for p in path.parent.glob("*"))
@@ -113,7 +119,7 @@ def _near(path: Path) -> str:
     return f"{path.parent} holds {listed}; model.path takes a .gguf file, a folder or a hub id"
 
 
-def load_config(source: Source) -> PretrainedConfig:
+def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's configuration.
 
     Raises:
@@ -124,7 +130,7 @@ def load_config(source: Source) -> PretrainedConfig:
         return config
 
 
-def commit(source: Source) -> str | None:
+def hub_commit(source: ModelSource) -> str | None:
     """The commit that a loaded hub model's revision stands for; None for a local model."""
     if Path(source.where).is_dir():
         return None
@@ -135,7 +141,7 @@ def commit(source: Source) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None
 
 
-def load_tokenizer(source: Source, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with `new_tokens` added to it as special ones.
 
     Raises:
@@ -154,7 +160,7 @@ def load_tokenizer(source: Source, new_tokens: Sequence[str] = ()) -> PreTrained
     return tokenizer
 
 
-def own_labels(config: PretrainedConfig, task: TaskName) -> tuple[str, ...]:
+def head_labels(config: PretrainedConfig, task: TaskName) -> tuple[str, ...]:
     """Names of the labels that the checkpoint's own head tells apart; none where it has no such head."""
     suffix = {"seq-cls": "ForSequenceClassification", "token-cls": "ForTokenClassification"}.get(task)
     if suffix is None or not any(name.endswith(suffix) for name in config.architectures or ()):
@@ -163,7 +169,7 @@ def own_labels(config: PretrainedConfig, task: TaskName) -> tuple[str, ...]:
 
 
 def load_base(
-    source: Source,
+    source: ModelSource,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -174,7 +180,7 @@ def load_base(
     vocabulary: int = 0,
     pad_id: int | None = None,
     seed: int = 0,
-) -> Loaded:
+) -> LoadedBase:
     """The base model on `device`, frozen, with the head that the task needs.
 
     Args:
@@ -196,11 +202,11 @@ def load_base(
     if attention is not None:
         arguments["attn_implementation"] = attention
     if quantization is not None:
-        arguments["quantization_config"] = library_config(quantization)
-    if quantization is not None or prequantized.recognise(load_config(source)) is not None:
+        arguments["quantization_config"] = bnb_config(quantization)
+    if quantization is not None or prequantized.detect_prequantized(load_config(source)) is not None:
         arguments["device_map"] = {"": device}  # packed weights do not move afterwards; some would stay on the CPU
     if labels is not None:
-        arguments |= _head_options(labels)
+        arguments |= _head_arguments(labels)
     where = source.where
     if source.packed:
         assert source.file is not None
@@ -210,31 +216,31 @@ def load_base(
     with _library_errors(source):
         model: PreTrainedModel
         model, loading_info = TASKS[task].loader.from_pretrained(where, output_loading_info=True, **arguments)
-    heads, notes = _account_for(model, loading_info, task)
+    heads, notes = _check_missing_weights(model, loading_info, task)
     if not is_quantized(model):
         model.to(device)
     else:
-        guard_cpu(model)
-        prepare(model, dtype)
-    gguf.make_differentiable(model)
+        check_cpu_4bit(model)
+        prepare_for_kbit_training(model, dtype)
+    gguf.make_packed_layers_differentiable(model)
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
-        _grow(model, vocabulary)
+        _add_embedding_rows(model, vocabulary)
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = pad_id
-    return Loaded(model.requires_grad_(False), heads, notes)
+    return LoadedBase(model.requires_grad_(False), heads, notes)
 
 
-def _head_options(labels: ClassLabels) -> dict[str, Any]:
+def _head_arguments(labels: ClassLabels) -> dict[str, Any]:
     return {
         "num_labels": len(labels.names),
         "id2label": dict(enumerate(labels.names)),
         "label2id": {name: number for number, name in enumerate(labels.names)},
-        "problem_type": PROBLEMS[labels.kind],
+        "problem_type": PROBLEM_TYPES[labels.kind],
         "ignore_mismatched_sizes": True,  # a head for other labels gives way to a new one, and is told about
     }
 
 
-def _account_for(
+def _check_missing_weights(
     model: PreTrainedModel, loading_info: dict[str, Any], task: TaskName
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The modules that are the task's own or new, and notes on what the checkpoint and the model do not share.
@@ -245,14 +251,14 @@ def _account_for(
     replaced = {entry[0] for entry in loading_info["mismatched_keys"]}
     missing = set(loading_info["missing_keys"]) | replaced
     heads = task_heads(model, task)
-    strange = sorted(key for key in missing if not _below(key, heads) and "pooler" not in key)
+    strange = sorted(key for key in missing if not _is_inside(key, heads) and "pooler" not in key)
     if strange:
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise LoraError(
             f"model.path: the checkpoint has no weights for {', '.join(strange[:3])}{more}",
             hint=f"it is none of a {type(model).__name__}, or not whole: give another model, or another task",
         )
-    poolers = sorted({key.rpartition(".")[0] for key in missing if not _below(key, heads)})
+    poolers = sorted({key.rpartition(".")[0] for key in missing if not _is_inside(key, heads)})
     notes = []
     if missing:
         drawn = sum(model.get_parameter(key).numel() for key in missing)
@@ -273,12 +279,12 @@ def task_heads(model: PreTrainedModel, task: TaskName) -> tuple[str, ...]:
     return tuple(name for name, module in beside if any(True for _ in module.parameters()))
 
 
-def _below(key: str, modules: Sequence[str]) -> bool:
+def _is_inside(key: str, modules: Sequence[str]) -> bool:
     return any(key.startswith(f"{module}.") for module in modules)
 
 
 @torch.no_grad()
-def _grow(model: PreTrainedModel, vocabulary: int) -> None:
+def _add_embedding_rows(model: PreTrainedModel, vocabulary: int) -> None:
     """New rows for new tokens: the mean of the others, so that a token that is not taught yet is an average one."""
     before = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -298,7 +304,7 @@ def skeleton(
     """The model's modules without weights, on the meta device: for counting."""
     if labels is not None:
         config.id2label = dict(enumerate(labels.names))  # num_labels is their number
-        config.problem_type = PROBLEMS[labels.kind]
+        config.problem_type = PROBLEM_TYPES[labels.kind]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # shapes of whole weights, whatever they are packed in
     with torch.device("meta"):
@@ -308,7 +314,7 @@ def skeleton(
     return model
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: ModelSource) -> str:
     """Identity of the base's weights: a hash over each weight file's size, head and tail.
 
     A hub model is read from the local cache. Reading a few megabytes tells models apart; hashing all of a large one
@@ -325,13 +331,13 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
-def weight_files(source: Source) -> list[Path]:
+def weight_files(source: ModelSource) -> list[Path]:
     """The files that the model's weights are in; of a hub model, those in the local cache."""
     folder = local_folder(source, fetch=False)
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
 
 
-def local_folder(source: Source, *, fetch: bool) -> Path:
+def local_folder(source: ModelSource, *, fetch: bool) -> Path:
     """The folder that holds the model's files; a hub model's is in the cache, which `fetch` completes.
 
     Raises:
@@ -353,7 +359,7 @@ def local_folder(source: Source, *, fetch: bool) -> Path:
 class _library_errors:  # a function to its users: `with _library_errors(source):`
     """Turns what transformers raises for a wrong model into a LoraError; anything else passes."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ModelSource) -> None:
         self.source = source
 
     def __enter__(self) -> None:

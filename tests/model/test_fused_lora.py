@@ -14,8 +14,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
 
-from lora_cli.model import base, fused
-from lora_cli.model.fused import LoraProduct, draw_dropped
+from lora_cli.model import base_model, fused_lora
+from lora_cli.model.fused_lora import FusedLoraFunction, draw_dropout_positions
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import zoo
 
@@ -49,7 +49,7 @@ def test_it_is_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: s
     x = torch.randn(shape, generator=generator).to(dtype)
     weights = torch.randn((*shape[:-1], layer.out_features), generator=generator).to(dtype)
     expected = outcome(layer.forward, layer, x, weights)
-    assert fused.fuse(model) == len(layers(model)) > 0
+    assert fused_lora.fuse(model) == len(layers(model)) > 0
     assert is_fused(layer)
     for mine, theirs in zip(outcome(layer, layer, x, weights), expected, strict=True):
         assert mine.dtype == theirs.dtype
@@ -63,8 +63,8 @@ def test_it_is_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: s
 def test_over_four_bits_it_is_pefts_layer_too(tmp_path: Path, dtype: torch.dtype, code: str, frozen: bool):
     zoo.make("qwen2", dtype=dtype).save_pretrained(tmp_path)
     spec = QuantizationSpec.model_validate({"type": code, "compute_dtype": str(dtype).removeprefix("torch.")})
-    source, cpu = base.Source(str(tmp_path), {}), torch.device("cpu")
-    model = zoo.adapted(base.load_base(source, dtype=dtype, device=cpu, quantization=spec).model, freeze_a=frozen)
+    source, cpu = base_model.ModelSource(str(tmp_path), {}), torch.device("cpu")
+    model = zoo.adapted(base_model.load_base(source, dtype=dtype, device=cpu, quantization=spec).model, freeze_a=frozen)
     mine = [module for module in model.modules() if type(module) is LoraLinear4bit]
     assert len(mine) == 14
     for layer in mine[:7]:
@@ -79,7 +79,7 @@ def test_over_four_bits_it_is_pefts_layer_too(tmp_path: Path, dtype: torch.dtype
             return [y.detach(), *torch.autograd.grad((y * weights).sum(), (x, *parts))]
 
         expected = outcome()
-        fused.fuse(model)
+        fused_lora.fuse(model)
         assert "forward" in layer.__dict__
         for ours, theirs in zip(outcome(), expected, strict=True):
             assert ours.dtype == theirs.dtype
@@ -89,12 +89,12 @@ def test_over_four_bits_it_is_pefts_layer_too(tmp_path: Path, dtype: torch.dtype
 def test_a_four_bit_layer_of_another_compute_dtype_keeps_pefts_forward(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path)
     spec = QuantizationSpec(compute_dtype="bfloat16")
-    source, cpu = base.Source(str(tmp_path), {}), torch.device("cpu")
-    model = zoo.adapted(base.load_base(source, dtype=torch.float32, device=cpu, quantization=spec).model)
+    source, cpu = base_model.ModelSource(str(tmp_path), {}), torch.device("cpu")
+    model = zoo.adapted(base_model.load_base(source, dtype=torch.float32, device=cpu, quantization=spec).model)
     layer = next(module for module in model.modules() if type(module) is LoraLinear4bit)
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1), requires_grad=True)
     expected = layer(x)
-    fused.fuse(model)
+    fused_lora.fuse(model)
     assert torch.equal(layer(x), expected)
 
 
@@ -110,12 +110,12 @@ def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bo
     w, bias, a, b = draw(5, 6), draw(5), draw(3, 6), draw(5, 3)
     leaves = [t.requires_grad_() for t in (x, a, b)]
     torch.manual_seed(3)
-    dropped = draw_dropped(x.numel(), p)
+    dropped = draw_dropout_positions(x.numel(), p)
     kept = torch.ones(x.numel(), dtype=torch.float64)
     kept[dropped] = 0
     weights = draw(9, 5)
     expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
-    got = LoraProduct.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
+    got = FusedLoraFunction.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
     assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
         torch.autograd.grad((got * weights).sum(), leaves),
@@ -127,7 +127,7 @@ def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bo
 
 def test_the_layer_drops_in_training_only_and_as_the_seed_says():
     model = zoo.adapted(zoo.make("llama"), dropout=0.5)
-    fused.fuse(model)
+    fused_lora.fuse(model)
     layer, x = layers(model)[0], torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
 
     def output(seed: int) -> Tensor:
@@ -150,7 +150,7 @@ def test_the_layer_drops_in_training_only_and_as_the_seed_says():
 @given(count=st.integers(1, 20_000), p=st.floats(1e-6, 0.99), seed=st.integers(0, 2**32 - 1))
 def test_dropped_positions_are_ascending_unique_and_in_range(count: int, p: float, seed: int):
     torch.manual_seed(seed)
-    positions = draw_dropped(count, p)
+    positions = draw_dropout_positions(count, p)
     assert positions.dtype == torch.int64
     assert (positions.diff() > 0).all()
     if len(positions):
@@ -164,7 +164,7 @@ def test_each_position_is_dropped_independently_with_probability_p(p: float):
     count, rounds = 10_000, 200
     hit = torch.zeros(rounds, count, dtype=torch.bool)
     for line in hit:
-        line[draw_dropped(count, p)] = True
+        line[draw_dropout_positions(count, p)] = True
 
     def within(share: float, expected: float, trials: int) -> bool:
         return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / trials)
@@ -188,7 +188,7 @@ def test_each_position_is_dropped_independently_with_probability_p(p: float):
 )
 def test_other_layers_keep_pefts_forward(family: str, spec: dict[str, object]):
     model = zoo.adapted(zoo.make(family), **spec)
-    assert fused.fuse(model) == 0
+    assert fused_lora.fuse(model) == 0
     assert not any("forward" in module.__dict__ for module in layers(model))
 
 
@@ -196,18 +196,18 @@ def test_layers_on_another_device_keep_pefts_forward():
     with torch.device("meta"):
         model = zoo.make("llama").to("meta")
     model = zoo.adapter.attach(model, zoo.AdapterSpec(), seed=0)
-    assert fused.fuse(model) == 0
+    assert fused_lora.fuse(model) == 0
 
 
 def test_a_second_adapter_gives_the_layers_back_and_one_alone_takes_them_again():
     model = zoo.adapted(zoo.make("llama"))
-    count = fused.fuse(model)
+    count = fused_lora.fuse(model)
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
-    assert fused.fuse(model) == 0
+    assert fused_lora.fuse(model) == 0
     assert not any(is_fused(layer) for layer in layers(model))
     model.set_adapter("second")
-    assert fused.fuse(model) == count
+    assert fused_lora.fuse(model) == count
 
 
 def test_disabled_and_merged_layers_are_pefts():
@@ -215,7 +215,7 @@ def test_disabled_and_merged_layers_are_pefts():
     ids = torch.arange(3, 30)[None]
     trained = model(ids).logits.detach()
     base = zoo.make("llama")(ids).logits
-    fused.fuse(model)
+    fused_lora.fuse(model)
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, base)
     model.merge_adapter()
@@ -226,5 +226,5 @@ def test_disabled_and_merged_layers_are_pefts():
 
 def test_pefts_class_is_untouched():
     before = LoraLinear.forward
-    fused.fuse(zoo.adapted(zoo.make("llama")))
+    fused_lora.fuse(zoo.adapted(zoo.make("llama")))
     assert LoraLinear.forward is before

@@ -23,53 +23,53 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
-from lora_cli.model import held, targets
-from lora_cli.model.score import Scorer
-from lora_cli.model.setting import Setting
+from lora_cli.model import fp32_weights, target_modules
+from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import AdapterSpec
 
-NAME = "default"  # PEFT's name for the one adapter
-LOOKED_AT = 16  # batches of training rows whose activations are looked at
-ROWS_LOOKED_AT = 256  # single rows, for CorDA: PEFT's advice for a hidden size of 4,096
+ADAPTER_NAME = "default"  # PEFT's name for the one adapter
+STATISTICS_BATCHES = 16  # batches of training rows whose activations are looked at
+CORDA_ROWS = 256  # single rows, for CorDA: PEFT's advice for a hidden size of 4,096
 
 
-def scaled(model: PeftModel) -> None:
+def add_row_scale(model: PeftModel) -> None:
     """W + diag(s)·BA: s is 1, and trained."""
     for _, layer in lora_layers(model):
-        held.show(layer.lora_B[NAME], "weight", held.RowScale(layer.out_features))
+        fp32_weights.parametrize(layer.lora_B[ADAPTER_NAME], "weight", fp32_weights.RowScale(layer.out_features))
 
 
-def pissa(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+def init_pissa(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
     """The `rank` largest components of W: A₀ = √S·Vᵀ, B₀ = U·√S (Meng et al., arXiv:2404.02948, section 3)."""
     for _, layer in lora_layers(model):
-        u, s, vh = torch.linalg.svd(_weight(layer), full_matrices=False)
-        _start_from(layer, *_factors(u, s, vh, layer.r[NAME], layer.scaling[NAME]))
+        u, s, vh = torch.linalg.svd(_base_weight(layer), full_matrices=False)
+        _start_from(layer, *_scaled_factors(u, s, vh, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]))
     _double_ranks(model)
 
 
-def olora(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+def init_olora(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
     """W = QR: B₀ the first columns of Q, A₀ the first rows of R (Büyükakyüz, arXiv:2406.01775, section 3)."""
     for _, layer in lora_layers(model):
-        q, r = torch.linalg.qr(_weight(layer))
-        rank = layer.r[NAME]
+        q, r = torch.linalg.qr(_base_weight(layer))
+        rank = layer.r[ADAPTER_NAME]
         _start_from(layer, r[:rank], q[:, :rank])
     _double_ranks(model)
 
 
-def corda_statistics(model: PreTrainedModel, config: LoraConfig, setting: Setting) -> None:
+def collect_corda_statistics(model: PreTrainedModel, config: LoraConfig, context: AdapterContext) -> None:
     """Have PEFT take the components of W·C, with C the covariance of each layer's inputs over training rows."""
-    assert setting.plan is not None
-    batches = list(_single_rows(setting.plan))
-    scorer = Scorer(model, task=setting.task)
+    assert context.plan is not None
+    batches = list(_single_rows(context.plan))
+    loss_fn = LossFunction(model, task=context.task)
     asked = copy.copy(config)
     asked.corda_config = CordaConfig(corda_method="ipm")
-    if asked.target_modules == targets.ALL_LINEAR:  # a word that PEFT's preprocessing takes for a regex
-        asked.target_modules = list(targets.linear_layers(model, setting.heads))
+    if asked.target_modules == target_modules.ALL_LINEAR:  # a word that PEFT's preprocessing takes for a regex
+        asked.target_modules = list(target_modules.linear_layers(model, context.heads))
     training = model.training
 
     def run() -> None:
         for batch in batches:
-            scorer(batch)
+            loss_fn(batch)
 
     try:
         preprocess_corda(model, asked, run_model=run)
@@ -88,38 +88,41 @@ def corda_statistics(model: PreTrainedModel, config: LoraConfig, setting: Settin
     model.train(training)
 
 
-def corda(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+def init_corda(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
     """The components that matter most to the rows, W = U·S·Vᵀ·C⁻¹ (Yang et al., arXiv:2406.05223, section 3.2)."""
     for _, layer in lora_layers(model):
         base = layer.get_base_layer()
         found = base.eigens  # left there by corda_statistics
-        _start_from(layer, *_factors(found.U_WC, found.S_WC, found.V_WC.T, layer.r[NAME], layer.scaling[NAME]))
+        _start_from(
+            layer,
+            *_scaled_factors(found.U_WC, found.S_WC, found.V_WC.T, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]),
+        )
         del base.eigens
     _double_ranks(model)
 
 
-def eva(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
     """A from the principal components of each layer's inputs (Paischer et al., arXiv:2410.07170), by PEFT.
 
     Ranks are shared out among the layers by the variance that they explain; their sum stays.
     """
-    assert setting.plan is not None
+    assert context.plan is not None
     assert spec.rank is not None
-    config = model.peft_config[NAME]
+    config = model.peft_config[ADAPTER_NAME]
     wanted = round(spec.rank * config.eva_config.rho)  # components that PEFT looks for in a layer
-    batches = [batch for batch in _batches(setting.plan) if batch.tokens >= wanted]
+    batches = [batch for batch in _batches(context.plan) if batch.tokens >= wanted]
     if not batches:
         raise LoraError(
             f"adapter.method: eva needs batches of at least {wanted} tokens, twice the rank; there is none",
             hint="lower adapter.rank, or raise training.tokens_per_batch or batch_size",
         )
-    scorer = Scorer(model, task=setting.task)
-    _refuse_few_vectors(model, scorer, batches[0], least=wanted)
+    loss_fn = LossFunction(model, task=context.task)
+    _refuse_few_vectors(model, loss_fn, batches[0], least=wanted)
     base, training = model.get_base_model(), model.get_base_model().training
     initialize_lora_eva_weights(
         model,
-        dataloader=[_Feed(batch) for batch in batches],
-        forward_fn=lambda _, feed: scorer(feed.batch),
+        dataloader=[_EvaBatch(batch) for batch in batches],
+        forward_fn=lambda _, feed: loss_fn(feed.batch),
         prepare_model_inputs_fn=lambda feed, _: feed.real,
         prepare_layer_inputs_fn=_real_tokens,
         gather_distributed_inputs=False,  # every process looks at the same rows
@@ -129,7 +132,7 @@ def eva(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
 
 
 @torch.no_grad()
-def _refuse_few_vectors(model: PeftModel, scorer: Scorer, batch: Batch, *, least: int) -> None:
+def _refuse_few_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch, *, least: int) -> None:
     """PEFT goes on over the rows until each layer has seen `least` vectors in one batch: for some layers, for ever."""
     seen: dict[str, int] = {}
 
@@ -140,7 +143,7 @@ def _refuse_few_vectors(model: PeftModel, scorer: Scorer, batch: Batch, *, least
         return count
 
     hooks = [layer.register_forward_pre_hook(counter(name)) for name, layer in lora_layers(model)]
-    scorer(batch)
+    loss_fn(batch)
     for hook in hooks:
         hook.remove()
     few = {name: count for name, count in seen.items() if count < least}
@@ -153,7 +156,7 @@ def _refuse_few_vectors(model: PeftModel, scorer: Scorer, batch: Batch, *, least
         )
 
 
-class _Feed:
+class _EvaBatch:
     """A batch on its way through PEFT's loop, which moves its inputs to a device."""
 
     def __init__(self, batch: Batch) -> None:
@@ -161,7 +164,7 @@ class _Feed:
         mask = batch.attention_mask
         self.real = torch.ones(batch.input_ids.numel(), dtype=torch.bool) if mask is None else mask.flatten().bool()
 
-    def to(self, device: torch.device) -> "_Feed":
+    def to(self, device: torch.device) -> "_EvaBatch":
         return self
 
 
@@ -171,27 +174,27 @@ def _real_tokens(given: Any, real: Tensor, name: str) -> Tensor:
     return flat[real.to(flat.device)] if len(flat) == len(real) else flat
 
 
-def loftq(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+def init_loftq(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
     """A and B as the best rank-r fit of W - Q, one step of LoftQ over bitsandbytes' own codes (arXiv:2310.08659)."""
-    assert setting.originals is not None
-    weights = setting.originals()
+    assert context.originals is not None
+    weights = context.originals()
     for name, layer in lora_layers(model):
-        original = weights[f"{name}.weight"].to(layer.lora_A[NAME].weight.device, torch.float32)
-        u, s, vh = torch.linalg.svd(original - _weight(layer), full_matrices=False)
-        a, b = _factors(u, s, vh, layer.r[NAME], layer.scaling[NAME])
-        layer.lora_A[NAME].weight.data.copy_(a)
-        layer.lora_B[NAME].weight.data.copy_(b)
+        original = weights[f"{name}.weight"].to(layer.lora_A[ADAPTER_NAME].weight.device, torch.float32)
+        u, s, vh = torch.linalg.svd(original - _base_weight(layer), full_matrices=False)
+        a, b = _scaled_factors(u, s, vh, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME])
+        layer.lora_A[ADAPTER_NAME].weight.data.copy_(a)
+        layer.lora_B[ADAPTER_NAME].weight.data.copy_(b)
 
 
-def prompt(model: PeftModel, spec: AdapterSpec, setting: Setting) -> None:
+def init_prompt(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
     """Virtual tokens that start as the embeddings of `init_text`, repeated or cut to their number."""
     if spec.init_text is None:
         return
-    assert setting.encode is not None
-    ids = setting.encode(spec.init_text)
+    assert context.encode is not None
+    ids = context.encode(spec.init_text)
     if not ids:
         raise LoraError("adapter.init_text: it holds no token", hint="write some words, or remove the key")
-    weight = model.prompt_encoder[NAME].embedding.weight
+    weight = model.prompt_encoder[ADAPTER_NAME].embedding.weight
     rows = torch.tensor([ids[i % len(ids)] for i in range(len(weight))], device=weight.device)
     embeddings = model.get_base_model().get_input_embeddings()
     with torch.no_grad():
@@ -207,7 +210,7 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if NAME not in module.lora_A or type(module).__name__ == "ParamWrapper":
+        if ADAPTER_NAME not in module.lora_A or type(module).__name__ == "ParamWrapper":
             raise LoraError(
                 f"adapter.target_modules: {name} is no linear layer, and this adapter.method starts from linear layers",
                 hint="name linear layers only, or write another adapter.method",
@@ -215,14 +218,14 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
         yield name, module
 
 
-def _weight(layer: Any) -> Tensor:
+def _base_weight(layer: Any) -> Tensor:
     """The base's weight as [out, in] in fp32, dequantised if need be."""
     base: nn.Module = layer.get_base_layer()
     weight: Tensor = dequantize_module_weight(base).detach().float()
     return weight.T if isinstance(base, Conv1D) else weight
 
 
-def _factors(u: Tensor, s: Tensor, vh: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def _scaled_factors(u: Tensor, s: Tensor, vh: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """A [r, in] and B [out, r] with scale·BA the first `rank` components of u·diag(s)·vh."""
     root = (s[:rank] / scale).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
@@ -230,18 +233,20 @@ def _factors(u: Tensor, s: Tensor, vh: Tensor, rank: int, scale: float) -> tuple
 
 def _start_from(layer: Any, a: Tensor, b: Tensor) -> None:
     """Let `layer` train A and B from `a` and `b` on, and compute BA - ba."""
-    for part, value, constant, dim in ((layer.lora_A[NAME], a, a, 0), (layer.lora_B[NAME], b, -b, 1)):
+    for part, value, constant, dim in ((layer.lora_A[ADAPTER_NAME], a, a, 0), (layer.lora_B[ADAPTER_NAME], b, -b, 1)):
         weight = cast(nn.Parameter, part.weight)
         value = value.to(weight.device, weight.dtype).contiguous()
         weight.data = value
-        held.show(part, "weight", held.Beside(constant.to(value.device, value.dtype).clone(), dim=dim))
-    layer.r[NAME] *= 2
-    layer.lora_alpha[NAME] *= 2  # the scale, alpha/rank, is what it was
+        fp32_weights.parametrize(
+            part, "weight", fp32_weights.ConcatFrozen(constant.to(value.device, value.dtype).clone(), dim=dim)
+        )
+    layer.r[ADAPTER_NAME] *= 2
+    layer.lora_alpha[ADAPTER_NAME] *= 2  # the scale, alpha/rank, is what it was
 
 
 def _double_ranks(model: PeftModel) -> None:
     """What adapter_config.json is to say of the doubled layers."""
-    config = model.peft_config[NAME]
+    config = model.peft_config[ADAPTER_NAME]
     config.r *= 2
     config.lora_alpha *= 2
     config.rank_pattern = {key: 2 * value for key, value in config.rank_pattern.items()}
@@ -249,22 +254,22 @@ def _double_ranks(model: PeftModel) -> None:
     config.alpha_pattern = {key: 2 * value for key, value in config.alpha_pattern.items()}
 
 
-def dora(model: PeftModel) -> None:
+def init_dora_magnitudes(model: PeftModel) -> None:
     """Magnitudes in fp32, each the norm of a row of W (Liu et al., arXiv:2402.09353, equation 5): with B = 0 the layer
     is the base's. PEFT takes them in the base's dtype, which bf16 makes 0.4 % wrong.
     """
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and NAME in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[NAME]
+        if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[ADAPTER_NAME]
             if type(magnitude) is DoraLinearLayer:
-                magnitude.weight.data = torch.linalg.norm(_weight(layer), dim=1)
+                magnitude.weight.data = torch.linalg.norm(_base_weight(layer), dim=1)
 
 
 def _batches(plan: BatchPlan) -> list[Batch]:
-    return [plan.make_batch(indices) for indices in plan.epoch(0)[:LOOKED_AT]]
+    return [plan.make_batch(indices) for indices in plan.epoch(0)[:STATISTICS_BATCHES]]
 
 
 def _single_rows(plan: BatchPlan) -> Iterator[Batch]:
     """Rows of the first batches, one by one: CorDA's statistics are taken over one sequence at a time."""
-    rows = [index for indices in plan.epoch(0) for index in indices][:ROWS_LOOKED_AT]
+    rows = [index for indices in plan.epoch(0) for index in indices][:CORDA_ROWS]
     return (plan.make_batch([index]) for index in rows)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import held, initialise, saving
-from lora_cli.model.setting import Setting
+from lora_cli.model import fp32_weights, init_adapter, save_adapter
+from lora_cli.model.adapter_context import AdapterContext
 from tests.model import zoo
 
 RANK, ALPHA = 4, 8
@@ -80,7 +80,7 @@ def test_it_learns_as_pefts_own_and_leaves_the_base_alone(
     kept = {name: t for name, t in state.items() if "lora_" not in name}
     assert all(torch.equal(t, base[name.replace("base_layer.", "")]) for name, t in kept.items())
     trained = ours(input_ids=IDS).logits
-    saving.save(ours, tmp_path, base="org/base", revision=None)
+    save_adapter.save_adapter(ours, tmp_path, base="org/base", revision=None)
     loaded = PeftModel.from_pretrained(zoo.make("llama"), str(tmp_path))
     assert torch.equal(loaded(input_ids=IDS).logits, trained)
     assert loaded.peft_config["default"].r == 2 * RANK
@@ -88,7 +88,7 @@ def test_it_learns_as_pefts_own_and_leaves_the_base_alone(
 
 def test_pissa_takes_the_largest_components(tmp_path: Path):
     model = zoo.attached(zoo.make("llama"), method="pissa", rank=RANK, alpha=ALPHA)
-    for _, layer in initialise.lora_layers(model):
+    for _, layer in init_adapter.lora_layers(model):
         u, s, vh = torch.linalg.svd(layer.get_base_layer().weight)
         # Of B and A, the trained halves.
         b, a = layer.lora_B["default"].weight[:, :RANK], layer.lora_A["default"].weight[:RANK]
@@ -112,9 +112,9 @@ def test_eva_starts_where_the_inputs_vary_most(packing: bool):
     """A's rows are principal components of the layer's inputs over the rows' own tokens; padding does not count."""
     lengths = [60, 20, 25, 60, 30, 55, 60, 10, 40, 50]
     plan = plan_of(lengths, packing=packing, size=120 if packing else 4)
-    setting = Setting(total_steps=10, plan=plan)
-    model = zoo.attached(zoo.make("llama"), method="eva", rank=RANK, setting=setting)
-    ranks = {name: layer.r["default"] for name, layer in initialise.lora_layers(model)}
+    context = AdapterContext(total_steps=10, plan=plan)
+    model = zoo.attached(zoo.make("llama"), method="eva", rank=RANK, context=context)
+    ranks = {name: layer.r["default"] for name, layer in init_adapter.lora_layers(model)}
     assert sum(ranks.values()) == RANK * 14, "ranks are shared out anew, to some layers none, and their sum stays"
     for name in list(ranks)[::3]:
         found = inputs_of(name, plan)
@@ -128,9 +128,9 @@ def test_eva_starts_where_the_inputs_vary_most(packing: bool):
 
 
 def test_eva_wants_batches_of_enough_tokens():
-    setting = Setting(total_steps=10, plan=plan_of([5, 6, 7], size=7))
+    context = AdapterContext(total_steps=10, plan=plan_of([5, 6, 7], size=7))
     with pytest.raises(LoraError, match="eva needs batches of at least 8 tokens, twice the rank") as caught:
-        zoo.attached(zoo.make("llama"), method="eva", rank=4, setting=setting)
+        zoo.attached(zoo.make("llama"), method="eva", rank=4, context=context)
     assert "lower adapter.rank" in str(caught.value.hint)
 
 
@@ -148,7 +148,7 @@ def test_a_factor_for_each_row_is_trained_and_folded_into_b(tmp_path: Path):
     assert len(scales) == 14
     assert all(torch.equal(p, torch.ones_like(p)) for p in scales.values())
     plain = sum(p.numel() for p in zoo.attached(zoo.make("llama"), rank=RANK).parameters() if p.requires_grad)
-    rows = sum(layer.out_features for _, layer in initialise.lora_layers(model))
+    rows = sum(layer.out_features for _, layer in init_adapter.lora_layers(model))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plain + rows
     learn(model)
     assert all((p != 1).any() for p in scales.values())
@@ -156,7 +156,7 @@ def test_a_factor_for_each_row_is_trained_and_folded_into_b(tmp_path: Path):
     layer = model.get_submodule(name)
     b, s = layer.parametrizations.weight.original, scales[f"{name}.parametrizations.weight.0.scale"]
     trained = model(input_ids=IDS).logits
-    saving.save(model, tmp_path, base="org/base", revision=None)
+    save_adapter.save_adapter(model, tmp_path, base="org/base", revision=None)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert torch.equal(saved[name.replace(".default", ".weight")], s[:, None] * b)
     assert not any("scale" in key or "parametrizations" in key for key in saved)
@@ -174,12 +174,12 @@ def test_with_a_frozen_only_b_moves():
 
 def test_virtual_tokens_start_from_a_text():
     base = zoo.make("llama")
-    setting = Setting(plan=plan_of([10]), encode=lambda text: [ord(letter) - 90 for letter in text])
-    model = zoo.attached(base, method="prompt", virtual_tokens=5, init_text="abc", setting=setting)
+    context = AdapterContext(plan=plan_of([10]), encode=lambda text: [ord(letter) - 90 for letter in text])
+    model = zoo.attached(base, method="prompt", virtual_tokens=5, init_text="abc", context=context)
     rows = base.get_input_embeddings().weight[torch.tensor([7, 8, 9, 7, 8])]
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, rows)
     with pytest.raises(LoraError, match=r"adapter\.init_text: it holds no token"):
-        zoo.attached(zoo.make("llama"), method="prompt", init_text="", setting=setting)
+        zoo.attached(zoo.make("llama"), method="prompt", init_text="", context=context)
 
 
 def test_what_is_no_linear_layer_cannot_be_started_from():
@@ -189,8 +189,8 @@ def test_what_is_no_linear_layer_cannot_be_started_from():
 
 def test_held_tensors_are_given_back():
     model = zoo.adapted(zoo.make("llama", dtype=torch.bfloat16), method="scaled", modules_to_save=["lm_head"])
-    held.hold_in_fp32(model)
+    fp32_weights.upcast_trainable_params(model)
     before = copy.deepcopy(model)(input_ids=IDS).logits
-    held.release(model)
+    fp32_weights.remove_parametrizations(model)
     assert not any("parametrizations" in name for name, _ in model.named_modules())
     assert torch.equal(model(input_ids=IDS).logits, before)

@@ -13,17 +13,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "lora_rows"  # what the model's config calls it; transformers builds no mask for a name it does not know
+PACKED_ATTENTION = (
+    "lora_rows"  # what the model's config calls it; transformers builds no mask for a name it does not know
+)
 
 # Above this length torch's flash kernel beats whole score matrices on the CPU (measured on 2 cores: 256 to 400).
 LONG_ROW = 320
 # A group's shortest row has this share of its longest, or lacks this many tokens: bounds the work lost to padding
 # without splitting short rows into many tiny products.
-SMALLEST_SHARE = 0.75
-SMALL_GAP = 48
+MIN_LENGTH_RATIO = 0.75
+MAX_PADDING = 48
 # Keywords that models hand down to attention and that change no result here. All others are refused, because one that
 # is not understood (a chunk size, a cap, a sink) is one that is left out.
-HARMLESS = {
+IGNORED_KEYWORDS = {
     "position_ids",
     "cache_position",
     "use_cache",
@@ -33,7 +35,7 @@ HARMLESS = {
 }
 
 
-class Group(NamedTuple):
+class RowGroup(NamedTuple):
     """Rows of similar length, padded to the longest for one batched product."""
 
     gather: Tensor  # int64 [rows * length]: position in the pack of each padded slot (padding repeats slot 0)
@@ -46,7 +48,7 @@ class RowPlan(NamedTuple):
     """Where the rows of one packed batch lie, computed once per batch and used by every layer."""
 
     lengths: tuple[int, ...]  # tokens per row, in pack order
-    groups: tuple[Group, ...]
+    groups: tuple[RowGroup, ...]
     long: tuple[slice, ...]
     order: Tensor  # int64 [T]: for each position of the pack, where the joined results of groups and long hold it
 
@@ -61,7 +63,7 @@ def plan_rows(lengths: Sequence[int]) -> RowPlan:
     groups = []
     while short:
         longest = lengths[short[0]]
-        least = min(SMALLEST_SHARE * longest, longest - SMALL_GAP)
+        least = min(MIN_LENGTH_RATIO * longest, longest - MAX_PADDING)
         size = next((k for k, i in enumerate(short) if lengths[i] < least), len(short))
         groups.append(_group([(starts[i], lengths[i]) for i in short[:size]], longest))
         short = short[size:]
@@ -70,13 +72,13 @@ def plan_rows(lengths: Sequence[int]) -> RowPlan:
     return RowPlan(tuple(lengths), tuple(groups), long, torch.argsort(torch.cat(places)))
 
 
-def _group(rows: list[tuple[int, int]], length: int) -> Group:
+def _group(rows: list[tuple[int, int]], length: int) -> RowGroup:
     slots = torch.arange(length)
     start = torch.tensor([s for s, _ in rows])[:, None]
     size = torch.tensor([n for _, n in rows])[:, None]
     is_real = (slots < size).flatten()
     gather = torch.where(slots < size, start + slots, start).flatten()
-    return Group(gather, is_real.nonzero().flatten(), len(rows), length)
+    return RowGroup(gather, is_real.nonzero().flatten(), len(rows), length)
 
 
 class _ShortRows(torch.autograd.Function):
@@ -108,7 +110,7 @@ class _ShortRows(torch.autograd.Function):
 
 
 def _group_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, group: Group, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, *, group: RowGroup, scale: float, window: int | None
 ) -> Tensor:
     """Attention of one group; query [T, H, D], key [T, K, D], value [T, K, E]; returns [tokens, H, E]."""
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -144,7 +146,7 @@ def _long_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
     return out[0].transpose(0, 1)
 
 
-def row_attention(
+def packed_attention_forward(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -176,7 +178,7 @@ def row_attention(
     Raises:
         NotImplementedError: the model asks for something that changes the result and is not done here.
     """
-    unmet = [name for name, value in others.items() if value is not None and name not in HARMLESS]
+    unmet = [name for name, value in others.items() if value is not None and name not in IGNORED_KEYWORDS]
     if is_causal is False:
         unmet.append("attention to later tokens")
     if row_plan is None:
@@ -194,4 +196,4 @@ def row_attention(
     return torch.cat(results).index_select(0, row_plan.order)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, row_attention)
+ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention_forward)

@@ -33,42 +33,42 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import gguf, initialise, targets
-from lora_cli.model.setting import Setting
-from lora_cli.model.targets import Targets
+from lora_cli.model import gguf, init_adapter, target_modules
+from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.target_modules import Targets
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.schema import AdapterSpec
 
-FEWEST_STEPS = 3  # of AdaLoRA: one to score components by, one to drop some, one to train the others
-OTHERWISE = "choose other adapter.target_modules or another adapter.method"
+MIN_ADALORA_STEPS = 3  # of AdaLoRA: one to score components by, one to drop some, one to train the others
+OTHER_TARGETS = "choose other adapter.target_modules or another adapter.method"
 
 
 class Method(NamedTuple):
     """One entry: the configuration of PEFT, and what is done to the layers once they are there."""
 
-    config: Callable[[AdapterSpec, Targets, Setting], PeftConfig]
-    extend: Callable[[PeftModel], None] | None = None  # parameters that PEFT does not have
-    start: Callable[[PeftModel, AdapterSpec, Setting], None] | None = None
-    before: Callable[[PreTrainedModel, PeftConfig, Setting], None] | None = None  # on the bare base
+    config: Callable[[AdapterSpec, Targets, AdapterContext], PeftConfig]
+    post_attach: Callable[[PeftModel], None] | None = None  # parameters that PEFT does not have
+    init: Callable[[PeftModel, AdapterSpec, AdapterContext], None] | None = None
+    pre_init: Callable[[PreTrainedModel, PeftConfig, AdapterContext], None] | None = None  # on the bare base
 
 
-def _reach(spec: AdapterSpec, reach: Targets, setting: Setting) -> dict[str, Any]:
+def _target_kwargs(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> dict[str, Any]:
     """Where the adapter goes, as all methods of layers take it."""
     return {
-        "task_type": TASKS[setting.task].peft,
+        "task_type": TASKS[context.task].peft,
         "target_modules": reach.modules,
-        "modules_to_save": [*setting.heads, *(spec.modules_to_save or ())] or None,
+        "modules_to_save": [*context.heads, *(spec.modules_to_save or ())] or None,
     }
 
 
-def _lora(spec: AdapterSpec, reach: Targets, setting: Setting, **options: Any) -> LoraConfig:
-    return LoraConfig(**_lora_options(spec, reach, setting), **options)
+def _lora(spec: AdapterSpec, reach: Targets, context: AdapterContext, **options: Any) -> LoraConfig:
+    return LoraConfig(**_lora_options(spec, reach, context), **options)
 
 
-def _lora_options(spec: AdapterSpec, reach: Targets, setting: Setting) -> dict[str, Any]:
+def _lora_options(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> dict[str, Any]:
     return {
-        **_reach(spec, reach, setting),
+        **_target_kwargs(spec, reach, context),
         "r": spec.rank,
         "lora_alpha": spec.alpha,
         "lora_dropout": spec.dropout,
@@ -80,32 +80,32 @@ def _lora_options(spec: AdapterSpec, reach: Targets, setting: Setting) -> dict[s
     }
 
 
-def _rslora(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoraConfig:
-    return _lora(spec, reach, setting, use_rslora=True)
+def _rslora(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> LoraConfig:
+    return _lora(spec, reach, context, use_rslora=True)
 
 
-def _dora(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoraConfig:
-    return _lora(spec, reach, setting, use_dora=True)
+def _dora(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> LoraConfig:
+    return _lora(spec, reach, context, use_dora=True)
 
 
-def _eva(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoraConfig:
-    if setting.plan is None:  # only shapes count: PEFT warns of an initialisation that does not follow
-        return _lora(spec, reach, setting)
-    return _lora(spec, reach, setting, init_lora_weights="eva", eva_config=EvaConfig())
+def _eva(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> LoraConfig:
+    if context.plan is None:  # only shapes count: PEFT warns of an initialisation that does not follow
+        return _lora(spec, reach, context)
+    return _lora(spec, reach, context, init_lora_weights="eva", eva_config=EvaConfig())
 
 
-def _adalora(spec: AdapterSpec, reach: Targets, setting: Setting) -> AdaLoraConfig:
+def _adalora(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> AdaLoraConfig:
     assert spec.rank is not None
-    options = _lora_options(spec, reach, setting)
+    options = _lora_options(spec, reach, context)
     for absent in ("r", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters"):
         del options[absent]
-    if 0 < setting.total_steps < FEWEST_STEPS:
+    if 0 < context.total_steps < MIN_ADALORA_STEPS:
         raise LoraError(
-            f"adapter.method: adalora drops ranks step by step, and this run has {setting.total_steps}",
-            hint=f"raise training.max_steps or epochs to {FEWEST_STEPS} steps or more, or write another method",
+            f"adapter.method: adalora drops ranks step by step, and this run has {context.total_steps}",
+            hint=f"raise training.max_steps or epochs to {MIN_ADALORA_STEPS} steps or more, or write another method",
         )
     # A tenth of the steps at full rank, and half of them at the final one, as in about the paper's runs on GLUE.
-    steps = setting.total_steps
+    steps = context.total_steps
     return AdaLoraConfig(
         **options,
         init_r=spec.rank,
@@ -117,44 +117,50 @@ def _adalora(spec: AdapterSpec, reach: Targets, setting: Setting) -> AdaLoraConf
     )
 
 
-def _vera(spec: AdapterSpec, reach: Targets, setting: Setting) -> VeraConfig:
+def _vera(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> VeraConfig:
     # The projections are saved with the adapter: another torch may draw others from the same key.
     bias = "vera_only" if spec.bias == "lora_only" else spec.bias
     return VeraConfig(
-        **_reach(spec, reach, setting), r=spec.rank, vera_dropout=spec.dropout, bias=bias, save_projection=True
+        **_target_kwargs(spec, reach, context), r=spec.rank, vera_dropout=spec.dropout, bias=bias, save_projection=True
     )
 
 
-def _loha(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoHaConfig:
-    return LoHaConfig(**_reach(spec, reach, setting), r=spec.rank, alpha=spec.alpha, rank_dropout=spec.dropout)
+def _loha(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> LoHaConfig:
+    return LoHaConfig(**_target_kwargs(spec, reach, context), r=spec.rank, alpha=spec.alpha, rank_dropout=spec.dropout)
 
 
-def _lokr(spec: AdapterSpec, reach: Targets, setting: Setting) -> LoKrConfig:
-    return LoKrConfig(**_reach(spec, reach, setting), r=spec.rank, alpha=spec.alpha, rank_dropout=spec.dropout)
+def _lokr(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> LoKrConfig:
+    return LoKrConfig(**_target_kwargs(spec, reach, context), r=spec.rank, alpha=spec.alpha, rank_dropout=spec.dropout)
 
 
-def _ia3(spec: AdapterSpec, reach: Targets, setting: Setting) -> IA3Config:
+def _ia3(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> IA3Config:
     forward = list(spec.feedforward_modules or ())
     if spec.target_modules is None:
-        return IA3Config(**{**_reach(spec, reach, setting), "target_modules": None})  # PEFT's table by architecture
-    return IA3Config(**_reach(spec, reach, setting), feedforward_modules=forward)
+        return IA3Config(
+            **{**_target_kwargs(spec, reach, context), "target_modules": None}
+        )  # PEFT's table by architecture
+    return IA3Config(**_target_kwargs(spec, reach, context), feedforward_modules=forward)
 
 
-def _oft(spec: AdapterSpec, reach: Targets, setting: Setting) -> OFTConfig:
+def _oft(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> OFTConfig:
     bias = "oft_only" if spec.bias == "lora_only" else spec.bias
     return OFTConfig(
-        **_reach(spec, reach, setting), r=0, oft_block_size=spec.rotation_size, module_dropout=spec.dropout, bias=bias
+        **_target_kwargs(spec, reach, context),
+        r=0,
+        oft_block_size=spec.rotation_size,
+        module_dropout=spec.dropout,
+        bias=bias,
     )
 
 
-def _boft(spec: AdapterSpec, reach: Targets, setting: Setting) -> BOFTConfig:
+def _boft(spec: AdapterSpec, reach: Targets, context: AdapterContext) -> BOFTConfig:
     if spec.butterflies and spec.butterflies > 1 and get_fbd_cuda() is None:
         raise LoraError(
             "adapter.butterflies: PEFT's extension for more than one does not load here: it needs a GPU and a compiler",
             hint="write butterflies: 1, which PEFT would silently take",
         )
     return BOFTConfig(
-        **_reach(spec, reach, setting),
+        **_target_kwargs(spec, reach, context),
         boft_block_size=spec.rotation_size,
         boft_n_butterfly_factor=spec.butterflies,
         boft_dropout=spec.dropout,
@@ -162,37 +168,37 @@ def _boft(spec: AdapterSpec, reach: Targets, setting: Setting) -> BOFTConfig:
     )
 
 
-def _virtual(spec: AdapterSpec, setting: Setting) -> dict[str, Any]:
+def _virtual(spec: AdapterSpec, context: AdapterContext) -> dict[str, Any]:
     return {
-        "task_type": TASKS[setting.task].peft,
+        "task_type": TASKS[context.task].peft,
         "num_virtual_tokens": spec.virtual_tokens,
-        "modules_to_save": list(setting.heads) or None,
+        "modules_to_save": list(context.heads) or None,
     }
 
 
-def _prefix(spec: AdapterSpec, _: Targets, setting: Setting) -> PrefixTuningConfig:
-    return PrefixTuningConfig(**_virtual(spec, setting))
+def _prefix(spec: AdapterSpec, _: Targets, context: AdapterContext) -> PrefixTuningConfig:
+    return PrefixTuningConfig(**_virtual(spec, context))
 
 
-def _prompt(spec: AdapterSpec, _: Targets, setting: Setting) -> PromptTuningConfig:
-    return PromptTuningConfig(**_virtual(spec, setting), prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB)
+def _prompt(spec: AdapterSpec, _: Targets, context: AdapterContext) -> PromptTuningConfig:
+    return PromptTuningConfig(**_virtual(spec, context), prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB)
 
 
-def _p_tuning(spec: AdapterSpec, _: Targets, setting: Setting) -> PromptEncoderConfig:
-    return PromptEncoderConfig(**_virtual(spec, setting), encoder_hidden_size=spec.hidden_size)
+def _p_tuning(spec: AdapterSpec, _: Targets, context: AdapterContext) -> PromptEncoderConfig:
+    return PromptEncoderConfig(**_virtual(spec, context), encoder_hidden_size=spec.hidden_size)
 
 
 METHODS: dict[MethodName, Method] = {
     "lora": Method(_lora),
     "rslora": Method(_rslora),
-    "dora": Method(_dora, extend=initialise.dora),
+    "dora": Method(_dora, post_attach=init_adapter.init_dora_magnitudes),
     "lora+": Method(_lora),  # its learning rates are the optimizer's
-    "scaled": Method(_lora, extend=initialise.scaled),
-    "pissa": Method(_lora, start=initialise.pissa),
-    "olora": Method(_lora, start=initialise.olora),
-    "corda": Method(_lora, start=initialise.corda, before=initialise.corda_statistics),
-    "eva": Method(_eva, start=initialise.eva),
-    "loftq": Method(_lora, start=initialise.loftq),
+    "scaled": Method(_lora, post_attach=init_adapter.add_row_scale),
+    "pissa": Method(_lora, init=init_adapter.init_pissa),
+    "olora": Method(_lora, init=init_adapter.init_olora),
+    "corda": Method(_lora, init=init_adapter.init_corda, pre_init=init_adapter.collect_corda_statistics),
+    "eva": Method(_eva, init=init_adapter.init_eva),
+    "loftq": Method(_lora, init=init_adapter.init_loftq),
     "adalora": Method(_adalora),
     "vera": Method(_vera),
     "loha": Method(_loha),
@@ -201,12 +207,12 @@ METHODS: dict[MethodName, Method] = {
     "oft": Method(_oft),
     "boft": Method(_boft),
     "prefix": Method(_prefix),
-    "prompt": Method(_prompt, start=initialise.prompt),
+    "prompt": Method(_prompt, init=init_adapter.init_prompt),
     "p-tuning": Method(_p_tuning),
 }
 
 
-def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Setting | None = None) -> PeftModel:
+def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: AdapterContext | None = None) -> PeftModel:
     """Freeze `model` and add the trainable adapter that `spec` describes, drawn from `seed`.
 
     With B = 0, and with what is neutral in other methods, the model is what it was; pissa, olora and corda are so but
@@ -216,45 +222,45 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
         LoraError: target modules that match no layer or only some of those that are alike, patterns and modules that
             match nothing, or a kind of layer that the method cannot adapt.
     """
-    setting = setting or Setting()
+    context = context or AdapterContext()
     method, facts = METHODS[spec.method], METHOD_FACTS[spec.method]
-    heads = list(dict.fromkeys([*setting.heads, *targets.find_modules(model, spec.modules_to_save or ())]))
+    heads = list(dict.fromkeys([*context.heads, *target_modules.find_modules(model, spec.modules_to_save or ())]))
     reach = Targets([])
     if "target_modules" in facts.options and spec.target_modules is not None:
-        reach = targets.resolve(model, spec, heads=heads)
-    tokens = _token_ids(spec.trainable_tokens or (), setting)
-    reach = reach._replace(tokens=targets.token_rows(model, tokens, whole=heads))
+        reach = target_modules.resolve_target_modules(model, spec, heads=heads)
+    tokens = _token_ids(spec.trainable_tokens or (), context)
+    reach = reach._replace(tokens=target_modules.resolve_trainable_tokens(model, tokens, whole=heads))
     _refuse_untrainable(model, heads)
-    _refuse_unknown_to_peft(model, spec, setting)
-    config = method.config(spec, reach, setting)
+    _refuse_unknown_to_peft(model, spec, context)
+    config = method.config(spec, reach, context)
     if config.is_prompt_learning:
         _tell_sizes(config, model)
     if isinstance(config, LoraConfig):
-        gguf.teach(config)
-    if method.before and setting.plan is not None:
-        method.before(model, config, setting)
+        gguf.register_packed_lora(config)
+    if method.pre_init and context.plan is not None:
+        method.pre_init(model, config, context)
     torch.manual_seed(seed)
     try:
         # fp32 master weights: AdamW's small updates would be rounded away in bf16.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError) as reason:
         first = _in_one_line(str(reason)) or type(reason).__name__
-        hint = OTHERWISE
+        hint = OTHER_TARGETS
         if "lora_dropout" in first:  # experts whose weights are one parameter
             hint = "set adapter.dropout: 0, or choose other adapter.target_modules"
         elif "Mamba" in first:  # its kernels multiply with the bare weights, past any adapter
             hint = "leave it out: adapter.exclude_modules: [out_proj, conv1d]"
         raise LoraError(f"adapter: PEFT refuses it: {first}", hint=hint) from reason
-    targets.check_patterns(spec, adapted_layers(adapted))
+    target_modules.check_patterns(spec, adapted_layers(adapted))
     _refuse_changed_sizes(adapted, spec)
     if spec.method in ("pissa", "olora", "corda", "loftq", "eva"):
         _refuse_large_ranks(adapted, spec)
-    if method.extend:
-        method.extend(adapted)
-    if method.start and setting.plan is not None:
-        method.start(adapted, spec, setting)
+    if method.post_attach:
+        method.post_attach(adapted)
+    if method.init and context.plan is not None:
+        method.init(adapted, spec, context)
         if isinstance(config, LoraConfig):  # EVA's new ranks come in the base's dtype
-            adapted.base_model._cast_adapter_dtype(initialise.NAME)
+            adapted.base_model._cast_adapter_dtype(init_adapter.ADAPTER_NAME)
     if spec.freeze_a:  # LoRA-FA (Zhang et al., arXiv:2308.03303): the update stays in the space that A spans
         _freeze(adapted, ".lora_A.", ".lora_embedding_A.")
     # A divisor that PEFT's cast to fp32 makes trainable, and that is not saved: set by the rank, it stays what it is.
@@ -262,14 +268,15 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, setting: Set
     return adapted
 
 
-def _refuse_unknown_to_peft(model: PreTrainedModel, spec: AdapterSpec, setting: Setting) -> None:
+def _refuse_unknown_to_peft(model: PreTrainedModel, spec: AdapterSpec, context: AdapterContext) -> None:
     """What PEFT would only find when it is too late, or say in words that no recipe has."""
     kind = model.config.model_type
     known = kind in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     if spec.method == "ia3" and spec.target_modules is None and not known:
         raise LoraError(
             f"adapter.target_modules: for ia3 PEFT has no default on {kind}",
-            hint=f"list them, and the MLP's last ones in feedforward_modules too; {targets.listed(model)}",
+            hint="list them, and the MLP's last ones in feedforward_modules too; "
+            f"{target_modules.describe_linear_layers(model)}",
         )
     parts = (model, model.base_model)
     if spec.method == "prefix" and not any("past_key_values" in signature(p.forward).parameters for p in parts):
@@ -278,7 +285,7 @@ def _refuse_unknown_to_peft(model: PreTrainedModel, spec: AdapterSpec, setting: 
             hint="write method: prompt or lora",
         )
     virtual = "virtual_tokens" in METHOD_FACTS[spec.method].options
-    if virtual and model.config.is_encoder_decoder and TASKS[setting.task].classes:
+    if virtual and model.config.is_encoder_decoder and TASKS[context.task].classes:
         raise LoraError(
             f"adapter.method: a {kind} model that classifies takes no virtual tokens, which {spec.method} is",
             hint="write method: lora",
@@ -315,9 +322,9 @@ def _refuse_changed_sizes(model: PeftModel, spec: AdapterSpec) -> None:
 def _refuse_large_ranks(model: PeftModel, spec: AdapterSpec) -> None:
     """A start from a layer's components needs as many of them as the rank; EVA looks for more, to choose from."""
     looked_for = EvaConfig().rho if spec.method == "eva" else 1
-    for name, layer in initialise.lora_layers(model):
+    for name, layer in init_adapter.lora_layers(model):
         most = min(layer.out_features, int(layer.in_features / looked_for))
-        rank = layer.r[initialise.NAME]
+        rank = layer.r[init_adapter.ADAPTER_NAME]
         if rank > most:
             raise LoraError(
                 f"adapter.rank: {rank} is more than {name} has components for",
@@ -325,7 +332,7 @@ def _refuse_large_ranks(model: PeftModel, spec: AdapterSpec) -> None:
             )
 
 
-def refuse_bypassed(model: PeftModel, loss: Callable[[], Tensor]) -> None:
+def check_gradients_reach(model: PeftModel, loss: Callable[[], Tensor]) -> None:
     """Every adapted layer has to get a gradient from `loss()`: some models use a layer's weight and not the layer.
 
     Raises:
@@ -363,7 +370,7 @@ def _refuse_untrainable(model: PreTrainedModel, modules: Sequence[str]) -> None:
                 )
 
 
-def _token_ids(tokens: Sequence[str], setting: Setting) -> list[int]:
+def _token_ids(tokens: Sequence[str], context: AdapterContext) -> list[int]:
     """The id of each of `tokens`.
 
     Raises:
@@ -371,7 +378,7 @@ def _token_ids(tokens: Sequence[str], setting: Setting) -> list[int]:
     """
     found = []
     for token in tokens:
-        ids = setting.encode(token) if setting.encode else []
+        ids = context.encode(token) if context.encode else []
         if len(ids) != 1:
             raise LoraError(
                 f"adapter.trainable_tokens: {token!r} is {len(ids)} tokens to this tokenizer, not one",
@@ -394,6 +401,6 @@ def adapted_layers(model: PeftModel) -> dict[str, int]:
     return dict(counts)
 
 
-def coverage(model: PeftModel, layers: dict[str, nn.Module]) -> list[targets.Coverage]:
+def coverage(model: PeftModel, layers: dict[str, nn.Module]) -> list[target_modules.Coverage]:
     """How much of each kind of the base's linear `layers` (taken before `attach`) carries the adapter."""
-    return targets.coverage(layers, adapted_layers(model))
+    return target_modules.coverage(layers, adapted_layers(model))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lora_cli.errors import LoraError
 
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,13 +36,13 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LARGEST_HEADER = 100 << 20  # bytes; the library's own limit
-FLUSHED_EVERY = 0.5  # seconds
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100 << 20  # bytes; the library's own limit
+FSYNC_EVERY_S = 0.5  # seconds
+SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
-class Stored(NamedTuple):
+class TensorInfo(NamedTuple):
     """A tensor in a file."""
 
     file: Path
@@ -52,42 +52,42 @@ class Stored(NamedTuple):
     size: int  # bytes
 
 
-def list_tensors(folder: Path) -> dict[str, Stored]:
+def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the model in `folder`, by name, from the headers of its files.
 
     Raises:
         LoraError: no safetensors, a shard that is missing, cut short or none, or a tensor that its shard lacks.
     """
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        found: dict[str, Stored] = {}
+    if (folder / INDEX_FILE).is_file():
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        found: dict[str, TensorInfo] = {}
         for name in sorted(set(index.values())):
             if not (folder / name).is_file():
                 raise LoraError(
                     f"{folder}: shard {name} is missing, of {len(set(index.values()))} that its index lists",
                     hint="fetch the model again",
                 )
-            found |= _list_file(folder / name)
+            found |= _list_tensors_of_file(folder / name)
         if lacking := sorted(index.keys() - found.keys()):
             raise LoraError(
                 f"{folder}: {lacking[0]} is in none of its shards, though the index says {index[lacking[0]]}",
                 hint="fetch the model again",
             )
         return {name: found[name] for name in index}
-    if (folder / WHOLE).is_file():
-        return _list_file(folder / WHOLE)
+    if (folder / SINGLE_FILE).is_file():
+        return _list_tensors_of_file(folder / SINGLE_FILE)
     held = sorted(path.name for path in folder.glob("*.bin"))
     raise LoraError(
-        f"{folder} has no {WHOLE}" + (f", only {held[0]}" if held else ""),
+        f"{folder} has no {SINGLE_FILE}" + (f", only {held[0]}" if held else ""),
         hint="load it with transformers once and save it: its save_pretrained writes safetensors",
     )
 
 
-def _list_file(file: Path) -> dict[str, Stored]:
+def _list_tensors_of_file(file: Path) -> dict[str, TensorInfo]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > min(LARGEST_HEADER, size - 8):
+        if length > min(MAX_HEADER_BYTES, size - 8):
             raise LoraError(f"{file}: cut short, or no safetensors file", hint="fetch it again")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
@@ -105,11 +105,11 @@ def _list_file(file: Path) -> dict[str, Stored]:
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
             raise LoraError(f"{file}: {name} has dtype {entry['dtype']}", hint="give a model of a dtype that torch has")
-        tensors[name] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin)
+        tensors[name] = TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin)
     return tensors
 
 
-class Files:
+class ShardFiles:
     """Open files by path, for reading and writing at offsets, from several threads."""
 
     def __init__(self, *, writable: bool) -> None:
@@ -138,7 +138,7 @@ class Files:
         done = threading.Event()
 
         def flush() -> None:
-            while not done.wait(FLUSHED_EVERY):
+            while not done.wait(FSYNC_EVERY_S):
                 for descriptor in list(self._open.values()):
                     os.fsync(descriptor)
 
@@ -181,9 +181,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def lay_out(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], folder: Path, files: Files, *, largest: int
-) -> dict[str, Stored]:
+def plan_shards(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], folder: Path, files: ShardFiles, *, largest: int
+) -> dict[str, TensorInfo]:
     """Make the files of a model in `folder`, each of up to `largest` bytes, with headers, and room for the tensors.
 
     A tensor that is larger has a file of its own. Returns where each one goes.
@@ -195,15 +195,15 @@ def lay_out(
             groups.append({})
         groups[-1][name] = size
     count = len(groups)
-    placed: dict[str, Stored] = {}
+    placed: dict[str, TensorInfo] = {}
     for number, group in enumerate(groups, start=1):
-        file = folder / (WHOLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors")
+        file = folder / (SINGLE_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors")
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         # The widest dtypes first, so that each tensor is aligned to its own, as the library has it.
         for name in sorted(group, key=lambda name: (-tensors[name][0].itemsize, name)):
             dtype, shape = tensors[name]
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + group[name]]}
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + group[name]]}
             at += group[name]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -212,12 +212,12 @@ def lay_out(
         files.write(file, memoryview(len(text).to_bytes(8, "little") + text), 0)
         for name in group:
             begin = start + header[name]["data_offsets"][0]
-            placed[name] = Stored(file, *tensors[name], begin, group[name])
+            placed[name] = TensorInfo(file, *tensors[name], begin, group[name])
     if count > 1:
         total = sum(sum(group.values()) for group in groups)
         where = {name: stored.file.name for name, stored in sorted(placed.items())}
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return placed
 
 
@@ -230,4 +230,4 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
     if match is None or not float(match[1]):
         raise LoraError(f"--max-shard-size {text} is no size", hint="write a number of bytes with a unit, such as 5GB")
-    return int(float(match[1]) * UNITS[(match[2] or "").upper()])
+    return int(float(match[1]) * SIZE_UNITS[(match[2] or "").upper()])

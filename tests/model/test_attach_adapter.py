@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter, held, saving
+from lora_cli.model import attach_adapter, fp32_weights, save_adapter
 from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.schema import AdapterSpec
 from tests.model import zoo
@@ -26,18 +26,18 @@ def logits(model: torch.nn.Module) -> Tensor:
     return out[:, -IDS.shape[1] :]
 
 
-def difference(model: PeftModel, folder: Path) -> saving.Difference:
-    return saving.difference_when_loaded(model, folder, logits, held.hold_in_fp32)
+def difference(model: PeftModel, folder: Path) -> save_adapter.Difference:
+    return save_adapter.difference_when_loaded(model, folder, logits, fp32_weights.upcast_trainable_params)
 
 
 def saved_and_loaded(model: PeftModel, folder: Path, family: str = "qwen2", **options: Any) -> None:
     """What plain PEFT loads onto a fresh base is the trained model."""
-    held.hold_in_fp32(model)
+    fp32_weights.upcast_trainable_params(model)
     trained = logits(model)
-    saving.save(model, folder, base="org/base", revision="abc")
+    save_adapter.save_adapter(model, folder, base="org/base", revision="abc")
     assert difference(model, folder) == (0, 0)
     loaded = PeftModel.from_pretrained(zoo.make(family, **options), str(folder))
-    held.hold_in_fp32(loaded)
+    fp32_weights.upcast_trainable_params(loaded)
     assert torch.equal(logits(loaded), trained)
     assert zoo.relative(logits(loaded), logits(zoo.make(family, **options))) > 1e-3
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -76,7 +76,7 @@ def test_and_with_every_option(tmp_path: Path, options: dict[str, Any], dtype: t
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[PeftModel, Path]:
     model = zoo.adapted(zoo.make("llama"))
-    saving.save(model, tmp_path / "adapter", base="org/base", revision=None)
+    save_adapter.save_adapter(model, tmp_path / "adapter", base="org/base", revision=None)
     return model, tmp_path / "adapter"
 
 
@@ -118,7 +118,7 @@ def test_another_scale_in_the_config_is_found_out(saved: tuple[PeftModel, Path])
 
 def test_the_seed_draws_a_and_b_is_zero():
     def drawn(seed: int) -> dict[str, Tensor]:
-        model = adapter.attach(zoo.make("llama"), AdapterSpec(rank=4), seed=seed)
+        model = attach_adapter.attach(zoo.make("llama"), AdapterSpec(rank=4), seed=seed)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     one, same, other = drawn(1), drawn(1), drawn(2)
@@ -133,7 +133,7 @@ def test_the_seed_draws_a_and_b_is_zero():
 def test_trained_weights_are_fp32_over_a_bf16_base(method: str, options: dict[str, Any]):
     taken = {key: value for key, value in options.items() if key in METHOD_FACTS[method].options}
     model = zoo.adapted(zoo.make("qwen2", dtype=torch.bfloat16), method=method, **taken)
-    held.hold_in_fp32(model)
+    fp32_weights.upcast_trainable_params(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     output = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
     assert output.logits.dtype == torch.bfloat16
@@ -147,17 +147,17 @@ def test_dora_over_bf16_is_what_plain_peft_computes_and_begins_as_the_base(tmp_p
     exact = logits(zoo.make("qwen2"))
     off = zoo.relative(logits(base).float(), exact)  # what bf16 costs the base itself
     fresh = zoo.attached(base, method="dora", seed=1)
-    held.hold_in_fp32(fresh)
+    fp32_weights.upcast_trainable_params(fresh)
     assert zoo.relative(logits(fresh).float(), exact) < 1.5 * off
     trained = zoo.adapted(zoo.make("qwen2", dtype=torch.bfloat16), method="dora")
-    held.hold_in_fp32(trained)
-    saving.save(trained, tmp_path, base="org/base", revision=None)
+    fp32_weights.upcast_trainable_params(trained)
+    save_adapter.save_adapter(trained, tmp_path, base="org/base", revision=None)
     plain = PeftModel.from_pretrained(zoo.make("qwen2", dtype=torch.bfloat16), str(tmp_path))
     assert torch.equal(logits(plain), logits(trained))
 
 
 def test_a_table_has_every_method():
-    assert adapter.METHODS.keys() == METHOD_FACTS.keys() == set(get_args(MethodName))
+    assert attach_adapter.METHODS.keys() == METHOD_FACTS.keys() == set(get_args(MethodName))
 
 
 def experts() -> Any:
@@ -170,7 +170,7 @@ def experts() -> Any:
 
 def test_each_trained_parameter_of_experts_is_counted_once():
     model = zoo.adapted(experts())
-    layers = adapter.adapted_layers(model)
+    layers = attach_adapter.adapted_layers(model)
     assert sum(layers.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert {name.rpartition(".")[2] for name in layers} >= {"q_proj", "experts"}
     assert not [name for name in layers if "base_layer" in name]

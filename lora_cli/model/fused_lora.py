@@ -69,9 +69,9 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     scale = layer.scaling[name]
     dropped = None
     if isinstance(dropout, nn.Dropout) and layer.training:
-        dropped = draw_dropped(x.numel(), dropout.p)
+        dropped = draw_dropout_positions(x.numel(), dropout.p)
         scale = scale / (1 - dropout.p)
-    fused: Tensor = LoraProduct.apply(  # type: ignore[no-untyped-call]
+    fused: Tensor = FusedLoraFunction.apply(  # type: ignore[no-untyped-call]
         x, whole, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
     )
     return fused
@@ -86,7 +86,7 @@ def _whole_weight(base: Any, dtype: torch.dtype) -> Callable[[], Tensor] | None:
     return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
 
 
-def draw_dropped(count: int, p: float) -> Tensor:
+def draw_dropout_positions(count: int, p: float) -> Tensor:
     """Positions (int64, ascending) out of `count` that dropout with probability p zeroes, each independently.
 
     The gaps between dropped positions are geometric, floor(log(1-u)/log(1-p)) + 1 for uniform u, so p·count
@@ -113,7 +113,7 @@ def _zeroed(x: Tensor, positions: Tensor | None) -> Tensor:
     return copy
 
 
-class LoraProduct(torch.autograd.Function):
+class FusedLoraFunction(torch.autograd.Function):
     """y = x·Wᵀ + b + scale·((x∘kept)·Aᵀ)·Bᵀ (LoRA, arXiv:2106.09685, eq. 3), with gradients of x, A and B."""
 
     @staticmethod

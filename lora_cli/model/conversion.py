@@ -24,14 +24,14 @@ from transformers.core_model_loading import (
 from lora_cli.errors import LoraError
 
 
-class Part(NamedTuple):
+class CheckpointPart(NamedTuple):
     """A tensor of the checkpoint that a parameter is made of."""
 
     key: str  # its name in the checkpoint
     pattern: str | None  # of the rule that joins it with others; None where it is the parameter
 
 
-class Layout:
+class CheckpointMapping:
     """The checkpoint's tensors by the parameters that they become."""
 
     def __init__(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
@@ -42,14 +42,14 @@ class Layout:
         names = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
         self._by_pattern = {pattern: rule for rule in joins for pattern in rule.source_patterns}
         known, prefix = model.state_dict(), model.base_model_prefix
-        self.parts: defaultdict[str, list[Part]] = defaultdict(list)
+        self.parts: defaultdict[str, list[CheckpointPart]] = defaultdict(list)
         self.unknown: list[str] = []  # in the checkpoint, but not in the model
         for key in sorted(keys, key=dot_natural_key):
             name, pattern = rename_source_key(key, names, joins, prefix, known)
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)
             if name in known:
-                self.parts[name].append(Part(key, pattern))
+                self.parts[name].append(CheckpointPart(key, pattern))
             else:
                 self.unknown.append(key)
 
@@ -61,7 +61,7 @@ class Layout:
         """The name in the checkpoint of a parameter that is not joined."""
         return self.parts[name][0].key
 
-    def join(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+    def to_parameter(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """The parameter `name`, from the tensors of the checkpoint that `read` gives by their names there.
 
         Raises:
@@ -83,7 +83,7 @@ class Layout:
         joined: Tensor = value[0] if isinstance(value, list) else value
         return joined
 
-    def split(self, name: str, value: Tensor) -> dict[str, Tensor]:
+    def to_checkpoint(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """The tensors of the checkpoint that the parameter `name` goes back to."""
         if not self.is_joined(name):
             return {self.parts[name][0].key if name in self.parts else name: value}

@@ -10,8 +10,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
-from lora_cli.model import attention
-from lora_cli.model.score import kept_logits, model_inputs
+from lora_cli.model import packed_attention
+from lora_cli.model.loss import logits_at, model_inputs
 
 # Largest difference of logits, packed against apart under eager attention and relative to their size, that rounding
 # explains in this dtype of the products. SmolLM2 135M shows 1.4e-6 in fp32, 2 to 6 % in bf16; deeper
@@ -19,15 +19,15 @@ from lora_cli.model.score import kept_logits, model_inputs
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.2}
 # Largest change of one row's logits when another row's tokens change. Both passes multiply the same shapes, so that
 # rows apart are equal to the bit, but for experts, whose products have as many rows as they get (3e-7 in fp32).
-LEAK = 1e-6
+MAX_LEAK = 1e-6
 # Largest change of logits when a later token changes: experts' products have as many rows as they get.
-AHEAD = 1e-3
+MAX_LOOKAHEAD = 1e-3
 # Kinds of layers, as the model's config names them, that the packed attention of the CPU computes.
-LAYERS = {"full_attention", "sliding_attention"}
-SHOWN = 16  # last tokens of the long row whose logits are compared
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+COMPARED_TOKENS = 16  # last tokens of the long row whose logits are compared
 
 
-class Proof(NamedTuple):
+class LeakCheck(NamedTuple):
     """What was chosen and what was measured, on a few rows packed, changed and apart."""
 
     attention: str
@@ -44,10 +44,10 @@ def candidates(wanted: str, *, packing: bool, device: torch.device, dtype: torch
         # Neither was ever run here: there is no GPU on the machines this is developed on.
         flash = ["flash_attention_2"] if is_flash_attn_2_available() and dtype != torch.float32 else []
         return [*flash, "sdpa", "eager"]
-    return [attention.NAME, "sdpa", "eager"] if packing else ["sdpa", "eager"]
+    return [packed_attention.PACKED_ATTENTION, "sdpa", "eager"] if packing else ["sdpa", "eager"]
 
 
-def settle(model: PreTrainedModel, wanted: str, *, packing: bool, causal: bool = True) -> Proof | None:
+def choose_attention(model: PreTrainedModel, wanted: str, *, packing: bool, causal: bool = True) -> LeakCheck | None:
     """Set the first attention that works on `model`, and with packing, that keeps rows apart; None without packing.
 
     With `causal` the model has to predict each token from those before it alone, which is tried as well.
@@ -55,14 +55,14 @@ def settle(model: PreTrainedModel, wanted: str, *, packing: bool, causal: bool =
     Raises:
         LoraError: packing was asked for, and no attention keeps rows apart in this model; or it looks ahead.
     """
-    proof = _settle(model, wanted, packing=packing)
+    proof = _choose(model, wanted, packing=packing)
     if causal:
-        _refuse_looking_ahead(model)
+        _check_causal(model)
     return proof
 
 
 @torch.no_grad()
-def _refuse_looking_ahead(model: PreTrainedModel) -> None:
+def _check_causal(model: PreTrainedModel) -> None:
     """An encoder has a class for causal-lm too, and would learn to copy the token that it is to predict."""
     if getattr(model, "is_loaded_in_8bit", False):
         return  # its outlier columns are chosen over all tokens: a change of one moves the rounding of all
@@ -75,28 +75,28 @@ def _refuse_looking_ahead(model: PreTrainedModel) -> None:
     first, second = (_logits(model, [row])[:-1] for row in (ids, other))
     model.train(training)
     seen = float((first - second).abs().max() / first.abs().max().clamp_min(1e-12))
-    if seen > AHEAD:
+    if seen > MAX_LOOKAHEAD:
         raise LoraError(
             f"task: {type(model).__name__} looks ahead: a token changes what is predicted before it, by {seen:.1%}",
             hint="it is no causal model: write task: seq-cls or token-cls, or give another model",
         )
 
 
-def _settle(model: PreTrainedModel, wanted: str, *, packing: bool) -> Proof | None:
-    dtype = product_dtype(model)
+def _choose(model: PreTrainedModel, wanted: str, *, packing: bool) -> LeakCheck | None:
+    dtype = matmul_dtype(model)
     tried = []
     for name in candidates(wanted, packing=packing, device=model.device, dtype=dtype):
         try:
             model.set_attn_implementation(name)
             if not packing:
                 return None
-            proof = _measure(model, name)
+            proof = _measure_leak(model, name)
         except (RuntimeError, ValueError, ImportError) as reason:
             if isinstance(reason, torch.OutOfMemoryError):
                 raise
             tried.append(f"{name} ({str(reason).splitlines()[0]})")
             continue
-        if proof.leak <= LEAK and proof.difference <= TOLERANCE[dtype]:
+        if proof.leak <= MAX_LEAK and proof.difference <= TOLERANCE[dtype]:
             return proof
         tried.append(
             f"{name} (rows change each other's logits by {proof.leak:.1%}, packed is off by {proof.difference:.1%})"
@@ -115,7 +115,7 @@ def _settle(model: PreTrainedModel, wanted: str, *, packing: bool) -> Proof | No
     raise LoraError(f"model.attention: none works here; tried {'; '.join(tried)}", hint="set model.attention: eager")
 
 
-def product_dtype(model: PreTrainedModel) -> torch.dtype:
+def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
     """The coarsest dtype that `model` multiplies in: of a quantised one not its parameters', which are fp32."""
     found: set[torch.dtype] = {model.dtype}
     for module in model.modules():
@@ -128,17 +128,17 @@ def product_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 @torch.no_grad()
-def _measure(model: PreTrainedModel, name: str) -> Proof:
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or LAYERS)
-    if name == attention.NAME and not kinds <= LAYERS:
-        raise NotImplementedError(f"layers of {', '.join(sorted(kinds - LAYERS))}")
+def _measure_leak(model: PreTrainedModel, name: str) -> LeakCheck:
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or LAYER_TYPES)
+    if name == packed_attention.PACKED_ATTENTION and not kinds <= LAYER_TYPES:
+        raise NotImplementedError(f"layers of {', '.join(sorted(kinds - LAYER_TYPES))}")
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or attention.LONG_ROW
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or packed_attention.LONG_ROW
     first, other, second = (torch.randint(0, vocabulary, (n,), generator=generator) for n in (7, 7, 11))
     # Few different tokens will do, and vocabularies have rows that were never trained.
     drawn = torch.cat([first, other, second])
-    long = drawn[torch.randint(0, len(drawn), (min(attention.LONG_ROW + 13, limit),), generator=generator)]
+    long = drawn[torch.randint(0, len(drawn), (min(packed_attention.LONG_ROW + 13, limit),), generator=generator)]
     training = model.training
     try:
         with torch.random.fork_rng(devices=[]):
@@ -156,7 +156,7 @@ def _measure(model: PreTrainedModel, name: str) -> Proof:
     size = apart.abs().max().clamp_min(1e-12)
     leak = (kept[len(first) :] - changed[len(first) :]).abs().max() / size
     difference = (packed[len(first) :] - apart).abs().max() / size
-    return Proof(name, float(leak), float(difference))
+    return LeakCheck(name, float(leak), float(difference))
 
 
 def _inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Any]:
@@ -169,6 +169,6 @@ def _inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Any]:
 
 def _logits(model: PreTrainedModel, rows: Sequence[Tensor]) -> Tensor:
     """Logits [tokens, vocabulary] of all tokens of short rows and of the last SHOWN of long ones."""
-    ends = torch.cat([torch.arange(len(row)) >= (len(row) - SHOWN) for row in rows])
+    ends = torch.cat([torch.arange(len(row)) >= (len(row) - COMPARED_TOKENS) for row in rows])
     shown = ends.nonzero().flatten().to(model.device)
-    return kept_logits(model, _inputs(model, rows), shown).double()
+    return logits_at(model, _inputs(model, rows), shown).double()

@@ -13,10 +13,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize as torch_parametrize
 
 
-class Cast(nn.Module):
+class CastTo(nn.Module):
     """Shows a tensor in another dtype; what is saved is the tensor as it is held."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -38,7 +38,7 @@ class RowScale(nn.Module):
         return self.scale[:, None] * b
 
 
-class Beside(nn.Module):
+class ConcatFrozen(nn.Module):
     """The trained tensor with a constant one beside it along `dim`."""
 
     constant: Tensor
@@ -52,13 +52,13 @@ class Beside(nn.Module):
         return torch.cat([trained, self.constant], dim=self.dim)
 
 
-def show(module: nn.Module, name: str, through: nn.Module) -> None:
+def parametrize(module: nn.Module, name: str, through: nn.Module) -> None:
     """From now on `module.name` is what `through` makes of the tensor that it was."""
     # unsafe: PyTorch would compute it once to compare shape and dtype, which may well change.
-    parametrize.register_parametrization(module, name, through, unsafe=True)
+    torch_parametrize.register_parametrization(module, name, through, unsafe=True)
 
 
-def hold_in_fp32(model: nn.Module) -> None:
+def upcast_trainable_params(model: nn.Module) -> None:
     """Hold every trained tensor in fp32, and let LoRA's A and B be computed in the dtype of their layer.
 
     Call it once all adapters are on; layers that the fused forward has taken over cast by themselves, and so do the
@@ -69,13 +69,13 @@ def hold_in_fp32(model: nn.Module) -> None:
             _cast_lora(module)
         elif isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             for part in list(module.modules()):
-                _hold_own(part)
+                _upcast_own(part)
             if isinstance(module, ModulesToSaveWrapper):
                 module.adapter_state_dict = partial(_by_prefix, module)
     for module in model.modules():
         bias = module._parameters.get("bias")
         if bias is not None and bias.requires_grad:
-            _hold(module, "bias")
+            _upcast(module, "bias")
 
 
 def _cast_lora(layer: LoraLayer) -> None:
@@ -86,7 +86,7 @@ def _cast_lora(layer: LoraLayer) -> None:
         return
     for part in (*layer.lora_A.values(), *layer.lora_B.values()):
         if isinstance(part, nn.Linear) and part.weight.dtype == torch.float32:
-            show(part, "weight", Cast(dtype))
+            parametrize(part, "weight", CastTo(dtype))
 
 
 def _by_prefix(_: ModulesToSaveWrapper, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,17 +95,17 @@ def _by_prefix(_: ModulesToSaveWrapper, adapter_name: str, state: dict[str, Tens
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _hold_own(module: nn.Module) -> None:
+def _upcast_own(module: nn.Module) -> None:
     for name in [name for name, p in module._parameters.items() if p is not None and p.requires_grad]:
-        _hold(module, name)
+        _upcast(module, name)
 
 
-def _hold(module: nn.Module, name: str) -> None:
+def _upcast(module: nn.Module, name: str) -> None:
     parameter: nn.Parameter = getattr(module, name)
     if parameter.dtype in (torch.float16, torch.bfloat16):
         dtype = parameter.dtype
         parameter.data = parameter.data.float()
-        show(module, name, Cast(dtype))
+        parametrize(module, name, CastTo(dtype))
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype | None:
@@ -117,7 +117,7 @@ def compute_dtype(layer: nn.Module) -> torch.dtype | None:
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
-def state_as_saved(model: nn.Module) -> dict[str, Tensor]:
+def saved_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """`model.state_dict()` under the names of a model without parametrizations, each tensor as it is to be saved.
 
     A tensor that only shows itself in another dtype is the held one, in the same memory; where a factor or a constant
@@ -137,7 +137,7 @@ def _computed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, chain in _chains(module).items():
         value: Tensor = chain.original.detach()
         for step in chain:
-            if not isinstance(step, Cast):
+            if not isinstance(step, CastTo):
                 value = step(value).detach()
         yield name, value
 
@@ -147,10 +147,10 @@ def _chains(module: nn.Module) -> dict[str, Any]:
     return dict(cast(nn.ModuleDict, module._modules.get("parametrizations") or {}).items())
 
 
-def release(model: nn.Module) -> None:
+def remove_parametrizations(model: nn.Module) -> None:
     """Replace every held tensor by what it shows; its fp32 form is lost."""
     for module in list(model.modules()):
         for name in _chains(module):
             shown = getattr(module, name).detach()
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            torch_parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             setattr(module, name, nn.Parameter(shown, requires_grad=False))

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adapter, base, targets
+from lora_cli.model import attach_adapter, base_model, target_modules
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec
 from tests.model import zoo
@@ -27,22 +27,22 @@ LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 )
 def test_all_linear_is_every_linear_layer_but_the_head(family: str, kinds: set[str]):
     model = zoo.make(family)
-    layers = targets.linear_layers(model)
+    layers = target_modules.linear_layers(model)
     assert {name.rpartition(".")[2] for name in layers} == kinds
     adapted = zoo.adapted(model)
-    assert adapter.adapted_layers(adapted).keys() == layers.keys()
-    for row in adapter.coverage(adapted, layers):
+    assert attach_adapter.adapted_layers(adapted).keys() == layers.keys()
+    for row in attach_adapter.coverage(adapted, layers):
         assert row.matched == row.layers > 0
 
 
 def check_reach(model: PreTrainedModel, kinds: set[str], count: int, **spec: Any) -> None:
-    layers = targets.linear_layers(model)
+    layers = target_modules.linear_layers(model)
     adapted = zoo.attached(model, **spec)
-    carrying = adapter.adapted_layers(adapted)
+    carrying = attach_adapter.adapted_layers(adapted)
     assert len(carrying) == count
     assert {name.rpartition(".")[2] for name in carrying} == kinds
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    rows = adapter.coverage(adapted, layers)
+    rows = attach_adapter.coverage(adapted, layers)
     assert sum(row.parameters for row in rows) == sum(carrying.values()) == trainable
     assert sum(row.matched for row in rows) == count
     # PEFT itself has adapted the same layers.
@@ -87,7 +87,7 @@ def test_layers_and_exclusions_narrow_it(options: dict[str, Any], kinds: set[str
         if taken == options:
             given = {"target_modules": "all-linear", **options}
             check = zoo.attached(zoo.make("llama"), method=method, **given)
-            carrying = adapter.adapted_layers(check)
+            carrying = attach_adapter.adapted_layers(check)
             assert {name.rpartition(".")[2] for name in carrying} == kinds, method
             assert len(carrying) == count, method
 
@@ -163,16 +163,16 @@ def test_what_is_left_over_is_refused(options: dict[str, Any], said: str, hinted
 def test_trainable_parameters_are_those_of_the_lora_paper(build: Any, rank: int, modules: list[str], parameters: int):
     """Hu et al., arXiv:2106.09685, tables 2, 3 and 4, counted without weights."""
     kind, dimensions = build
-    model = base.skeleton(AutoConfig.for_model(kind, **dimensions))
-    adapted = adapter.attach(model, AdapterSpec(rank=rank, target_modules=modules), seed=0)
+    model = base_model.skeleton(AutoConfig.for_model(kind, **dimensions))
+    adapted = attach_adapter.attach(model, AdapterSpec(rank=rank, target_modules=modules), seed=0)
     assert {p.device.type for p in adapted.parameters()} == {"meta"}
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == parameters
 
 
 def test_an_adapter_of_rank_r_has_r_times_in_plus_out_parameters():
     model = zoo.make("llama")
-    shapes = {name: layer.weight.shape for name, layer in targets.linear_layers(model).items()}
-    carrying = adapter.adapted_layers(zoo.adapted(model, rank=3))
+    shapes = {name: layer.weight.shape for name, layer in target_modules.linear_layers(model).items()}
+    carrying = attach_adapter.adapted_layers(zoo.adapted(model, rank=3))
     assert carrying == {name: 3 * sum(shape) for name, shape in shapes.items()}
 
 
@@ -190,7 +190,7 @@ def test_an_adapter_of_rank_r_has_r_times_in_plus_out_parameters():
 )
 def test_what_matches_nothing_is_refused(wanted: str | list[str], said: str, hinted: str):
     with pytest.raises(LoraError) as caught:
-        targets.resolve(zoo.make("llama"), AdapterSpec(target_modules=wanted))
+        target_modules.resolve_target_modules(zoo.make("llama"), AdapterSpec(target_modules=wanted))
     assert said in caught.value.message
     assert hinted in str(caught.value.hint)
 
@@ -198,7 +198,7 @@ def test_what_matches_nothing_is_refused(wanted: str | list[str], said: str, hin
 def test_a_layer_that_the_method_cannot_adapt_is_refused_in_one_line():
     spec = AdapterSpec(rank=4, target_modules=["input_layernorm"])
     with pytest.raises(LoraError, match="PEFT refuses it") as caught:
-        adapter.attach(zoo.make("llama"), spec, seed=0)
+        attach_adapter.attach(zoo.make("llama"), spec, seed=0)
     assert "\n" not in caught.value.message
 
 
@@ -206,4 +206,4 @@ def test_a_model_without_linear_layers_says_so():
     model = zoo.make("llama")
     model.model.layers = nn.ModuleList()
     with pytest.raises(LoraError, match="no linear layers"):
-        targets.resolve(model, AdapterSpec())
+        target_modules.resolve_target_modules(model, AdapterSpec())

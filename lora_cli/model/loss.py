@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
-from lora_cli.model import attention
+from lora_cli.model import packed_attention
 from lora_cli.recipe.tasks import TaskName
 
-CHUNK = 256  # supervised tokens whose logits exist at once
+CHUNK_TOKENS = 256  # supervised tokens whose logits exist at once
 
 
-class Score(NamedTuple):
+class BatchLoss(NamedTuple):
     """What a model makes of one batch; its units are supervised tokens, labelled words or rows (`model/tasks.py`)."""
 
     loss: Tensor  # scalar fp32: nats, or squared error of a regression, summed over the units
@@ -28,7 +28,7 @@ class Score(NamedTuple):
     tokens: int  # units
 
 
-class Scorer:
+class LossFunction:
     """Loss and hits of batches under one model; knows whether the model's head is a plain linear layer.
 
     Differentiable in the adapter where gradients are enabled. The adapter that is active at the call is the one
@@ -52,9 +52,9 @@ class Scorer:
         self._prompted: PeftModel | None = model if prompted and isinstance(model, PeftModel) else None
         self.plain_head = task == "causal-lm" and not prompted and self._has_plain_head()
         self._smoothing = label_smoothing
-        self._noise = Noise(neftune_alpha, self.base) if neftune_alpha else None
+        self._noise = NEFTuneNoise(neftune_alpha, self.base) if neftune_alpha else None
 
-    def __call__(self, batch: Batch) -> Score:
+    def __call__(self, batch: Batch) -> BatchLoss:
         """Sums over the units of `batch`; all zero if it has none."""
         if self._noise:
             self._noise.lengths = batch.lengths
@@ -63,29 +63,29 @@ class Scorer:
             predict, inputs = batch.label_positions.to(self.device), self.inputs(batch)
             hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[predict]
             head = self.base.get_output_embeddings()
-            loss, correct = HeadLoss.apply(  # type: ignore[no-untyped-call]
+            loss, correct = ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
                 hidden, head.weight, head.bias, targets, self._smoothing
             )
-            return Score(loss, correct, len(targets))
+            return BatchLoss(loss, correct, len(targets))
         # Heads that do more than multiply (caps, scales, adapters of their own) compute the logits themselves.
-        losses, hits = self._judge(self.logits(batch), targets)
-        return Score(losses.sum(), hits.sum(), len(targets))
+        losses, hits = self._loss(self.logits(batch), targets)
+        return BatchLoss(losses.sum(), hits.sum(), len(targets))
 
     @torch.no_grad()
-    def each(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def per_token(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss, fp32 [units], and whether the most likely label was the right one, bool [units], of every unit."""
         targets = batch.targets.to(self.device)
         if not self.plain_head:
-            return self._judge(self.logits(batch), targets)
+            return self._loss(self.logits(batch), targets)
         predict, inputs = batch.label_positions.to(self.device), self.inputs(batch)
         hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[predict]
         head = self.base.get_output_embeddings()
-        parts = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-        judged = [self._judge(head(some), wanted) for some, wanted in parts]
+        parts = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        judged = [self._loss(head(some), wanted) for some, wanted in parts]
         losses, hits = zip(*judged, strict=True)
         return torch.cat(losses), torch.cat(hits)
 
-    def _judge(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if not targets.is_floating_point():
             losses = nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing)
@@ -100,7 +100,7 @@ class Scorer:
         """Logits [units, vocabulary or labels] at the units of `batch`, in the model's dtype."""
         predict, inputs = batch.label_positions.to(self.device), self.inputs(batch)
         if self.task == "causal-lm" and self._prompted is None:
-            return kept_logits(self.base, inputs, predict)
+            return logits_at(self.base, inputs, predict)
         found: Tensor = (self._prompted or self.base)(**inputs).logits
         if self.task == "seq-cls":
             return found
@@ -136,7 +136,7 @@ class Scorer:
         return torch.equal(logits, plain)
 
 
-class Noise:
+class NEFTuneNoise:
     """Uniform noise on the embeddings of each row while training (NEFTune, Jain et al., arXiv:2310.05914, section 2).
 
     Its size is alpha/sqrt(L·d) for a row of L tokens and d dimensions, of each row by itself where rows are packed.
@@ -171,12 +171,12 @@ def model_inputs(model: PreTrainedModel, batch: Batch, *, task: TaskName = "caus
     if batch.attention_mask is not None:
         mask = batch.attention_mask.to(device)
         inputs["attention_mask"] = mask if task == "causal-lm" else mask.long()
-    elif model.config._attn_implementation == attention.NAME:
-        inputs["row_plan"] = attention.plan_rows(batch.lengths)
+    elif model.config._attn_implementation == packed_attention.PACKED_ATTENTION:
+        inputs["row_plan"] = packed_attention.plan_rows(batch.lengths)
     return inputs
 
 
-def kept_logits(model: PreTrainedModel, inputs: dict[str, Any], places: Tensor) -> Tensor:
+def logits_at(model: PreTrainedModel, inputs: dict[str, Any], places: Tensor) -> Tensor:
     """Logits [n, vocabulary] at `places` of the flattened batch, through the head as the model has it.
 
     The head runs over the columns of the batch that hold a place, where the model's forward can be told so.
@@ -190,7 +190,7 @@ def kept_logits(model: PreTrainedModel, inputs: dict[str, Any], places: Tensor) 
     return logits[places // width, column]
 
 
-class HeadLoss(torch.autograd.Function):
+class ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a frozen linear head, with d loss/d hidden = (softmax(logits) - wanted)·W per chunk.
 
     `wanted` is one-hot; with label smoothing e, (1 - e)·onehot + e/V (Szegedy et al., arXiv:1512.00567, section 7).
@@ -205,8 +205,8 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=precise, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(targets), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
             logits = nn.functional.linear(hidden[part], weight, bias).to(precise)
             wanted = targets[part, None]
             picked = logits.gather(1, wanted)

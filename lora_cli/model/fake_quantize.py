@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from lora_cli.model.quantize import library_config
+from lora_cli.model.quantize import bnb_config
 from lora_cli.recipe.schema import QuantizationSpec
 
 
@@ -20,14 +20,14 @@ def quantized_weights(skeleton: PreTrainedModel, spec: QuantizationSpec) -> dict
     `skeleton` is on the meta device, and is used up: its linear layers are replaced.
     """
     turned = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
-    quantizer = AutoHfQuantizer.from_config(library_config(spec))
+    quantizer = AutoHfQuantizer.from_config(bnb_config(spec))
     quantizer.preprocess_model(model=skeleton, device_map={"": "cpu"})
     layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     found = (name for name, module in skeleton.named_modules() if isinstance(module, layers))
     return {f"{name}.weight": name in turned for name in found}
 
 
-def round_trip(spec: QuantizationSpec, dtype: torch.dtype, *, turned: bool) -> Callable[[Tensor], Tensor]:
+def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, turned: bool) -> Callable[[Tensor], Tensor]:
     """A function from a weight as it is stored to the weight that training computed with, in `dtype`.
 
     Args:
@@ -39,13 +39,13 @@ def round_trip(spec: QuantizationSpec, dtype: torch.dtype, *, turned: bool) -> C
     def apply(weight: Tensor) -> Tensor:
         given = weight.to(dtype)
         given = given.T.contiguous() if turned else given.contiguous()
-        value = _int8(given) if spec.bits == 8 else _four_bits(given, spec)
+        value = _round_int8(given) if spec.bits == 8 else _round_4bit(given, spec)
         return value.T.contiguous() if turned else value
 
     return apply
 
 
-def _four_bits(weight: Tensor, spec: QuantizationSpec) -> Tensor:
+def _round_4bit(weight: Tensor, spec: QuantizationSpec) -> Tensor:
     # As one row: blocks run on from row to row, and the CPU kernel (0.50) gives those of a row that is no whole number
     # of them the scales of others.
     row = weight.reshape(-1)
@@ -54,7 +54,7 @@ def _four_bits(weight: Tensor, spec: QuantizationSpec) -> Tensor:
     return value.reshape(weight.shape)
 
 
-def _int8(weight: Tensor) -> Tensor:
+def _round_int8(weight: Tensor) -> Tensor:
     codes, scales, _ = bnbf.int8_vectorwise_quant(weight.to(torch.float16))
     value: Tensor = bnbf.int8_vectorwise_dequant(codes, scales)
     return value.to(weight.dtype)

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from lora_cli.data.collate import Batch, collate_packed, collate_padded
-from lora_cli.model import attention
-from lora_cli.model.score import CHUNK, HeadLoss, Scorer
+from lora_cli.model import packed_attention
+from lora_cli.model.loss import CHUNK_TOKENS, ChunkedLinearCrossEntropy, LossFunction
 from tests.model import families, zoo
 
 # (dtype, tolerance of the loss, of the gradient); for bf16 the reference is made in fp32 from the same numbers.
@@ -18,7 +18,7 @@ PRECISIONS = [(torch.float64, 1e-13, 1e-12), (torch.float32, 1e-6, 1e-5), (torch
 
 @pytest.mark.parametrize(("dtype", "loss_off", "grad_off"), PRECISIONS)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("count", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5])
+@pytest.mark.parametrize("count", [0, 1, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 2 * CHUNK_TOKENS + 5])
 def test_head_loss_is_cross_entropy(count: int, bias: bool, dtype: torch.dtype, loss_off: float, grad_off: float):
     generator = torch.Generator().manual_seed(count)
 
@@ -28,7 +28,7 @@ def test_head_loss_is_cross_entropy(count: int, bias: bool, dtype: torch.dtype, 
     hidden, weight, offset = draw(count, 16), draw(53, 16), draw(53) if bias else None
     targets = torch.randint(0, 53, (count,), generator=generator)
     mine = hidden.clone().requires_grad_()
-    loss, correct = HeadLoss.apply(mine, weight, offset, targets)
+    loss, correct = ChunkedLinearCrossEntropy.apply(mine, weight, offset, targets)
     (grad,) = torch.autograd.grad(3.0 * loss, mine)
 
     exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -44,13 +44,13 @@ def test_head_loss_is_cross_entropy(count: int, bias: bool, dtype: torch.dtype, 
     if dtype != torch.bfloat16:
         assert int(correct) == int((logits.argmax(-1) == targets).sum())
     with torch.no_grad():  # as evaluation calls it
-        assert HeadLoss.apply(hidden, weight, offset, targets)[0] == loss
+        assert ChunkedLinearCrossEntropy.apply(hidden, weight, offset, targets)[0] == loss
 
 
 def test_extreme_logits_stay_finite_and_exact():
     hidden = torch.tensor([[300.0], [-300.0]], requires_grad=True)
     weight, targets = torch.tensor([[1.0], [0.0], [-1.0]]), torch.tensor([0, 0])
-    loss, correct = HeadLoss.apply(hidden, weight, None, targets)
+    loss, correct = ChunkedLinearCrossEntropy.apply(hidden, weight, None, targets)
     (grad,) = torch.autograd.grad(loss, hidden)
     assert (float(loss.detach()), int(correct)) == (600.0, 1)
     assert torch.equal(grad, torch.tensor([[0.0], [-2.0]]))
@@ -82,10 +82,10 @@ def test_the_loss_is_transformers_own(family: str, packing: bool):
         if "lora_B" in name:
             parameter.data.zero_()
     capped = family == "gemma2"
-    model.set_attn_implementation("eager" if capped else attention.NAME if packing else "sdpa")
-    scorer = Scorer(peft_model)
-    assert scorer.plain_head == PLAIN[family]
-    score = scorer((collate_packed if packing else collate_padded)(chosen, range(4), 0))
+    model.set_attn_implementation("eager" if capped else packed_attention.PACKED_ATTENTION if packing else "sdpa")
+    loss_fn = LossFunction(peft_model)
+    assert loss_fn.plain_head == PLAIN[family]
+    score = loss_fn((collate_packed if packing else collate_padded)(chosen, range(4), 0))
     assert float(score.loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert score.tokens == sum(int((row.labels[1:] != -100).sum()) for row in chosen)
     assert score.loss.requires_grad
@@ -100,32 +100,32 @@ def _library_loss(model: torch.nn.Module, row: zoo.Row) -> float:
 
 def test_a_head_with_an_adapter_is_not_plain():
     model = zoo.make("llama")
-    assert Scorer(zoo.adapted(model)).plain_head
-    assert not Scorer(zoo.adapted(zoo.make("llama"), target_modules=["q_proj", "lm_head"])).plain_head
+    assert LossFunction(zoo.adapted(model)).plain_head
+    assert not LossFunction(zoo.adapted(zoo.make("llama"), target_modules=["q_proj", "lm_head"])).plain_head
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_looking_at_the_head_leaves_the_mode_alone(training: bool):
     model = zoo.adapted(zoo.make("llama")).train(training)
-    assert Scorer(model).base.training is training
+    assert LossFunction(model).base.training is training
 
 
 def test_the_active_adapter_counts():
     model = zoo.adapted(zoo.make("llama"))
     rows = zoo.rows_of([20])
     batch = collate_padded([rows[0]], [0], 0)
-    scorer = Scorer(model)
+    loss_fn = LossFunction(model)
     with model.disable_adapter():
-        base = float(scorer(batch).loss.detach())
-    assert base == pytest.approx(float(Scorer(zoo.make("llama"))(batch).loss), rel=1e-6)
-    assert float(scorer(batch).loss.detach()) != pytest.approx(base, rel=1e-3)
+        base = float(loss_fn(batch).loss.detach())
+    assert base == pytest.approx(float(LossFunction(zoo.make("llama"))(batch).loss), rel=1e-6)
+    assert float(loss_fn(batch).loss.detach()) != pytest.approx(base, rel=1e-3)
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
 def test_no_head_computes_logits_where_there_is_no_label(family: str, packing: bool):
     model = zoo.make(family, attention="eager")
-    scorer = Scorer(model)
+    loss_fn = LossFunction(model)
     rows = zoo.rows_of([12, 5, 31, 8])
     for i in range(len(rows)):
         rows[i].labels[:-2] = -100
@@ -133,7 +133,7 @@ def test_no_head_computes_logits_where_there_is_no_label(family: str, packing: b
     batch = (collate_packed if packing else collate_padded)([rows[i] for i in range(len(rows))], range(4), 0)
     multiplied: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda _, args, out: multiplied.append(out.numel() // 97))
-    score = scorer(batch)
+    score = loss_fn(batch)
     assert score.tokens == 8
     # Padded, the head takes whole columns: at most four rows for each label.
     assert multiplied == [8] or (not packing and multiplied[0] <= 4 * 8)
@@ -148,7 +148,7 @@ def test_head_loss_smooths_labels_as_torch_does(smoothing: float, dtype: torch.d
     hidden = torch.randn(300, 16, generator=generator, dtype=dtype, requires_grad=True)
     weight = torch.randn(50, 16, generator=generator, dtype=dtype)
     targets = torch.randint(0, 50, (300,), generator=generator)
-    loss, correct = HeadLoss.apply(hidden, weight, None, targets, smoothing)
+    loss, correct = ChunkedLinearCrossEntropy.apply(hidden, weight, None, targets, smoothing)
     (grad,) = torch.autograd.grad(loss, hidden)
     logits = hidden @ weight.T
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
@@ -165,12 +165,12 @@ def test_smoothing_is_the_same_through_either_head(family: str):
     model = zoo.adapted(zoo.make(family))
     rows = zoo.rows_of([12, 31])
     batch = collate_padded([rows[0], rows[1]], range(2), 0)
-    smooth = Scorer(model, label_smoothing=0.2)
+    smooth = LossFunction(model, label_smoothing=0.2)
     assert smooth.plain_head is (family == "llama")
     logits = smooth.logits(batch).double()
     expected = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=0.2)
     assert smooth(batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert smooth(batch).loss.item() != pytest.approx(Scorer(model)(batch).loss.item(), rel=1e-3)
+    assert smooth(batch).loss.item() != pytest.approx(LossFunction(model)(batch).loss.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -178,18 +178,18 @@ def test_neftune_noise_is_uniform_of_each_rows_own_size(packing: bool):
     """|noise| < alpha/sqrt(L·d) of a row of L tokens, its variance a third of that squared; none in evaluation."""
     alpha, rows = 5.0, zoo.rows_of([6, 30, 11])
     batch = (collate_packed if packing else collate_padded)([rows[i] for i in range(3)], range(3), 0)
-    model = zoo.adapted(zoo.make("llama", attention=attention.NAME if packing else "sdpa"))
+    model = zoo.adapted(zoo.make("llama", attention=packed_attention.PACKED_ATTENTION if packing else "sdpa"))
     torch.manual_seed(0)
     seen: list[torch.Tensor] = []
     plain = model.get_base_model().get_input_embeddings()(batch.input_ids)
-    scorer = Scorer(model, neftune_alpha=alpha)
+    loss_fn = LossFunction(model, neftune_alpha=alpha)
     model.get_base_model().get_input_embeddings().register_forward_hook(lambda _, given, out: seen.append(out))
-    before = Scorer(model)
+    before = LossFunction(model)
     model.eval()
-    assert before(batch).loss == scorer(batch).loss
+    assert before(batch).loss == loss_fn(batch).loss
     assert torch.equal(seen[-1], plain)
     model.train()
-    assert scorer(batch).loss != scorer(batch).loss
+    assert loss_fn(batch).loss != loss_fn(batch).loss
     noise = seen[-1] - plain
     ends = accumulate(batch.lengths)
     for number, (end, length) in enumerate(zip(ends, batch.lengths, strict=True)):
@@ -206,11 +206,11 @@ def test_classifiers_take_noise_too(tmp_path: Path):
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
     positions = torch.arange(4).repeat(2, 1)
     batch = Batch(ids, positions, ids > 0, (4, 2), torch.arange(2), torch.tensor([0, 1]), (0, 1))
-    scorer = Scorer(model, task="seq-cls", neftune_alpha=5.0)
-    quiet = scorer(batch).loss
-    assert scorer(batch).loss == quiet
+    loss_fn = LossFunction(model, task="seq-cls", neftune_alpha=5.0)
+    quiet = loss_fn(batch).loss
+    assert loss_fn(batch).loss == quiet
     model.train()
     for module in model.modules():  # BERT's own dropout is not what is looked at
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    assert scorer(batch).loss != quiet
+    assert loss_fn(batch).loss != quiet

@@ -17,7 +17,7 @@ from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import AdapterSpec
 
 ALL_LINEAR = "all-linear"
-LISTED = 12  # kinds of layers that a message names
+MAX_LISTED = 12  # kinds of layers that a message names
 
 
 class Coverage(NamedTuple):
@@ -51,7 +51,7 @@ def linear_layers(model: PreTrainedModel, heads: Iterable[str] = ()) -> dict[str
     }
 
 
-def resolve(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] = ()) -> Targets:
+def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] = ()) -> Targets:
     """The recipe's `target_modules` as PEFT takes them, once every name has been seen to match, and everywhere.
 
     Args:
@@ -63,7 +63,7 @@ def resolve(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] =
         LoraError: a name or regex that matches no layer, or that matches only some of the layers that are alike
             without `layers` saying so; the message lists the linear layers there are.
     """
-    linear, experts = linear_layers(model, heads), stacked_weights(model)
+    linear, experts = linear_layers(model, heads), expert_parameters(model)
     listed = f"its linear layers are: {_kinds([*linear, *experts])}"
     wanted = spec.target_modules
     assert wanted is not None, "a method with targets has a default for them"
@@ -93,9 +93,9 @@ def resolve(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] =
     return Targets(wanted if isinstance(wanted, str) and regex else list(matched))
 
 
-def listed(model: PreTrainedModel) -> str:
+def describe_linear_layers(model: PreTrainedModel) -> str:
     """The kinds of linear layers that the model has, for the user."""
-    return f"its linear layers are: {_kinds([*linear_layers(model), *stacked_weights(model)])}"
+    return f"its linear layers are: {_kinds([*linear_layers(model), *expert_parameters(model)])}"
 
 
 def _entries(wanted: str | Sequence[str]) -> Sequence[str]:
@@ -116,7 +116,7 @@ def _selected(spec: AdapterSpec, names: Sequence[str], hint: str) -> list[str]:
     return kept
 
 
-def token_rows(
+def resolve_trainable_tokens(
     model: PreTrainedModel, ids: list[int], *, whole: Sequence[str]
 ) -> list[int] | dict[str, list[int]] | None:
     """Where the tokens `ids` are trained: in the embeddings, and in the output head where that has rows of its own and
@@ -146,7 +146,7 @@ def token_rows(
     return {names[id(embeddings)]: ids, names[id(head)]: ids}
 
 
-def stacked_weights(model: PreTrainedModel) -> list[str]:
+def expert_parameters(model: PreTrainedModel) -> list[str]:
     """Parameters that hold the weights of all experts of a layer, by full name."""
     return [name for name, parameter in model.named_parameters() if parameter.ndim > 2 and "experts" in name]
 
@@ -183,7 +183,7 @@ def _refuse_partial(found: Sequence[str], candidates: Sequence[str], listed: str
     for template, group in alike.items():
         hit = [name for name in group if name in found]
         if hit and len(hit) < len(group):
-            numbers = sorted({number for name in hit if (number := layer_number(name)) is not None})
+            numbers = sorted({number for name in hit if (number := layer_index(name)) is not None})
             raise LoraError(
                 f"adapter.target_modules: only {len(hit)} of the {len(group)} layers {template} match",
                 hint=f"to adapt some layers only, write adapter.layers: {numbers} and the kinds by name; {listed}",
@@ -201,7 +201,7 @@ def _excluding(excluded: str | Sequence[str] | None, names: Iterable[str], *, hi
 
 
 def _in_layers(numbers: Sequence[int], names: Sequence[str]) -> list[str]:
-    there = {number for name in names if (number := layer_number(name)) is not None}
+    there = {number for name in names if (number := layer_index(name)) is not None}
     if missing := [number for number in numbers if number not in there]:
         last = max(there, default=-1)
         raise LoraError(
@@ -209,10 +209,10 @@ def _in_layers(numbers: Sequence[int], names: Sequence[str]) -> list[str]:
             + (f"layers 0 to {last}" if there else "no numbered layers"),
             hint="write the numbers of layers that it has, or remove the key",
         )
-    return [name for name in names if layer_number(name) in numbers]
+    return [name for name in names if layer_index(name) in numbers]
 
 
-def layer_number(name: str) -> int | None:
+def layer_index(name: str) -> int | None:
     """The number of the layer that a module belongs to: 3 for `model.layers.3.mlp.experts.0.up_proj`."""
     found = re.search(r"\.(\d+)(\.|$)", name)
     return int(found[1]) if found else None
@@ -229,7 +229,7 @@ def _within(name: str, modules: Iterable[str]) -> bool:
 
 def _kinds(linear: Iterable[str]) -> str:
     kinds = sorted({name.rpartition(".")[2] for name in linear})
-    return ", ".join(kinds[:LISTED]) + (f" and {len(kinds) - LISTED} more" if len(kinds) > LISTED else "")
+    return ", ".join(kinds[:MAX_LISTED]) + (f" and {len(kinds) - MAX_LISTED} more" if len(kinds) > MAX_LISTED else "")
 
 
 def check_patterns(spec: AdapterSpec, adapted: Iterable[str]) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor
 from lora_cli.data.batches import BatchPlan
 from lora_cli.recipe.tasks import TaskName
 
-Weights = Mapping[str, Tensor]  # full name of a tensor → the tensor
+StateDict = Mapping[str, Tensor]  # full name of a tensor → the tensor
 
 
-class Setting(NamedTuple):
+class AdapterContext(NamedTuple):
     """The run around an adapter; the default is that of a causal model of which only shapes count."""
 
     task: TaskName = "causal-lm"
@@ -19,4 +19,4 @@ class Setting(NamedTuple):
     total_steps: int = 1  # optimizer steps of the run
     plan: BatchPlan | None = None  # training rows, for methods that look at them; None where only shapes count
     encode: Callable[[str], list[int]] | None = None  # a text's token ids, no special ones added
-    originals: Callable[[], Weights] | None = None  # the base's weights before they were quantised
+    originals: Callable[[], StateDict] | None = None  # the base's weights before they were quantised
