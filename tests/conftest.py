@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_cli.model import base_model, gguf
+from lora_cli.model import base_model, gguf_base
 from tests.inputs.tiny_tokenizers import CHATML
 from tests.inputs.tiny_tokenizers import build as build_tokenizer
 from tests.model import zoo
@@ -54,7 +54,9 @@ def demo_gguf() -> Path:
 @pytest.fixture(scope="session")
 def demo_folder(demo_gguf: Path) -> Path:
     """The demo model in fp32, unpacked once for all test runs of this machine."""
-    return gguf.unpack_gguf(demo_gguf, dtype=torch.float32, cache=base_model.cache_folder(), info=lambda line: None)
+    return gguf_base.unpack_gguf(
+        demo_gguf, dtype=torch.float32, cache=base_model.cache_folder(), info=lambda line: None
+    )
 
 
 @pytest.fixture(scope="session")

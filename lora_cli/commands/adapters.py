@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from lora_cli.commands.subject import open_subject, read_config
 from lora_cli.data.class_labels import LABELS_FILE as LABELS
 from lora_cli.errors import LoraError
-from lora_cli.merging import factors
-from lora_cli.merging.factors import Pair, Saved
-from lora_cli.merging.fold import Pair as Files
+from lora_cli.merging import low_rank
+from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
+from lora_cli.merging.merge_tensors import ReadWrite as Files
 from lora_cli.model import base_model, safetensors_io, trained_on
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
@@ -57,7 +57,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         if file is not None and not file.absolute().parent.is_dir():
             raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
     read_config(folder)
-    saved = factors.read(folder)
+    saved = low_rank.read_lora(folder)
     norms = _base_norms(folder, base_path, saved)
     looks = [_look(module, pair, norms.get(module)) for module, pair in saved.pairs.items()]
     looks = [look for look in looks if look.norm > 0]
@@ -90,7 +90,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         console.info(f"plotted in {plot}")
 
 
-def _look(module: str, pair: Pair, base_norm: float | None) -> Look:
+def _look(module: str, pair: LowRankFactors, base_norm: float | None) -> Look:
     _, values, _ = pair.singular()
     return Look(
         module,
@@ -98,13 +98,13 @@ def _look(module: str, pair: Pair, base_norm: float | None) -> Look:
         pair.a.numel() + pair.b.numel(),
         float(values.square().sum().sqrt()),
         base_norm,
-        factors.effective_rank(values),
-        {f"{share:.2f}": factors.ranks_for(values, share) for share in SHARES},
+        low_rank.effective_rank(values),
+        {f"{share:.2f}": low_rank.rank_for_energy(values, share) for share in SHARES},
         values.tolist(),
     )
 
 
-def _base_norms(folder: Path, base_path: str | None, saved: Saved) -> dict[str, float]:
+def _base_norms(folder: Path, base_path: str | None, saved: LoraWeights) -> dict[str, float]:
     """‖W‖ of every adapted module, where the base's files are on this machine."""
     try:
         subject = open_subject(folder, saved.config, base_path=base_path, trust_remote_code=False)
@@ -189,17 +189,17 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     if (rank is None) == (energy is None):
         raise LoraError("--rank and --energy: one of the two says how small", hint="write --rank 8, or --energy 0.95")
     read_config(folder)
-    saved = factors.read(folder)
+    saved = low_rank.read_lora(folder)
     if saved.config.use_dora:
         raise LoraError(
             f"{folder} is DoRA: its magnitudes belong to the whole of B·A", hint="merge it, or train a smaller one"
         )
     small = {}
     for module, pair in saved.pairs.items():
-        wanted = rank if rank is not None else factors.ranks_for(pair.singular()[1], float(energy or 1))
-        small[module] = factors.truncate(pair, wanted)
+        wanted = rank if rank is not None else low_rank.rank_for_energy(pair.singular()[1], float(energy or 1))
+        small[module] = low_rank.truncate_rank(pair, wanted)
     _write(small, saved, out, force=force, what=f"cut down from rank {_span([p.rank for p in saved.pairs.values()])}")
-    _tell_kept(saved.pairs, factors.read(out).pairs)
+    _tell_kept(saved.pairs, low_rank.read_lora(out).pairs)
     console.out.print(str(out))
 
 
@@ -215,32 +215,32 @@ def combine(
         except ValueError:
             raise LoraError(f"{item}: {weight} is no weight", hint="write 0.5*runs/a/adapter") from None
         read_config(Path(path))
-        adapters.append(factors.read(Path(path)))
+        adapters.append(low_rank.read_lora(Path(path)))
     if len(adapters) < 2:
         raise LoraError("combine: one adapter is given", hint="name two or more")
     _refuse_apart(adapters)
     if method == "concat" and rank is not None:
         raise LoraError("--rank has no effect with --method concat", hint="write --method svd, or remove it")
-    whole = factors.concatenate(adapters, weights)
+    whole = low_rank.concatenate_factors(adapters, weights)
     most = rank or max(pair.rank for saved in adapters for pair in saved.pairs.values())
     match method:
         case "concat":
             made = whole
         case "svd":
-            made = {module: factors.truncate(pair, most) for module, pair in whole.items()}
+            made = {module: low_rank.truncate_rank(pair, most) for module, pair in whole.items()}
         case "linear":
-            made = factors.average(adapters, weights)
+            made = low_rank.average_factors(adapters, weights)
         case _:
-            dense = factors.vote(adapters, weights, method=method, density=density, seed=seed)
-            made = factors.factorise(dense, most, {module: pair.embedding for module, pair in whole.items()})
+            dense = low_rank.combine_dense(adapters, weights, method=method, density=density, seed=seed)
+            made = low_rank.factorize(dense, most, {module: pair.embedding for module, pair in whole.items()})
     names = ", ".join(f"{weight:g} of {saved.folder}" for weight, saved in zip(weights, adapters, strict=True))
     _write(made, adapters[0], out, force=force, what=f"{method} of {names}")
     if method in ("concat", "svd"):
-        _tell_kept(whole, factors.read(out).pairs)
+        _tell_kept(whole, low_rank.read_lora(out).pairs)
     console.out.print(str(out))
 
 
-def _refuse_apart(adapters: list[Saved]) -> None:
+def _refuse_apart(adapters: list[LoraWeights]) -> None:
     """What cannot be summed: other bases, and what is not of low rank."""
     first, known = adapters[0], trained_on.read_trained_on(adapters[0].folder)
     for saved in adapters:
@@ -265,7 +265,7 @@ def _refuse_apart(adapters: list[Saved]) -> None:
                 )
 
 
-def _write(pairs: dict[str, Pair], like: Saved, out: Path, *, force: bool, what: str) -> None:
+def _write(pairs: dict[str, LowRankFactors], like: LoraWeights, out: Path, *, force: bool, what: str) -> None:
     if out.exists() and not force:
         raise LoraError(f"--out {out} exists", hint="name another folder, or replace it with --force")
     if not out.absolute().parent.is_dir():
@@ -273,9 +273,9 @@ def _write(pairs: dict[str, Pair], like: Saved, out: Path, *, force: bool, what:
     if out.resolve() == like.folder.resolve():
         raise LoraError(f"--out {out}: that is what is read", hint="name another folder")
     pairs = {module: pair for module, pair in pairs.items() if pair.rank}
-    config: LoraConfig = factors.config_of(pairs, like.config)
+    config: LoraConfig = low_rank.lora_config_for(pairs, like.config)
     with atomic.folder(out, replace=force) as partial:
-        tensors: dict[str, Any] = {**factors.tensors_of(pairs), **like.others}
+        tensors: dict[str, Any] = {**low_rank.to_peft_tensors(pairs), **like.others}
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))
         for name in ALONG:
@@ -286,8 +286,8 @@ def _write(pairs: dict[str, Pair], like: Saved, out: Path, *, force: bool, what:
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
-def _tell_kept(whole: dict[str, Pair], written: dict[str, Pair]) -> None:
-    share = factors.kept(whole, written)
+def _tell_kept(whole: dict[str, LowRankFactors], written: dict[str, LowRankFactors]) -> None:
+    share = low_rank.energy_kept(whole, written)
     total = sum(pair.energy for pair in whole.values())
     kept = sum(share[module] * pair.energy for module, pair in whole.items()) / total
     worst = min(share, key=lambda module: share[module])

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from lora_cli.commands.opening import Opening
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import harness, texts
-from lora_cli.evaluation.generate import Answer, answer, prompt_ids, reference_ids, stop_ids
+from lora_cli.evaluation import lm_eval_harness, text_metrics
+from lora_cli.evaluation.generation import Answer, generate, prompt_ids, reference_ids, stop_ids
 from lora_cli.model import packed_attention
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import Recipe
@@ -42,8 +42,8 @@ class Asked(NamedTuple):
         """
         if (self.metrics or self.file) and not self.prompts:
             raise LoraError("--metric and --predictions are about answers", hint="say how many: --answers 100")
-        texts.check(self.metrics)
-        harness.check(self.tasks, self.tasks_folder)
+        text_metrics.check_text_metrics(self.metrics)
+        lm_eval_harness.check_tasks(self.tasks, self.tasks_folder)
 
 
 class Question(NamedTuple):
@@ -96,7 +96,10 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """The metrics of each model's answers, by its name."""
     references = [question.references for question in questions]
-    return {name: texts.measure(metrics, [each.text for each in all_of], references) for name, all_of in said.items()}
+    return {
+        name: text_metrics.compute_text_metrics(metrics, [each.text for each in all_of], references)
+        for name, all_of in said.items()
+    }
 
 
 def answers_of(
@@ -106,7 +109,7 @@ def answers_of(
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     longest = max(question.longest for question in questions)
     with _padding(inner):
-        return answer(
+        return generate(
             model,
             opening.tokenizer,
             [question.prompt for question in questions],
@@ -131,7 +134,9 @@ def harness_of(model: PeftModel | PreTrainedModel, opening: Opening, asked: Aske
     """What the harness says of `model`, by task and metric."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     with _padding(inner):
-        return harness.measure(model, opening.tokenizer, asked.tasks, folder=asked.tasks_folder, limit=asked.limit)
+        return lm_eval_harness.run_tasks(
+            model, opening.tokenizer, asked.tasks, folder=asked.tasks_folder, limit=asked.limit
+        )
 
 
 def task_table(scores: dict[str, dict[str, float]]) -> Table:

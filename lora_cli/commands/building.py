@@ -8,7 +8,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lora_cli.commands import card
 from lora_cli.commands.opening import Opening
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
@@ -26,7 +25,8 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
-from lora_cli.training.optim import choose, moment_bytes
+from lora_cli.training import model_card
+from lora_cli.training.optimizer import choose_optimizer, moment_bytes
 
 Info = Callable[[str], None]
 PADDED = 0.05  # relative change of logits beside a longer row: rounding in bf16 is well below it
@@ -120,7 +120,7 @@ def build(recipe: Recipe, opening: Opening, plan: BatchPlan, *, total: int, info
         context=context(recipe, opening, heads=based.heads, plan=plan, total=total),
     )
     where = f"{str(opening.dtype).removeprefix('torch.')} on {opening.device}"
-    info(f"{card.public(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
+    info(f"{model_card.redact_path(recipe.model.path)}: {where}, attention {model.config._attn_implementation}")
     for line in held_as(recipe, opening):
         info(line)
     taken, weights = quantized_bytes(model)
@@ -184,7 +184,7 @@ def optimizer_of(recipe: Recipe, opening: Opening) -> str:
         LoraError: this machine does not have it.
     """
     quantized = recipe.quantization is not None or opening.prequantized is not None
-    return choose(recipe.training.optimizer, device=opening.device, quantized=quantized)
+    return choose_optimizer(recipe.training.optimizer, device=opening.device, quantized=quantized)
 
 
 def compute_as_trained(model: PeftModel) -> None:

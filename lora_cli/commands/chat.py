@@ -14,12 +14,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.commands.subject import open_subject, read_config
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.generate import stop_ids
+from lora_cli.evaluation.generation import stop_ids
 from lora_cli.model import base_model, fp32_weights
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import atomic, console
-from lora_cli.training import host
+from lora_cli.training import cpu
 
 BASE = "base"
 HELP = """\
@@ -209,7 +209,7 @@ def _load(
     """The base of the first adapter with all adapters on it, or a whole model."""
     device = base_model.pick_device()
     if device.type == "cpu":
-        host.set_up_cpu()
+        cpu.set_up_cpu()
     if (target / "adapter" / "adapter_config.json").is_file():
         target = target / "adapter"
     folders = _folders(target, named)

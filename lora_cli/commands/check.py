@@ -5,7 +5,6 @@ from pathlib import Path
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from lora_cli.commands import card
 from lora_cli.commands.building import context, coverage_table, held_as, optimizer_of, refuse_untaught
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.dataset import IGNORE_INDEX, Row, show_mask
@@ -13,7 +12,8 @@ from lora_cli.data.examples import check_rows
 from lora_cli.model import attach_adapter, base_model, memory, target_modules
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
-from lora_cli.training.optim import moment_bytes
+from lora_cli.training import model_card
+from lora_cli.training.optimizer import moment_bytes
 
 
 def check(recipe: Recipe, *, rows: int) -> None:
@@ -36,7 +36,7 @@ def check(recipe: Recipe, *, rows: int) -> None:
     if recipe.training.optimizer == "auto":
         info(f"optimizer: {optimizer} (auto)")
     _count(recipe, opening, tokens=plan.max_tokens, total=total, optimizer=optimizer)
-    info(f"ok: lora train would train {card.public(recipe.model.path)} on these rows")
+    info(f"ok: lora train would train {model_card.redact_path(recipe.model.path)} on these rows")
 
 
 def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimizer: str) -> None:

@@ -15,11 +15,11 @@ from lora_cli.commands.building import compute_as_trained, load_base
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data import class_labels as labelling
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import intervals, metrics
-from lora_cli.evaluation.classify import predict
-from lora_cli.evaluation.generate import Answer
-from lora_cli.evaluation.intervals import Interval
-from lora_cli.evaluation.likelihood import ByRow, Likelihood, measure_rows
+from lora_cli.evaluation import bootstrap, classification_metrics
+from lora_cli.evaluation.bootstrap import Interval
+from lora_cli.evaluation.generation import Answer
+from lora_cli.evaluation.likelihood import Likelihood, RowLikelihoods, measure_row_likelihoods
+from lora_cli.evaluation.predict import predict
 from lora_cli.model import base_model
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.model.loss import LossFunction
@@ -28,7 +28,7 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
-from lora_cli.training import host
+from lora_cli.training import cpu
 
 BASE = "base"
 FEWEST_ROWS = 5  # of which an interval says anything
@@ -37,7 +37,7 @@ FEWEST_ROWS = 5  # of which an interval says anything
 class Figures(NamedTuple):
     """What was measured of one model."""
 
-    rows: ByRow
+    rows: RowLikelihoods
     more: dict[str, float]  # metrics of a classifier, by name
 
     @property
@@ -77,9 +77,9 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
             f"{target}: its recipe holds no rows out (data.eval is null)", hint="name rows with --data FILE"
         )
     if opening.device.type == "cpu":
-        host.set_up_cpu()
+        cpu.set_up_cpu()
     labels = opening.data.labels
-    if labels is not None and (lacking := metrics.missing()):
+    if labels is not None and (lacking := classification_metrics.missing_packages()):
         console.info(f'without {", ".join(lacking)}: loss and accuracy only; for more, pip install "lora-cli[eval]"')
     if trained and labels and trained.kind != labels.kind:
         raise LoraError(
@@ -97,8 +97,12 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     def look(name: str, at: PeftModel | PreTrainedModel) -> None:
         console.info(f"measuring {name} on {len(rows):,} rows")
         loss_fn = LossFunction(at, task=recipe.task)
-        more = metrics.measure(predict(loss_fn, plan, labels)) if labels and not metrics.missing() else {}
-        figures[name] = Figures(measure_rows(loss_fn, plan), more)
+        more = (
+            classification_metrics.compute_classification_metrics(predict(loss_fn, plan, labels))
+            if labels and not classification_metrics.missing_packages()
+            else {}
+        )
+        figures[name] = Figures(measure_row_likelihoods(loss_fn, plan), more)
         if questions:
             console.info(f"answering {len(questions):,} prompts")
             said[name] = answering.answers_of(at, opening, questions, recipe)
@@ -243,14 +247,14 @@ def _compared(figures: dict[str, Figures], task: TaskName) -> list[str]:
         return []
     lines = [f"in 95 of 100 draws of the {len(first.units):,} rows:"]
     for name, found in figures.items():
-        loss = intervals.mean(found.rows.loss, first.units)
+        loss = bootstrap.mean_interval(found.rows.loss, first.units)
         line = f"  {name}: loss {loss.low:.4f} to {loss.high:.4f}"
         if name != BASE:
-            apart = intervals.difference(found.rows.loss, first.loss, first.units)
+            apart = bootstrap.difference_interval(found.rows.loss, first.loss, first.units)
             line += f"; against the base {_better(apart, '.4f')}"
             if first.counted:
                 unit = "token accuracy" if not TASKS[task].classes else "accuracy"
-                hits = intervals.difference(first.hits * 100, found.rows.hits * 100, first.units)
+                hits = bootstrap.difference_interval(first.hits * 100, found.rows.hits * 100, first.units)
                 line += f", {unit} {_better(hits, '.1f')} points"
         lines.append(line)
     return lines
@@ -294,7 +298,7 @@ def _record(found: Figures, base: Figures, task: TaskName) -> dict[str, Any]:
     }
     rows = found.rows
     if len(rows.units) >= FEWEST_ROWS and likelihood.tokens:
-        record["loss_95"] = intervals.mean(rows.loss, rows.units)[1:]
+        record["loss_95"] = bootstrap.mean_interval(rows.loss, rows.units)[1:]
         if found is not base:
-            record["loss_below_base"] = intervals.difference(rows.loss, base.rows.loss, rows.units)._asdict()
+            record["loss_below_base"] = bootstrap.difference_interval(rows.loss, base.rows.loss, rows.units)._asdict()
     return record

@@ -14,8 +14,8 @@ from lora_cli.commands.subject import CPU, Subject, open_subject, read_config, r
 from lora_cli.commands.verifying import Probes, Transforms
 from lora_cli.errors import LoraError
 from lora_cli.merging import stream
-from lora_cli.merging.fold import Folded
-from lora_cli.merging.parity import Agreement
+from lora_cli.merging.compare_models import Agreement
+from lora_cli.merging.merge_tensors import MergedTensor
 from lora_cli.model import base_model, empty_base, fake_quantize, prequantized, safetensors_io
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.tasks import TASKS
@@ -114,12 +114,12 @@ def _refuse_place(folder: Path, out: Path, config: PeftConfig, options: Options)
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
 
 
-def _plan(subject: Subject, dtype: torch.dtype | None) -> stream.Plan:
+def _plan(subject: Subject, dtype: torch.dtype | None) -> stream.MergePlan:
     tensors = safetensors_io.list_tensors(base_model.local_folder(subject.source, fetch=True))
     model = empty_base.init_empty_weights(subject.skeleton())
     mapping = CheckpointMapping(model, tensors)
     adapted = empty_base.attach_saved_adapter(model, subject.folder, subject.config, base=subject.base)
-    return stream.plan(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[subject.task].classes)
+    return stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[subject.task].classes)
 
 
 def _quantization(subject: Subject, options: Options) -> QuantizationSpec | None:
@@ -134,7 +134,7 @@ def _quantization(subject: Subject, options: Options) -> QuantizationSpec | None
 
 
 def _transforms(
-    subject: Subject, plan: stream.Plan, spec: QuantizationSpec | None, probes: Probes | None, options: Options
+    subject: Subject, plan: stream.MergePlan, spec: QuantizationSpec | None, probes: Probes | None, options: Options
 ) -> Transforms:
     """What is done to the base's weights before the update is added: nothing, or a round trip to 4 or 8 bits."""
     if spec is None or options.weights == "original":
@@ -151,9 +151,11 @@ def _transforms(
     return found if verifying.nearer(subject, probes, spec, found, plan) == "dequantized" else {}
 
 
-def _stream(plan: stream.Plan, folder: Path, largest: int, transforms: Transforms, *, sign: int = 1) -> list[Folded]:
+def _stream(
+    plan: stream.MergePlan, folder: Path, largest: int, transforms: Transforms, *, sign: int = 1
+) -> list[MergedTensor]:
     try:
-        folded = stream.write(plan, folder, largest=largest, transform=transforms, sign=sign)
+        folded = stream.write_merged(plan, folder, largest=largest, transform=transforms, sign=sign)
     except ValueError as reason:
         raise LoraError(
             f"the merged weights are not finite: {str(reason).splitlines()[0]}",
@@ -165,7 +167,7 @@ def _stream(plan: stream.Plan, folder: Path, largest: int, transforms: Transform
     return folded
 
 
-def _write_rest(subject: Subject, plan: stream.Plan, folder: Path, options: Options) -> None:
+def _write_rest(subject: Subject, plan: stream.MergePlan, folder: Path, options: Options) -> None:
     """Config, generation config, code, tokenizer and card."""
     model, classes = subject.skeleton(), TASKS[subject.task].classes
     config = model.config
@@ -187,7 +189,7 @@ def _write_rest(subject: Subject, plan: stream.Plan, folder: Path, options: Opti
     (folder / "README.md").write_text(_card(subject, options), encoding="utf-8")
 
 
-def _refuse_rounded_away(folded: list[Folded], plan: stream.Plan) -> None:
+def _refuse_rounded_away(folded: list[MergedTensor], plan: stream.MergePlan) -> None:
     worst = min(folded, key=lambda each: each.survived)
     if not worst.survived >= LEAST_SURVIVAL:
         raise LoraError(
@@ -197,7 +199,7 @@ def _refuse_rounded_away(folded: list[Folded], plan: stream.Plan) -> None:
         )
 
 
-def _unmerge(subject: Subject, plan: stream.Plan, out: Path, largest: int, options: Options) -> None:
+def _unmerge(subject: Subject, plan: stream.MergePlan, out: Path, largest: int, options: Options) -> None:
     """Take the update away from a merged model again; only what was added can be."""
     if left := plan.not_added():
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -223,19 +225,19 @@ def _landing(subject: Subject, folder: Path) -> str:
     except LoraError as reason:
         return f"not compared with the original: {reason.message}"
     merged = safetensors_io.list_tensors(base_model.local_folder(subject.source, fetch=False))
-    apart = stream.compare(safetensors_io.list_tensors(folder), original, between=merged)
+    apart = stream.compare_files(safetensors_io.list_tensors(folder), original, between=merged)
     return (
         f"against {path}: {apart.equal:.1%} of the weights are equal, the others within "
         f"{apart.roundings:.2f} units in the last place ({apart.worst})"
     )
 
 
-def _amount(plan: stream.Plan) -> str:
+def _amount(plan: stream.MergePlan) -> str:
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()})
     return f"{len(plan.tensors):,} tensors, {console.format_bytes(plan.size)} of {' and '.join(dtypes)}"
 
 
-def _report(folded: list[Folded], plan: stream.Plan, seconds: float) -> list[str]:
+def _report(folded: list[MergedTensor], plan: stream.MergePlan, seconds: float) -> list[str]:
     worst = min(folded, key=lambda each: each.survived)
     lines = [
         f"{len(folded):,} of {len(plan.tensors):,} tensors changed, in {seconds:.2f} s; of each update at least "

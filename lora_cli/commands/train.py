@@ -10,25 +10,24 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from lora_cli.commands import card
 from lora_cli.commands.building import Built, Info, build, compute_as_trained
 from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data import class_labels
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.likelihood import measure, shown
+from lora_cli.evaluation.likelihood import describe_likelihood, measure_likelihood
 from lora_cli.model import adalora, base_model, save_adapter, trained_on
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.folder import RunFolder, open_run
-from lora_cli.training import checkpoint, host, launch
-from lora_cli.training.disk import full_disk_is_os_error
-from lora_cli.training.interrupt import StopWish, stop_after_step
-from lora_cli.training.loop import Step, fit, start_alike
-from lora_cli.training.optim import make_optimizer
+from lora_cli.training import checkpoint, cpu, launch, model_card
+from lora_cli.training.disk_full import disk_full_as_os_error
+from lora_cli.training.loop import Step, broadcast_adapter, fit
+from lora_cli.training.optimizer import make_optimizer
+from lora_cli.training.signals import StopRequest, stop_after_step
 
 
 def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) -> int:
@@ -36,22 +35,22 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
 
     `arguments` are those of the command line, for the processes that are started to share the work.
     """
-    if not launch.launched():
-        processes = launch.wanted_processes(recipe.distributed)
+    if not launch.is_worker():
+        processes = launch.resolve_processes(recipe.distributed)
         if processes > 1:
             # What would refuse the run refuses it here, once, and not in every process.
             with open_run(recipe.output, resume=resume, fresh=fresh):
                 open_run_inputs(recipe, info=console.info)
             console.info(f"starting {processes} processes")
-            return launch.spawn(processes, arguments)
+            return launch.launch_workers(processes, arguments)
     on_cpu = base_model.pick_device().type == "cpu"
-    accelerator = launch.join(cpu=on_cpu)
+    accelerator = launch.join_processes(cpu=on_cpu)
     if on_cpu:
-        host.set_up_cpu(launch.neighbours(accelerator))
-    with launch.outliving_peers():
+        cpu.set_up_cpu(launch.local_world_size(accelerator))
+    with launch.report_lost_peer():
         if not accelerator.is_main_process:
             return Training(recipe, accelerator, run=None, resume=resume).go()
-        with open_run(recipe.output, resume=resume, fresh=fresh) as run, full_disk_is_os_error(run.path):
+        with open_run(recipe.output, resume=resume, fresh=fresh) as run, disk_full_as_os_error(run.path):
             return Training(recipe, accelerator, run=run, resume=resume).go()
 
 
@@ -89,7 +88,7 @@ class Training:
     def _train(self, opening: Opening, plan: BatchPlan, total: int) -> int:
         """Build, take the steps, prove; returns the exit code."""
         built = build(self.recipe, opening, plan, total=total, info=self.info)
-        start_alike(built.model, self.accelerator)
+        broadcast_adapter(built.model, self.accelerator)
         ratio = self.recipe.adapter.lr_ratio
         optimizer = make_optimizer(built.model, self.spec, name=built.optimizer, lr_ratio=ratio)
         self.rank_allocator = adalora.rank_allocator(built.model)
@@ -97,7 +96,9 @@ class Training:
         done = 0
         if self.resume:
             folder = Path(self.recipe.output) / "checkpoints"
-            done = checkpoint.load(folder, built.model, optimizer, state=same, rank_allocator=self.rank_allocator)
+            done = checkpoint.load_checkpoint(
+                folder, built.model, optimizer, state=same, rank_allocator=self.rank_allocator
+            )
             self.info(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
         if self.run:
             self._begin(self.run, opening, built, total, done)
@@ -135,7 +136,7 @@ class Training:
         def evaluate(step: int, info: Info) -> None:
             if eval_plan is None:
                 return
-            found = measure(loss_fn, eval_plan, accelerator=self.accelerator)
+            found = measure_likelihood(loss_fn, eval_plan, accelerator=self.accelerator)
             if not math.isfinite(found.loss):
                 raise LoraError(
                     f"the loss on the held-out rows is not finite at step {step}",
@@ -144,13 +145,13 @@ class Training:
                     else "the last checkpoint is from before it; try a lower training.learning_rate",
                     exit_code=1,
                 )
-            info(f"eval at step {step}: {shown(found, self.recipe.task)}")
+            info(f"eval at step {step}: {describe_likelihood(found, self.recipe.task)}")
             if metrics:
                 metrics.write({"step": step, "eval_loss": found.loss, "eval_accuracy": found.accuracy})
 
         def save(step: int) -> None:
             if run:
-                checkpoint.save(
+                checkpoint.save_checkpoint(
                     run.checkpoints,
                     model,
                     optimizer,
@@ -166,7 +167,7 @@ class Training:
             self.info(f"measuring the base on {len(held_out):,} held-out rows")
             evaluate(0, self.info)
         with (
-            stop_after_step() as wish,
+            stop_after_step() as stop_request,
             console.step_progress(total, done=done, every=spec.log_every, bar=run is not None) as meter,
         ):
             info = meter.info if run else console.no_output
@@ -185,7 +186,7 @@ class Training:
                     metrics.write(_record(step))
                     meter.step(step.number, _figures(step, opening.device))
                 last = step.number == total
-                stopping = not last and self._anyone_wishes(wish)
+                stopping = not last and self._any_stop_request(stop_request)
                 # Before the checkpoint: a resumed run starts behind both.
                 if last or _due(step.number, spec.eval_every):
                     evaluate(step.number, info)
@@ -193,16 +194,16 @@ class Training:
                     save(step.number)
                 if stopping:
                     info(f"stopped after step {step.number}, which is saved; --resume goes on from there")
-                    return wish.exit_code or 1
+                    return stop_request.exit_code or 1
         if metrics:
             metrics.close()
         return 0
 
-    def _anyone_wishes(self, wish: StopWish) -> bool:
+    def _any_stop_request(self, stop_request: StopRequest) -> bool:
         """All processes must leave the loop at the same step, whichever of them got the signal."""
         if self.accelerator.num_processes == 1:
-            return wish.signal is not None
-        mine = torch.tensor(int(wish.signal is not None), device=self.accelerator.device)
+            return stop_request.signal is not None
+        mine = torch.tensor(int(stop_request.signal is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(mine, reduction="sum"))
 
     def _out_of_memory(self) -> LoraError:
@@ -253,7 +254,7 @@ class Training:
             name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
             for name, record in zip(("base", "adapter"), (*evals[:1], *evals[1:][-1:]), strict=False)
         }
-        text = card.render(
+        text = model_card.render_model_card(
             self.recipe,
             recipe_text=dump_recipe(self.recipe),
             ledger=opening.data.ledger.to_json(),
@@ -335,7 +336,7 @@ def _figures(step: Step, device: torch.device) -> dict[str, str]:
         "lr": f"{step.learning_rate:.2e}",
         "grad": f"{step.grad_norm:.2f}",
         "tok/s": f"{step.tokens / step.seconds:.0f}",
-        "mem": console.format_bytes(host.peak_memory(device)),
+        "mem": console.format_bytes(cpu.peak_memory(device)),
     }
 
 

@@ -13,10 +13,10 @@ from lora_cli.commands.opening import batch_plan, open_run_inputs
 from lora_cli.commands.subject import CPU, Subject, trained_tokens
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
-from lora_cli.merging import parity
-from lora_cli.merging.changes import merged_parameters
-from lora_cli.merging.parity import Agreement
-from lora_cli.merging.stream import Plan
+from lora_cli.merging import compare_models
+from lora_cli.merging.compare_models import Agreement
+from lora_cli.merging.deltas import merged_parameters
+from lora_cli.merging.stream import MergePlan
 from lora_cli.model import base_model, memory
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.model.tasks import TASKS
@@ -69,7 +69,7 @@ def choose_probes(subject: Subject) -> Probes:
         except LoraError as reason:
             console.info(f"the run's held-out rows are not to be had, random tokens take their place: {reason.message}")
     tokenizer = subject.tokenizer
-    batches = parity.random_probes(
+    batches = compare_models.random_probes(
         subject.task,
         vocabulary=min(len(tokenizer), max(subject.vocabulary, subject.base_config.get_text_config().vocab_size)),
         pad_id=tokenizer.pad_token_id or 0,
@@ -96,13 +96,13 @@ def _held_out(recipe_file: Path) -> Probes:
     return Probes(batches, f"{len(batches)} {which} rows ({outputs} {unit}s)")
 
 
-def nearer(subject: Subject, probes: Probes, spec: QuantizationSpec, transforms: Transforms, plan: Plan) -> str:
+def nearer(subject: Subject, probes: Probes, spec: QuantizationSpec, transforms: Transforms, plan: MergePlan) -> str:
     """Which weights bring the merged model nearer to the one that was trained: original or dequantized ones."""
     trained = _logits(_load(subject, plan, {}, quantization=spec), probes, subject)
     found = {}
     for name, applied in (("original", {}), ("dequantized", transforms)):
         merged = _logits(_load(subject, plan, applied), probes, subject)
-        found[name] = parity.agreement(merged, trained, None)
+        found[name] = compare_models.compare_logits(merged, trained, None)
     tokens = not TASKS[subject.task].classes
     best = min(found, key=lambda name: found[name].kl if tokens else found[name].apart)
     said = [f"{name} " + (f"KL {a.kl:.1e} nats" if tokens else f"{a.apart:.1e}") for name, a in found.items()]
@@ -112,7 +112,7 @@ def nearer(subject: Subject, probes: Probes, spec: QuantizationSpec, transforms:
     return best
 
 
-def prove(subject: Subject, probes: Probes, written: Path, plan: Plan, transforms: Transforms) -> Agreement:
+def prove(subject: Subject, probes: Probes, written: Path, plan: MergePlan, transforms: Transforms) -> Agreement:
     """Load what was written, and hold it against base and adapter.
 
     Raises:
@@ -133,14 +133,14 @@ def prove(subject: Subject, probes: Probes, written: Path, plan: Plan, transform
         task=subject.task,
         labels=subject.labels,
     ).model
-    for off in parity.strayed(again, merged, plan.dtypes()):
+    for off in compare_models.mismatches(again, merged, plan.dtypes()):
         raise LoraError(
             f"the merged model is another one: {off.name}, read back, is {off.apart:.3g} times further from PEFT's "
             "merge than rounding explains",
             hint="nothing was put in place; use the adapter as it is, and report this",
             exit_code=1,
         )
-    found = parity.agreement(_logits(again, probes, subject), expected, bare)
+    found = compare_models.compare_logits(_logits(again, probes, subject), expected, bare)
     if found.retained is not None and not found.retained >= LEAST_RETAINED:
         raise LoraError(
             f"of the adapter's effect on the logits {found.retained:.0%} is left after rounding",
@@ -151,7 +151,7 @@ def prove(subject: Subject, probes: Probes, written: Path, plan: Plan, transform
 
 
 def _load(
-    subject: Subject, plan: Plan, transforms: Transforms, *, quantization: QuantizationSpec | None = None
+    subject: Subject, plan: MergePlan, transforms: Transforms, *, quantization: QuantizationSpec | None = None
 ) -> PeftModel:
     """Base and adapter, as PEFT has them: in fp32, or quantised and computed as in training."""
     model = base_model.load_base(
@@ -180,4 +180,4 @@ def _load(
 
 
 def _logits(model: Any, probes: Probes, subject: Subject) -> Tensor:
-    return parity.logits(model, probes.batches, subject.task)
+    return compare_models.probe_logits(model, probes.batches, subject.task)

@@ -27,7 +27,7 @@ class Likelihood(NamedTuple):
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-class ByRow(NamedTuple):
+class RowLikelihoods(NamedTuple):
     """What was measured of each row, in the order of the rows."""
 
     loss: NDArray[np.float64]  # [rows], summed over the row's units
@@ -44,7 +44,7 @@ class ByRow(NamedTuple):
 
 
 @torch.no_grad()
-def measure_rows(loss_fn: LossFunction, plan: BatchPlan) -> ByRow:
+def measure_row_likelihoods(loss_fn: LossFunction, plan: BatchPlan) -> RowLikelihoods:
     """Score every row of `plan` once, in eval mode, each by itself."""
     training = loss_fn.base.training
     loss_fn.base.eval()
@@ -57,11 +57,11 @@ def measure_rows(loss_fn: LossFunction, plan: BatchPlan) -> ByRow:
         np.add.at(hits, rows, right.double().cpu().numpy())
         np.add.at(units, rows, 1)
     loss_fn.base.train(training)
-    return ByRow(loss, hits, units, getattr(loss_fn.base.config, "problem_type", None) != "regression")
+    return RowLikelihoods(loss, hits, units, getattr(loss_fn.base.config, "problem_type", None) != "regression")
 
 
 @torch.no_grad()
-def measure(loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None) -> Likelihood:
+def measure_likelihood(loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None) -> Likelihood:
     """Score every row of `plan` once, in eval mode, shared among the processes of `accelerator`."""
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     training = loss_fn.base.training
@@ -81,7 +81,7 @@ def measure(loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator 
     return Likelihood(loss / max(1.0, tokens), accuracy, int(tokens))
 
 
-def shown(found: Likelihood, task: TaskName) -> str:
+def describe_likelihood(found: Likelihood, task: TaskName) -> str:
     """A line for the user: of language models with perplexity, which is about tokens."""
     if found.accuracy is None:
         return f"mean squared error {found.loss:.4f}"

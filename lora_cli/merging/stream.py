@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import LoraError
-from lora_cli.merging import fold
-from lora_cli.merging.changes import Changes, Layer, find, low_rank
-from lora_cli.merging.fold import Folded, Pair
+from lora_cli.merging import merge_tensors
+from lora_cli.merging.deltas import AdaptedLayer, Deltas, find_deltas, low_rank_delta
+from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.empty_base import EmptyModel
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, plan_shards
 
-Job = Callable[[], list[Folded]]
+Job = Callable[[], list[MergedTensor]]
 
 
-class Plan(NamedTuple):
+class MergePlan(NamedTuple):
     """What is to be written."""
 
     base: dict[str, TensorInfo]  # the base's tensors, by their names in the checkpoint
     mapping: CheckpointMapping
-    changes: Changes
+    changes: Deltas
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the merged model, by their names in its checkpoint
     names: dict[str, str]  # of a changed parameter that stands alone, the tensor that it becomes
     origins: dict[str, str]  # of a parameter, the tensor of the base that it comes from, if it is one
@@ -52,18 +52,18 @@ class Plan(NamedTuple):
 
     def not_added(self) -> list[str]:
         """What the adapter changes otherwise than by a sum of low rank, or nothing of it is left to see."""
-        layers = [layer.name for layer in self.changes.layers if low_rank(layer) is None or layer.brought]
+        layers = [layer.name for layer in self.changes.layers if low_rank_delta(layer) is None or layer.brought]
         return [*layers, *self.changes.replaced]
 
 
-def plan(
+def plan_merge(
     empty: EmptyModel,
     mapping: CheckpointMapping,
     base: dict[str, TensorInfo],
     *,
     dtype: torch.dtype | None,
     keep_unknown: bool,
-) -> Plan:
+) -> MergePlan:
     """What the merged model consists of.
 
     Args:
@@ -76,7 +76,7 @@ def plan(
     Raises:
         LoraError: the base's files are not of the shapes that its config tells, or lack tensors.
     """
-    changes = find(empty)
+    changes = find_deltas(empty)
     model = empty.model.get_base_model()
     shapes = empty.shapes
     origins = {name: parts[0].key for name, parts in mapping.parts.items() if not mapping.is_joined(name)}
@@ -90,14 +90,15 @@ def plan(
                 raise LoraError(f"model.path: the checkpoint has no weights for {name}", hint="give a whole model")
             continue
         there = base[origins[name]].shape
-        if there != shape and not _grown(there, shape) and name not in changes.replaced:
+        if there != shape and not _has_new_rows(there, shape) and name not in changes.replaced:
             raise LoraError(
-                f"model.path: {origins[name]} is {_text(there)} in the checkpoint and {_text(shape)} by its config",
+                f"model.path: {origins[name]} is {_shape_text(there)} in the checkpoint "
+                f"and {_shape_text(shape)} by its config",
                 hint="fetch the model again, or give another one",
             )
         if there != shape and name not in changed:
             owner, _, key = name.rpartition(".")
-            layer = Layer(owner, model.get_submodule(owner), (key,), frozenset(), ())
+            layer = AdaptedLayer(owner, model.get_submodule(owner), (key,), frozenset(), ())
             changes = changes._replace(layers=(*changes.layers, layer))
             changed.add(name)
     sizes: Counter[torch.dtype] = Counter()
@@ -110,7 +111,7 @@ def plan(
 
     kept = {key: stored for key, stored in base.items() if keep_unknown or key not in set(mapping.unknown)}
     tensors = {key: (written(stored.dtype), stored.shape) for key, stored in kept.items()}
-    together = [group for group in empty.ties if _as_one(group, changes, changed)]
+    together = [group for group in empty.ties if _stays_tied(group, changes, changed)]
     # Of parameters that stay tied, those that the checkpoint has are written; the others are read from them.
     follow = {name for group in together for name in group if name not in mapping.parts}
     names = {}
@@ -123,19 +124,19 @@ def plan(
     untied = [name for group in empty.ties if group not in together and changed & set(group) for name in group]
     for name in untied:
         tensors.setdefault(mapping.key(name) if name in mapping.parts else name, tensors[origins[name]])
-    return Plan(
+    return MergePlan(
         base, mapping, changes, tensors, names, origins, tuple(untied), tuple(sorted(base.keys() - kept.keys()))
     )
 
 
-def _as_one(group: tuple[str, ...], changes: Changes, changed: set[str]) -> bool:
+def _stays_tied(group: tuple[str, ...], changes: Deltas, changed: set[str]) -> bool:
     """Whether the adapter changes all of the parameters that are tied, and all alike."""
     return changed.issuperset(group) and len(set(group) - changes.together) <= 1
 
 
-def write(
-    plan: Plan, folder: Path, *, largest: int, transform: dict[str, Callable[[Tensor], Tensor]], sign: int = 1
-) -> list[Folded]:
+def write_merged(
+    plan: MergePlan, folder: Path, *, largest: int, transform: dict[str, Callable[[Tensor], Tensor]], sign: int = 1
+) -> list[MergedTensor]:
     """Write the merged tensors into `folder`.
 
     Args:
@@ -160,17 +161,17 @@ def write(
         placed = plan_shards(plan.tensors, folder, targets, largest=largest)
         for stored in plan.base.values():
             sources.open(stored.file)
-        work = _Work(plan, placed, Pair(sources, targets), transform, sign)
+        work = _MergeJobs(plan, placed, ReadWrite(sources, targets), transform, sign)
         with targets.flushed():
-            return list(fold.run(work.jobs()))
+            return list(merge_tensors.run_jobs(work.jobs()))
 
 
-class _Work:  # what the jobs of one model share
+class _MergeJobs:  # what the jobs of one model share
     def __init__(
         self,
-        plan: Plan,
+        plan: MergePlan,
         placed: dict[str, TensorInfo],
-        pair: Pair,
+        pair: ReadWrite,
         transform: dict[str, Callable[[Tensor], Tensor]],
         sign: int,
     ) -> None:
@@ -213,13 +214,13 @@ class _Work:  # what the jobs of one model share
             return [part.key for part in mapping.parts[name]]
         return [self.plan.names[name]] if name in self.plan.names else []
 
-    def _layer(self, layer: Layer) -> list[Folded]:
-        low = low_rank(layer)
+    def _layer(self, layer: AdaptedLayer) -> list[MergedTensor]:
+        low = low_rank_delta(layer)
         name = layer.full("weight")
         plain = low is not None and not self.plan.mapping.is_joined(name) and name not in self.transform
         source = self.plan.base.get(self.plan.origins.get(name, ""))
         if not plain or source is None or source.shape != tuple(layer.module.get_parameter("weight").shape):
-            return fold.fold_whole(layer, read=self._read, write=self._write, dtype_of=self._dtype)
+            return merge_tensors.merge_layer(layer, read=self._read, write=self._write, dtype_of=self._dtype)
         assert low is not None
         found = self.pair.fold_low_rank(name, low, source, self.placed[self.plan.names[name]], sign=self.sign)
         for key in layer.keys:
@@ -230,15 +231,15 @@ class _Work:  # what the jobs of one model share
                 self.pair.copy(self.plan.base[self.plan.origins[full]], self.placed[self.plan.names[full]])
         return found
 
-    def _replace(self, name: str, value: Tensor) -> list[Folded]:
+    def _replace(self, name: str, value: Tensor) -> list[MergedTensor]:
         """A tensor that the adapter brings; measured where the base has one in its place."""
         self._write(name, value)
         source = self.plan.base.get(self.plan.origins.get(name, ""))
         if source is None or source.shape != value.shape or not value.is_floating_point():
             return []
-        return fold.measure(name, self._read(name), value.float(), self._dtype(name))
+        return merge_tensors.measure_retention(name, self._read(name), value.float(), self._dtype(name))
 
-    def _transformed(self, name: str, source: TensorInfo, target: TensorInfo) -> list[Folded]:
+    def _transformed(self, name: str, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
         self.pair.write(self.transform[name](self.pair.read(source)), target)
         return []
 
@@ -249,8 +250,8 @@ class _Work:  # what the jobs of one model share
         else:
             value = self.pair.read(self.plan.base[self.plan.origins[name]])
             rows = self.plan.tensors[self.plan.names.get(name, self.plan.origins[name])][1]
-            if _grown(tuple(value.shape), rows):
-                return fold.grow(value.float(), rows[0])
+            if _has_new_rows(tuple(value.shape), rows):
+                return merge_tensors.add_rows(value.float(), rows[0])
         if name in self.transform:
             value = self.transform[name](value)
         return value.float()
@@ -266,15 +267,15 @@ class _Work:  # what the jobs of one model share
         return self.placed[keys[0]].dtype if keys else torch.float32
 
 
-def _grown(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def _has_new_rows(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(stored) == len(wanted) and stored[1:] == wanted[1:] and stored[0] < wanted[0]
 
 
-def _text(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-class Apart(NamedTuple):
+class Difference(NamedTuple):
     """How two files' weights differ."""
 
     equal: float  # share of the weights
@@ -283,7 +284,9 @@ class Apart(NamedTuple):
 
 
 @torch.no_grad()
-def compare(found: dict[str, TensorInfo], expected: dict[str, TensorInfo], *, between: dict[str, TensorInfo]) -> Apart:
+def compare_files(
+    found: dict[str, TensorInfo], expected: dict[str, TensorInfo], *, between: dict[str, TensorInfo]
+) -> Difference:
     """Compare all floating tensors of the same name and shape, each as a whole.
 
     A weight that went through another value, `between`, was rounded there: that is the unit it may be off by.
@@ -296,10 +299,10 @@ def compare(found: dict[str, TensorInfo], expected: dict[str, TensorInfo], *, be
             middle = between.get(name)
             if other is None or middle is None or other.shape != one.shape or not one.dtype.is_floating_point:
                 continue
-            a, b, c = (Pair(files, files).read(side).float().view(-1) for side in (one, other, middle))
+            a, b, c = (ReadWrite(files, files).read(side).float().view(-1) for side in (one, other, middle))
             equal, total = equal + int((a == b).sum()), total + a.numel()
             unit = torch.finfo(one.dtype).eps * torch.maximum(torch.maximum(a.abs(), b.abs()), c.abs()).clamp_min(
                 torch.finfo(one.dtype).tiny
             )
             worst = max(worst, (float(((a - b).abs() / unit).max()) if a.numel() else 0.0, name))
-    return Apart(equal / max(1, total), *worst)
+    return Difference(equal / max(1, total), *worst)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import gguf, init_adapter, target_modules
+from lora_cli.model import gguf_base, init_adapter, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.target_modules import Targets
 from lora_cli.model.tasks import TASKS
@@ -236,7 +236,7 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
     if config.is_prompt_learning:
         _tell_sizes(config, model)
     if isinstance(config, LoraConfig):
-        gguf.register_packed_lora(config)
+        gguf_base.register_packed_lora(config)
     if method.pre_init and context.plan is not None:
         method.pre_init(model, config, context)
     torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
-from lora_cli.model import gguf, prequantized
+from lora_cli.model import gguf_base, prequantized
 from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
@@ -95,9 +95,11 @@ def find_model(
     if path.suffix == ".gguf":
         if not path.is_file():
             raise LoraError(f"model.path: there is no file {spec.path}", hint=_suggest_path(path))
-        gguf.check_gguf_file(path)
-        packed = gguf.choose_packed(spec.gguf, path, device=device, info=info)
-        folder = gguf.unpack_gguf(path, dtype=dtype, cache=cache_folder(), info=info, weights=weights and not packed)
+        gguf_base.check_gguf_file(path)
+        packed = gguf_base.choose_packed(spec.gguf, path, device=device, info=info)
+        folder = gguf_base.unpack_gguf(
+            path, dtype=dtype, cache=cache_folder(), info=info, weights=weights and not packed
+        )
         return ModelSource(str(folder), options, path, packed)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -222,7 +224,7 @@ def load_base(
     else:
         check_cpu_4bit(model)
         prepare_for_kbit_training(model, dtype)
-    gguf.make_packed_layers_differentiable(model)
+    gguf_base.make_packed_layers_differentiable(model)
     if vocabulary > model.get_input_embeddings().weight.shape[0]:
         _add_embedding_rows(model, vocabulary)
     if pad_id is not None and getattr(model.config, "pad_token_id", None) is None:

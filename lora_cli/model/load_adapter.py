@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, gguf
+from lora_cli.model import adalora, gguf_base
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."
@@ -38,7 +38,7 @@ def load_adapter(
     """
     config = config or PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        gguf.register_packed_lora(config)
+        gguf_base.register_packed_lora(config)
     adapted: PeftModel
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     own = {PREFIX + key for key, _ in bare.named_parameters(remove_duplicate=False)}

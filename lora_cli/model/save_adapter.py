@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, fp32_weights, gguf
+from lora_cli.model import adalora, fp32_weights, gguf_base
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -94,7 +94,7 @@ def difference_when_loaded(
             parameter.fill_(math.nan)
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        gguf.register_packed_lora(config)
+        gguf_base.register_packed_lora(config)
     loaded = PeftModel.from_pretrained(_unwrap_base(model), str(folder), config=config)
     adalora.restore_fp32_tensors(loaded, load_file(folder / ADAPTER_WEIGHTS))
     arrange(loaded)

@@ -29,7 +29,7 @@ MethodName = Literal[
 
 
 class MethodFacts(NamedTuple):
-    """One method, as a recipe's reader meets it. `model/attach_adapter.py: METHODS` has the PEFT configuration of each."""
+    """One method, as a recipe's reader meets it. `model/attach_adapter.py: METHODS` has the PEFT side."""
 
     summary: str
     options: dict[str, Any]  # keys of the adapter section that it takes, each with its default

@@ -19,13 +19,13 @@ from lora_cli.errors import LoraError
 from lora_cli.model import save_adapter
 from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.run import atomic
-from lora_cli.training.optim import restore_state, state_of
+from lora_cli.training.optimizer import optimizer_state, restore_state
 
-EXTRA = "trained.safetensors"  # trained tensors that the adapter's file does not hold as they are
-MOMENTS = "optimizer.safetensors"
+EXTRA_TENSORS = "trained.safetensors"  # trained tensors that the adapter's file does not hold as they are
+OPTIMIZER_STATE = "optimizer.safetensors"
 
 
-def save(
+def save_checkpoint(
     folder: Path,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
@@ -53,28 +53,28 @@ def save(
     moments = {
         f"{key}|{name}": value.contiguous()
         for name, p in trained.items()
-        for key, value in state_of(optimizer, p).items()
+        for key, value in optimizer_state(optimizer, p).items()
     }
     extra = {name: trained[name].detach() for name, kept in save_adapter.saved_names(model).items() if kept is None}
     extra |= {f"upkeep|{key}": value for key, value in (rank_allocator.state_dict() if rank_allocator else {}).items()}
     with atomic.folder(target, replace=True) as partial:
         write_adapter(partial)
-        save_file(_apart(moments), partial / MOMENTS)
+        save_file(_without_shared_memory(moments), partial / OPTIMIZER_STATE)
         if extra:
-            save_file(_apart(extra), partial / EXTRA)
+            save_file(_without_shared_memory(extra), partial / EXTRA_TENSORS)
         text = json.dumps({"step": step, "trained": len(trained), **state}, indent=2) + "\n"
         (partial / "state.json").write_text(text, encoding="utf-8")
-    for old in checkpoints(folder)[:-keep]:
+    for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
-def load(
+def load_checkpoint(
     folder: Path,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
@@ -87,7 +87,7 @@ def load(
     Raises:
         LoraError: the checkpoint belongs to other data, another seed or another adapter than `state` says.
     """
-    found = checkpoints(folder)
+    found = list_checkpoints(folder)
     if not found:
         return 0
     newest = found[-1]
@@ -99,7 +99,7 @@ def load(
             hint="train with the recipe and data of the first start, or start over with --fresh",
         )
     adapter = load_file(newest / save_adapter.ADAPTER_WEIGHTS)
-    extra = load_file(newest / EXTRA) if (newest / EXTRA).is_file() else {}
+    extra = load_file(newest / EXTRA_TENSORS) if (newest / EXTRA_TENSORS).is_file() else {}
     if rank_allocator is not None:
         kept = {key.removeprefix("upkeep|"): value for key, value in extra.items() if key.startswith("upkeep|")}
         rank_allocator.load_state_dict(kept)
@@ -114,7 +114,7 @@ def load(
             f"{newest}: its adapter has other tensors than this recipe's",
             hint="train with the recipe of the first start, or start over with --fresh",
         )
-    moments = load_file(newest / MOMENTS)
+    moments = load_file(newest / OPTIMIZER_STATE)
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
@@ -124,7 +124,7 @@ def load(
     return int(saved["step"])
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of their own memory, as safetensors wants them."""
     seen: set[int] = set()
     found = {}

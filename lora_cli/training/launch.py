@@ -16,31 +16,31 @@ from torch.distributed.run import get_args_parser, run
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DistributedSpec
-from lora_cli.training.host import cores
+from lora_cli.training.cpu import available_cores
 
-GRACE = 3600  # seconds that workers have, after a signal, for the step in hand and its checkpoint
+SHUTDOWN_TIMEOUT_S = 3600  # seconds that workers have, after a signal, for the step in hand and its checkpoint
 # The first process may write or unpack for long while the others wait. One that died ends the run without this: its
 # peers find the connection closed, or the launcher ends them.
-PATIENCE = timedelta(days=1)
+PROCESS_GROUP_TIMEOUT = timedelta(days=1)
 
 
-def launched() -> bool:
+def is_worker() -> bool:
     """Whether torchrun, `accelerate launch` or `spawn` below started this process as one of several."""
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(*, cpu: bool) -> Accelerator:
+def join_processes(*, cpu: bool) -> Accelerator:
     """Take this process's place among the others."""
-    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)])
 
 
-def neighbours(accelerator: Accelerator) -> int:
+def local_world_size(accelerator: Accelerator) -> int:
     """Processes on this machine, this one included: fewer than all where several machines share the run."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
 
 
 @contextmanager
-def outliving_peers() -> Iterator[None]:
+def report_lost_peer() -> Iterator[None]:
     """Within the block, a peer that is gone is no bug of this process: why it went, it has said itself.
 
     Raises:
@@ -55,7 +55,7 @@ def outliving_peers() -> Iterator[None]:
         raise LoraError("another process of this run has ended", hint="see its messages", exit_code=1) from None
 
 
-def wanted_processes(spec: DistributedSpec) -> int:
+def resolve_processes(spec: DistributedSpec) -> int:
     """Processes to start on this machine.
 
     Raises:
@@ -72,16 +72,16 @@ def wanted_processes(spec: DistributedSpec) -> int:
     return spec.processes
 
 
-def spawn(processes: int, arguments: list[str]) -> int:
+def launch_workers(processes: int, arguments: list[str]) -> int:
     """Run `lora ARGUMENTS` in `processes` workers of this machine; returns the exit code of the first that failed.
 
     A signal is passed on to the workers, which stop after the step in hand; then it is 130 or 143, as for one process.
     """
     # On a failure the launcher itself gives them 30 s: their peer is gone, and with it the step.
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={GRACE}"]
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}"]
     command = [*options, "-m", "lora_cli", *arguments]
     # torchrun gives each worker one thread unless told otherwise; the workers set their own share.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     _quiet_launcher()
     try:
         run(get_args_parser().parse_args(command))

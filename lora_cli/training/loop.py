@@ -17,7 +17,7 @@ from lora_cli.model.fp32_weights import ConcatFrozen
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.recipe.tasks import TaskName
-from lora_cli.training.optim import learning_rate, set_rate
+from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
 
 
 class Step(NamedTuple):
@@ -65,7 +65,7 @@ def fit(
         counts = torch.tensor(
             [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
         )
-        supervised, tokens = (int(n) for n in _sum(accelerator, counts))
+        supervised, tokens = (int(n) for n in _all_reduce_sum(accelerator, counts))
         loss_sum = torch.zeros((), device=accelerator.device)
         losses: list[tuple[Batch, Tensor]] = []
         for place, batch in batches:
@@ -81,11 +81,11 @@ def fit(
         if rank_allocator is not None:
             rank_allocator.orthogonality_loss().backward()
         grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        loss_sum = _sum(accelerator, loss_sum)
+        loss_sum = _all_reduce_sum(accelerator, loss_sum)
         if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
-            raise _not_finite(number + 1, losses, plan)
+            raise _not_finite_error(number + 1, losses, plan)
         rate = learning_rate(number, spec=spec, total=total)
-        set_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate)
         if spec.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
         optimizer.step()
@@ -104,7 +104,7 @@ def fit(
         )
 
 
-def start_alike(model: nn.Module, accelerator: Accelerator) -> None:
+def broadcast_adapter(model: nn.Module, accelerator: Accelerator) -> None:
     """Give every process the adapter of the first: one that starts from a decomposition of the weights need not come
     out the same on two GPUs, and from then on only gradients are shared.
     """
@@ -120,7 +120,7 @@ def _seed(run: int, step: int, place: int) -> int:
     return (run * 1_000_003 + step * 8191 + place) % (1 << 63)
 
 
-def _sum(accelerator: Accelerator, value: Tensor) -> Tensor:
+def _all_reduce_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
     reduced: Tensor = accelerator.reduce(value, reduction="sum")
     return reduced
 
@@ -134,7 +134,7 @@ def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, 
     if accelerator.num_processes > 1:
         # Whether a parameter got a gradient can differ between processes: an absent one counts as zero.
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
-        flat = _sum(accelerator, flat)
+        flat = _all_reduce_sum(accelerator, flat)
         for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
             parameter.grad = part.view_as(parameter)
     for parameter in trained:
@@ -142,7 +142,7 @@ def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, 
             parameter.grad.div_(share)
 
 
-def _not_finite(number: int, losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> LoraError:
+def _not_finite_error(number: int, losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> LoraError:
     """The error of a step whose sums, the same in every process, are not finite; all of them must call it."""
     rows = {
         finite: [

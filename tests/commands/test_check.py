@@ -12,7 +12,7 @@ import pytest
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import all_keys
 from tests.commands.conftest import Finished, Lora, WriteRecipe
-from tests.model.test_gguf import write_gguf
+from tests.model.test_gguf_base import write_gguf
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.evaluation import texts
+from lora_cli.evaluation import text_metrics
 from lora_cli.model import save_adapter
 from tests.commands.conftest import Lora, WriteRecipe, rows, write_recipe
 from tests.model import zoo
@@ -122,7 +122,7 @@ def test_answers_are_scored_against_all_references_and_written_down(trained: Pat
     assert len(written) == 3
     assert written[0]["answers"].keys() == {"base", "adapter"}
     report = json.loads(Path("f.json").read_text())["results"]
-    found = texts.measure(
+    found = text_metrics.compute_text_metrics(
         ["f1", "bleu"],
         [record["answers"]["adapter"]["text"] for record in written],
         [record["references"] for record in written],

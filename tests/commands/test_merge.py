@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_cli.merging import parity, stream
-from lora_cli.merging.changes import LowRank
-from lora_cli.merging.fold import Folded, Pair
+from lora_cli.merging import compare_models, stream
+from lora_cli.merging.deltas import LowRankDelta
+from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
 from lora_cli.model import safetensors_io
 from lora_cli.model.safetensors_io import TensorInfo
 from tests.commands.conftest import Lora, WriteRecipe
@@ -147,13 +147,15 @@ def skip_the_addition(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fold_another_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer gets next to nothing of its update, before anything is measured."""
-    fold = Pair.fold_low_rank
+    fold = ReadWrite.fold_low_rank
 
-    def forgetful(self: Pair, name: str, low: LowRank, *places: TensorInfo, **options: int) -> list[Folded]:
-        low = LowRank(low.left * 1e-3, low.right) if name == LOST else low
+    def forgetful(
+        self: ReadWrite, name: str, low: LowRankDelta, *places: TensorInfo, **options: int
+    ) -> list[MergedTensor]:
+        low = LowRankDelta(low.left * 1e-3, low.right) if name == LOST else low
         return fold(self, name, low, *places, **options)
 
-    monkeypatch.setattr(Pair, "fold_low_rank", forgetful)
+    monkeypatch.setattr(ReadWrite, "fold_low_rank", forgetful)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +183,9 @@ def test_a_delta_that_is_lost_on_the_way_is_found(
 
 
 def test_what_reads_back_otherwise_is_found(trained: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
-    write = stream.write
+    write = stream.write_merged
 
-    def damaging(plan: stream.Plan, folder: Path, **options: Any) -> list[Folded]:
+    def damaging(plan: stream.MergePlan, folder: Path, **options: Any) -> list[MergedTensor]:
         folded = write(plan, folder, **options)
         place = safetensors_io.list_tensors(folder)["lm_head.weight"]
         with place.file.open("r+b") as file:
@@ -206,7 +208,9 @@ def test_the_adapter_may_be_anywhere(trained: Path, lora: Lora):
 
 
 def test_probes_hold_the_trained_tokens():
-    batches = parity.random_probes("causal-lm", vocabulary=50, pad_id=0, start_id=None, end_id=7, include=[48, 49])
+    batches = compare_models.random_probes(
+        "causal-lm", vocabulary=50, pad_id=0, start_id=None, end_id=7, include=[48, 49]
+    )
     assert batches[-1].input_ids[0, :2].tolist() == [48, 49]
     assert all(batch.input_ids[0, -1] == 7 for batch in batches)
 

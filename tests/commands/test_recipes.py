@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.commands.init import recipes
-from lora_cli.training import host
+from lora_cli.training import cpu
 from tests.commands.conftest import Lora
 from tests.inputs.tiny_tokenizers import (
     CHATML,
@@ -175,7 +175,7 @@ def test_a_recipe_runs_from_rows_to_a_merged_model(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(host, "cores", lambda: 1)
+    monkeypatch.setattr(cpu, "cores", lambda: 1)
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     write_local_rows(monkeypatch)
     assert lora("init", name).code == 0

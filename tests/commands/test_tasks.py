@@ -13,7 +13,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-from lora_cli.training import host
+from lora_cli.training import cpu
 from tests.commands.conftest import Lora
 from tests.inputs.tiny_tokenizers import build_encoder
 from tests.model import families
@@ -136,7 +136,7 @@ def furnish(folder: Path, case: Case) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(host, "cores", lambda: 1)
+    monkeypatch.setattr(cpu, "cores", lambda: 1)
     return tmp_path
 
 

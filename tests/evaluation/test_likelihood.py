@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.evaluation.likelihood import Likelihood, measure, measure_rows
+from lora_cli.evaluation.likelihood import Likelihood, measure_likelihood, measure_row_likelihoods
 from lora_cli.model import packed_attention
 from lora_cli.model.loss import LossFunction
 from tests.model import zoo
@@ -34,18 +34,18 @@ def test_it_is_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size:
     expected = reference(model.eval())
     if family == "llama":
         model.get_base_model().set_attn_implementation(packed_attention.PACKED_ATTENTION if packing else "sdpa")
-    found = measure(
+    found = measure_likelihood(
         LossFunction(model.train()), BatchPlan(ROWS, packing=packing, size=size, batches_per_step=1, seed=0)
     )
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
     assert (found.accuracy, found.tokens) == (expected.accuracy, expected.tokens)
-    by_row = measure_rows(
+    by_row = measure_row_likelihoods(
         LossFunction(model.train()), BatchPlan(ROWS, packing=packing, size=size, batches_per_step=1, seed=0)
     )
     assert by_row.whole == pytest.approx(found, rel=1e-6)
     for i in range(len(ROWS)):
         alone = BatchPlan(zoo.MemoryRows([ROWS[i]]), packing=packing, size=50, batches_per_step=1, seed=0)
-        one = measure(LossFunction(model), alone)
+        one = measure_likelihood(LossFunction(model), alone)
         assert by_row.units[i] == one.tokens
         assert by_row.hits[i] == pytest.approx((one.accuracy or 0.0) * one.tokens)
         assert by_row.loss[i] == pytest.approx(one.loss * one.tokens, rel=1e-5, abs=1e-6)
@@ -55,7 +55,7 @@ def test_it_is_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size:
 @pytest.mark.parametrize("training", [True, False])
 def test_it_leaves_the_mode_alone_and_records_no_gradient(training: bool):
     model = zoo.adapted(zoo.make("llama")).train(training)
-    measure(LossFunction(model), BatchPlan(ROWS, packing=False, size=3, batches_per_step=1, seed=0))
+    measure_likelihood(LossFunction(model), BatchPlan(ROWS, packing=False, size=3, batches_per_step=1, seed=0))
     assert {module.training for module in model.get_base_model().modules()} == {training}
     assert all(p.grad is None for p in model.parameters())
 
@@ -76,9 +76,9 @@ def test_shares_of_the_processes_add_up():
     loss_fn, plan = LossFunction(zoo.make("llama")), BatchPlan(ROWS, packing=False, size=3, batches_per_step=1, seed=0)
     shares = [Shared(rank, 3) for rank in range(3)]
     for share in shares:
-        measure(loss_fn, plan, accelerator=share)
+        measure_likelihood(loss_fn, plan, accelerator=share)
     loss, correct, tokens = torch.stack([share.gave for share in shares]).sum(0).tolist()
-    whole = measure(loss_fn, plan)
+    whole = measure_likelihood(loss_fn, plan)
     assert (correct / tokens, tokens) == (whole.accuracy, whole.tokens)
     assert loss / tokens == pytest.approx(whole.loss, rel=1e-12)
 
@@ -92,7 +92,7 @@ def test_no_supervised_token_is_no_division():
     rows = zoo.rows_of([4])
     rows[0].labels[:] = -100
     assert (
-        measure(
+        measure_likelihood(
             LossFunction(zoo.make("llama")), BatchPlan(rows, packing=False, size=1, batches_per_step=1, seed=0)
         ).tokens
         == 0

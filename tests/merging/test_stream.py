@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.merging import parity, stream
-from lora_cli.merging.changes import merged_parameters
-from lora_cli.merging.fold import Folded
+from lora_cli.merging import compare_models, stream
+from lora_cli.merging.deltas import merged_parameters
+from lora_cli.merging.merge_tensors import MergedTensor
 from lora_cli.model import attach_adapter, base_model, empty_base, safetensors_io, save_adapter
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.conversion import CheckpointMapping
@@ -51,7 +51,7 @@ def merge(
     largest: int = BIG,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> tuple[stream.Plan, list[Folded]]:
+) -> tuple[stream.MergePlan, list[MergedTensor]]:
     """What `lora merge` does between opening and verifying."""
     config = base_model.load_config(base_model.ModelSource(str(base_folder), {}))
     model = empty_base.init_empty_weights(base_model.skeleton(config, task=task, **options))
@@ -60,9 +60,9 @@ def merge(
     adapted = empty_base.attach_saved_adapter(
         model, adapter_folder, PeftConfig.from_pretrained(str(adapter_folder)), base="base"
     )
-    plan = stream.plan(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].classes)
+    plan = stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].classes)
     out.mkdir()
-    folded = stream.write(plan, out, largest=largest, transform={})
+    folded = stream.write_merged(plan, out, largest=largest, transform={})
     saved = model.config
     if plan.untied:
         saved.tie_word_embeddings = False
@@ -71,9 +71,9 @@ def merge(
 
 
 def assert_is(
-    out: Path, expected: dict[str, Tensor], plan: stream.Plan, load: Callable[[str], PreTrainedModel]
+    out: Path, expected: dict[str, Tensor], plan: stream.MergePlan, load: Callable[[str], PreTrainedModel]
 ) -> None:
-    assert list(parity.strayed(load(str(out)), expected, plan.dtypes())) == []
+    assert list(compare_models.mismatches(load(str(out)), expected, plan.dtypes())) == []
 
 
 @pytest.fixture(params=FAMILIES)

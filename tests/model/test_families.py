@@ -30,7 +30,7 @@ from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training.loop import fit
-from lora_cli.training.optim import make_optimizer
+from lora_cli.training.optimizer import make_optimizer
 from tests.model import families, zoo
 from tests.model.families import FAMILIES, Family
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.likelihood import measure
+from lora_cli.evaluation.likelihood import measure_likelihood
 from lora_cli.model import (
     adalora,
     base_model,
@@ -26,7 +26,7 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import QuantizationSpec, TrainingSpec
 from lora_cli.training.loop import fit
-from lora_cli.training.optim import make_optimizer
+from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
 
 
@@ -227,7 +227,7 @@ def test_gradients_are_those_over_the_dequantised_weights_even_after_evaluating(
     assert fused_lora.fuse(model) == 14
     plan = BatchPlan(rows, packing=True, size=70, batches_per_step=1, seed=0)
     loss_fn = LossFunction(model)
-    found = measure(loss_fn, plan)
+    found = measure_likelihood(loss_fn, plan)
     model.train()
     (batch,) = plan.whole()
     loss = loss_fn(batch).loss

@@ -12,7 +12,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import adalora, save_adapter
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import checkpoint
-from lora_cli.training.optim import make_optimizer
+from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
 
 STATE = {"total_steps": 9, "data": "abc", "training": {"seed": 1, "epochs": 1.0}, "quantization": None}
@@ -26,7 +26,7 @@ def start(
 
 
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, step: int, keep: int = 1) -> Path:
-    return checkpoint.save(
+    return checkpoint.save_checkpoint(
         folder,
         model,
         optimizer,
@@ -59,7 +59,10 @@ def goes_on_equally(tmp_path: Path, **spec: object) -> None:
     save(tmp_path, model, optimizer, step=3, keep=2)
     other, its_optimizer = start(seed=5, family="qwen2", **spec)
     assert (
-        checkpoint.load(tmp_path, other, its_optimizer, state=STATE, rank_allocator=adalora.rank_allocator(other)) == 3
+        checkpoint.load_checkpoint(
+            tmp_path, other, its_optimizer, state=STATE, rank_allocator=adalora.rank_allocator(other)
+        )
+        == 3
     )
     for each, its in ((model, optimizer), (other, its_optimizer)):
         advance(each, its, 3, seed=100)
@@ -94,9 +97,9 @@ def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path, keep: int)
     for step in (2, 9, 10, 100):
         save(tmp_path, model, optimizer, step=step, keep=keep)
     names = [f"step-{step:08d}" for step in (2, 9, 10, 100)][-keep:]
-    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == names
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert checkpoint.load(tmp_path, *start(), state=STATE) == 100
+    assert checkpoint.load_checkpoint(tmp_path, *start(), state=STATE) == 100
 
 
 def test_everything_in_it_is_safetensors_or_json(tmp_path: Path):
@@ -116,7 +119,7 @@ def test_everything_in_it_is_safetensors_or_json(tmp_path: Path):
 def test_none_there_is_step_zero_and_touches_nothing(tmp_path: Path):
     model, optimizer = start()
     before = parameters(model)
-    assert checkpoint.load(tmp_path, model, optimizer, state=STATE) == 0
+    assert checkpoint.load_checkpoint(tmp_path, model, optimizer, state=STATE) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
 
 
@@ -137,7 +140,7 @@ def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, object], n
     other, its_optimizer = start(seed=5)
     before = parameters(other)
     with pytest.raises(LoraError, match=f"changed since this checkpoint: {named}$"):
-        checkpoint.load(tmp_path, other, its_optimizer, state={**STATE, **change})
+        checkpoint.load_checkpoint(tmp_path, other, its_optimizer, state={**STATE, **change})
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(other), strict=True))
     assert not its_optimizer.state
 
@@ -147,7 +150,7 @@ def test_an_adapter_with_other_tensors_is_refused(tmp_path: Path):
     advance(model, optimizer, 1)
     save(tmp_path, model, optimizer, step=1)
     with pytest.raises(LoraError, match="its adapter has other tensors"):
-        checkpoint.load(tmp_path, *start(target_modules=["q_proj"]), state=STATE)
+        checkpoint.load_checkpoint(tmp_path, *start(target_modules=["q_proj"]), state=STATE)
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json"])
@@ -176,5 +179,5 @@ def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pyt
         save(tmp_path, model, optimizer, step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     other, its_optimizer = start(seed=5)
-    assert checkpoint.load(tmp_path, other, its_optimizer, state=STATE) == 1
+    assert checkpoint.load_checkpoint(tmp_path, other, its_optimizer, state=STATE) == 1
     assert all(torch.equal(a, b) for a, b in zip(kept, parameters(other), strict=True))

@@ -14,7 +14,7 @@ from lora_cli.model import fused_lora, packed_attention
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import loop
 from lora_cli.training.loop import Step, fit
-from lora_cli.training.optim import make_optimizer
+from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
 
 LENGTHS = [3, 41, 12, 7, 30, 2, 19, 8, 25, 11, 5, 17]

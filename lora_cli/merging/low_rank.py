@@ -20,10 +20,12 @@ from lora_cli.errors import LoraError
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
-NAME = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$")
+FACTOR_NAME = re.compile(
+    re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$"
+)
 
 
-class Pair(NamedTuple):
+class LowRankFactors(NamedTuple):
     """ΔW = b @ a of one module, fp64, scale included."""
 
     a: Tensor  # [rank, in]
@@ -48,16 +50,16 @@ class Pair(NamedTuple):
         return left @ u, s, vh @ right.T
 
 
-class Saved(NamedTuple):
+class LoraWeights(NamedTuple):
     """A LoRA adapter as it is on disk."""
 
     folder: Path
     config: LoraConfig
-    pairs: dict[str, Pair]  # by the module's name in the base
+    pairs: dict[str, LowRankFactors]  # by the module's name in the base
     others: dict[str, Tensor]  # by PEFT's name: modules trained whole, biases, single tokens, magnitudes
 
 
-def read(folder: Path) -> Saved:
+def read_lora(folder: Path) -> LoraWeights:
     """The adapter in `folder`.
 
     Raises:
@@ -78,7 +80,7 @@ def read(folder: Path) -> Saved:
     embeddings: set[str] = set()
     others = {}
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
-        match = NAME.fullmatch(name.replace(".base_layer.", "."))
+        match = FACTOR_NAME.fullmatch(name.replace(".base_layer.", "."))
         if match is None:
             others[name] = tensor
             continue
@@ -86,14 +88,14 @@ def read(folder: Path) -> Saved:
         if match["embedding"]:
             embeddings.add(match["module"])
     pairs = {}
-    for module, factors in sorted(found.items(), key=lambda each: _natural(each[0])):
+    for module, factors in sorted(found.items(), key=lambda each: _natural_order(each[0])):
         a, b = factors["A"], factors["B"]
         root = _scale(config, module, len(a)) ** 0.5
-        pairs[module] = Pair(a * root, b * root, module in embeddings)
-    return Saved(folder, config, pairs, others)
+        pairs[module] = LowRankFactors(a * root, b * root, module in embeddings)
+    return LoraWeights(folder, config, pairs, others)
 
 
-def _natural(module: str) -> list[tuple[bool, int, str]]:
+def _natural_order(module: str) -> list[tuple[bool, int, str]]:
     """Layer 2 comes before layer 10, which the file has the other way round."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in module.split(".")]
 
@@ -104,7 +106,7 @@ def _scale(config: LoraConfig, module: str, rank: int) -> float:
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
-def ranks_for(values: Tensor, share: float) -> int:
+def rank_for_energy(values: Tensor, share: float) -> int:
     """How many of the singular `values` hold `share` of the energy; at least one."""
     held = values.square().cumsum(0) / values.square().sum().clamp_min(1e-300)
     return min(len(values), 1 + int((held < share - 1e-12).sum()))
@@ -119,27 +121,29 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def truncate(pair: Pair, rank: int) -> Pair:
+def truncate_rank(pair: LowRankFactors, rank: int) -> LowRankFactors:
     """The nearest update of no more than `rank`, by its largest components (Eckart and Young, 1936)."""
     u, s, vh = pair.singular()
     kept = min(rank, len(s))
     root = s[:kept].sqrt()
-    return Pair(root[:, None] * vh[:kept], u[:, :kept] * root, pair.embedding)
+    return LowRankFactors(root[:, None] * vh[:kept], u[:, :kept] * root, pair.embedding)
 
 
-def kept(whole: Mapping[str, Pair], part: Mapping[str, Pair]) -> dict[str, float]:
+def energy_kept(whole: Mapping[str, LowRankFactors], part: Mapping[str, LowRankFactors]) -> dict[str, float]:
     """For each module, the share of the energy of `whole` that `part` does not miss: 1 - ‖ΔW - ΔW'‖²/‖ΔW‖²."""
     found = {}
     for module, pair in whole.items():
         other = part[module]
-        missed = Pair(torch.cat([pair.a, other.a]), torch.cat([pair.b, -other.b], dim=1), pair.embedding).energy
+        missed = LowRankFactors(
+            torch.cat([pair.a, other.a]), torch.cat([pair.b, -other.b], dim=1), pair.embedding
+        ).energy
         found[module] = 1 - missed / pair.energy if pair.energy else 1.0
     return found
 
 
-def concatenate(adapters: Sequence[Saved], weights: Sequence[float]) -> dict[str, Pair]:
+def concatenate_factors(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> dict[str, LowRankFactors]:
     """The weighted sum of the updates, exactly: ranks add up. A module that an adapter has not counts as zero there."""
-    summed: dict[str, Pair] = {}
+    summed: dict[str, LowRankFactors] = {}
     for saved, weight in zip(adapters, weights, strict=True):
         for module, pair in saved.pairs.items():
             before = summed.get(module)
@@ -150,7 +154,7 @@ def concatenate(adapters: Sequence[Saved], weights: Sequence[float]) -> dict[str
     return summed
 
 
-def average(adapters: Sequence[Saved], weights: Sequence[float]) -> dict[str, Pair]:
+def average_factors(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> dict[str, LowRankFactors]:
     """The factors weighted and summed each by itself, as PEFT's `linear` has it: the rank stays, the sum is rough.
 
     Raises:
@@ -171,12 +175,12 @@ def average(adapters: Sequence[Saved], weights: Sequence[float]) -> dict[str, Pa
         parts = [saved.pairs[module] for saved in adapters]
         a = torch.stack([root * part.a for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
         b = torch.stack([root * part.b for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
-        found[module] = Pair(a, b, pair.embedding)
+        found[module] = LowRankFactors(a, b, pair.embedding)
     return found
 
 
-def vote(
-    adapters: Sequence[Saved], weights: Sequence[float], *, method: str, density: float, seed: int
+def combine_dense(
+    adapters: Sequence[LoraWeights], weights: Sequence[float], *, method: str, density: float, seed: int
 ) -> dict[str, Tensor]:
     """Whole updates [out, in] by PEFT's `ties` (Yadav et al., arXiv:2306.01708: the largest entries, those of the sign
     that most of them have) or `dare` (Yu et al., arXiv:2311.03099: entries drawn at random, the others scaled up).
@@ -197,17 +201,17 @@ def vote(
     return found
 
 
-def factorise(dense: Mapping[str, Tensor], rank: int, embeddings: Mapping[str, bool]) -> dict[str, Pair]:
+def factorize(dense: Mapping[str, Tensor], rank: int, embeddings: Mapping[str, bool]) -> dict[str, LowRankFactors]:
     """The nearest updates of `rank`, of whole ones."""
     found = {}
     for module, update in dense.items():
         u, s, vh = torch.linalg.svd(update, full_matrices=False)
         root = s[:rank].sqrt()
-        found[module] = Pair(root[:, None] * vh[:rank], u[:, :rank] * root, embeddings[module])
+        found[module] = LowRankFactors(root[:, None] * vh[:rank], u[:, :rank] * root, embeddings[module])
     return found
 
 
-def config_of(pairs: Mapping[str, Pair], like: LoraConfig) -> LoraConfig:
+def lora_config_for(pairs: Mapping[str, LowRankFactors], like: LoraConfig) -> LoraConfig:
     """PEFT's configuration of an adapter with these factors: alpha is the rank, so that the scale is 1."""
     ranks = {module: pair.rank for module, pair in pairs.items()}
     most = max(ranks.values())
@@ -222,7 +226,7 @@ def config_of(pairs: Mapping[str, Pair], like: LoraConfig) -> LoraConfig:
     return config
 
 
-def tensors_of(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+def to_peft_tensors(pairs: Mapping[str, LowRankFactors]) -> dict[str, Tensor]:
     """The factors by PEFT's names, fp32."""
     found = {}
     for module, pair in pairs.items():

@@ -15,7 +15,8 @@ from transformers import (
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import TrainingSpec
-from lora_cli.training.optim import choose, learning_rate, make_optimizer, moment_bytes, set_rate, warmup_steps
+from lora_cli.training.lr_schedule import learning_rate, set_learning_rate, warmup_steps
+from lora_cli.training.optimizer import choose_optimizer, make_optimizer, moment_bytes
 from tests.model import zoo
 
 PEAK = 0.25
@@ -118,13 +119,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_auto_chooses_and_a_name_is_taken(name: str, device: torch.device, quantized: bool, chosen: str):
-    assert choose(name, device=device, quantized=quantized) == chosen
+    assert choose_optimizer(name, device=device, quantized=quantized) == chosen
 
 
 @pytest.mark.parametrize(("name", "instead"), [("paged-adamw", "adamw"), ("paged-adamw-8bit", "adamw-8bit")])
 def test_a_machine_that_cannot_page_says_what_to_write(name: str, instead: str):
     with pytest.raises(LoraError) as caught:
-        choose(name, device=CPU, quantized=True)
+        choose_optimizer(name, device=CPU, quantized=True)
     assert caught.value.message.startswith(f"training.optimizer: {name} pages between a CUDA GPU and the host")
     assert caught.value.hint == f"write {instead}, or auto"
 
@@ -170,7 +171,7 @@ def test_lora_plus_gives_b_its_ratio_as_peft_does():
     spec, ratio = TrainingSpec(learning_rate=1e-3), 16.0
     ours = zoo.attached(zoo.make("llama"), method="lora+", lr_ratio=ratio)
     optimizer = make_optimizer(ours, spec, lr_ratio=ratio)
-    set_rate(optimizer, spec.learning_rate)
+    set_learning_rate(optimizer, spec.learning_rate)
     theirs = get_peft_model(zoo.make("llama"), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     library = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio)
 
@@ -182,5 +183,5 @@ def test_lora_plus_gives_b_its_ratio_as_peft_does():
     assert mine == rates(theirs, library)
     assert set(mine.values()) == {1e-3, 16e-3}
     assert {name for name, rate in mine.items() if rate == 16e-3} == {name for name in mine if ".lora_B." in name}
-    set_rate(optimizer, 5e-4)
+    set_learning_rate(optimizer, 5e-4)
     assert set(rates(ours, optimizer).values()) == {5e-4, 8e-3}

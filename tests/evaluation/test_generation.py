@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lora_cli.data.dataset import Row
-from lora_cli.evaluation.generate import answer, prompt_ids, reference_ids, stop_ids
+from lora_cli.evaluation.generation import generate, prompt_ids, reference_ids, stop_ids
 from lora_cli.recipe.schema import GenerationSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
@@ -36,7 +36,7 @@ def test_a_batch_answers_as_each_prompt_alone(family: str, training: bool):
     stop = [free[2], TOKENIZER.eos_token_id]
     expected = [alone(model, prompt, limit=12, stop=stop) for prompt in prompts]
     assert {finished for _, finished in expected} == {True, False}
-    answers = answer(model.train(training), TOKENIZER, prompts, spec=GREEDY, max_new_tokens=12, stop=stop)
+    answers = generate(model.train(training), TOKENIZER, prompts, spec=GREEDY, max_new_tokens=12, stop=stop)
     assert [(a.text, a.finished) for a in answers] == [
         (TOKENIZER.decode(ids, skip_special_tokens=True).strip(), finished) for ids, finished in expected
     ]
@@ -48,13 +48,13 @@ def test_beams_are_transformers_own_for_each_prompt_alone(penalty: float):
     model = zoo.make("llama", vocab_size=len(TOKENIZER), attention="sdpa")
     prompts, stop = [list(range(5, 5 + n)) for n in (1, 9, 4)], [TOKENIZER.eos_token_id]
     spec = GenerationSpec.model_validate({"num_beams": 4, "length_penalty": penalty, "no_repeat_ngram": 2})
-    answers = answer(model, TOKENIZER, prompts, spec=spec, max_new_tokens=10, stop=stop)
+    answers = generate(model, TOKENIZER, prompts, spec=spec, max_new_tokens=10, stop=stop)
     for prompt, found in zip(prompts, answers, strict=True):
         options = {"num_beams": 4, "length_penalty": penalty, "no_repeat_ngram_size": 2, "max_new_tokens": 10}
         ids = model.generate(torch.tensor([prompt]), eos_token_id=stop, pad_token_id=0, do_sample=False, **options)[0]
         ids = [token for token in ids[len(prompt) :].tolist() if token not in (*stop, 0)]
         assert found.text == TOKENIZER.decode(ids, skip_special_tokens=True).strip()
-    greedy = answer(model, TOKENIZER, prompts, spec=GREEDY, max_new_tokens=10, stop=stop)
+    greedy = generate(model, TOKENIZER, prompts, spec=GREEDY, max_new_tokens=10, stop=stop)
     assert [a.text for a in greedy] != [a.text for a in answers]
 
 
@@ -67,7 +67,7 @@ def test_only_end_marks_stop_an_answer():
     blank = build("<|im_start|>", eos="<|im_end|>", template=CHATML)
     blank.eos_token = None
     assert stop_ids(blank, model, [[3, 4]]) == []
-    assert not answer(model, blank, [[5, 6]], spec=GREEDY, max_new_tokens=3, stop=[])[0].finished
+    assert not generate(model, blank, [[5, 6]], spec=GREEDY, max_new_tokens=3, stop=[])[0].finished
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 
 @contextmanager
-def full_disk_is_os_error(folder: Path) -> Iterator[None]:
+def disk_full_as_os_error(folder: Path) -> Iterator[None]:
     """Within the block, what safetensors could not write because of the disk is an OSError about `folder`."""
     try:
         yield

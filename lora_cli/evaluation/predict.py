@@ -12,7 +12,7 @@ from lora_cli.data.collate import rows_of_labels
 from lora_cli.model.loss import LossFunction
 
 
-class Outcome(NamedTuple):
+class Predictions(NamedTuple):
     """Every labelled unit of the rows, in the order of the plan."""
 
     kind: LabelKind
@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def predict(loss_fn: LossFunction, plan: BatchPlan, labels: ClassLabels) -> Outcome:
+def predict(loss_fn: LossFunction, plan: BatchPlan, labels: ClassLabels) -> Predictions:
     """Run every row of `plan` once, in eval mode."""
     training = loss_fn.base.training
     loss_fn.base.eval()
@@ -31,15 +31,15 @@ def predict(loss_fn: LossFunction, plan: BatchPlan, labels: ClassLabels) -> Outc
     for batch in plan.all_batches():
         logits = loss_fn.logits(batch).float().cpu()
         wanted.append(batch.targets.double().numpy())
-        predicted.append(_decided(logits, labels).double().numpy())
+        predicted.append(_predicted(logits, labels).double().numpy())
         lines = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
         row.append(done + lines)
         done += len(batch.rows)
     loss_fn.base.train(training)
-    return Outcome(labels.kind, labels.names, *(np.concatenate(parts) for parts in (wanted, predicted, row)))
+    return Predictions(labels.kind, labels.names, *(np.concatenate(parts) for parts in (wanted, predicted, row)))
 
 
-def _decided(logits: torch.Tensor, labels: ClassLabels) -> torch.Tensor:
+def _predicted(logits: torch.Tensor, labels: ClassLabels) -> torch.Tensor:
     if labels.kind == "regression":
         return logits
     return logits > 0 if labels.kind == "multi" else logits.argmax(dim=1)

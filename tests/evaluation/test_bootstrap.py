@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_cli.evaluation import intervals
+from lora_cli.evaluation import bootstrap
 
 
 def test_an_interval_holds_the_truth_in_about_95_of_100_samples():
@@ -14,7 +14,7 @@ def test_an_interval_holds_the_truth_in_about_95_of_100_samples():
         # Tokens of a row share its level: rows are what is drawn.
         level = rng.normal(2.0, 0.5, 80)
         sums = level * units + rng.normal(0, 1, 80) * np.sqrt(units)
-        found = intervals.mean(sums, units, seed=trial)
+        found = bootstrap.mean_interval(sums, units, seed=trial)
         assert found.low <= found.value <= found.high
         hits += found.low <= 2.0 <= found.high
     assert 0.89 <= hits / 200 <= 0.99
@@ -25,15 +25,15 @@ def test_what_two_models_share_is_not_in_their_difference():
     units = rng.integers(1, 30, 100)
     shared = rng.normal(3.0, 1.0, 100) * units
     better = shared - 0.1 * units
-    apart = intervals.difference(better, shared, units)
+    apart = bootstrap.difference_interval(better, shared, units)
     assert apart.value == pytest.approx(0.1)
-    assert apart.half < 1e-9 < intervals.mean(shared, units).half
+    assert apart.half < 1e-9 < bootstrap.mean_interval(shared, units).half
 
 
 def test_one_seed_draws_the_same(monkeypatch: pytest.MonkeyPatch):
     units = np.arange(1, 20)
     sums = np.sqrt(units)
-    first = intervals.mean(sums, units)
-    monkeypatch.setattr(intervals, "AT_ONCE", 1)
-    assert intervals.mean(sums, units)._asdict().keys() == first._asdict().keys()
-    assert intervals.mean(sums, units).value == first.value
+    first = bootstrap.mean_interval(sums, units)
+    monkeypatch.setattr(bootstrap, "AT_ONCE", 1)
+    assert bootstrap.mean_interval(sums, units)._asdict().keys() == first._asdict().keys()
+    assert bootstrap.mean_interval(sums, units).value == first.value

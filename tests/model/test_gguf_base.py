@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, base_model, prequantized, save_adapter
-from lora_cli.model.gguf import (
+from lora_cli.model.gguf_base import (
     GgufExperts,
     GgufLinear,
     PackedLora,

@@ -9,10 +9,10 @@ import sys
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-KERNELS_KEPT = 64  # more than one batch's products have shapes
+CACHED_KERNELS = 64  # more than one batch's products have shapes
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use: fewer than the machine has under Slurm, taskset or a cpuset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -25,8 +25,8 @@ def set_up_cpu(processes: int = 1) -> None:
     products with their memory, one for each shape that a batch ever had: gigabytes that no step needs again.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's own, and torch's over it
-        os.environ.setdefault(name, str(KERNELS_KEPT))  # read at the first product, which is still to come
-    torch.set_num_threads(max(1, cores() // processes))
+        os.environ.setdefault(name, str(CACHED_KERNELS))  # read at the first product, which is still to come
+    torch.set_num_threads(max(1, available_cores() // processes))
     if sys.platform == "linux":
         libc = ctypes.CDLL(ctypes.util.find_library("c"))
         if hasattr(libc, "mallopt"):

@@ -12,7 +12,7 @@ from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 
-AT_ONCE = 16  # prompts in a batch
+PROMPTS_PER_BATCH = 16  # prompts in a batch
 
 
 class Answer(NamedTuple):
@@ -56,7 +56,7 @@ def stop_ids(
 
 
 @torch.no_grad()
-def answer(
+def generate(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -75,16 +75,16 @@ def answer(
     torch.manual_seed(seed)
     found: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), AT_ONCE):
-        some = order[start : start + AT_ONCE]
-        batch = _batch(
+    for start in range(0, len(order), PROMPTS_PER_BATCH):
+        some = order[start : start + PROMPTS_PER_BATCH]
+        batch = _generate_batch(
             model, tokenizer, [prompts[i] for i in some], spec=spec, max_new_tokens=max_new_tokens, stop=stop
         )
         found |= dict(zip(some, batch, strict=True))
     return [found[i] for i in range(len(prompts))]
 
 
-def _batch(
+def _generate_batch(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],

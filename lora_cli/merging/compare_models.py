@@ -10,7 +10,7 @@ from lora_cli.data.collate import Batch
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.tasks import TaskName
 
-LENGTHS = (5, 17, 40)  # tokens of each random probe
+PROBE_LENGTHS = (5, 17, 40)  # tokens of each random probe
 
 
 class Agreement(NamedTuple):
@@ -38,9 +38,9 @@ def random_probes(
     """
     generator = torch.Generator().manual_seed(0)
     batches = []
-    for length in LENGTHS:
+    for length in PROBE_LENGTHS:
         ids = torch.randint(0, vocabulary, (1, length), generator=generator)
-        if length == LENGTHS[-1]:
+        if length == PROBE_LENGTHS[-1]:
             ids[0, : len(include[: length - 1])] = torch.tensor(list(include[: length - 1]))
         if end_id is not None:
             ids[ids == end_id] = pad_id if pad_id != end_id else (end_id + 1) % vocabulary
@@ -68,7 +68,7 @@ def random_probes(
 
 
 @torch.no_grad()
-def logits(model: Any, batches: Sequence[Batch], task: TaskName) -> Tensor:
+def probe_logits(model: Any, batches: Sequence[Batch], task: TaskName) -> Tensor:
     """Logits of all probes, [positions, outputs] in fp32."""
     training = model.training
     model.eval()
@@ -78,7 +78,7 @@ def logits(model: Any, batches: Sequence[Batch], task: TaskName) -> Tensor:
     return found
 
 
-def agreement(found: Tensor, expected: Tensor, base: Tensor | None) -> Agreement:
+def compare_logits(found: Tensor, expected: Tensor, base: Tensor | None) -> Agreement:
     """How near `found` is to `expected`; the adapter's effect is what `expected` has over `base`.
 
     Retained is ⟨found - base, expected - base⟩/⟨expected - base, expected - base⟩.
@@ -93,16 +93,16 @@ def agreement(found: Tensor, expected: Tensor, base: Tensor | None) -> Agreement
         effect = (expected - base).double()
         size = float(effect.square().sum())
         retained = float(((found - base).double() * effect).sum()) / size if size else 1.0
-    return Agreement(len(expected), distance(found, expected), max(kl, 0.0), top1, retained)
+    return Agreement(len(expected), max_difference(found, expected), max(kl, 0.0), top1, retained)
 
 
-def distance(found: Tensor, expected: Tensor) -> float:
+def max_difference(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest logit; infinite where one is not finite."""
     apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     return apart if apart == apart else float("inf")
 
 
-class Strayed(NamedTuple):
+class Mismatch(NamedTuple):
     """A parameter that is not what it should be."""
 
     name: str
@@ -110,7 +110,7 @@ class Strayed(NamedTuple):
 
 
 @torch.no_grad()
-def strayed(written: nn.Module, expected: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> Iterator[Strayed]:
+def mismatches(written: nn.Module, expected: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> Iterator[Mismatch]:
     """Parameters of a model loaded back that are not those `expected`, both fp32, rounded once to their `dtypes`.
 
     Half a unit in the last place is allowed, and 1e-5 of the largest weight for the order of sums.
@@ -121,4 +121,4 @@ def strayed(written: nn.Module, expected: dict[str, Tensor], dtypes: dict[str, t
         allowed = wanted.abs() * (rounding * 1.01) + float(wanted.abs().max()) * 1e-5 + 1e-30
         worst = float(((parameter - wanted).abs() / allowed).max())
         if not worst <= 1:
-            yield Strayed(name, worst)
+            yield Mismatch(name, worst)

@@ -13,7 +13,7 @@ from lora_cli.errors import LoraError
 References = Sequence[Sequence[str]]  # those of each answer
 
 
-class Metric(NamedTuple):
+class TextMetric(NamedTuple):
     """One entry; its value is between 0 and 1, or 0 and 100 where the field has it so."""
 
     summary: str
@@ -21,21 +21,21 @@ class Metric(NamedTuple):
     package: str = ""  # importable name of what the extra `eval` brings for it
 
 
-def measure(names: Sequence[str], answers: Sequence[str], references: References) -> dict[str, float]:
+def compute_text_metrics(names: Sequence[str], answers: Sequence[str], references: References) -> dict[str, float]:
     """The metrics `names` of `answers`, each with its references."""
-    return {name: METRICS[name].compute(answers, references) for name in names}
+    return {name: TEXT_METRICS[name].compute(answers, references) for name in names}
 
 
-def check(names: Sequence[str]) -> None:
+def check_text_metrics(names: Sequence[str]) -> None:
     """Refuse what is not known or not installed, before any model is loaded.
 
     Raises:
         LoraError: for the first such name.
     """
     for name in names:
-        if name not in METRICS:
-            raise LoraError(f"--metric {name} is not known", hint=f"known are {', '.join(METRICS)}")
-        package = METRICS[name].package
+        if name not in TEXT_METRICS:
+            raise LoraError(f"--metric {name} is not known", hint=f"known are {', '.join(TEXT_METRICS)}")
+        package = TEXT_METRICS[name].package
         if package and find_spec(package) is None:
             raise LoraError(f"--metric {name} needs the package {package}", hint='pip install "lora-cli[eval]"')
 
@@ -75,7 +75,7 @@ def _rouge_l(answers: Sequence[str], references: References) -> float:
     return _mean_of_best(lambda a, r: float(scorer.score(r, a)["rougeL"].fmeasure), answers, references)
 
 
-def _streams(references: References) -> list[list[str | None]]:
+def _reference_streams(references: References) -> list[list[str | None]]:
     """As sacrebleu takes them: the first reference of each answer, the second, and so on; None where there is none."""
     most = max(map(len, references))
     return [[given[i] if i < len(given) else None for given in references] for i in range(most)]
@@ -84,13 +84,13 @@ def _streams(references: References) -> list[list[str | None]]:
 def _bleu(answers: Sequence[str], references: References) -> float:
     from sacrebleu import corpus_bleu
 
-    return float(corpus_bleu(list(answers), _streams(references)).score)
+    return float(corpus_bleu(list(answers), _reference_streams(references)).score)
 
 
 def _chrf(answers: Sequence[str], references: References) -> float:
     from sacrebleu import corpus_chrf
 
-    return float(corpus_chrf(list(answers), _streams(references)).score)
+    return float(corpus_chrf(list(answers), _reference_streams(references)).score)
 
 
 def _json_valid(answers: Sequence[str], _: References) -> float:
@@ -120,12 +120,12 @@ def _numeric_match(answers: Sequence[str], references: References) -> float:
     return _mean_of_best(_same_number, answers, references)
 
 
-METRICS: dict[str, Metric] = {
-    "exact_match": Metric("share of answers that are a reference, to the letter", _exact_match),
-    "f1": Metric("overlap of words with the nearest reference, as in SQuAD", _f1),
-    "rouge": Metric("ROUGE-L F1 with the nearest reference", _rouge_l, "rouge_score"),
-    "bleu": Metric("corpus BLEU, 0 to 100, with all references", _bleu, "sacrebleu"),
-    "chrf": Metric("corpus chrF, 0 to 100, with all references", _chrf, "sacrebleu"),
-    "json_valid": Metric("share of answers that are JSON", _json_valid),
-    "numeric_match": Metric("share whose last number is a reference's, as in GSM8K", _numeric_match),
+TEXT_METRICS: dict[str, TextMetric] = {
+    "exact_match": TextMetric("share of answers that are a reference, to the letter", _exact_match),
+    "f1": TextMetric("overlap of words with the nearest reference, as in SQuAD", _f1),
+    "rouge": TextMetric("ROUGE-L F1 with the nearest reference", _rouge_l, "rouge_score"),
+    "bleu": TextMetric("corpus BLEU, 0 to 100, with all references", _bleu, "sacrebleu"),
+    "chrf": TextMetric("corpus chrF, 0 to 100, with all references", _chrf, "sacrebleu"),
+    "json_valid": TextMetric("share of answers that are JSON", _json_valid),
+    "numeric_match": TextMetric("share whose last number is a reference's, as in GSM8K", _numeric_match),
 }

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import texts
+from lora_cli.evaluation import text_metrics
 
 ANSWERS = ["the cat sat", "42", '{"a": 1}', "no"]
 REFERENCES = [["the cat sat", "a cat"], ["41", "It is 42."], ['{"a": 2}'], ["yes"]]
@@ -20,7 +20,7 @@ REFERENCES = [["the cat sat", "a cat"], ["41", "It is 42."], ['{"a": 2}'], ["yes
     ],
 )
 def test_by_their_definitions(name: str, value: float):
-    assert texts.measure([name], ANSWERS, REFERENCES) == {name: pytest.approx(value)}
+    assert text_metrics.compute_text_metrics([name], ANSWERS, REFERENCES) == {name: pytest.approx(value)}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_by_their_definitions(name: str, value: float):
     ],
 )
 def test_the_number_that_an_answer_ends_in(answer: str, reference: str, same: bool):
-    assert texts.measure(["numeric_match"], [answer], [[reference]])["numeric_match"] == float(same)
+    assert text_metrics.compute_text_metrics(["numeric_match"], [answer], [[reference]])["numeric_match"] == float(same)
 
 
 def test_all_references_count_where_there_are_several():
@@ -42,17 +42,19 @@ def test_all_references_count_where_there_are_several():
     one = [["a cat was lying on a mat in sunshine"], ["a dog barked at the moon last night"]]
     two = [[*one[0], answers[0]], one[1]]
     for name in ("bleu", "chrf", "rouge"):
-        best = texts.measure([name], answers, two)[name]
+        best = text_metrics.compute_text_metrics([name], answers, two)[name]
         assert best == pytest.approx(100.0 if name != "rouge" else 1.0)
-        assert texts.measure([name], answers, one)[name] < best
-        assert texts.measure([name], answers, [answers[:1] * 2, answers[1:]])[name] == pytest.approx(best)
+        assert text_metrics.compute_text_metrics([name], answers, one)[name] < best
+        assert text_metrics.compute_text_metrics([name], answers, [answers[:1] * 2, answers[1:]])[
+            name
+        ] == pytest.approx(best)
 
 
 def test_a_name_that_is_none_and_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(LoraError, match="--metric blue is not known") as caught:
-        texts.check(["blue"])
+        text_metrics.check_text_metrics(["blue"])
     assert "bleu" in str(caught.value.hint)
-    monkeypatch.setattr(texts, "find_spec", lambda package: None)
-    texts.check(["exact_match"])
+    monkeypatch.setattr(text_metrics, "find_spec", lambda package: None)
+    text_metrics.check_text_metrics(["exact_match"])
     with pytest.raises(LoraError, match="--metric bleu needs the package sacrebleu"):
-        texts.check(["bleu"])
+        text_metrics.check_text_metrics(["bleu"])

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class StopWish:
+class StopRequest:
     """Which signal asked for the end, if any did."""
 
     def __init__(self) -> None:
@@ -19,18 +19,18 @@ class StopWish:
 
 
 @contextmanager
-def stop_after_step() -> Iterator[StopWish]:
+def stop_after_step() -> Iterator[StopRequest]:
     """Within the block, the first SIGINT or SIGTERM only fills the wish; a second one acts as it always does."""
-    wish = StopWish()
+    stop_request = StopRequest()
 
     def remember(number: int, _: FrameType | None) -> None:
-        wish.signal = signal.Signals(number)
+        stop_request.signal = signal.Signals(number)
         for each, handler in before.items():
             signal.signal(each, handler)
 
     before = {each: signal.signal(each, remember) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield wish
+        yield stop_request
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -11,7 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.errors import LoraError
 
 
-def check(tasks: Sequence[str], folder: Path | None) -> None:
+def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
     """Refuse what is not there, before any model is loaded.
 
     Raises:
@@ -25,7 +25,7 @@ def check(tasks: Sequence[str], folder: Path | None) -> None:
         raise LoraError("--tasks needs the package lm-eval", hint='pip install "lora-cli[tasks]"')
     if folder is not None and not folder.is_dir():
         raise LoraError(f"--tasks-dir {folder}: there is no such folder", hint="name one with YAML files of tasks")
-    known = _manager(folder).all_tasks
+    known = _task_manager(folder).all_tasks
     if unknown := [task for task in tasks if task not in known]:
         raise LoraError(
             f"--tasks {unknown[0]} is not known to the harness",
@@ -33,7 +33,7 @@ def check(tasks: Sequence[str], folder: Path | None) -> None:
         )
 
 
-def measure(
+def run_tasks(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
@@ -58,7 +58,7 @@ def measure(
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
-        task_manager=_manager(folder),
+        task_manager=_task_manager(folder),
         limit=limit,
         bootstrap_iters=0,
         verbosity="ERROR",
@@ -71,7 +71,7 @@ def measure(
     }
 
 
-def _manager(folder: Path | None) -> Any:
+def _task_manager(folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of defaults that it takes

@@ -1,6 +1,5 @@
-"""The optimizer and the learning rate of each step."""
+"""The optimizer: AdamW of torch or bitsandbytes, its state in checkpoints, and what `auto` chooses."""
 
-import math
 from typing import Any
 
 import bitsandbytes
@@ -13,7 +12,7 @@ from lora_cli.recipe.schema import TrainingSpec
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")  # what auto chooses from
 
 
-def choose(name: str, *, device: torch.device, quantized: bool) -> str:
+def choose_optimizer(name: str, *, device: torch.device, quantized: bool) -> str:
     """The optimizer that `training.optimizer` stands for here; auto pages over a quantised base, as QLoRA does.
 
     Raises:
@@ -72,13 +71,7 @@ def make_optimizer(
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the step that comes, times the ratio of groups that have one."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("ratio", 1.0)
-
-
-def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The moments of one parameter, and its count of steps; tables that all parameters share are left out."""
     found = {key: value for key, value in optimizer.state[parameter].items() if not key.startswith("qmap")}
     return {key: value if isinstance(value, Tensor) else torch.tensor(value) for key, value in found.items()}
@@ -107,21 +100,3 @@ def restore_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sta
             held.copy_(value)
         else:
             optimizer.state[parameter][key] = int(value)
-
-
-def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warmup in a run of `total` steps: `warmup` is a fraction if below 1, else a number of steps."""
-    return math.ceil(warmup * total) if warmup < 1 else int(warmup)
-
-
-def learning_rate(step: int, *, spec: TrainingSpec, total: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `total`: linear warmup, then the schedule, at 0 after the last."""
-    warmup = warmup_steps(spec.warmup, total)
-    if step < warmup:
-        return spec.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    if spec.schedule == "constant":
-        return spec.learning_rate
-    if spec.schedule == "linear":
-        return spec.learning_rate * (1 - progress)
-    return spec.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -6,7 +6,9 @@ from typing import Any
 from lora_cli.recipe.schema import Recipe
 
 
-def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+def render_model_card(
+    recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results: dict[str, dict[str, Any]]
+) -> str:
     """The model card as Markdown with YAML front matter.
 
     Args:
@@ -15,7 +17,7 @@ def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results:
         ledger: `Ledger.to_json()`.
         results: evaluation loss and accuracy by name ("base", "adapter"); empty where nothing was held out.
     """
-    base = public(recipe.model.path)
+    base = redact_path(recipe.model.path)
     lines = [
         "---",
         f"base_model: {base}",
@@ -36,9 +38,9 @@ def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results:
         "",
     ]
     for entry in ledger["sources"]:
-        dropped = sum(entry["dropped"].values())
+        name, dropped = redact_path(entry["source"]), sum(entry["dropped"].values())
         lines.append(
-            f"- {public(entry['source'])} ({entry['format']}): {entry['read']:,} rows read, {entry['kept']:,} kept, "
+            f"- {name} ({entry['format']}): {entry['read']:,} rows read, {entry['kept']:,} kept, "
             f"{dropped:,} dropped, {entry['held_out']:,} held out, {entry['cut']:,} cut"
         )
     for split in ("train", "eval"):
@@ -51,10 +53,10 @@ def render(recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results:
         lines += ["", "## Held-out rows", "", "| | loss | accuracy |", "|---|---|---|"]
         shown = {name: "" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for name, r in results.items()}
         lines += [f"| {name} | {r['loss']:.4f} | {shown[name]} |" for name, r in results.items()]
-    return "\n".join([*lines, "", "## Recipe", "", "```yaml", _scrubbed(recipe, recipe_text).rstrip(), "```", ""])
+    return "\n".join([*lines, "", "## Recipe", "", "```yaml", _redact_paths(recipe, recipe_text).rstrip(), "```", ""])
 
 
-def public(path: str) -> str:
+def redact_path(path: str) -> str:
     """A path as strangers may see it: whole if it is relative or a hub id, else its last part."""
     return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
 
@@ -84,12 +86,12 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _scrubbed(recipe: Recipe, text: str) -> str:
+def _redact_paths(recipe: Recipe, text: str) -> str:
     data = recipe.data
     sources = [s for s in (data.train, data.eval) if isinstance(s, str)]
     sources += [spec.path for part in (data.train, data.eval) if isinstance(part, list) for spec in part]
     local = [recipe.model.path, recipe.output, *sources, data.chat_template or ""]
     for path in sorted(local, key=len, reverse=True):
-        if path != public(path):
-            text = text.replace(path, public(path))
+        if path != redact_path(path):
+            text = text.replace(path, redact_path(path))
     return text
