@@ -107,10 +107,10 @@ def evaluate(
         from lora_cli.recipe.load import load_recipe
 
         load_recipe(Path(target))  # refused here, if at all: before the seconds that torch takes to import
-    from lora_cli.commands.answering import Asked
     from lora_cli.commands.evaluate import evaluate as command
+    from lora_cli.evaluation.answers import GenerationOptions
 
-    asked = Asked(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
+    asked = GenerationOptions(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
     command(target, adapters=adapters or [], data=data, json_file=json_file, asked=asked)
 
 
@@ -140,7 +140,7 @@ def merge(
     _choice("--verify", verify, "auto", "tensors", "logits")
     from lora_cli.commands import merge as command
 
-    options = command.Options(
+    options = command.MergeOptions(
         base=base,
         dtype=dtype,
         weights=weights,
@@ -193,7 +193,7 @@ def export(
         raise LoraError(f"lora export: {missing} is not said", hint=f"lora export runs/NAME --to {to} --out PATH")
     from lora_cli.commands import export as command
 
-    request = command.Request(to, quantize, over, base, verify, force, other_base, trust)
+    request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
     command.export(target, out=out, request=request)
 
 
@@ -217,7 +217,7 @@ def chat(
     """Talk to a base and its adapters; /help lists what else a line can say. A pipe is answered line by line."""
     from lora_cli.commands import chat as command
 
-    options = command.Options(temperature, max_new_tokens, system, seed)
+    options = command.ChatOptions(temperature, max_new_tokens, system, seed)
     command.chat(target, adapters=adapters or [], base_path=base, options=options)
 
 
@@ -236,7 +236,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Spectra and sizes as a picture.")] = None,
 ) -> None:
     """Show what an adapter does to each kind of module, and how much of its rank it uses."""
-    from lora_cli.commands.adapters import inspect as command
+    from lora_cli.commands.adapter import inspect as command
 
     command(adapter, base_path=base, json_file=json_file, plot=plot)
 
@@ -250,7 +250,7 @@ def resize(
     force: Force = False,
 ) -> None:
     """Write an adapter of lower rank, by its largest components, and tell what is lost."""
-    from lora_cli.commands.adapters import resize as command
+    from lora_cli.commands.adapter import resize as command
 
     command(adapter, out=out, rank=rank, energy=energy, force=force)
 
@@ -269,7 +269,7 @@ def combine(
 ) -> None:
     """Write the weighted sum of several adapters as one."""
     _choice("--method", method, "concat", "svd", "linear", "ties", "dare")
-    from lora_cli.commands.adapters import combine as command
+    from lora_cli.commands.adapter import combine as command
 
     command(adapters, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
 

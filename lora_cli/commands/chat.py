@@ -12,13 +12,13 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.commands.subject import open_subject, read_config
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import stop_ids
 from lora_cli.model import base_model, fp32_weights
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import atomic, console
+from lora_cli.setup.saved_adapter import open_saved_adapter, read_config
 from lora_cli.training import cpu
 
 BASE = "base"
@@ -29,7 +29,7 @@ HELP = """\
 /save FILE   write the conversation          /quit        leave"""
 
 
-class Options(NamedTuple):
+class ChatOptions(NamedTuple):
     """How answers are made."""
 
     temperature: float
@@ -41,7 +41,9 @@ class Options(NamedTuple):
 class Chat:
     """A conversation with one loaded base. A class: what was said outlives a line."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], options: Options) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], options: ChatOptions
+    ) -> None:
         """`names` are the adapters that `model` has, the first of which answers."""
         self._model, self._tokenizer, self._names, self._options = model, tokenizer, list(names), options
         self.active = names[0] if names else BASE
@@ -117,7 +119,7 @@ class Chat:
     def _answer(self, name: str, messages: Sequence[dict[str, str]]) -> str:
         """Write the answer to stdout as it comes, and return it. Ctrl-C ends it where it is."""
         ids = torch.tensor([self._prompt(messages)], device=next(self._model.parameters()).device)
-        heard = Heard(self._tokenizer)
+        heard = CollectingStreamer(self._tokenizer)
         options = self._options
         config = GenerationConfig(
             do_sample=options.temperature > 0,
@@ -163,7 +165,7 @@ class Chat:
         return [after[: first + 1]] if first is not None else []
 
 
-class Heard(TextStreamer):  # type: ignore[misc]  # transformers has no types
+class CollectingStreamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
     """Writes an answer to stdout as it grows, and keeps it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -177,7 +179,7 @@ class Heard(TextStreamer):  # type: ignore[misc]  # transformers has no types
         sys.stdout.flush()
 
 
-def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, options: Options) -> None:
+def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, options: ChatOptions) -> None:
     """Answer what stdin says, line by line."""
     model, tokenizer, names = _load(target, adapters, base_path)
     talk = Chat(model.eval(), tokenizer, names, options)
@@ -220,7 +222,7 @@ def _load(
         model = base_model.load_base(source, dtype=dtype, device=device).model
         return model, base_model.load_tokenizer(source), []
     first = next(iter(folders.values()))
-    subject = open_subject(first, read_config(first), base_path=base_path, trust_remote_code=False)
+    subject = open_saved_adapter(first, read_config(first), base_path=base_path, trust_remote_code=False)
     if subject.task != "causal-lm":
         raise LoraError(f"{first}: a model for {subject.task} does not chat", hint="measure it with lora eval")
     section = subject.trained_on.quantization if subject.trained_on else None

@@ -5,13 +5,19 @@ from pathlib import Path
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from lora_cli.commands.building import context, coverage_table, held_as, optimizer_of, refuse_untaught
-from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data.dataset import IGNORE_INDEX, Row, show_mask
 from lora_cli.data.examples import check_rows
 from lora_cli.model import attach_adapter, base_model, memory, target_modules
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
+from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.training_model import (
+    check_new_tokens_trainable,
+    context,
+    coverage_table,
+    describe_quantization,
+    resolve_optimizer,
+)
 from lora_cli.training import model_card
 from lora_cli.training.optimizer import moment_bytes
 
@@ -19,8 +25,8 @@ from lora_cli.training.optimizer import moment_bytes
 def check(recipe: Recipe, *, rows: int) -> None:
     """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan."""
     info = console.out.print
-    opening = open_run_inputs(recipe, info=console.info, weights=False)
-    optimizer = optimizer_of(recipe, opening)
+    opening = load_inputs(recipe, info=console.info, weights=False)
+    optimizer = resolve_optimizer(recipe, opening)
     for line in opening.data.ledger.table():
         info(line)
     for number in range(min(rows, len(opening.data.train))):
@@ -39,7 +45,7 @@ def check(recipe: Recipe, *, rows: int) -> None:
     info(f"ok: lora train would train {model_card.redact_path(recipe.model.path)} on these rows")
 
 
-def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimizer: str) -> None:
+def _count(recipe: Recipe, opening: RunInputs, *, tokens: int, total: int, optimizer: str) -> None:
     """Target modules and the memory plan, from the modules' shapes on the meta device."""
 
     def skeleton() -> PreTrainedModel:
@@ -54,7 +60,7 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimiz
     model = skeleton()
     heads = base_model.task_heads(model, recipe.task)
     layers = target_modules.linear_layers(model, heads)
-    refuse_untaught(recipe, model)
+    check_new_tokens_trainable(recipe, model)
     adapted = attach_adapter.attach(
         model,
         recipe.adapter,
@@ -62,7 +68,7 @@ def _count(recipe: Recipe, opening: Opening, *, tokens: int, total: int, optimiz
         context=context(recipe, opening, heads=heads, plan=None, total=total),
     )
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    for line in [*held_as(recipe, opening), *coverage_table(adapted, layers, trainable)]:
+    for line in [*describe_quantization(recipe, opening), *coverage_table(adapted, layers, trainable)]:
         console.out.print(line)
     plan = memory.plan_memory(
         skeleton(),
@@ -103,7 +109,7 @@ def check_without_model(recipe: Recipe) -> None:
     console.out.print("ok: the recipe is valid; model, labels and memory were not looked at")
 
 
-def _shown(row: Row, opening: Opening, recipe: Recipe) -> Text:
+def _shown(row: Row, opening: RunInputs, recipe: Recipe) -> Text:
     """A row as the model will learn it: of language models token by token, else its text and labels."""
     decode = opening.tokenizer.decode
     match recipe.task:
@@ -119,7 +125,7 @@ def _shown(row: Row, opening: Opening, recipe: Recipe) -> Text:
             return _tagged(row, opening)
 
 
-def _label(row: Row, opening: Opening) -> str:
+def _label(row: Row, opening: RunInputs) -> str:
     labels = opening.data.labels
     assert labels is not None
     if labels.kind == "regression":
@@ -129,7 +135,7 @@ def _label(row: Row, opening: Opening) -> str:
     return labels.names[int(row.labels[0])]
 
 
-def _tagged(row: Row, opening: Opening) -> Text:
+def _tagged(row: Row, opening: RunInputs) -> Text:
     labels = opening.data.labels
     assert labels is not None
     text = Text(f"{row.where}:")
@@ -139,7 +145,7 @@ def _tagged(row: Row, opening: Opening) -> Text:
     return text
 
 
-def _coloured(row: Row, opening: Opening) -> Text:
+def _coloured(row: Row, opening: RunInputs) -> Text:
     """The row's text, supervised tokens in bold green, or between [[ and ]] where there is no colour."""
     text = Text(f"{row.where}: ")
     colour, inside = console.out.is_terminal, False

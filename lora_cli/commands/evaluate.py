@@ -9,13 +9,10 @@ from peft import PeftConfig, PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lora_cli.commands import answering
-from lora_cli.commands.answering import Asked
-from lora_cli.commands.building import compute_as_trained, load_base
-from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data import class_labels as labelling
 from lora_cli.errors import LoraError
-from lora_cli.evaluation import bootstrap, classification_metrics
+from lora_cli.evaluation import answers, bootstrap, classification_metrics
+from lora_cli.evaluation.answers import GenerationOptions
 from lora_cli.evaluation.bootstrap import Interval
 from lora_cli.evaluation.generation import Answer
 from lora_cli.evaluation.likelihood import Likelihood, RowLikelihoods, measure_row_likelihoods
@@ -28,6 +25,8 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
+from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.training_model import load_base, prepare_for_compute
 from lora_cli.training import cpu
 
 BASE = "base"
@@ -54,7 +53,9 @@ class Target(NamedTuple):
     models: dict[str, Path]  # whole models, merged ones mostly
 
 
-def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_file: Path | None, asked: Asked) -> None:
+def evaluate(
+    target: str, *, adapters: Sequence[str], data: str | None, json_file: Path | None, asked: GenerationOptions
+) -> None:
     """Print a table of base and adapters, and what each answers; the figures as JSON if asked."""
     for option, file in (("--json", json_file), ("--predictions", asked.file)):
         if file is not None and not file.absolute().parent.is_dir():
@@ -70,7 +71,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         # The rows at hand may lack a label that the head was trained for.
         update = "regression" if trained.kind == "regression" else list(trained.names)
         spec = spec.model_copy(update={"labels": update})
-    opening = open_run_inputs(recipe, info=console.info, data=spec, train_key="data.train" if data is None else data)
+    opening = load_inputs(recipe, info=console.info, data=spec, train_key="data.train" if data is None else data)
     rows = opening.data.train if data is not None else opening.data.eval
     if rows is None:
         raise LoraError(
@@ -89,7 +90,7 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     model = load_base(recipe, opening, info=console.info).model
     model.eval()
     plan = batch_plan(recipe, opening, rows, batches_per_step=1)
-    questions = answering.questions_of(rows, asked.prompts, opening, recipe)
+    questions = answers.select_prompts(rows, asked.prompts, opening, recipe)
     figures: dict[str, Figures] = {}
     said: dict[str, list[Answer]] = {}
     by_task: dict[str, dict[str, float]] = {}
@@ -105,10 +106,10 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
         figures[name] = Figures(measure_row_likelihoods(loss_fn, plan), more)
         if questions:
             console.info(f"answering {len(questions):,} prompts")
-            said[name] = answering.answers_of(at, opening, questions, recipe)
+            said[name] = answers.generate_answers(at, opening, questions, recipe)
         if asked.tasks:
             console.info(f"{name} on {', '.join(asked.tasks)}")
-            by_task[name] = answering.harness_of(at, opening, asked)
+            by_task[name] = answers.run_lm_eval(at, opening, asked)
 
     # Before any adapter is there: biases that one has trained stay when it is switched off.
     look(BASE, model)
@@ -124,14 +125,14 @@ def evaluate(target: str, *, adapters: Sequence[str], data: str | None, json_fil
     console.out.print(_table(figures, recipe.task))
     for line in _compared(figures, recipe.task):
         console.out.print(line)
-    scores = answering.score(asked.metrics, questions, said)
+    scores = answers.score_answers(asked.metrics, questions, said)
     if asked.metrics and scores:
-        console.out.print(answering.score_table(scores, len(questions)))
+        console.out.print(answers.score_table(scores, len(questions)))
     if by_task:
-        console.out.print(answering.task_table(by_task))
-    answering.show(questions, said, asked.file)
+        console.out.print(answers.task_table(by_task))
+    answers.print_answers(questions, said, asked.file)
     if asked.file is not None:
-        atomic.write_text(asked.file, "".join(answering.predictions(questions, said)))
+        atomic.write_text(asked.file, "".join(answers.prediction_lines(questions, said)))
     if json_file is not None:
         report = {
             "rows": len(rows),
@@ -227,11 +228,11 @@ def _load(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) 
             # One model has many names (hub id, folder, GGUF), so this may be right: it is said, not refused.
             console.info(f"note: {folder} names its base {trained_on}, and is measured on {base_path}")
         loaded = load_adapter(loaded, folder, base=base_path, name=name)
-    compute_as_trained(loaded)
+    prepare_for_compute(loaded)
     return loaded
 
 
-def _load_whole(recipe: Recipe, opening: Opening, folder: Path) -> PreTrainedModel:
+def _load_whole(recipe: Recipe, opening: RunInputs, folder: Path) -> PreTrainedModel:
     """A merged model in the base's stead, in 16 or 32 bits as the run has it."""
     spec = recipe.model.model_copy(update={"path": str(folder), "revision": None})
     source = base_model.find_model(spec, dtype=opening.dtype, device=opening.device, info=console.info)

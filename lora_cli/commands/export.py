@@ -12,19 +12,19 @@ import torch
 from transformers import PretrainedConfig
 
 from lora_cli.commands import merge as merging
-from lora_cli.commands import verifying
-from lora_cli.commands.opening import open_run_inputs
-from lora_cli.commands.subject import CPU, open_subject, read_config, refuse_other_base
 from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.data.dataset import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS, Exporter
-from lora_cli.export.subject import Check, Options, Subject
+from lora_cli.export.source import Check, ExportOptions, ExportSource
+from lora_cli.merging import verify
 from lora_cli.model import base_model, prequantized, safetensors_io
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
+from lora_cli.setup.inputs import load_inputs
+from lora_cli.setup.saved_adapter import CPU, check_same_base, open_saved_adapter, read_config
 
 PROMPTS = 8  # of the run's held-out rows
 LONGEST_PROMPT = 512  # tokens
@@ -33,7 +33,7 @@ VERDICT = "export.json"
 KEEPS = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Request(NamedTuple):
+class ExportRequest(NamedTuple):
     """What the command line says besides target and place."""
 
     to: str
@@ -46,7 +46,7 @@ class Request(NamedTuple):
     trust_remote_code: bool
 
 
-def export(target: str, *, out: Path, request: Request) -> None:
+def export(target: str, *, out: Path, request: ExportRequest) -> None:
     """Write `target` to `out`.
 
     Raises:
@@ -68,7 +68,7 @@ def export(target: str, *, out: Path, request: Request) -> None:
             subject, over = _whole(target, request), None
         else:
             subject, over = _adapted(adapter, request)
-        options = Options(request.quantize, request.over or over, _runs(exporter, subject, request))
+        options = ExportOptions(request.quantize, request.over or over, _runs(exporter, subject, request))
         module.refuse(subject, options)
         if adapter is not None and exporter.takes == "model":
             scratch = stack.enter_context(atomic.temporary_folder(out))
@@ -91,7 +91,7 @@ def _adapter_of(target: Path) -> Path | None:
     return None
 
 
-def _refuse_place(out: Path, target: Path, adapter: Path | None, exporter: Exporter, request: Request) -> None:
+def _refuse_place(out: Path, target: Path, adapter: Path | None, exporter: Exporter, request: ExportRequest) -> None:
     if request.over is not None and request.to != "gguf-adapter":
         raise LoraError(f"--over is for --to gguf-adapter, not for {request.to}", hint="leave it out")
     if exporter.suffix and out.suffix != exporter.suffix:
@@ -109,7 +109,7 @@ def _refuse_place(out: Path, target: Path, adapter: Path | None, exporter: Expor
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
 
 
-def _whole(target: str, request: Request) -> Subject:
+def _whole(target: str, request: ExportRequest) -> ExportSource:
     """A model, as it is."""
     spec = ModelSpec(path=target, gguf="dequantized", trust_remote_code=request.trust_remote_code)
     source = base_model.find_model(spec, dtype=torch.float32, device=CPU, info=console.info)
@@ -123,7 +123,7 @@ def _whole(target: str, request: Request) -> Subject:
     named = (config.architectures or [""])[0]
     otherwise: TaskName = "seq2seq-lm" if config.is_encoder_decoder else "causal-lm"
     task = next((task for ending, task in known.items() if named.endswith(ending)), otherwise)
-    return Subject(
+    return ExportSource(
         Path(target).stem if source.file else Path(target).name,
         base_model.local_folder(source, fetch=True),
         config,
@@ -142,12 +142,12 @@ def _labels(config: PretrainedConfig) -> ClassLabels:
     return ClassLabels(kind, tuple(config.id2label[number] for number in sorted(config.id2label)))
 
 
-def _adapted(folder: Path, request: Request) -> tuple[Subject, Path | None]:
+def _adapted(folder: Path, request: ExportRequest) -> tuple[ExportSource, Path | None]:
     """An adapter on its base, and the base's GGUF file where it is one."""
     config = read_config(folder)
-    found = open_subject(folder, config, base_path=request.base, trust_remote_code=request.trust_remote_code)
-    refuse_other_base(found, allowed=request.other_base)
-    subject = Subject(
+    found = open_saved_adapter(folder, config, base_path=request.base, trust_remote_code=request.trust_remote_code)
+    check_same_base(found, allowed=request.other_base)
+    subject = ExportSource(
         folder.parent.name if folder.name == "adapter" else folder.name,
         base_model.local_folder(found.source, fetch=True),
         found.skeleton().config,
@@ -168,7 +168,7 @@ def _held_out(adapter: Path) -> tuple[tuple[int, ...], ...]:
         return ()
     try:
         recipe = load_recipe(file)
-        rows = open_run_inputs(recipe, info=console.no_output, weights=False).data
+        rows = load_inputs(recipe, info=console.no_output, weights=False).data
     except LoraError as reason:
         console.info(f"the run's held-out rows are not to be had, made-up prompts take their place: {reason.message}")
         return ()
@@ -186,7 +186,7 @@ def _held_out(adapter: Path) -> tuple[tuple[int, ...], ...]:
     return tuple(found)
 
 
-def _runs(exporter: Exporter, subject: Subject, request: Request) -> bool:
+def _runs(exporter: Exporter, subject: ExportSource, request: ExportRequest) -> bool:
     """Whether the export is run in its runtime, beside the original in memory; what is left out is said."""
     if request.verify == "file" or not exporter.prover:
         return request.verify != "file"
@@ -198,18 +198,18 @@ def _runs(exporter: Exporter, subject: Subject, request: Request) -> bool:
         )
         return False
     parameters = sum(parameter.numel() for parameter in base_model.skeleton(subject.config).parameters())
-    if verifying.fits(parameters) or request.verify == "runtime":
+    if verify.fits_in_memory(parameters) or request.verify == "runtime":
         return True
     console.info("note: read back, but not run: original and export do not fit in memory together (--verify runtime)")
     return False
 
 
-def _merged(folder: Path, subject: Subject, out: Path, request: Request) -> Subject:
+def _merged(folder: Path, subject: ExportSource, out: Path, request: ExportRequest) -> ExportSource:
     """The adapter folded into its base, in `out`."""
     stored = {tensor.dtype for tensor in safetensors_io.list_tensors(subject.model).values()}
     keeps = KEEPS.get(request.quantize or ("f16" if request.to in ("gguf", "ollama") else ""))
     as_stored = request.to == "safetensors" and request.quantize in (None, "nf4")
-    options = merging.Options(
+    options = merging.MergeOptions(
         base=request.base,
         dtype="auto" if as_stored or (keeps is not None and stored == {keeps}) else "float32",
         weights="auto",
@@ -226,7 +226,7 @@ def _merged(folder: Path, subject: Subject, out: Path, request: Request) -> Subj
 
 
 @contextmanager
-def _place(out: Path, exporter: Exporter, request: Request) -> Iterator[tuple[Path, Path]]:
+def _place(out: Path, exporter: Exporter, request: ExportRequest) -> Iterator[tuple[Path, Path]]:
     """Where the export is written before it is at its place, and where the verdict goes."""
     if exporter.suffix:
         with atomic.file(out, replace=request.force) as partial:
@@ -236,7 +236,7 @@ def _place(out: Path, exporter: Exporter, request: Request) -> Iterator[tuple[Pa
             yield partial, partial / VERDICT
 
 
-def _proven(module: ModuleType, subject: Subject, partial: Path, options: Options) -> list[Check]:
+def _proven(module: ModuleType, subject: ExportSource, partial: Path, options: ExportOptions) -> list[Check]:
     checks: list[Check] = []
     for check in module.prove(subject, partial, options):
         kind = "note" if check.name == "note" else f"{check.name}: verified" if check.passed else f"{check.name}: WRONG"
@@ -254,7 +254,9 @@ def _proven(module: ModuleType, subject: Subject, partial: Path, options: Option
     return checks
 
 
-def _verdict(target: str, subject: Subject, partial: Path, checks: list[Check], request: Request) -> dict[str, Any]:
+def _verdict(
+    target: str, subject: ExportSource, partial: Path, checks: list[Check], request: ExportRequest
+) -> dict[str, Any]:
     files = sorted(partial.rglob("*")) if partial.is_dir() else [partial]
     adapter = _adapter_of(Path(target).expanduser())
     return {

@@ -9,24 +9,23 @@ from typing import NamedTuple
 import torch
 from peft import PeftConfig
 
-from lora_cli.commands import verifying
-from lora_cli.commands.subject import CPU, Subject, open_subject, read_config, refuse_other_base
-from lora_cli.commands.verifying import Probes, Transforms
 from lora_cli.errors import LoraError
-from lora_cli.merging import stream
+from lora_cli.merging import stream, verify
 from lora_cli.merging.compare_models import Agreement
 from lora_cli.merging.merge_tensors import MergedTensor
+from lora_cli.merging.verify import Probes, Transforms
 from lora_cli.model import base_model, empty_base, fake_quantize, prequantized, safetensors_io
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import atomic, console
+from lora_cli.setup.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter, read_config
 
-LEAST_SURVIVAL = 0.5  # of an update; below it the model that is written has lost more of it than it kept
-STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MIN_RETAINED = 0.5  # of an update; below it the model that is written has lost more of it than it kept
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Options(NamedTuple):
+class MergeOptions(NamedTuple):
     """What the command line says besides adapter and place."""
 
     base: str | None
@@ -40,7 +39,7 @@ class Options(NamedTuple):
     trust_remote_code: bool
 
 
-def merge(folder: Path, *, out: Path, options: Options) -> None:
+def merge(folder: Path, *, out: Path, options: MergeOptions) -> None:
     """Write `folder`'s adapter, folded into its base, to `out`, and say where that is.
 
     Raises:
@@ -50,7 +49,7 @@ def merge(folder: Path, *, out: Path, options: Options) -> None:
     console.out.print(str(out))
 
 
-def write(folder: Path, *, out: Path, options: Options) -> None:
+def write(folder: Path, *, out: Path, options: MergeOptions) -> None:
     """What `merge` does, without a result on stdout.
 
     Raises:
@@ -59,13 +58,13 @@ def write(folder: Path, *, out: Path, options: Options) -> None:
     largest = safetensors_io.parse_size(options.max_shard_size)
     subject = _open(folder, out, options)
     atomic.remove_leftovers(out.absolute().parent, out.name)  # what a merge that was killed has left
-    plan = _plan(subject, STORED.get(options.dtype))
+    plan = _plan(subject, DTYPES.get(options.dtype))
     if options.unmerge:
         _unmerge(subject, plan, out, largest, options)
         return
     spec = _quantization(subject, options)
     parameters = sum(math.prod(shape) for _, shape in plan.tensors.values())
-    probes = verifying.choose_probes(subject) if verifying.decide(options.verify, parameters) else None
+    probes = verify.choose_probes(subject) if verify.should_verify(options.verify, parameters) else None
     transforms = _transforms(subject, plan, spec, probes, options)
     with atomic.folder(out, replace=options.force) as partial:
         console.info(f"folding {subject.method} into {subject.base}: {_amount(plan)}")
@@ -76,12 +75,12 @@ def write(folder: Path, *, out: Path, options: Options) -> None:
         _write_rest(subject, plan, partial, options)
         lines = _report(folded, plan, taken)
         if probes is not None:
-            lines += _verified(verifying.prove(subject, probes, partial, plan, transforms), probes, subject)
+            lines += _verified(verify.verify_merge(subject, probes, partial, plan, transforms), probes, subject)
     for line in lines:
         console.info(line)
 
 
-def _open(folder: Path, out: Path, options: Options) -> Subject:
+def _open(folder: Path, out: Path, options: MergeOptions) -> SavedAdapter:
     """Adapter and base; what cannot be merged is refused before any weight is read."""
     config = read_config(folder)
     if config.is_prompt_learning:
@@ -93,18 +92,18 @@ def _open(folder: Path, out: Path, options: Options) -> Subject:
     if options.unmerge and options.base is None:
         raise LoraError("--unmerge: from which merged model?", hint="name its folder: --base MERGED")
     _refuse_place(folder, out, config, options)
-    subject = open_subject(folder, config, base_path=options.base, trust_remote_code=options.trust_remote_code)
+    subject = open_saved_adapter(folder, config, base_path=options.base, trust_remote_code=options.trust_remote_code)
     if (already := prequantized.detect_prequantized(subject.base_config)) is not None:
         raise LoraError(
             f"{subject.base} is quantised ({already.method}): an update is folded into whole weights",
             hint="name the 16-bit model that it was made from: --base PATH --other-base",
         )
     if not options.unmerge:
-        refuse_other_base(subject, allowed=options.other_base)
+        check_same_base(subject, allowed=options.other_base)
     return subject
 
 
-def _refuse_place(folder: Path, out: Path, config: PeftConfig, options: Options) -> None:
+def _refuse_place(folder: Path, out: Path, config: PeftConfig, options: MergeOptions) -> None:
     given = Path(options.base or str(config.base_model_name_or_path))
     if out.resolve() in (given.resolve(), folder.resolve()):
         raise LoraError(f"--out {out}: that is what is merged", hint="name another folder")
@@ -114,7 +113,7 @@ def _refuse_place(folder: Path, out: Path, config: PeftConfig, options: Options)
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
 
 
-def _plan(subject: Subject, dtype: torch.dtype | None) -> stream.MergePlan:
+def _plan(subject: SavedAdapter, dtype: torch.dtype | None) -> stream.MergePlan:
     tensors = safetensors_io.list_tensors(base_model.local_folder(subject.source, fetch=True))
     model = empty_base.init_empty_weights(subject.skeleton())
     mapping = CheckpointMapping(model, tensors)
@@ -122,7 +121,7 @@ def _plan(subject: Subject, dtype: torch.dtype | None) -> stream.MergePlan:
     return stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[subject.task].classes)
 
 
-def _quantization(subject: Subject, options: Options) -> QuantizationSpec | None:
+def _quantization(subject: SavedAdapter, options: MergeOptions) -> QuantizationSpec | None:
     """How the base was quantised when the adapter was trained over it."""
     section = subject.trained_on.quantization if subject.trained_on else None
     if section is None and options.weights == "dequantized":
@@ -134,7 +133,11 @@ def _quantization(subject: Subject, options: Options) -> QuantizationSpec | None
 
 
 def _transforms(
-    subject: Subject, plan: stream.MergePlan, spec: QuantizationSpec | None, probes: Probes | None, options: Options
+    subject: SavedAdapter,
+    plan: stream.MergePlan,
+    spec: QuantizationSpec | None,
+    probes: Probes | None,
+    options: MergeOptions,
 ) -> Transforms:
     """What is done to the base's weights before the update is added: nothing, or a round trip to 4 or 8 bits."""
     if spec is None or options.weights == "original":
@@ -148,7 +151,7 @@ def _transforms(
     if probes is None:
         console.info("weights: dequantized, which the adapter was trained over; original ones were not measured")
         return found
-    return found if verifying.nearer(subject, probes, spec, found, plan) == "dequantized" else {}
+    return found if verify.choose_base_weights(subject, probes, spec, found, plan) == "dequantized" else {}
 
 
 def _stream(
@@ -167,12 +170,12 @@ def _stream(
     return folded
 
 
-def _write_rest(subject: Subject, plan: stream.MergePlan, folder: Path, options: Options) -> None:
+def _write_rest(subject: SavedAdapter, plan: stream.MergePlan, folder: Path, options: MergeOptions) -> None:
     """Config, generation config, code, tokenizer and card."""
     model, classes = subject.skeleton(), TASKS[subject.task].classes
     config = model.config
     if options.dtype != "auto":
-        config.dtype = STORED[options.dtype]
+        config.dtype = DTYPES[options.dtype]
     if classes or not config.architectures:
         config.architectures = [type(model).__name__]
     if plan.untied:
@@ -191,7 +194,7 @@ def _write_rest(subject: Subject, plan: stream.MergePlan, folder: Path, options:
 
 def _refuse_rounded_away(folded: list[MergedTensor], plan: stream.MergePlan) -> None:
     worst = min(folded, key=lambda each: each.survived)
-    if not worst.survived >= LEAST_SURVIVAL:
+    if not worst.survived >= MIN_RETAINED:
         raise LoraError(
             f"{worst.name}: of its update {worst.survived:.0%} survives the rounding to {plan.dtype_of(worst.name)}",
             hint="write a finer dtype: --dtype float32, or use the adapter as it is",
@@ -199,7 +202,7 @@ def _refuse_rounded_away(folded: list[MergedTensor], plan: stream.MergePlan) -> 
         )
 
 
-def _unmerge(subject: Subject, plan: stream.MergePlan, out: Path, largest: int, options: Options) -> None:
+def _unmerge(subject: SavedAdapter, plan: stream.MergePlan, out: Path, largest: int, options: MergeOptions) -> None:
     """Take the update away from a merged model again; only what was added can be."""
     if left := plan.not_added():
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
@@ -215,7 +218,7 @@ def _unmerge(subject: Subject, plan: stream.MergePlan, out: Path, largest: int, 
     console.info(line)
 
 
-def _landing(subject: Subject, folder: Path) -> str:
+def _landing(subject: SavedAdapter, folder: Path) -> str:
     """How far the weights are from those of the base that the adapter names, where that is at hand."""
     path = str(subject.config.base_model_name_or_path)
     try:
@@ -250,7 +253,7 @@ def _report(folded: list[MergedTensor], plan: stream.MergePlan, seconds: float) 
     return lines
 
 
-def _verified(found: Agreement, probes: Probes, subject: Subject) -> list[str]:
+def _verified(found: Agreement, probes: Probes, subject: SavedAdapter) -> list[str]:
     said = [f"logits within {found.apart:.0e}"]
     if not TASKS[subject.task].classes:
         said += [f"KL {found.kl:.1e} nats", f"most likely token equal {found.top1:.1%}"]
@@ -262,7 +265,7 @@ def _verified(found: Agreement, probes: Probes, subject: Subject) -> list[str]:
     ]
 
 
-def _card(subject: Subject, options: Options) -> str:
+def _card(subject: SavedAdapter, options: MergeOptions) -> str:
     name, what = Path(subject.base).name, "taken out again" if options.unmerge else "folded in"
     lines = ["---", f"base_model: {name}", "---", f"# {name} with an adapter {what}", ""]
     return "\n".join([*lines, f"A {subject.config.peft_type.value} adapter {what}, task {subject.task}.", ""])

@@ -10,8 +10,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from lora_cli.commands.building import Built, Info, build, compute_as_trained
-from lora_cli.commands.opening import Opening, batch_plan, open_run_inputs
 from lora_cli.data import class_labels
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch
@@ -23,6 +21,8 @@ from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.folder import RunFolder, open_run
+from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.training_model import Info, TrainableModel, build_model, prepare_for_compute
 from lora_cli.training import checkpoint, cpu, launch, model_card
 from lora_cli.training.disk_full import disk_full_as_os_error
 from lora_cli.training.loop import Step, broadcast_adapter, fit
@@ -40,7 +40,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         if processes > 1:
             # What would refuse the run refuses it here, once, and not in every process.
             with open_run(recipe.output, resume=resume, fresh=fresh):
-                open_run_inputs(recipe, info=console.info)
+                load_inputs(recipe, info=console.info)
             console.info(f"starting {processes} processes")
             return launch.launch_workers(processes, arguments)
     on_cpu = base_model.pick_device().type == "cpu"
@@ -66,7 +66,7 @@ class Training:
     def go(self) -> int:
         """Rows, base, adapter, steps, proof; returns the exit code."""
         with self.accelerator.main_process_first():  # the first process encodes, the others find it done
-            opening = open_run_inputs(self.recipe, info=self.info)
+            opening = load_inputs(self.recipe, info=self.info)
         for line in opening.data.ledger.table():
             self.info(line)
         world = self.accelerator.num_processes
@@ -85,9 +85,9 @@ class Training:
         self.accelerator.end_training()
         return stopped
 
-    def _train(self, opening: Opening, plan: BatchPlan, total: int) -> int:
+    def _train(self, opening: RunInputs, plan: BatchPlan, total: int) -> int:
         """Build, take the steps, prove; returns the exit code."""
-        built = build(self.recipe, opening, plan, total=total, info=self.info)
+        built = build_model(self.recipe, opening, plan, total=total, info=self.info)
         broadcast_adapter(built.model, self.accelerator)
         ratio = self.recipe.adapter.lr_ratio
         optimizer = make_optimizer(built.model, self.spec, name=built.optimizer, lr_ratio=ratio)
@@ -107,7 +107,7 @@ class Training:
             self._finish(self.run, opening, built.model, plan)
         return stopped
 
-    def _begin(self, run: RunFolder, opening: Opening, built: Built, total: int, done: int) -> None:
+    def _begin(self, run: RunFolder, opening: RunInputs, built: TrainableModel, total: int, done: int) -> None:
         run.clear()
         run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(run.recipe, dump_recipe(self.recipe))
@@ -117,7 +117,7 @@ class Training:
 
     def _steps(
         self,
-        opening: Opening,
+        opening: RunInputs,
         model: PeftModel,
         plan: BatchPlan,
         optimizer: torch.optim.Optimizer,
@@ -216,7 +216,7 @@ class Training:
             console.info(f"hint: {hint}")
         return LoraError(message, hint=hint, exit_code=1)
 
-    def _resumable(self, opening: Opening, built: Built, plan: BatchPlan, total: int) -> dict[str, Any]:
+    def _resumable(self, opening: RunInputs, built: TrainableModel, plan: BatchPlan, total: int) -> dict[str, Any]:
         """What must not change for a resumed run to be the uninterrupted one."""
         without_effect = {"eval_every", "save_every", "keep_checkpoints", "log_every", "gradient_accumulation"}
         return {
@@ -234,7 +234,7 @@ class Training:
             "quantization": self.recipe.quantization and self.recipe.quantization.model_dump(mode="json"),
         }
 
-    def _write(self, model: PeftModel, opening: Opening, folder: Path) -> None:
+    def _write(self, model: PeftModel, opening: RunInputs, folder: Path) -> None:
         """A plain PEFT adapter, with the tokenizer that it was trained with."""
         spec = self.recipe.model
         save_adapter.save_adapter(model, folder, base=spec.path, revision=spec.revision)
@@ -243,7 +243,7 @@ class Training:
         if opening.data.labels is not None:
             class_labels.save_labels(opening.data.labels, folder)
 
-    def _finish(self, run: RunFolder, opening: Opening, model: PeftModel, plan: BatchPlan) -> None:
+    def _finish(self, run: RunFolder, opening: RunInputs, model: PeftModel, plan: BatchPlan) -> None:
         """Write the adapter, load it back, and only then put it in its place.
 
         Raises:
@@ -268,7 +268,7 @@ class Training:
             self._write(model, opening, partial)
             (partial / "README.md").write_text(text, encoding="utf-8")
             difference = save_adapter.difference_when_loaded(
-                model, partial, lambda one: self._logits(one, probe), compute_as_trained
+                model, partial, lambda one: self._logits(one, probe), prepare_for_compute
             )
             if not difference.is_none(opening.dtype):
                 raise LoraError(
@@ -291,7 +291,7 @@ class Training:
         return LossFunction(model, task=self.recipe.task).logits(batch).double()
 
 
-def _origin(recipe: Recipe, opening: Opening, model: PeftModel) -> trained_on.TrainedOn:
+def _origin(recipe: Recipe, opening: RunInputs, model: PeftModel) -> trained_on.TrainedOn:
     spec = recipe.quantization
     return trained_on.TrainedOn(
         commit=base_model.hub_commit(opening.source),
@@ -302,7 +302,7 @@ def _origin(recipe: Recipe, opening: Opening, model: PeftModel) -> trained_on.Tr
     )
 
 
-def _manifest(recipe: Recipe, opening: Opening, built: Built, total: int) -> dict[str, Any]:
+def _manifest(recipe: Recipe, opening: RunInputs, built: TrainableModel, total: int) -> dict[str, Any]:
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "lora-cli")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

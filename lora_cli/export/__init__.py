@@ -10,7 +10,7 @@ from lora_cli.errors import LoraError
 
 
 class Exporter(NamedTuple):
-    """One format. Its module has `refuse`, `write`, `prove` and `usage`; see `lora_cli.export.subject`."""
+    """One format. Its module has `refuse`, `write`, `prove` and `usage`; see `lora_cli.export.source`."""
 
     summary: str
     module: str  # in lora_cli/export/
@@ -59,12 +59,12 @@ LLAMA_CPP = {"xllamacpp": "running the export in llama.cpp"}
 EXPORTERS: dict[str, Exporter] = {
     "safetensors": Exporter(
         "merged model for transformers, vLLM, SGLang; --quantize bf16, f16, f32 or nf4 (4-bit bitsandbytes)",
-        "safetensors",
+        "hf.model",
         takes="model",
     ),
     "gguf": Exporter(
         "one file for llama.cpp, LM Studio and others; --quantize f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1",
-        "gguf",
+        "gguf.model",
         takes="model",
         suffix=".gguf",
         packages={"gguf": "writing GGUF"},
@@ -74,7 +74,7 @@ EXPORTERS: dict[str, Exporter] = {
     ),
     "gguf-adapter": Exporter(
         "the LoRA alone, for llama.cpp's --lora over a base in GGUF (--over BASE.gguf)",
-        "gguf_adapter",
+        "gguf.adapter",
         takes="adapter",
         suffix=".gguf",
         packages={"gguf": "writing GGUF"},
@@ -84,7 +84,7 @@ EXPORTERS: dict[str, Exporter] = {
     ),
     "ollama": Exporter(
         "a folder with a GGUF file and a Modelfile; --quantize as for gguf",
-        "ollama",
+        "ollama.model",
         takes="model",
         packages={"gguf": "writing GGUF"},
         prover=LLAMA_CPP,
@@ -93,15 +93,15 @@ EXPORTERS: dict[str, Exporter] = {
     ),
     "onnx": Exporter(
         "a folder for onnxruntime: a decoder with its cache, or a classifier, in fp32",
-        "onnx",
+        "onnx.model",
         takes="model",
         packages={"onnx": "writing ONNX", "onnxscript": "writing ONNX"},
         prover={"onnxruntime": "running the export in onnxruntime"},
         extra="onnx",
         prover_extra="onnx",
     ),
-    "vllm": Exporter("the adapter folder, checked against what vLLM takes", "vllm", takes="adapter"),
-    "peft": Exporter("the adapter folder, for PEFT and transformers", "peft", takes="adapter"),
+    "vllm": Exporter("the adapter folder, checked against what vLLM takes", "hf.vllm_adapter", takes="adapter"),
+    "peft": Exporter("the adapter folder, for PEFT and transformers", "hf.peft_adapter", takes="adapter"),
 }
 
 

@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 from peft import PeftConfig
 from transformers import GenerationConfig
 
-from lora_cli.export.subject import Continuation, Subject
+from lora_cli.export.source import Continuation, ExportSource
 from lora_cli.model import base_model
 from lora_cli.model.load_adapter import load_adapter
 
 CPU = torch.device("cpu")
 
 
-def ends(subject: Subject) -> tuple[int, ...]:
+def eos_ids(subject: ExportSource) -> tuple[int, ...]:
     """Ids of the tokens that end an answer: the generation config's, and the tokenizer's."""
     found: list[int] = []
     file = subject.model / "generation_config.json"
@@ -26,16 +26,16 @@ def ends(subject: Subject) -> tuple[int, ...]:
     return tuple(dict.fromkeys(number for number in found if 0 <= number < len(subject.tokenizer)))
 
 
-class Reference:
+class ReferenceModel:
     """The model, with its adapter where the subject has one."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: ExportSource) -> None:
         options: dict[str, object] = {"trust_remote_code": subject.trust_remote_code}
         source = base_model.ModelSource(str(subject.model), options)
         model = base_model.load_base(
             source, dtype=torch.float32, device=CPU, task=subject.task, labels=subject.labels
         ).model.eval()
-        self._ends = list(ends(subject))
+        self._ends = list(eos_ids(subject))
         self._pad = subject.tokenizer.pad_token_id
         self._model = model
         if subject.adapter is not None:

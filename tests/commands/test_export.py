@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_cli.export import EXPORTERS
-from lora_cli.export import gguf as gguf_format
-from lora_cli.export.subject import Check
+from lora_cli.export.gguf import model as gguf_format
+from lora_cli.export.source import Check
 from tests.commands.conftest import Lora
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.export.pre_tokenizers import DEEPSEEK_LETTERS
+from lora_cli.export.gguf.pre_tokenizers import DEEPSEEK_LETTERS
 from tests.inputs.tiny_tokenizers import CHATML, TEXTS
 
 LINES = [

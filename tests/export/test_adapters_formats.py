@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_cli.errors import LoraError
-from lora_cli.export import peft, vllm
-from lora_cli.export.subject import Subject
+from lora_cli.export.hf import peft_adapter, vllm_adapter
+from lora_cli.export.source import ExportSource
 from lora_cli.model import save_adapter
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.trained_on import TrainedOn
 from lora_cli.model.trained_on import write_trained_on as write_origin
-from tests.export.subjects import model, options, subject, tokenizer
+from tests.export.sources import model, options, subject, tokenizer
 from tests.model import zoo
 from tests.model.families import LABELS
 from tests.model.zoo import METHODS, relative
@@ -29,26 +29,26 @@ IDS = torch.tensor([[5, 9, 30, 2, 77, 41, 8, 60]])
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ExportSource:
     return subject("llama", tmp_path_factory.mktemp("llama") / "base model")
 
 
-def with_adapter(found: Subject, folder: Path, **given: Any) -> Subject:
+def with_adapter(found: ExportSource, folder: Path, **given: Any) -> ExportSource:
     """`found` with an adapter, as a run leaves it: in RUN/adapter."""
     made = zoo.adapted(model(found.name, vocabulary=found.config.vocab_size), **given)
     return saved(found, made, folder)
 
 
-def saved(found: Subject, made: PeftModel, folder: Path) -> Subject:
+def saved(found: ExportSource, made: PeftModel, folder: Path) -> ExportSource:
     save_adapter.save_adapter(made, folder, base=str(found.model), revision=None)
     return found._replace(adapter=folder)
 
 
-def failed(module: Any, found: Subject, out: Path) -> set[str]:
+def failed(module: Any, found: ExportSource, out: Path) -> set[str]:
     return {check.name for check in module.prove(found, out, options()) if not check.passed}
 
 
-def exported(module: Any, found: Subject, out: Path) -> Path:
+def exported(module: Any, found: ExportSource, out: Path) -> Path:
     module.refuse(found, options())
     module.write(found, out, options())
     assert failed(module, found, out) == set()
@@ -63,13 +63,13 @@ def damage(out: Path, *, key: str) -> None:
 
 
 @torch.no_grad()
-def by_peft(found: Subject) -> Tensor:
+def by_peft(found: ExportSource) -> Tensor:
     base = AutoModelForCausalLM.from_pretrained(found.model)
     return PeftModel.from_pretrained(base, str(found.adapter)).eval()(IDS).logits
 
 
 @torch.no_grad()
-def by_vllm(found: Subject, out: Path) -> Tensor:
+def by_vllm(found: ExportSource, out: Path) -> Tensor:
     """What vLLM makes of a folder: every update times one number from the configuration, patterns or not."""
     config = json.loads((out / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
@@ -101,9 +101,9 @@ PATTERNS = {"alpha_pattern": {"q_proj": 3.0}, "rank_pattern": {"up_proj": 6, "la
     ],
     ids=["lora", "rslora", "alphas", "ranks", "patterns", "rslora-patterns", "head", "scaled", "pissa"],
 )
-def test_vllm_computes_what_peft_does(given: dict[str, Any], llama: Subject, tmp_path: Path):
+def test_vllm_computes_what_peft_does(given: dict[str, Any], llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter", **given)
-    out = exported(vllm, found, tmp_path / "out")
+    out = exported(vllm_adapter, found, tmp_path / "out")
     expected = by_peft(found)
     assert relative(by_vllm(found, out), expected) < 2e-5
     patterned = "alpha_pattern" in given or "rank_pattern" in given
@@ -112,33 +112,33 @@ def test_vllm_computes_what_peft_does(given: dict[str, Any], llama: Subject, tmp
     assert relative(by_peft(found._replace(adapter=out)), expected) < 2e-5
 
 
-def test_narrow_factors_lose_nothing_where_scales_are_folded(llama: Subject, tmp_path: Path):
+def test_narrow_factors_lose_nothing_where_scales_are_folded(llama: ExportSource, tmp_path: Path):
     made = zoo.adapted(model("llama", vocabulary=llama.config.vocab_size), alpha_pattern={"q_proj": 3, "k_proj": 4})
     found = saved(llama, made, tmp_path / "adapter")
     narrow = {
         key: value.bfloat16() for key, value in load_file(tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS).items()
     }
     save_file(narrow, tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
-    out = exported(vllm, found, tmp_path / "out")
+    out = exported(vllm_adapter, found, tmp_path / "out")
     wide = {key for key, value in load_file(out / save_adapter.ADAPTER_WEIGHTS).items() if value.dtype == torch.float32}
     assert wide == {key for key in narrow if "q_proj.lora_B" in key}  # 4/8 is exact in bfloat16, 3/8 is not
 
 
-def test_what_differs_is_found_out(llama: Subject, tmp_path: Path):
+def test_what_differs_is_found_out(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "plain")
     for number, key in enumerate(("lora_A", "lora_B")):
-        vllm.write(found, tmp_path / f"out{number}", options())
+        vllm_adapter.write(found, tmp_path / f"out{number}", options())
         damage(tmp_path / f"out{number}", key=key)
-        assert failed(vllm, found, tmp_path / f"out{number}") == {"tensors", "peft"}
+        assert failed(vllm_adapter, found, tmp_path / f"out{number}") == {"tensors", "peft"}
     uneven = with_adapter(llama, tmp_path / "uneven", **PATTERNS)
     for number, key in enumerate(("lora_A", "lora_B"), start=2):
-        vllm.write(uneven, tmp_path / f"out{number}", options())
+        vllm_adapter.write(uneven, tmp_path / f"out{number}", options())
         damage(tmp_path / f"out{number}", key=key)
-        assert failed(vllm, uneven, tmp_path / f"out{number}") == {"updates"}
-    vllm.write(uneven, tmp_path / "out4", options())
+        assert failed(vllm_adapter, uneven, tmp_path / f"out{number}") == {"updates"}
+    vllm_adapter.write(uneven, tmp_path / "out4", options())
     file = tmp_path / "out4" / "adapter_config.json"
     file.write_text(file.read_text().replace('"alpha_pattern": {}', '"alpha_pattern": {"v_proj": 1}'))
-    assert failed(vllm, uneven, tmp_path / "out4") == {"updates", "scales"}
+    assert failed(vllm_adapter, uneven, tmp_path / "out4") == {"updates", "scales"}
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_what_differs_is_found_out(llama: Subject, tmp_path: Path):
         ({"rank": 513, "target_modules": ["q_proj"]}, "rank 513"),
     ],
 )
-def test_what_vllm_does_not_take_is_refused(given: dict[str, Any], says: str, llama: Subject, tmp_path: Path):
+def test_what_vllm_does_not_take_is_refused(given: dict[str, Any], says: str, llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter", **given)
     with pytest.raises(LoraError, match=says) as caught:
-        vllm.refuse(found, options())
+        vllm_adapter.refuse(found, options())
     assert "safetensors" in str(caught.value.hint)
 
 
@@ -172,20 +172,20 @@ def test_what_vllm_does_not_take_is_refused(given: dict[str, Any], says: str, ll
 def test_bases_are_held_against_what_vllm_adapts(family: str, given: dict[str, Any], says: str, tmp_path: Path):
     found = with_adapter(subject(family, tmp_path / "base"), tmp_path / "adapter", **given)
     with pytest.raises(LoraError, match=says):
-        vllm.refuse(found, options())
-    exported(peft, found, tmp_path / "out")
+        vllm_adapter.refuse(found, options())
+    exported(peft_adapter, found, tmp_path / "out")
 
 
-def test_tasks_and_strange_tensors_are_refused(llama: Subject, tmp_path: Path):
+def test_tasks_and_strange_tensors_are_refused(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
     with pytest.raises(LoraError, match="seq-cls adapter"):
-        vllm.refuse(found._replace(task="seq-cls"), options())
+        vllm_adapter.refuse(found._replace(task="seq-cls"), options())
     tensors = load_file(tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
     embeddings = {"base_model.model.model.embed_tokens.weight": torch.zeros(llama.config.vocab_size, 64)}
     save_file(tensors | embeddings, tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
     with pytest.raises(LoraError, match=r"no place for base_model\.model\.model\.embed_tokens\.weight"):
-        vllm.refuse(found, options())
-    for module in (vllm, peft):
+        vllm_adapter.refuse(found, options())
+    for module in (vllm_adapter, peft_adapter):
         with pytest.raises(LoraError, match="--quantize f16"):
             module.refuse(with_adapter(llama, tmp_path / "other"), options("f16"))
         (tmp_path / "other" / save_adapter.ADAPTER_WEIGHTS).rename(tmp_path / "other" / "adapter_model.bin")
@@ -194,9 +194,9 @@ def test_tasks_and_strange_tensors_are_refused(llama: Subject, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("rank", "largest"), [(1, "1"), (4, "8"), (16, "16"), (17, "32"), (130, "256"), (300, "320")])
-def test_the_command_serves_any_rank(rank: int, largest: str, llama: Subject, tmp_path: Path):
+def test_the_command_serves_any_rank(rank: int, largest: str, llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama._replace(name="llama"), tmp_path / "adapter", rank=rank, target_modules=["q_proj"])
-    lines = vllm.usage(found._replace(name="runs/my run/adapter"), tmp_path / "out", options())
+    lines = vllm_adapter.usage(found._replace(name="runs/my run/adapter"), tmp_path / "out", options())
     words = shlex.split(lines[0])
     assert words[:3] == ["vllm", "serve", str(found.model)]
     assert words[words.index("--max-lora-rank") + 1] == largest
@@ -207,27 +207,27 @@ def test_the_command_serves_any_rank(rank: int, largest: str, llama: Subject, tm
     assert asked["messages"]
 
 
-def test_another_tokenizer_and_a_quantised_base_are_told(llama: Subject, tmp_path: Path):
+def test_another_tokenizer_and_a_quantised_base_are_told(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
     words = tokenizer()
     words.chat_template = "{{ messages }}"
     write_origin(TrainedOn(None, "0", "LlamaForCausalLM", "bfloat16", {"bits": 4, "type": "nf4"}), tmp_path / "adapter")
-    lines = vllm.usage(found._replace(tokenizer=words), tmp_path / "out", options())
+    lines = vllm_adapter.usage(found._replace(tokenizer=words), tmp_path / "out", options())
     assert "--tokenizer" in shlex.split(lines[0])
     assert any("nf4" in line for line in lines)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_peft_loads_every_method(method: str, llama: Subject, tmp_path: Path):
+def test_peft_loads_every_method(method: str, llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter", method=method)
-    out = exported(peft, found, tmp_path / "out")
+    out = exported(peft_adapter, found, tmp_path / "out")
     damage(out, key="")
-    assert failed(peft, found, out) == {"tensors", "peft"}
+    assert failed(peft_adapter, found, out) == {"tensors", "peft"}
 
 
-def test_the_lines_of_python_give_the_adapted_model(llama: Subject, tmp_path: Path):
+def test_the_lines_of_python_give_the_adapted_model(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
-    lines = peft.usage(found, exported(peft, found, tmp_path / "out"), options())
+    lines = peft_adapter.usage(found, exported(peft_adapter, found, tmp_path / "out"), options())
     assert any(str(llama.model) in line and line.startswith("note:") for line in lines)
     assert torch.equal(logits_of(lines), by_peft(found))
     assert not torch.equal(logits_of(lines), AutoModelForCausalLM.from_pretrained(llama.model)(IDS).logits)
@@ -248,25 +248,27 @@ def test_a_classifier_and_its_labels(tmp_path: Path):
     context = AdapterContext(task="seq-cls", heads=("classifier",))
     made = zoo.adapted(base, context=context, target_modules=["query", "value"])
     config = AutoConfig.from_pretrained(tmp_path / "base")
-    found = saved(Subject("bert", tmp_path / "base", config, words, "seq-cls", LABELS, ()), made, tmp_path / "adapter")
-    lines = peft.usage(found, exported(peft, found, tmp_path / "out"), options())
+    found = saved(
+        ExportSource("bert", tmp_path / "base", config, words, "seq-cls", LABELS, ()), made, tmp_path / "adapter"
+    )
+    lines = peft_adapter.usage(found, exported(peft_adapter, found, tmp_path / "out"), options())
     with torch.no_grad():
         assert relative(logits_of(lines), made.eval()(IDS).logits) < 1e-6
 
 
-def test_only_what_belongs_to_an_adapter_is_copied(llama: Subject, tmp_path: Path):
+def test_only_what_belongs_to_an_adapter_is_copied(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
     for name in ("optimizer.pt", "trainer_state.json", "README.md", "labels.json"):
         (tmp_path / "adapter" / name).write_text("{}")
-    out = exported(peft, found, tmp_path / "out")
+    out = exported(peft_adapter, found, tmp_path / "out")
     kept = {path.name for path in out.iterdir()}
     assert kept >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json", "labels.json"}
     assert not kept & {"optimizer.pt", "trainer_state.json"}
 
 
-def test_an_adapter_of_another_base_is_refused(llama: Subject, tmp_path: Path):
+def test_an_adapter_of_another_base_is_refused(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
     other = subject("llama", tmp_path / "other", hidden_size=32)
-    for module in (peft, vllm):
+    for module in (peft_adapter, vllm_adapter):
         with pytest.raises(LoraError, match="does not fit"):
             module.refuse(other._replace(adapter=found.adapter), options())

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lora_cli.errors import LoraError
-from lora_cli.export import gguf, gguf_adapter
-from lora_cli.export.subject import Check, Subject
-from tests.export.subjects import model, options, subject
+from lora_cli.export.gguf import adapter as gguf_adapter
+from lora_cli.export.gguf import model as gguf_model
+from lora_cli.export.source import Check, ExportSource
+from tests.export.sources import model, options, subject
 from tests.model import zoo
 
 
@@ -19,14 +20,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def with_adapter(found: Subject, folder: Path, **given: Any) -> Subject:
+def with_adapter(found: ExportSource, folder: Path, **given: Any) -> ExportSource:
     """`found` with an adapter that changes it well."""
     base = model(found.name, vocabulary=found.config.vocab_size)
     zoo.adapted(base, **given).save_pretrained(folder)
     return found._replace(adapter=folder)
 
 
-def checks(found: Subject, file: Path, over: Path, form: str = "f32") -> dict[str, Check]:
+def checks(found: ExportSource, file: Path, over: Path, form: str = "f32") -> dict[str, Check]:
     gguf_adapter.refuse(found, options(form, over=over))
     gguf_adapter.write(found, file, options(form, over=over))
     return {check.name: check for check in gguf_adapter.prove(found, file, options(form, over=over))}
@@ -46,24 +47,24 @@ def checks(found: Subject, file: Path, over: Path, form: str = "f32") -> dict[st
 )
 def test_it_is_the_adapter_over_the_base_in_gguf(family: str, given: dict[str, Any], tmp_path: Path):
     base = subject(family, tmp_path / "model")
-    gguf.write(base, tmp_path / "base.gguf", options("f32"))
+    gguf_model.write(base, tmp_path / "base.gguf", options("f32"))
     found = with_adapter(base, tmp_path / "adapter", **given)
     made = checks(found, tmp_path / "out.gguf", tmp_path / "base.gguf")
     assert {name for name, check in made.items() if not check.passed} == set(), made
     # And it does something: without it, the base is another model.
-    bare = {check.name: check for check in gguf.prove(found, tmp_path / "base.gguf", options("f32"))}
+    bare = {check.name: check for check in gguf_model.prove(found, tmp_path / "base.gguf", options("f32"))}
     assert not bare["distribution"].passed
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Subject, Path]:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportSource, Path]:
     folder = tmp_path_factory.mktemp("llama")
     base = subject("llama", folder / "model")
-    gguf.write(base, folder / "base.gguf", options("f32"))
+    gguf_model.write(base, folder / "base.gguf", options("f32"))
     return base, folder / "base.gguf"
 
 
-def test_a_lost_scale_is_found_out(llama: tuple[Subject, Path], tmp_path: Path):
+def test_a_lost_scale_is_found_out(llama: tuple[ExportSource, Path], tmp_path: Path):
     base, over = llama
     found = with_adapter(base, tmp_path / "adapter")
     gguf_adapter.write(found, tmp_path / "out.gguf", options(over=over))
@@ -83,7 +84,7 @@ def test_a_lost_scale_is_found_out(llama: tuple[Subject, Path], tmp_path: Path):
     ],
 )
 def test_what_llama_cpp_has_no_place_for_is_refused(
-    given: dict[str, Any], says: str, llama: tuple[Subject, Path], tmp_path: Path
+    given: dict[str, Any], says: str, llama: tuple[ExportSource, Path], tmp_path: Path
 ):
     found = with_adapter(llama[0], tmp_path / "adapter", **given)
     with pytest.raises(LoraError, match=says) as refusal:
@@ -91,14 +92,14 @@ def test_what_llama_cpp_has_no_place_for_is_refused(
     assert "--to gguf" in str(refusal.value.hint)
 
 
-def test_another_base_is_refused(llama: tuple[Subject, Path], tmp_path: Path):
+def test_another_base_is_refused(llama: tuple[ExportSource, Path], tmp_path: Path):
     found = with_adapter(llama[0], tmp_path / "adapter")
     other = subject("llama", tmp_path / "other", intermediate_size=96)
-    gguf.write(other, tmp_path / "other.gguf", options("f32"))
+    gguf_model.write(other, tmp_path / "other.gguf", options("f32"))
     with pytest.raises(LoraError, match=r"blk\.0\.ffn"):
         gguf_adapter.refuse(found, options(over=tmp_path / "other.gguf"))
     another = subject("qwen2", tmp_path / "another")
-    gguf.write(another, tmp_path / "another.gguf", options("f32"))
+    gguf_model.write(another, tmp_path / "another.gguf", options("f32"))
     with pytest.raises(LoraError, match="architecture is qwen2"):
         gguf_adapter.refuse(found, options(over=tmp_path / "another.gguf"))
     (tmp_path / "none.gguf").write_bytes(b"no")
@@ -106,7 +107,7 @@ def test_another_base_is_refused(llama: tuple[Subject, Path], tmp_path: Path):
         gguf_adapter.refuse(found, options(over=tmp_path / "none.gguf"))
 
 
-def test_the_file_says_what_it_is(llama: tuple[Subject, Path], tmp_path: Path):
+def test_the_file_says_what_it_is(llama: tuple[ExportSource, Path], tmp_path: Path):
     found = with_adapter(llama[0], tmp_path / "adapter")
     gguf_adapter.write(found, tmp_path / "out.gguf", options())
     fields = library.GGUFReader(str(tmp_path / "out.gguf")).fields

@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
-from lora_cli.export import onnx as exporter
-from lora_cli.export import onnx_graph, onnx_proof
-from lora_cli.export.subject import Check, Subject
+from lora_cli.export.onnx import graph, verify
+from lora_cli.export.onnx import model as exporter
+from lora_cli.export.source import Check, ExportSource
 from lora_cli.model.tasks import TASKS
-from tests.export.subjects import options, subject
+from tests.export.sources import options, subject
 from tests.inputs.tiny_tokenizers import build_encoder
 from tests.model import zoo
 from tests.model.families import FAMILIES, LABELS, config_of
@@ -41,7 +41,7 @@ DECODERS = (
 class Export(NamedTuple):
     """What was exported, and where to."""
 
-    source: Subject
+    source: ExportSource
     out: Path
 
     def checks(self, *, runtime: bool = True) -> dict[str, Check]:
@@ -49,7 +49,7 @@ class Export(NamedTuple):
         return {check.name: check for check in exporter.prove(self.source, self.out, options(runtime=runtime))}
 
 
-def export(source: Subject, out: Path) -> Export:
+def export(source: ExportSource, out: Path) -> Export:
     exporter.refuse(source, options())
     exporter.write(source, out, options())
     return Export(source, out)
@@ -57,7 +57,7 @@ def export(source: Subject, out: Path) -> Export:
 
 def classifier(
     family: str, folder: Path, *, task: str | None = None, labels: ClassLabels | None = LABELS, **more: Any
-) -> Subject:
+) -> ExportSource:
     """A tiny classifier in `folder`, its biases other than zero."""
     entry = FAMILIES[family]._replace(task=task) if task else FAMILIES[family]
     words = build_encoder("roberta" if family == "roberta" else "bert")
@@ -70,7 +70,7 @@ def classifier(
             torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
-    return Subject(family, folder, AutoConfig.from_pretrained(folder), words, entry.task, labels, ())
+    return ExportSource(family, folder, AutoConfig.from_pretrained(folder), words, entry.task, labels, ())
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_changed_weight_is_found(llama: Export, tmp_path: Path):
 
 def test_weights_are_checked_without_onnxruntime(llama: Export, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    importlib.reload(onnx_proof)
+    importlib.reload(verify)
     assert llama.checks(runtime=False)["tensors"].passed
 
 
@@ -234,9 +234,9 @@ def test_what_is_traced_is_what_the_model_computes(family: str, tmp_path: Path):
     """Of every family, by torch: in pieces, with blanks on the left, against transformers' own masks and caches."""
     torch.manual_seed(0)
     source = subject(family, tmp_path, **WINDOW.get(family, {}))
-    model, written = exporter.load(source), exporter.load(source, attention="eager")
-    form = onnx_graph.form_of(written, "causal-lm")
-    flat = onnx_graph.Flat(written)
+    model, written = exporter.load_fp32(source), exporter.load_fp32(source, attention="eager")
+    form = graph.graph_signature(written, "causal-lm")
+    flat = graph.FlatCacheModel(written)
     ids = torch.randint(3, 300, (2, 20))
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
@@ -322,13 +322,13 @@ def test_what_the_exporter_cannot_trace_is_one_line(tmp_path: Path):
 
     model = Odd(LlamaConfig(**{**zoo.COMMON, "num_hidden_layers": 1}))
     with pytest.raises(LoraError, match=r"trace this llama model: .*data-dependent") as caught:
-        onnx_graph.write(model, onnx_graph.form_of(model, "causal-lm"), tmp_path / "model.onnx")
+        graph.trace(model, graph.graph_signature(model, "causal-lm"), tmp_path / "model.onnx")
     assert "\n" not in caught.value.message
 
 
 def test_a_cache_of_another_kind_is_refused():
     with pytest.raises(LoraError, match="cache of a mamba"):
-        onnx_graph.form_of(zoo.make("mamba"), "causal-lm")
+        graph.graph_signature(zoo.make("mamba"), "causal-lm")
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_what_cannot_be_is_refused_before_any_weight_is_read(
     family: str, more: dict[str, Any], reason: str, tmp_path: Path
 ):
     entry = FAMILIES[family]._replace(options={**FAMILIES[family].options, **more})
-    source = Subject(family, tmp_path / "nothing there", config_of(entry), None, entry.task, None, ())
+    source = ExportSource(family, tmp_path / "nothing there", config_of(entry), None, entry.task, None, ())
     with pytest.raises(LoraError, match=reason) as caught:
         exporter.refuse(source, options())
     assert "safetensors" in str(caught.value.hint) or "16-bit" in str(caught.value.hint)
@@ -368,6 +368,6 @@ def test_a_real_model(demo_folder: Path, tmp_path: Path):
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = words.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     config = AutoConfig.from_pretrained(tmp_path / "model")
-    source = Subject("demo", tmp_path / "model", config, words, "causal-lm", None, (tuple(prompt),))
+    source = ExportSource("demo", tmp_path / "model", config, words, "causal-lm", None, (tuple(prompt),))
     checks = export(source, tmp_path / "out").checks()
     assert all(check.passed for check in checks.values()), checks

@@ -12,37 +12,38 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 
 from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.errors import LoraError
-from lora_cli.export import logits, safetensors
-from lora_cli.export.subject import Check, Subject
+from lora_cli.export.hf import model as hf_model
+from lora_cli.export.hf import verify
+from lora_cli.export.source import Check, ExportSource
 from lora_cli.model import safetensors_io
 from lora_cli.model.tasks import TASKS
-from tests.export.subjects import model, options, subject, tokenizer
+from tests.export.sources import model, options, subject, tokenizer
 from tests.model.families import FAMILIES
 
 WHOLE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ExportSource:
     return subject("llama", tmp_path_factory.mktemp("llama") / "base")
 
 
-def classifier(family: str, folder: Path, kind: LabelKind = "single") -> Subject:
+def classifier(family: str, folder: Path, kind: LabelKind = "single") -> ExportSource:
     words, task = tokenizer(), FAMILIES[family].task
     made = model(family, vocabulary=len(words), pad_token_id=0, num_labels=2)
     made.save_pretrained(folder)
     words.save_pretrained(folder)
     labels = ClassLabels(kind, ("a", "b")) if TASKS[task].classes else None
-    return Subject(family, folder, AutoConfig.from_pretrained(folder), words, task, labels, ())
+    return ExportSource(family, folder, AutoConfig.from_pretrained(folder), words, task, labels, ())
 
 
-def checks(found: Subject, out: Path, form: str | None, *, runtime: bool = True) -> dict[str, Check]:
-    return {check.name: check for check in safetensors.prove(found, out, options(form, runtime=runtime))}
+def checks(found: ExportSource, out: Path, form: str | None, *, runtime: bool = True) -> dict[str, Check]:
+    return {check.name: check for check in hf_model.prove(found, out, options(form, runtime=runtime))}
 
 
-def exported(found: Subject, out: Path, form: str | None) -> dict[str, Check]:
-    safetensors.refuse(found, options(form))
-    safetensors.write(found, out, options(form))
+def exported(found: ExportSource, out: Path, form: str | None) -> dict[str, Check]:
+    hf_model.refuse(found, options(form))
+    hf_model.write(found, out, options(form))
     made = checks(found, out, form)
     assert [check for check in made.values() if not check.passed] == []
     return made
@@ -52,7 +53,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
-def loaded(found: Subject, folder: Path, **given: Any) -> PreTrainedModel:
+def loaded(found: ExportSource, folder: Path, **given: Any) -> PreTrainedModel:
     made: PreTrainedModel = TASKS[found.task].loader.from_pretrained(folder, **given)
     return made.eval()
 
@@ -62,7 +63,7 @@ def loaded(found: Subject, folder: Path, **given: Any) -> PreTrainedModel:
 def test_a_cast_is_what_transformers_reads_in_that_dtype(form: str | None, tied: bool, tmp_path: Path):
     found = subject("llama", tmp_path / "base", tie_word_embeddings=tied)
     exported(found, tmp_path / "out", form)
-    dtype = safetensors.DTYPES[form or "f32"]
+    dtype = hf_model.DTYPES[form or "f32"]
     expected = loaded(found, found.model, dtype=dtype).state_dict()
     ours = loaded(found, tmp_path / "out")
     assert ours.config.dtype == ours.dtype == dtype
@@ -105,13 +106,13 @@ def test_four_bits_are_those_of_transformers(family: str, tmp_path: Path):
 
 
 def test_the_demo_model_in_four_bits(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(logits, "LONGEST", 6)  # bitsandbytes multiplies slowly on a CPU
+    monkeypatch.setattr(verify, "LONGEST", 6)  # bitsandbytes multiplies slowly on a CPU
     words = AutoTokenizer.from_pretrained(demo_folder)
     prompt = words.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_dict=False
     )
     config = AutoConfig.from_pretrained(demo_folder)
-    found = Subject("demo", demo_folder, config, words, "causal-lm", None, (tuple(prompt),))
+    found = ExportSource("demo", demo_folder, config, words, "causal-lm", None, (tuple(prompt),))
     made = exported(found, tmp_path / "out", "nf4")
     assert made["tensors"].figures["packed"] == 106_168_320  # all linear layers, not the embeddings
     assert 0 < made["note"].figures["kl"] < 2
@@ -126,7 +127,7 @@ def test_classifiers_of_every_kind(family: str, kind: LabelKind, tmp_path: Path)
         assert exported(found, tmp_path / f"out-{form}", form)["distribution"].passed
 
 
-def test_half_precision_is_kept_in_four_bits(llama: Subject, tmp_path: Path):
+def test_half_precision_is_kept_in_four_bits(llama: ExportSource, tmp_path: Path):
     exported(llama, tmp_path / "half", "f16")
     found = llama._replace(model=tmp_path / "half", config=AutoConfig.from_pretrained(tmp_path / "half"))
     exported(found, tmp_path / "out", "nf4")
@@ -134,8 +135,8 @@ def test_half_precision_is_kept_in_four_bits(llama: Subject, tmp_path: Path):
     assert torch.equal(made["model.embed_tokens.weight"], source["model.embed_tokens.weight"])
 
 
-def test_large_models_are_several_files(llama: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(safetensors, "LARGEST", 50_000)
+def test_large_models_are_several_files(llama: ExportSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model, "LARGEST", 50_000)
     for form in ("bf16", "nf4"):
         exported(llama, tmp_path / form, form)
         files = list((tmp_path / form).glob("*.safetensors"))
@@ -144,7 +145,7 @@ def test_large_models_are_several_files(llama: Subject, tmp_path: Path, monkeypa
         assert all(path.stat().st_size < 60_000 for path in files)
 
 
-def altered(llama: Subject, folder: Path, name: str, change: Any) -> Subject:
+def altered(llama: ExportSource, folder: Path, name: str, change: Any) -> ExportSource:
     """The llama with one tensor changed."""
     exported(llama, folder, None)
     held = load_file(folder / WHOLE)
@@ -153,7 +154,7 @@ def altered(llama: Subject, folder: Path, name: str, change: Any) -> Subject:
     return llama._replace(model=folder)
 
 
-def test_what_a_dtype_cannot_hold_is_refused_by_name(llama: Subject, tmp_path: Path):
+def test_what_a_dtype_cannot_hold_is_refused_by_name(llama: ExportSource, tmp_path: Path):
     name = "model.layers.1.mlp.up_proj.weight"
 
     def enlarge(value: Tensor) -> Tensor:
@@ -162,12 +163,12 @@ def test_what_a_dtype_cannot_hold_is_refused_by_name(llama: Subject, tmp_path: P
 
     found = altered(llama, tmp_path / "large", name, enlarge)
     with pytest.raises(LoraError, match=rf"{name}: 7e\+04 is too large for float16"):
-        safetensors.write(found, tmp_path / "out", options("f16"))
+        hf_model.write(found, tmp_path / "out", options("f16"))
     exported(found, tmp_path / "wide", "bf16")
 
 
 @pytest.mark.parametrize("form", [None, "f32", "f16", "bf16", "nf4"])
-def test_what_differs_is_found_out(form: str | None, llama: Subject, tmp_path: Path):
+def test_what_differs_is_found_out(form: str | None, llama: ExportSource, tmp_path: Path):
     exported(llama, tmp_path / "out", form)
     for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"):
         held = load_file(tmp_path / "out" / WHOLE)
@@ -195,7 +196,7 @@ def test_what_differs_is_found_out(form: str | None, llama: Subject, tmp_path: P
     ],
 )
 def test_a_wrong_configuration_is_found_out_by_running(
-    form: str | None, key: str, value: Any, llama: Subject, tmp_path: Path
+    form: str | None, key: str, value: Any, llama: ExportSource, tmp_path: Path
 ):
     exported(llama, tmp_path / "out", form)
     file = tmp_path / "out" / "config.json"
@@ -215,42 +216,42 @@ def test_rows_that_the_cpu_kernels_mistake_are_not_run(tmp_path: Path):
     assert "distribution" not in made
 
 
-def test_what_cannot_be_written_is_refused(llama: Subject, tmp_path: Path):
+def test_what_cannot_be_written_is_refused(llama: ExportSource, tmp_path: Path):
     with pytest.raises(LoraError, match="--quantize q8_0 is none") as caught:
-        safetensors.refuse(llama, options("q8_0"))
+        hf_model.refuse(llama, options("q8_0"))
     assert "--to gguf" in str(caught.value.hint)
     with pytest.raises(LoraError, match="no linear layer"):
-        safetensors.refuse(subject("falcon", tmp_path / "falcon"), options("nf4"))
+        hf_model.refuse(subject("falcon", tmp_path / "falcon"), options("nf4"))
     exported(llama, tmp_path / "packed", "nf4")
     packed = llama._replace(model=tmp_path / "packed", config=AutoConfig.from_pretrained(tmp_path / "packed"))
     with pytest.raises(LoraError, match="quantised already"):
-        safetensors.refuse(packed, options("bf16"))
+        hf_model.refuse(packed, options("bf16"))
 
 
-def test_a_full_disk_is_told_before_anything_is_written(llama: Subject, tmp_path: Path, monkeypatch: Any):
-    monkeypatch.setattr(safetensors.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
+def test_a_full_disk_is_told_before_anything_is_written(llama: ExportSource, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(hf_model.shutil, "disk_usage", lambda path: type("", (), {"free": 1000})())
     with pytest.raises(LoraError, match="GB are free"):
-        safetensors.write(llama, tmp_path / "out", options("f32"))
+        hf_model.write(llama, tmp_path / "out", options("f32"))
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_one_tensor_is_in_memory_at_a_time(llama: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_tensor_is_in_memory_at_a_time(llama: ExportSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     steps: list[str] = []
-    read, write = safetensors.read, safetensors_io.ShardFiles.write
-    monkeypatch.setattr(safetensors, "read", lambda stored, files: steps.append("read") or read(stored, files))
+    read, write = hf_model.read_tensor, safetensors_io.ShardFiles.write
+    monkeypatch.setattr(model, "read", lambda stored, files: steps.append("read") or read(stored, files))
     monkeypatch.setattr(
         safetensors_io.ShardFiles,
         "write",
         lambda files, path, data, at: steps.append("write") or write(files, path, data, at),
     )
-    safetensors.write(llama, tmp_path / "out", options("bf16"))
+    hf_model.write(llama, tmp_path / "out", options("bf16"))
     assert steps[0] == "write"  # of the header
     assert steps[1:] == ["read", "write"] * len(tensors(tmp_path / "out"))
 
 
-def test_the_lines_of_python_load_it(llama: Subject, tmp_path: Path):
+def test_the_lines_of_python_load_it(llama: ExportSource, tmp_path: Path):
     exported(llama, tmp_path / "my out", "bf16")
-    lines = safetensors.usage(llama, tmp_path / "my out", options("bf16"))
+    lines = hf_model.usage(llama, tmp_path / "my out", options("bf16"))
     space: dict[str, Any] = {}
     exec("\n".join(lines[:3]), space)
     assert space["model"].dtype == torch.bfloat16

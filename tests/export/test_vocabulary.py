@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lora_cli.errors import LoraError
-from lora_cli.export import llama_cpp, vocabulary
-from lora_cli.export import pre_tokenizers as ways
-from lora_cli.export.llama_cpp import Runtime
-from lora_cli.export.vocabulary import Vocabulary
+from lora_cli.export.gguf import llama_cpp_server
+from lora_cli.export.gguf import pre_tokenizers as ways
+from lora_cli.export.gguf.llama_cpp_server import LlamaCpp
+from lora_cli.export.gguf.tokenizer import GGUFVocabulary, add_to_writer, convert_tokenizer
 from tests.export.kinds import (
     BYTE_LEVEL,
     BYTES,
@@ -56,11 +56,11 @@ PHRASES = [" the answer", "  12", "<|im_end|>", "<tool>", "'ll", "1234", "\n\n",
 TEXT = st.lists(st.sampled_from(CHARACTERS) | st.sampled_from(PHRASES), max_size=40).map("".join)
 
 
-def read(tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None, ends: tuple[int, ...] = ()) -> Vocabulary:
-    return vocabulary.read(tokenizer, LlamaConfig(vocab_size=rows or len(tokenizer)), generation_eos=ends)
+def read(tokenizer: PreTrainedTokenizerBase, *, rows: int | None = None, ends: tuple[int, ...] = ()) -> GGUFVocabulary:
+    return convert_tokenizer(tokenizer, LlamaConfig(vocab_size=rows or len(tokenizer)), generation_eos=ends)
 
 
-def write(file: Path, found: Vocabulary, *, name: str = "tiny") -> Path:
+def write(file: Path, found: GGUFVocabulary, *, name: str = "tiny") -> Path:
     """A model of one layer with this vocabulary; its weights mean nothing."""
     rows, width = len(found.metadata["token_list"]), 32
     writer = gguf.GGUFWriter(str(file), "llama")
@@ -72,7 +72,7 @@ def write(file: Path, found: Vocabulary, *, name: str = "tiny") -> Path:
     writer.add_head_count(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width)
-    vocabulary.add(found, writer)
+    add_to_writer(found, writer)
     writer.add_tensor("token_embd.weight", np.ones((rows, width), np.float32))
     for norm in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{norm}.weight", np.ones(width, np.float32))
@@ -90,11 +90,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A kind, its tokenizer, and llama.cpp with what was told of it."""
     tokenizer = make(request.param, chat_template=None)
     file = write(tmp_path_factory.mktemp("vocabulary") / "out.gguf", read(tokenizer, rows=len(tokenizer) + 5))
-    with llama_cpp.load(file, vocabulary=len(tokenizer) + 5, context=64) as runtime:
+    with llama_cpp_server.run_llama_cpp(file, vocabulary=len(tokenizer) + 5, context=64) as runtime:
         yield request.param, tokenizer, runtime
 
 
-def same(kind: str, tokenizer: PreTrainedTokenizerBase, runtime: Runtime, text: str) -> None:
+def same(kind: str, tokenizer: PreTrainedTokenizerBase, runtime: LlamaCpp, text: str) -> None:
     for special in (False, True):
         expected = tokenizer(text, add_special_tokens=special)["input_ids"]
         assert runtime.tokenize(text, add_special=special) == expected, (kind, text)
@@ -127,7 +127,9 @@ def test_any_text_has_the_same_tokens(pair: Any, text: str):
 def tokens_of(tokenizer: PreTrainedTokenizerBase, folder: Path, texts: list[str], **options: Any) -> list[list[int]]:
     """What llama.cpp makes of `texts`."""
     found = read(tokenizer)
-    with llama_cpp.load(write(folder / "out.gguf", found, **options), vocabulary=len(tokenizer), context=64) as runtime:
+    with llama_cpp_server.run_llama_cpp(
+        write(folder / "out.gguf", found, **options), vocabulary=len(tokenizer), context=64
+    ) as runtime:
         return [runtime.tokenize(text) for text in texts]
 
 
@@ -136,7 +138,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
 
 
 def test_every_way_of_cutting_is_tested_by_its_name():
-    names = {name for entry in ways.KNOWN.values() for name in entry if name}
+    names = {name for entry in ways.PRE_TOKENIZERS.values() for name in entry if name}
     assert {name for _, _, name in BYTE_LEVEL.values()} == names
     for kind, (_, _, name) in BYTE_LEVEL.items():
         assert read(make(kind)).metadata["tokenizer_pre"] == name
@@ -157,7 +159,7 @@ def test_words_taken_whole_are_told_from_words_merged():
 def test_the_demo_model_has_the_metadata_of_its_own_file(demo_folder: Path, demo_gguf: Path):
     tokenizer, config = AutoTokenizer.from_pretrained(demo_folder), AutoConfig.from_pretrained(demo_folder)
     writer = gguf.GGUFWriter("unused", "llama")
-    vocabulary.add(vocabulary.read(tokenizer, config, generation_eos=[2]), writer)
+    add_to_writer(convert_tokenizer(tokenizer, config, generation_eos=[2]), writer)
     mine = {key: held.value for key, held in writer.kv_data[0].items() if key.startswith("tokenizer.")}
     fields = gguf.GGUFReader(str(demo_gguf)).fields.items()
     theirs = {key: held.contents() for key, held in fields if key.startswith("tokenizer.")}
@@ -195,7 +197,7 @@ def test_a_hole_in_the_ids_is_filled(tmp_path: Path):
     assert rows == len(holed) + 3
     found = read(holed, rows=rows)
     assert found.metadata["token_types"].count(gguf.TokenType.UNUSED) == 3
-    with llama_cpp.load(write(tmp_path / "out.gguf", found), vocabulary=rows, context=64) as runtime:
+    with llama_cpp_server.run_llama_cpp(write(tmp_path / "out.gguf", found), vocabulary=rows, context=64) as runtime:
         for text in HOSTILE:
             same("gpt2", holed, runtime, text)
 
@@ -223,7 +225,7 @@ def test_types_tell_what_is_special():
 @pytest.mark.parametrize("bos", [None, "<|bos|>"])
 def test_bos_and_eos_are_added_as_the_tokenizer_does(bos: str | None, claims: dict[str, bool], tmp_path: Path):
     tokenizer = make("gpt2", bos=bos, **claims)
-    with llama_cpp.load(
+    with llama_cpp_server.run_llama_cpp(
         write(tmp_path / "out.gguf", read(tokenizer)), vocabulary=len(tokenizer), context=64
     ) as runtime:
         same("gpt2", tokenizer, runtime, "Hello")
@@ -265,7 +267,9 @@ def test_llama_cpp_stops_at_every_end(texts: tuple[str, ...], tmp_path: Path):
     found = read(tokenizer, ends=ends)
     assert set(found.end_of_turn) == {*ends, tokenizer.eos_token_id}
     after = tokenizer("The answer is")["input_ids"]
-    with llama_cpp.load(write(tmp_path / "out.gguf", found), vocabulary=len(tokenizer), context=64) as runtime:
+    with llama_cpp_server.run_llama_cpp(
+        write(tmp_path / "out.gguf", found), vocabulary=len(tokenizer), context=64
+    ) as runtime:
         for end in found.end_of_turn:
             assert runtime.stops_at(end, after=after), tokenizer.convert_ids_to_tokens(end)
         assert not runtime.stops_at(tokenizer.convert_tokens_to_ids("<tool>"), after=after)
@@ -305,7 +309,9 @@ def test_ends_of_llama_cpps_own_are_told_of(tmp_path: Path):
     tokenizer, ends = with_ends("<|endoftext|>", "<stop>")
     found = read(tokenizer, ends=ends[1:])
     assert "llama.cpp ends an answer at <|endoftext|> too" in found.notes
-    with llama_cpp.load(write(tmp_path / "out.gguf", found), vocabulary=len(tokenizer), context=64) as runtime:
+    with llama_cpp_server.run_llama_cpp(
+        write(tmp_path / "out.gguf", found), vocabulary=len(tokenizer), context=64
+    ) as runtime:
         assert runtime.stops_at(ends[0], after=[50])
 
 
@@ -316,7 +322,7 @@ def test_chat_templates(tmp_path: Path):
     assert fields["tokenizer.chat_template"] == CHATML
     assert fields["tokenizer.chat_template.tool_use"] == "tools" + CHATML
     chat = [{"role": "user", "content": "Hi 12"}]
-    with llama_cpp.load(file, vocabulary=len(tokenizer), context=64) as runtime:
+    with llama_cpp_server.run_llama_cpp(file, vocabulary=len(tokenizer), context=64) as runtime:
         assert runtime.chat_prompt(chat) == tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True
         )
@@ -352,7 +358,7 @@ def test_added_tokens_that_take_the_blanks_behind_them(tmp_path: Path):
 
 
 def test_where_llama_cpp_cuts_otherwise_is_told():
-    told = {kind for kind, (_, _, name) in BYTE_LEVEL.items() if name in ways.NEAR}
+    told = {kind for kind, (_, _, name) in BYTE_LEVEL.items() if name in ways.APPROXIMATE}
     assert told == {"tekken", "gpt-4o", "deepseek-llm"}
     for kind in BYTE_LEVEL:
         assert bool(read(make(kind)).notes) == (kind in told)
@@ -407,5 +413,5 @@ def test_what_is_not_covered_is_refused_and_named(name: str):
 
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(LoraError, match="is not a fast tokenizer") as refused:
-        vocabulary.read(PreTrainedTokenizerBase(), LlamaConfig(), generation_eos=[])
+        convert_tokenizer(PreTrainedTokenizerBase(), LlamaConfig(), generation_eos=[])
     assert "convert_hf_to_gguf.py" in str(refused.value.hint)

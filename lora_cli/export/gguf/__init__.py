@@ -1,0 +1,1 @@
+"""GGUF exports for llama.cpp: whole models and LoRA adapters, with their proof."""

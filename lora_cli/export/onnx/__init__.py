@@ -1,0 +1,1 @@
+"""ONNX exports for onnxruntime."""

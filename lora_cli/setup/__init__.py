@@ -1,0 +1,1 @@
+"""What commands share: the inputs of a run, and the model built for training."""
