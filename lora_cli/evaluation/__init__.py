@@ -1,1 +1,1 @@
-"""Measuring a model: likelihood of held-out rows, and what it answers."""
+"""Evaluate a model: loss, perplexity and accuracy on held-out rows, generated answers, metrics, lm-eval tasks."""

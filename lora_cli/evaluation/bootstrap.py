@@ -1,7 +1,7 @@
-"""How sure a mean over rows is, and a difference between two models on the same rows: by the bootstrap.
+"""Bootstrap confidence intervals: of a mean over rows, and of the difference between two models on the same rows.
 
-Rows are drawn with replacement, each with all of its tokens: tokens of one row say much the same, and counting them as
-independent would make every interval too narrow (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
+Rows are resampled with replacement, each with all of its tokens. Tokens of one row are correlated: resampling them
+independently would make every interval too narrow (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
 """
 
 from typing import NamedTuple
@@ -11,47 +11,63 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-MAX_CHUNK_NUMBERS = 1 << 22  # numbers: draws are made a few at a time where the rows are many
+MAX_COUNTS_PER_CHUNK = 1 << 22  # numbers in one [draws, rows] array; bounds the memory when there are many rows
 
 
 class Interval(NamedTuple):
-    """A mean, and between what it lies in 95 of 100 draws."""
+    """A mean with its 95% confidence interval."""
 
     value: float
     low: float
     high: float
 
     @property
-    def half(self) -> float:
-        """Half the width."""
+    def half_width(self) -> float:
+        """Half the width of the interval."""
         return (self.high - self.low) / 2
 
 
 def mean_interval(sums: NDArray[np.float64], units: NDArray[np.int64], *, seed: int = 0) -> Interval:
-    """The mean over units, from the sum and the number of units of each row."""
-    draws = _resampled_means(np.stack([sums]), units, seed=seed)[0]
-    return _percentile_interval(float(sums.sum() / units.sum()), draws)
+    """Return the mean over all units with its confidence interval.
+
+    Args:
+        sums: [rows] fp64, the sum over the units of each row.
+        units: [rows] int64, the number of units (tokens, words or 1) of each row.
+        seed: of the resampling.
+    """
+    means = _resampled_means(np.stack([sums]), units, seed=seed)[0]
+    return _percentile_interval(float(sums.sum() / units.sum()), means)
 
 
 def difference_interval(
     first: NDArray[np.float64], second: NDArray[np.float64], units: NDArray[np.int64], *, seed: int = 0
 ) -> Interval:
-    """How far the mean of `second` is above that of `first`, on the same draws of rows: what they share goes out."""
-    draws = _resampled_means(np.stack([first, second]), units, seed=seed)
-    return _percentile_interval(float((second - first).sum() / units.sum()), draws[1] - draws[0])
+    """Return the mean of `second` minus the mean of `first`, with its confidence interval.
+
+    Both are resampled with the same rows (paired bootstrap), so that variation common to both cancels.
+
+    Args:
+        first: [rows] fp64, sums over the units of each row.
+        second: [rows] fp64, the same of the other model.
+        units: [rows] int64, the number of units of each row.
+        seed: of the resampling.
+    """
+    means = _resampled_means(np.stack([first, second]), units, seed=seed)
+    return _percentile_interval(float((second - first).sum() / units.sum()), means[1] - means[0])
 
 
 def _resampled_means(sums: NDArray[np.float64], units: NDArray[np.int64], *, seed: int) -> NDArray[np.float64]:
-    """Means [models, draws] of `sums` [models, rows]."""
+    """Return the means [models, resamples] fp64 of `sums` [models, rows]."""
     rng = np.random.default_rng(seed)
     rows = len(units)
-    found = []
-    for start in range(0, RESAMPLES, per := max(1, MAX_CHUNK_NUMBERS // rows)):
-        counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=min(per, RESAMPLES - start))  # [draws, rows]
-        found.append((sums @ counts.T) / np.maximum(1, units @ counts.T))
-    return np.concatenate(found, axis=1)
+    chunks = []
+    for start in range(0, RESAMPLES, chunk_size := max(1, MAX_COUNTS_PER_CHUNK // rows)):
+        # How often each row is drawn in each resample: [draws, rows].
+        counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=min(chunk_size, RESAMPLES - start))
+        chunks.append((sums @ counts.T) / np.maximum(1, units @ counts.T))
+    return np.concatenate(chunks, axis=1)
 
 
-def _percentile_interval(value: float, draws: NDArray[np.float64]) -> Interval:
-    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def _percentile_interval(value: float, means: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high))

@@ -1,4 +1,4 @@
-"""What a model answers: generation from the prompts of encoded rows."""
+"""Text generation from the prompts of encoded rows: batched, padded, with sampling or beam search, cut at EOS."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,18 +12,18 @@ from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 
-PROMPTS_PER_BATCH = 16  # prompts in a batch
+PROMPTS_PER_BATCH = 16
 
 
 class Answer(NamedTuple):
     """One generated answer."""
 
     text: str
-    finished: bool  # it ended by itself, before the limit
+    finished: bool  # the model ended it with a stop token, before the limit
 
 
 def prompt_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
-    """What the model is given: the ids before the row's first supervised token, or all that an encoder reads."""
+    """Return the prompt: the token ids before the row's first supervised token, or all input ids of a seq2seq row."""
     if task == "seq2seq-lm":
         return list(map(int, row.input_ids))
     supervised = (row.labels != IGNORE_INDEX).nonzero()[0]
@@ -31,28 +31,28 @@ def prompt_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
 
 
 def reference_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
-    """What it should answer: the ids of the row's first run of supervised tokens, or its target."""
+    """Return the expected answer: the token ids of the row's first supervised span, or the labels of a seq2seq row."""
     if task == "seq2seq-lm":
         return list(map(int, row.labels))
     supervised = (row.labels != IGNORE_INDEX).nonzero()[0]
-    run = 1
-    while run < len(supervised) and supervised[run] == supervised[0] + run:
-        run += 1
-    return list(map(int, row.input_ids[supervised[0] : supervised[0] + run]))
+    length = 1
+    while length < len(supervised) and supervised[length] == supervised[0] + length:
+        length += 1
+    return list(map(int, row.input_ids[supervised[0] : supervised[0] + length]))
 
 
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, references: Sequence[Sequence[int]]
 ) -> list[int]:
-    """The ids that end an answer: the tokenizer's and the model's end tokens, and those that `references` end with.
+    """Return the token ids that end an answer: EOS of tokenizer and model, and the last special token of `references`.
 
-    A reference that was cut ends with any word, so of its last tokens only special ones count.
+    Only special tokens count, because the last token of a truncated reference can be any token.
     """
-    of_model = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])]
+    model_eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos_ids = [tokenizer.eos_token_id, *(model_eos if isinstance(model_eos, list) else [model_eos])]
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
-    return sorted({id_ for id_ in ends if id_ is not None} | {ids[-1] for ids in references if ids[-1] in special})
+    return sorted({id_ for id_ in eos_ids if id_ is not None} | {ids[-1] for ids in references if ids[-1] in special})
 
 
 @torch.no_grad()
@@ -66,22 +66,32 @@ def generate(
     stop: Sequence[int],
     seed: int = 0,
 ) -> list[Answer]:
-    """What the model makes of each prompt (token ids), those of like length in a batch: greedy, by beams, or drawn.
+    """Generate an answer to each prompt, with greedy decoding, beam search or sampling.
 
-    An encoder reads prompts that are padded on the right, a decoder goes on from prompts padded on the left. `stop` are
-    the ids that end an answer; without any, each is as long as allowed. The model's attention must be one that
-    transformers makes masks for.
+    Prompts of similar length share a batch. They are padded on the right for an encoder, on the left for a decoder.
+
+    Args:
+        model: with an attention implementation that transformers makes padding masks for.
+        tokenizer: decodes the answers.
+        prompts: token ids of each prompt.
+        spec: temperature, beams and penalties.
+        max_new_tokens: limit of each answer.
+        stop: token ids that end an answer; if empty, each answer has `max_new_tokens` tokens.
+        seed: of the sampling.
+
+    Returns:
+        The answers, in the order of `prompts`.
     """
     torch.manual_seed(seed)
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), PROMPTS_PER_BATCH):
-        some = order[start : start + PROMPTS_PER_BATCH]
+        indices = order[start : start + PROMPTS_PER_BATCH]
         batch = _generate_batch(
-            model, tokenizer, [prompts[i] for i in some], spec=spec, max_new_tokens=max_new_tokens, stop=stop
+            model, tokenizer, [prompts[i] for i in indices], spec=spec, max_new_tokens=max_new_tokens, stop=stop
         )
-        found |= dict(zip(some, batch, strict=True))
-    return [found[i] for i in range(len(prompts))]
+        answers |= dict(zip(indices, batch, strict=True))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def _generate_batch(
@@ -93,16 +103,16 @@ def _generate_batch(
     max_new_tokens: int,
     stop: Sequence[int],
 ) -> list[Answer]:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    encodes = bool(inner.config.is_encoder_decoder)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_encoder_decoder = bool(base.config.is_encoder_decoder)
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
-    pad = stop[0] if stop else 0  # any id will do, as it is masked
-    blanks = [longest - len(prompt) for prompt in prompts]
-    sides = [(0, n) if encodes else (n, 0) for n in blanks]
-    pairs = list(zip(prompts, sides, strict=True))
-    ids = torch.tensor([[pad] * a + list(p) + [pad] * b for p, (a, b) in pairs], device=device)
-    mask = torch.tensor([[0] * a + [1] * len(p) + [0] * b for p, (a, b) in pairs], device=device)
+    pad = stop[0] if stop else 0  # any id is fine, because padding is masked
+    missing = [longest - len(prompt) for prompt in prompts]
+    paddings = [(0, n) if is_encoder_decoder else (n, 0) for n in missing]  # tokens on the left and on the right
+    padded = list(zip(prompts, paddings, strict=True))
+    ids = torch.tensor([[pad] * left + list(p) + [pad] * right for p, (left, right) in padded], device=device)
+    mask = torch.tensor([[0] * left + [1] * len(p) + [0] * right for p, (left, right) in padded], device=device)
     config = GenerationConfig(
         do_sample=spec.temperature > 0,
         temperature=spec.temperature or None,
@@ -114,26 +124,27 @@ def _generate_batch(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop) or None,
         pad_token_id=pad,
-        decoder_start_token_id=inner.config.decoder_start_token_id if encodes else None,
+        decoder_start_token_id=base.config.decoder_start_token_id if is_encoder_decoder else None,
         use_cache=True,
     )
-    # Virtual tokens are put before the prompt by PEFT's own generate.
-    prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    asked: Any = model if prompted else inner
-    training, own = model.training, inner.generation_config
+    # PEFT's own `generate` puts virtual tokens before the prompt.
+    is_prompt_learning = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    generator: Any = model if is_prompt_learning else base
+    training, own_config = model.training, base.generation_config
     model.eval()
-    # What ours leaves open is taken from the model's own: a repetition penalty, say, which nobody asked for.
-    inner.generation_config = config
-    if prompted:
+    # `generate` fills unset options from the model's own config, for example a repetition penalty that the recipe
+    # does not set. Replacing the model's config prevents that.
+    base.generation_config = config
+    if is_prompt_learning:
         model.generation_config = config
     try:
-        output = asked.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
-        inner.generation_config = own
+        base.generation_config = own_config
         model.train(training)
     answers = []
-    for line in output[:, 1 if encodes else longest :].tolist():
-        ends = [i for i, token in enumerate(line) if token in stop]
-        text = tokenizer.decode(line[: ends[0]] if ends else line, skip_special_tokens=True)
-        answers.append(Answer(text.strip(), bool(ends)))
+    for tokens in output[:, 1 if is_encoder_decoder else longest :].tolist():
+        stops = [i for i, token in enumerate(tokens) if token in stop]
+        text = tokenizer.decode(tokens[: stops[0]] if stops else tokens, skip_special_tokens=True)
+        answers.append(Answer(text.strip(), bool(stops)))
     return answers

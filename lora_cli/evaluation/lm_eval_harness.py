@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, on a model that is loaded already (extra: tasks)."""
+"""Run tasks of the lm-evaluation-harness (lm_eval) on a model that is already loaded (extra: tasks)."""
 
 import logging
 from collections.abc import Sequence
@@ -12,24 +12,28 @@ from lora_cli.errors import LoraError
 
 
 def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
-    """Refuse what is not there, before any model is loaded.
+    """Check the harness, its tasks and `folder` before any model is loaded.
+
+    Args:
+        tasks: names of tasks.
+        folder: of further tasks, as YAML files.
 
     Raises:
-        LoraError: the package, the folder of tasks, or a task of that name.
+        LoraError: the package lm-eval is not installed, `folder` does not exist or is not needed, or a task is unknown.
     """
     if not tasks:
         if folder is not None:
-            raise LoraError("--tasks-dir: no task is named", hint="add --tasks NAME")
+            raise LoraError("--tasks-dir: --tasks is missing", hint="add --tasks NAME")
         return
     if find_spec("lm_eval") is None:
         raise LoraError("--tasks needs the package lm-eval", hint='pip install "lora-cli[tasks]"')
     if folder is not None and not folder.is_dir():
-        raise LoraError(f"--tasks-dir {folder}: there is no such folder", hint="name one with YAML files of tasks")
+        raise LoraError(f"--tasks-dir {folder}: folder not found", hint="name a folder with YAML files of tasks")
     known = _task_manager(folder).all_tasks
     if unknown := [task for task in tasks if task not in known]:
         raise LoraError(
-            f"--tasks {unknown[0]} is not known to the harness",
-            hint="tasks of your own are found with --tasks-dir DIR, by the `task:` in their YAML",
+            f"--tasks {unknown[0]} is not a task of the harness",
+            hint="for your own tasks, add --tasks-dir DIR; a task's name is `task:` in its YAML file",
         )
 
 
@@ -42,20 +46,20 @@ def run_tasks(
     limit: int | None,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """Every metric of `tasks`, as `task metric`, by the harness's own arithmetic.
+    """Evaluate `model` with the harness and return every metric, by `task metric`.
 
     Args:
-        model: a language model, with or without an adapter, whose attention transformers makes masks for.
-        tokenizer: its tokenizer.
-        tasks: by their names in the harness.
+        model: a language model, with or without an adapter, whose attention transformers makes padding masks for.
+        tokenizer: of the model.
+        tasks: names of tasks in the harness.
         folder: of further tasks, as YAML files.
-        limit: documents of each task; None for all.
-        batch_size: documents at once.
+        limit: number of documents of each task; None for all.
+        batch_size: documents in one batch.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    found = simple_evaluate(
+    report = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
         task_manager=_task_manager(folder),
@@ -65,8 +69,8 @@ def run_tasks(
     )
     return {
         f"{task} {metric.removesuffix(',none')}": float(value)
-        for task, values in found["results"].items()
-        for metric, value in values.items()
+        for task, metrics in report["results"].items()
+        for metric, value in metrics.items()
         if isinstance(value, float) and "stderr" not in metric
     }
 
@@ -74,5 +78,5 @@ def run_tasks(
 def _task_manager(folder: Path | None) -> Any:
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells of defaults that it takes
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs each default that it uses
     return TaskManager(include_path=str(folder) if folder else None, verbosity="ERROR")

@@ -1,4 +1,4 @@
-"""What a classifier says of rows, beside what they are: the stuff that metrics are made of."""
+"""Predictions of a classification head (logits to classes or values) next to the targets: the input of metrics."""
 
 from typing import NamedTuple
 
@@ -13,33 +13,34 @@ from lora_cli.model.loss import LossFunction
 
 
 class Predictions(NamedTuple):
-    """Every labelled unit of the rows, in the order of the plan."""
+    """Targets and predictions of every labeled unit, in the order of the batches; a unit is a row or a word."""
 
     kind: LabelKind
     names: tuple[str, ...]  # of the labels, or of the values of a regression
-    wanted: npt.NDArray[np.float64]  # [units] class numbers; [units, labels] of 0 and 1; [units, values]
-    predicted: npt.NDArray[np.float64]  # likewise
-    row: npt.NDArray[np.int64]  # [units]: which row each belongs to, counted as they come
+    targets: npt.NDArray[np.float64]  # [units] class ids; [units, labels] of 0 and 1; [units, values]
+    predicted: npt.NDArray[np.float64]  # same shape and meaning as `targets`
+    row: npt.NDArray[np.int64]  # [units]: number of the row that the unit belongs to, in the order of the batches
 
 
 @torch.no_grad()
 def predict(loss_fn: LossFunction, plan: BatchPlan, labels: ClassLabels) -> Predictions:
-    """Run every row of `plan` once, in eval mode."""
+    """Run the model over every row of `plan` once, in eval mode, and return its predictions."""
     training = loss_fn.base.training
     loss_fn.base.eval()
-    wanted, predicted, row, done = [], [], [], 0
+    targets, predicted, row, rows_done = [], [], [], 0
     for batch in plan.all_batches():
         logits = loss_fn.logits(batch).float().cpu()
-        wanted.append(batch.targets.double().numpy())
-        predicted.append(_predicted(logits, labels).double().numpy())
-        lines = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
-        row.append(done + lines)
-        done += len(batch.rows)
+        targets.append(batch.targets.double().numpy())
+        predicted.append(_decode(logits, labels).double().numpy())
+        within_batch = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
+        row.append(rows_done + within_batch)
+        rows_done += len(batch.rows)
     loss_fn.base.train(training)
-    return Predictions(labels.kind, labels.names, *(np.concatenate(parts) for parts in (wanted, predicted, row)))
+    return Predictions(labels.kind, labels.names, *(np.concatenate(parts) for parts in (targets, predicted, row)))
 
 
-def _predicted(logits: torch.Tensor, labels: ClassLabels) -> torch.Tensor:
+def _decode(logits: torch.Tensor, labels: ClassLabels) -> torch.Tensor:
+    """Return class ids [units] int64, or [units, labels] bool of a multi-label task, or the values of a regression."""
     if labels.kind == "regression":
         return logits
     return logits > 0 if labels.kind == "multi" else logits.argmax(dim=1)

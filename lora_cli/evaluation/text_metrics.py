@@ -1,4 +1,4 @@
-"""Figures for what a model answers, against one or several references: by the libraries that the field compares by."""
+"""Metrics of generated text against one or several references: exact match, SQuAD F1, ROUGE, BLEU, chrF and others."""
 
 import json
 import re
@@ -10,39 +10,39 @@ from typing import NamedTuple
 
 from lora_cli.errors import LoraError
 
-References = Sequence[Sequence[str]]  # those of each answer
+References = Sequence[Sequence[str]]  # the references of each answer
 
 
 class TextMetric(NamedTuple):
-    """One entry; its value is between 0 and 1, or 0 and 100 where the field has it so."""
+    """An entry of TEXT_METRICS; its value is in [0, 1], or in [0, 100] for BLEU and chrF."""
 
     summary: str
     compute: Callable[[Sequence[str], References], float]
-    package: str = ""  # importable name of what the extra `eval` brings for it
+    package: str = ""  # import name of the package in the extra `eval` that computes it
 
 
 def compute_text_metrics(names: Sequence[str], answers: Sequence[str], references: References) -> dict[str, float]:
-    """The metrics `names` of `answers`, each with its references."""
+    """Return the metrics `names` of `answers`; `references[i]` are the references of `answers[i]`."""
     return {name: TEXT_METRICS[name].compute(answers, references) for name in names}
 
 
 def check_text_metrics(names: Sequence[str]) -> None:
-    """Refuse what is not known or not installed, before any model is loaded.
+    """Check `names` before any model is loaded.
 
     Raises:
-        LoraError: for the first such name.
+        LoraError: a metric is unknown, or its package is not installed.
     """
     for name in names:
         if name not in TEXT_METRICS:
-            raise LoraError(f"--metric {name} is not known", hint=f"known are {', '.join(TEXT_METRICS)}")
+            raise LoraError(f"--metric {name} is not known", hint=f"use one of {', '.join(TEXT_METRICS)}")
         package = TEXT_METRICS[name].package
         if package and find_spec(package) is None:
             raise LoraError(f"--metric {name} needs the package {package}", hint='pip install "lora-cli[eval]"')
 
 
 def _mean_of_best(score: Callable[[str, str], float], answers: Sequence[str], references: References) -> float:
-    """Against several references the nearest counts."""
-    best = [max(score(answer, each) for each in given) for answer, given in zip(answers, references, strict=True)]
+    """Return the mean over the answers of the best score against any of their references."""
+    best = [max(score(answer, ref) for ref in refs) for answer, refs in zip(answers, references, strict=True)]
     return sum(best) / max(1, len(best))
 
 
@@ -50,18 +50,18 @@ def _exact_match(answers: Sequence[str], references: References) -> float:
     return _mean_of_best(lambda answer, reference: float(answer.strip() == reference.strip()), answers, references)
 
 
-def _words(text: str) -> list[str]:
-    """SQuAD's normalisation: lower case, without punctuation and articles (Rajpurkar et al., arXiv:1606.05250)."""
-    plain = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+def _squad_words(text: str) -> list[str]:
+    """Return the words after SQuAD's normalization: lower case, no punctuation, no articles (arXiv:1606.05250)."""
+    without_punctuation = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split()
 
 
 def _word_f1(answer: str, reference: str) -> float:
-    found, wanted = _words(answer), _words(reference)
-    if not found or not wanted:
-        return float(found == wanted)
-    common = (Counter(found) & Counter(wanted)).total()
-    return 2 * common / (len(found) + len(wanted))
+    predicted, expected = _squad_words(answer), _squad_words(reference)
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = (Counter(predicted) & Counter(expected)).total()
+    return 2 * common / (len(predicted) + len(expected))
 
 
 def _f1(answers: Sequence[str], references: References) -> float:
@@ -76,9 +76,9 @@ def _rouge_l(answers: Sequence[str], references: References) -> float:
 
 
 def _reference_streams(references: References) -> list[list[str | None]]:
-    """As sacrebleu takes them: the first reference of each answer, the second, and so on; None where there is none."""
-    most = max(map(len, references))
-    return [[given[i] if i < len(given) else None for given in references] for i in range(most)]
+    """Transpose to sacrebleu's layout: the first reference of each answer, then the second, ...; None if missing."""
+    count = max(map(len, references))
+    return [[refs[i] if i < len(refs) else None for refs in references] for i in range(count)]
 
 
 def _bleu(answers: Sequence[str], references: References) -> float:
@@ -106,14 +106,14 @@ def _is_json(text: str) -> bool:
 
 
 def _last_number(text: str) -> float | None:
-    """GSM8K's answer stands behind ####; without it, the last number counts (Cobbe et al., arXiv:2110.14168)."""
+    """Return the last number; text before `####` is ignored, as in GSM8K (Cobbe et al., arXiv:2110.14168)."""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text.rpartition("####")[2])
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def _same_number(answer: str, reference: str) -> float:
-    found, wanted = _last_number(answer), _last_number(reference)
-    return float(found is not None and found == wanted)
+    predicted, expected = _last_number(answer), _last_number(reference)
+    return float(predicted is not None and predicted == expected)
 
 
 def _numeric_match(answers: Sequence[str], references: References) -> float:
@@ -121,11 +121,11 @@ def _numeric_match(answers: Sequence[str], references: References) -> float:
 
 
 TEXT_METRICS: dict[str, TextMetric] = {
-    "exact_match": TextMetric("share of answers that are a reference, to the letter", _exact_match),
-    "f1": TextMetric("overlap of words with the nearest reference, as in SQuAD", _f1),
-    "rouge": TextMetric("ROUGE-L F1 with the nearest reference", _rouge_l, "rouge_score"),
+    "exact_match": TextMetric("share of answers that equal a reference exactly", _exact_match),
+    "f1": TextMetric("word F1 with the best matching reference, as in SQuAD", _f1),
+    "rouge": TextMetric("ROUGE-L F1 with the best matching reference", _rouge_l, "rouge_score"),
     "bleu": TextMetric("corpus BLEU, 0 to 100, with all references", _bleu, "sacrebleu"),
     "chrf": TextMetric("corpus chrF, 0 to 100, with all references", _chrf, "sacrebleu"),
-    "json_valid": TextMetric("share of answers that are JSON", _json_valid),
-    "numeric_match": TextMetric("share whose last number is a reference's, as in GSM8K", _numeric_match),
+    "json_valid": TextMetric("share of answers that are valid JSON", _json_valid),
+    "numeric_match": TextMetric("share of answers whose last number equals a reference's, as in GSM8K", _numeric_match),
 }

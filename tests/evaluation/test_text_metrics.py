@@ -1,4 +1,4 @@
-"""Figures of answers: by their definitions, and as the libraries have them."""
+"""Metrics of generated text, against their definitions and against the libraries."""
 
 import pytest
 
@@ -15,11 +15,11 @@ REFERENCES = [["the cat sat", "a cat"], ["41", "It is 42."], ['{"a": 2}'], ["yes
         ("exact_match", 1 / 4),
         ("json_valid", 2 / 4),  # 42 is JSON too
         ("numeric_match", 1 / 4),
-        # Articles do not count: 1 for the first; one of one and of three words; two of two: "a 1" has no article left.
+        # The answers score 1; 0.5 (one common word, of one and of three); 0, as the article "a" is removed; and 0.
         ("f1", (1 + 2 * 1 / (1 + 3) + 0 + 0) / 4),
     ],
 )
-def test_by_their_definitions(name: str, value: float):
+def test_metrics_follow_their_definitions(name: str, value: float):
     assert text_metrics.compute_text_metrics([name], ANSWERS, REFERENCES) == {name: pytest.approx(value)}
 
 
@@ -33,11 +33,11 @@ def test_by_their_definitions(name: str, value: float):
         ("#### 12 apples", "it takes 5 and 7 #### 12", True),
     ],
 )
-def test_the_number_that_an_answer_ends_in(answer: str, reference: str, same: bool):
+def test_numeric_match_compares_the_last_numbers(answer: str, reference: str, same: bool):
     assert text_metrics.compute_text_metrics(["numeric_match"], [answer], [[reference]])["numeric_match"] == float(same)
 
 
-def test_all_references_count_where_there_are_several():
+def test_a_metric_uses_all_references_of_an_answer():
     answers = ["the cat sat on the mat in the sun", "a dog barked at the moon last night"]
     one = [["a cat was lying on a mat in sunshine"], ["a dog barked at the moon last night"]]
     two = [[*one[0], answers[0]], one[1]]
@@ -50,7 +50,7 @@ def test_all_references_count_where_there_are_several():
         ] == pytest.approx(best)
 
 
-def test_a_name_that_is_none_and_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+def test_an_unknown_metric_and_a_missing_package_are_errors(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(LoraError, match="--metric blue is not known") as caught:
         text_metrics.check_text_metrics(["blue"])
     assert "bleu" in str(caught.value.hint)
