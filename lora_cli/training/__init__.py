@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: loss, optimizer, checkpoints, interrupts, processes."""
+"""Train an adapter: training loop, optimizer, learning rate schedule, checkpoints, signals, distributed launch."""

@@ -1,7 +1,7 @@
-"""Save and load what training needs to go on: adapter, optimizer moments and the number of the last step.
+"""Checkpoints: save, prune and load the adapter, the optimizer state and the step number, so that a run can resume.
 
-Random numbers and the position in the data are functions of (seed, step), see `training/loop.py`, so that the step
-number restores them; the learning rate likewise. Each checkpoint is a plain PEFT adapter too, to evaluate or merge.
+Random numbers, the position in the data and the learning rate are functions of (seed, step), see `training/loop.py`:
+the step number restores them. Each checkpoint is also a plain PEFT adapter that can be evaluated or merged.
 """
 
 import json
@@ -19,10 +19,11 @@ from lora_cli.errors import LoraError
 from lora_cli.model import save_adapter
 from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.run import atomic
-from lora_cli.training.optimizer import optimizer_state, restore_state
+from lora_cli.training.optimizer import optimizer_state, restore_optimizer_state
 
-EXTRA_TENSORS = "trained.safetensors"  # trained tensors that the adapter's file does not hold as they are
+EXTRA_TENSORS = "trained.safetensors"  # trainable parameters that the adapter file lacks, AdaLoRA's scores
 OPTIMIZER_STATE = "optimizer.safetensors"
+ALLOCATOR_PREFIX = "upkeep|"  # of the keys of AdaLoRA's rank allocator in EXTRA_TENSORS
 
 
 def save_checkpoint(
@@ -36,41 +37,49 @@ def save_checkpoint(
     write_adapter: Callable[[Path], None],
     rank_allocator: AdaLoraRankAllocator | None = None,
 ) -> Path:
-    """Write `folder`/step-NNNNNNNN atomically, then delete all but the `keep` newest; returns what was written.
+    """Write the checkpoint `folder`/step-NNNNNNNN atomically, prune older ones, and return its path.
 
     Args:
-        folder: of the checkpoints.
-        model: what is trained.
-        optimizer: over its trained parameters.
-        step: the number of optimizer steps done.
-        state: JSON: what must be the same for a resumed run to be the uninterrupted one (seed, data fingerprint).
-        keep: how many checkpoints stay.
+        folder: of all checkpoints of the run.
+        model: the model in training.
+        optimizer: over its trainable parameters.
+        step: number of optimizer steps done.
+        state: values that must not change between the interrupted and the resumed run (seed, data fingerprint), as
+            JSON.
+        keep: number of checkpoints to keep, this one included.
         write_adapter: writes the adapter into a folder.
-        upkeep: the adapter method's own state, if it has any.
+        rank_allocator: of AdaLoRA, whose state is saved too.
     """
     target = folder / f"step-{step:08d}"
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     moments = {
         f"{key}|{name}": value.contiguous()
-        for name, p in trained.items()
+        for name, p in trainable.items()
         for key, value in optimizer_state(optimizer, p).items()
     }
-    extra = {name: trained[name].detach() for name, kept in save_adapter.saved_names(model).items() if kept is None}
-    extra |= {f"upkeep|{key}": value for key, value in (rank_allocator.state_dict() if rank_allocator else {}).items()}
+    saved_names = save_adapter.saved_names(model)
+    extra = {name: trainable[name].detach() for name, saved_name in saved_names.items() if saved_name is None}
+    if rank_allocator:
+        extra |= {f"{ALLOCATOR_PREFIX}{key}": value for key, value in rank_allocator.state_dict().items()}
     with atomic.folder(target, replace=True) as partial:
         write_adapter(partial)
         save_file(_without_shared_memory(moments), partial / OPTIMIZER_STATE)
         if extra:
             save_file(_without_shared_memory(extra), partial / EXTRA_TENSORS)
-        text = json.dumps({"step": step, "trained": len(trained), **state}, indent=2) + "\n"
+        text = json.dumps({"step": step, "trained": len(trainable), **state}, indent=2) + "\n"
         (partial / "state.json").write_text(text, encoding="utf-8")
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    prune_checkpoints(folder, keep)
     return target
 
 
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all checkpoints in `folder` except the `keep` newest ones."""
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Return the complete checkpoints in `folder`, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
@@ -82,54 +91,59 @@ def load_checkpoint(
     state: dict[str, Any],
     rank_allocator: AdaLoraRankAllocator | None = None,
 ) -> int:
-    """Restore the newest checkpoint of `folder` into model and optimizer; returns its step, 0 if there is none.
+    """Load the newest checkpoint of `folder` into model and optimizer.
+
+    Returns:
+        The step number of the checkpoint; 0 if no checkpoint exists.
 
     Raises:
-        LoraError: the checkpoint belongs to other data, another seed or another adapter than `state` says.
+        LoraError: the checkpoint's state differs from `state` (data, seed, adapter options), or its adapter has other
+            tensors than `model`.
     """
-    found = list_checkpoints(folder)
-    if not found:
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
         return 0
-    newest = found[-1]
-    saved = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    changed = [key for key, value in state.items() if saved.get(key) != value]
+    newest = checkpoints[-1]
+    saved_state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    changed = [key for key, value in state.items() if saved_state.get(key) != value]
     if changed:
         raise LoraError(
             f"{newest}: cannot resume, changed since this checkpoint: {', '.join(changed)}",
-            hint="train with the recipe and data of the first start, or start over with --fresh",
+            hint="use the recipe and data that the run was started with, or start over with --fresh",
         )
     adapter = load_file(newest / save_adapter.ADAPTER_WEIGHTS)
     extra = load_file(newest / EXTRA_TENSORS) if (newest / EXTRA_TENSORS).is_file() else {}
     if rank_allocator is not None:
-        kept = {key.removeprefix("upkeep|"): value for key, value in extra.items() if key.startswith("upkeep|")}
-        rank_allocator.load_state_dict(kept)
+        prefixed = {key: value for key, value in extra.items() if key.startswith(ALLOCATOR_PREFIX)}
+        rank_allocator.load_state_dict({key.removeprefix(ALLOCATOR_PREFIX): value for key, value in prefixed.items()})
     parameters = dict(model.named_parameters())
     values: dict[str, Tensor | None] = {
-        name: extra.get(name) if kept is None else adapter.get(kept)
-        for name, kept in save_adapter.saved_names(model).items()
+        name: extra.get(name) if saved_name is None else adapter.get(saved_name)
+        for name, saved_name in save_adapter.saved_names(model).items()
     }
-    fits = all(value is not None and value.shape == parameters[name].shape for name, value in values.items())
-    if not fits or adapter.keys() != save_adapter.adapter_tensors(model).keys():
+    shapes_match = all(value is not None and value.shape == parameters[name].shape for name, value in values.items())
+    if not shapes_match or adapter.keys() != save_adapter.adapter_tensors(model).keys():
         raise LoraError(
             f"{newest}: its adapter has other tensors than this recipe's",
-            hint="train with the recipe of the first start, or start over with --fresh",
+            hint="use the recipe that the run was started with, or start over with --fresh",
         )
     moments = load_file(newest / OPTIMIZER_STATE)
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
-            mine = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
-            if mine:
-                restore_state(optimizer, parameters[name], mine)
-    return int(saved["step"])
+            own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
+            if own:
+                restore_optimizer_state(optimizer, parameters[name], own)
+    return int(saved_state["step"])
 
 
 def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own memory, as safetensors wants them."""
+    """Copy tensors that share memory with an earlier one, because safetensors refuses shared memory."""
     seen: set[int] = set()
-    found = {}
+    copies = {}
     for name, tensor in tensors.items():
-        whole = tensor.contiguous()
-        found[name] = whole.clone() if whole.data_ptr() in seen and whole.numel() else whole
-        seen.add(whole.data_ptr())
-    return found
+        contiguous = tensor.contiguous()
+        is_shared = contiguous.data_ptr() in seen and contiguous.numel()
+        copies[name] = contiguous.clone() if is_shared else contiguous
+        seen.add(contiguous.data_ptr())
+    return copies

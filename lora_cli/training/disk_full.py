@@ -1,4 +1,4 @@
-"""safetensors reports a full disk by an error of its own; here it becomes the OSError that everything else raises."""
+"""Disk full: turn the SafetensorError of a failed safetensors write into the OSError that other writes raise."""
 
 import os
 import re
@@ -11,11 +11,15 @@ from safetensors import SafetensorError
 
 @contextmanager
 def disk_full_as_os_error(folder: Path) -> Iterator[None]:
-    """Within the block, what safetensors could not write because of the disk is an OSError about `folder`."""
+    """Within the block, turn I/O errors of safetensors into an OSError about `folder`.
+
+    Raises:
+        OSError: safetensors could not write, for example because the disk is full.
+    """
     try:
         yield
     except SafetensorError as error:
-        # Its text ends as Rust's I/O errors do: "No space left on device (os error 28)".
+        # The message ends like every I/O error of Rust: "No space left on device (os error 28)".
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise

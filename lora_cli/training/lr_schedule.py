@@ -8,12 +8,15 @@ from lora_cli.recipe.schema import TrainingSpec
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Steps of warmup in a run of `total` steps: `warmup` is a fraction if below 1, else a number of steps."""
+    """Return the warmup steps of a run of `total` steps: `warmup` is a fraction if below 1, else a number of steps."""
     return math.ceil(warmup * total) if warmup < 1 else int(warmup)
 
 
 def learning_rate(step: int, *, spec: TrainingSpec, total: int) -> float:
-    """Rate of optimizer step `step` (from 0) of `total`: linear warmup, then the schedule, at 0 after the last."""
+    """Return the learning rate of optimizer step `step` (from 0) of `total`.
+
+    Linear and cosine decay would reach 0 at step `total`, one after the last. Warmup starts above 0, at step 0.
+    """
     warmup = warmup_steps(spec.warmup, total)
     if step < warmup:
         return spec.learning_rate * (step + 1) / warmup
@@ -26,6 +29,6 @@ def learning_rate(step: int, *, spec: TrainingSpec, total: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The learning rate of the step that comes, times the ratio of groups that have one."""
+    """Set the learning rate for the next step: `rate` times the `ratio` of each parameter group (LoRA+)."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("ratio", 1.0)

@@ -1,4 +1,4 @@
-"""The adapter's README.md: base, recipe, data ledger and losses, with no path of this machine. No torch."""
+"""The model card (an adapter's README.md): base, recipe, data ledger, losses; no paths of this machine. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from lora_cli.recipe.schema import Recipe
 def render_model_card(
     recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results: dict[str, dict[str, Any]]
 ) -> str:
-    """The model card as Markdown with YAML front matter.
+    """Return the model card as Markdown with YAML front matter.
 
     Args:
-        recipe: the recipe of the run.
-        recipe_text: the same, resolved, as YAML.
+        recipe: of the run.
+        recipe_text: the resolved recipe as YAML.
         ledger: `Ledger.to_json()`.
-        results: evaluation loss and accuracy by name ("base", "adapter"); empty where nothing was held out.
+        results: evaluation loss and accuracy by name ("base", "adapter"); empty if no rows were held out.
     """
     base = redact_path(recipe.model.path)
     lines = [
@@ -26,7 +26,7 @@ def render_model_card(
         "---",
         f"# {recipe.adapter.method} adapter of {base}",
         "",
-        f"{_options(recipe)}. A plain PEFT adapter for task {recipe.task}:",
+        f"{_describe_options(recipe)}. A plain PEFT adapter for task {recipe.task}:",
         "",
         "```python",
         "from peft import PeftModel",
@@ -51,47 +51,48 @@ def render_model_card(
             )
     if results:
         lines += ["", "## Held-out rows", "", "| | loss | accuracy |", "|---|---|---|"]
-        shown = {name: "" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for name, r in results.items()}
-        lines += [f"| {name} | {r['loss']:.4f} | {shown[name]} |" for name, r in results.items()]
+        accuracies = {name: "" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for name, r in results.items()}
+        lines += [f"| {name} | {r['loss']:.4f} | {accuracies[name]} |" for name, r in results.items()]
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", _redact_paths(recipe, recipe_text).rstrip(), "```", ""])
 
 
 def redact_path(path: str) -> str:
-    """A path as strangers may see it: whole if it is relative or a hub id, else its last part."""
+    """Return `path` without the folders of this machine: unchanged if relative or a hub id, else only its last part."""
     return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
 
 
 def _new_tokens(recipe: Recipe) -> list[str]:
-    new = recipe.model.new_tokens
-    if not new:
+    new_tokens = recipe.model.new_tokens
+    if not new_tokens:
         return []
-    listed = ", ".join(f"`{token}`" for token in new)
+    tokens = ", ".join(f"`{token}`" for token in new_tokens)
     return [
-        f"Its tokenizer knows {listed} besides the base's tokens. Where the base has fewer "
-        "embeddings than `len(tokenizer)`, `base_model.resize_token_embeddings(len(tokenizer))` comes first.",
+        f"Its tokenizer adds {tokens} to the base's tokens. If the base has fewer embeddings than "
+        "`len(tokenizer)`, call `base_model.resize_token_embeddings(len(tokenizer))` before loading the adapter.",
         "",
     ]
 
 
-def _options(recipe: Recipe) -> str:
-    """`Rank 16, alpha 32, target modules all-linear`: what the method takes, and how it was set."""
-    given = recipe.adapter.model_dump(exclude={"method"}, exclude_none=True)
-    parts = [f"{key.replace('_', ' ')} {_text(value)}" for key, value in given.items() if value is not False]
+def _describe_options(recipe: Recipe) -> str:
+    """Return the options of the adapter, such as `Rank 16, alpha 32, target modules all-linear`."""
+    options = recipe.adapter.model_dump(exclude={"method"}, exclude_none=True)
+    parts = [f"{key.replace('_', ' ')} {_format_value(value)}" for key, value in options.items() if value is not False]
     return ", ".join(parts)[:1].upper() + ", ".join(parts)[1:]
 
 
-def _text(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _redact_paths(recipe: Recipe, text: str) -> str:
+    """Redact every path of the recipe in `text`, its YAML."""
     data = recipe.data
     sources = [s for s in (data.train, data.eval) if isinstance(s, str)]
-    sources += [spec.path for part in (data.train, data.eval) if isinstance(part, list) for spec in part]
-    local = [recipe.model.path, recipe.output, *sources, data.chat_template or ""]
-    for path in sorted(local, key=len, reverse=True):
+    sources += [spec.path for specs in (data.train, data.eval) if isinstance(specs, list) for spec in specs]
+    paths = [recipe.model.path, recipe.output, *sources, data.chat_template or ""]
+    for path in sorted(paths, key=len, reverse=True):  # the longest first, as one path can contain another
         if path != redact_path(path):
             text = text.replace(path, redact_path(path))
     return text

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a wish that the loop grants after the step in hand; the second one ends the process."""
+"""Signal handling: the first SIGINT or SIGTERM stops training after the current step, the second kills the process."""
 
 import signal
 from collections.abc import Iterator
@@ -7,30 +7,32 @@ from types import FrameType
 
 
 class StopRequest:
-    """Which signal asked for the end, if any did."""
+    """A request to stop training; `signal` is None until a signal arrives."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, 0 if nobody asked."""
+        """130 after SIGINT, 143 after SIGTERM, 0 without a signal."""
         return 128 + self.signal if self.signal else 0
 
 
 @contextmanager
 def stop_after_step() -> Iterator[StopRequest]:
-    """Within the block, the first SIGINT or SIGTERM only fills the wish; a second one acts as it always does."""
+    """Within the block, record the first SIGINT or SIGTERM; a second one is handled as before the block."""
     stop_request = StopRequest()
 
-    def remember(number: int, _: FrameType | None) -> None:
+    def record(number: int, _: FrameType | None) -> None:
         stop_request.signal = signal.Signals(number)
-        for each, handler in before.items():
+        restore_handlers()
+
+    def restore_handlers() -> None:
+        for each, handler in previous_handlers.items():
             signal.signal(each, handler)
 
-    before = {each: signal.signal(each, remember) for each in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {each: signal.signal(each, record) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop_request
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        restore_handlers()

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, holds all that the next step needs, and fits only the run it is of."""
+"""Checkpoints are written atomically, contain everything that a resumed run needs, and load only into the same run."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.model import zoo
 STATE = {"total_steps": 9, "data": "abc", "training": {"seed": 1, "epochs": 1.0}, "quantization": None}
 
 
-def start(
+def make_model_and_optimizer(
     seed: int = 0, family: str = "llama", *, optimizer: str = "adamw", **spec: object
 ) -> tuple[PeftModel, torch.optim.Optimizer]:
     model = zoo.adapted(zoo.make(family, hidden_size=128), seed=seed, **spec)
@@ -33,12 +33,12 @@ def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, st
         step=step,
         state=STATE,
         keep=keep,
-        write_adapter=lambda place: save_adapter.save_adapter(model, place, base="org/base", revision=None),
+        write_adapter=lambda target: save_adapter.save_adapter(model, target, base="org/base", revision=None),
         rank_allocator=adalora.rank_allocator(model),
     )
 
 
-def advance(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int, *, seed: int = 0) -> None:
+def train(model: PeftModel, optimizer: torch.optim.Optimizer, steps: int, *, seed: int = 0) -> None:
     rank_allocator = adalora.rank_allocator(model)
     for number in range(steps):
         ids = torch.randint(3, 97, (1, 12), generator=torch.Generator().manual_seed(seed + number))
@@ -53,25 +53,25 @@ def parameters(model: PeftModel) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
-def goes_on_equally(tmp_path: Path, **spec: object) -> None:
-    model, optimizer = start(family="qwen2", **spec)
-    advance(model, optimizer, 3)
+def assert_resumed_equals_uninterrupted(tmp_path: Path, **spec: object) -> None:
+    model, optimizer = make_model_and_optimizer(family="qwen2", **spec)
+    train(model, optimizer, 3)
     save(tmp_path, model, optimizer, step=3, keep=2)
-    other, its_optimizer = start(seed=5, family="qwen2", **spec)
+    resumed, resumed_optimizer = make_model_and_optimizer(seed=5, family="qwen2", **spec)
     assert (
         checkpoint.load_checkpoint(
-            tmp_path, other, its_optimizer, state=STATE, rank_allocator=adalora.rank_allocator(other)
+            tmp_path, resumed, resumed_optimizer, state=STATE, rank_allocator=adalora.rank_allocator(resumed)
         )
         == 3
     )
-    for each, its in ((model, optimizer), (other, its_optimizer)):
-        advance(each, its, 3, seed=100)
-    assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(other), strict=True))
+    train(model, optimizer, 3, seed=100)
+    train(resumed, resumed_optimizer, 3, seed=100)
+    assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(resumed), strict=True))
 
 
 @pytest.mark.parametrize("method", zoo.METHODS)
-def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path, method: str):
-    goes_on_equally(tmp_path, method=method)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str):
+    assert_resumed_equals_uninterrupted(tmp_path, method=method)
 
 
 @pytest.mark.parametrize(
@@ -86,25 +86,27 @@ def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_been(tmp_path: Path, meth
         {"optimizer": "adamw-8bit", "rank": 64},  # matrices of more than 4,096 values: moments in 8 bits
     ],
 )
-def test_and_so_does_one_with_all_that_is_trained_besides(tmp_path: Path, options: dict[str, object]):
-    goes_on_equally(tmp_path, **options)
+def test_a_resumed_run_with_other_trained_parameters_equals_an_uninterrupted_one(
+    tmp_path: Path, options: dict[str, object]
+):
+    assert_resumed_equals_uninterrupted(tmp_path, **options)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_are_kept_and_the_newest_is_loaded(tmp_path: Path, keep: int):
-    model, optimizer = start()
-    advance(model, optimizer, 1)
+def test_the_newest_checkpoints_are_kept_and_the_newest_is_loaded(tmp_path: Path, keep: int):
+    model, optimizer = make_model_and_optimizer()
+    train(model, optimizer, 1)
     for step in (2, 9, 10, 100):
         save(tmp_path, model, optimizer, step=step, keep=keep)
     names = [f"step-{step:08d}" for step in (2, 9, 10, 100)][-keep:]
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert checkpoint.load_checkpoint(tmp_path, *start(), state=STATE) == 100
+    assert checkpoint.load_checkpoint(tmp_path, *make_model_and_optimizer(), state=STATE) == 100
 
 
-def test_everything_in_it_is_safetensors_or_json(tmp_path: Path):
-    model, optimizer = start()
-    advance(model, optimizer, 1)
+def test_a_checkpoint_contains_only_safetensors_and_json(tmp_path: Path):
+    model, optimizer = make_model_and_optimizer()
+    train(model, optimizer, 1)
     folder = save(tmp_path, model, optimizer, step=1)
     names = {path.name for path in folder.iterdir()}
     assert names == {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"}
@@ -116,15 +118,15 @@ def test_everything_in_it_is_safetensors_or_json(tmp_path: Path):
     assert len(load_file(folder / "adapter_model.safetensors")) == count
 
 
-def test_none_there_is_step_zero_and_touches_nothing(tmp_path: Path):
-    model, optimizer = start()
+def test_without_a_checkpoint_the_step_is_zero_and_the_model_unchanged(tmp_path: Path):
+    model, optimizer = make_model_and_optimizer()
     before = parameters(model)
     assert checkpoint.load_checkpoint(tmp_path, model, optimizer, state=STATE) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "changed_keys"),
     [
         ({"data": "abd"}, "data"),
         ({"training": {"seed": 2, "epochs": 1.0}}, "training"),
@@ -133,51 +135,51 @@ def test_none_there_is_step_zero_and_touches_nothing(tmp_path: Path):
         ({"new": 1}, "new"),
     ],
 )
-def test_another_run_is_not_resumed(tmp_path: Path, change: dict[str, object], named: str):
-    model, optimizer = start()
-    advance(model, optimizer, 1)
+def test_a_checkpoint_of_another_run_is_an_error(tmp_path: Path, change: dict[str, object], changed_keys: str):
+    model, optimizer = make_model_and_optimizer()
+    train(model, optimizer, 1)
     save(tmp_path, model, optimizer, step=1)
-    other, its_optimizer = start(seed=5)
+    other, other_optimizer = make_model_and_optimizer(seed=5)
     before = parameters(other)
-    with pytest.raises(LoraError, match=f"changed since this checkpoint: {named}$"):
-        checkpoint.load_checkpoint(tmp_path, other, its_optimizer, state={**STATE, **change})
+    with pytest.raises(LoraError, match=f"changed since this checkpoint: {changed_keys}$"):
+        checkpoint.load_checkpoint(tmp_path, other, other_optimizer, state={**STATE, **change})
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(other), strict=True))
-    assert not its_optimizer.state
+    assert not other_optimizer.state
 
 
-def test_an_adapter_with_other_tensors_is_refused(tmp_path: Path):
-    model, optimizer = start()
-    advance(model, optimizer, 1)
+def test_an_adapter_with_other_tensors_is_an_error(tmp_path: Path):
+    model, optimizer = make_model_and_optimizer()
+    train(model, optimizer, 1)
     save(tmp_path, model, optimizer, step=1)
     with pytest.raises(LoraError, match="its adapter has other tensors"):
-        checkpoint.load_checkpoint(tmp_path, *start(target_modules=["q_proj"]), state=STATE)
+        checkpoint.load_checkpoint(tmp_path, *make_model_and_optimizer(target_modules=["q_proj"]), state=STATE)
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "state.json"])
-def test_a_save_that_dies_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str):
-    model, optimizer = start()
-    advance(model, optimizer, 1)
+def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str):
+    model, optimizer = make_model_and_optimizer()
+    train(model, optimizer, 1)
     save(tmp_path, model, optimizer, step=1)
-    kept = parameters(model)
-    advance(model, optimizer, 1)
+    saved = parameters(model)
+    train(model, optimizer, 1)
 
-    class Full(Exception):
-        """The disk, say."""
+    class WriteError(Exception):
+        """An error while writing, such as a full disk."""
 
-    def dying(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def failing_save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if path.name == file:
-            raise Full
+            raise WriteError
         save_file(tensors, path)
 
-    def dying_text(path: Path, *_: object, **__: object) -> None:
-        raise Full
+    def failing_write_text(path: Path, *_: object, **__: object) -> None:
+        raise WriteError
 
-    monkeypatch.setattr(checkpoint, "save_file", dying)
+    monkeypatch.setattr(checkpoint, "save_file", failing_save_file)
     if file == "state.json":
-        monkeypatch.setattr(Path, "write_text", dying_text)
-    with pytest.raises(Full):
+        monkeypatch.setattr(Path, "write_text", failing_write_text)
+    with pytest.raises(WriteError):
         save(tmp_path, model, optimizer, step=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    other, its_optimizer = start(seed=5)
-    assert checkpoint.load_checkpoint(tmp_path, other, its_optimizer, state=STATE) == 1
-    assert all(torch.equal(a, b) for a, b in zip(kept, parameters(other), strict=True))
+    other, other_optimizer = make_model_and_optimizer(seed=5)
+    assert checkpoint.load_checkpoint(tmp_path, other, other_optimizer, state=STATE) == 1
+    assert all(torch.equal(a, b) for a, b in zip(saved, parameters(other), strict=True))

@@ -1,4 +1,4 @@
-"""The learning rate of every step and the optimizers, against their definitions and against the libraries."""
+"""Learning rate schedules and optimizers, against their definitions and against the libraries."""
 
 import bitsandbytes
 import pytest
@@ -32,14 +32,14 @@ WARMUPS = st.one_of(st.floats(0, 1, exclude_max=True), st.integers(0, 400).map(f
 
 
 @given(total=st.integers(1, 300), schedule=SCHEDULES, warmup=WARMUPS)
-def test_every_step_learns_and_none_above_the_peak(total: int, schedule: str, warmup: float):
-    found = rates(total, schedule, warmup)
-    rise = warmup_steps(warmup, total)
-    assert all(0 < rate <= PEAK for rate in found)
-    assert found[:rise] == sorted(found[:rise])
-    assert found[rise:] == sorted(found[rise:], reverse=True)
-    if rise < total:
-        assert max(found) == PEAK
+def test_every_rate_is_above_zero_and_at_most_the_peak(total: int, schedule: str, warmup: float):
+    by_step = rates(total, schedule, warmup)
+    warmup_end = warmup_steps(warmup, total)
+    assert all(0 < rate <= PEAK for rate in by_step)
+    assert by_step[:warmup_end] == sorted(by_step[:warmup_end])
+    assert by_step[warmup_end:] == sorted(by_step[warmup_end:], reverse=True)
+    if warmup_end < total:
+        assert max(by_step) == PEAK
 
 
 @pytest.mark.parametrize(
@@ -47,17 +47,17 @@ def test_every_step_learns_and_none_above_the_peak(total: int, schedule: str, wa
 )
 def test_warmup_is_a_fraction_below_one_and_steps_from_one(warmup: float, total: int, steps: int):
     assert warmup_steps(warmup, total) == steps
-    rise = rates(total, "constant", warmup)[:steps]
-    assert rise == pytest.approx([PEAK * (n + 1) / steps for n in range(steps)])
+    warmup_rates = rates(total, "constant", warmup)[:steps]
+    assert warmup_rates == pytest.approx([PEAK * (n + 1) / steps for n in range(steps)])
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 0.1, 5])
-def test_the_last_step_is_nearly_at_zero(schedule: str, warmup: float):
-    found = rates(1000, schedule, warmup)
-    assert found[-1] < PEAK * 2e-3
-    rise = warmup_steps(warmup, 1000)
-    middle = found[rise + (1000 - rise) // 2]
+def test_the_rate_decays_to_half_in_the_middle_and_nearly_zero_at_the_end(schedule: str, warmup: float):
+    by_step = rates(1000, schedule, warmup)
+    assert by_step[-1] < PEAK * 2e-3
+    warmup_end = warmup_steps(warmup, 1000)
+    middle = by_step[warmup_end + (1000 - warmup_end) // 2]
     assert middle == pytest.approx(PEAK / 2, rel=2e-3)
 
 
@@ -66,11 +66,11 @@ def test_the_last_step_is_nearly_at_zero(schedule: str, warmup: float):
     [
         ("cosine", get_cosine_schedule_with_warmup),
         ("linear", get_linear_schedule_with_warmup),
-        ("constant", lambda optimizer, rise, total: get_constant_schedule_with_warmup(optimizer, rise)),
+        ("constant", lambda optimizer, warmup, total: get_constant_schedule_with_warmup(optimizer, warmup)),
     ],
 )
 @pytest.mark.parametrize(("warmup", "total"), [(0, 20), (5, 20), (20, 20)])
-def test_it_is_transformers_schedule_but_for_a_warmup_that_wastes_no_step(schedule, library, warmup: int, total: int):
+def test_schedules_equal_transformers_except_that_warmup_starts_above_zero(schedule, library, warmup: int, total: int):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
     scheduler = library(optimizer, warmup, total)
     theirs = []
@@ -78,14 +78,14 @@ def test_it_is_transformers_schedule_but_for_a_warmup_that_wastes_no_step(schedu
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    mine = rates(total, schedule, warmup)
-    assert mine[warmup:] == pytest.approx(theirs[warmup:], rel=1e-12)
-    # transformers' first step of a warmup has rate 0 and moves nothing; ours is one step ahead while it rises.
-    assert mine[: max(0, warmup - 1)] == pytest.approx(theirs[1:warmup], rel=1e-12)
-    assert not warmup or theirs[0] == 0 < mine[0]
+    ours = rates(total, schedule, warmup)
+    assert ours[warmup:] == pytest.approx(theirs[warmup:], rel=1e-12)
+    # The first warmup step of transformers has rate 0 and changes nothing; ours is one step ahead during warmup.
+    assert ours[: max(0, warmup - 1)] == pytest.approx(theirs[1:warmup], rel=1e-12)
+    assert not warmup or theirs[0] == 0 < ours[0]
 
 
-def test_the_optimizer_is_adamw_by_its_formula():
+def test_the_optimizer_follows_the_formula_of_adamw():
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.ParameterList([torch.randn(5, generator=generator, dtype=torch.float64)])
     weight, b1, b2 = model[0], 0.8, 0.95
@@ -106,7 +106,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "quantized", "chosen"),
+    ("name", "device", "quantized", "expected"),
     [
         ("auto", CPU, False, "adamw"),
         ("auto", CPU, True, "adamw"),
@@ -118,12 +118,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ("paged-adamw-8bit", GPU, True, "paged-adamw-8bit"),
     ],
 )
-def test_auto_chooses_and_a_name_is_taken(name: str, device: torch.device, quantized: bool, chosen: str):
-    assert choose_optimizer(name, device=device, quantized=quantized) == chosen
+def test_auto_depends_on_device_and_quantization(name: str, device: torch.device, quantized: bool, expected: str):
+    assert choose_optimizer(name, device=device, quantized=quantized) == expected
 
 
 @pytest.mark.parametrize(("name", "instead"), [("paged-adamw", "adamw"), ("paged-adamw-8bit", "adamw-8bit")])
-def test_a_machine_that_cannot_page_says_what_to_write(name: str, instead: str):
+def test_a_paged_optimizer_on_a_cpu_is_an_error_with_a_hint(name: str, instead: str):
     with pytest.raises(LoraError) as caught:
         choose_optimizer(name, device=CPU, quantized=True)
     assert caught.value.message.startswith(f"training.optimizer: {name} pages between a CUDA GPU and the host")
@@ -131,32 +131,32 @@ def test_a_machine_that_cannot_page_says_what_to_write(name: str, instead: str):
 
 
 def losses(name: str, *, method: str = "lora", steps: int = 30) -> tuple[list[float], torch.optim.Optimizer]:
-    """Loss of each step on one text, wide enough that bitsandbytes holds the moments in 8 bits."""
+    """Train on one text; layers are wide enough that bitsandbytes stores the moments in 8 bits. Return all losses."""
     model = zoo.attached(zoo.make("llama", hidden_size=256, intermediate_size=512), method=method, rank=16, seed=3)
     optimizer = make_optimizer(model, TrainingSpec(learning_rate=5e-3), name=name)
     ids = torch.randint(3, zoo.VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-    found = []
+    by_step = []
     for _ in range(steps):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return found, optimizer
+        by_step.append(loss.item())
+    return by_step, optimizer
 
 
 def test_eight_bit_adamw_learns_on_the_cpu_as_adamw_does():
-    whole, _ = losses("adamw")
-    eight, optimizer = losses("adamw-8bit")
+    fp32, _ = losses("adamw")
+    eight_bit, optimizer = losses("adamw-8bit")
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
-    assert eight[0] == whole[0]
-    assert whole[-1] < 0.3 * whole[0]
-    assert eight[-1] < 0.3 * eight[0]
-    assert eight[9] != whole[9], "the moments are rounded"
-    assert eight[5] == pytest.approx(whole[5], rel=0.05)
+    assert eight_bit[0] == fp32[0]
+    assert fp32[-1] < 0.3 * fp32[0]
+    assert eight_bit[-1] < 0.3 * eight_bit[0]
+    assert eight_bit[9] != fp32[9], "the moments are rounded"
+    assert eight_bit[5] == pytest.approx(fp32[5], rel=0.05)
 
 
-def test_moments_take_the_bytes_that_the_plan_counts():
+def test_moments_have_the_size_that_moment_bytes_returns():
     for name in ("adamw", "adamw-8bit"):
         _, optimizer = losses(name, steps=1)
         large = [p for group in optimizer.param_groups for p in group["params"] if p.numel() >= 4096]
@@ -167,7 +167,7 @@ def test_moments_take_the_bytes_that_the_plan_counts():
             assert [t.element_size() for t in moments] == [moment_bytes(name)] * 2
 
 
-def test_lora_plus_gives_b_its_ratio_as_peft_does():
+def test_lora_plus_scales_the_rate_of_b_as_peft_does():
     spec, ratio = TrainingSpec(learning_rate=1e-3), 16.0
     ours = zoo.attached(zoo.make("llama"), method="lora+", lr_ratio=ratio)
     optimizer = make_optimizer(ours, spec, lr_ratio=ratio)
@@ -175,13 +175,14 @@ def test_lora_plus_gives_b_its_ratio_as_peft_does():
     theirs = get_peft_model(zoo.make("llama"), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     library = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=ratio)
 
-    def rates(model: torch.nn.Module, by: torch.optim.Optimizer) -> dict[str, float]:
+    def rates_by_name(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         names = {id(p): name for name, p in model.named_parameters()}
-        return {names[id(p)]: group["lr"] for group in by.param_groups for p in group["params"]}
+        return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
-    mine = rates(ours, optimizer)
-    assert mine == rates(theirs, library)
-    assert set(mine.values()) == {1e-3, 16e-3}
-    assert {name for name, rate in mine.items() if rate == 16e-3} == {name for name in mine if ".lora_B." in name}
+    our_rates = rates_by_name(ours, optimizer)
+    assert our_rates == rates_by_name(theirs, library)
+    assert set(our_rates.values()) == {1e-3, 16e-3}
+    b_names = {name for name in our_rates if ".lora_B." in name}
+    assert {name for name, rate in our_rates.items() if rate == 16e-3} == b_names
     set_learning_rate(optimizer, 5e-4)
-    assert set(rates(ours, optimizer).values()) == {5e-4, 8e-3}
+    assert set(rates_by_name(ours, optimizer).values()) == {5e-4, 8e-3}
