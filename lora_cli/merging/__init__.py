@@ -1,1 +1,1 @@
-"""Fold an adapter into its base: W + scale·BA, in fp32, and the proof that it is the same model."""
+"""Merge LoRA adapters into base weights (W + scale·BA in fp32), verify the result, combine and resize adapters."""

@@ -1,4 +1,4 @@
-"""Compare two models by what they say to the same probes."""
+"""Compare two models: their logits on the same probe batches (KL divergence, top-1 agreement), and their parameters."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ PROBE_LENGTHS = (5, 17, 40)  # tokens of each random probe
 
 
 class Agreement(NamedTuple):
-    """How near one model is to another, over all positions of the probes."""
+    """How closely a model agrees with a reference model, over all positions of the probes."""
 
     positions: int
-    apart: float  # largest difference of a logit, relative to the largest logit
-    kl: float  # nats a position, of the model's distribution from the other's; 0 of models without one
+    max_difference: float  # largest difference of a logit, relative to the largest logit of the reference
+    kl: float  # nats per position, KL(reference || model); 0 for models with a single output
     top1: float  # share of positions with the same most likely output
-    retained: float | None  # share of the adapter's effect on the logits that is there; None where the base is unknown
+    retained: float | None  # share of the adapter's effect on the logits; None if the base's logits are unknown
 
 
 def random_probes(
@@ -32,9 +32,15 @@ def random_probes(
     end_id: int | None,
     include: Sequence[int] = (),
 ) -> list[Batch]:
-    """A few rows of random tokens, each a batch of its own; with an end token behind, which some models need.
+    """Return rows of random tokens, each in a batch of its own, as int64 [1, length].
 
-    The tokens to `include`, whose embeddings were trained, begin the longest row.
+    Args:
+        task: of the model.
+        vocabulary: number of token ids to draw from.
+        pad_id: padding token, which replaces `end_id` inside a row.
+        start_id: first token of the decoder of a seq2seq model; 0 if None.
+        end_id: last token of each row, for models that need one; None for no such token.
+        include: tokens whose embeddings were trained; the longest row starts with them.
     """
     generator = torch.Generator().manual_seed(0)
     batches = []
@@ -46,20 +52,20 @@ def random_probes(
             ids[ids == end_id] = pad_id if pad_id != end_id else (end_id + 1) % vocabulary
             ids[0, -1] = end_id
         extra = {}
-        places = torch.arange(length)
+        positions = torch.arange(length)
         if task == "seq2seq-lm":
-            read = torch.randint(0, vocabulary, (1, 8), generator=generator)
-            read[0, 0] = start_id if start_id is not None else 0
-            extra = {"decoder_input_ids": read}
-            places = torch.arange(8)
+            decoder_ids = torch.randint(0, vocabulary, (1, 8), generator=generator)
+            decoder_ids[0, 0] = start_id if start_id is not None else 0
+            extra = {"decoder_input_ids": decoder_ids}
+            positions = torch.arange(8)
         batches.append(
             Batch(
                 input_ids=ids,
                 position_ids=torch.arange(length)[None],
                 attention_mask=torch.ones_like(ids, dtype=torch.bool),
                 lengths=(length,),
-                label_positions=places,
-                targets=places,
+                label_positions=positions,
+                targets=positions,
                 rows=(0,),
                 extra=extra,
             )
@@ -69,56 +75,67 @@ def random_probes(
 
 @torch.no_grad()
 def probe_logits(model: Any, batches: Sequence[Batch], task: TaskName) -> Tensor:
-    """Logits of all probes, [positions, outputs] in fp32."""
+    """Run `model` in eval mode and return the logits of all batches, [positions, outputs] fp32."""
     training = model.training
     model.eval()
     loss_fn = LossFunction(model, task=task)
-    found = torch.cat([loss_fn.logits(batch).float() for batch in batches])
+    logits = torch.cat([loss_fn.logits(batch).float() for batch in batches])
     model.train(training)
-    return found
+    return logits
 
 
-def compare_logits(found: Tensor, expected: Tensor, base: Tensor | None) -> Agreement:
-    """How near `found` is to `expected`; the adapter's effect is what `expected` has over `base`.
+def compare_logits(actual: Tensor, expected: Tensor, base: Tensor | None) -> Agreement:
+    """Compare logits of a model with those of a reference, all [positions, outputs] fp32.
 
-    Retained is ⟨found - base, expected - base⟩/⟨expected - base, expected - base⟩.
+    The adapter's effect is `expected - base`; its retained share is
+    ⟨actual - base, expected - base⟩/⟨expected - base, expected - base⟩.
+
+    Args:
+        actual: of the model.
+        expected: of the reference: base and adapter.
+        base: of the base model alone; None if unknown.
     """
     kl, top1 = 0.0, 1.0
     if expected.shape[1] > 1:
-        wanted, got = expected.double().log_softmax(dim=1), found.double().log_softmax(dim=1)
-        kl = float((wanted.exp() * (wanted - got)).sum(dim=1).mean())
-        top1 = float((wanted.argmax(dim=1) == got.argmax(dim=1)).double().mean())
+        log_p, log_q = expected.double().log_softmax(dim=1), actual.double().log_softmax(dim=1)
+        kl = float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean())
+        top1 = float((log_p.argmax(dim=1) == log_q.argmax(dim=1)).double().mean())
     retained = None
     if base is not None:
         effect = (expected - base).double()
-        size = float(effect.square().sum())
-        retained = float(((found - base).double() * effect).sum()) / size if size else 1.0
-    return Agreement(len(expected), max_difference(found, expected), max(kl, 0.0), top1, retained)
+        norm_squared = float(effect.square().sum())
+        retained = float(((actual - base).double() * effect).sum()) / norm_squared if norm_squared else 1.0
+    return Agreement(len(expected), max_difference(actual, expected), max(kl, 0.0), top1, retained)
 
 
-def max_difference(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest logit; infinite where one is not finite."""
-    apart = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    return apart if apart == apart else float("inf")
+def max_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return max|actual - expected| / max|expected| of two tensors of the same shape; infinite if it is NaN."""
+    difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return difference if difference == difference else float("inf")
 
 
 class Mismatch(NamedTuple):
-    """A parameter that is not what it should be."""
+    """A parameter that differs from the expected one by more than rounding."""
 
     name: str
-    apart: float  # largest difference, in units of the rounding that is allowed
+    error_ratio: float  # largest difference of an element, divided by the difference that rounding allows; above 1
 
 
 @torch.no_grad()
 def mismatches(written: nn.Module, expected: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> Iterator[Mismatch]:
-    """Parameters of a model loaded back that are not those `expected`, both fp32, rounded once to their `dtypes`.
+    """Yield the parameters of `written` that differ from `expected` by more than one rounding to their dtype.
 
-    Half a unit in the last place is allowed, and 1e-5 of the largest weight for the order of sums.
+    The tolerance is half a unit in the last place, plus 1e-5 of the largest weight for the order of summation.
+
+    Args:
+        written: the merged model, loaded back in fp32.
+        expected: every parameter as PEFT merges it, fp32, by name.
+        dtypes: dtype that each parameter is stored in, by name.
     """
     for name, parameter in written.named_parameters():
-        wanted = expected[name]
+        value = expected[name]
         rounding = torch.finfo(dtypes.get(name, torch.float32)).eps / 2
-        allowed = wanted.abs() * (rounding * 1.01) + float(wanted.abs().max()) * 1e-5 + 1e-30
-        worst = float(((parameter - wanted).abs() / allowed).max())
-        if not worst <= 1:
-            yield Mismatch(name, worst)
+        tolerance = value.abs() * (rounding * 1.01) + float(value.abs().max()) * 1e-5 + 1e-30
+        error_ratio = float(((parameter - value).abs() / tolerance).max())
+        if not error_ratio <= 1:
+            yield Mismatch(name, error_ratio)

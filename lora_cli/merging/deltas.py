@@ -1,4 +1,4 @@
-"""What an adapter changes in its base: which parameters, and how each new one comes about."""
+"""Find what an adapter changes in its base: low-rank deltas (ΔW = BA), other PEFT layers, replaced parameters."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,65 +12,70 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from lora_cli.model.empty_base import EmptyModel
+from lora_cli.model.fused_lora import FusedLora
 
 
 class LowRankDelta(NamedTuple):
-    """ΔW = left @ right, in fp32: any rows of it can be had without the others."""
+    """ΔW = left @ right, in fp32. Rows of it can be computed in blocks."""
 
     left: Tensor  # [rows, rank], scale included
     right: Tensor  # [rank, columns]
 
 
 class AdaptedLayer(NamedTuple):
-    """A module of the base, and the layers of PEFT that stand over it."""
+    """A module of the base, and the PEFT layers that wrap it."""
 
     name: str  # of the module, in the base
     module: nn.Module
-    keys: tuple[str, ...]  # its parameters, by their names in it
-    brought: frozenset[str]  # those of them that come with the adapter, and are in the module already
-    tuners: tuple[BaseTunerLayer, ...]  # inner ones last; none where the module only grows
+    parameter_names: tuple[str, ...]  # of the module's own parameters, within the module
+    from_adapter: frozenset[str]  # those whose values are in the adapter file; they are loaded already
+    tuners: tuple[BaseTunerLayer, ...]  # outermost first; empty if the module only gets new rows
 
-    def full(self, key: str) -> str:
-        """A parameter's name in the base."""
-        return f"{self.name}.{key}" if self.name else key
+    def full_name(self, parameter: str) -> str:
+        """Return the name in the base of a parameter of the module."""
+        return f"{self.name}.{parameter}" if self.name else parameter
+
+    def full_names(self) -> list[str]:
+        """Return the names in the base of all parameters of the module."""
+        return [self.full_name(parameter) for parameter in self.parameter_names]
 
 
 class Deltas(NamedTuple):
-    """All that differs between the base and base with adapter."""
+    """All differences between the base and the base with the adapter."""
 
     layers: tuple[AdaptedLayer, ...]
-    replaced: dict[str, Tensor]  # parameters and buffers that the adapter brings whole, by their names in the base
-    together: frozenset[str]  # parameters that the adapter changes just as those that they are tied to
+    replaced: dict[str, Tensor]  # parameters and buffers that the adapter file has in full, by name in the base
+    changed_together: frozenset[str]  # tied parameters that the adapter changes in the same way as their tied partners
 
 
 def find_deltas(empty: EmptyModel) -> Deltas:
-    """Walk through the adapted model, and list what the adapter changes."""
+    """List what the adapter on `empty` changes in the base."""
     layers: list[AdaptedLayer] = []
     replaced: dict[str, Tensor] = {}
-    together: set[str] = set()
-    ensured = bool(getattr(empty.model.active_peft_config, "ensure_weight_tying", False))
+    changed_together: set[str] = set()
+    keeps_ties = bool(getattr(empty.model.active_peft_config, "ensure_weight_tying", False))
     for name, module in _peft_modules(empty.model.get_base_model(), ""):
         if isinstance(module, ModulesToSaveWrapper):
-            whole = module.modules_to_save[module.active_adapters[0]]
-            found = {f"{name}.{key}": value for key, value in whole.state_dict().items()}
-            replaced |= found
-            together |= found.keys() if ensured else set()
+            trained = module.modules_to_save[module.active_adapters[0]]
+            tensors = {f"{name}.{key}": value for key, value in trained.state_dict().items()}
+            replaced |= tensors
+            changed_together |= tensors.keys() if keeps_ties else set()
         elif isinstance(module, TrainableTokensWrapper):
-            layers.append(_adapted_layer(name, module.token_adapter, empty.given))
+            layers.append(_adapted_layer(name, module.token_adapter, empty.from_adapter))
             if module.token_adapter.tied_adapter is not None:
-                together |= {layers[-1].full(key) for key in layers[-1].keys}
+                changed_together.update(layers[-1].full_names())
         elif isinstance(module, BaseTunerLayer):
-            layers.append(_adapted_layer(name, module, empty.given))
-            together |= {layers[-1].full(key) for key in layers[-1].keys} if ensured else set()
-    in_layers = {layer.full(key) for layer in layers for key in layer.keys}
+            layers.append(_adapted_layer(name, module, empty.from_adapter))
+            changed_together.update(layers[-1].full_names() if keeps_ties else ())
+    in_layers = {full_name for layer in layers for full_name in layer.full_names()}
     for name, parameter in empty.model.get_base_model().named_parameters(remove_duplicate=False):
-        if name in empty.given - in_layers:
+        if name in empty.from_adapter - in_layers:
             replaced[name] = parameter.data
-    return Deltas(tuple(layers), replaced, frozenset(together))
+    return Deltas(tuple(layers), replaced, frozenset(changed_together))
 
 
 def _peft_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules of PEFT's, with their names in the base."""
+    """Yield the outermost PEFT modules with their names in the base."""
     if isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper, BaseTunerLayer)):
         yield name, module
         return
@@ -78,44 +83,47 @@ def _peft_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module
         yield from _peft_modules(inner, f"{name}.{child}" if name else child)
 
 
-def _adapted_layer(name: str, outer: BaseTunerLayer, given: frozenset[str]) -> AdaptedLayer:
+def _adapted_layer(name: str, outer: BaseTunerLayer, from_adapter: frozenset[str]) -> AdaptedLayer:
+    """Describe the module `name` of the base under the PEFT layer `outer`; `from_adapter` are names in the base."""
     tuners: list[BaseTunerLayer] = []
     module: Any = outer
     while isinstance(module, BaseTunerLayer):
         tuners.append(module)
         module = module.base_layer
-    keys = tuple(key for key, _ in module.named_parameters(recurse=False))
-    return AdaptedLayer(name, module, keys, frozenset(key for key in keys if f"{name}.{key}" in given), tuple(tuners))
+    names = tuple(parameter for parameter, _ in module.named_parameters(recurse=False))
+    loaded = frozenset(parameter for parameter in names if f"{name}.{parameter}" in from_adapter)
+    return AdaptedLayer(name, module, names, loaded, tuple(tuners))
 
 
 def merged_parameters(model: PeftModel) -> dict[str, Tensor]:
-    """Every parameter of the base as PEFT merges it, by its name in the base; `model` is merged afterwards.
+    """Merge `model` in place by PEFT, and return every parameter of the base by its name in the base.
 
-    PEFT's `merge_and_unload` does the same, but for some methods cannot put a module trained whole back in its place.
+    PEFT's `merge_and_unload` does the same, but fails for some methods on fully trained modules (`modules_to_save`).
     """
-    found: dict[str, Tensor] = {}
-    wrapped: list[str] = []
+    merged: dict[str, Tensor] = {}
+    peft_prefixes: list[str] = []
     for name, module in _peft_modules(model.get_base_model(), ""):
-        wrapped.append(f"{name}.")
+        peft_prefixes.append(f"{name}.")
         if isinstance(module, ModulesToSaveWrapper):
-            whole = module.modules_to_save[module.active_adapters[0]]
-            found |= {f"{name}.{key}": value.data for key, value in whole.named_parameters()}
+            trained = module.modules_to_save[module.active_adapters[0]]
+            merged |= {f"{name}.{key}": value.data for key, value in trained.named_parameters()}
             continue
         layer = _adapted_layer(name, getattr(module, "token_adapter", module), frozenset())
         merge_by_peft(layer)
-        found |= {layer.full(key): layer.module.get_parameter(key).data for key in layer.keys}
+        values = (layer.module.get_parameter(parameter).data for parameter in layer.parameter_names)
+        merged |= dict(zip(layer.full_names(), values, strict=True))
     for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
-        if not name.startswith(tuple(wrapped)):
-            found[name] = parameter.data
-    return found
+        if not name.startswith(tuple(peft_prefixes)):
+            merged[name] = parameter.data
+    return merged
 
 
 def low_rank_delta(layer: AdaptedLayer) -> LowRankDelta | None:
-    """The factors of a layer whose weight is changed by plain LoRA, and nothing else; None for all others."""
-    if len(layer.tuners) != 1 or "weight" in layer.brought:
+    """Return the factors of a layer whose weight is changed by plain LoRA only; None for all other layers."""
+    if len(layer.tuners) != 1 or "weight" in layer.from_adapter:
         return None
     tuner = layer.tuners[0]
-    if type(tuner) not in (LoraLinear, LoraEmbedding):
+    if type(tuner) not in (LoraLinear, FusedLora, LoraEmbedding):
         return None
     assert isinstance(tuner, LoraLinear | LoraEmbedding)
     (adapter,) = tuner.active_adapters
@@ -126,17 +134,17 @@ def low_rank_delta(layer: AdaptedLayer) -> LowRankDelta | None:
         # The embedding of token i is column i of BA.
         return LowRankDelta(tuner.lora_embedding_A[adapter].T * scale, tuner.lora_embedding_B[adapter].T.contiguous())
     a, b = tuner.lora_A[adapter].weight, tuner.lora_B[adapter].weight
-    if tuner.fan_in_fan_out:  # Conv1D keeps its weight transposed
+    if tuner.fan_in_fan_out:  # Conv1D stores its weight transposed
         return LowRankDelta(a.T.contiguous() * scale, b.T.contiguous())
     return LowRankDelta(b * scale, a)
 
 
 @torch.no_grad()
 def merge_by_peft(layer: AdaptedLayer) -> None:
-    """Merge what stands over a module into the weights that it was filled with, by PEFT's own arithmetic.
+    """Merge the PEFT layers of `layer` into its module's weights, with PEFT's own `merge`.
 
     Raises:
-        ValueError: a merged weight that is not finite.
+        ValueError: a merged weight is not finite.
     """
     for tuner in reversed(layer.tuners):
         tuner.merge(safe_merge=True)

@@ -1,7 +1,7 @@
-"""The low-rank updates of a saved adapter as pairs of factors: looked into, cut down, put together. No base is needed.
+"""Low-rank updates of a saved LoRA adapter as factors B and A: SVD, truncation, weighted sums. No base is needed.
 
-ΔW = B·A with the root of the scale in either. Its singular values come from two small decompositions: B = Q₁R₁ and
-Aᵀ = Q₂R₂ give ΔW = Q₁(R₁R₂ᵀ)Q₂ᵀ, of which only the [rank, rank] middle is decomposed.
+ΔW = B·A, where both factors include the square root of the scale. The SVD of ΔW needs no product of the full size: the
+QR decompositions B = Q₁R₁ and Aᵀ = Q₂R₂ give ΔW = Q₁(R₁R₂ᵀ)Q₂ᵀ, and only the middle [rank, rank] gets an SVD.
 """
 
 import re
@@ -30,207 +30,228 @@ class LowRankFactors(NamedTuple):
 
     a: Tensor  # [rank, in]
     b: Tensor  # [out, rank]
-    embedding: bool  # PEFT names the factors of embeddings otherwise
+    is_embedding: bool  # PEFT uses other tensor names for the factors of embeddings
 
     @property
     def rank(self) -> int:
-        """Columns of b."""
+        """Number of columns of b."""
         return self.b.shape[1]
 
     @property
     def energy(self) -> float:
-        """‖ΔW‖², the sum of all squares."""
+        """‖ΔW‖², the squared Frobenius norm."""
         return float(((self.b.T @ self.b) * (self.a @ self.a.T)).sum().clamp_min(0))
 
-    def singular(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [out, rank], singular values [rank] from the largest, and Vᵀ [rank, in]."""
-        left, first = torch.linalg.qr(self.b)
-        right, second = torch.linalg.qr(self.a.T)
-        u, s, vh = torch.linalg.svd(first @ second.T)
-        return left @ u, s, vh @ right.T
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U [out, rank], the singular values [rank] in descending order, and Vᵀ [rank, in] of ΔW, fp64."""
+        q_b, r_b = torch.linalg.qr(self.b)
+        q_a, r_a = torch.linalg.qr(self.a.T)
+        u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+        return q_b @ u, s, vh @ q_a.T
 
 
 class LoraWeights(NamedTuple):
-    """A LoRA adapter as it is on disk."""
+    """A LoRA adapter read from disk."""
 
     folder: Path
     config: LoraConfig
-    pairs: dict[str, LowRankFactors]  # by the module's name in the base
-    others: dict[str, Tensor]  # by PEFT's name: modules trained whole, biases, single tokens, magnitudes
+    factors: dict[str, LowRankFactors]  # by the module's name in the base
+    other_tensors: dict[str, Tensor]  # by PEFT's name: modules_to_save, biases, trained tokens, DoRA magnitudes
 
 
 def read_lora(folder: Path) -> LoraWeights:
-    """The adapter in `folder`.
+    """Read the LoRA adapter in `folder`; its factors become fp64.
 
     Raises:
-        LoraError: it is no LoRA, or one over the stacked weights of experts.
+        LoraError: the adapter is not LoRA, or it adapts the stacked weights of experts.
     """
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
         raise LoraError(
             f"{folder} is {str(config.peft_type.value).lower()}, which has no factors A and B",
-            hint="give a LoRA adapter",
+            hint="use a LoRA adapter",
         )
     if config.target_parameters:
         raise LoraError(
-            f"{folder} adapts stacked weights of experts ({config.target_parameters[0]}), a product for each expert",
-            hint="give an adapter of linear layers and embeddings",
+            f"{folder} adapts stacked expert weights ({config.target_parameters[0]}), which have factors per expert",
+            hint="use an adapter of linear layers and embeddings",
         )
-    found: dict[str, dict[str, Tensor]] = {}
+    tensors_by_module: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
-    others = {}
+    other_tensors = {}
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         match = FACTOR_NAME.fullmatch(name.replace(".base_layer.", "."))
         if match is None:
-            others[name] = tensor
+            other_tensors[name] = tensor
             continue
-        found.setdefault(match["module"], {})[match["factor"]] = tensor.double()
+        tensors_by_module.setdefault(match["module"], {})[match["factor"]] = tensor.double()
         if match["embedding"]:
             embeddings.add(match["module"])
-    pairs = {}
-    for module, factors in sorted(found.items(), key=lambda each: _natural_order(each[0])):
-        a, b = factors["A"], factors["B"]
+    factors = {}
+    for module, tensors in sorted(tensors_by_module.items(), key=lambda each: _natural_sort_key(each[0])):
+        a, b = tensors["A"], tensors["B"]
         root = _scale(config, module, len(a)) ** 0.5
-        pairs[module] = LowRankFactors(a * root, b * root, module in embeddings)
-    return LoraWeights(folder, config, pairs, others)
+        factors[module] = LowRankFactors(a * root, b * root, module in embeddings)
+    return LoraWeights(folder, config, factors, other_tensors)
 
 
-def _natural_order(module: str) -> list[tuple[bool, int, str]]:
-    """Layer 2 comes before layer 10, which the file has the other way round."""
+def _natural_sort_key(module: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts layer 2 before layer 10, unlike the order of names in the file."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in module.split(".")]
 
 
 def _scale(config: LoraConfig, module: str, rank: int) -> float:
+    """Return the factor alpha/r of a module, or alpha/√r for rsLoRA."""
     patterns = config.alpha_pattern or {}
     alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), config.lora_alpha))
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def rank_for_energy(values: Tensor, share: float) -> int:
-    """How many of the singular `values` hold `share` of the energy; at least one."""
-    held = values.square().cumsum(0) / values.square().sum().clamp_min(1e-300)
-    return min(len(values), 1 + int((held < share - 1e-12).sum()))
+    """Return how many of the singular `values` [rank] are needed for `share` of the energy; at least one."""
+    shares = values.square().cumsum(0) / values.square().sum().clamp_min(1e-300)
+    return min(len(values), 1 + int((shares < share - 1e-12).sum()))
 
 
 def effective_rank(values: Tensor) -> float:
-    """e to the entropy of the energies' shares: r where r components weigh the same, near 1 where one outweighs all.
+    """Return the effective rank of the singular `values` [rank]: exp of the entropy of their energy shares.
 
-    Roy and Vetterli, The effective rank (EUSIPCO 2007), with energies in place of singular values.
+    It is r for r equal values, and near 1 if one value dominates. Roy and Vetterli, The effective rank (EUSIPCO 2007),
+    here with energies (squares) in place of singular values.
     """
     shares = values.square() / values.square().sum().clamp_min(1e-300)
     return float(torch.special.entr(shares).sum().exp())
 
 
-def truncate_rank(pair: LowRankFactors, rank: int) -> LowRankFactors:
-    """The nearest update of no more than `rank`, by its largest components (Eckart and Young, 1936)."""
-    u, s, vh = pair.singular()
+def truncate_rank(factors: LowRankFactors, rank: int) -> LowRankFactors:
+    """Return the best approximation of rank `rank` or less, from the largest singular values (Eckart, Young, 1936)."""
+    u, s, vh = factors.svd()
     kept = min(rank, len(s))
     root = s[:kept].sqrt()
-    return LowRankFactors(root[:, None] * vh[:kept], u[:, :kept] * root, pair.embedding)
+    return LowRankFactors(root[:, None] * vh[:kept], u[:, :kept] * root, factors.is_embedding)
 
 
-def energy_kept(whole: Mapping[str, LowRankFactors], part: Mapping[str, LowRankFactors]) -> dict[str, float]:
-    """For each module, the share of the energy of `whole` that `part` does not miss: 1 - ‖ΔW - ΔW'‖²/‖ΔW‖²."""
-    found = {}
-    for module, pair in whole.items():
-        other = part[module]
-        missed = LowRankFactors(
-            torch.cat([pair.a, other.a]), torch.cat([pair.b, -other.b], dim=1), pair.embedding
-        ).energy
-        found[module] = 1 - missed / pair.energy if pair.energy else 1.0
-    return found
+def energy_kept(original: Mapping[str, LowRankFactors], reduced: Mapping[str, LowRankFactors]) -> dict[str, float]:
+    """Return for each module the share of the energy that is left in `reduced`: 1 - ‖ΔW - ΔW'‖²/‖ΔW‖²."""
+    shares = {}
+    for module, before in original.items():
+        after = reduced[module]
+        difference = LowRankFactors(
+            torch.cat([before.a, after.a]), torch.cat([before.b, -after.b], dim=1), before.is_embedding
+        )
+        shares[module] = 1 - difference.energy / before.energy if before.energy else 1.0
+    return shares
 
 
 def concatenate_factors(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> dict[str, LowRankFactors]:
-    """The weighted sum of the updates, exactly: ranks add up. A module that an adapter has not counts as zero there."""
-    summed: dict[str, LowRankFactors] = {}
-    for saved, weight in zip(adapters, weights, strict=True):
-        for module, pair in saved.pairs.items():
-            before = summed.get(module)
-            a, b = pair.a, pair.b * weight
-            summed[module] = pair._replace(
+    """Return the exact weighted sum of the updates, with the sum of their ranks.
+
+    An adapter without a module counts as a zero update of that module.
+    """
+    combined: dict[str, LowRankFactors] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        for module, factors in adapter.factors.items():
+            before = combined.get(module)
+            a, b = factors.a, factors.b * weight
+            combined[module] = factors._replace(
                 a=torch.cat([before.a, a]) if before else a, b=torch.cat([before.b, b], dim=1) if before else b
             )
-    return summed
+    return combined
 
 
 def average_factors(adapters: Sequence[LoraWeights], weights: Sequence[float]) -> dict[str, LowRankFactors]:
-    """The factors weighted and summed each by itself, as PEFT's `linear` has it: the rank stays, the sum is rough.
+    """Sum A and B separately, each times the root of the weight, as PEFT's `linear`: same rank, only approximate.
 
     Raises:
-        LoraError: the adapters are not of one rank on the same modules.
+        LoraError: the adapters differ in their modules or ranks, or a weight is negative.
     """
     first = adapters[0]
-    for saved in adapters[1:]:
-        if {m: p.rank for m, p in saved.pairs.items()} != {m: p.rank for m, p in first.pairs.items()}:
+    for adapter in adapters[1:]:
+        if {m: f.rank for m, f in adapter.factors.items()} != {m: f.rank for m, f in first.factors.items()}:
             raise LoraError(
-                f"--method linear: {saved.folder} has other modules or ranks than {first.folder}",
-                hint="write --method svd, which sums the updates themselves",
+                f"--method linear: {adapter.folder} has other modules or ranks than {first.folder}",
+                hint="write --method svd, which sums the full updates",
             )
     if min(weights) < 0:
-        raise LoraError("--method linear: takes no negative weight", hint="write --method svd or concat")
-    found = {}
-    for module, pair in first.pairs.items():
+        raise LoraError("--method linear: negative weights are not supported", hint="write --method svd or concat")
+    combined = {}
+    for module, first_factors in first.factors.items():
         roots = [weight**0.5 for weight in weights]
-        parts = [saved.pairs[module] for saved in adapters]
-        a = torch.stack([root * part.a for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
-        b = torch.stack([root * part.b for root, part in zip(roots, parts, strict=True)]).sum(dim=0)
-        found[module] = LowRankFactors(a, b, pair.embedding)
-    return found
+        summands = [adapter.factors[module] for adapter in adapters]
+        a = torch.stack([root * summand.a for root, summand in zip(roots, summands, strict=True)]).sum(dim=0)
+        b = torch.stack([root * summand.b for root, summand in zip(roots, summands, strict=True)]).sum(dim=0)
+        combined[module] = LowRankFactors(a, b, first_factors.is_embedding)
+    return combined
 
 
 def combine_dense(
     adapters: Sequence[LoraWeights], weights: Sequence[float], *, method: str, density: float, seed: int
 ) -> dict[str, Tensor]:
-    """Whole updates [out, in] by PEFT's `ties` (Yadav et al., arXiv:2306.01708: the largest entries, those of the sign
-    that most of them have) or `dare` (Yu et al., arXiv:2311.03099: entries drawn at random, the others scaled up).
+    """Combine the full updates of the adapters with PEFT's TIES or DARE.
+
+    Args:
+        adapters: over the same base.
+        weights: of the adapters.
+        method: "ties" keeps the largest entries, then those whose sign has the majority (Yadav et al.,
+            arXiv:2306.01708); "dare" keeps random entries and scales them up (Yu et al., arXiv:2311.03099).
+        density: share of the entries of each update to keep.
+        seed: of the random entries.
+
+    Returns:
+        ΔW [out, in] fp64 of each module.
     """
     torch.manual_seed(seed)
-    found = {}
-    for module in {module: None for saved in adapters for module in saved.pairs}:
-        shape = next(saved.pairs[module] for saved in adapters if module in saved.pairs)
-        dense = [
-            (saved.pairs[module].b @ saved.pairs[module].a).float()
-            if module in saved.pairs
-            else torch.zeros(shape.b.shape[0], shape.a.shape[1])
-            for saved in adapters
+    combined = {}
+    for module in {module: None for adapter in adapters for module in adapter.factors}:
+        like = next(adapter.factors[module] for adapter in adapters if module in adapter.factors)
+        updates = [
+            (adapter.factors[module].b @ adapter.factors[module].a).float()
+            if module in adapter.factors
+            else torch.zeros(like.b.shape[0], like.a.shape[1])
+            for adapter in adapters
         ]
         scales = torch.tensor(list(weights))
-        merged: Tensor = ties(dense, scales, density) if method == "ties" else dare_linear(dense, scales, density)
-        found[module] = merged.double()
-    return found
+        merged: Tensor = ties(updates, scales, density) if method == "ties" else dare_linear(updates, scales, density)
+        combined[module] = merged.double()
+    return combined
 
 
-def factorize(dense: Mapping[str, Tensor], rank: int, embeddings: Mapping[str, bool]) -> dict[str, LowRankFactors]:
-    """The nearest updates of `rank`, of whole ones."""
-    found = {}
-    for module, update in dense.items():
+def factorize(updates: Mapping[str, Tensor], rank: int, embeddings: Mapping[str, bool]) -> dict[str, LowRankFactors]:
+    """Return the best approximations of rank `rank` of full updates.
+
+    Args:
+        updates: ΔW [out, in] fp64, by module.
+        rank: of the results.
+        embeddings: whether each module is an embedding.
+    """
+    factors = {}
+    for module, update in updates.items():
         u, s, vh = torch.linalg.svd(update, full_matrices=False)
         root = s[:rank].sqrt()
-        found[module] = LowRankFactors(root[:, None] * vh[:rank], u[:, :rank] * root, embeddings[module])
-    return found
+        factors[module] = LowRankFactors(root[:, None] * vh[:rank], u[:, :rank] * root, embeddings[module])
+    return factors
 
 
-def lora_config_for(pairs: Mapping[str, LowRankFactors], like: LoraConfig) -> LoraConfig:
-    """PEFT's configuration of an adapter with these factors: alpha is the rank, so that the scale is 1."""
-    ranks = {module: pair.rank for module, pair in pairs.items()}
-    most = max(ranks.values())
-    apart = {module: rank for module, rank in ranks.items() if rank != most}
+def lora_config_for(factors: Mapping[str, LowRankFactors], like: LoraConfig) -> LoraConfig:
+    """Return a LoraConfig for these factors, based on `like`; alpha equals the rank, so that the scale is 1."""
+    ranks = {module: each.rank for module, each in factors.items()}
+    max_rank = max(ranks.values())
+    lower_ranks = {module: rank for module, rank in ranks.items() if rank != max_rank}
     config: LoraConfig = LoraConfig.from_peft_type(**like.to_dict())
-    config.r = config.lora_alpha = most
+    config.r = config.lora_alpha = max_rank
     config.use_rslora = False
-    config.rank_pattern, config.alpha_pattern = dict(apart), dict(apart)
-    config.target_modules = sorted(pairs)
+    config.rank_pattern, config.alpha_pattern = dict(lower_ranks), dict(lower_ranks)
+    config.target_modules = sorted(factors)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.init_lora_weights = True
     return config
 
 
-def to_peft_tensors(pairs: Mapping[str, LowRankFactors]) -> dict[str, Tensor]:
-    """The factors by PEFT's names, fp32."""
-    found = {}
-    for module, pair in pairs.items():
-        for letter, factor in (("A", pair.a), ("B", pair.b)):
-            name = f"lora_embedding_{letter}" if pair.embedding else f"lora_{letter}.weight"
-            found[f"{PREFIX}{module}.{name}"] = factor.float().contiguous()
-    return found
+def to_peft_tensors(factors: Mapping[str, LowRankFactors]) -> dict[str, Tensor]:
+    """Return the factors as the tensors of a PEFT adapter file, by PEFT's names, fp32."""
+    tensors = {}
+    for module, each in factors.items():
+        for letter, factor in (("A", each.a), ("B", each.b)):
+            name = f"lora_embedding_{letter}" if each.is_embedding else f"lora_{letter}.weight"
+            tensors[f"{PREFIX}{module}.{name}"] = factor.float().contiguous()
+    return tensors

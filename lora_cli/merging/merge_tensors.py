@@ -1,7 +1,7 @@
-"""Write a base with an adapter folded in, tensor by tensor: W + ΔW in fp32, rounded to what is written, and measured.
+"""Merge tensors: W + ΔW in fp32, rounded to the output dtype; measure how much of ΔW is left after rounding.
 
-Whatever the size of the model, what is in memory is the adapter and, for each thread, one block of one tensor where the
-update is of low rank; one whole tensor where PEFT has to compute it.
+Memory does not depend on the size of the model: it holds the adapter and, for each thread, one block of one tensor if
+the update is of low rank, or one full tensor if PEFT has to compute it.
 """
 
 import math
@@ -17,44 +17,46 @@ from lora_cli.merging.deltas import AdaptedLayer, LowRankDelta, merge_by_peft
 from lora_cli.model.empty_base import drop_weights, load_weights
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, as_bytes
 
-BLOCK_WEIGHTS = 1 << 19  # weights at once: few enough that their fp32 copies stay in the caches
-COPY_BYTES = 8 << 20  # bytes at once
-MAX_THREADS = 4  # more wait for the disk
+BLOCK_WEIGHTS = 1 << 19  # weights per block: few enough that their fp32 copies stay in the CPU caches
+COPY_BYTES = 8 << 20  # bytes per read and write of a copy
+MAX_THREADS = 4  # further threads would only wait for the disk
 
 
 class MergedTensor(NamedTuple):
-    """One parameter that an adapter changed."""
+    """A parameter that the adapter changed."""
 
     name: str
-    survived: float  # share of the update that is left after rounding to the dtype that is written: 1 is all of it
+    retained: float  # share of the update that is left after rounding to the output dtype; 1 is all of it
 
 
 class UpdateRetention:
-    """⟨W'-W, ΔW⟩/⟨ΔW, ΔW⟩, summed up block by block; W' is rounded to the dtype that is written, and so is W."""
+    """The retained share of an update, ⟨W'-W, ΔW⟩/⟨ΔW, ΔW⟩, summed block by block; W' and W in the output dtype."""
 
-    def __init__(self, whole: float) -> None:
-        """`whole` is ⟨ΔW, ΔW⟩."""
-        self._kept, self._whole = 0.0, whole
+    def __init__(self, norm_squared: float) -> None:
+        """Start at zero; `norm_squared` is ⟨ΔW, ΔW⟩ of the full parameter."""
+        self._dot, self._norm_squared = 0.0, norm_squared
 
-    def add(self, kept: Tensor, delta: Tensor) -> None:
-        """W'-W and ΔW of some weights, fp32 and contiguous."""
-        self._kept += float(torch.dot(kept.view(-1), delta.view(-1)))
+    def add(self, written: Tensor, delta: Tensor) -> None:
+        """Add a block: `written` is W'-W and `delta` is ΔW, both fp32, contiguous and of the same shape."""
+        self._dot += float(torch.dot(written.view(-1), delta.view(-1)))
 
-    def share(self, name: str) -> Iterator[MergedTensor]:
-        """What came of the parameter `name`; nothing if it was not changed.
+    def result(self, name: str) -> list[MergedTensor]:
+        """Return the retained share of the parameter `name`; an empty list if ΔW is zero.
 
         Raises:
             ValueError: a weight or its update is not finite.
         """
-        if not math.isfinite(self._kept) or not math.isfinite(self._whole):
+        if not math.isfinite(self._dot) or not math.isfinite(self._norm_squared):
             raise ValueError(f"{name}: the merged weight is not finite")
-        if self._whole:
-            yield MergedTensor(name, self._kept / self._whole)
+        return [MergedTensor(name, self._dot / self._norm_squared)] if self._norm_squared else []
 
 
 @contextmanager
 def thread_pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute on one core each: whole tensors side by side go further than single products split up."""
+    """Yield a pool of threads that compute on one core each.
+
+    Merging several tensors in parallel is faster than splitting each matrix product over the cores.
+    """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(min(MAX_THREADS, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -67,20 +69,20 @@ def thread_pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def run_jobs(jobs: list[Callable[[], list[MergedTensor]]]) -> Iterator[MergedTensor]:
-    """Do `jobs` on several threads; what they changed, as it is done."""
+    """Run `jobs` on several threads and yield the parameters that they changed, as the jobs finish."""
     with thread_pool() as pool:
-        for done in as_completed([pool.submit(job) for job in jobs]):
-            yield from done.result()
+        for future in as_completed([pool.submit(job) for job in jobs]):
+            yield from future.result()
 
 
 class ReadWrite(NamedTuple):
-    """Files to read from and to write to."""
+    """The files of the base to read from, and those of the merged model to write to."""
 
     base: ShardFiles
     out: ShardFiles
 
     def copy(self, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
-        """A tensor as it is, or cast where the dtypes differ."""
+        """Copy a tensor unchanged, or cast it block by block if the dtypes differ; returns an empty list."""
         if source.dtype == target.dtype:
             buffer = memoryview(bytearray(min(COPY_BYTES, source.size)))
             for at in range(0, source.size, COPY_BYTES):
@@ -96,43 +98,58 @@ class ReadWrite(NamedTuple):
         return []
 
     def read(self, source: TensorInfo) -> Tensor:
-        """A whole tensor, in the dtype that it is stored in."""
+        """Read a full tensor, in its stored shape and dtype."""
         value = torch.empty(source.shape, dtype=source.dtype)
         self.base.read(source.file, as_bytes(value), source.begin)
         return value
 
     def write(self, value: Tensor, target: TensorInfo) -> None:
-        """A whole tensor, cast to the dtype that its place has."""
+        """Write a full tensor, cast to the dtype of `target`."""
         self.out.write(target.file, as_bytes(value.to(target.dtype).contiguous()), target.begin)
 
     @torch.no_grad()
-    def fold_low_rank(
-        self, name: str, low: LowRankDelta, source: TensorInfo, target: TensorInfo, *, sign: int = 1
+    def merge_low_rank(
+        self, name: str, low_rank: LowRankDelta, source: TensorInfo, target: TensorInfo, *, sign: int = 1
     ) -> list[MergedTensor]:
-        """W + left @ right in blocks of rows; the update is taken away again where `sign` is -1."""
+        """Write W + left @ right, in blocks of rows.
+
+        Args:
+            name: of the parameter.
+            low_rank: the factors of ΔW, fp32.
+            source: W [rows, columns] in the base.
+            target: the same shape in the merged model.
+            sign: 1 to merge, -1 to unmerge (subtract ΔW).
+
+        Returns:
+            The share of ΔW that is left in the written tensor; an empty list if ΔW is zero.
+
+        Raises:
+            ValueError: a weight or its update is not finite.
+        """
         rows, columns = source.shape
-        at_once = max(1, min(rows, BLOCK_WEIGHTS // columns))
-        raw = torch.empty(at_once, columns, dtype=source.dtype)
-        before, delta, after = (torch.empty(at_once, columns) for _ in range(3))
-        rounded = torch.empty(at_once, columns, dtype=target.dtype)
-        left, right = low.left.double(), low.right.double()
-        # ⟨LR, LR⟩ is the sum of (LᵀL)∘(RRᵀ): no product of the full size.
-        survival = UpdateRetention(float(((left.T @ left) * (right @ right.T)).sum()))
-        signed = low.left if sign > 0 else -low.left
-        for start in range(0, rows, at_once):
-            part = slice(0, min(at_once, rows - start))
-            self.base.read(source.file, as_bytes(raw[part]), source.begin + start * columns * source.dtype.itemsize)
-            before[part].copy_(raw[part])
-            torch.mm(signed[start : start + at_once], low.right, out=delta[part])
-            torch.add(before[part], delta[part], out=after[part])
-            rounded[part].copy_(after[part])
-            self.out.write(target.file, as_bytes(rounded[part]), target.begin + start * columns * target.dtype.itemsize)
-            # Of what was written, and not of what was meant to be: an update that is lost on the way shows as lost.
-            after[part].copy_(rounded[part])
+        block_rows = max(1, min(rows, BLOCK_WEIGHTS // columns))
+        stored = torch.empty(block_rows, columns, dtype=source.dtype)
+        before, delta, after = (torch.empty(block_rows, columns) for _ in range(3))
+        rounded = torch.empty(block_rows, columns, dtype=target.dtype)
+        left, right = low_rank.left.double(), low_rank.right.double()
+        # ⟨LR, LR⟩ is the sum of (LᵀL)∘(RRᵀ), which needs no product of the full size.
+        retention = UpdateRetention(float(((left.T @ left) * (right @ right.T)).sum()))
+        signed = low_rank.left if sign > 0 else -low_rank.left
+        for start in range(0, rows, block_rows):
+            block = slice(0, min(block_rows, rows - start))  # the last block can be shorter
+            offset = start * columns  # weights before the block
+            self.base.read(source.file, as_bytes(stored[block]), source.begin + offset * source.dtype.itemsize)
+            before[block].copy_(stored[block])
+            torch.mm(signed[start : start + block_rows], low_rank.right, out=delta[block])
+            torch.add(before[block], delta[block], out=after[block])
+            rounded[block].copy_(after[block])
+            self.out.write(target.file, as_bytes(rounded[block]), target.begin + offset * target.dtype.itemsize)
+            # Measure the written values, not `after`: then a bug that loses the update is measured as a lost update.
+            after[block].copy_(rounded[block])
             if source.dtype != target.dtype:
-                before[part].copy_(raw[part].to(target.dtype))
-            survival.add(after[part].sub_(before[part]), delta[part])
-        return list(survival.share(name))
+                before[block].copy_(stored[block].to(target.dtype))
+            retention.add(after[block].sub_(before[block]), delta[block])
+        return retention.result(name)
 
 
 @torch.no_grad()
@@ -143,38 +160,58 @@ def merge_layer(
     write: Callable[[str, Tensor], None],
     dtype_of: Callable[[str], torch.dtype],
 ) -> list[MergedTensor]:
-    """A layer's parameters in fp32, merged by PEFT.
+    """Merge a layer by PEFT, all its parameters in fp32.
 
     Args:
-        layer: with its parameters empty, but for those that the adapter brings.
-        read: gives a parameter of the base by its name, fp32.
-        write: takes one.
-        dtype_of: what it is rounded to there.
+        layer: its module's parameters are empty, except those from the adapter file.
+        read: returns a parameter of the base as fp32, by its name in the base.
+        write: stores a merged fp32 parameter under its name in the base.
+        dtype_of: returns the dtype that a parameter is stored in, by its name in the base.
+
+    Returns:
+        The changed parameters.
+
+    Raises:
+        ValueError: a merged weight is not finite.
     """
-    before = {key: read(layer.full(key)) for key in layer.keys if key not in layer.brought}
+    full_names = dict(zip(layer.parameter_names, layer.full_names(), strict=True))
+    before = {key: read(full_name) for key, full_name in full_names.items() if key not in layer.from_adapter}
     load_weights(layer.module, {key: value.clone() for key, value in before.items()})
     merge_by_peft(layer)
-    found: list[MergedTensor] = []
-    for key in layer.keys:
+    merged: list[MergedTensor] = []
+    for key, full_name in full_names.items():
         after = layer.module.get_parameter(key).data
-        write(layer.full(key), after)
-        base = before[key] if key in before else read(layer.full(key))
-        found += measure_retention(layer.full(key), base, after, dtype_of(layer.full(key)))
+        write(full_name, after)
+        base = before[key] if key in before else read(full_name)
+        merged += measure_retention(full_name, base, after, dtype_of(full_name))
     drop_weights(layer.module, list(before))
-    return found
+    return merged
 
 
 @torch.no_grad()
 def measure_retention(name: str, before: Tensor, after: Tensor, dtype: torch.dtype) -> list[MergedTensor]:
-    """How much of the way from `before` to `after`, both fp32, is left when both are rounded to `dtype`."""
-    survival = UpdateRetention(float((after.double() - before).square().sum()))
+    """Measure the share of the update `after - before` that is left when both are rounded to `dtype`.
+
+    Args:
+        name: of the parameter.
+        before: fp32, any shape.
+        after: fp32, the same shape.
+        dtype: that the parameter is stored in.
+
+    Returns:
+        The share; an empty list if nothing changed.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    retention = UpdateRetention(float((after.double() - before).square().sum()))
     for old, new in zip(before.reshape(-1).split(BLOCK_WEIGHTS), after.reshape(-1).split(BLOCK_WEIGHTS), strict=True):
-        survival.add(new.to(dtype).float() - old.to(dtype).float(), new - old)
-    return list(survival.share(name))
+        retention.add(new.to(dtype).float() - old.to(dtype).float(), new - old)
+    return retention.result(name)
 
 
 @torch.no_grad()
 def add_rows(weight: Tensor, rows: int) -> Tensor:
-    """`weight` with new rows, each the mean of the others: as training began with them."""
+    """Return `weight` [n, columns] extended to [rows, columns] by its mean row, which new tokens start from."""
     mean = weight.mean(dim=0, keepdim=True)
     return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])

@@ -1,4 +1,4 @@
-"""From the files of a base to the files of base and adapter: which tensors there will be, and the work of each."""
+"""Merge by streaming: plan the merged model's tensors, then read, merge and write the safetensors one at a time."""
 
 import math
 import shutil
@@ -24,36 +24,39 @@ Job = Callable[[], list[MergedTensor]]
 
 
 class MergePlan(NamedTuple):
-    """What is to be written."""
+    """The tensors of the merged model, and where each comes from.
 
-    base: dict[str, TensorInfo]  # the base's tensors, by their names in the checkpoint
-    mapping: CheckpointMapping
-    changes: Deltas
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of the merged model, by their names in its checkpoint
-    names: dict[str, str]  # of a changed parameter that stands alone, the tensor that it becomes
-    origins: dict[str, str]  # of a parameter, the tensor of the base that it comes from, if it is one
-    untied: tuple[str, ...]  # parameters that were one with another, and are not any more
-    dropped: tuple[str, ...]  # tensors that the model has no use for
+    A parameter has a name in the model, a tensor has a key in the checkpoint; `mapping` maps one to the other.
+    """
+
+    base: dict[str, TensorInfo]  # the base's tensors, by key
+    mapping: CheckpointMapping  # of the base
+    deltas: Deltas
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape in the merged checkpoint, by key
+    output_keys: dict[str, str]  # by name, the key that a changed parameter is written to; joined parameters left out
+    base_keys: dict[str, str]  # by name, the key in the base that the parameter is read from; joined ones left out
+    untied: tuple[str, ...]  # names of parameters that were tied in the base and are not tied in the merged model
+    dropped: tuple[str, ...]  # keys of the base that the model does not use
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of all tensors of the merged model."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """What each parameter of the merged model is stored in, by its name in the model."""
-        found = {name: self.tensors[parts[0].key][0] for name, parts in self.mapping.parts.items()}
-        found |= {name: self.tensors[key][0] for name, key in self.origins.items() if key in self.tensors}
-        return found | {name: self.tensors[key][0] for name, key in self.names.items()}
+        """Return the dtype that each parameter of the merged model is stored in, by name."""
+        dtypes = {name: self.tensors[parts[0].key][0] for name, parts in self.mapping.parts.items()}
+        dtypes |= {name: self.tensors[key][0] for name, key in self.base_keys.items() if key in self.tensors}
+        return dtypes | {name: self.tensors[key][0] for name, key in self.output_keys.items()}
 
-    def dtype_of(self, name: str) -> str:
-        """The same of one parameter, as people write it."""
+    def dtype_name(self, name: str) -> str:
+        """Return the dtype of one parameter as text, such as `bfloat16`."""
         return str(self.dtypes()[name]).removeprefix("torch.")
 
-    def not_added(self) -> list[str]:
-        """What the adapter changes otherwise than by a sum of low rank, or nothing of it is left to see."""
-        layers = [layer.name for layer in self.changes.layers if low_rank_delta(layer) is None or layer.brought]
-        return [*layers, *self.changes.replaced]
+    def irreversible_changes(self) -> list[str]:
+        """Return the names that cannot be unmerged: layers changed by more than a low-rank sum, replaced parameters."""
+        layers = [layer.name for layer in self.deltas.layers if low_rank_delta(layer) is None or layer.from_adapter]
+        return [*layers, *self.deltas.replaced]
 
 
 def plan_merge(
@@ -64,211 +67,225 @@ def plan_merge(
     dtype: torch.dtype | None,
     keep_unknown: bool,
 ) -> MergePlan:
-    """What the merged model consists of.
+    """Plan the tensors of the merged model.
 
     Args:
-        hollow: the base's shapes with the adapter on them.
-        layout: of the base's checkpoint.
-        base: its tensors.
-        dtype: that floating tensors are written in; None for what each is in.
-        keep_unknown: whether tensors that the model does not know stay.
+        empty: the base without weights, with the adapter attached.
+        mapping: of the base's checkpoint.
+        base: tensors of the base's checkpoint, by key.
+        dtype: of the floating-point tensors of the merged model; None to keep the dtype of each.
+        keep_unknown: whether to copy tensors of the checkpoint that the model does not use.
 
     Raises:
-        LoraError: the base's files are not of the shapes that its config tells, or lack tensors.
+        LoraError: the base's checkpoint lacks a tensor, or one has another shape than the base's config requires.
     """
-    changes = find_deltas(empty)
+    deltas = find_deltas(empty)
     model = empty.model.get_base_model()
     shapes = empty.shapes
-    origins = {name: parts[0].key for name, parts in mapping.parts.items() if not mapping.is_joined(name)}
-    for group in empty.ties:
-        held = [origins[name] for name in group if name in origins]
-        origins |= {name: held[0] for name in group if held and name not in origins}
-    changed = {layer.full(key) for layer in changes.layers for key in layer.keys} | changes.replaced.keys()
+    base_keys = {name: parts[0].key for name, parts in mapping.parts.items() if not mapping.is_joined(name)}
+    for group in empty.tied:
+        keys = [base_keys[name] for name in group if name in base_keys]
+        base_keys |= {name: keys[0] for name in group if keys and name not in base_keys}
+    changed = {full_name for layer in deltas.layers for full_name in layer.full_names()} | deltas.replaced.keys()
     for name, shape in shapes.items():
-        if name not in origins:
+        if name not in base_keys:
             if name not in mapping.parts and name not in changed:
-                raise LoraError(f"model.path: the checkpoint has no weights for {name}", hint="give a whole model")
+                raise LoraError(
+                    f"model.path: the checkpoint has no weights for {name}", hint="use a complete checkpoint"
+                )
             continue
-        there = base[origins[name]].shape
-        if there != shape and not _has_new_rows(there, shape) and name not in changes.replaced:
+        stored_shape = base[base_keys[name]].shape
+        if stored_shape != shape and not _has_new_rows(stored_shape, shape) and name not in deltas.replaced:
             raise LoraError(
-                f"model.path: {origins[name]} is {_shape_text(there)} in the checkpoint "
+                f"model.path: {base_keys[name]} is {_shape_text(stored_shape)} in the checkpoint "
                 f"and {_shape_text(shape)} by its config",
-                hint="fetch the model again, or give another one",
+                hint="fetch the model again, or use another one",
             )
-        if there != shape and name not in changed:
+        if stored_shape != shape and name not in changed:
             owner, _, key = name.rpartition(".")
             layer = AdaptedLayer(owner, model.get_submodule(owner), (key,), frozenset(), ())
-            changes = changes._replace(layers=(*changes.layers, layer))
+            deltas = deltas._replace(layers=(*deltas.layers, layer))
             changed.add(name)
     sizes: Counter[torch.dtype] = Counter()
     for stored in base.values():
         sizes[stored.dtype] += stored.size
-    main = sizes.most_common(1)[0][0]  # what a new head is written in
+    main_dtype = sizes.most_common(1)[0][0]  # a head that the base lacks is written in the dtype of most of its bytes
 
-    def written(stored: torch.dtype) -> torch.dtype:
+    def output_dtype(stored: torch.dtype) -> torch.dtype:
         return dtype if dtype is not None and stored.is_floating_point and stored.itemsize > 1 else stored
 
     kept = {key: stored for key, stored in base.items() if keep_unknown or key not in set(mapping.unknown)}
-    tensors = {key: (written(stored.dtype), stored.shape) for key, stored in kept.items()}
-    together = [group for group in empty.ties if _stays_tied(group, changes, changed)]
-    # Of parameters that stay tied, those that the checkpoint has are written; the others are read from them.
-    follow = {name for group in together for name in group if name not in mapping.parts}
-    names = {}
-    for name in sorted(changed - follow):
+    tensors = {key: (output_dtype(stored.dtype), stored.shape) for key, stored in kept.items()}
+    still_tied = [group for group in empty.tied if _stays_tied(group, deltas, changed)]
+    # Of parameters that stay tied, only those in the base's checkpoint are written: loading ties the others to them.
+    not_written = {name for group in still_tied for name in group if name not in mapping.parts}
+    output_keys = {}
+    for name in sorted(changed - not_written):
         if mapping.is_joined(name):
             continue
-        names[name] = mapping.key(name) if name in mapping.parts else name
-        shape = shapes.get(name) or tuple(changes.replaced[name].shape)
-        tensors[names[name]] = (written(base[origins[name]].dtype if name in origins else main), shape)
-    untied = [name for group in empty.ties if group not in together and changed & set(group) for name in group]
+        output_keys[name] = mapping.key(name) if name in mapping.parts else name
+        shape = shapes.get(name) or tuple(deltas.replaced[name].shape)
+        stored_dtype = base[base_keys[name]].dtype if name in base_keys else main_dtype
+        tensors[output_keys[name]] = (output_dtype(stored_dtype), shape)
+    untied = [name for group in empty.tied if group not in still_tied and changed & set(group) for name in group]
     for name in untied:
-        tensors.setdefault(mapping.key(name) if name in mapping.parts else name, tensors[origins[name]])
-    return MergePlan(
-        base, mapping, changes, tensors, names, origins, tuple(untied), tuple(sorted(base.keys() - kept.keys()))
-    )
+        tensors.setdefault(mapping.key(name) if name in mapping.parts else name, tensors[base_keys[name]])
+    dropped = tuple(sorted(base.keys() - kept.keys()))
+    return MergePlan(base, mapping, deltas, tensors, output_keys, base_keys, tuple(untied), dropped)
 
 
-def _stays_tied(group: tuple[str, ...], changes: Deltas, changed: set[str]) -> bool:
-    """Whether the adapter changes all of the parameters that are tied, and all alike."""
-    return changed.issuperset(group) and len(set(group) - changes.together) <= 1
+def _stays_tied(group: tuple[str, ...], deltas: Deltas, changed: set[str]) -> bool:
+    """Return whether the adapter changes all parameters of a tied group, and in the same way."""
+    return changed.issuperset(group) and len(set(group) - deltas.changed_together) <= 1
 
 
 def write_merged(
-    plan: MergePlan, folder: Path, *, largest: int, transform: dict[str, Callable[[Tensor], Tensor]], sign: int = 1
+    plan: MergePlan,
+    folder: Path,
+    *,
+    max_shard_size: int,
+    transforms: dict[str, Callable[[Tensor], Tensor]],
+    sign: int = 1,
 ) -> list[MergedTensor]:
-    """Write the merged tensors into `folder`.
+    """Write the tensors of the merged model into `folder`, and return the parameters that the adapter changed.
 
     Args:
-        plan: what they are.
-        folder: where they go.
-        largest: bytes of a file, where a tensor is not larger.
-        transform: by the parameter's name, what is to be done to weights of the base first.
-        sign: -1 to take low-rank updates away instead.
+        plan: of the merged model.
+        folder: of the merged model.
+        max_shard_size: bytes of a file; a larger tensor has a file of its own.
+        transforms: by parameter name, a function for the base's weight before the update is added.
+        sign: 1 to merge, -1 to unmerge (subtract the low-rank updates).
 
     Raises:
-        LoraError: too little room on the disk.
-        ValueError: a merged weight that is not finite.
+        LoraError: the disk has too little free space.
+        ValueError: a merged weight is not finite.
     """
     free = shutil.disk_usage(folder).free
     if free < plan.size:
         raise LoraError(
-            f"{folder.parent}: the model takes {plan.size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free",
-            hint="make room, or name a place on another disk",
+            f"{folder.parent}: the model needs {plan.size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free",
+            hint="free some space, or choose a folder on another disk",
             exit_code=1,
         )
     with ShardFiles(writable=False) as sources, ShardFiles(writable=True) as targets:
-        placed = plan_shards(plan.tensors, folder, targets, largest=largest)
+        outputs = plan_shards(plan.tensors, folder, targets, max_size=max_shard_size)
         for stored in plan.base.values():
             sources.open(stored.file)
-        work = _MergeJobs(plan, placed, ReadWrite(sources, targets), transform, sign)
-        with targets.flushed():
-            return list(merge_tensors.run_jobs(work.jobs()))
+        merge_jobs = _MergeJobs(plan, outputs, ReadWrite(sources, targets), transforms, sign)
+        with targets.background_fsync():
+            return list(merge_tensors.run_jobs(merge_jobs.jobs()))
 
 
-class _MergeJobs:  # what the jobs of one model share
+class _MergeJobs:
+    """The jobs that write one merged model, and the state that they share."""
+
     def __init__(
         self,
         plan: MergePlan,
-        placed: dict[str, TensorInfo],
-        pair: ReadWrite,
-        transform: dict[str, Callable[[Tensor], Tensor]],
+        outputs: dict[str, TensorInfo],
+        files: ReadWrite,
+        transforms: dict[str, Callable[[Tensor], Tensor]],
         sign: int,
     ) -> None:
-        self.plan, self.placed, self.pair, self.transform, self.sign = plan, placed, pair, transform, sign
+        self.plan, self.outputs, self.files, self.transforms, self.sign = plan, outputs, files, transforms, sign
 
     def jobs(self) -> list[Job]:
-        """One for each changed layer, and one for each tensor that is not in any.
+        """Return one job for each changed layer or replaced tensor, and one for each tensor that is only copied.
 
-        Large ones first, and neighbours for different files: two threads that write into one wait for each other.
+        Large tensors come first. Consecutive jobs write to different files where possible, because two threads that
+        write to the same file wait for each other.
         """
         done: set[str] = set()
-        found: dict[Path, list[tuple[int, Job]]] = defaultdict(list)
+        jobs_by_file: dict[Path, list[tuple[int, Job]]] = defaultdict(list)
 
         def add(keys: Sequence[str], job: Job) -> None:
             done.update(keys)
-            targets = [self.placed[key] for key in keys]
-            found[targets[0].file].append((sum(target.size for target in targets), job))
+            targets = [self.outputs[key] for key in keys]
+            jobs_by_file[targets[0].file].append((sum(target.size for target in targets), job))
 
-        for layer in self.plan.changes.layers:
-            keys = [key for name in map(layer.full, layer.keys) for key in self._keys(name)]
+        for layer in self.plan.deltas.layers:
+            keys = [key for name in layer.full_names() for key in self._keys(name)]
             if keys:
-                add(keys, partial(self._layer, layer))
-        for name, value in self.plan.changes.replaced.items():
-            if name in self.plan.names:
-                add([self.plan.names[name]], partial(self._replace, name, value))
-        parameters = {key: name for name, key in self.plan.origins.items()}
-        for key, target in self.placed.items():
+                add(keys, partial(self._merge_layer, layer))
+        for name, value in self.plan.deltas.replaced.items():
+            if name in self.plan.output_keys:
+                add([self.plan.output_keys[name]], partial(self._replace, name, value))
+        names_by_key = {key: name for name, key in self.plan.base_keys.items()}
+        for key, target in self.outputs.items():
             if key not in done:
-                # One that the base has not is the untied end of one that it has.
-                source = self.plan.base[key if key in self.plan.base else self.plan.origins[key]]
-                name = parameters.get(key, key)
-                copy: Job = partial(self.pair.copy, source, target)
-                add([key], partial(self._transformed, name, source, target) if name in self.transform else copy)
-        queues = [sorted(jobs, key=lambda sized: -sized[0]) for jobs in found.values()]
+                # A key that the base lacks is an untied parameter: it is copied from the one that it was tied to.
+                source = self.plan.base[key if key in self.plan.base else self.plan.base_keys[key]]
+                name = names_by_key.get(key, key)
+                copy: Job = partial(self.files.copy, source, target)
+                add([key], partial(self._transform, name, source, target) if name in self.transforms else copy)
+        queues = [sorted(jobs, key=lambda sized: -sized[0]) for jobs in jobs_by_file.values()]
         return [sized[1] for turn in zip_longest(*queues) for sized in turn if sized is not None]
 
     def _keys(self, name: str) -> list[str]:
+        """Return the keys that a changed parameter is written to."""
         mapping = self.plan.mapping
         if mapping.is_joined(name):
             return [part.key for part in mapping.parts[name]]
-        return [self.plan.names[name]] if name in self.plan.names else []
+        return [self.plan.output_keys[name]] if name in self.plan.output_keys else []
 
-    def _layer(self, layer: AdaptedLayer) -> list[MergedTensor]:
-        low = low_rank_delta(layer)
-        name = layer.full("weight")
-        plain = low is not None and not self.plan.mapping.is_joined(name) and name not in self.transform
-        source = self.plan.base.get(self.plan.origins.get(name, ""))
-        if not plain or source is None or source.shape != tuple(layer.module.get_parameter("weight").shape):
+    def _merge_layer(self, layer: AdaptedLayer) -> list[MergedTensor]:
+        low_rank = low_rank_delta(layer)
+        name = layer.full_name("weight")
+        in_blocks = low_rank is not None and not self.plan.mapping.is_joined(name) and name not in self.transforms
+        source = self.plan.base.get(self.plan.base_keys.get(name, ""))
+        if not in_blocks or source is None or source.shape != tuple(layer.module.get_parameter("weight").shape):
             return merge_tensors.merge_layer(layer, read=self._read, write=self._write, dtype_of=self._dtype)
-        assert low is not None
-        found = self.pair.fold_low_rank(name, low, source, self.placed[self.plan.names[name]], sign=self.sign)
-        for key in layer.keys:
-            full = layer.full(key)
-            if key in layer.brought:
-                found += self._replace(full, layer.module.get_parameter(key).data)
-            elif key != "weight":
-                self.pair.copy(self.plan.base[self.plan.origins[full]], self.placed[self.plan.names[full]])
-        return found
+        assert low_rank is not None
+        target = self.outputs[self.plan.output_keys[name]]
+        merged = self.files.merge_low_rank(name, low_rank, source, target, sign=self.sign)
+        for parameter, full_name in zip(layer.parameter_names, layer.full_names(), strict=True):
+            if parameter in layer.from_adapter:
+                merged += self._replace(full_name, layer.module.get_parameter(parameter).data)
+            elif parameter != "weight":
+                source = self.plan.base[self.plan.base_keys[full_name]]
+                self.files.copy(source, self.outputs[self.plan.output_keys[full_name]])
+        return merged
 
     def _replace(self, name: str, value: Tensor) -> list[MergedTensor]:
-        """A tensor that the adapter brings; measured where the base has one in its place."""
+        """Write a parameter from the adapter file, and measure the change if the base has one of the same shape."""
         self._write(name, value)
-        source = self.plan.base.get(self.plan.origins.get(name, ""))
+        source = self.plan.base.get(self.plan.base_keys.get(name, ""))
         if source is None or source.shape != value.shape or not value.is_floating_point():
             return []
         return merge_tensors.measure_retention(name, self._read(name), value.float(), self._dtype(name))
 
-    def _transformed(self, name: str, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
-        self.pair.write(self.transform[name](self.pair.read(source)), target)
+    def _transform(self, name: str, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
+        self.files.write(self.transforms[name](self.files.read(source)), target)
         return []
 
     def _read(self, name: str) -> Tensor:
-        """A parameter of the base, fp32, in the shape that the merged model has."""
+        """Read a parameter of the base as fp32, in its shape in the merged model."""
         if self.plan.mapping.is_joined(name):
-            value = self.plan.mapping.to_parameter(name, lambda key: self.pair.read(self.plan.base[key]))
+            value = self.plan.mapping.to_parameter(name, lambda key: self.files.read(self.plan.base[key]))
         else:
-            value = self.pair.read(self.plan.base[self.plan.origins[name]])
-            rows = self.plan.tensors[self.plan.names.get(name, self.plan.origins[name])][1]
-            if _has_new_rows(tuple(value.shape), rows):
-                return merge_tensors.add_rows(value.float(), rows[0])
-        if name in self.transform:
-            value = self.transform[name](value)
+            value = self.files.read(self.plan.base[self.plan.base_keys[name]])
+            shape = self.plan.tensors[self.plan.output_keys.get(name, self.plan.base_keys[name])][1]
+            if _has_new_rows(tuple(value.shape), shape):
+                return merge_tensors.add_rows(value.float(), shape[0])
+        if name in self.transforms:
+            value = self.transforms[name](value)
         return value.float()
 
     def _write(self, name: str, value: Tensor) -> None:
-        for key, part in self.plan.mapping.to_checkpoint(name, value).items():
-            where = key if self.plan.mapping.is_joined(name) else self.plan.names.get(name)
-            if where is not None:
-                self.pair.write(part, self.placed[where])
+        """Write a merged parameter, unless it stays tied to one that is written."""
+        for key, tensor in self.plan.mapping.to_checkpoint(name, value).items():
+            output_key = key if self.plan.mapping.is_joined(name) else self.plan.output_keys.get(name)
+            if output_key is not None:
+                self.files.write(tensor, self.outputs[output_key])
 
     def _dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a parameter is written in; fp32 if it is not written."""
         keys = self._keys(name)
-        return self.placed[keys[0]].dtype if keys else torch.float32
+        return self.outputs[keys[0]].dtype if keys else torch.float32
 
 
-def _has_new_rows(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    return len(stored) == len(wanted) and stored[1:] == wanted[1:] and stored[0] < wanted[0]
+def _has_new_rows(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return len(stored) == len(expected) and stored[1:] == expected[1:] and stored[0] < expected[0]
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
@@ -276,33 +293,45 @@ def _shape_text(shape: tuple[int, ...]) -> str:
 
 
 class Difference(NamedTuple):
-    """How two files' weights differ."""
+    """The difference between the weights of two checkpoints."""
 
-    equal: float  # share of the weights
-    roundings: float  # largest difference, in units in the last place of the largest of the weight's three values
-    worst: str  # the tensor that has it
+    equal_share: float  # share of the weights that are equal
+    max_ulps: float  # largest difference of a weight, in units in the last place (see `compare_files`)
+    worst_tensor: str  # key of the tensor with the largest difference
 
 
 @torch.no_grad()
 def compare_files(
-    found: dict[str, TensorInfo], expected: dict[str, TensorInfo], *, between: dict[str, TensorInfo]
+    actual: dict[str, TensorInfo], expected: dict[str, TensorInfo], *, merged: dict[str, TensorInfo]
 ) -> Difference:
-    """Compare all floating tensors of the same name and shape, each as a whole.
+    """Compare the floating-point tensors of two checkpoints that have the same key and shape.
 
-    A weight that went through another value, `between`, was rounded there: that is the unit it may be off by.
+    Merging and unmerging rounds a weight at its merged value. The unit of a difference is therefore one unit in the
+    last place of the largest of the three values.
+
+    Args:
+        actual: tensors after unmerging, by key.
+        expected: tensors of the original base.
+        merged: tensors of the merged model, which were unmerged.
     """
     equal = total = 0
     worst = (0.0, "none")
     with ShardFiles(writable=False) as files:
-        for name, one in found.items():
-            other = expected.get(name)
-            middle = between.get(name)
-            if other is None or middle is None or other.shape != one.shape or not one.dtype.is_floating_point:
+        for key, info in actual.items():
+            expected_info = expected.get(key)
+            merged_info = merged.get(key)
+            if (
+                expected_info is None
+                or merged_info is None
+                or expected_info.shape != info.shape
+                or not info.dtype.is_floating_point
+            ):
                 continue
-            a, b, c = (ReadWrite(files, files).read(side).float().view(-1) for side in (one, other, middle))
-            equal, total = equal + int((a == b).sum()), total + a.numel()
-            unit = torch.finfo(one.dtype).eps * torch.maximum(torch.maximum(a.abs(), b.abs()), c.abs()).clamp_min(
-                torch.finfo(one.dtype).tiny
+            a, b, c = (
+                ReadWrite(files, files).read(each).float().view(-1) for each in (info, expected_info, merged_info)
             )
-            worst = max(worst, (float(((a - b).abs() / unit).max()) if a.numel() else 0.0, name))
+            equal, total = equal + int((a == b).sum()), total + a.numel()
+            largest = torch.maximum(torch.maximum(a.abs(), b.abs()), c.abs())
+            ulp = torch.finfo(info.dtype).eps * largest.clamp_min(torch.finfo(info.dtype).tiny)
+            worst = max(worst, (float(((a - b).abs() / ulp).max()) if a.numel() else 0.0, key))
     return Difference(equal / max(1, total), *worst)

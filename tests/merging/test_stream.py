@@ -1,4 +1,4 @@
-"""Law: the files that merging writes are PEFT's merge, rounded once, for every family, method and kind of change."""
+"""Law: merged files equal PEFT's merge, rounded once, for every model family, method and kind of change."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lora_cli.errors import LoraError
 from lora_cli.merging import compare_models, stream
 from lora_cli.merging.deltas import merged_parameters
-from lora_cli.merging.merge_tensors import MergedTensor
+from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
 from lora_cli.model import attach_adapter, base_model, empty_base, safetensors_io, save_adapter
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.conversion import CheckpointMapping
@@ -27,15 +27,15 @@ from tests.model.families import FAMILIES, Family
 BIG = 1 << 30
 
 
-def in_bf16(folder: Path) -> None:
-    """Store the floating tensors of a checkpoint in bf16, as most are."""
+def convert_to_bf16(folder: Path) -> None:
+    """Convert the floating-point tensors of a checkpoint to bf16, the dtype of most checkpoints."""
     file = folder / "model.safetensors"
     tensors = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
 
 
-def randomise(model: PeftModel) -> None:
-    """As after some training, in every part of the adapter."""
+def randomize(model: PeftModel) -> None:
+    """Change every trainable parameter, as training does."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
@@ -48,11 +48,11 @@ def merge(
     out: Path,
     *,
     task: TaskName = "causal-lm",
-    largest: int = BIG,
+    max_shard_size: int = BIG,
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[stream.MergePlan, list[MergedTensor]]:
-    """What `lora merge` does between opening and verifying."""
+    """Merge like `lora merge`, without its checks before and its verification after."""
     config = base_model.load_config(base_model.ModelSource(str(base_folder), {}))
     model = empty_base.init_empty_weights(base_model.skeleton(config, task=task, **options))
     tensors = safetensors_io.list_tensors(base_folder)
@@ -60,17 +60,16 @@ def merge(
     adapted = empty_base.attach_saved_adapter(
         model, adapter_folder, PeftConfig.from_pretrained(str(adapter_folder)), base="base"
     )
-    plan = stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].classes)
+    plan = stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].is_classification)
     out.mkdir()
-    folded = stream.write_merged(plan, out, largest=largest, transform={})
-    saved = model.config
+    merged = stream.write_merged(plan, out, max_shard_size=max_shard_size, transforms={})
     if plan.untied:
-        saved.tie_word_embeddings = False
-    saved.save_pretrained(out)
-    return plan, folded
+        model.config.tie_word_embeddings = False
+    model.config.save_pretrained(out)
+    return plan, merged
 
 
-def assert_is(
+def assert_equals_up_to_rounding(
     out: Path, expected: dict[str, Tensor], plan: stream.MergePlan, load: Callable[[str], PreTrainedModel]
 ) -> None:
     assert list(compare_models.mismatches(load(str(out)), expected, plan.dtypes())) == []
@@ -84,26 +83,26 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Family]:
 
 def test_every_family(family: Family, tmp_path: Path):
     folder = families.write(family, tmp_path / "base")
-    in_bf16(folder)
+    convert_to_bf16(folder)
     loaded = families.load(family, folder)
     context = AdapterContext(task=family.task, heads=loaded.heads)
     model = attach_adapter.attach(loaded.model, zoo.spec_of(**family.adapter), seed=0, context=context)
-    randomise(model)
+    randomize(model)
     save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
-    labels = families.LABELS if TASKS[family.task].classes else None
-    plan, folded = merge(folder, tmp_path / "adapter", tmp_path / "out", task=family.task, labels=labels)
+    labels = families.LABELS if TASKS[family.task].is_classification else None
+    plan, merged = merge(folder, tmp_path / "adapter", tmp_path / "out", task=family.task, labels=labels)
     written = safetensors_io.list_tensors(tmp_path / "out")
-    if not labels:  # of an encoder's checkpoint a pooler may be left out
+    if not labels:  # the pooler of an encoder's checkpoint can be left out
         assert written.keys() == safetensors_io.list_tensors(folder).keys()
     again = PeftModel.from_pretrained(families.load(family, folder, seed=9).model, str(tmp_path / "adapter"))
     expected = merged_parameters(again)
-    assert_is(tmp_path / "out", expected, plan, lambda path: families.load(family, Path(path)).model)
+    assert_equals_up_to_rounding(tmp_path / "out", expected, plan, lambda path: families.load(family, Path(path)).model)
     adapted = attach_adapter.adapted_layers(model)
-    assert {each.name.rpartition(".")[0] for each in folded} >= adapted.keys()
-    assert all(0.9 < each.survived < 1.1 for each in folded)
+    assert {each.name.rpartition(".")[0] for each in merged} >= adapted.keys()
+    assert all(0.9 < each.retained < 1.1 for each in merged)
 
 
-def plain(path: str) -> PreTrainedModel:
+def load_causal_lm(path: str) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model
 
@@ -111,12 +110,12 @@ def plain(path: str) -> PreTrainedModel:
 @pytest.mark.parametrize("method", zoo.METHODS)
 def test_every_method(method: str, tmp_path: Path):
     zoo.make("qwen2").save_pretrained(tmp_path / "base")
-    in_bf16(tmp_path / "base")
-    model = zoo.adapted(plain(str(tmp_path / "base")), method=method)
+    convert_to_bf16(tmp_path / "base")
+    model = zoo.adapted(load_causal_lm(str(tmp_path / "base")), method=method)
     save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     plan, _ = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    again = PeftModel.from_pretrained(plain(str(tmp_path / "base")), str(tmp_path / "adapter"))
-    assert_is(tmp_path / "out", merged_parameters(again), plan, plain)
+    again = PeftModel.from_pretrained(load_causal_lm(str(tmp_path / "base")), str(tmp_path / "adapter"))
+    assert_equals_up_to_rounding(tmp_path / "out", merged_parameters(again), plan, load_causal_lm)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -128,48 +127,54 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRA with its own bias": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
     "the head": {"target_modules": ["lm_head", "q_proj"]},
-    "a head trained whole": {"modules_to_save": ["lm_head"]},
-    "both ends trained whole": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "a fully trained head": {"modules_to_save": ["lm_head"]},
+    "fully trained embeddings and head": {"modules_to_save": ["lm_head", "embed_tokens"]},
     "tokens": {"trainable_token_indices": [5, 9, 90]},
-    "tokens of both ends": {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 7]}},
-    "tied ends adapted alike": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
-    "tied ends trained alike": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens of embeddings and head": {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 7]}},
+    "adapter that keeps the tie": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    "full training that keeps the tie": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
 }
-UNTIES = {"embeddings", "the head", "a head trained whole", "both ends trained whole", "tokens of both ends"}
+UNTIES = {
+    "embeddings",
+    "the head",
+    "a fully trained head",
+    "fully trained embeddings and head",
+    "tokens of embeddings and head",
+}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_kind_of_change(name: str, tied: bool, tmp_path: Path):
-    """A tie that the adapter broke stays broken, one that it kept is kept: by plain transformers, from the files."""
-    if "tied ends" in name and not tied:
+    """Plain transformers loads the merged files; a tie of embeddings and head is kept only if the adapter kept it."""
+    if "keeps the tie" in name and not tied:
         return
     zoo.make("qwen2", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
-    in_bf16(tmp_path / "base")
+    convert_to_bf16(tmp_path / "base")
     options = {"target_modules": "all-linear", **OPTIONS[name]}
-    model = get_peft_model(plain(str(tmp_path / "base")), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
-    randomise(model)
+    model = get_peft_model(load_causal_lm(str(tmp_path / "base")), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    randomize(model)
     model.save_pretrained(str(tmp_path / "adapter"))
     ids = torch.arange(2, 96)[None]
     with torch.no_grad():
         expected = model.eval()(ids).logits
     plan, _ = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=torch.float32)
-    merged = plain(str(tmp_path / "out"))
+    merged = load_causal_lm(str(tmp_path / "out"))
     with torch.no_grad():
         assert zoo.relative(merged.eval()(ids).logits, expected) < 1e-5
     assert bool(plan.untied) is (tied and name in UNTIES)
-    ends = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
-    assert (ends[0] is ends[1]) is (tied and name not in UNTIES)
+    is_tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+    assert is_tied is (tied and name not in UNTIES)
     assert ("lm_head.weight" in safetensors_io.list_tensors(tmp_path / "out")) is (not tied or name in UNTIES)
 
 
 def test_a_vocabulary_that_was_resized_by_another_tool(tmp_path: Path):
-    """PEFT saves embeddings and head whole then: their rows are more than the base has."""
+    """PEFT then saves the full embeddings and head, which have more rows than those of the base."""
     zoo.make("llama").save_pretrained(tmp_path / "base")
-    model = plain(str(tmp_path / "base"))
+    model = load_causal_lm(str(tmp_path / "base"))
     model.resize_token_embeddings(zoo.VOCABULARY + 7)
     adapted = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]))
-    randomise(adapted)
+    randomize(adapted)
     adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
     config = base_model.load_config(base_model.ModelSource(str(tmp_path / "base"), {}))
     rows = empty_base.embedding_rows(tmp_path / "adapter", base_model.skeleton(config))
@@ -177,32 +182,32 @@ def test_a_vocabulary_that_was_resized_by_another_tool(tmp_path: Path):
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", vocabulary=rows)
     ids = torch.arange(2, zoo.VOCABULARY + 7)[None]
     with torch.no_grad():
-        assert zoo.relative(plain(str(tmp_path / "out"))(ids).logits, adapted.eval()(ids).logits) < 1e-5
+        assert zoo.relative(load_causal_lm(str(tmp_path / "out"))(ids).logits, adapted.eval()(ids).logits) < 1e-5
 
 
-def test_files_are_no_larger_than_asked_and_hold_the_same(tmp_path: Path):
+def test_shards_respect_the_maximum_size_and_contain_the_same_tensors(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path / "base", max_shard_size="60KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
-    model = zoo.adapted(plain(str(tmp_path / "base")))
+    model = zoo.adapted(load_causal_lm(str(tmp_path / "base")))
     save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "one")
-    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "many", largest=100_000)
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "many", max_shard_size=100_000)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2
     assert max(file.stat().st_size for file in files) < 110_000
-    one, many = plain(str(tmp_path / "one")).state_dict(), plain(str(tmp_path / "many")).state_dict()
+    one, many = load_causal_lm(str(tmp_path / "one")).state_dict(), load_causal_lm(str(tmp_path / "many")).state_dict()
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
-    # What the library reads is what this one does.
-    for name, stored in safetensors_io.list_tensors(tmp_path / "many").items():
-        with safetensors_io.ShardFiles(writable=False) as opened:
-            value = stream.Pair(opened, opened).read(stored)
-        assert torch.equal(value, load_file(stored.file)[name])
+    # Our reader returns the same values as the safetensors library.
+    for name, info in safetensors_io.list_tensors(tmp_path / "many").items():
+        with safetensors_io.ShardFiles(writable=False) as files:
+            value = ReadWrite(files, files).read(info)
+        assert torch.equal(value, load_file(info.file)[name])
 
 
 def test_weights_that_are_not_finite_are_an_error(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path / "base")
-    model = zoo.adapted(plain(str(tmp_path / "base")))
+    model = zoo.adapted(load_causal_lm(str(tmp_path / "base")))
     save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -212,9 +217,9 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path: Path):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
-def test_an_adapter_that_wants_its_base_changed_first_is_refused(tmp_path: Path):
+def test_an_adapter_that_needs_changed_base_weights_is_an_error(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path / "base")
     config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="pissa")
-    get_peft_model(plain(str(tmp_path / "base")), config).save_pretrained(str(tmp_path / "adapter"))
+    get_peft_model(load_causal_lm(str(tmp_path / "base")), config).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(LoraError, match=r"base weights that PEFT changed .* \(init_lora_weights: pissa\)"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
