@@ -1,6 +1,7 @@
-"""What AdaLoRA does between gradient steps: keeps its factors orthogonal, scores components, drops the least important.
+"""AdaLoRA rank allocation between optimizer steps: orthogonality loss, importance scores, pruning of components.
 
-Zhang et al., arXiv:2303.10512. PEFT computes scores and budget; here they are driven, saved and restored.
+Zhang et al., arXiv:2303.10512. PEFT computes the scores and the budget; this module calls PEFT, and saves and restores
+its state.
 """
 
 from typing import Any
@@ -11,11 +12,11 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor
 
 ADAPTER_NAME = "default"  # PEFT's name for the one adapter
-SCORE_KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's names: sensitivity, its mean, and its uncertainty
+SCORE_KINDS = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # PEFT's names: sensitivity, its moving average, its uncertainty
 
 
 class AdaLoraRankAllocator:
-    """The rank allocator of one model. A class: its scores outlive a step."""
+    """The rank allocator of one model, with scores that persist across steps."""
 
     def __init__(self, model: PeftModel) -> None:
         self._model = model
@@ -23,7 +24,10 @@ class AdaLoraRankAllocator:
         self._allocator: Any = model.base_model.rankallocator
 
     def orthogonality_loss(self) -> Tensor:
-        """The weighted distance of A and B from orthogonal ones (section 3.1, equation 4), to add to the mean loss."""
+        """Return the weighted distance of A and B from orthogonality (section 3.1, equation 4): [] fp32.
+
+        The caller adds it to the mean loss.
+        """
         distances = []
         for name, parameter in self._model.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
@@ -33,17 +37,17 @@ class AdaLoraRankAllocator:
         return weighted
 
     def update_and_allocate(self, number: int) -> None:
-        """Score components by the gradients of optimizer step `number` (from 1), and mask those over the budget."""
+        """Score the components by the gradients of optimizer step `number` (from 1), and mask those over the budget."""
         self._model.base_model.update_and_allocate(number)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The scores, and which components are left."""
+        """Return the scores (fp32), and for each layer which components are kept (bool)."""
         scores = {f"{kind}|{name}": t for kind in SCORE_KINDS for name, t in getattr(self._allocator, kind).items()}
         pattern = self._config.rank_pattern or {}
         return scores | {f"kept|{name}": torch.tensor(kept, dtype=torch.bool) for name, kept in pattern.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Restore the state that `state_dict` returned."""
         device = next(self._model.parameters()).device
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*SCORE_KINDS, "kept")}
         for key, tensor in state.items():
@@ -55,36 +59,40 @@ class AdaLoraRankAllocator:
             self._config.rank_pattern = {name: kept.tolist() for name, kept in parts["kept"].items()}
 
     def prune(self) -> None:
-        """Leave the components that are masked out of the layers, as they are left out of what is saved.
+        """Remove the masked components from the layers, as PEFT removes them from the saved adapter.
 
-        PEFT makes the smaller tensors in the dtype of the base, which would round what was trained in fp32.
+        PEFT creates the smaller tensors in the base's dtype, which would round factors trained in fp32. So the tensors
+        are selected here before PEFT resizes the layers.
         """
         if not self._config.rank_pattern:
             return
         base: Any = self._model.base_model
-        kept: dict[Any, list[Tensor]] = {}
+        pruned: dict[Any, list[Tensor]] = {}
         for name, components in self._config.rank_pattern.items():
             layer = base.model.get_submodule(name.partition(".lora_E")[0])
-            chosen = torch.as_tensor(components, dtype=torch.bool).flatten()
-            a, b, e = (part[ADAPTER_NAME].detach() for part in (layer.lora_A, layer.lora_B, layer.lora_E))
-            kept[layer] = [a[chosen], b[:, chosen], e[chosen]]
+            mask = torch.as_tensor(components, dtype=torch.bool).flatten()
+            a, b, e = (factors[ADAPTER_NAME].detach() for factors in (layer.lora_A, layer.lora_B, layer.lora_E))
+            pruned[layer] = [a[mask], b[:, mask], e[mask]]
         base.resize_modules_by_rank_pattern(self._config.rank_pattern, ADAPTER_NAME)
-        for layer, tensors in kept.items():
-            for part, tensor in zip((layer.lora_A, layer.lora_B, layer.lora_E), tensors, strict=True):
-                part[ADAPTER_NAME].data = tensor
+        for layer, tensors in pruned.items():
+            for factors, tensor in zip((layer.lora_A, layer.lora_B, layer.lora_E), tensors, strict=True):
+                factors[ADAPTER_NAME].data = tensor
 
 
 def restore_fp32_tensors(model: PeftModel, tensors: dict[str, Tensor], *, name: str = ADAPTER_NAME) -> None:
-    """Give a loaded AdaLoRA adapter the tensors of its file: PEFT rounds them to the base's dtype as it loads them."""
+    """Replace the factors of a loaded AdaLoRA adapter by the fp32 `tensors` of its file; other adapters stay unchanged.
+
+    PEFT rounds them to the base's dtype when it loads them.
+    """
     if not isinstance(model.peft_config[name], AdaLoraConfig):
         return
     for path, layer in model.named_modules():
         if isinstance(layer, AdaLoraLayer) and name in layer.lora_A:
             for kind in ("lora_A", "lora_B", "lora_E"):
-                held = getattr(layer, kind)[name]
-                held.data = tensors[f"{path}.{kind}"].to(held.device)
+                parameter = getattr(layer, kind)[name]
+                parameter.data = tensors[f"{path}.{kind}"].to(parameter.device)
 
 
 def rank_allocator(model: PeftModel) -> AdaLoraRankAllocator | None:
-    """What `model` needs between steps; None for all methods but AdaLoRA."""
+    """Return the rank allocator of `model`; None unless its method is AdaLoRA."""
     return AdaLoraRankAllocator(model) if isinstance(model.peft_config.get(ADAPTER_NAME), AdaLoraConfig) else None

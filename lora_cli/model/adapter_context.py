@@ -1,4 +1,4 @@
-"""What an adapter is made for, besides the base model and the recipe's adapter section."""
+"""What adapter initialization may need to know about the run, in addition to base model and adapter section."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,11 +12,11 @@ StateDict = Mapping[str, Tensor]  # full name of a tensor → the tensor
 
 
 class AdapterContext(NamedTuple):
-    """The run around an adapter; the default is that of a causal model of which only shapes count."""
+    """The run that an adapter is created for; the defaults suit a causal LM of which only the shapes are needed."""
 
     task: TaskName = "causal-lm"
-    heads: tuple[str, ...] = ()  # modules that are new, and so are trained whole
+    heads: tuple[str, ...] = ()  # newly initialized modules, which are fully trained
     total_steps: int = 1  # optimizer steps of the run
-    plan: BatchPlan | None = None  # training rows, for methods that look at them; None where only shapes count
-    encode: Callable[[str], list[int]] | None = None  # a text's token ids, no special ones added
-    originals: Callable[[], StateDict] | None = None  # the base's weights before they were quantised
+    plan: BatchPlan | None = None  # training rows, for methods initialized from data; None if only shapes are needed
+    encode: Callable[[str], list[int]] | None = None  # from a text to its token ids, without special tokens
+    originals: Callable[[], StateDict] | None = None  # returns the base's unquantized weights

@@ -1,7 +1,8 @@
-"""How the tensors of a checkpoint become the parameters of its model, and how they go back, tensor by tensor.
+"""Weight conversion between a checkpoint's tensors and the model's parameters, in both directions, one by one.
 
-transformers renames what it loads, and joins and splits some of it: the experts of a layer, one file entry each, are
-one parameter. Its own rules are applied here to single parameters; nothing of them is repeated.
+transformers renames tensors when it loads a checkpoint, and merges or splits some: the experts of a layer, one tensor
+each in the checkpoint, are one parameter in the model. This module applies transformers' own rules to single
+parameters and defines no rules of its own.
 """
 
 from collections import defaultdict
@@ -25,27 +26,27 @@ from lora_cli.errors import LoraError
 
 
 class CheckpointPart(NamedTuple):
-    """A tensor of the checkpoint that a parameter is made of."""
+    """A tensor of the checkpoint that a parameter is built from."""
 
     key: str  # its name in the checkpoint
-    pattern: str | None  # of the rule that joins it with others; None where it is the parameter
+    pattern: str | None  # of the rule that joins it with others; None if it is the whole parameter
 
 
 class CheckpointMapping:
-    """The checkpoint's tensors by the parameters that they become."""
+    """A mapping from each parameter of a model to the tensors of its checkpoint."""
 
     def __init__(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
-        """`model` has the parameters' names and shapes, and needs no weights."""
+        """Map the checkpoint's `keys` to parameters of `model`, which may be on the meta device."""
         self._model = model
         self._rules: list[WeightTransform] = get_model_conversion_mapping(model)
-        joins = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
-        names = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
-        self._by_pattern = {pattern: rule for rule in joins for pattern in rule.source_patterns}
+        converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
+        self._by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         known, prefix = model.state_dict(), model.base_model_prefix
         self.parts: defaultdict[str, list[CheckpointPart]] = defaultdict(list)
         self.unknown: list[str] = []  # in the checkpoint, but not in the model
         for key in sorted(keys, key=dot_natural_key):
-            name, pattern = rename_source_key(key, names, joins, prefix, known)
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=known)
             if name in known:
@@ -54,18 +55,22 @@ class CheckpointMapping:
                 self.unknown.append(key)
 
     def is_joined(self, name: str) -> bool:
-        """Whether more than one tensor of the checkpoint makes the parameter, or less than one."""
+        """Return whether the parameter is built from several tensors of the checkpoint, or from a part of one."""
         return name in self.parts and self.parts[name][0].pattern is not None
 
     def key(self, name: str) -> str:
-        """The name in the checkpoint of a parameter that is not joined."""
+        """Return the name in the checkpoint of a parameter that is not joined."""
         return self.parts[name][0].key
 
     def to_parameter(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """The parameter `name`, from the tensors of the checkpoint that `read` gives by their names there.
+        """Return the parameter `name`, in its shape in the model and the checkpoint's dtype.
+
+        Args:
+            name: of the parameter in the model.
+            read: returns a tensor of the checkpoint by its name there.
 
         Raises:
-            LoraError: the checkpoint keeps it together with other parameters, in one tensor.
+            LoraError: the checkpoint stores the parameter in one tensor together with others.
         """
         parts = self.parts[name]
         if not self.is_joined(name):
@@ -73,22 +78,24 @@ class CheckpointMapping:
         rule = deepcopy(self._by_pattern[str(parts[0].pattern)])
         for part in parts:
             rule.add_tensor(name, part.key, part.pattern, read(part.key))
-        made = rule.convert(name, model=self._model, config=self._model.config)
-        if made.keys() != {name}:
+        converted = rule.convert(name, model=self._model, config=self._model.config)
+        if converted.keys() != {name}:
             raise LoraError(
-                f"the checkpoint keeps {', '.join(sorted(made))} in one tensor, which cannot be merged one by one",
+                f"the checkpoint stores {', '.join(sorted(converted))} in one tensor: they cannot be merged one by one",
                 hint="merge in memory: PEFT's merge_and_unload, then save_pretrained",
             )
-        value: Any = made[name]
+        value: Any = converted[name]
         joined: Tensor = value[0] if isinstance(value, list) else value
         return joined
 
     def to_checkpoint(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """The tensors of the checkpoint that the parameter `name` goes back to."""
+        """Return the tensors of the checkpoint, by name, that store `value` of the parameter `name`."""
         if not self.is_joined(name):
             return {self.parts[name][0].key if name in self.parts else name: value}
+        # A private attribute: from_pretrained sets it and revert_weight_conversion reads it. This model was not loaded
+        # by from_pretrained, and transformers has no official way to pass the rules in.
         self._model._weight_conversions = self._rules
-        made: dict[str, Tensor] = revert_weight_conversion(self._model, {name: value})
-        if made.keys() != {part.key for part in self.parts[name]}:
-            raise AssertionError(f"transformers splits {name} into {sorted(made)}")
-        return made
+        tensors: dict[str, Tensor] = revert_weight_conversion(self._model, {name: value})
+        if tensors.keys() != {part.key for part in self.parts[name]}:
+            raise AssertionError(f"transformers splits {name} into {sorted(tensors)}")
+        return tensors

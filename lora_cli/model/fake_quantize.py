@@ -1,4 +1,4 @@
-"""What quantisation makes of a base's weights: the numbers that an adapter was trained over, as whole weights again."""
+"""Fake quantization: quantize and dequantize base weights, to get the values that the adapter saw in training."""
 
 from collections.abc import Callable
 
@@ -15,46 +15,46 @@ from lora_cli.recipe.schema import QuantizationSpec
 
 
 def quantized_weights(skeleton: PreTrainedModel, spec: QuantizationSpec) -> dict[str, bool]:
-    """Names of the weights that transformers would load quantised, and whether it turns each around (Conv1D).
+    """Return the names of the weights that transformers would quantize, and whether each is stored transposed (Conv1D).
 
-    `skeleton` is on the meta device, and is used up: its linear layers are replaced.
+    `skeleton` is on the meta device. Do not use it afterwards: its linear layers are replaced.
     """
-    turned = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+    transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
     quantizer = AutoHfQuantizer.from_config(bnb_config(spec))
     quantizer.preprocess_model(model=skeleton, device_map={"": "cpu"})
     layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    found = (name for name, module in skeleton.named_modules() if isinstance(module, layers))
-    return {f"{name}.weight": name in turned for name in found}
+    quantized = (name for name, module in skeleton.named_modules() if isinstance(module, layers))
+    return {f"{name}.weight": name in transposed for name in quantized}
 
 
-def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, turned: bool) -> Callable[[Tensor], Tensor]:
-    """A function from a weight as it is stored to the weight that training computed with, in `dtype`.
+def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, transposed: bool) -> Callable[[Tensor], Tensor]:
+    """Return a function from a stored weight to the weight that training computed with: same shape, in `dtype`.
 
     Args:
-        spec: the recipe's section.
-        dtype: that the base was loaded in.
-        turned: whether the layer keeps its weight transposed.
+        spec: the recipe's quantization section.
+        dtype: of the base in training.
+        transposed: whether the layer stores its weight as [in, out] (Conv1D), not [out, in].
     """
 
     def apply(weight: Tensor) -> Tensor:
-        given = weight.to(dtype)
-        given = given.T.contiguous() if turned else given.contiguous()
-        value = _round_int8(given) if spec.bits == 8 else _round_4bit(given, spec)
-        return value.T.contiguous() if turned else value
+        weight = weight.to(dtype)
+        weight = weight.T.contiguous() if transposed else weight.contiguous()
+        value = _fake_quantize_int8(weight) if spec.bits == 8 else _fake_quantize_4bit(weight, spec)
+        return value.T.contiguous() if transposed else value
 
     return apply
 
 
-def _round_4bit(weight: Tensor, spec: QuantizationSpec) -> Tensor:
-    # As one row: blocks run on from row to row, and the CPU kernel (0.50) gives those of a row that is no whole number
-    # of them the scales of others.
+def _fake_quantize_4bit(weight: Tensor, spec: QuantizationSpec) -> Tensor:
+    # Flattened to one row, because blocks continue across row ends: for rows that are not a multiple of the block size,
+    # the CPU kernel (bitsandbytes 0.50) would apply the scales of other blocks.
     row = weight.reshape(-1)
     codes, state = bnbf.quantize_4bit(row, quant_type=spec.type, compress_statistics=spec.double_quant)
     value: Tensor = bnbf.dequantize_4bit(codes, state)
     return value.reshape(weight.shape)
 
 
-def _round_int8(weight: Tensor) -> Tensor:
+def _fake_quantize_int8(weight: Tensor) -> Tensor:
     codes, scales, _ = bnbf.int8_vectorwise_quant(weight.to(torch.float16))
     value: Tensor = bnbf.int8_vectorwise_dequant(codes, scales)
     return value.to(weight.dtype)

@@ -1,14 +1,15 @@
-"""A GGUF base: kept packed where transformers has a kernel that can, else turned into a plain folder, once.
+"""A GGUF file as base model: kept packed if transformers has a kernel for it, else dequantized once to a cached folder.
 
-transformers reads a GGUF's vocabulary and tensors through Python loops that take half a minute on a small model,
-at every start; the folder this makes beside the other caches is read in one. Its weights are the same numbers as
-llama.cpp's, dequantised. Packed weights were never trained over on a GPU by this project: on the CPU, where
-transformers has no kernel, tests run the layers below with its slow fallback.
+transformers reads a GGUF's tokenizer and tensors through Python loops, which take half a minute for a small model at
+every start. The cached folder loads in a second. Its weights have the values that llama.cpp dequantizes to. This
+project has never trained on packed weights on a GPU. On the CPU, where transformers has no kernel, tests run the packed
+layers below with transformers' slow fallback.
 """
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
@@ -26,16 +26,14 @@ from transformers.integrations.gguf.utils import GgufExperts, GgufLinear, is_ggu
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 
-# Its bar runs four seconds at most, once, and fills logs with a line for each tensor; `unpack` says what it does.
-modeling_gguf_pytorch_utils.tqdm = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
-
 
 def unpack_gguf(
     file: Path, *, dtype: torch.dtype, cache: Path, info: Callable[[str], None], weights: bool = True
 ) -> Path:
-    """The folder of model, config and tokenizer in `file`, its weights dequantised to `dtype`; made if need be.
+    """Return a folder with the model, config and tokenizer of `file`, weights dequantized to `dtype`.
 
-    Without `weights` a folder of config and tokenizer will do, which reads no tensor; the whole one, where it is there.
+    The folder is created in `cache` on the first call. If `weights` is False and no full folder exists, the folder has
+    only config and tokenizer, and no tensor is read.
 
     Raises:
         LoraError: the `gguf` package is missing, or the file is not a GGUF that transformers can read.
@@ -47,95 +45,98 @@ def unpack_gguf(
     if folder.is_dir():
         return folder
     check_gguf_file(file)
-    doing = f"dequantising {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
-    info(f"{doing}, once; kept in {folder}")
+    action = f"dequantizing {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
+    info(f"{action} once; cached in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     parts = _read(file, dtype if weights else None)
     try:
-        with atomic.folder(folder) as partial:
+        with atomic.folder(folder) as unfinished:
             for part in parts:
-                part.save_pretrained(partial)
+                part.save_pretrained(unfinished)
     except OSError:
-        # Two runs may make it at once: the first to finish wins, the other uses what is there.
+        # Two runs may create the folder at the same time: the first to finish wins, the other uses its folder.
         if not folder.is_dir():
             raise
     return folder
 
 
 def check_gguf_file(file: Path) -> None:
-    """Refuse early what is no GGUF file, or cannot be read here.
+    """Raise a LoraError early if `file` cannot be read as GGUF.
 
     Raises:
-        LoraError: the `gguf` package is missing, or the file begins otherwise.
+        LoraError: the `gguf` package is missing, or the file does not start with GGUF's magic bytes.
     """
     if find_spec("gguf") is None:
         raise LoraError(f"{file}: reading GGUF needs the package gguf", hint='pip install "lora-cli[gguf]"')
     with file.open("rb") as start:
         if start.read(4) != b"GGUF":
             raise LoraError(
-                f"{file}: not a GGUF file", hint="model.path takes a .gguf file, a local folder or a hub id"
+                f"{file}: not a GGUF file", hint="set model.path to a .gguf file, a local folder or a hub id"
             )
 
 
 def why_not_packed(file: Path, *, device: torch.device) -> str | None:
-    """Why the weights of `file` cannot stay packed here; None where they can.
+    """Return the reason why the weights of `file` cannot stay packed on `device`; None if they can.
 
-    transformers multiplies packed weights by a kernel from the hub, on GPUs, in the architectures that its new loader
-    knows.
+    transformers multiplies packed weights with a kernel from the hub. It needs a GPU and an architecture that
+    transformers' packed GGUF loader supports.
     """
     if device.type == "cpu":
         return "transformers has no kernel for packed weights on the CPU"
     if find_spec("kernels") is None:
-        return "the package kernels, which fetches the kernel for packed weights, is not installed"
+        return "the package kernels, which downloads the kernel for packed weights, is not installed"
     architecture = read_gguf_metadata(str(file))[0]["general.architecture"]
     if not is_gguf_arch_supported(architecture):
-        return f"transformers loads the architecture {architecture} dequantised only"
+        return f"transformers loads the architecture {architecture} dequantized only"
     return None
 
 
 def choose_packed(
     mode: Literal["auto", "packed", "dequantized"], file: Path, *, device: torch.device, info: Callable[[str], None]
 ) -> bool:
-    """Whether `file` stays packed, as `model.gguf` wants it; what is not obvious is said.
+    """Return whether the weights of `file` stay packed, by the recipe's `model.gguf`; report the choice to `info`.
 
     Raises:
-        LoraError: packed is asked for, and cannot be.
+        LoraError: `mode` is packed, but the weights cannot stay packed.
     """
     if mode == "dequantized":
         return False
     reason = why_not_packed(file, device=device)
     if mode == "packed" and reason:
-        raise LoraError(f"model.gguf: packed, but {reason}", hint="write auto or dequantized: the numbers are the same")
-    info(f"{file.name}: " + (f"dequantized, as {reason}" if reason else "kept packed"))
+        raise LoraError(
+            f"model.gguf: packed is not possible: {reason}",
+            hint="set model.gguf to auto or dequantized: the weights have the same values",
+        )
+    info(f"{file.name}: " + (f"dequantized, because {reason}" if reason else "kept packed"))
     return reason is None
 
 
 class PackedLora(LoraLinear):  # type: ignore[misc]  # PEFT has no types
-    """LoRA over a layer whose weights stay packed: PEFT's own forward, on what the packed layer computes."""
-
-
-def register_packed_lora(config: LoraConfig) -> None:
-    """Let PEFT put LoRA on packed layers too."""
-    config._register_custom_module({GgufLinear: PackedLora})
+    """LoRA on a layer whose weights stay packed: PEFT's own forward adds the update to the packed layer's output."""
 
 
 def make_packed_layers_differentiable(model: nn.Module) -> None:
-    """Let gradients pass packed layers: their kernel for a few rows has no backward, and would drop them silently.
+    """Make packed layers pass gradients to their input; in place.
+
+    For few rows, their kernel has no backward pass, and gradients would stop there without an error.
 
     Raises:
-        LoraError: the model has packed experts, whose kernel has none for any number of rows.
+        LoraError: the model has packed experts, whose kernel never has a backward pass.
     """
     for name, module in model.named_modules():
         if isinstance(module, GgufExperts):
             raise LoraError(
-                f"model.gguf: packed experts ({name}) cannot be trained over: their kernel has no backward pass",
+                f"model.gguf: cannot train with packed experts ({name}): their kernel has no backward pass",
                 hint="write model: {gguf: dequantized}",
             )
         if isinstance(module, GgufLinear):
+            # Patched on each instance, as transformers has no hook to choose the kernel. PackedLora cannot do this
+            # instead: gradients must also pass packed layers without an adapter, to reach adapters in earlier layers.
             module.forward = partial(_packed_forward, module)
 
 
 def _packed_forward(layer: GgufLinear, x: Tensor) -> Tensor:
+    """Compute `GgufLinear.forward`, [..., in] to [..., out] in the dtype of `x`; differentiable if gradients are on."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         out: Tensor = GgufLinear.forward(layer, x)
         return out
@@ -155,20 +156,21 @@ def _cache_folder(file: Path, kind: str, cache: Path) -> Path:
 
 
 def _read(file: Path, dtype: torch.dtype | None) -> list[Any]:
-    """Tokenizer and model, or without a dtype, tokenizer and config: all have save_pretrained."""
-    where, what = str(file.parent), {"gguf_file": file.name}
+    """Load model and tokenizer, or config and tokenizer if `dtype` is None; all of them have save_pretrained."""
+    folder, options = str(file.parent), {"gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **what)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if dtype is None:
-            return [AutoConfig.from_pretrained(where, **what), tokenizer]
-        model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **what
-        )
-    except (struct.error, IndexError) as reason:  # of the reader, past the end of the file
-        raise _cut_short(file) from reason
+            return [AutoConfig.from_pretrained(folder, **options), tokenizer]
+        with _no_progress_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
+            )
+    except (struct.error, IndexError) as reason:  # the reader read past the end of the file
+        raise _truncated(file) from reason
     except (ValueError, NotImplementedError, KeyError) as reason:
-        if "reshape" in str(reason):  # of the reader's array of a tensor, past the end of the file
-            raise _cut_short(file) from reason
+        if "reshape" in str(reason):  # the reader's array of a tensor ends past the end of the file
+            raise _truncated(file) from reason
         raise LoraError(
             f"{file}: transformers cannot read this GGUF: {str(reason).splitlines()[0]}",
             hint="use the model's original (safetensors) folder or hub id as model.path",
@@ -177,8 +179,20 @@ def _read(file: Path, dtype: torch.dtype | None) -> list[Any]:
     return [model, tokenizer]
 
 
-def _cut_short(file: Path) -> LoraError:
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Disable transformers' progress bar for GGUF tensors, which would write a line for each tensor into a log."""
+    # Patches a module global: transformers calls plain tqdm there and has no official switch for this bar.
+    original = modeling_gguf_pytorch_utils.tqdm
+    modeling_gguf_pytorch_utils.tqdm = partial(original, disable=True)
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.tqdm = original
+
+
+def _truncated(file: Path) -> LoraError:
     return LoraError(
-        f"{file}: transformers cannot read this GGUF: the file is cut short",
+        f"{file}: transformers cannot read this GGUF: the file is truncated",
         hint="fetch it again, or use the model's original (safetensors) folder or hub id as model.path",
     )

@@ -1,8 +1,8 @@
-"""Attention over packed rows on the CPU: each row sees itself only, and no score is computed across rows.
+"""Attention for packed rows (packing) on the CPU: each row attends to itself only; no score is computed across rows.
 
-Rows of a packed batch lie end to end along the sequence. Rows of similar length are gathered into small padded
-groups and multiplied as one batch of matrices; long rows go one by one through torch's flash kernel. On GPUs,
-flash-attention does the same from the row boundaries, so this file is for the CPU alone.
+The rows of a packed batch are concatenated along the sequence. Rows of similar length are gathered into small padded
+groups and multiplied as one batch of matrices; each long row goes through torch's flash kernel alone. On GPUs,
+flash-attention does the same from the row boundaries, so this module is used on the CPU only.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PACKED_ATTENTION = (
-    "lora_rows"  # what the model's config calls it; transformers builds no mask for a name it does not know
-)
+# Value of `_attn_implementation` in the model's config. transformers creates no mask for a name that it does not know.
+PACKED_ATTENTION = "lora_rows"
 
-# Above this length torch's flash kernel beats whole score matrices on the CPU (measured on 2 cores: 256 to 400).
+# Tokens. For longer rows torch's flash kernel is faster than full score matrices (break-even on 2 cores: 256 to 400).
 LONG_ROW = 320
-# A group's shortest row has this share of its longest, or lacks this many tokens: bounds the work lost to padding
-# without splitting short rows into many tiny products.
+# A group's shortest row has at least this share of its longest row's tokens, or lacks at most this many tokens. This
+# bounds the work lost to padding without splitting short rows into many small products.
 MIN_LENGTH_RATIO = 0.75
 MAX_PADDING = 48
-# Keywords that models hand down to attention and that change no result here. All others are refused, because one that
-# is not understood (a chunk size, a cap, a sink) is one that is left out.
+# Keyword arguments that models pass to attention and that do not change the result here. All others raise an error,
+# because ignoring an unknown one (a chunk size, a softcap, attention sinks) would give wrong results.
 IGNORED_KEYWORDS = {
     "position_ids",
     "cache_position",
@@ -38,23 +37,23 @@ IGNORED_KEYWORDS = {
 class RowGroup(NamedTuple):
     """Rows of similar length, padded to the longest for one batched product."""
 
-    gather: Tensor  # int64 [rows * length]: position in the pack of each padded slot (padding repeats slot 0)
-    real: Tensor  # int64 [tokens]: padded slots that hold a token
+    gather: Tensor  # int64 [rows * length]: position in the pack of each slot; padding repeats the row's first
+    real: Tensor  # int64 [tokens]: slots that are tokens, not padding
     rows: int
-    length: int  # tokens, of the longest row
+    length: int  # tokens of the longest row
 
 
 class RowPlan(NamedTuple):
-    """Where the rows of one packed batch lie, computed once per batch and used by every layer."""
+    """The positions of one packed batch's rows, computed once per batch and used by every layer."""
 
     lengths: tuple[int, ...]  # tokens per row, in pack order
     groups: tuple[RowGroup, ...]
-    long: tuple[slice, ...]
-    order: Tensor  # int64 [T]: for each position of the pack, where the joined results of groups and long hold it
+    long: tuple[slice, ...]  # positions of each row longer than LONG_ROW
+    order: Tensor  # int64 [T]: for each position of the pack, its index in the concatenated results of groups and long
 
 
 def plan_rows(lengths: Sequence[int]) -> RowPlan:
-    """Group the rows of a pack by similar length; `lengths` are in tokens, in pack order."""
+    """Group the rows of a pack by similar length; `lengths` are tokens per row, in pack order."""
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -63,16 +62,17 @@ def plan_rows(lengths: Sequence[int]) -> RowPlan:
     groups = []
     while short:
         longest = lengths[short[0]]
-        least = min(MIN_LENGTH_RATIO * longest, longest - MAX_PADDING)
-        size = next((k for k, i in enumerate(short) if lengths[i] < least), len(short))
-        groups.append(_group([(starts[i], lengths[i]) for i in short[:size]], longest))
-        short = short[size:]
-    places = [group.gather[group.real] for group in groups]
-    places += [torch.arange(row.start, row.stop) for row in long]
-    return RowPlan(tuple(lengths), tuple(groups), long, torch.argsort(torch.cat(places)))
+        min_length = min(MIN_LENGTH_RATIO * longest, longest - MAX_PADDING)
+        count = next((k for k, i in enumerate(short) if lengths[i] < min_length), len(short))
+        groups.append(_group([(starts[i], lengths[i]) for i in short[:count]], longest))
+        short = short[count:]
+    positions = [group.gather[group.real] for group in groups]
+    positions += [torch.arange(row.start, row.stop) for row in long]
+    return RowPlan(tuple(lengths), tuple(groups), long, torch.argsort(torch.cat(positions)))
 
 
 def _group(rows: list[tuple[int, int]], length: int) -> RowGroup:
+    """Build the group of `rows`, (start, tokens) each, padded to `length` tokens."""
     slots = torch.arange(length)
     start = torch.tensor([s for s, _ in rows])[:, None]
     size = torch.tensor([n for _, n in rows])[:, None]
@@ -82,15 +82,15 @@ def _group(rows: list[tuple[int, int]], length: int) -> RowGroup:
 
 
 class _ShortRows(torch.autograd.Function):
-    """softmax(scale·QKᵀ + causal)V over one padded group; saves the probabilities, not the scores.
+    """softmax(scale·QKᵀ + mask)V for one padded group; saves the probabilities, not the scores.
 
-    Keys that pad a row lie behind every real query, so the causal mask hides them exactly, and padded queries
-    are dropped from the output: no gradient reaches another row.
+    Padding keys come after every real query of their row, so the causal mask hides them exactly. The outputs of padding
+    queries are dropped. So no gradient reaches another row.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor) -> Tensor:
-        """Query [N·K, G·L, D], key and value [N·K, L, D], mask [1, G·L, L] of 0 and -inf; returns [N·K, G·L, D]."""
+        """Query [N·K, G·L, D], key [N·K, L, D], value [N·K, L, E], mask [1, G·L, L] of 0, -inf; to [N·K, G·L, E]."""
         scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scale)
         weights = torch.softmax(scores, dim=-1)
         ctx.save_for_backward(query, key, value, weights)
@@ -99,7 +99,7 @@ class _ShortRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key and value."""
+        """Return the gradients of query, key and value, in their shapes."""
         query, key, value, weights = ctx.saved_tensors
         grad_value = torch.bmm(weights.transpose(1, 2), grad)
         grad_weights = torch.bmm(grad, value.transpose(1, 2))
@@ -112,23 +112,23 @@ class _ShortRows(torch.autograd.Function):
 def _group_attention(
     query: Tensor, key: Tensor, value: Tensor, *, group: RowGroup, scale: float, window: int | None
 ) -> Tensor:
-    """Attention of one group; query [T, H, D], key [T, K, D], value [T, K, E]; returns [tokens, H, E]."""
+    """Compute attention for one group: query [T, H, D], key [T, K, D], value [T, K, E]; returns [tokens, H, E]."""
     heads, kv_heads = query.shape[1], key.shape[1]
-    share = heads // kv_heads  # query heads that share one key head
+    queries_per_key = heads // kv_heads  # query heads that share one key head
     rows, length = group.rows, group.length
 
     def padded(x: Tensor) -> Tensor:
         x = x.index_select(0, group.gather).view(rows, length, kv_heads, -1, x.shape[-1])
         return x.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, -1, x.shape[-1])
 
-    mask = _causal(length, window, query.dtype).repeat(share, 1)[None]
+    mask = _causal(length, window, query.dtype).repeat(queries_per_key, 1)[None]
     out: Tensor = _ShortRows.apply(padded(query), padded(key), padded(value), scale, mask)  # type: ignore[no-untyped-call]
-    out = out.view(rows, kv_heads, share, length, -1).permute(0, 3, 1, 2, 4)
+    out = out.view(rows, kv_heads, queries_per_key, length, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(rows * length, heads, -1).index_select(0, group.real)
 
 
 def _causal(length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """0 where a query (row) may see a key (column), else -inf; [L, L]."""
+    """Return [L, L] in `dtype`: 0 where a query (row) may attend to a key (column), else -inf."""
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     if window is not None:
         hidden |= torch.ones(length, length, dtype=torch.bool).tril(-window)
@@ -136,12 +136,12 @@ def _causal(length: int, window: int | None, dtype: torch.dtype) -> Tensor:
 
 
 def _long_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """Attention of one row through torch's flash kernel; shapes as in `_group_attention`."""
+    """Compute attention for one row with torch's flash kernel; shapes as in `_group_attention`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    masked = window is not None and query.shape[0] > window
-    mask = _causal(query.shape[0], window, query.dtype) if masked else None
+    windowed = window is not None and query.shape[0] > window
+    mask = _causal(query.shape[0], window, query.dtype) if windowed else None
     out = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=not masked, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=not windowed, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out[0].transpose(0, 1)
 
@@ -158,37 +158,40 @@ def packed_attention_forward(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each row of a pack, as transformers' attention interface calls it.
+    """Compute causal attention inside each row of a pack; a function for transformers' attention interface.
 
     Args:
         module: the attention layer, unused.
-        query: [1, H, T, D]; key and value [1, K, T, D or E], K dividing H.
-        attention_mask: must be None: the plan says all there is to say.
-        row_plan: rows of the pack, handed to the model's forward as a keyword argument.
+        query: [1, H, T, D].
+        key: [1, K, T, D], where K divides H.
+        value: [1, K, T, E].
+        attention_mask: must be None: `row_plan` replaces it.
+        row_plan: rows of the pack, passed to the model's forward as a keyword argument.
         scaling: factor of QKᵀ; 1/sqrt(D) if None.
-        sliding_window: keys a query sees at most, itself included; None for all.
-        is_causal: refused if False.
-        others: refused unless None or harmless.
+        dropout: must be 0.
+        sliding_window: largest number of keys that a query attends to, itself included; None for all.
+        is_causal: must not be False.
+        kwargs: must be None or listed in IGNORED_KEYWORDS.
 
     Returns:
-        [1, T, H, E] and None in place of the weights.
+        The output [1, T, H, E] in the dtype of the query, and None for the attention weights.
 
     Raises:
-        NotImplementedError: the model asks for something that changes the result and is not done here.
+        NotImplementedError: the model requests something that changes the result and is not implemented here.
     """
-    unmet = [name for name, value in others.items() if value is not None and name not in IGNORED_KEYWORDS]
+    unsupported = [name for name, value in kwargs.items() if value is not None and name not in IGNORED_KEYWORDS]
     if is_causal is False:
-        unmet.append("attention to later tokens")
+        unsupported.append("attention to later tokens")
     if row_plan is None:
-        unmet.append("a forward pass that hands keyword arguments on to its attention layers")
+        unsupported.append("a forward pass that does not pass keyword arguments to its attention layers")
     if dropout:
-        unmet.append("attention dropout")
+        unsupported.append("attention dropout")
     if attention_mask is not None:
-        unmet.append("an attention mask of its own")
-    if unmet or row_plan is None:
-        raise NotImplementedError(", ".join(unmet))
+        unsupported.append("a custom attention mask")
+    if unsupported or row_plan is None:
+        raise NotImplementedError(f"not supported: {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     results = [_group_attention(q, k, v, group=group, scale=scale, window=sliding_window) for group in row_plan.groups]

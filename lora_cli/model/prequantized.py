@@ -1,7 +1,7 @@
-"""Bases that somebody has quantised already: recognised by their config, trained on where PEFT can, refused where not.
+"""Pre-quantized base models (GPTQ, AWQ, ...): detected by their config, rejected where PEFT cannot train on them.
 
-bitsandbytes' formats are tested, and packed GGUF layers with transformers' slow fallback. torchao's int8 weights were
-trained over by hand, on the CPU; the others never: their packages need GPUs.
+Tests cover bitsandbytes' formats, and packed GGUF layers with transformers' slow fallback. Training on torchao's int8
+weights was tried by hand on the CPU. The other formats were never tried: their packages need GPUs.
 """
 
 from importlib.util import find_spec
@@ -13,89 +13,99 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 
-USE_16BIT_HINT = "give the 16-bit model as model.path; to save memory, add quantization: {bits: 4}"
+USE_16BIT_HINT = "set model.path to the 16-bit model; to save memory, add quantization: {bits: 4}"
 
 
 class QuantizationMethod(NamedTuple):
-    """How a kind of quantised base is trained on."""
+    """The support for training on one quantization format."""
 
-    packages: tuple[str, ...] = ()  # importable names of what transformers and PEFT need for it
-    install: str = ""  # what pip installs for them
-    refused: str = ""  # why it cannot be trained on, where it cannot
+    packages: tuple[str, ...] = ()  # import names of the packages that transformers and PEFT need for it
+    install: str = ""  # the packages' names for pip
+    untrainable: str = ""  # the reason why PEFT cannot train on it; empty if it can
 
 
 QUANTIZATION_METHODS: dict[str, QuantizationMethod] = {
     "bitsandbytes": QuantizationMethod(),
-    "gguf": QuantizationMethod(),  # packed, by transformers' own layers
+    "gguf": QuantizationMethod(),  # in transformers' own packed layers
     "gptq": QuantizationMethod(("optimum", "gptqmodel"), "optimum gptqmodel"),
     "awq": QuantizationMethod(("gptqmodel",), "gptqmodel"),
     "aqlm": QuantizationMethod(("aqlm",), "aqlm"),
     "eetq": QuantizationMethod(("eetq",), "eetq"),
     "torchao": QuantizationMethod(("torchao",), "torchao"),
-    "hqq": QuantizationMethod(refused="transformers 5 has no loader for HQQ weights"),
-    "mxfp4": QuantizationMethod(refused="transformers has no backward pass for MXFP4 experts"),
-    "fp8": QuantizationMethod(refused="PEFT has no layer over block-wise FP8 weights"),
-    "fbgemm_fp8": QuantizationMethod(refused="transformers runs FBGEMM's FP8 forward only"),
-    "compressed-tensors": QuantizationMethod(refused="PEFT has no layer over compressed-tensors weights"),
-    "bitnet": QuantizationMethod(refused="transformers runs packed BitNet weights forward only"),
-    "quanto": QuantizationMethod(refused="PEFT has no layer over quanto's weights"),
+    "hqq": QuantizationMethod(untrainable="transformers 5 has no loader for HQQ weights"),
+    "mxfp4": QuantizationMethod(untrainable="transformers has no backward pass for MXFP4 experts"),
+    "fp8": QuantizationMethod(untrainable="PEFT has no layer for block-wise FP8 weights"),
+    "fbgemm_fp8": QuantizationMethod(untrainable="transformers has no backward pass for FBGEMM FP8 weights"),
+    "compressed-tensors": QuantizationMethod(untrainable="PEFT has no layer for compressed-tensors weights"),
+    "bitnet": QuantizationMethod(untrainable="transformers has no backward pass for packed BitNet weights"),
+    "quanto": QuantizationMethod(untrainable="PEFT has no layer for quanto weights"),
 }
-# PEFT's other methods compute on the weights themselves, and these formats give none.
-METHODS_OVER_OTHER_FORMATS = ("lora", "rslora", "lora+", "scaled", "eva")
+# PEFT's other methods compute with the weight matrices, which the formats other than bitsandbytes do not expose.
+METHODS_FOR_OTHER_FORMATS = ("lora", "rslora", "lora+", "scaled", "eva")
 
 
 class Prequantized(NamedTuple):
-    """What a base's config says of its weights."""
+    """The quantization that a base's config declares."""
 
-    method: str
-    bits: int | None
+    method: str  # a key of QUANTIZATION_METHODS, or an unknown name
+    bits: int | None  # None if the config does not declare them
 
 
 def detect_prequantized(config: PretrainedConfig) -> Prequantized | None:
-    """The quantisation that a checkpoint was saved with; None for a plain one."""
-    given: Any = getattr(config, "quantization_config", None)
-    if given is None:
+    """Return the quantization that a checkpoint was saved with; None if it is not quantized."""
+    declared: Any = getattr(config, "quantization_config", None)
+    if declared is None:
         return None
-    section: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
+    section: dict[str, Any] = declared if isinstance(declared, dict) else declared.to_dict()
     method = str(section.get("quant_method") or "bitsandbytes").lower()
     bits = 4 if section.get("load_in_4bit") else 8 if section.get("load_in_8bit") else section.get("bits")
     return Prequantized(method, bits)
 
 
 def check_prequantized(
-    found: Prequantized, adapter: AdapterSpec, quantization: QuantizationSpec | None, *, path: str
+    existing: Prequantized, adapter: AdapterSpec, quantization: QuantizationSpec | None, *, path: str
 ) -> None:
-    """Refuse what cannot be trained, before any weight is read.
+    """Raise a LoraError if the base at `path` cannot be trained on, before any weight is read.
+
+    Args:
+        existing: the base's own quantization.
+        adapter: the recipe's section.
+        quantization: the recipe's section, which must be None.
+        path: of the base, for messages.
 
     Raises:
-        LoraError: quantising twice, a format that nothing trains over, a package that is not there, or an adapter
-            method that this base does not allow.
+        LoraError: the recipe quantizes the base a second time, PEFT cannot train on the format, a package is missing,
+            or the adapter method does not support the format.
     """
-    name = f"{path} is quantised already ({found.method}{f', {found.bits} bits' if found.bits else ''})"
+    base = f"{path} is already quantized ({existing.method}{f', {existing.bits} bits' if existing.bits else ''})"
     if quantization is not None:
         raise LoraError(
-            f"quantization: {name}, and cannot be quantised again",
-            hint="remove the quantization section, or give the 16-bit model as model.path",
+            f"quantization: {base} and cannot be quantized again",
+            hint="remove the quantization section, or set model.path to the 16-bit model",
         )
-    known = QUANTIZATION_METHODS.get(found.method)
-    if known is None:
-        raise LoraError(f"model.path: {name}, a format that PEFT does not know", hint=USE_16BIT_HINT)
-    if known.refused:
-        raise LoraError(f"model.path: {name}, and cannot be trained on: {known.refused}", hint=USE_16BIT_HINT)
-    if missing := [package for package in known.packages if find_spec(package) is None]:
+    support = QUANTIZATION_METHODS.get(existing.method)
+    if support is None:
+        raise LoraError(f"model.path: {base}, a format that PEFT does not support", hint=USE_16BIT_HINT)
+    if support.untrainable:
+        raise LoraError(f"model.path: {base} and cannot be trained: {support.untrainable}", hint=USE_16BIT_HINT)
+    if missing := [package for package in support.packages if find_spec(package) is None]:
         raise LoraError(
-            f"model.path: {name}, which needs {' and '.join(missing)}",
-            hint=f"pip install {known.install}; or {USE_16BIT_HINT}",
+            f"model.path: {base}, which needs {' and '.join(missing)}",
+            hint=f"pip install {support.install}; or {USE_16BIT_HINT}",
         )
-    facts, foreign = METHOD_FACTS[adapter.method], found.method != "bitsandbytes"
+    facts = METHOD_FACTS[adapter.method]
     if facts.needs_bits:
         raise LoraError(
-            f"adapter.method: {adapter.method} needs the weights from before quantisation, and {name}",
-            hint="give the 16-bit model and quantization: {bits: 4}, or write another method",
+            f"adapter.method: {adapter.method} needs the unquantized weights, but {base}",
+            hint="set model.path to the 16-bit model and add quantization: {bits: 4}, or choose another method",
         )
-    if (foreign and adapter.method not in METHODS_OVER_OTHER_FORMATS) or (not foreign and found.bits not in facts.bits):
-        reason = f": {facts.no_quantization}" if facts.no_quantization else ""
+    if existing.method == "bitsandbytes":
+        supported = existing.bits in facts.bits
+    else:
+        supported = adapter.method in METHODS_FOR_OTHER_FORMATS
+    if not supported:
+        reason = f": {facts.no_quantization_reason}" if facts.no_quantization_reason else ""
         raise LoraError(
-            f"adapter.method: {adapter.method} does not train over {found.method}{reason}; {name}",
-            hint="write adapter: {method: lora}, or give the 16-bit model as model.path",
+            f"adapter.method: {adapter.method} does not support {existing.method} weights{reason}; {base}",
+            hint="set adapter: {method: lora}, or set model.path to the 16-bit model",
         )

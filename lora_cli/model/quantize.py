@@ -1,4 +1,4 @@
-"""The recipe's quantization section as bitsandbytes takes it, and a quantised base made ready for training on it."""
+"""4-bit and 8-bit quantization: the recipe's section as BitsAndBytesConfig, and k-bit training preparation."""
 
 from typing import Any
 
@@ -9,11 +9,15 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import QuantizationSpec
 
-BLOCK_SIZE = 64  # weights that share a scale
+BLOCK_SIZE = 64  # weights that share one scale
 
 
 def bnb_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
-    """QLoRA's storage (Dettmers et al., arXiv:2305.14314, section 3): 4-bit codes, scales quantised too; or int8."""
+    """Return the recipe's quantization as a BitsAndBytesConfig.
+
+    4-bit is QLoRA's storage (Dettmers et al., arXiv:2305.14314, section 3): 4-bit codes, and scales that may be
+    quantized too. 8-bit is LLM.int8.
+    """
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     assert spec.storage_dtype is not None
@@ -27,10 +31,10 @@ def bnb_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
 
 
 def prepare_for_kbit_training(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Freeze a quantised base, and compute its norms in fp32, as QLoRA's authors do; all else that is whole in `dtype`.
+    """Freeze a quantized base and run its norms in fp32, as QLoRA's authors do; everything else unquantized in `dtype`.
 
-    Embeddings, head and what flows between the layers are in `dtype`, whatever a checkpoint that was quantised before
-    has them in. PEFT's own preparation makes all of them fp32, which doubles the memory of the largest tensors left.
+    Embeddings, output head and hidden states are in `dtype`, whatever dtype a pre-quantized checkpoint stores them in.
+    PEFT's function of this name converts them to fp32, which doubles the memory of the largest unquantized tensors.
     """
     for module in model.modules():
         norm = _is_norm(module)
@@ -43,7 +47,7 @@ def prepare_for_kbit_training(model: PreTrainedModel, dtype: torch.dtype) -> Pre
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         if parameter.device.type == "cpu" and parameter.is_floating_point():
-            # It lies in the mapped file of the whole checkpoint, which stays in memory as long as one tensor does.
+            # The tensor is a view of the memory-mapped checkpoint, which stays in memory while any tensor refers to it.
             parameter.data = parameter.data.clone()
     return model
 
@@ -52,55 +56,56 @@ def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
 
 
-def _as_fp32(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (given[0].float(), *given[1:])
+def _as_fp32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].float(), *args[1:])
 
 
 def _back_to(dtype: torch.dtype) -> Any:
-    def cast(_: nn.Module, given: Any, output: Tensor) -> Tensor:
+    def cast(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output.to(dtype)
 
     return cast
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether transformers loaded it with packed weights, its own or those of the recipe's section."""
+    """Return whether transformers loaded `model` quantized, by its own config or by the recipe's section."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 def quantized_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes that the 4-bit layers' codes and scales take, and how many weights they hold."""
-    taken = held = 0
+    """Return the bytes of the 4-bit layers' codes and scales, and the number of weights that they store."""
+    size = weights = 0
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
-            held += state.shape.numel()
+            weights += state.shape.numel()
             nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-            parts = [module.weight, state.absmax, *nested]  # the code of 16 values is bitsandbytes', once for all
-            taken += sum(part.numel() * part.element_size() for part in parts)
-    return taken, held
+            parts = [module.weight, state.absmax, *nested]  # the table of 16 code values is shared
+            size += sum(part.numel() * part.element_size() for part in parts)
+    return size, weights
 
 
 def check_cpu_4bit(model: PreTrainedModel) -> None:
-    """Keep two faults of bitsandbytes' CPU kernels (0.50) out of the results; nothing to do on a GPU.
+    """Prevent two bugs of bitsandbytes' CPU kernels (0.50) from affecting results; a GPU is not affected.
 
-    At the first forward in eval mode on a CPU with AVX512-BF16 it packs 4-bit weights anew, for good, and the product
-    with packed weights has no backward: training after an evaluation would pass no gradient through the base,
-    silently. And where a row of weights is no whole number of blocks, it gives blocks the scales of others.
+    First, on a CPU with AVX512-BF16, the first forward pass in eval mode repacks 4-bit weights permanently, and the
+    kernel for repacked weights has no backward pass: training after an evaluation would pass no gradient through the
+    base, without an error. A flag of the layer disables that. Second, if in_features is not a multiple of 64, the
+    kernel applies another block's scale.
 
     Raises:
-        LoraError: the model has such rows.
+        LoraError: a 4-bit layer on the CPU has such an in_features.
     """
-    ragged = {}
+    unaligned = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit
             layer: Any = module
             layer.support_avx512bf16_for_cpu = False
             if module.weight.device.type == "cpu" and module.in_features % BLOCK_SIZE:
-                ragged[name.rpartition(".")[2]] = module.in_features
-    if ragged:
-        listed = ", ".join(f"{kind} ({width:,})" for kind, width in ragged.items())
+                unaligned[name.rpartition(".")[2]] = module.in_features
+    if unaligned:
+        listed = ", ".join(f"{kind} ({width:,})" for kind, width in unaligned.items())
         raise LoraError(
-            f"quantization: on the CPU, 4-bit layers take inputs of a multiple of {BLOCK_SIZE} only; not so: {listed}",
+            f"quantization: on the CPU, in_features of 4-bit layers must be a multiple of {BLOCK_SIZE}; found {listed}",
             hint="use a GPU, bits: 8, or leave quantization out",
         )

@@ -1,7 +1,7 @@
-"""Safetensors files read and written a piece at a time, by their offsets: nothing is mapped, nothing is held.
+"""Read and write safetensors files and shards piece by piece at byte offsets, without memory mapping.
 
 The format: eight bytes of header length (little endian), a JSON header with dtype, shape and offsets of each tensor,
-and the tensors' bytes end to end. A mapped file would count as resident memory as far as it was read.
+then the tensors' bytes without gaps. Pages that were read from a memory-mapped file would count as resident memory.
 """
 
 import json
@@ -37,13 +37,13 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100 << 20  # bytes; the library's own limit
-FSYNC_EVERY_S = 0.5  # seconds
+MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
+FSYNC_EVERY_S = 0.5
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 class TensorInfo(NamedTuple):
-    """A tensor in a file."""
+    """The place of one tensor in a safetensors file."""
 
     file: Path
     dtype: torch.dtype
@@ -53,33 +53,35 @@ class TensorInfo(NamedTuple):
 
 
 def list_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the model in `folder`, by name, from the headers of its files.
+    """Return every tensor of the model in `folder`, by name, from the headers of its safetensors files.
 
     Raises:
-        LoraError: no safetensors, a shard that is missing, cut short or none, or a tensor that its shard lacks.
+        LoraError: the folder has no safetensors, a shard is missing, truncated or not a safetensors file, or a tensor
+            of the index is in no shard.
     """
     if (folder / INDEX_FILE).is_file():
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        found: dict[str, TensorInfo] = {}
-        for name in sorted(set(index.values())):
-            if not (folder / name).is_file():
+        shards = sorted(set(index.values()))
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            if not (folder / shard).is_file():
                 raise LoraError(
-                    f"{folder}: shard {name} is missing, of {len(set(index.values()))} that its index lists",
+                    f"{folder}: shard {shard} is missing; the index lists {len(shards)} shards",
                     hint="fetch the model again",
                 )
-            found |= _list_tensors_of_file(folder / name)
-        if lacking := sorted(index.keys() - found.keys()):
+            tensors |= _list_tensors_of_file(folder / shard)
+        if missing := sorted(index.keys() - tensors.keys()):
             raise LoraError(
-                f"{folder}: {lacking[0]} is in none of its shards, though the index says {index[lacking[0]]}",
+                f"{folder}: {missing[0]} is not in any shard; the index lists it in {index[missing[0]]}",
                 hint="fetch the model again",
             )
-        return {name: found[name] for name in index}
+        return {name: tensors[name] for name in index}
     if (folder / SINGLE_FILE).is_file():
         return _list_tensors_of_file(folder / SINGLE_FILE)
-    held = sorted(path.name for path in folder.glob("*.bin"))
+    bin_files = sorted(path.name for path in folder.glob("*.bin"))
     raise LoraError(
-        f"{folder} has no {SINGLE_FILE}" + (f", only {held[0]}" if held else ""),
-        hint="load it with transformers once and save it: its save_pretrained writes safetensors",
+        f"{folder} has no {SINGLE_FILE}" + (f", only {bin_files[0]}" if bin_files else ""),
+        hint="load the model with transformers and save it again: save_pretrained writes safetensors",
     )
 
 
@@ -88,29 +90,31 @@ def _list_tensors_of_file(file: Path) -> dict[str, TensorInfo]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise LoraError(f"{file}: cut short, or no safetensors file", hint="fetch it again")
+            raise LoraError(f"{file}: truncated, or not a safetensors file", hint="fetch it again")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
         except ValueError:
-            raise LoraError(f"{file}: its header is no JSON: no safetensors file", hint="fetch it again") from None
+            raise LoraError(f"{file}: not a safetensors file: its header is not JSON", hint="fetch it again") from None
     header.pop("__metadata__", None)
     start = 8 + length
     needed = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if needed > size:
         raise LoraError(
-            f"{file}: cut short: {size:,} bytes, where its header tells of {needed:,}", hint="fetch it again"
+            f"{file}: truncated: {size:,} bytes, but its header describes {needed:,}", hint="fetch it again"
         )
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
-            raise LoraError(f"{file}: {name} has dtype {entry['dtype']}", hint="give a model of a dtype that torch has")
+            raise LoraError(
+                f"{file}: {name} has the unsupported dtype {entry['dtype']}", hint=f"use one of {', '.join(DTYPES)}"
+            )
         tensors[name] = TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin)
     return tensors
 
 
 class ShardFiles:
-    """Open files by path, for reading and writing at offsets, from several threads."""
+    """Open files by path, to read and write at byte offsets from several threads."""
 
     def __init__(self, *, writable: bool) -> None:
         self._flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
@@ -127,22 +131,22 @@ class ShardFiles:
         self._open = {}
 
     def open(self, file: Path) -> int:
-        """The descriptor of `file`; the first call for a file is to come from one thread alone."""
+        """Return the descriptor of `file`. Only one thread may make the first call for a file."""
         if file not in self._open:
             self._open[file] = os.open(file, self._flags, 0o666)
         return self._open[file]
 
     @contextmanager
-    def flushed(self) -> Iterator[None]:
-        """Have the disk take what is written while more is being written; all of it, when the block ends well."""
+    def background_fsync(self) -> Iterator[None]:
+        """Fsync all open files in a background thread during the block, and once more after it, unless it raised."""
         done = threading.Event()
 
-        def flush() -> None:
+        def fsync_periodically() -> None:
             while not done.wait(FSYNC_EVERY_S):
                 for descriptor in list(self._open.values()):
                     os.fsync(descriptor)
 
-        thread = threading.Thread(target=flush, daemon=True)
+        thread = threading.Thread(target=fsync_periodically, daemon=True)
         thread.start()
         try:
             yield
@@ -152,46 +156,61 @@ class ShardFiles:
         for descriptor in self._open.values():
             os.fsync(descriptor)
 
-    def reserve(self, file: Path, size: int) -> None:
-        """Make `file` so many bytes long, and have the disk set them aside: one that is too small says so now."""
+    def allocate(self, file: Path, size: int) -> None:
+        """Set the length of `file` to `size` bytes and allocate them on disk.
+
+        Raises:
+            OSError: the disk has too little space (on macOS this shows only when the bytes are written).
+        """
         if size and hasattr(os, "posix_fallocate"):  # not on macOS
             os.posix_fallocate(self.open(file), 0, size)
         else:
             os.ftruncate(self.open(file), size)
 
     def read(self, file: Path, into: memoryview, at: int) -> None:
-        """Fill `into` from the bytes of `file` that begin `at`."""
+        """Fill `into` with the bytes of `file` from offset `at`.
+
+        Raises:
+            LoraError: the file ends before `into` is full.
+        """
         done = 0
         while done < len(into):
             count = os.preadv(self.open(file), [into[done:]], at + done)
             if not count:
-                raise LoraError(f"{file}: cut short while it was read", hint="fetch it again", exit_code=1)
+                raise LoraError(f"{file}: ended while it was read", hint="fetch it again", exit_code=1)
             done += count
 
     def write(self, file: Path, data: memoryview, at: int) -> None:
-        """Put `data` into `file`, beginning `at`."""
+        """Write `data` to `file` at offset `at`."""
         done = 0
         while done < len(data):
             done += os.pwrite(self.open(file), data[done:], at + done)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous CPU tensor of any shape and dtype as bytes, without a copy."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def plan_shards(
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], folder: Path, files: ShardFiles, *, largest: int
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], folder: Path, files: ShardFiles, *, max_size: int
 ) -> dict[str, TensorInfo]:
-    """Make the files of a model in `folder`, each of up to `largest` bytes, with headers, and room for the tensors.
+    """Create the shards of a model in `folder`, with their headers, the index, and allocated space for the tensors.
 
-    A tensor that is larger has a file of its own. Returns where each one goes.
+    Args:
+        tensors: dtype and shape of each tensor, by name.
+        folder: of the model.
+        files: opens the shards.
+        max_size: bytes of tensors per shard. A larger tensor gets a shard of its own.
+
+    Returns:
+        The place of each tensor, by name.
     """
     groups: list[dict[str, int]] = [{}]
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * dtype.itemsize
-        if groups[-1] and sum(groups[-1].values()) + size > largest:
+        if groups[-1] and sum(groups[-1].values()) + size > max_size:
             groups.append({})
         groups[-1][name] = size
     count = len(groups)
@@ -200,7 +219,7 @@ def plan_shards(
         file = folder / (SINGLE_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors")
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
-        # The widest dtypes first, so that each tensor is aligned to its own, as the library has it.
+        # Widest dtypes first, so that each tensor is aligned to its item size, as the safetensors library orders them.
         for name in sorted(group, key=lambda name: (-tensors[name][0].itemsize, name)):
             dtype, shape = tensors[name]
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + group[name]]}
@@ -208,26 +227,26 @@ def plan_shards(
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
-        files.reserve(file, start + at)
+        files.allocate(file, start + at)
         files.write(file, memoryview(len(text).to_bytes(8, "little") + text), 0)
         for name in group:
             begin = start + header[name]["data_offsets"][0]
             placed[name] = TensorInfo(file, *tensors[name], begin, group[name])
     if count > 1:
         total = sum(sum(group.values()) for group in groups)
-        where = {name: stored.file.name for name, stored in sorted(placed.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        weight_map = {name: info.file.name for name, info in sorted(placed.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return placed
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `2GiB`.
+    """Return the bytes of a size such as `5GB`, `500MB` or `2GiB`.
 
     Raises:
-        LoraError: it is no size.
+        LoraError: `text` is not a size above zero.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
     if match is None or not float(match[1]):
-        raise LoraError(f"--max-shard-size {text} is no size", hint="write a number of bytes with a unit, such as 5GB")
+        raise LoraError(f"--max-shard-size {text} is not a size", hint="write a number with a unit, such as 5GB")
     return int(float(match[1]) * SIZE_UNITS[(match[2] or "").upper()])

@@ -1,31 +1,32 @@
-"""What base an adapter was trained on, written beside it: by which a later merge knows the right one, and how it was
-quantised. No torch.
+"""Record of the base model that an adapter was trained on (trained_on.json, next to the adapter). No torch.
+
+A later merge uses it to find the right base, and to know how it was quantized.
 """
 
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TRAINED_ON_FILE = "trained_on.json"  # PEFT's own configuration names the base, and says no more of it
+TRAINED_ON_FILE = "trained_on.json"  # PEFT's adapter_config.json has only the base's name
 
 
 class TrainedOn(NamedTuple):
-    """A base model as it was trained on; its name is in PEFT's own configuration."""
+    """The base model in training; its name is in PEFT's adapter_config.json."""
 
     commit: str | None  # of a hub model
-    fingerprint: str  # of its weights, see `base.fingerprint`
+    fingerprint: str  # of its weights, see `model_source.fingerprint`
     architecture: str  # class of the model
     dtype: str  # of weights and compute
-    quantization: dict[str, Any] | None  # the recipe's section, filled in
+    quantization: dict[str, Any] | None  # the recipe's section with all defaults
 
 
 def write_trained_on(trained_on: TrainedOn, folder: Path) -> None:
-    """Put it beside the adapter."""
+    """Write trained_on.json into the adapter's `folder`."""
     (folder / TRAINED_ON_FILE).write_text(json.dumps(trained_on._asdict(), indent=2) + "\n", encoding="utf-8")
 
 
 def read_trained_on(folder: Path) -> TrainedOn | None:
-    """What lies beside an adapter; None where there is nothing, as with adapters of other tools."""
+    """Read trained_on.json from the adapter's `folder`; None if it does not exist, as in adapters of other tools."""
     if not (folder / TRAINED_ON_FILE).is_file():
         return None
     return TrainedOn(**json.loads((folder / TRAINED_ON_FILE).read_text(encoding="utf-8")))
