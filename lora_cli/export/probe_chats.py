@@ -1,4 +1,4 @@
-"""Twenty chats that an exported template and tokenizer have to make the same tokens of: plain, foreign and hostile."""
+"""Twenty probe chats (plain, multilingual, hostile), on which an exported chat template and tokenizer are compared."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,14 +9,14 @@ Messages = Sequence[Mapping[str, str]]
 
 
 def _chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    """Contents of user and assistant by turns, after a system message."""
-    first = [{"role": "system", "content": system}] if system is not None else []
-    return first + [
+    """Return a chat with `contents` of user and assistant in turn, after an optional system message."""
+    start = [{"role": "system", "content": system}] if system is not None else []
+    return start + [
         {"role": "assistant" if number % 2 else "user", "content": content} for number, content in enumerate(contents)
     ]
 
 
-# All text is in normal form C: some tokenizers compose accents, their runtimes do not, and say so elsewhere.
+# All texts are in Unicode NFC: some tokenizers normalize to it and their runtimes do not, which a note reports.
 PROBE_CHATS: tuple[Messages, ...] = (
     _chat("What is the capital of France?"),
     _chat("What is the capital of France?", system="Answer in one word."),
@@ -44,7 +44,7 @@ PROBE_CHATS: tuple[Messages, ...] = (
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> str | None:
-    """The prompt that the tokenizer's template makes, up to where the assistant begins; None where it refuses."""
+    """Return `chat` rendered with the generation prompt by the tokenizer's template; None if it rejects the chat."""
     try:
         text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
     except TemplateError:
@@ -54,6 +54,6 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> str | N
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a rendered prompt, which has its special tokens in it."""
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return found
+    """Return the token ids of a rendered prompt, which contains its special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

@@ -1,4 +1,4 @@
-"""Tokenizers with chat templates of every shape that Ollama's language has to express, and of some that it cannot."""
+"""Tokenizers with chat templates of every kind that an Ollama template must express, and of some that it cannot."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,13 +7,13 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.inputs.tiny_tokenizers import CHATML, GEMMA, LLAMA3, MARKED, MARKED_SHORT, MISTRAL, QWEN3, build
 
-# Like Qwen 2.5 and SmolLM2: a system message is put in where there is none.
+# Like Qwen 2.5 and SmolLM2: a chat without a system message gets a default one.
 DEFAULT = (
     "{% if messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are \"Tiny\", a {{helpful}} model.\nBe good.<|im_end|>\n' }}{% endif %}" + CHATML
 )
 
-# Like Llama 3.1: the system turn is always there, with a few lines of its own in front.
+# Like Llama 3.1: there is always a system turn, which begins with a few fixed lines.
 PREAMBLE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
     "{% set system = messages[0]['content'] | trim %}{% set rest = messages[1:] %}"
@@ -51,14 +51,14 @@ MISTRAL3 = (
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
-# Like Phi 3: what ends a chat is another token than what ends a turn; without a system message, or an empty one, none.
+# Like Phi 3: the token that ends a chat is not the one that ends a turn; an empty system message gives no system turn.
 PHI3 = (
     "{% for message in messages %}{% if message['role'] != 'system' or message['content'] %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-# Like Alpaca's and Vicuna's: no special tokens but EOS, and a text in front of all.
+# Like Alpaca and Vicuna: no special tokens except EOS, and a text before the first turn.
 VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}{{ 'A chat.' }}{% endif %}"
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ ' USER: ' + message['content'] }}"
@@ -66,7 +66,7 @@ VICUNA = (
     "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
-# The first user turn is another than the later ones.
+# The first user turn differs from the later ones.
 FIRST = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ ('Question:\n' if loop.first else '<|im_start|>And:\n') + message['content'] + '<|im_end|>\n' }}"
@@ -74,7 +74,7 @@ FIRST = (
     "{% if add_generation_prompt %}{{ '<|im_start|>Answer:\n' }}{% endif %}"
 )
 
-# All that could be read as something else than text, by Go, or by the Modelfile's reader.
+# Texts that Go's template language or the parser of Modelfiles could take for syntax.
 HOSTILE = (
     '{% for message in messages %}{{ \'"""\nFROM x\n{{ .Prompt }}{\' }}'
     "{{ message['role'] + '\\\\u007b\r\n\u200d\u00a0' }}"
@@ -88,7 +88,7 @@ _llama = partial(
 _gemma = partial(build, "<start_of_turn>", "<end_of_turn>", eos="<eos>", bos="<bos>", adds_bos=True)
 _inst = partial(build, "[INST]", "[/INST]", eos="</s>", bos="<s>", adds_bos=True)
 
-# The tokenizer, and the texts that must end an answer with it.
+# By name: the tokenizer, and its stop texts.
 EXPRESSIBLE: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], list[str]]] = {
     "chatml": (partial(_im, template=CHATML), ["<|im_end|>"]),
     "chatml-bos": (partial(_im, template=CHATML, bos="<|im_start|>"), ["<|im_end|>"]),
@@ -120,7 +120,7 @@ EXPRESSIBLE: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], list[str]]] 
 _TURN = "{{ '<|im_start|>' + message['role'] + '\n' + CONTENT + '<|im_end|>\n' }}"
 _EACH = "{% for message in messages %}" + _TURN + "{% endfor %}{{ '<|im_start|>assistant\n' }}"
 
-# And a word of what is said.
+# By name: the tokenizer, and a part of the error message.
 REFUSED: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
     "none": (partial(_im, template=None), "no chat template"),
     "changed": (partial(_im, template=_EACH.replace("CONTENT", "message['content'] | upper")), "changes them"),

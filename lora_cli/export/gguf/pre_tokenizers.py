@@ -1,11 +1,11 @@
-r"""llama.cpp's name for the way that a byte-level tokenizer cuts text into words, before it merges bytes in each.
+r"""Find llama.cpp's name (`tokenizer.ggml.pre`) of a byte-level BPE tokenizer's pre-tokenizer.
 
-llama.cpp knows ways of cutting by a name in the file, and each as regular expressions that are applied one after the
-other, what matches and what lies between being words alike. The steps of a tokenizer.json are brought to that same
-form here, and looked up.
+A pre-tokenizer splits text into words before BPE merges the bytes of each. llama.cpp knows pre-tokenizers by a name in
+the file. Each is a list of regular expressions that are applied in turn; the matches and the text between them are
+words. This file turns the steps of a tokenizer.json into such a list, and looks it up.
 
-Facts are from llama.cpp's src/llama-vocab.cpp. Several of its names stand for the same expressions; one of them is
-written. A few of its expressions only come near the tokenizer's: see NEAR.
+The facts are from llama.cpp's src/llama-vocab.cpp. Several of its names have the same expressions; the table has one of
+them. A few of its expressions differ slightly from the tokenizer's: see APPROXIMATE.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,19 +15,19 @@ from tokenizers import models
 
 from lora_cli.errors import LoraError
 
-USE_CONVERTER_HINT = "llama.cpp's own converter may know it: python convert_hf_to_gguf.py MODEL --outfile OUT"
+USE_CONVERTER_HINT = "llama.cpp's own converter may support it: python convert_hf_to_gguf.py MODEL --outfile OUT"
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-ENGLISH = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-ENGLISH_TOO = ("'(?i:[sdmt]|ll|ve|re)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
-BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-SIGNS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+EQUIVALENT_CONTRACTIONS = ("'(?i:[sdmt]|ll|ve|re)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
+WHITESPACE = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*")
-CASED_SIGNS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
-PUNCTUATION = "punctuation"  # tokenizer.json has it as a step without an expression
+CASED_SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+PUNCTUATION = "punctuation"  # a step of tokenizer.json that has no expression
 HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-# Its letters; those that editors put together with others are written as numbers.
+# Characters that editors combine with others are written as escapes.
 DEEPSEEK_LETTERS = (
     r"\s?"
     "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7d"
@@ -37,34 +37,37 @@ DEEPSEEK_LETTERS = (
 
 
 class PreTokenizerNames(NamedTuple):
-    """llama.cpp's names for one way of cutting."""
+    """llama.cpp's names of one pre-tokenizer: it has a separate name where `ignore_merges` is set."""
 
-    merging: str | None  # a word's bytes are merged
-    whole: str | None = None  # a word that is a token is taken whole, whatever merges say (`ignore_merges`)
+    with_merges: str | None  # the bytes of each word are merged
+    ignore_merges: str | None = None  # a word that is a token is kept, even if no merges produce it
 
 
-# The expressions in order: names.
+# By the expressions in their order.
 PRE_TOKENIZERS: dict[tuple[str, ...], PreTokenizerNames] = {
     (GPT2,): PreTokenizerNames("gpt-2"),  # GPT-2, OLMo, MPT, Phi 2, Pythia
-    # SmolLM, StarCoder, Granite 3 (refact), Command R: four names for the same
+    # SmolLM, StarCoder, Granite 3 (refact), Command R: four names of the same expressions
     (r"\p{N}", GPT2): PreTokenizerNames("smollm"),
-    # OLMo 2, Phi 4, DBRX; with words taken whole, Llama 3
-    (rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{SIGNS}{BLANKS}",): PreTokenizerNames(
+    # OLMo 2, Phi 4, DBRX; Llama 3, with ignore_merges
+    (rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{SYMBOLS}{WHITESPACE}",): PreTokenizerNames(
         "smaug-bpe", "llama-bpe"
     ),
-    (rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{SIGNS}{BLANKS}",): PreTokenizerNames(
+    (rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{SYMBOLS}{WHITESPACE}",): PreTokenizerNames(
         "qwen2"
     ),  # Qwen 2, 2.5, 3; StableLM 2
     (
-        rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{BLANKS}",
+        rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{WHITESPACE}",
     ): PreTokenizerNames("qwen35"),
-    (rf"{ENGLISH}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+{BLANKS}",): PreTokenizerNames(
-        "seed-coder"
-    ),
-    (rf"{CASED[0]}|{CASED[1]}|\p{{N}}{CASED_SIGNS}{BLANKS}",): PreTokenizerNames(
+    (
+        rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+{WHITESPACE}",
+    ): PreTokenizerNames("seed-coder"),
+    (rf"{CASED[0]}|{CASED[1]}|\p{{N}}{CASED_SYMBOLS}{WHITESPACE}",): PreTokenizerNames(
         None, "tekken"
     ),  # Mistral Nemo and later
-    (rf"{CASED[0]}{ENGLISH}?|{CASED[1]}{ENGLISH}?|\p{{N}}{{1,3}}{CASED_SIGNS}{BLANKS}",): PreTokenizerNames("gpt-4o"),
+    (
+        rf"{CASED[0]}{CONTRACTIONS}?|{CASED[1]}{CONTRACTIONS}?|\p{{N}}{{1,3}}{CASED_SYMBOLS}{WHITESPACE}",
+    ): PreTokenizerNames("gpt-4o"),
     (PUNCTUATION, GPT2, r"\p{N}+", "[0-9][0-9][0-9]"): PreTokenizerNames("falcon"),
     (r"[\r\n]", DEEPSEEK_LETTERS, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", HAN, r"\p{N}"): PreTokenizerNames(
         "deepseek-llm"
@@ -76,28 +79,28 @@ PRE_TOKENIZERS: dict[tuple[str, ...], PreTokenizerNames] = {
         r"[!"
         + '"'
         + r"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
-        + BLANKS,
+        + WHITESPACE,
     ): PreTokenizerNames("deepseek-v3"),
 }
-# Names whose expressions in llama.cpp only come near, and how that shows.
-CASES = (
-    "llama.cpp tells capitals from small letters in ASCII alone, and cuts words at vowel signs and accents that are"
-    " characters of their own (Hindi); the tokenizer does otherwise"
+# Names whose expressions in llama.cpp differ slightly from the tokenizer's, and a note on the difference.
+LETTER_CASE_NOTE = (
+    "unlike the tokenizer, llama.cpp distinguishes upper and lower case in ASCII only, and splits words at vowel signs"
+    " and accents that are separate characters (Hindi)"
 )
 APPROXIMATE = {
-    "tekken": CASES,
-    "gpt-4o": CASES,
-    "deepseek-llm": "llama.cpp takes the ideographic blank (U+3000) for a blank, the tokenizer for a punctuation mark",
+    "tekken": LETTER_CASE_NOTE,
+    "gpt-4o": LETTER_CASE_NOTE,
+    "deepseek-llm": "llama.cpp treats the ideographic space (U+3000) as a space, the tokenizer as punctuation",
 }
 
 
-def is_byte_level(core: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer.json `core` cuts text into words of bytes, as GPT-2's."""
-    return any(step["type"] == "ByteLevel" for step in pipeline_steps(core["pre_tokenizer"]))
+def is_byte_level(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer is byte-level BPE, like GPT-2's."""
+    return any(step["type"] == "ByteLevel" for step in pipeline_steps(tokenizer_json["pre_tokenizer"]))
 
 
 def pipeline_steps(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """A section of a tokenizer.json, its sequences laid out flat."""
+    """Return the steps of a section of a tokenizer.json, with nested sequences flattened."""
     if section is None:
         return []
     if section["type"] != "Sequence":
@@ -105,78 +108,78 @@ def pipeline_steps(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]
     return [step for part in section.get("pretokenizers", section.get("normalizers")) for step in pipeline_steps(part)]
 
 
-def find_pre_tokenizer(core: Mapping[str, Any]) -> str:
-    """The name of the way that `core` cuts.
+def find_pre_tokenizer(tokenizer_json: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of the tokenizer's pre-tokenizer.
 
     Raises:
-        LoraError: it has none that is known here.
+        LoraError: llama.cpp is not known to have this pre-tokenizer.
     """
-    expressions = tuple(_expressions(core))
+    expressions = tuple(_expressions(tokenizer_json))
     names = PRE_TOKENIZERS.get(expressions)
     if names is None:
-        raise _unknown(core)
-    takes_whole = bool(core["model"].get("ignore_merges"))
-    name = names.whole if takes_whole else names.merging
+        raise _unknown_pre_tokenizer(tokenizer_json)
+    ignore_merges = bool(tokenizer_json["model"].get("ignore_merges"))
+    name = names.ignore_merges if ignore_merges else names.with_merges
     if name is None:
-        # Where merging a token's own bytes makes that token, taking it whole is the same.
-        if not merges_make_every_token(core):
-            raise _unknown(core)
-        name = names.merging or names.whole
+        # If merging reproduces every token, ignore_merges makes no difference.
+        if not merges_make_every_token(tokenizer_json):
+            raise _unknown_pre_tokenizer(tokenizer_json)
+        name = names.with_merges or names.ignore_merges
     assert name is not None
     return name
 
 
-def merges_make_every_token(core: Mapping[str, Any]) -> bool:
-    """Whether each token of the BPE tokenizer `core` is what merging its own letters makes, added ones aside."""
-    model = core["model"]
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    merging = models.BPE(vocab=model["vocab"], merges=[(left, right) for left, right in pairs], cache_capacity=0)
-    added = {entry["content"] for entry in core["added_tokens"]}
-    return all(len(merging.tokenize(token)) == 1 for token in model["vocab"] if token not in added)
+def merges_make_every_token(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Return whether merging the characters of each token of the BPE vocabulary gives that token; not of added ones."""
+    model = tokenizer_json["model"]
+    merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    bpe = models.BPE(vocab=model["vocab"], merges=[(left, right) for left, right in merges], cache_capacity=0)
+    added = {entry["content"] for entry in tokenizer_json["added_tokens"]}
+    return all(len(bpe.tokenize(token)) == 1 for token in model["vocab"] if token not in added)
 
 
-def _expressions(core: Mapping[str, Any]) -> Iterator[str]:
-    """The expressions that the steps apply."""
-    for step in pipeline_steps(core["pre_tokenizer"]):
+def _expressions(tokenizer_json: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the regular expressions of the steps, in normal form."""
+    for step in pipeline_steps(tokenizer_json["pre_tokenizer"]):
         match step:
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
                 yield GPT2
             case {"type": "ByteLevel", "add_prefix_space": False}:
-                continue  # only writes bytes as letters
-            case {"type": "Digits", "individual_digits": bool(alone)}:
-                yield r"\p{N}" if alone else r"\p{N}+"
+                continue  # only maps bytes to characters
+            case {"type": "Digits", "individual_digits": bool(individual)}:
+                yield r"\p{N}" if individual else r"\p{N}+"
             case {"type": "Punctuation", "behavior": "Contiguous"}:
                 yield PUNCTUATION
             case {"type": "Split", "pattern": {"Regex": str(expression)}, "behavior": "Isolated", "invert": False}:
-                yield _plain(expression)
-            # What it does not match goes; but it matches all there is.
+                yield _normal_form(expression)
+            # This step removes the text that does not match, but the expression matches all text.
             case {"type": "Split", "pattern": {"Regex": str(expression)}, "behavior": "Removed", "invert": True} if (
                 expression.endswith(r"|\s+")
             ):
-                yield _plain(expression)
+                yield _normal_form(expression)
             case _:
-                raise _unknown(core)
+                raise _unknown_pre_tokenizer(tokenizer_json)
 
 
-def _plain(expression: str) -> str:
-    """One way of writing what can be written in several.
+def _normal_form(expression: str) -> str:
+    r"""Return one spelling for equivalent expressions.
 
-    A quantifier that gives nothing back (`?+`, `++`) finds the same in these expressions, as what follows cannot match
-    what it took; and blanks up to the last line end are the same with one line end at their end as with several.
+    In these expressions possessive quantifiers (`?+`, `++`) match the same as plain ones, because the part after them
+    cannot match the same characters. `\s*[\r\n]` matches the same as `\s*[\r\n]+`, because `\s*` includes line ends.
     """
     expression = expression.replace("\r", r"\r").replace("\n", r"\n").replace("?+", "?").replace("++", "+")
-    for other in ENGLISH_TOO:
-        expression = expression.replace(other, ENGLISH)
+    for other in EQUIVALENT_CONTRACTIONS:
+        expression = expression.replace(other, CONTRACTIONS)
     return expression.replace(r"\s*[\r\n]|", r"\s*[\r\n]+|").replace(r"\p{N}{1}", r"\p{N}")
 
 
-def _unknown(core: Mapping[str, Any]) -> LoraError:
-    found = [
+def _unknown_pre_tokenizer(tokenizer_json: Mapping[str, Any]) -> LoraError:
+    steps = [
         step["type"] + (f" {pattern}" if (pattern := step.get("pattern", {}).get("Regex")) else "")
-        for step in pipeline_steps(core["pre_tokenizer"])
+        for step in pipeline_steps(tokenizer_json["pre_tokenizer"])
     ]
-    whole = ", words that are tokens taken whole" if core["model"].get("ignore_merges") else ""
+    ignore_merges = ", ignore_merges" if tokenizer_json["model"].get("ignore_merges") else ""
     return LoraError(
-        f"--to gguf: no way of cutting text into words that llama.cpp is known to have: {', '.join(found)}{whole}",
+        f"--to gguf: the tokenizer's pre-tokenizer is not supported by llama.cpp: {', '.join(steps)}{ignore_merges}",
         hint=USE_CONVERTER_HINT,
     )

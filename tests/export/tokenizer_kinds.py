@@ -1,4 +1,4 @@
-"""Small real tokenizers of each kind that llama.cpp tells apart, trained here on a few lines."""
+"""Small tokenizers of each kind (pre-tokenizer, normalizer) that llama.cpp distinguishes, trained on a few lines."""
 
 import json
 from typing import Any
@@ -16,7 +16,7 @@ LINES = [
     "  two   three    four\n\n\n\tindented\r\n\r\n  x =  1;\n\n 12 123 1234 12345",
 ] * 2
 
-# Sections `pre_tokenizer` as the families' tokenizer.json have them, written out: what is read is not what is written.
+# Sections `pre_tokenizer` of each family's tokenizer.json, written out: they do not come from the code under test.
 BYTES_ONLY = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -85,6 +85,7 @@ DEEPSEEK_V3 = sequence(
     ),
     BYTES_ONLY,
 )
+# By kind: the section `pre_tokenizer`, `ignore_merges`, and llama.cpp's name.
 BYTE_LEVEL: dict[str, tuple[dict[str, Any], bool, str]] = {
     "gpt2": (GPT2, False, "gpt-2"),
     "smollm": (sequence(DIGITS, GPT2), False, "smollm"),
@@ -102,25 +103,27 @@ BYTE_LEVEL: dict[str, tuple[dict[str, Any], bool, str]] = {
 }
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
-AT_BLANKS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+SPLIT_AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 
 
-def metaspace(scheme: str, *, cut: bool = False) -> dict[str, Any]:
-    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": cut}
+def metaspace(scheme: str, *, split_words: bool = False) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split_words}
 
 
-def byte_level(section: dict[str, Any], *, whole: bool = False, **names: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer with the section `pre_tokenizer`, trained with it."""
-    plain = json.loads(Tokenizer(models.BPE(ignore_merges=whole)).to_str())
-    core = Tokenizer.from_str(json.dumps({**plain, "pre_tokenizer": section}))
+def train_byte_level(
+    section: dict[str, Any], *, ignore_merges: bool = False, **options: Any
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer, trained with the section `pre_tokenizer`."""
+    empty = json.loads(Tokenizer(models.BPE(ignore_merges=ignore_merges)).to_str())
+    core = Tokenizer.from_str(json.dumps({**empty, "pre_tokenizer": section}))
     trainer = trainers.BpeTrainer(
         vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     core.train_from_iterator(LINES, trainer)
-    return dressed(core, **names)
+    return with_special_tokens(core, **options)
 
 
-def dressed(core: Tokenizer, *, bos: str | None = None, **names: Any) -> PreTrainedTokenizerFast:
+def with_special_tokens(core: Tokenizer, *, bos: str | None = None, **options: Any) -> PreTrainedTokenizerFast:
     special = [AddedToken(text, special=True, normalized=False) for text in ("<|im_start|>", "<|im_end|>")]
     core.add_special_tokens(special)
     core.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("</tool>", normalized=False)])
@@ -129,52 +132,56 @@ def dressed(core: Tokenizer, *, bos: str | None = None, **names: Any) -> PreTrai
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
         )
-    made = {"eos_token": "<|im_end|>", "bos_token": bos, "chat_template": CHATML, **names}
-    return PreTrainedTokenizerFast(tokenizer_object=core, **made)
+    options = {"eos_token": "<|im_end|>", "bos_token": bos, "chat_template": CHATML, **options}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **options)
 
 
-def sentencepiece(
-    normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None, *, complete: bool = True, **names: Any
+def train_sentencepiece(
+    normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None, *, all_merges: bool = True, **options: Any
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer on characters. With a normalizer, runs of blanks and line ends are added tokens, as Gemma's are.
+    """Return a SentencePiece BPE tokenizer. With a normalizer, runs of spaces and of newlines are added tokens (Gemma).
 
-    Where `complete`, any two tokens that make a token are a merge, as SentencePiece has it.
+    With `all_merges`, any two tokens that form a token are a merge, as in SentencePiece.
     """
     trained = Tokenizer(models.BPE())
     trained.train_from_iterator(
         [line.replace(" ", "▁") for line in LINES],
         trainers.BpeTrainer(vocab_size=500, show_progress=False, special_tokens=["<unk>", "<s>", "</s>", *BYTES]),
     )
-    plain = json.loads(trained.to_str())
-    held, merges = plain["model"]["vocab"], plain["model"]["merges"]
-    if complete:
+    tokenizer_json = json.loads(trained.to_str())
+    vocabulary, merges = tokenizer_json["model"]["vocab"], tokenizer_json["model"]["merges"]
+    if all_merges:
         runs = [letter * length for length in range(8, 1, -1) for letter in "▁\n" if normalizer]
         for run in runs:
-            held.setdefault(run, len(held))
-        made = [*runs, *(token for token in ("".join(merge) for merge in merges) if token not in runs)]
-        cuts = [[token[:at], token[at:]] for token in made for at in range(len(token) - 1, 0, -1)]
-        merges = [pair for pair in cuts if pair[0] in held and pair[1] in held]
-        added = plain["added_tokens"][0] | {"special": False, "normalized": False}
-        plain["added_tokens"] += [added | {"id": held[run], "content": run} for run in runs]
-    plain["model"] |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>", "merges": merges}
-    plain |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
-    plain["added_tokens"] = [token for token in plain["added_tokens"] if token["content"] not in BYTES]
-    return dressed(Tokenizer.from_str(json.dumps(plain)), unk_token="<unk>", **{"bos": "<s>", **names})
+            vocabulary.setdefault(run, len(vocabulary))
+        merged = [*runs, *(token for token in ("".join(merge) for merge in merges) if token not in runs)]
+        cuts = [[token[:at], token[at:]] for token in merged for at in range(len(token) - 1, 0, -1)]
+        merges = [pair for pair in cuts if pair[0] in vocabulary and pair[1] in vocabulary]
+        added = tokenizer_json["added_tokens"][0] | {"special": False, "normalized": False}
+        tokenizer_json["added_tokens"] += [added | {"id": vocabulary[run], "content": run} for run in runs]
+    tokenizer_json["model"] |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>", "merges": merges}
+    tokenizer_json |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
+    tokenizer_json["added_tokens"] = [
+        token for token in tokenizer_json["added_tokens"] if token["content"] not in BYTES
+    ]
+    core = Tokenizer.from_str(json.dumps(tokenizer_json))
+    return with_special_tokens(core, unk_token="<unk>", **{"bos": "<s>", **options})
 
 
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
-ON_CHARACTERS: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
+# By kind: the sections `normalizer` and `pre_tokenizer`.
+SENTENCEPIECE: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "llama2": (PREPEND, None),
-    "gemma": (REPLACE, AT_BLANKS),
+    "gemma": (REPLACE, SPLIT_AT_SPACES),
     "never": (None, metaspace("never")),
     "always": (None, metaspace("always")),
     "first": (None, metaspace("first")),
 }
-KINDS = [*BYTE_LEVEL, *ON_CHARACTERS]
+KINDS = [*BYTE_LEVEL, *SENTENCEPIECE]
 
 
-def make(kind: str, **names: Any) -> PreTrainedTokenizerFast:
+def make_tokenizer(kind: str, **options: Any) -> PreTrainedTokenizerFast:
     if kind in BYTE_LEVEL:
-        section, whole, _ = BYTE_LEVEL[kind]
-        return byte_level(section, whole=whole, **names)
-    return sentencepiece(*ON_CHARACTERS[kind], **names)
+        section, ignore_merges, _ = BYTE_LEVEL[kind]
+        return train_byte_level(section, ignore_merges=ignore_merges, **options)
+    return train_sentencepiece(*SENTENCEPIECE[kind], **options)
