@@ -1,9 +1,9 @@
-"""A LoRA as a GGUF adapter is the adapter: over the base in GGUF, llama.cpp computes what PEFT does."""
+"""GGUF export of LoRA adapters: with the base in GGUF, llama.cpp gives the same outputs as PEFT."""
 
 from pathlib import Path
 from typing import Any
 
-import gguf as library
+import gguf
 import pytest
 import torch
 
@@ -20,21 +20,21 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-def with_adapter(found: ExportSource, folder: Path, **given: Any) -> ExportSource:
-    """`found` with an adapter that changes it well."""
-    base = model(found.name, vocabulary=found.config.vocab_size)
-    zoo.adapted(base, **given).save_pretrained(folder)
-    return found._replace(adapter=folder)
+def with_adapter(source: ExportSource, folder: Path, **adapter_options: Any) -> ExportSource:
+    """Return `source` with an adapter that changes its outputs clearly."""
+    base = model(source.name, vocabulary=source.config.vocab_size)
+    zoo.adapted(base, **adapter_options).save_pretrained(folder)
+    return source._replace(adapter=folder)
 
 
-def checks(found: ExportSource, file: Path, over: Path, form: str = "f32") -> dict[str, Check]:
-    gguf_adapter.refuse(found, options(form, over=over))
-    gguf_adapter.write(found, file, options(form, over=over))
-    return {check.name: check for check in gguf_adapter.prove(found, file, options(form, over=over))}
+def checks(source: ExportSource, file: Path, over: Path, quantize: str = "f32") -> dict[str, Check]:
+    gguf_adapter.refuse(source, options(quantize, over=over))
+    gguf_adapter.write(source, file, options(quantize, over=over))
+    return {check.name: check for check in gguf_adapter.prove(source, file, options(quantize, over=over))}
 
 
 @pytest.mark.parametrize(
-    ("family", "given"),
+    ("family", "adapter_options"),
     [
         ("llama", {}),
         ("llama", {"method": "rslora", "alpha_pattern": {"q_proj": 2}, "rank_pattern": {"up_proj": 2}}),
@@ -45,15 +45,17 @@ def checks(found: ExportSource, file: Path, over: Path, form: str = "f32") -> di
     ],
     ids=["llama", "patterns", "falcon", "gpt2", "phi3", "gemma2"],
 )
-def test_it_is_the_adapter_over_the_base_in_gguf(family: str, given: dict[str, Any], tmp_path: Path):
+def test_the_adapter_passes_its_checks_on_the_base_in_gguf(
+    family: str, adapter_options: dict[str, Any], tmp_path: Path
+):
     base = subject(family, tmp_path / "model")
     gguf_model.write(base, tmp_path / "base.gguf", options("f32"))
-    found = with_adapter(base, tmp_path / "adapter", **given)
-    made = checks(found, tmp_path / "out.gguf", tmp_path / "base.gguf")
-    assert {name for name, check in made.items() if not check.passed} == set(), made
-    # And it does something: without it, the base is another model.
-    bare = {check.name: check for check in gguf_model.prove(found, tmp_path / "base.gguf", options("f32"))}
-    assert not bare["distribution"].passed
+    source = with_adapter(base, tmp_path / "adapter", **adapter_options)
+    results = checks(source, tmp_path / "out.gguf", tmp_path / "base.gguf")
+    assert {name for name, check in results.items() if not check.passed} == set(), results
+    # The adapter has an effect: without it, the output check fails.
+    without_adapter = {check.name: check for check in gguf_model.prove(source, tmp_path / "base.gguf", options("f32"))}
+    assert not without_adapter["distribution"].passed
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +66,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportSource, Path]
     return base, folder / "base.gguf"
 
 
-def test_a_lost_scale_is_found_out(llama: tuple[ExportSource, Path], tmp_path: Path):
+def test_a_wrong_scale_fails_the_checks(llama: tuple[ExportSource, Path], tmp_path: Path):
     base, over = llama
-    found = with_adapter(base, tmp_path / "adapter")
-    gguf_adapter.write(found, tmp_path / "out.gguf", options(over=over))
+    source = with_adapter(base, tmp_path / "adapter")
+    gguf_adapter.write(source, tmp_path / "out.gguf", options(over=over))
     stronger = with_adapter(base, tmp_path / "stronger", alpha=16.0)
-    made = {check.name: check for check in gguf_adapter.prove(stronger, tmp_path / "out.gguf", options(over=over))}
-    assert not made["tensors"].passed
-    assert not made["distribution"].passed
+    results = {check.name: check for check in gguf_adapter.prove(stronger, tmp_path / "out.gguf", options(over=over))}
+    assert not results["tensors"].passed
+    assert not results["distribution"].passed
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("adapter_options", "message"),
     [
         ({"method": "dora"}, "DoRA"),
         ({"method": "ia3"}, "method ia3"),
@@ -83,34 +85,34 @@ def test_a_lost_scale_is_found_out(llama: tuple[ExportSource, Path], tmp_path: P
         ({"bias": "all"}, "bias: all"),
     ],
 )
-def test_what_llama_cpp_has_no_place_for_is_refused(
-    given: dict[str, Any], says: str, llama: tuple[ExportSource, Path], tmp_path: Path
+def test_adapters_that_llama_cpp_does_not_support_are_refused(
+    adapter_options: dict[str, Any], message: str, llama: tuple[ExportSource, Path], tmp_path: Path
 ):
-    found = with_adapter(llama[0], tmp_path / "adapter", **given)
-    with pytest.raises(LoraError, match=says) as refusal:
-        gguf_adapter.refuse(found, options())
+    source = with_adapter(llama[0], tmp_path / "adapter", **adapter_options)
+    with pytest.raises(LoraError, match=message) as refusal:
+        gguf_adapter.refuse(source, options())
     assert "--to gguf" in str(refusal.value.hint)
 
 
 def test_another_base_is_refused(llama: tuple[ExportSource, Path], tmp_path: Path):
-    found = with_adapter(llama[0], tmp_path / "adapter")
+    source = with_adapter(llama[0], tmp_path / "adapter")
     other = subject("llama", tmp_path / "other", intermediate_size=96)
     gguf_model.write(other, tmp_path / "other.gguf", options("f32"))
     with pytest.raises(LoraError, match=r"blk\.0\.ffn"):
-        gguf_adapter.refuse(found, options(over=tmp_path / "other.gguf"))
+        gguf_adapter.refuse(source, options(over=tmp_path / "other.gguf"))
     another = subject("qwen2", tmp_path / "another")
     gguf_model.write(another, tmp_path / "another.gguf", options("f32"))
     with pytest.raises(LoraError, match="architecture is qwen2"):
-        gguf_adapter.refuse(found, options(over=tmp_path / "another.gguf"))
+        gguf_adapter.refuse(source, options(over=tmp_path / "another.gguf"))
     (tmp_path / "none.gguf").write_bytes(b"no")
-    with pytest.raises(LoraError, match="no GGUF file"):
-        gguf_adapter.refuse(found, options(over=tmp_path / "none.gguf"))
+    with pytest.raises(LoraError, match="not a GGUF file"):
+        gguf_adapter.refuse(source, options(over=tmp_path / "none.gguf"))
 
 
-def test_the_file_says_what_it_is(llama: tuple[ExportSource, Path], tmp_path: Path):
-    found = with_adapter(llama[0], tmp_path / "adapter")
-    gguf_adapter.write(found, tmp_path / "out.gguf", options())
-    fields = library.GGUFReader(str(tmp_path / "out.gguf")).fields
+def test_the_metadata_of_the_file(llama: tuple[ExportSource, Path], tmp_path: Path):
+    source = with_adapter(llama[0], tmp_path / "adapter")
+    gguf_adapter.write(source, tmp_path / "out.gguf", options())
+    fields = gguf.GGUFReader(str(tmp_path / "out.gguf")).fields
     assert fields["general.type"].contents() == "adapter"
     assert fields["adapter.type"].contents() == "lora"
     assert fields["adapter.lora.alpha"].contents() == 8.0

@@ -1,1 +1,1 @@
-"""GGUF exports for llama.cpp: whole models and LoRA adapters, with their proof."""
+"""GGUF export for llama.cpp: full models and LoRA adapters, and their verification."""

@@ -1,9 +1,8 @@
-"""llama.cpp in a process of its own: it aborts on what it does not like, and would take this one along. No torch.
+"""Run a GGUF file in llama.cpp's HTTP server, in a child process: an abort of llama.cpp ends only the child. No torch.
 
-The child holds xllamacpp's server, which listens on the loopback interface at a port of the system's choice; the
-parent asks it what llama.cpp's own HTTP clients ask. Attention is computed plainly and the cache kept in fp32, so that
-what differs from transformers is the file's weights and nothing else. Run on the CPU alone: never on a GPU by this
-project.
+The child runs xllamacpp's server, which listens on a free port of the loopback interface. The parent sends the requests
+of llama.cpp's HTTP API. Flash attention is off and the key/value cache is in fp32, so that differences from
+transformers come from the file's weights only. Runs on the CPU only: this project never ran it on a GPU.
 """
 
 import json
@@ -23,94 +22,115 @@ from numpy.typing import NDArray
 
 from lora_cli.errors import LoraError
 
-ANSWER_TIMEOUT_S = 600  # seconds without an answer after which llama.cpp is given up
+ANSWER_TIMEOUT_S = 600  # seconds to wait for an answer of llama.cpp
 
 
 class LlamaCpp:
-    """A model that llama.cpp has loaded."""
+    """HTTP client of a model that llama.cpp has loaded."""
 
-    def __init__(self, address: str, vocabulary: int) -> None:
-        self._address, self._vocabulary = address, vocabulary
+    def __init__(self, address: str, vocab_size: int) -> None:
+        self._address, self._vocab_size = address, vocab_size
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Ids of `text` in which special tokens are read as such; `add_special` as llama.cpp adds BOS and EOS."""
-        asked = {"content": text, "add_special": add_special, "parse_special": True}
-        tokens: list[int] = self._post("/tokenize", asked)["tokens"]
+        """Return the token ids of `text`; texts of special tokens become those tokens.
+
+        Args:
+            text: the text.
+            add_special: whether llama.cpp adds BOS and EOS as the file's metadata requests.
+
+        Raises:
+            LoraError: llama.cpp rejects the request.
+        """
+        body = {"content": text, "add_special": add_special, "parse_special": True}
+        tokens: list[int] = self._post("/tokenize", body)["tokens"]
         return tokens
 
     def chat_prompt(self, chat: Sequence[Mapping[str, str]]) -> str:
-        """The prompt that the file's chat template makes of `chat`, up to where the assistant begins.
+        """Return `chat` rendered by the file's chat template, with the generation prompt.
 
         Raises:
-            LoraError: the template refuses it.
+            LoraError: the template rejects the chat.
         """
         prompt: str = self._post("/apply-template", {"messages": list(chat), "add_generation_prompt": True})["prompt"]
         return prompt
 
     def logprobs(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        """Log-probabilities (vocabulary,) of the token after `tokens`, in nats."""
-        # They are of the logits as computed, whatever is sampled; but a token that ends generation, or is part of a
-        # character, would come without any.
-        plain = self.tokenize("a")[-1]
-        answer = self._complete(tokens, 1, n_probs=self._vocabulary, logit_bias=[[plain, 10_000.0]])
-        found = np.full(self._vocabulary, -np.inf)
-        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-            found[entry["id"]] = entry["logprob"]
-        return found
+        """Return the log-probabilities `[vocab_size]` fp64 of the token after `tokens`, in nats.
 
-    def continue_greedily(self, tokens: Sequence[int], *, longest: int) -> tuple[tuple[int, ...], bool]:
-        """The most likely token after `tokens`, again and again, up to `longest` or a token that ends generation.
-
-        Returns the tokens, without that one, and whether it came.
+        Raises:
+            LoraError: llama.cpp rejects the request.
         """
-        answer = self._complete(tokens, longest)
+        # They are computed before the bias and sampling. But llama.cpp reports none for a token that ends generation or
+        # is a part of a character: the bias makes it choose a plain letter.
+        letter = self.tokenize("a")[-1]
+        answer = self._complete(tokens, 1, n_probs=self._vocab_size, logit_bias=[[letter, 10_000.0]])
+        logprobs = np.full(self._vocab_size, -np.inf)
+        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+            logprobs[entry["id"]] = entry["logprob"]
+        return logprobs
+
+    def continue_greedily(self, tokens: Sequence[int], *, max_new_tokens: int) -> tuple[tuple[int, ...], bool]:
+        """Return the greedy continuation of `tokens` without its EOS token, and whether it ended with EOS.
+
+        Args:
+            tokens: ids of the prompt.
+            max_new_tokens: length limit of the continuation.
+
+        Raises:
+            LoraError: llama.cpp rejects the request.
+        """
+        answer = self._complete(tokens, max_new_tokens)
         stopped = answer["stop_type"] == "eos"
         return tuple(answer["tokens"][:-1] if stopped else answer["tokens"]), stopped
 
     def stops_at(self, token: int, *, after: Sequence[int]) -> bool:
-        """Whether generation ends where `token` comes; it is made to come after the tokens `after`."""
+        """Return whether generation ends at `token`, which a bias forces to follow the tokens `after`.
+
+        Raises:
+            LoraError: llama.cpp rejects the request.
+        """
         answer = self._complete(after, 2, logit_bias=[[token, 10_000.0]])
         return (answer["stop_type"], answer["tokens"]) == ("eos", [token])
 
-    def _complete(self, tokens: Sequence[int], longest: int, **more: object) -> dict[str, Any]:
-        asked = {
-            "prompt": list(tokens), "n_predict": longest, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-            "repeat_penalty": 1.0, "cache_prompt": False, "return_tokens": True, **more,
+    def _complete(self, tokens: Sequence[int], max_new_tokens: int, **options: object) -> dict[str, Any]:
+        body = {
+            "prompt": list(tokens), "n_predict": max_new_tokens, "temperature": 0.0, "top_k": 0, "top_p": 1.0,
+            "min_p": 0.0, "repeat_penalty": 1.0, "cache_prompt": False, "return_tokens": True, **options,
         }  # fmt: skip
-        return self._post("/completion", asked)
+        return self._post("/completion", body)
 
     def _post(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
         request = urllib.request.Request(
             self._address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
-                found: dict[str, Any] = json.load(answer)
+            with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT_S) as response:
+                answer: dict[str, Any] = json.load(response)
         except urllib.error.HTTPError as reason:
-            said = json.load(reason).get("error", {}).get("message", str(reason))
-            raise LoraError(f"llama.cpp refuses: {' '.join(str(said).split())}", exit_code=1) from reason
-        return found
+            message = json.load(reason).get("error", {}).get("message", str(reason))
+            raise LoraError(f"llama.cpp rejects the request: {' '.join(str(message).split())}", exit_code=1) from reason
+        return answer
 
 
 @contextmanager
 def run_llama_cpp(
-    model: Path, *, vocabulary: int, context: int = 2048, adapter: Path | None = None
+    model: Path, *, vocab_size: int, context_length: int = 2048, adapter: Path | None = None
 ) -> Iterator[LlamaCpp]:
-    """The GGUF file `model` in llama.cpp, with the LoRA in the GGUF file `adapter`.
+    """Load the GGUF file `model` in a llama.cpp server; the server ends with the context.
 
     Args:
-        model: a whole model.
-        vocabulary: number of its tokens.
-        context: positions to keep room for.
-        adapter: applied at scale 1.
+        model: GGUF file of a full model.
+        vocab_size: rows of its embeddings, in tokens.
+        context_length: size of the key/value cache, in tokens.
+        adapter: GGUF file of a LoRA, applied at scale 1.
 
     Raises:
-        LoraError: llama.cpp cannot load it; says what it said last.
+        LoraError: llama.cpp cannot load the model; the message contains llama.cpp's first error.
     """
-    words = [str(model), str(context), *([str(adapter)] if adapter else [])]
+    arguments = [str(model), str(context_length), *([str(adapter)] if adapter else [])]
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "lora_cli.export.gguf.llama_cpp_server", *words],
+            [sys.executable, "-m", "lora_cli.export.gguf.llama_cpp_server", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
         assert child.stdin is not None
@@ -120,11 +140,11 @@ def run_llama_cpp(
             if address is None:
                 child.wait()
                 log.seek(0)
-                raise LoraError(f"llama.cpp cannot load {model.name}: {_cause(log.read())}", exit_code=1)
-            yield LlamaCpp(address, vocabulary)
+                raise LoraError(f"llama.cpp cannot load {model.name}: {_first_error(log.read())}", exit_code=1)
+            yield LlamaCpp(address, vocab_size)
         finally:
             child.stdin.close()
-            child.kill()  # it holds nothing that has to be put away
+            child.kill()  # the server has nothing to save
             child.wait()
             child.stdout.close()
 
@@ -132,30 +152,30 @@ def run_llama_cpp(
 _READY = "listening on "
 
 
-def _cause(log: str) -> str:
-    """The first line that tells of an error: those after it tell what failed for it."""
+def _first_error(log: str) -> str:
+    """Return the first line that reports an error: the lines after it only report its consequences."""
     lines = [" ".join(line.split()) for line in log.splitlines() if line.strip()]
-    telling = [line for line in lines if any(word in line.lower() for word in ("error", "assert", "fail"))]
-    found = (telling or lines[-1:] or ["it says nothing"])[0]
-    return re.sub(r"^[\d.]+ E ", "", found)[:300]
+    errors = [line for line in lines if any(word in line.lower() for word in ("error", "assert", "fail"))]
+    line = (errors or lines[-1:] or ["its log is empty"])[0]
+    return re.sub(r"^[\d.]+ E ", "", line)[:300]
 
 
-def _serve(model: str, context: str, adapter: str | None = None) -> None:
-    """What the child does: load, tell where it listens, and stay until the parent goes."""
+def _serve(model: str, context_length: str, adapter: str | None = None) -> None:
+    """Run the server in the child process: load the model, print the address, and exit when the parent exits."""
     import xllamacpp
 
-    options = xllamacpp.CommonParams()
-    options.model.path = model
-    options.n_ctx = int(context)
-    options.n_parallel = 1
-    options.warmup = False
-    options.fit_params = False
-    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    options.use_jinja = True
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_ctx = int(context_length)
+    params.n_parallel = 1
+    params.warmup = False
+    params.fit_params = False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.use_jinja = True
     if adapter is not None:
-        options.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
-    server = xllamacpp.Server(options)
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+    server = xllamacpp.Server(params)
     print(_READY + server.listening_address, flush=True)
     sys.stdin.read()
 

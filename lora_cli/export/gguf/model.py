@@ -1,9 +1,9 @@
-"""`--to gguf`: the whole model in one file for llama.cpp and what is built on it."""
+"""Export format `--to gguf`: the full model as one GGUF file, for llama.cpp and programs built on it."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf as library
+import gguf
 
 from lora_cli.errors import LoraError
 from lora_cli.export import reference
@@ -22,84 +22,101 @@ DEFAULT_QUANTIZATION = "f16"
 
 
 def quantization_of(options: ExportOptions) -> GGUFQuantization:
-    """What `--quantize` names.
+    """Return the quantization that `--quantize` names.
 
     Raises:
-        LoraError: nothing that can be written here.
+        LoraError: this format does not support it.
     """
     name = options.quantize or DEFAULT_QUANTIZATION
     if name not in GGUF_QUANTIZATIONS:
         raise LoraError(
-            f"--quantize {name} is none that is written here; what is: {', '.join(GGUF_QUANTIZATIONS)}",
-            hint="for K-quants write f16, and let llama.cpp make them: llama-quantize IN.gguf OUT.gguf Q4_K_M",
+            f"--quantize {name} is not supported; use one of {', '.join(GGUF_QUANTIZATIONS)}",
+            hint="for K-quants export f16, then use llama.cpp's tool: llama-quantize IN.gguf OUT.gguf Q4_K_M",
         )
     return GGUF_QUANTIZATIONS[name]
 
 
-def refuse(subject: ExportSource, options: ExportOptions) -> None:
-    """Architecture, computation, tokenizer and form, before any weight is read."""
+def refuse(source: ExportSource, options: ExportOptions) -> None:
+    """Check quantization, task, architecture, config and tokenizer before any weight is read.
+
+    Raises:
+        LoraError: one of them is not supported.
+    """
     quantization_of(options)
-    if subject.task != "causal-lm":
+    if source.task != "causal-lm":
         raise LoraError(
-            f"--to gguf: a {subject.task} model: llama.cpp runs language models",
+            f"--to gguf: {source.task} models are not supported, only causal language models",
             hint="use --to onnx or --to safetensors",
         )
-    architectures.find_architecture(subject.config)
-    _vocabulary(subject)
+    architectures.find_architecture(source.config)
+    _convert_tokenizer(source)
 
 
-def write(subject: ExportSource, out: Path, options: ExportOptions) -> None:
-    """The file `out`."""
-    form = quantization_of(options)
-    tensors = plan_tensors(subject.model, subject.config, form)
-    words = _vocabulary(subject)
-    architecture = architectures.find_architecture(subject.config)
+def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
+    """Write the GGUF file `out`.
 
-    def describe(writer: library.GGUFWriter) -> None:
-        writer.add_type(library.GGUFType.MODEL)
-        writer.add_name(Path(subject.name).name)
-        writer.add_file_type(form.file_type)
-        if form.bits < 16:
-            writer.add_quantization_version(library.GGML_QUANT_VERSION)
-        for name, value in architectures.hyperparameters(subject.config, architecture):
+    Raises:
+        LoraError: the model, its tokenizer or a value of its weights cannot be written.
+    """
+    quantization = quantization_of(options)
+    tensors = plan_tensors(source.base, quantization)
+    vocabulary = _convert_tokenizer(source)
+    architecture = architectures.find_architecture(source.config)
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(Path(source.name).name)
+        writer.add_file_type(quantization.file_type)
+        if quantization.bits < 16:
+            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for name, value in architectures.hyperparameters(source.config, architecture):
             getattr(writer, f"add_{name}")(value)
-        tokenizer.add_to_writer(words, writer)
+        tokenizer.add_to_writer(vocabulary, writer)
 
-    write_gguf(out, tensors, arch=library.MODEL_ARCH_NAMES[architecture.arch], describe=describe)
+    write_gguf(out, tensors, arch=gguf.MODEL_ARCH_NAMES[architecture.arch], describe=describe)
 
 
-def prove(subject: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
-    """Read back by the `gguf` package, and run by llama.cpp."""
-    form = quantization_of(options)
-    yield check_tensors(subject, out, form)
-    words = _vocabulary(subject)
-    for note in (*architectures.notes(subject.config, architectures.find_architecture(subject.config)), *words.notes):
+def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+    """Yield the checks: tensors read back by the `gguf` package, and outputs of llama.cpp.
+
+    Raises:
+        LoraError: llama.cpp cannot load the file.
+    """
+    quantization = quantization_of(options)
+    yield check_tensors(source, out, quantization)
+    vocabulary = _convert_tokenizer(source)
+    architecture = architectures.find_architecture(source.config)
+    for note in (*architectures.notes(source.config, architecture), *vocabulary.notes):
         yield Check("note", True, note)
     if options.runtime:
-        size = subject.config.get_text_config().vocab_size
-        with llama_cpp_server.run_llama_cpp(out, vocabulary=size, context=verify.context_length(subject)) as runtime:
-            yield from verify.check_tokens(subject, runtime, words.end_of_turn)
-            yield from verify.check_outputs(subject, reference.ReferenceModel(subject), runtime, form)
+        vocab_size = source.config.get_text_config().vocab_size
+        with llama_cpp_server.run_llama_cpp(
+            out, vocab_size=vocab_size, context_length=verify.context_length(source)
+        ) as runtime:
+            yield from verify.check_tokens(source, runtime, vocabulary.eos_ids)
+            yield from verify.check_outputs(source, reference.ReferenceModel(source), runtime, quantization)
 
 
-def usage(subject: ExportSource, out: Path, options: ExportOptions) -> list[str]:
-    """How llama.cpp runs it."""
+def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
+    """Return the commands that run the file in llama.cpp."""
     return [f"llama-cli -m {out} --jinja", f"llama-server -m {out} --jinja"]
 
 
-def check_tensors(subject: ExportSource, out: Path, form: GGUFQuantization) -> Check:
-    """Every tensor of the file against the source, within what its format rounds."""
-    tensors = plan_tensors(subject.model, subject.config, form)
-    off = list(mismatched_tensors(library.GGUFReader(str(out)), tensors))
-    kinds: dict[str, int] = {}
-    for placed in tensors:
-        kinds[placed.type.name] = kinds.get(placed.type.name, 0) + 1
-    held = ", ".join(f"{count} {name}" for name, count in kinds.items())
-    said = f"{len(tensors)} tensors read back, each within its format's rounding of the source ({held})"
-    if off:
-        said = f"{len(off)} of {len(tensors)} tensors are others: {off[0][0]} {off[0][1]}"
-    return Check("tensors", not off, said, {"tensors": len(tensors), "strayed": len(off), **kinds})
+def check_tensors(source: ExportSource, out: Path, quantization: GGUFQuantization) -> Check:
+    """Compare every tensor of the file with the source, within the rounding error of its type."""
+    tensors = plan_tensors(source.base, quantization)
+    mismatched = list(mismatched_tensors(gguf.GGUFReader(str(out)), tensors))
+    types: dict[str, int] = {}
+    for tensor in tensors:
+        types[tensor.type.name] = types.get(tensor.type.name, 0) + 1
+    counts = ", ".join(f"{count} {name}" for name, count in types.items())
+    text = (
+        f"{len(tensors)} tensors read back, each equal to its source within the rounding error of its type ({counts})"
+    )
+    if mismatched:
+        text = f"{len(mismatched)} of {len(tensors)} tensors differ: {mismatched[0][0]} {mismatched[0][1]}"
+    return Check("tensors", not mismatched, text, {"tensors": len(tensors), "strayed": len(mismatched), **types})
 
 
-def _vocabulary(subject: ExportSource) -> GGUFVocabulary:
-    return tokenizer.convert_tokenizer(subject.tokenizer, subject.config, generation_eos=reference.eos_ids(subject))
+def _convert_tokenizer(source: ExportSource) -> GGUFVocabulary:
+    return tokenizer.convert_tokenizer(source.tokenizer, source.config, generation_eos=reference.eos_ids(source))

@@ -1,7 +1,7 @@
-"""A checkpoint's tensors on their way into a GGUF file, one after the other, and back out of it.
+"""Quantize a safetensors checkpoint's tensors into a GGUF file, one at a time, and compare the file with its source.
 
-Block formats round a value to a multiple of its block's step; how far that may take it is derived here from the
-source, not from what was written.
+Block quantization rounds each value to a multiple of its block's step. The allowed rounding error is derived here from
+the source weights, not from the written file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 from lora_cli.errors import LoraError
 from lora_cli.export.gguf import architectures
 from lora_cli.export.gguf.architectures import Architecture
-from lora_cli.model import base_model, safetensors_io
+from lora_cli.model import safetensors_io
+from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.safetensors_io import TensorInfo
 
 Array = NDArray[np.float32]
@@ -27,27 +28,27 @@ F16_MAX = 65504.0
 
 
 class GGUFQuantization(NamedTuple):
-    """What `--quantize` names."""
+    """A choice of `--quantize`, and how much its rounding may change the model's outputs."""
 
     type: GGMLQuantizationType
     file_type: LlamaFileType
     bits: int
-    kl: float  # nats that the next token's distribution may be off on average, against the source in fp32
-    tie: float  # nats between two tokens below which rounding may choose either; 0 where text is not held equal
+    max_kl: float  # nats: largest mean KL divergence of the next token's distribution from the source in fp32
+    tie_nats: float  # log-probability difference of two tokens that counts as a tie; 0: generated text is not judged
 
 
 Q, L = GGMLQuantizationType, LlamaFileType
 GGUF_QUANTIZATIONS: dict[str, GGUFQuantization] = {
-    "f32": GGUFQuantization(Q.F32, L.ALL_F32, 32, kl=1e-5, tie=1e-3),
-    "f16": GGUFQuantization(Q.F16, L.MOSTLY_F16, 16, kl=1e-3, tie=0.02),
-    "bf16": GGUFQuantization(Q.BF16, L.MOSTLY_BF16, 16, kl=5e-3, tie=0.1),
-    "q8_0": GGUFQuantization(Q.Q8_0, L.MOSTLY_Q8_0, 8, kl=0.02, tie=0),
-    "q5_1": GGUFQuantization(Q.Q5_1, L.MOSTLY_Q5_1, 5, kl=0.2, tie=0),
-    "q5_0": GGUFQuantization(Q.Q5_0, L.MOSTLY_Q5_0, 5, kl=0.2, tie=0),
-    "q4_1": GGUFQuantization(Q.Q4_1, L.MOSTLY_Q4_1, 4, kl=0.5, tie=0),
-    "q4_0": GGUFQuantization(Q.Q4_0, L.MOSTLY_Q4_0, 4, kl=0.5, tie=0),
+    "f32": GGUFQuantization(Q.F32, L.ALL_F32, 32, max_kl=1e-5, tie_nats=1e-3),
+    "f16": GGUFQuantization(Q.F16, L.MOSTLY_F16, 16, max_kl=1e-3, tie_nats=0.02),
+    "bf16": GGUFQuantization(Q.BF16, L.MOSTLY_BF16, 16, max_kl=5e-3, tie_nats=0.1),
+    "q8_0": GGUFQuantization(Q.Q8_0, L.MOSTLY_Q8_0, 8, max_kl=0.02, tie_nats=0),
+    "q5_1": GGUFQuantization(Q.Q5_1, L.MOSTLY_Q5_1, 5, max_kl=0.2, tie_nats=0),
+    "q5_0": GGUFQuantization(Q.Q5_0, L.MOSTLY_Q5_0, 5, max_kl=0.2, tie_nats=0),
+    "q4_1": GGUFQuantization(Q.Q4_1, L.MOSTLY_Q4_1, 4, max_kl=0.5, tie_nats=0),
+    "q4_0": GGUFQuantization(Q.Q4_0, L.MOSTLY_Q4_0, 4, max_kl=0.5, tie_nats=0),
 }
-# Steps from a block's end to the other (or to zero), steps that a value may be off, and the largest multiple.
+# Steps in a block's range (or from zero to its largest value), largest error in steps, largest multiple of the step.
 BLOCK_STEPS = {
     Q.Q8_0: (127, 0.5, 127),
     Q.Q5_1: (31, 0.5, 31),
@@ -55,194 +56,196 @@ BLOCK_STEPS = {
     Q.Q4_1: (15, 0.5, 15),
     Q.Q4_0: (8, 1.0, 8),
 }
-# The two ends of the model are felt most, and llama.cpp's own quantizer keeps them finer as well.
+# Rounding these two changes the outputs most; llama.cpp's own quantizer keeps them at higher precision too.
 EMBEDDINGS_AND_HEAD = ("token_embd.weight", "output.weight")
-SKIPPED_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints hold
+SKIPPED_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # in old checkpoints
 
 
 class GGUFTensor(NamedTuple):
-    """One tensor of the file, and what it is made of."""
+    """One tensor of the GGUF file, and how it is computed from its source."""
 
     name: str
     source: TensorInfo | Array
     type: GGMLQuantizationType
-    shape: tuple[int, ...]  # as torch has it: rows first
-    rows: NDArray[np.int64] | None = None
-    turned: bool = False
-    plus: float = 0.0
+    shape: tuple[int, ...]  # in torch's order: rows first
+    rows: NDArray[np.int64] | None = None  # `[rows]`, for each row in GGUF its row in the source; None: same order
+    transposed: bool = False
+    offset: float = 0.0  # added to each value
 
     def values(self, files: safetensors_io.ShardFiles) -> Array:
-        """The source in fp32, laid out as llama.cpp has it."""
-        found = self.source if isinstance(self.source, np.ndarray) else read_tensor(self.source, files)
-        if self.turned:
-            found = found.T
+        """Return the source as `shape` fp32, in llama.cpp's layout."""
+        values = self.source if isinstance(self.source, np.ndarray) else read_tensor(self.source, files)
+        if self.transposed:
+            values = values.T
         if self.rows is not None:
-            found = found[self.rows]
-        return np.ascontiguousarray(found + np.float32(self.plus) if self.plus else found)
+            values = values[self.rows]
+        return np.ascontiguousarray(values + np.float32(self.offset) if self.offset else values)
 
 
-def read_tensor(stored: TensorInfo, files: safetensors_io.ShardFiles) -> Array:
-    """A tensor of a safetensors file, in fp32."""
-    held = torch.empty(stored.shape, dtype=stored.dtype)
-    files.read(stored.file, safetensors_io.as_bytes(held), stored.begin)
-    values: Array = held.float().numpy()
+def read_tensor(info: TensorInfo, files: safetensors_io.ShardFiles) -> Array:
+    """Return a tensor of a safetensors file as `info.shape` fp32."""
+    stored = torch.empty(info.shape, dtype=info.dtype)
+    files.read(info.file, safetensors_io.as_bytes(stored), info.begin)
+    values: Array = stored.float().numpy()
     return values
 
 
-def plan_tensors(folder: Path, config: PretrainedConfig, form: GGUFQuantization) -> list[GGUFTensor]:
-    """Every tensor of the model in `folder`, and where it goes.
+def plan_tensors(base: BaseCheckpoint, quantization: GGUFQuantization) -> list[GGUFTensor]:
+    """Return every tensor of the model in the folder of `base` with its GGUF name, type and layout.
 
     Raises:
-        LoraError: a tensor that the architecture has no place for, or one that it needs and the folder lacks.
+        LoraError: llama.cpp has no name for a tensor of the folder, or the folder lacks one that the model needs.
     """
+    folder, config = Path(base.source.path), base.config
     architecture = architectures.find_architecture(config)
     stored = safetensors_io.list_tensors(folder)
     names = tensor_names(config, architecture)
-    found: list[GGUFTensor] = []
+    tensors: list[GGUFTensor] = []
     for name, values in architectures.extra_tensors(config):
-        found.append(GGUFTensor(name, values, Q.F32, values.shape))
+        tensors.append(GGUFTensor(name, values, Q.F32, values.shape))
     tied = bool(config.get_text_config().tie_word_embeddings)
-    for key, tensor in stored.items():
+    for key, info in stored.items():
         if key.endswith(SKIPPED_BUFFERS) or (tied and key == "lm_head.weight"):
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise LoraError(
-                f"{folder}: llama.cpp's {gguf.MODEL_ARCH_NAMES[architecture.arch]} has no place for {key}",
-                hint="llama.cpp's own converter may: python convert_hf_to_gguf.py MODEL --outfile OUT.gguf",
+                f"{folder}: llama.cpp's {gguf.MODEL_ARCH_NAMES[architecture.arch]} has no tensor for {key}",
+                hint="llama.cpp's own converter may support it: python convert_hf_to_gguf.py MODEL --outfile OUT.gguf",
             )
-        found.append(_plan_tensor(name, key, tensor, config, architecture, form))
-    _refuse_lacking(found, folder, config, names)
-    return found
+        tensors.append(_plan_tensor(name, key, info, config, architecture, quantization))
+    _check_complete(tensors, base, names)
+    return tensors
 
 
 def tensor_names(config: PretrainedConfig, architecture: Architecture) -> gguf.TensorNameMap:
-    """From a checkpoint's names to GGUF's."""
+    """Return the map from the checkpoint's tensor names to GGUF's."""
     return gguf.get_tensor_name_map(architecture.arch, config.get_text_config().num_hidden_layers)
 
 
 def layer_kind(key: str) -> str:
-    """`q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
+    """Return the layer's own name: `q_proj` for `model.layers.0.self_attn.q_proj.weight`."""
     return key.split(".")[-2]
 
 
 def _plan_tensor(
     name: str,
     key: str,
-    tensor: TensorInfo,
+    info: TensorInfo,
     config: PretrainedConfig,
     architecture: Architecture,
-    form: GGUFQuantization,
+    quantization: GGUFQuantization,
 ) -> GGUFTensor:
     kind = layer_kind(key)
-    turned = kind in architecture.turned and len(tensor.shape) == 2
-    rows = architecture.reordered.get(kind)
-    shape = tensor.shape[::-1] if turned else tensor.shape
+    transposed = kind in architecture.transposed and len(info.shape) == 2
+    row_order = architecture.row_orders.get(kind)
+    shape = info.shape[::-1] if transposed else info.shape
     return GGUFTensor(
         name,
-        tensor,
-        _storage_type(name, shape, form),
+        info,
+        _storage_type(name, shape, quantization),
         shape,
-        None if rows is None else rows(config.get_text_config()),
-        turned,
-        1.0 if architecture.norms_less_one and key.endswith("norm.weight") else 0.0,
+        None if row_order is None else row_order(config.get_text_config()),
+        transposed,
+        architecture.norm_offset if key.endswith("norm.weight") else 0.0,
     )
 
 
-def _storage_type(name: str, shape: tuple[int, ...], form: GGUFQuantization) -> GGMLQuantizationType:
+def _storage_type(name: str, shape: tuple[int, ...], quantization: GGUFQuantization) -> GGMLQuantizationType:
     if len(shape) == 1 or name.startswith("position_embd"):
         return Q.F32
-    if form.bits < 16 and shape[-1] % BLOCK_SIZE:
+    if quantization.bits < 16 and shape[-1] % BLOCK_SIZE:
         return Q.F16
-    return Q.Q8_0 if form.bits < 8 and name in EMBEDDINGS_AND_HEAD else form.type
+    return Q.Q8_0 if quantization.bits < 8 and name in EMBEDDINGS_AND_HEAD else quantization.type
 
 
-def _refuse_lacking(
-    found: Iterable[GGUFTensor], folder: Path, config: PretrainedConfig, names: gguf.TensorNameMap
-) -> None:
-    """Hold the names against the model's own parameters: llama.cpp takes some of those that lack for meant."""
-    here = {placed.name for placed in found}
-    model = base_model.skeleton(config)
-    for key, _ in model.named_parameters():  # tied ones once
+def _check_complete(tensors: Iterable[GGUFTensor], base: BaseCheckpoint, names: gguf.TensorNameMap) -> None:
+    """Raise if a parameter of the model has no tensor: llama.cpp treats some missing tensors as optional."""
+    planned = {tensor.name for tensor in tensors}
+    for key, _ in base.skeleton().named_parameters():  # lists tied parameters once
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        if name not in here:
-            raise LoraError(f"{folder}: its files have no {key}", hint="fetch the model again, or merge it again")
+        if name not in planned:
+            raise LoraError(
+                f"{base.source.path}: its files have no {key}", hint="fetch the model again, or merge it again"
+            )
 
 
 def write_gguf(file: Path, tensors: list[GGUFTensor], *, arch: str, describe: Callable[[GGUFWriter], None]) -> None:
-    """Write the GGUF file, holding one tensor at a time.
+    """Write the GGUF file, with one tensor in memory at a time.
 
     Args:
-        file: not there yet.
-        tensors: in the order they are to have.
+        file: path of the new file.
+        tensors: in the order of the file.
         arch: llama.cpp's name of the architecture.
         describe: adds the metadata.
 
     Raises:
-        LoraError: a value that the format cannot hold.
+        LoraError: a value is not finite, or too large for its type.
     """
     writer = GGUFWriter(str(file), arch)
     try:
         describe(writer)
-        for placed in tensors:
-            size = gguf.quant_shape_to_byte_shape(placed.shape, placed.type)
-            plain = {Q.F32: np.float32, Q.F16: np.float16}.get(placed.type)
+        for tensor in tensors:
+            byte_shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+            plain_dtype = {Q.F32: np.float32, Q.F16: np.float16}.get(tensor.type)
             writer.add_tensor_info(
-                placed.name,
-                placed.shape if plain else size,
-                np.dtype(plain or np.uint8),
-                int(np.prod(size)) if not plain else int(np.prod(placed.shape)) * np.dtype(plain).itemsize,
-                raw_dtype=placed.type,
+                tensor.name,
+                tensor.shape if plain_dtype else byte_shape,
+                np.dtype(plain_dtype or np.uint8),
+                int(np.prod(byte_shape))
+                if not plain_dtype
+                else int(np.prod(tensor.shape)) * np.dtype(plain_dtype).itemsize,
+                raw_dtype=tensor.type,
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with safetensors_io.ShardFiles(writable=False) as files:
-            for placed in tensors:
-                writer.write_tensor_data(_encoded(placed, placed.values(files)))
+            for tensor in tensors:
+                writer.write_tensor_data(_quantize(tensor, tensor.values(files)))
         writer.flush()
     finally:
         writer.close()
 
 
-def _encoded(placed: GGUFTensor, values: Array) -> NDArray[Any]:
+def _quantize(tensor: GGUFTensor, values: Array) -> NDArray[Any]:
     if not np.isfinite(values).all():
-        raise LoraError(f"{placed.name} has values that are not finite", hint="the model is broken: merge it again")
-    if placed.type == Q.F16 and np.abs(values).max(initial=0) > F16_MAX:
+        raise LoraError(f"{tensor.name} has NaN or infinite values", hint="the model is broken: merge it again")
+    if tensor.type == Q.F16 and np.abs(values).max(initial=0) > F16_MAX:
         raise LoraError(
-            f"{placed.name} has values up to {np.abs(values).max():.3g}, and fp16 ends at {F16_MAX:,.0f}",
-            hint="write --quantize bf16, f32 or q8_0",
+            f"{tensor.name} has values up to {np.abs(values).max():.3g}, but fp16 has at most {F16_MAX:,.0f}",
+            hint="use --quantize bf16, f32 or q8_0",
         )
-    encoded: NDArray[Any] = gguf.quantize(values, placed.type)
-    return encoded
+    quantized: NDArray[Any] = gguf.quantize(values, tensor.type)
+    return quantized
 
 
 def mismatched_tensors(file: gguf.GGUFReader, tensors: list[GGUFTensor]) -> Iterator[tuple[str, str]]:
-    """Tensors of the file that are not what they were made of, within their format's rounding, and how so."""
-    held: Mapping[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in file.tensors}
-    for name in held.keys() ^ {placed.name for placed in tensors}:
-        yield name, "is in one of the two alone"
+    """Yield (name, difference) of each tensor that is not its source within the rounding error of its type."""
+    stored: Mapping[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in file.tensors}
+    for name in stored.keys() ^ {tensor.name for tensor in tensors}:
+        yield name, "is in only one of the file and the model"
     with safetensors_io.ShardFiles(writable=False) as files:
-        for placed in tensors:
-            tensor = held.get(placed.name)
-            if tensor is None:
+        for tensor in tensors:
+            found = stored.get(tensor.name)
+            if found is None:
                 continue
-            if tensor.tensor_type != placed.type or tuple(tensor.shape.tolist()[::-1]) != placed.shape:
-                yield placed.name, f"has shape {tuple(tensor.shape.tolist()[::-1])} of {tensor.tensor_type.name}"
+            if found.tensor_type != tensor.type or tuple(found.shape.tolist()[::-1]) != tensor.shape:
+                yield tensor.name, f"has shape {tuple(found.shape.tolist()[::-1])} of {found.tensor_type.name}"
                 continue
-            values = placed.values(files)
-            back = gguf.dequantize(tensor.data, placed.type).reshape(placed.shape)
-            beyond = np.abs(back - values) / max_rounding_error(values, placed.type)
-            if not (worst := float(beyond.max(initial=0))) <= 1:
-                yield placed.name, f"is {worst:.3g} times further off than {placed.type.name} rounds"
+            values = tensor.values(files)
+            dequantized = gguf.dequantize(found.data, tensor.type).reshape(tensor.shape)
+            ratio = np.abs(dequantized - values) / max_rounding_error(values, tensor.type)
+            if not (worst := float(ratio.max(initial=0))) <= 1:
+                yield tensor.name, f"has an error of {worst:.3g} times the largest rounding error of {tensor.type.name}"
 
 
 def max_rounding_error(values: Array, kind: GGMLQuantizationType) -> Array:
-    """How far from each of `values` the format may be.
+    """Return the largest allowed rounding error of each of `values`, in the same shape, fp32.
 
-    A block format has a step d and stores it in fp16: half a step, and what rounding the step does to the largest
-    multiple. Q4_0 and Q5_0 have one multiple less on the far side: a whole step there. Formats with a least value m
-    round that to fp16 too.
+    A block format stores its step d in fp16. The error of a value is at most half a step, plus the rounding of the
+    step times the largest multiple. Q4_0 and Q5_0 have one multiple less on one side: there it is a full step. Formats
+    with a minimum m store that in fp16 too.
     """
     tiny = np.float32(1e-30)
     if kind == Q.F32:
@@ -252,14 +255,14 @@ def max_rounding_error(values: Array, kind: GGMLQuantizationType) -> Array:
         return np.maximum(np.abs(values) * np.float32(2.0**-bits), np.float32(smallest))
     blocks = values.reshape(-1, BLOCK_SIZE)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
-    half = np.float32(2.0**-11)  # relative rounding of fp16
-    steps, off, multiple = BLOCK_STEPS[kind]
-    least, span = np.zeros_like(largest), largest
+    fp16_error = np.float32(2.0**-11)  # relative
+    steps, error_steps, multiple = BLOCK_STEPS[kind]
+    minimum_error, span = np.zeros_like(largest), largest
     if kind in (Q.Q5_1, Q.Q4_1):
         span = blocks.max(axis=1, keepdims=True) - blocks.min(axis=1, keepdims=True)
-        least = largest * half
+        minimum_error = largest * fp16_error
     step = span / np.float32(steps)
-    allowed = step * np.float32(off * 1.001) + step * np.float32(multiple) * half + least
-    # Below fp16's smallest numbers a step is rounded by as much as itself.
+    allowed = step * np.float32(error_steps * 1.001) + step * np.float32(multiple) * fp16_error + minimum_error
+    # fp16's subnormal numbers round a step by up to its own size.
     allowed = np.maximum(allowed, np.float32(multiple * 2.0**-24)) + tiny
     return np.broadcast_to(allowed, blocks.shape).reshape(values.shape)

@@ -1,4 +1,4 @@
-"""A GGUF file in llama.cpp beside the original in transformers: the same numbers, the same text, the same chats."""
+"""Verify a GGUF file: compare llama.cpp and transformers in log-probabilities, greedy text, chat prompts and EOS."""
 
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -13,139 +13,158 @@ from lora_cli.export.gguf.tensors import GGUFQuantization
 from lora_cli.export.reference import ReferenceModel
 from lora_cli.export.source import Check, ExportSource
 
-MAX_NEW_TOKENS = 48  # tokens that a prompt is continued by
-POSITIONS_PER_PROMPT = 3  # of each prompt and its answer, where distributions are compared
+MAX_NEW_TOKENS = 48  # length limit of a prompt's continuation, in tokens
+POSITIONS_PER_PROMPT = 3  # positions in each continuation at which next-token distributions are compared
 
 
-def probe_prompts(subject: ExportSource) -> tuple[tuple[int, ...], ...]:
-    """The subject's own, else chats, else a few tokens."""
-    if subject.prompts:
-        return subject.prompts
-    rendered = [probe_chats.render_prompt(subject.tokenizer, chat) for chat in probe_chats.PROBE_CHATS[:4]]
-    found = [tuple(probe_chats.prompt_ids(subject.tokenizer, text)) for text in rendered if text]
-    return tuple(found) or tuple(
-        tuple(np.random.default_rng(seed).integers(3, len(subject.tokenizer), 12).tolist()) for seed in range(4)
+def probe_prompts(source: ExportSource) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of the test prompts: the source's own, or else probe chats, or else random tokens."""
+    if source.prompts:
+        return source.prompts
+    rendered = [probe_chats.render_prompt(source.tokenizer, chat) for chat in probe_chats.PROBE_CHATS[:4]]
+    prompts = [tuple(probe_chats.prompt_ids(source.tokenizer, text)) for text in rendered if text]
+    return tuple(prompts) or tuple(
+        tuple(np.random.default_rng(seed).integers(3, len(source.tokenizer), 12).tolist()) for seed in range(4)
     )
 
 
-def context_length(subject: ExportSource) -> int:
-    """Positions that the proof has use for: hostile chats are long, and prompts have answers."""
-    longest = max(len(prompt) for prompt in probe_prompts(subject))
-    return min(int(subject.config.get_text_config().max_position_embeddings), max(2048, longest + MAX_NEW_TOKENS))
+def context_length(source: ExportSource) -> int:
+    """Return the context length in tokens that the checks need, at most the model's own."""
+    longest = max(len(prompt) for prompt in probe_prompts(source))
+    return min(int(source.config.get_text_config().max_position_embeddings), max(2048, longest + MAX_NEW_TOKENS))
 
 
 def check_outputs(
-    subject: ExportSource, reference: ReferenceModel, runtime: LlamaCpp, form: GGUFQuantization
+    source: ExportSource, reference: ReferenceModel, runtime: LlamaCpp, quantization: GGUFQuantization
 ) -> Iterator[Check]:
-    """The next token's distribution, and the text that the most likely ones make."""
-    divergences, apart, agreed = [], 0.0, 0
-    same, ties, stopped, prompts = 0, 0, 0, probe_prompts(subject)
-    wrong = ""
+    """Yield the checks of next-token distributions and of greedy continuations.
+
+    Raises:
+        LoraError: llama.cpp rejects a request.
+    """
+    divergences, max_difference, same_top = [], 0.0, 0
+    same, ties, stopped, prompts = 0, 0, 0, probe_prompts(source)
+    first_difference = ""
     for prompt in prompts:
-        ours = reference.continue_greedily(prompt, longest=MAX_NEW_TOKENS)
-        for cut in np.unique(np.linspace(0, len(ours.tokens), POSITIONS_PER_PROMPT).astype(int)):
-            tokens = [*prompt, *ours.tokens[:cut]]
-            expected, found = reference.logprobs(tokens)[0], _normalised(runtime.logprobs(tokens))
-            divergences.append(float((np.exp(expected) * (expected - found)).sum()))
-            apart = max(apart, float(np.abs(expected - found)[expected > np.log(1e-4)].max()))
-            agreed += int(expected.argmax() == found.argmax())
-        theirs, stops = runtime.continue_greedily(prompt, longest=MAX_NEW_TOKENS)
-        if (theirs, stops) == tuple(ours):
-            same, stopped = same + 1, stopped + stops
-        elif form.tie and _is_tie(prompt, ours.tokens, theirs, reference, form):
+        expected = reference.continue_greedily(prompt, longest=MAX_NEW_TOKENS)
+        for cut in np.unique(np.linspace(0, len(expected.tokens), POSITIONS_PER_PROMPT).astype(int)):
+            tokens = [*prompt, *expected.tokens[:cut]]
+            log_p, log_q = reference.logprobs(tokens)[0], _normalize(runtime.logprobs(tokens))
+            divergences.append(float((np.exp(log_p) * (log_p - log_q)).sum()))
+            max_difference = max(max_difference, float(np.abs(log_p - log_q)[log_p > np.log(1e-4)].max()))
+            same_top += int(log_p.argmax() == log_q.argmax())
+        generated, ended = runtime.continue_greedily(prompt, max_new_tokens=MAX_NEW_TOKENS)
+        if (generated, ended) == tuple(expected):
+            same, stopped = same + 1, stopped + ended
+        elif quantization.tie_nats and _is_tie(prompt, expected.tokens, generated, reference, quantization):
             ties += 1
         else:
-            wrong = wrong or _difference(subject, ours.tokens, theirs)
+            first_difference = first_difference or _describe_difference(source, expected.tokens, generated)
     kl = float(np.mean(divergences))
     yield Check(
         "distribution",
-        kl <= form.kl,
-        f"KL {max(kl, 0):.1e} nats on average over {len(divergences)} positions (at most {form.kl:g}), "
-        f"log-probabilities within {apart:.1e}, most likely token equal at {agreed}",
-        {"kl": kl, "positions": len(divergences), "apart": apart, "agreed": agreed},
+        kl <= quantization.max_kl,
+        f"mean KL divergence {max(kl, 0):.1e} nats over {len(divergences)} positions (at most {quantization.max_kl:g})"
+        f", log-probabilities within {max_difference:.1e}, same most likely token at {same_top}",
+        {"kl": kl, "positions": len(divergences), "apart": max_difference, "agreed": same_top},
     )
-    said = f"{same} of {len(prompts)} prompts are continued token for token as by transformers, {stopped} to their end"
-    said += f"; {ties} part where two tokens are as likely" if ties else ""
-    said += f"; first difference: {wrong}" if wrong else ""
-    said += " (told, not judged: that much rounding may choose otherwise)" if wrong and not form.tie else ""
+    judged = bool(quantization.tie_nats)
+    text = f"{same} of {len(prompts)} prompts have the same greedy continuation as in transformers, {stopped} up to EOS"
+    text += f"; {ties} differ after a tie of two equally likely tokens" if ties else ""
+    text += f"; first difference: {first_difference}" if first_difference else ""
+    text += (
+        " (not judged: this much rounding can change the most likely token)" if first_difference and not judged else ""
+    )
     figures = {"prompts": len(prompts), "same": same, "ties": ties, "stopped": stopped}
-    yield Check("text", not wrong or not form.tie, said, figures)
+    yield Check("text", not first_difference or not judged, text, figures)
 
 
-def _normalised(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probabilities that add up to one: llama.cpp tells them with a rounding that 49,152 tokens make visible."""
-    shifted: NDArray[np.float64] = logprobs - np.logaddexp.reduce(logprobs)
-    return shifted
+def _normalize(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return log-probabilities whose probabilities sum to 1: llama.cpp's rounding adds up over a large vocabulary."""
+    normalized: NDArray[np.float64] = logprobs - np.logaddexp.reduce(logprobs)
+    return normalized
 
 
 def _is_tie(
-    prompt: Sequence[int], ours: Sequence[int], theirs: Sequence[int], reference: ReferenceModel, form: GGUFQuantization
+    prompt: Sequence[int],
+    expected: Sequence[int],
+    generated: Sequence[int],
+    reference: ReferenceModel,
+    quantization: GGUFQuantization,
 ) -> bool:
-    """Whether the first tokens that differ are as likely as each other, as far as the format's rounding can tell."""
-    parted = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-    )
-    expected = reference.logprobs([*prompt, *ours[:parted]])[0]
-    if parted == min(len(ours), len(theirs)):  # one of them ended
-        first, second = np.sort(expected)[-1:-3:-1]
-        return bool(first - second <= form.tie)
-    return bool(expected[ours[parted]] - expected[theirs[parted]] <= form.tie)
+    """Return whether the first tokens that differ are equally likely, within the quantization's `tie_nats`."""
+    at = _first_difference(expected, generated)
+    logprobs = reference.logprobs([*prompt, *expected[:at]])[0]
+    if at == min(len(expected), len(generated)):  # one of them has ended
+        first, second = np.sort(logprobs)[-1:-3:-1]
+        return bool(first - second <= quantization.tie_nats)
+    return bool(logprobs[expected[at]] - logprobs[generated[at]] <= quantization.tie_nats)
 
 
-def _difference(subject: ExportSource, ours: Sequence[int], theirs: Sequence[int]) -> str:
-    parted = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-    )
-    left, right = (subject.tokenizer.decode(part[max(0, parted - 3) : parted + 5]) for part in (ours, theirs))
-    return f"{left!r} became {right!r}, at token {parted + 1}"
+def _first_difference(expected: Sequence[int], generated: Sequence[int]) -> int:
+    """Return the index of the first token that differs, or the length of the shorter sequence."""
+    pairs = enumerate(zip(expected, generated, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(expected), len(generated)))
 
 
-def check_tokens(subject: ExportSource, runtime: LlamaCpp, ends: Sequence[int]) -> Iterator[Check]:
-    """Chats through the file's template and tokenizer, and the tokens that end an answer."""
-    if subject.tokenizer.chat_template is None:
-        yield Check("chats", True, "the tokenizer has no chat template, so there is none in the file")
+def _describe_difference(source: ExportSource, expected: Sequence[int], generated: Sequence[int]) -> str:
+    at = _first_difference(expected, generated)
+    left, right = (source.tokenizer.decode(ids[max(0, at - 3) : at + 5]) for ids in (expected, generated))
+    return f"{left!r} became {right!r}, at token {at + 1}"
+
+
+def check_tokens(source: ExportSource, runtime: LlamaCpp, eos_ids: Sequence[int]) -> Iterator[Check]:
+    """Yield the checks of the file's chat template and tokenizer, and of the tokens that end generation.
+
+    Raises:
+        LoraError: llama.cpp rejects a request.
+    """
+    if source.tokenizer.chat_template is None:
+        yield Check("chats", True, "neither the tokenizer nor the file has a chat template")
     else:
-        yield _chats(subject, runtime)
+        yield _check_chats(source, runtime)
     start = runtime.tokenize("a", add_special=True)
-    lost = [token for token in ends if not runtime.stops_at(token, after=start)]
-    named = ", ".join(map(repr, subject.tokenizer.convert_ids_to_tokens(lost or list(ends))))
+    ignored = [token for token in eos_ids if not runtime.stops_at(token, after=start)]
+    names = ", ".join(map(repr, source.tokenizer.convert_ids_to_tokens(ignored or list(eos_ids))))
     yield Check(
         "stop",
-        not lost,
-        f"generation goes on after {named}" if lost else f"generation stops at {named or 'its limit alone'}",
-        {"ends": len(ends), "lost": len(lost)},
+        not ignored,
+        f"generation does not stop at {names}"
+        if ignored
+        else f"generation stops at {names or 'the length limit only: the model has no EOS token'}",
+        {"ends": len(eos_ids), "lost": len(ignored)},
     )
 
 
-def _chats(subject: ExportSource, runtime: LlamaCpp) -> Check:
-    same, composed, refused, other = 0, 0, 0, []
+def _check_chats(source: ExportSource, runtime: LlamaCpp) -> Check:
+    same, composed, rejected, different = 0, 0, 0, []
     for number, chat in enumerate(probe_chats.PROBE_CHATS):
-        expected, found = _both(subject, runtime, chat)
-        whole = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in chat]
+        expected, found = _prompt_ids(source, runtime, chat)
+        nfc_chat = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in chat]
         if expected is None and found is None:
-            refused += 1
+            rejected += 1
         elif expected == found:
             same += 1
-        elif whole != list(chat) and len(set(map(str, _both(subject, runtime, whole)))) == 1:
+        elif nfc_chat != list(chat) and len(set(map(str, _prompt_ids(source, runtime, nfc_chat)))) == 1:
             composed += 1
         else:
-            other.append(number)
-    said = f"{same} of {len(probe_chats.PROBE_CHATS)} chats become the same tokens"
+            different.append(number)
+    text = f"{same} of {len(probe_chats.PROBE_CHATS)} chats have the same tokens"
     if composed:
-        said += f"; {composed} do once accents and letters are one character, which llama.cpp does not see to"
-    said += f"; {refused} are refused by both templates" if refused else ""
-    said += f"; others: {', '.join(f'chat {number}' for number in other)}" if other else ""
-    figures = {"same": same, "composed": composed, "refused": refused, "other": len(other)}
-    return Check("chats", not other, said, figures)
+        text += f"; {composed} have them only after Unicode NFC normalization, which llama.cpp does not do"
+    text += f"; both templates reject {rejected}" if rejected else ""
+    text += f"; different: {', '.join(f'chat {number}' for number in different)}" if different else ""
+    figures = {"same": same, "composed": composed, "refused": rejected, "other": len(different)}
+    return Check("chats", not different, text, figures)
 
 
-def _both(
-    subject: ExportSource, runtime: LlamaCpp, chat: probe_chats.Messages
+def _prompt_ids(
+    source: ExportSource, runtime: LlamaCpp, chat: probe_chats.Messages
 ) -> tuple[list[int] | None, list[int] | None]:
-    """What the tokenizer and the file make of a chat; None where its template refuses it."""
-    text = probe_chats.render_prompt(subject.tokenizer, chat)
+    """Return a chat's token ids from the tokenizer and from the file; None where the template rejects the chat."""
+    text = probe_chats.render_prompt(source.tokenizer, chat)
     try:
         found = runtime.tokenize(runtime.chat_prompt(chat), add_special=True)
     except LoraError:
         found = None
-    return None if text is None else probe_chats.prompt_ids(subject.tokenizer, text), found
+    return None if text is None else probe_chats.prompt_ids(source.tokenizer, text), found
