@@ -25,6 +25,6 @@ def _limits(facts: MethodFacts) -> str:
         bases = "over whole weights only"
     else:
         bases = f"over whole weights and {' and '.join(f'{bits}-bit' for bits in facts.bits)} bases"
-    packs = "rows can be packed" if facts.packs else "no packing"
-    merges = "can be merged" if facts.merges else "cannot be merged"
+    packs = "rows can be packed" if facts.supports_packing else "no packing"
+    merges = "can be merged" if facts.mergeable else "cannot be merged"
     return f"{bases}; {packs}; {merges}"

@@ -1,1 +1,1 @@
-"""The recipe: its schema, how it is loaded, and the rules that tie its fields together. No torch."""
+"""The YAML recipe: schema, loading, validation and adapter methods. No torch."""

@@ -8,35 +8,36 @@ import yaml
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.yaml_scalars import FLOAT
 
-HEADER = "# Resolved: every value of the run, defaults filled in. `lora train` takes this file as it is.\n"
+HEADER = "# Resolved recipe: every value of the run, defaults included. `lora train` accepts this file unchanged.\n"
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that our loader would read as a number, which YAML 1.1 would not: `1e5`."""
+    """YAML dumper that quotes strings which our loader, but not YAML 1.1, reads as numbers, such as `1e5`."""
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     # PyYAML writes a next-line character (U+0085) into single quotes, and reads it back as a space.
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_str)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every default filled in: `load_recipe` gives an equal recipe back."""
-    parts = [
+    """Return the recipe as YAML with every default filled in; `load_recipe` returns an equal recipe for it."""
+    sections = [
         yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=inf)
         for key, value in recipe.model_dump().items()
     ]
-    return HEADER + "".join(parts)
+    return HEADER + "".join(sections)
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe. An editor checks a recipe by it when the recipe's first line is
-    `# yaml-language-server: $schema=PATH`.
+    """Return the JSON Schema of a recipe.
+
+    An editor validates a recipe with it if the first line is `# yaml-language-server: $schema=PATH`.
     """
     schema = Recipe.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "lora recipe"}

@@ -1,10 +1,10 @@
-"""What other tools call the keys of a recipe, and what to write instead. No torch.
+"""Config keys and values of other tools (axolotl, TRL, PEFT, ...), and what to write instead. No torch.
 
 From the configuration classes of axolotl, LLaMA-Factory, torchtune, TRL and transformers, PEFT and unsloth.
-Names that are ours too, only in another section (`learning_rate`, `seed`), are found without this table.
+Keys that a recipe has in another section (`learning_rate`, `seed`) are found without these tables.
 """
 
-# Their name: our key, with the same meaning and the same unit.
+# Another tool's key: the recipe key with the same meaning and unit.
 RENAMED: dict[str, str] = {
     # the base model
     "base_model": "model.path",
@@ -50,7 +50,7 @@ RENAMED: dict[str, str] = {
     "rank_dropout": "adapter.dropout",
     "module_dropout": "adapter.dropout",
     "vera_dropout": "adapter.dropout",
-    # the 4-bit base
+    # quantization
     "bnb_config": "quantization",
     "quantization_config": "quantization",
     "quantization_bit": "quantization.bits",
@@ -61,7 +61,7 @@ RENAMED: dict[str, str] = {
     "bnb_4bit_use_double_quant": "quantization.double_quant",
     "bnb_4bit_compute_dtype": "quantization.compute_dtype",
     "bnb_4bit_quant_storage": "quantization.storage_dtype",
-    # rows
+    # data
     "dataset": "data.train",
     "datasets": "data.train",
     "dataset_name": "data.train",
@@ -130,7 +130,7 @@ RENAMED: dict[str, str] = {
     "logging_steps": "training.log_every",
     "log_every_n_steps": "training.log_every",
     "steps_per_report": "training.log_every",
-    # the rest
+    # other
     "nproc_per_node": "distributed.processes",
     "num_processes": "distributed.processes",
     "output_dir": "output",
@@ -138,18 +138,18 @@ RENAMED: dict[str, str] = {
     "task_type": "task",
 }
 
-# Their name: what to write instead, where it is not one key of ours with the same value.
+# Another tool's key: how to replace it, where no single recipe key has the same value.
 REPLACED: dict[str, str] = {
     "load_in_4bit": "write `quantization: {bits: 4}`",
     "load_in_8bit": "write `quantization: {bits: 8}`",
-    "finetuning_type": "write `adapter: {method: lora}`; full fine-tuning is not offered",
-    "full_finetuning": "leave it out: full fine-tuning is not offered",
+    "finetuning_type": "write `adapter: {method: lora}`; full fine-tuning is not supported",
+    "full_finetuning": "remove it: full fine-tuning is not supported",
     "use_dora": "write `adapter: {method: dora}`",
     "peft_use_dora": "write `adapter: {method: dora}`",
     "use_rslora": "write `adapter: {method: rslora}`",
     "peft_use_rslora": "write `adapter: {method: rslora}`",
-    "lora_target_linear": "write `adapter: {target_modules: all-linear}`, the default",
-    "apply_lora_to_mlp": "name the layers in adapter.target_modules; all-linear, the default, has them",
+    "lora_target_linear": "write `adapter: {target_modules: all-linear}` (the default)",
+    "apply_lora_to_mlp": "list the modules in adapter.target_modules; all-linear (the default) includes them",
     "apply_lora_to_output": "list lm_head in adapter.target_modules",
     "bf16": "write `model: {dtype: bfloat16}`",
     "fp16": "write `model: {dtype: float16}`",
@@ -160,69 +160,69 @@ REPLACED: dict[str, str] = {
     "use_flash_attention_2": "write `model: {attention: flash_attention_2}`",
     "sdp_attention": "write `model: {attention: sdpa}`",
     "eager_attention": "write `model: {attention: eager}`",
-    "train_on_inputs": "write `data: {loss_on: all}` for true; for false leave it out",
-    "train_on_prompt": "write `data: {loss_on: all}` for true; for false leave it out",
-    "mask_prompt": "write `data: {loss_on: all}` for false; for true leave it out",
-    "mask_history": "write `data: {loss_on: last-turn}` for true; for false leave it out",
-    "assistant_only_loss": "leave it out for true; write `data: {loss_on: all}` for false",
-    "completion_only_loss": "leave it out for true; write `data: {loss_on: all}` for false",
-    "train_on_responses_only": "leave it out: it is the default of data.loss_on",
+    "train_on_inputs": "for true write `data: {loss_on: all}`; for false remove it",
+    "train_on_prompt": "for true write `data: {loss_on: all}`; for false remove it",
+    "mask_prompt": "for false write `data: {loss_on: all}`; for true remove it",
+    "mask_history": "for true write `data: {loss_on: last-turn}`; for false remove it",
+    "assistant_only_loss": "for false write `data: {loss_on: all}`; for true remove it",
+    "completion_only_loss": "for false write `data: {loss_on: all}`; for true remove it",
+    "train_on_responses_only": "remove it: this is the default of data.loss_on",
     "dataset_text_field": "write `data: {format: text, columns: {text: THEIR_COLUMN}}`",
-    "dataset_prepared_path": "leave it out: encoded rows are cached on their own",
-    "dataset_dir": "write the folder into the paths of data.train",
-    "dataset_num_proc": "leave it out: rows are encoded once, and cached",
-    "dataset_processes": "leave it out: rows are encoded once, and cached",
-    "preprocessing_num_workers": "leave it out: rows are encoded once, and cached",
-    "overwrite_cache": "leave it out: the cache is keyed by what went into it",
-    "truncation_mode": "write `data: {overlong: truncate}` to cut the end; there is no other side",
-    "pad_to_sequence_len": "leave it out: packed batches have no padding",
-    "pad_to_multiple_of": "leave it out: packed batches have no padding",
-    "padding_free": "leave it out: packed batches have no padding",
-    "eval_packing": "leave it out: data.packing holds for both",
-    "eval_sample_packing": "leave it out: data.packing holds for both",
-    "group_by_length": "leave it out: rows are packed, or batched with rows of their length",
+    "dataset_prepared_path": "remove it: encoded rows are cached automatically",
+    "dataset_dir": "write the folder in the paths of data.train",
+    "dataset_num_proc": "remove it: rows are encoded once and cached",
+    "dataset_processes": "remove it: rows are encoded once and cached",
+    "preprocessing_num_workers": "remove it: rows are encoded once and cached",
+    "overwrite_cache": "remove it: changed rows or settings are encoded again automatically",
+    "truncation_mode": "write `data: {overlong: truncate}` to cut the end; cutting the start is not supported",
+    "pad_to_sequence_len": "remove it: packed batches have no padding",
+    "pad_to_multiple_of": "remove it: packed batches have no padding",
+    "padding_free": "remove it: packed batches have no padding",
+    "eval_packing": "remove it: data.packing applies to training and evaluation",
+    "eval_sample_packing": "remove it: data.packing applies to training and evaluation",
+    "group_by_length": "remove it: rows are packed, or batched by length",
     "disable_gradient_checkpointing": "write `training: {gradient_checkpointing: false}`",
     **dict.fromkeys(
         ("micro_batch_size", "per_device_train_batch_size", "train_batch_size"),
-        "here it is training.tokens_per_batch, or training.batch_size with `packing: false`",
+        "use training.tokens_per_batch, or training.batch_size with `packing: false`",
     ),
     "global_batch_size": "write training.batch_size and training.gradient_accumulation",
     "auto_find_batch_size": "write a smaller training.batch_size or training.tokens_per_batch",
     "max_steps_per_epoch": "write training.max_steps instead of training.epochs",
-    "eval_strategy": "write training.eval_every in steps, null for none",
-    "evaluation_strategy": "write training.eval_every in steps, null for none",
+    "eval_strategy": "write training.eval_every in steps, or null for none",
+    "evaluation_strategy": "write training.eval_every in steps, or null for none",
     "evals_per_epoch": "write training.eval_every in steps",
-    "save_strategy": "write training.save_every in steps, null for the end only",
+    "save_strategy": "write training.save_every in steps, or null for the end only",
     "saves_per_epoch": "write training.save_every in steps",
     "logging_strategy": "write training.log_every in steps",
     "max_samples": "set training.max_steps to train on fewer rows",
-    "shuffle": "leave it out: training.seed sets the row order",
-    "checkpointer": "write `model: {path: ...}`: the format of the weights is recognised",
-    "loss": "leave it out: the loss is the cross-entropy of data.loss_on",
-    "metric_logger": "leave it out: metrics.jsonl in the run folder has every step",
+    "shuffle": "remove it: training.seed sets the row order",
+    "checkpointer": "write `model: {path: ...}`: the format of the weights is detected",
+    "loss": "remove it: the loss is the cross-entropy of the tokens that data.loss_on selects",
+    "metric_logger": "remove it: metrics.jsonl in the run folder records every step",
     "data_seed": "write training.seed, which sets the row order too",
-    "stage": "leave it out: the task is supervised fine-tuning",
-    "do_train": "leave it out: `lora train` trains",
-    "do_eval": "leave it out: data.eval says whether there is evaluation",
+    "stage": "remove it: the only stage is supervised fine-tuning",
+    "do_train": "remove it: `lora train` trains",
+    "do_eval": "remove it: data.eval turns evaluation on or off",
     "resume_from_checkpoint": "start with `lora train RECIPE --resume`",
     "auto_resume_from_checkpoints": "start with `lora train RECIPE --resume`",
     "overwrite_output_dir": "start with `lora train RECIPE --fresh`",
-    "merge_lora": "run `lora merge` when training is done",
-    "deepspeed": "leave it out: the strategy is ddp",
-    "fsdp": "leave it out: the strategy is ddp",
-    "fsdp_config": "leave it out: the strategy is ddp",
+    "merge_lora": "run `lora merge` after training",
+    "deepspeed": "remove it: the strategy is ddp",
+    "fsdp": "remove it: the strategy is ddp",
+    "fsdp_config": "remove it: the strategy is ddp",
     "world_size": "write distributed.processes",
-    "tokenizer": "leave it out: it is the model's own",
-    "tokenizer_type": "leave it out: it is the model's own",
-    "model_type": "leave it out: it is read from the model",
-    "device": "leave it out: the GPU is taken where there is one",
-    "device_map": "leave it out: each process holds the model on its own device",
-    "hf_token": "set HF_TOKEN in the environment: a recipe is no place for secrets",
-    "hub_token": "set HF_TOKEN in the environment: a recipe is no place for secrets",
-    "hf_hub_token": "set HF_TOKEN in the environment: a recipe is no place for secrets",
+    "tokenizer": "remove it: the model's own tokenizer is used",
+    "tokenizer_type": "remove it: the model's own tokenizer is used",
+    "model_type": "remove it: it is read from the model's config",
+    "device": "remove it: a GPU is used if there is one",
+    "device_map": "remove it: each process loads the model on its own device",
+    "hf_token": "set HF_TOKEN in the environment: a recipe must not contain secrets",
+    "hub_token": "set HF_TOKEN in the environment: a recipe must not contain secrets",
+    "hf_hub_token": "set HF_TOKEN in the environment: a recipe must not contain secrets",
     "cache_dir": "set HF_HOME in the environment",
-    "local_rank": "leave it out: the launcher sets it",
-    "$schema": "name it in a comment on the first line: `# yaml-language-server: $schema=PATH`",
+    "local_rank": "remove it: the launcher sets it",
+    "$schema": "write it in a comment on the first line: `# yaml-language-server: $schema=PATH`",
     **dict.fromkeys(
         (
             "report_to",
@@ -233,20 +233,20 @@ REPLACED: dict[str, str] = {
             "use_wandb",
             "use_tensorboard",
         ),
-        "leave it out: metrics.jsonl in the run folder has every step",
+        "remove it: metrics.jsonl in the run folder records every step",
     ),
-    "adam_epsilon": "leave it out: AdamW's epsilon is 1e-8",
-    "adam_beta3": "leave it out: AdamW has two betas",
+    "adam_epsilon": "remove it: AdamW's epsilon is 1e-8",
+    "adam_beta3": "remove it: AdamW has two betas",
     "betas": "write `training: {adam_beta1: 0.9, adam_beta2: 0.999}`",
-    "num_layers": "list the numbers of the layers in adapter.layers",
-    "lora_layers": "list the numbers of the layers in adapter.layers",
-    "init_lora_weights": "write it as the method: `adapter: {method: pissa}`; gaussian and the like are not offered",
+    "num_layers": "list the layer indices in adapter.layers",
+    "lora_layers": "list the layer indices in adapter.layers",
+    "init_lora_weights": "write it as the method: `adapter: {method: pissa}`; gaussian and similar are not supported",
     "use_loraplus": "write `adapter: {method: lora+}`",
     "use_lora_fa": "write `adapter: {freeze_a: true}`",
     "pissa_init": "write `adapter: {method: pissa}`",
     "loftq_config": "write `adapter: {method: loftq}` and `quantization: {bits: 4}`",
-    "num_labels": "write `data: {labels: [...]}`, the names in the order of their numbers; auto finds them in the rows",
-    "problem_type": "write `data: {labels: regression}` for numbers; the rows tell one label from several",
+    "num_labels": "write `data: {labels: [...]}`, the names in id order; auto collects them from the rows",
+    "problem_type": "write `data: {labels: regression}` for numbers; single- or multi-label is detected in the rows",
     "trainable_token_indices": "list the tokens themselves in adapter.trainable_tokens",
     "resize_vocab": "list the tokens in model.new_tokens",
     **dict.fromkeys(
@@ -255,21 +255,16 @@ REPLACED: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
-        "leave it out: nothing is uploaded; the adapter is in the run folder",
+        "remove it: nothing is uploaded; the adapter is in the run folder",
     ),
     **dict.fromkeys(
         ("eval_batch_size", "per_device_eval_batch_size"),
-        "leave it out: evaluation takes the batches of training",
+        "remove it: evaluation uses the training batch size",
     ),
     **dict.fromkeys(
         (
             "min_lr",
             "cosine_min_lr_ratio",
-        ),
-        "leave it out: there is no such thing here",
-    ),
-    **dict.fromkeys(
-        (
             "use_liger_kernel",
             "enable_liger_kernel",
             "use_unsloth",
@@ -278,15 +273,15 @@ REPLACED: dict[str, str] = {
             "tf32",
             "use_cache",
         ),
-        "leave it out: there is no such switch here",
+        "remove it: there is no such option",
     ),
     **dict.fromkeys(
         ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
-        "leave it out: the last step is kept, and training.keep_checkpoints of those before it",
+        "remove it: the adapter of the last step is kept; training.keep_checkpoints sets how many checkpoints are",
     ),
 }
 
-# Their name in an item of data.train or data.eval: ours.
+# Another tool's key of a dataset source: the key in an item of data.train or data.eval.
 RENAMED_IN_SOURCE: dict[str, str] = {
     "type": "format",
     "formatting": "format",
@@ -302,7 +297,7 @@ RENAMED_IN_SOURCE: dict[str, str] = {
     "repeat": "weight",
 }
 
-# Their word for a value: ours.
+# Another tool's value: the recipe's value.
 VALUES: dict[str, str] = {
     "bf16": "bfloat16",
     "torch.bfloat16": "bfloat16",

@@ -1,4 +1,4 @@
-"""Lay the `--set section.key=value` of the command line over the tree of a recipe. No torch."""
+"""Apply `--set section.key=value` overrides of the command line to the tree of a recipe. No torch."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -7,60 +7,66 @@ from dataclasses import replace
 from lora_cli.recipe.problem import Location, Problem, UnreadableRecipe, shorten
 from lora_cli.recipe.yaml_tree import MAX_DEPTH, Node, parse_yaml
 
-# Problems of the command line are shown after those of the file.
+# `Location.order` of the first override: problems of the command line are printed after those of the file.
 AFTER_THE_FILE = 1_000_000_000
 
 
 def apply_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem]) -> tuple[Node, list[Problem]]:
-    """The tree with each `key=value` in place, and the problems that remain: an overridden value has none."""
+    """Return the tree with each `key=value` applied, and the remaining problems.
+
+    Args:
+        tree: the recipe.
+        overrides: texts such as `training.seed=1`; the value is YAML.
+        problems: those of the file; problems of an overridden key are dropped.
+    """
     seen: set[str] = set()
     for number, text in enumerate(overrides):
-        place = Location(AFTER_THE_FILE + number, f"--set {shorten(text, 80)}")
+        location = Location(AFTER_THE_FILE + number, f"--set {shorten(text, 80)}")
         key, equals, written = (part.strip() for part in text.partition("="))
         steps = key.split(".")
         if not equals:
-            problems.append(Problem(place, "", "no `=`", "write it as training.learning_rate=1e-4"))
+            problems.append(Problem(location, "", "missing `=`", "write it like training.learning_rate=1e-4"))
             continue
         if len(steps) > MAX_DEPTH or not all(re.fullmatch(r"[^\s\[\]]+", step) for step in steps):
-            fix = "write it as section.key, as in training.learning_rate; a list is set as a whole"
-            problems.append(Problem(place, "", f"'{shorten(key)}' is no key", fix))
+            fix = "write section.key, such as training.learning_rate; set a list as a whole, not by index"
+            problems.append(Problem(location, "", f"'{shorten(key)}' is not a key", fix))
             continue
         if key in seen:
-            problems.append(Problem(place, key, "set twice", "keep one --set of it"))
+            problems.append(Problem(location, key, "set twice", "keep one"))
             continue
         seen.add(key)
-        problems = [problem for problem in problems if not _within(problem.key, key)]
+        problems = [problem for problem in problems if not _is_at_or_below(problem.key, key)]
         try:
-            value, found = parse_yaml(written, _always(place))
-            problems += [problem._replace(key=_join(key, problem.key)) for problem in found]
-            tree = _put(tree, steps, value or Node(None, place), above="")
+            value, value_problems = parse_yaml(written, _always(location))
+            problems += [problem._replace(key=_join(key, problem.key)) for problem in value_problems]
+            tree = _set_value(tree, steps, value or Node(None, location), parent="")
         except UnreadableRecipe as error:
             fix = error.problem.fix if written else "write a value after the `=`"
             problems.append(error.problem._replace(key=_join(key, error.problem.key), fix=fix))
     return tree, problems
 
 
-def _put(node: Node, steps: list[str], value: Node, above: str) -> Node:
-    """A copy of the tree with `value` at the end of `steps`: what aliases share stays as it was."""
+def _set_value(node: Node, steps: list[str], value: Node, parent: str) -> Node:
+    """Return a copy of the tree with `value` at `steps`; the copy leaves nodes that YAML aliases share unchanged."""
     entries = {} if node.is_empty else node.value
     if not isinstance(entries, dict):
-        found = f"{above} is a {'list' if isinstance(entries, list) else 'single value'}, not a section"
-        raise UnreadableRecipe(Problem(value.place, "", found, f"set it as a whole: --set {above}=..."))
+        message = f"{parent} is a {'list' if isinstance(entries, list) else 'single value'}, not a section"
+        raise UnreadableRecipe(Problem(value.location, "", message, f"set it as a whole: --set {parent}=..."))
     first, *rest = steps
     if rest:
-        # A section that the file has keeps its line; one that it has not is where its first key is set.
-        section = entries.get(first, Node({}, value.place))
-        value = _put(section, rest, value, f"{above}.{first}".lstrip("."))
+        # A section of the file keeps its line; a new one has the location of the override that adds it.
+        section = entries.get(first, Node({}, value.location))
+        value = _set_value(section, rest, value, f"{parent}.{first}".lstrip("."))
     return replace(node, value={**entries, first: value})
 
 
-def _always(place: Location) -> Callable[[int], Location]:
-    return lambda _: place
+def _always(location: Location) -> Callable[[int], Location]:
+    return lambda _: location
 
 
 def _join(key: str, inner: str) -> str:
     return f"{key}{inner}" if inner.startswith("[") or not inner else f"{key}.{inner}"
 
 
-def _within(key: str, outer: str) -> bool:
+def _is_at_or_below(key: str, outer: str) -> bool:
     return key == outer or key.startswith((f"{outer}.", f"{outer}["))

@@ -1,4 +1,4 @@
-"""Every field of a recipe: its type, unit, default and range. Frozen, closed, no torch."""
+"""Recipe schema: the type, unit, range and default of every field, as frozen pydantic models. No torch."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -8,26 +8,26 @@ from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.tasks import FormatName, TaskName
 
 
-def _switch(value: object) -> object:
-    # YAML 1.1 made `no` and `off` booleans everywhere; here they are words unless a boolean is due.
-    words = {"yes": True, "on": True, "no": False, "off": False}
-    return words.get(value.lower(), value) if isinstance(value, str) else value
+def _parse_switch(value: object) -> object:
+    # YAML 1.1 reads `no` and `off` as booleans everywhere; here they are booleans in boolean fields only.
+    booleans = {"yes": True, "on": True, "no": False, "off": False}
+    return booleans.get(value.lower(), value) if isinstance(value, str) else value
 
 
-def _whole(value: object) -> object:
-    # `1e3` is a float to YAML and a whole number to whoever wrote it.
+def _parse_integer(value: object) -> object:
+    # YAML reads `1e3` as a float, but the user means an integer.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Switch = Annotated[bool, BeforeValidator(_switch)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-LayerNumber = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_whole)]
+Switch = Annotated[bool, BeforeValidator(_parse_switch)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_parse_integer)]
+LayerNumber = Annotated[int, Field(ge=0), BeforeValidator(_parse_integer)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_parse_integer)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys, loose types, NaN and infinity are all refused."""
+    """A part of a recipe; unknown keys, type coercion, NaN and infinity are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -40,269 +40,287 @@ class ModelSpec(Section):
     path: str = Field(min_length=1)
     """Hub id, local folder, or a `.gguf` file."""
     revision: str | None = None
-    """Branch, tag or commit that pins a hub model; default: the hub's main branch."""
+    """Branch, tag or commit of a hub model. Default null: the main branch. Not for local models."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of base weights and compute; auto: bfloat16 where the device computes in it, else float32."""
+    """Dtype of the base weights and of the computation. auto: bfloat16 if the device computes in it, else float32."""
     attention: str = "auto"
-    """auto, sdpa, eager, flash_attention_2, ...; auto: the fastest one that keeps packed rows apart here."""
+    """Attention implementation of transformers: sdpa, eager, flash_attention_2, ... auto: the fastest that works for
+    the model; with packing, the fastest without attention between packed rows."""
     trust_remote_code: Switch = False
-    """Run Python code that the model's repository ships. Only for repositories you have read."""
+    """Run the Python code of the model's repository. Read the code first. Default false."""
     gguf: Literal["auto", "packed", "dequantized"] = "auto"
-    """How a `.gguf` base is held: packed as it is, or dequantized to dtype; auto: packed where that can be trained."""
+    """How a `.gguf` base is stored in memory: packed as in the file, or dequantized to `dtype`. auto: packed if it can
+    be trained on this device. Not for other models."""
     new_tokens: list[str] = []
-    """Tokens that are added to the tokenizer, as special ones; adapter.trainable_tokens teaches them."""
+    """Special tokens to add to the tokenizer. List them in adapter.trainable_tokens to train their embeddings."""
 
 
 class QuantizationSpec(Section):
-    """How the frozen base is held in memory (QLoRA). Leave the section out for plain 16-bit LoRA."""
+    """Quantization of the frozen base in memory (QLoRA). Leave the section out for LoRA on 16-bit weights."""
 
     bits: Literal[4, 8] = 4
-    """Bits per weight of the frozen linear layers: 4 or 8."""
+    """Bits per weight of the frozen linear layers: 4 (default) or 8."""
     type: Literal["nf4", "fp4"] | None = None
-    """4-bit code: nf4 (default; fits normally distributed weights) or fp4. Not for 8 bits."""
+    """4-bit data type: nf4 (default; made for normally distributed weights) or fp4. Not for 8 bits."""
     double_quant: Switch | None = None
-    """Quantise the 4-bit scales too: about 0.4 bits a parameter less. Default true. Not for 8 bits."""
+    """Quantize the scales of the 4-bit weights too; saves about 0.4 bits per weight. Default true. Not for 8 bits."""
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype that weights are dequantised to for each matrix product."""
+    """Dtype that 4-bit weights are dequantized to for each matrix product. No effect with 8 bits."""
     storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] | None = None
-    """Dtype that packed codes are stored as (default uint8); FSDP shards floating ones only. Not for 8 bits."""
+    """Dtype of the tensors that store the packed 4-bit weights (default uint8). FSDP shards floating-point dtypes only.
+    Not for 8 bits."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_four_bit(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("bits", 4) == 4:
-            filled = {key: value for key, value in given.items() if value is not None}
-            return {"type": "nf4", "double_quant": True, "storage_dtype": "uint8", **filled}
-        return given
+    def _fill_four_bit(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("bits", 4) == 4:
+            set_values = {key: value for key, value in values.items() if value is not None}
+            return {"type": "nf4", "double_quant": True, "storage_dtype": "uint8", **set_values}
+        return values
 
 
 class AdapterSpec(Section):
-    """The trainable part. Each method takes some of these keys; what it does not take is null."""
+    """The adapter and other trainable parameters. Each method supports some of these keys; the others are null."""
 
     method: MethodName = "lora"
-    """How weights are adapted: lora, rslora, dora, lora+, pissa, adalora, ...; `lora methods` tells what each does."""
+    """Adapter method: lora, rslora, dora, lora+, pissa, adalora, ...; `lora methods` describes each with its keys."""
     rank: Count | None = None
-    """Inner dimension r of B·A (default 16). Adapter size and memory grow linearly with it. At least 1."""
+    """Inner dimension r of B·A. At least 1. Default 16 (vera: 256). Adapter size and memory grow linearly with it."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Numerator of the scale alpha/rank that the update is multiplied with (default 32). Above 0."""
+    """The update is multiplied by alpha/rank (rslora: alpha/sqrt(rank)). Above 0. Default 32."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share that is zeroed at each training step: of the adapter's inputs (lora: default 0.05); of the update's rows
-    (loha, lokr); of the rotations (oft, boft)."""
+    """Dropout probability in training: of the adapter's inputs (default 0.05; vera: 0), of the rows of the update
+    (loha, lokr: 0), or of the rotation blocks (oft, boft: 0). From 0 to below 1."""
     target_modules: str | list[str] | None = None
-    """all-linear (every linear layer but the output head), a list of names, or a regex over full names."""
+    """Modules to adapt: all-linear (every linear layer except the output head), a list of module names, or a regex that
+    matches full module names. Default all-linear (ia3: PEFT's defaults for the architecture)."""
     exclude_modules: str | list[str] | None = None
-    """Names, or a regex over full names, of modules that target_modules would reach and must not."""
+    """Modules to leave out of target_modules: a list of names, or a regex that matches full names. Default: none."""
     layers: list[LayerNumber] | None = None
-    """Numbers of the layers to adapt, from 0; default: all of them."""
+    """Indices of the transformer layers to adapt, from 0. Default: all layers."""
     rank_pattern: dict[str, Count] | None = None
-    """Ranks that differ from `rank`, by module name or regex: {down_proj: 32}."""
+    """Ranks that differ from `rank`, by module name or regex: {down_proj: 32}. At least 1. Default: none."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = None
-    """Alphas that differ from `alpha`, by module name or regex: {down_proj: 64}."""
+    """Alphas that differ from `alpha`, by module name or regex: {down_proj: 64}. Above 0. Default: none."""
     bias: Literal["none", "all", "lora_only"] | None = None
-    """Biases of the base that are trained too. Other than none, switching the adapter off is not the base."""
+    """Biases of the base to train too: none (default), all, or lora_only (those of adapted layers). With trained
+    biases, the model with the adapter disabled differs from the base."""
     modules_to_save: list[str] | None = None
-    """Modules that are trained whole and saved with the adapter: [lm_head]. A task's new head always is."""
+    """Modules to train fully and save with the adapter: [lm_head]. The new head of a task is always included."""
     trainable_tokens: list[str] | None = None
-    """Tokens whose embeddings are trained, each alone, and saved with the adapter: ["<|im_end|>"]."""
+    """Tokens whose embedding rows are trained and saved with the adapter: ["<|im_end|>"]. Default: none."""
     freeze_a: Switch | None = None
-    """LoRA-FA: A stays as drawn and only B learns, so that the inputs of the layers need not be kept."""
+    """LoRA-FA (arXiv:2308.03303): train B only and keep A at its random initial value, which saves the memory of the
+    layers' inputs. Default false."""
     lr_ratio: Annotated[float, Field(ge=1)] | None = None
-    """lora+: how many times the learning rate of A the one of B is (default 16)."""
+    """lora+: learning rate of B divided by that of A. At least 1. Default 16."""
     final_rank: Count | None = None
-    """adalora: mean rank that is left in the end (default 8); `rank` is the one it starts with."""
+    """adalora: mean rank at the end of training; training starts at `rank`. From 1 to `rank`. Default 8."""
     feedforward_modules: list[str] | None = None
-    """ia3: those of target_modules whose inputs are scaled, in place of their outputs."""
+    """ia3: those of target_modules whose inputs are scaled instead of their outputs. Default: none."""
     rotation_size: Count | None = None
-    """oft (default 32), boft (default 4): size of a rotation's blocks; it divides the layers' inputs."""
+    """oft (default 32), boft (default 4): size of the rotation blocks; must divide the layers' input dimension."""
     butterflies: Count | None = None
-    """boft: factors of the product of rotations (default 1); each lets twice as many inputs mix."""
+    """boft: number of butterfly factors in the product of rotations; each doubles the number of inputs that mix. At
+    least 1. Default 1."""
     virtual_tokens: Count | None = None
-    """prefix, prompt, p-tuning: trained positions before the first token (default 20)."""
+    """prefix, prompt, p-tuning: number of virtual tokens before the first token. At least 1. Default 20."""
     init_text: str | None = None
-    """prompt: text whose embeddings the trained ones start from; default: those of words drawn by the seed."""
+    """prompt: text whose token embeddings initialize the virtual tokens. Default: random tokens."""
     hidden_size: Count | None = None
-    """p-tuning: width of the network that makes the embeddings (default 128)."""
+    """p-tuning: hidden size of the network that computes the embeddings. At least 1. Default 128."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_options(cls, given: Any) -> Any:
-        """Fill in the defaults of the method; what it does not take stays null, and is refused where it is set."""
-        if isinstance(given, dict) and (facts := METHOD_FACTS.get(given.get("method", "lora"))):
-            filled = {key: value for key, value in given.items() if value is not None or key not in facts.options}
-            return {**facts.options, **filled}
-        return given
+    def _fill_options(cls, values: Any) -> Any:
+        """Fill in the defaults of the method; keys that it does not support stay null (adapter_rules.py)."""
+        if isinstance(values, dict) and (facts := METHOD_FACTS.get(values.get("method", "lora"))):
+            set_values = {key: value for key, value in values.items() if value is not None or key not in facts.options}
+            return {**facts.options, **set_values}
+        return values
 
 
 class SourceSpec(Section):
-    """One source of rows."""
+    """One dataset source."""
 
     path: str = Field(min_length=1)
-    """File (.jsonl .json .csv .parquet .txt), folder of them or saved by `datasets`, or hub dataset id."""
+    """File (.jsonl .json .csv .parquet .txt), folder of such files or saved by `datasets`, or hub dataset id."""
     subset: str | None = None
-    """Configuration of a hub dataset that has several: `cola` of `nyu-mll/glue`."""
+    """Subset (configuration) of a hub dataset that has several: `cola` of `nyu-mll/glue`."""
     split: str | None = None
-    """Split of a hub or saved dataset; default: train (for data.eval: validation, test or train)."""
+    """Split of a hub or saved dataset. Default: train; for data.eval, validation, else test, else train."""
     format: Literal["auto"] | FormatName | None = None
-    """Row format of this source; default: data.format."""
+    """Row format of this source. Default: data.format."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Times each row is seen per epoch: 2 repeats every row, 0.5 takes a seeded half of them."""
+    """Times that each row is used per epoch: 2 repeats every row, 0.5 uses a random half. Above 0, at most 1000."""
     columns: dict[str, str] = {}
-    """Renames: {prompt: question} reads the format's `prompt` from `question`. Adds to data.columns."""
+    """Column mapping: {prompt: question} reads the format's `prompt` from column `question`. Added to data.columns."""
 
 
 class DataSpec(Section):
-    """Rows, and how they become token ids and labels."""
+    """Datasets, and how their rows are converted to token ids and labels."""
 
     train: str | list[SourceSpec]
-    """Rows to train on: a path or hub dataset id, or a list of sources."""
+    """Path or hub dataset id of the training rows, or a list of sources."""
     eval: str | Annotated[float, Field(gt=0.0, lt=1.0)] | list[SourceSpec] | None = 0.05
-    """Rows to evaluate on: a path, a list of sources, a fraction held out of train, or null for none."""
+    """Path or hub dataset id of the evaluation rows, a list of sources, a fraction (above 0, below 1) held out of
+    train, or null for none. Default 0.05."""
     format: Literal["auto"] | FormatName = "auto"
-    """Row format; auto looks at the columns, says what it found, and refuses when rows disagree."""
+    """Row format. auto: detected from the columns and printed; rows of different formats are an error."""
     columns: dict[str, str] = {}
-    """Renames for every source: {prompt: question} reads the format's `prompt` from column `question`."""
+    """Column mapping for every source: {prompt: question} reads the format's `prompt` from column `question`."""
     chat_template: str | None = None
-    """Named template (chatml, ...), path or inline Jinja, for a model without. Default: the tokenizer's."""
+    """Chat template: a named template (chatml, ...), a path, or inline Jinja. Default: the tokenizer's own."""
     loss_on: Literal["assistant", "last-turn", "all"] = "assistant"
-    """Tokens that carry loss: every assistant turn, only the last one, or every token of the row."""
+    """Tokens with loss (label mask): all assistant turns (default), the last assistant turn, or the full row."""
     max_length: Count = 1024
-    """Longest row in tokens."""
+    """Longest row, in tokens. At least 1. Default 1024."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What to do with longer rows: stop, leave them out, or cut their end. Counted and shown in any case."""
+    """Rows longer than max_length: stop with an error (default), drop them, or truncate their end. They are always
+    counted and reported."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with rows that cannot be read: stop and list them, or leave them out, counted and shown."""
+    """Rows that cannot be parsed: stop with an error that lists them (default), or skip them, counted and reported."""
     max_loss: Fraction | None = None
-    """Largest share of rows that may be lost. Default: 0 with overlong and on_bad_row at error, else 0.1."""
+    """Largest share of rows that may be lost, from 0 to 1. Default 0 if overlong and on_bad_row are error, else 0.1."""
     packing: Switch | None = None
-    """Fill each batch with whole rows end to end, attention confined to the row, instead of padding. Default: true
-    for causal-lm, where adapter and base allow it."""
+    """Concatenate several rows in one sequence instead of padding, without attention between rows. Default: true for
+    causal-lm, except with 8-bit quantization or an adapter method that does not support it."""
     labels: Literal["auto", "regression"] | list[str] = "auto"
-    """Names of the labels in the order of their numbers, for seq-cls and token-cls; auto: found in the training rows;
-    regression: rows have numbers to come near to."""
+    """seq-cls and token-cls: the label names in the order of their ids. auto: collected from the training rows.
+    regression (seq-cls): the rows have numbers as targets, and the loss is the mean squared error."""
 
 
 class TrainingSpec(Section):
-    """The optimisation."""
+    """Optimization: steps, batches, learning rate, optimizer, evaluation and checkpoints."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows, fractions allowed. Default 1. Not together with max_steps."""
+    """Passes over the training rows; fractions are allowed. Above 0. Default 1. Not together with max_steps."""
     max_steps: Count | None = None
-    """Optimizer steps to train for, instead of epochs."""
+    """Optimizer steps to train for, instead of epochs. At least 1."""
     tokens_per_batch: Count | None = None
-    """With packing: tokens in one device batch. Default: data.max_length. At least that."""
+    """With packing: tokens per device batch. At least data.max_length, which is the default."""
     batch_size: Count | None = None
-    """Without packing: rows in one device batch. Default 4."""
+    """Without packing: rows per device batch. At least 1. Default 4."""
     gradient_accumulation: Count = 1
-    """Device batches per optimizer step. The loss stays the mean over all their supervised tokens."""
+    """Device batches per optimizer step; the loss is the mean over their supervised tokens. At least 1. Default 1."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
-    """Peak learning rate of AdamW. Above 0."""
+    """Peak learning rate. Above 0, at most 10. Default 2e-4."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warmup: constant, or linear or cosine decay to 0."""
+    """Learning rate schedule after the warmup: constant, or linear or cosine (default) decay to 0."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Steps in which the rate rises from 0: a fraction of all steps if below 1, else a number of steps."""
+    """Linear warmup of the learning rate from 0: a fraction of all steps if below 1, else a number of steps.
+    At least 0. Default 0.03."""
     optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
-    """adamw: torch's, fused; -8bit: moments in 8 bits; paged-: moments that may leave a full GPU; auto: says which."""
+    """adamw (default): the fused one of torch; -8bit: moments in 8 bits; paged-: moments that move to CPU memory when
+    the GPU is full; auto: paged-adamw on a GPU with a quantized base, else adamw, and prints the choice."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's decay of the mean of gradients."""
+    """AdamW's decay rate of the first moment (mean of the gradients). From 0 to below 1. Default 0.9."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """AdamW's decay of the mean of squared gradients."""
+    """AdamW's decay rate of the second moment (mean of the squared gradients). From 0 to below 1. Default 0.999."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Decoupled weight decay of the adapter per step, times the learning rate."""
+    """Decoupled weight decay of the trained parameters: per step, learning rate times this. From 0 to 1. Default 0."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this L2 norm where theirs is larger; null switches it off."""
+    """Gradient clipping: a gradient with a larger L2 norm is scaled down to this norm. Above 0; null disables it.
+    Default 1."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each label's weight that is spread over all classes while training; evaluation has none."""
+    """Share of each label's probability spread over all classes, in training only. From 0 to below 1. Default 0."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """NEFTune (arXiv:2310.05914): uniform noise of alpha/sqrt(tokens·width) on a row's embeddings while training."""
+    """NEFTune (arXiv:2310.05914): uniform noise of size alpha/sqrt(tokens·hidden size) on the embeddings of each row,
+    in training only. Above 0. Default null: no noise."""
     gradient_checkpointing: Literal["auto"] | Switch = "auto"
-    """Recompute activations in the backward pass: less memory, a third more time. auto: only if needed."""
+    """Recompute activations in the backward pass: less memory, a third more time. auto: only if memory requires it."""
     seed: Seed = 42
-    """Seed of adapter initialisation, dropout, row order and held-out rows."""
+    """Seed of adapter initialization, dropout, row order and held-out rows. From 0 to 4294967295. Default 42."""
     eval_every: Count | None = 100
-    """Optimizer steps between evaluations; before the first and after the last step there is always one."""
+    """Optimizer steps between evaluations. One before the first and one after the last step always run; null: only
+    these. At least 1. Default 100."""
     save_every: Count | None = 100
-    """Optimizer steps between checkpoints; there is always one at the end."""
+    """Optimizer steps between checkpoints. The last step is always saved; null: nothing else is.
+    At least 1. Default 100."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept; older ones are deleted."""
+    """Number of newest checkpoints to keep; older ones are deleted. At least 1. Default 2."""
     log_every: Count = 1
-    """Optimizer steps between progress lines; metrics.jsonl has every step."""
+    """Optimizer steps between progress lines; metrics.jsonl records every step. At least 1. Default 1."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_epochs(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("epochs") is None and given.get("max_steps") is None:
-            return {**given, "epochs": 1.0}
-        return given
+    def _fill_epochs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("epochs") is None and values.get("max_steps") is None:
+            return {**values, "epochs": 1.0}
+        return values
 
 
 class GenerationSpec(Section):
-    """How `lora eval` has the model answer."""
+    """Decoding of the answers that `lora eval` generates."""
 
     num_beams: Count = 1
-    """Beams that are searched; 1: greedy."""
+    """Number of beams of the beam search. At least 1. Default 1: no beam search."""
     length_penalty: float | None = None
-    """Beam scores are divided by length to this power (default 1): above 0 longer answers gain. Only with beams."""
+    """Beam search only: log-probabilities are divided by length to this power; above 0 favors longer answers.
+    Default 1."""
     temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
-    """0: always the most likely token; above: tokens are drawn, from logits divided by it, by training.seed."""
+    """0 (default): the most likely token at each position. Above 0, at most 10: sample from the logits divided by this,
+    with training.seed."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Drawn are only the most likely tokens that have this much probability together."""
+    """Sample only from the most likely tokens with this total probability. Above 0, at most 1. Default 1."""
     no_repeat_ngram: Count | None = None
-    """Runs of so many tokens occur at most once in an answer; default: no such limit."""
+    """Sequences of this many tokens occur at most once in an answer. At least 1. Default null: no limit."""
     max_new_tokens: Count | None = None
-    """Longest answer in tokens; default: twice the longest reference, at most 200."""
+    """Longest answer, in tokens. At least 1. Default null: twice the longest reference, at most 200."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_penalty(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("num_beams", 1) != 1 and given.get("length_penalty") is None:
-            return {**given, "length_penalty": 1.0}
-        return given
+    def _fill_penalty(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("num_beams", 1) != 1 and values.get("length_penalty") is None:
+            return {**values, "length_penalty": 1.0}
+        return values
 
 
 class DistributedSpec(Section):
-    """How a run spreads over processes. Leave the section out: all GPUs of this machine, else the CPU."""
+    """Data parallelism over processes. Leave the section out to use all GPUs of this machine, else the CPU."""
 
     strategy: Literal["ddp"] = "ddp"
-    """ddp: every process holds the whole model and an equal share of each step's batches."""
+    """ddp: every process has the full model and processes an equal share of the batches of each step."""
     processes: Literal["auto"] | Count = "auto"
-    """Processes on this machine; auto: one per GPU, or one on the CPU."""
+    """Number of processes on this machine. At least 1. auto: one per GPU, or one on the CPU."""
 
 
 class Recipe(Section):
-    """A whole run of `lora train`."""
+    """The full configuration of a `lora train` run."""
 
     model: ModelSpec
     """The base model that the adapter is trained on."""
     task: TaskName = "causal-lm"
-    """causal-lm: next tokens; seq-cls: a label for the row; token-cls: one for each word; seq2seq-lm: another text."""
+    """causal-lm: next-token prediction; seq-cls: labels or a number per row; token-cls: a label per word; seq2seq-lm:
+    text to text, with an encoder and a decoder."""
     quantization: QuantizationSpec | None = None
-    """How the frozen base is held in memory (QLoRA). Leave it out for plain 16-bit LoRA."""
+    """Quantization of the frozen base in memory (QLoRA). Default null: LoRA on 16-bit weights."""
     adapter: AdapterSpec = AdapterSpec.model_validate({})
-    """The trainable part."""
+    """The adapter and other trainable parameters."""
     data: DataSpec
-    """Rows, and how they become token ids and labels."""
+    """Datasets, and how their rows are converted to token ids and labels."""
     training: TrainingSpec = TrainingSpec.model_validate({})
-    """The optimisation."""
+    """Optimization: steps, batches, learning rate, optimizer, evaluation and checkpoints."""
     generation: GenerationSpec = GenerationSpec.model_validate({})
-    """How `lora eval` has the model answer."""
+    """Decoding of the answers that `lora eval` generates."""
     distributed: DistributedSpec = DistributedSpec()
-    """How a run spreads over processes."""
+    """Data parallelism over processes."""
     output: str = Field(default="runs/lora", min_length=1)
-    """Folder of the run: recipe, manifest, metrics, checkpoints and adapter."""
+    """Run folder: recipe, manifest, metrics, checkpoints and adapter. Default runs/lora."""
 
     @model_validator(mode="after")
     def _fill_batch(self) -> Self:
-        """Fill packing, and the one batch size that it leaves in use, so that a resolved recipe shows them."""
+        """Fill in packing and the batch size that applies with or without it, so that a resolved recipe shows them."""
         training = self.training
         if self.data.packing is None:
-            # LLM.int8 picks its outlier columns over the whole batch: packed rows would change each other's results.
+            # LLM.int8 chooses outlier columns over the whole batch, so packed rows would change each other's results.
             int8 = self.quantization is not None and self.quantization.bits == 8
-            packs = self.task == "causal-lm" and METHOD_FACTS[self.adapter.method].packs and not int8
-            object.__setattr__(self, "data", self.data.model_copy(update={"packing": packs}))
+            packing = self.task == "causal-lm" and METHOD_FACTS[self.adapter.method].supports_packing and not int8
+            object.__setattr__(self, "data", self.data.model_copy(update={"packing": packing}))
         if self.data.packing and training.tokens_per_batch is None:
             training = training.model_copy(update={"tokens_per_batch": self.data.max_length})
         if not self.data.packing and training.batch_size is None:
             training = training.model_copy(update={"batch_size": 4})
-        # Frozen for everyone else: the recipe is still being built here.
+        # The model is frozen, but validation is still building it here.
         object.__setattr__(self, "training", training)
         return self

@@ -1,4 +1,4 @@
-"""Find the key that was meant by an unknown one: misspelt, misplaced, or another tool's. No torch."""
+"""Suggest the right key for an unknown one: misspelled, in the wrong section, or another tool's name. No torch."""
 
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -10,51 +10,58 @@ JsonSchema = dict[str, Any]  # a JSON Schema, or a part of one
 
 
 class Suggestion(NamedTuple):
-    """What to do about an unknown key."""
+    """How to fix an unknown key."""
 
     fix: str
-    key: str = ""  # the key of ours that was meant, dotted, where it is known
+    key: str = ""  # the suggested key, dotted; empty if none is known
 
 
 def suggest(name: str, section: str, *, keys: list[str], recipe: JsonSchema) -> Suggestion:
-    """What was meant by `name` in `section` (dotted; empty for the top), which has `keys`."""
-    flat = _flat(name)
-    here = {_flat(key): key for key in keys}
-    if flat in here:
-        return _is(here[flat], section)
-    if section.endswith("]") and flat in RENAMED_FLAT_IN_SOURCE:
-        return _is(RENAMED_FLAT_IN_SOURCE[flat], section)
-    if flat in RENAMED_FLAT:
-        return Suggestion(f"here it is {RENAMED_FLAT[flat]}", RENAMED_FLAT[flat])
-    if flat in REPLACED_FLAT:
-        return Suggestion(REPLACED_FLAT[flat])
-    everywhere = all_keys(recipe)
-    if name in everywhere:
+    """Return the suggestion for the unknown key `name`.
+
+    Args:
+        name: the unknown key.
+        section: the section that it is in, dotted; empty for the top level.
+        keys: the valid keys of that section.
+        recipe: the JSON Schema of a recipe.
+    """
+    normalized = _normalize(name)
+    valid = {_normalize(key): key for key in keys}
+    if normalized in valid:
+        return _use(valid[normalized], section)
+    if section.endswith("]") and normalized in NORMALIZED_RENAMED_IN_SOURCE:
+        return _use(NORMALIZED_RENAMED_IN_SOURCE[normalized], section)
+    if normalized in NORMALIZED_RENAMED:
+        return Suggestion(f"use {NORMALIZED_RENAMED[normalized]}", NORMALIZED_RENAMED[normalized])
+    if normalized in NORMALIZED_REPLACED:
+        return Suggestion(NORMALIZED_REPLACED[normalized])
+    all_names = all_keys(recipe)
+    if name in all_names:
         outer, _, inner = name.partition(".")
         return Suggestion(f"nest it: `{outer}: {{{inner}: ...}}`", name)
-    elsewhere = [key for key in everywhere if _flat(key.rpartition(".")[2]) == flat]
+    elsewhere = [key for key in all_names if _normalize(key.rpartition(".")[2]) == normalized]
     if elsewhere:
-        return Suggestion(f"it belongs elsewhere: {join_words(elsewhere)}", elsewhere[0])
-    if close := get_close_matches(flat, here, n=1, cutoff=0.6):
-        return _is(here[close[0]], section, sure=False)
-    leaves = {_flat(key.rpartition(".")[2]): key for key in everywhere}
-    if close := get_close_matches(flat, leaves, n=1, cutoff=0.75):
+        return Suggestion(f"move it to {join_words(elsewhere)}", elsewhere[0])
+    if close := get_close_matches(normalized, valid, n=1, cutoff=0.6):
+        return _use(valid[close[0]], section, sure=False)
+    leaves = {_normalize(key.rpartition(".")[2]): key for key in all_names}
+    if close := get_close_matches(normalized, leaves, n=1, cutoff=0.75):
         return Suggestion(f"did you mean {leaves[close[0]]}?", leaves[close[0]])
-    return Suggestion(f"the keys here are {join_words(keys, 'and')}")
+    return Suggestion(f"valid keys are {join_words(keys, 'and')}")
 
 
-def _is(key: str, section: str, *, sure: bool = True) -> Suggestion:
-    full = f"{section}.{key}" if section else key
-    return Suggestion(f"here it is {key}" if sure else f"did you mean {key}?", full)
+def _use(key: str, section: str, *, sure: bool = True) -> Suggestion:
+    dotted = f"{section}.{key}" if section else key
+    return Suggestion(f"use {key}" if sure else f"did you mean {key}?", dotted)
 
 
-def _flat(name: str) -> str:
-    """`learning-rate`, `learningRate` and `Learning_Rate` are one name."""
+def _normalize(name: str) -> str:
+    """Return one form for `learning-rate`, `learningRate` and `Learning_Rate`."""
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def all_keys(recipe: JsonSchema) -> list[str]:
-    """Every dotted key of a recipe, down to the keys of its sections."""
+    """Return every dotted key of a recipe: its sections, and the keys in them."""
     keys = []
     for name, schema in recipe["properties"].items():
         keys.append(name)
@@ -64,7 +71,7 @@ def all_keys(recipe: JsonSchema) -> list[str]:
 
 
 def alternatives(schema: JsonSchema, recipe: JsonSchema) -> list[JsonSchema]:
-    """The alternatives of a schema, with references followed."""
+    """Return the alternatives (`anyOf`) of a schema, with references resolved."""
     if "$ref" in schema:
         return alternatives(recipe["$defs"][schema["$ref"].rpartition("/")[2]], recipe)
     if "anyOf" in schema:
@@ -72,6 +79,6 @@ def alternatives(schema: JsonSchema, recipe: JsonSchema) -> list[JsonSchema]:
     return [schema]
 
 
-RENAMED_FLAT = {_flat(name): key for name, key in RENAMED.items()}
-REPLACED_FLAT = {_flat(name): fix for name, fix in REPLACED.items()}
-RENAMED_FLAT_IN_SOURCE = {_flat(name): key for name, key in RENAMED_IN_SOURCE.items()}
+NORMALIZED_RENAMED = {_normalize(name): key for name, key in RENAMED.items()}
+NORMALIZED_REPLACED = {_normalize(name): fix for name, fix in REPLACED.items()}
+NORMALIZED_RENAMED_IN_SOURCE = {_normalize(name): key for name, key in RENAMED_IN_SOURCE.items()}

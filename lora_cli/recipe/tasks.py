@@ -1,4 +1,4 @@
-"""What a model can be trained for, and the row formats that hold it. No torch."""
+"""The tasks a model can be trained for, and the row formats of each. No torch."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ FormatName = Literal[
 ]
 
 EVERY_TASK: tuple[TaskName, ...] = ("causal-lm", "seq-cls", "token-cls", "seq2seq-lm")
-# The formats whose rows a task can learn from.
+# The row formats that a task can be trained on.
 TASK_FORMATS: dict[TaskName, tuple[FormatName, ...]] = {
     "causal-lm": ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokens"),
     "seq-cls": ("classification",),

@@ -1,4 +1,4 @@
-"""Check a tree against the schema and the rules: every problem, each at its line. No torch."""
+"""Validate a recipe's tree against the schema and the rules between fields: all problems, with lines. No torch."""
 
 import re
 from collections.abc import Iterator
@@ -8,98 +8,104 @@ from pydantic_core import ErrorDetails
 
 from lora_cli.recipe.explain import explain
 from lora_cli.recipe.problem import Location, Problem
-from lora_cli.recipe.rules import conflicts
+from lora_cli.recipe.rules import find_conflicts
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import JsonSchema, Suggestion, alternatives, suggest
 from lora_cli.recipe.yaml_tree import Node, PlainValue
 
-KeyPath = tuple[str | int, ...]  # ("data", "train", 0, "path"), shown as data.train[0].path
+KeyPath = tuple[str | int, ...]  # ("data", "train", 0, "path"), printed as data.train[0].path
 
 
 def validate_recipe(tree: Node, top: Location) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe that the tree spells, or None, and everything that is wrong with it."""
-    found: dict[KeyPath, Problem] = {}
+    """Return the recipe, or None if it is invalid, and all its problems.
+
+    Args:
+        tree: the recipe as parsed.
+        top: the location of a problem that is at no key.
+    """
+    by_path: dict[KeyPath, Problem] = {}
     try:
         recipe = Recipe.model_validate(tree.plain())
     except ValidationError as error:
-        found = _refused_by_schema(error.errors(include_url=False), tree, top)
+        by_path = _schema_problems(error.errors(include_url=False), tree, top)
         recipe = None
-    bad = set(found)
-    for steps, blank in _blanks(tree, ()):
-        if not any(steps[: len(other)] == other and steps != other for other in bad):
-            unknown = steps in found and found[steps].found == UNKNOWN_KEY
+    bad = set(by_path)
+    for path, empty in _empty_values(tree, ()):
+        if not any(path[: len(other)] == other and path != other for other in bad):
+            unknown = path in by_path and by_path[path].message == UNKNOWN_KEY
             fix = "write one, or remove the key"
-            found[steps] = found[steps] if unknown else _problem(steps, blank.place, "has no value", fix)
-    bad |= set(found)
-    problems = [problem for problem in found.values() if problem.found]
-    # Rules between fields are told as well: over what stands, with defaults in place of what does not.
-    for conflict in conflicts(recipe or Recipe.model_validate(_healed(tree, bad))):
-        keys = [_steps(key) for key in (conflict.key, *conflict.depends_on)]
-        if not any(key[: len(other)] == other[: len(key)] for key in keys for other in bad):
-            places = [node.place for key in keys if (node := _at(tree, key))]
-            place = places[0] if places else top
-            problems.append(Problem(place, conflict.key, conflict.found, conflict.fix))
+            by_path[path] = by_path[path] if unknown else _problem(path, empty.location, "has no value", fix)
+    bad |= set(by_path)
+    problems = [problem for problem in by_path.values() if problem.message]
+    # Conflicts are reported in the same run: among the valid values, with defaults in place of the invalid ones.
+    for conflict in find_conflicts(recipe or Recipe.model_validate(_without(tree, bad))):
+        paths = [_parse_key(key) for key in (conflict.key, *conflict.depends_on)]
+        if not any(path[: len(other)] == other[: len(path)] for path in paths for other in bad):
+            locations = [node.location for path in paths if (node := _node_at(tree, path))]
+            location = locations[0] if locations else top
+            problems.append(Problem(location, conflict.key, conflict.message, conflict.fix))
     return (None if problems else recipe), problems
 
 
 UNKNOWN_KEY = "unknown key"
 
 
-def _refused_by_schema(errors: list[ErrorDetails], tree: Node, top: Location) -> dict[KeyPath, Problem]:
-    """One problem for each value that pydantic refuses; it says where, the JSON Schema says why."""
+def _schema_problems(errors: list[ErrorDetails], tree: Node, top: Location) -> dict[KeyPath, Problem]:
+    """Return one problem for each value that pydantic rejects; the message comes from the JSON Schema."""
     schema = Recipe.model_json_schema()
     kinds: dict[KeyPath, str] = {}
     for error in errors:
-        steps = _trace(tree, error["loc"])
+        path = _path_in_tree(tree, error["loc"])
         if error["type"] == "missing":
-            steps = (*steps, error["loc"][-1])
-        kinds.setdefault(steps, error["type"])
-    # A union tells what is wrong with the value for each of its types; the one that looked inside fits best.
-    inner = [steps for steps in kinds if not any(steps == other[: len(steps)] != other for other in kinds)]
-    named: list[Suggestion] = []
+            path = (*path, error["loc"][-1])
+        kinds.setdefault(path, error["type"])
+    # For a union, pydantic reports an error for each of its types; the error with the longest path fits best.
+    innermost = [path for path in kinds if not any(path == other[: len(path)] != other for other in kinds)]
+    suggestions: list[Suggestion] = []
     problems: dict[KeyPath, Problem] = {}
-    for steps in inner:
-        if kinds[steps] == "extra_forbidden" and (node := _at(tree, steps)):
-            section = _schema_at(steps[:-1], schema)
+    for path in innermost:
+        if kinds[path] == "extra_forbidden" and (node := _node_at(tree, path)):
+            section = _schema_at(path[:-1], schema)
             keys = [key for option in alternatives(section, schema) for key in option.get("properties", ())]
-            named.append(suggest(str(steps[-1]), _key(steps[:-1]), keys=keys, recipe=schema))
-            problems[steps] = _problem(steps, node.place, UNKNOWN_KEY, named[-1].fix)
-    for steps in inner:
-        if kinds[steps] == "missing":
-            parent = _at(tree, steps[:-1])
-            place = parent.place if parent and len(steps) > 1 else top
-            key = _key(steps)
-            # `base_model:` is told as the unknown key that it is: that model.path is missing follows from it.
-            told = any(f"{meaning.key}.".startswith(f"{key}.") for meaning in named)
-            fix = _how_to_add(steps, schema)
-            problems[steps] = Problem(place, key, "" if told else "missing", fix)
-        elif kinds[steps] != "extra_forbidden" and (node := _at(tree, steps)):
-            problems[steps] = _problem(steps, node.place, *explain(node, _schema_at(steps, schema), schema))
+            suggestions.append(suggest(str(path[-1]), _format_key(path[:-1]), keys=keys, recipe=schema))
+            problems[path] = _problem(path, node.location, UNKNOWN_KEY, suggestions[-1].fix)
+    for path in innermost:
+        if kinds[path] == "missing":
+            parent = _node_at(tree, path[:-1])
+            location = parent.location if parent and len(path) > 1 else top
+            key = _format_key(path)
+            # `base_model:` is reported as an unknown key; that model.path is missing follows from it, so its message
+            # is empty and is not printed.
+            implied = any(f"{suggestion.key}.".startswith(f"{key}.") for suggestion in suggestions)
+            fix = _how_to_add(path, schema)
+            problems[path] = Problem(location, key, "" if implied else "missing", fix)
+        elif kinds[path] != "extra_forbidden" and (node := _node_at(tree, path)):
+            problems[path] = _problem(path, node.location, *explain(node, _schema_at(path, schema), schema))
     return problems
 
 
-def _how_to_add(steps: KeyPath, schema: JsonSchema) -> str:
-    field = _schema_at(steps, schema)
+def _how_to_add(path: KeyPath, schema: JsonSchema) -> str:
+    field = _schema_at(path, schema)
     if required := [key for option in alternatives(field, schema) for key in option.get("required", ())]:
-        return f"add `{steps[-1]}: {{{required[0]}: ...}}`"
+        return f"add `{path[-1]}: {{{required[0]}: ...}}`"
     description = str(field["description"]).rstrip(".")
     return f"add it: {description[0].lower()}{description[1:]}"
 
 
-def _trace(node: Node, location: tuple[str | int, ...]) -> KeyPath:
-    """The part of pydantic's location that is in the tree: between, it names the types of a union."""
-    steps: list[str | int] = []
+def _path_in_tree(node: Node, location: tuple[str | int, ...]) -> KeyPath:
+    """Return pydantic's location without the names of union types in it, which are not in the tree."""
+    path: list[str | int] = []
     for step in location:
-        inner = _at(node, (step,))
+        inner = _node_at(node, (step,))
         if inner is not None:
             node = inner
-            steps.append(step)
-    return tuple(steps)
+            path.append(step)
+    return tuple(path)
 
 
-def _at(node: Node, steps: KeyPath) -> Node | None:
-    """The value at the end of `steps`, None where there is none."""
-    for step in steps:
+def _node_at(node: Node, path: KeyPath) -> Node | None:
+    """Return the value at `path`, or None if the tree does not have it."""
+    for step in path:
         match node.value, step:
             case dict(entries), str(key) if key in entries:
                 node = entries[key]
@@ -110,9 +116,9 @@ def _at(node: Node, steps: KeyPath) -> Node | None:
     return node
 
 
-def _schema_at(steps: KeyPath, recipe: JsonSchema) -> JsonSchema:
+def _schema_at(path: KeyPath, recipe: JsonSchema) -> JsonSchema:
     schema = recipe
-    for step in steps:
+    for step in path:
         for option in alternatives(schema, recipe):
             if isinstance(step, int) and "items" in option:
                 schema = option["items"]
@@ -123,23 +129,23 @@ def _schema_at(steps: KeyPath, recipe: JsonSchema) -> JsonSchema:
     return schema
 
 
-def _blanks(node: Node, steps: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
-    """Values that were left out behind their key: null by accident, and null often means `never`."""
+def _empty_values(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
+    """Yield keys without a value: YAML reads them as null, which often means `never`, but was not written."""
     match node.value:
         case dict(entries):
             for key, inner in entries.items():
-                yield from _blanks(inner, (*steps, key))
+                yield from _empty_values(inner, (*path, key))
         case list(items):
             for index, inner in enumerate(items):
-                yield from _blanks(inner, (*steps, index))
+                yield from _empty_values(inner, (*path, index))
         case _ if node.is_empty:
-            yield steps, node
+            yield path, node
 
 
-def _healed(tree: Node, bad: set[KeyPath]) -> dict[str, PlainValue]:
-    """The recipe without the fields that have problems, so that the others can be seen together."""
+def _without(tree: Node, bad: set[KeyPath]) -> dict[str, PlainValue]:
+    """Return the recipe without the fields that have problems, so that conflicts of the others can be found."""
     plain = tree.plain()
-    assert isinstance(plain, dict), "the top was checked to be a section"
+    assert isinstance(plain, dict), "load_recipe checks that the top level is a section"
     for section, *rest in bad:
         fields = plain.get(str(section))
         if rest and isinstance(fields, dict):
@@ -148,18 +154,18 @@ def _healed(tree: Node, bad: set[KeyPath]) -> dict[str, PlainValue]:
             plain.pop(str(section), None)
     for section, key in (("model", "path"), ("data", "train")):
         fields = plain.setdefault(section, {})
-        assert isinstance(fields, dict), "a section that is none was dropped above"
+        assert isinstance(fields, dict), "a value in place of a section was removed above"
         fields.setdefault(key, "unnamed")
     return plain
 
 
-def _problem(steps: KeyPath, place: Location, found: str, fix: str) -> Problem:
-    return Problem(place, _key(steps), found, fix)
+def _problem(path: KeyPath, location: Location, message: str, fix: str) -> Problem:
+    return Problem(location, _format_key(path), message, fix)
 
 
-def _key(steps: KeyPath) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+def _format_key(path: KeyPath) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
 
 
-def _steps(key: str) -> KeyPath:
+def _parse_key(key: str) -> KeyPath:
     return tuple(int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", key))

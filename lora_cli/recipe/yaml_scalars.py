@@ -1,12 +1,11 @@
-"""What an unquoted YAML scalar means: YAML 1.2's core, less the spellings people misread. No torch."""
+"""Parse unquoted YAML scalars: the YAML 1.2 core schema without the spellings that are misread. No torch."""
 
 import re
 
 Scalar = str | int | float | bool | None
 
-# No leading zeros, hex, octal, underscores, sexagesimals or dates: these stay the words that they are, so
-# none of them can turn into a number that nobody wrote. 30 digits are more than any field takes, and Python
-# refuses to read some thousands of them.
+# Leading zeros, hexadecimal, octal, underscores, base 60 and dates are not numbers here but strings: YAML versions
+# read them differently. 30 digits are more than any field accepts, and int() raises on thousands of digits.
 INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,29})")
 FLOAT = re.compile(
     r"""[-+]? (
@@ -15,7 +14,7 @@ FLOAT = re.compile(
     )""",
     re.VERBOSE,
 )
-WORDS: dict[str, Scalar] = {
+CONSTANTS: dict[str, Scalar] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
@@ -26,9 +25,9 @@ WORDS: dict[str, Scalar] = {
 
 
 def parse_scalar(text: str) -> Scalar:
-    """The value of an unquoted scalar; what is no number, boolean or null stays text."""
-    if text in WORDS:
-        return WORDS[text]
+    """Return the value of an unquoted scalar: a number, a boolean, null, or else the string itself."""
+    if text in CONSTANTS:
+        return CONSTANTS[text]
     if INT.fullmatch(text):
         return int(text)
     if FLOAT.fullmatch(text):

@@ -54,7 +54,7 @@ def test_it_goes_from_rows_to_a_measured_adapter(method: str, recipe: WriteRecip
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base"), "runs/a/adapter")
 
     merged = lora("merge", "runs/a/adapter", "--out", "merged")
-    if facts.merges:
+    if facts.mergeable:
         assert (merged.code, merged.out) == (0, "merged\n"), merged.err
     else:
         assert merged.code == 2
@@ -143,6 +143,6 @@ def test_paging_where_there_is_nothing_to_page_to(name: str, command: str, recip
     done = lora(command, "recipe.yaml")
     assert done.code == 2
     assert done.last_two == [
-        f"error: training.optimizer: {name} pages between a CUDA GPU and the host, and this run is on the cpu",
+        f"error: training.optimizer: {name} pages between a CUDA GPU and the host, but this run is on the cpu",
         f"hint: write {name.removeprefix('paged-')}, or auto",
     ]

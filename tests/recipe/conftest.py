@@ -1,4 +1,4 @@
-"""Writes recipe texts to files, in a folder of the test's own."""
+"""Fixture that writes a recipe into the temporary folder of the test."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | bytes], Path]:
-    monkeypatch.chdir(tmp_path)  # messages show the path as given: "r.yaml"
+    monkeypatch.chdir(tmp_path)  # so that messages have the relative path "r.yaml"
 
     def to_file(text: str | bytes) -> Path:
         path = Path("r.yaml")

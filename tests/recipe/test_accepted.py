@@ -1,4 +1,4 @@
-"""What a recipe's scalars mean, what `--set` does, and that a resolved recipe loads as itself."""
+"""Valid recipes: values of YAML scalars, `--set` overrides, defaults, and the round trip of a resolved recipe."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.dump import dump_recipe, recipe_schema
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.methods import METHOD_FACTS
-from lora_cli.recipe.rules import conflicts
+from lora_cli.recipe.rules import find_conflicts
 from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.recipe.yaml_scalars import parse_scalar
 
 GOOD = "model: {path: org/model}\ndata: {train: rows.jsonl}\n"
 
-# Every example overwrites the one file of the test's folder, which is meant.
+# Every example overwrites the file of the function-scoped fixture, which is intended.
 RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -34,7 +34,7 @@ RELAXED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], 
         (".inf", math.inf),
     ],
 )
-def test_plain_scalars(text: str, value: object):
+def test_unquoted_scalars(text: str, value: object):
     assert parse_scalar(text) == value
     assert type(parse_scalar(text)) is type(value)
 
@@ -66,17 +66,17 @@ def test_the_smallest_recipe(write):
     ],
 )
 def test_values(text: str, key: str, value: object, write):
-    found: object = load_recipe(write(GOOD + text))
+    loaded: object = load_recipe(write(GOOD + text))
     for step in key.split("."):
-        found = found[int(step)] if isinstance(found, list) else getattr(found, step)
-    assert found == value
+        loaded = loaded[int(step)] if isinstance(loaded, list) else getattr(loaded, step)
+    assert loaded == value
 
 
 def test_bom_and_crlf(write):
     assert load_recipe(write("\ufeff" + GOOD.replace("\n", "\r\n"))) == load_recipe(write(GOOD))
 
 
-def test_set_lays_values_over_the_file(write):
+def test_set_overrides_values_of_the_file(write):
     path = write("model: {path: org/model}\ndata: {train: rows.jsonl}\ntraining: {learning_rate: no}\n")
     recipe = load_recipe(path, ["training.learning_rate=1e-4", "adapter.target_modules=[q_proj]", "data.eval=null"])
     assert recipe.training.learning_rate == 1e-4
@@ -84,7 +84,7 @@ def test_set_lays_values_over_the_file(write):
     assert recipe.data.eval is None
 
 
-def test_set_completes_a_recipe(write):
+def test_set_adds_missing_keys(write):
     recipe = load_recipe(write("output: x\n"), ["model.path=a=b", "data={train: rows.jsonl}", "data.max_length=8"])
     assert recipe.model.path == "a=b"
     assert recipe.data.max_length == 8
@@ -97,14 +97,30 @@ def test_set_changes_one_of_two_aliased_sections(write):
     assert recipe.data.train[0].columns == {"text": "t"}  # type: ignore[union-attr]
 
 
-def test_set_takes_the_problems_of_its_key_away(write):
+def test_set_drops_the_problems_of_its_key(write):
     path = write(GOOD + "adapter: {rank: !!int 3, alpha: x}\ntraining: {seed: 1, seed: 2}\n")
     load_recipe(path, ["adapter.rank=4", "adapter.alpha=8", "training.seed=3"])
 
 
-# Words that YAML or people may take for something else, besides any text at all.
-WORDS = ("no", "1e5", "010", "1:30", "null", "~", "true", "0x1F", "1_000", "2024-01-01", "- a", "a: b", "#", "1.", ".5")
-TEXT = st.sampled_from(WORDS) | st.text(
+# Strings that YAML or a reader may take for another type.
+AMBIGUOUS = (
+    "no",
+    "1e5",
+    "010",
+    "1:30",
+    "null",
+    "~",
+    "true",
+    "0x1F",
+    "1_000",
+    "2024-01-01",
+    "- a",
+    "a: b",
+    "#",
+    "1.",
+    ".5",
+)
+TEXT = st.sampled_from(AMBIGUOUS) | st.text(
     st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\0"), min_size=1
 )
 NUMBER = st.floats(min_value=1e-12, max_value=1, exclude_max=True)
@@ -145,7 +161,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "virtual_tokens": draw(st.integers(1, 99)),
         "init_text": draw(st.none() | TEXT),
     }
-    given = {
+    values = {
         "model": {"path": draw(TEXT), "revision": draw(st.none() | TEXT)},
         "adapter": {
             "method": method,
@@ -156,29 +172,29 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "output": draw(TEXT),
     }
     if draw(st.booleans()):
-        given["quantization"] = draw(st.sampled_from([{}, {"bits": 8}, {"type": "fp4", "double_quant": False}]))
+        values["quantization"] = draw(st.sampled_from([{}, {"bits": 8}, {"type": "fp4", "double_quant": False}]))
     if draw(st.booleans()):
-        given["generation"] = draw(st.sampled_from([{"num_beams": 4}, {"num_beams": 2, "length_penalty": 0.8}]))
-    return Recipe.model_validate(given)
+        values["generation"] = draw(st.sampled_from([{"num_beams": 4}, {"num_beams": 2, "length_penalty": 0.8}]))
+    return Recipe.model_validate(values)
 
 
 @RELAXED
 @given(recipe=recipes())
 def test_a_resolved_recipe_loads_as_itself(recipe: Recipe, write):
-    assume(not list(conflicts(recipe)))  # drawn texts may make `output` the model, say
+    assume(not list(find_conflicts(recipe)))  # for example, `output` may be drawn equal to the model path
     loaded = load_recipe(write(dump_recipe(recipe)))
     assert loaded == recipe
     assert dump_recipe(loaded) == dump_recipe(recipe)
 
 
 @pytest.mark.parametrize("method", METHOD_FACTS)
-def test_a_method_is_filled_with_its_own_defaults_and_no_others(method: str, write):
+def test_method_options_default_to_those_of_the_method(method: str, write):
     facts = METHOD_FACTS[method]
     quantization = f"quantization: {{bits: {facts.needs_bits}}}\n" if facts.needs_bits else ""
     recipe = load_recipe(write(f"{GOOD}adapter: {{method: {method}}}\n{quantization}"))
     options = {name: getattr(recipe.adapter, name) for name in AdapterSpec.model_fields if name != "method"}
     assert options == dict.fromkeys(options) | facts.options
-    assert recipe.data.packing is facts.packs
+    assert recipe.data.packing is facts.supports_packing
     assert load_recipe(write(dump_recipe(recipe))) == recipe
 
 
@@ -199,9 +215,9 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-def details(path: Path, sets: list[str]) -> Sequence[str]:
+def error_details(path: Path, overrides: list[str]) -> Sequence[str]:
     try:
-        load_recipe(path, sets)
+        load_recipe(path, overrides)
     except LoraError as error:
         return error.details
     return ()
@@ -213,9 +229,9 @@ def details(path: Path, sets: list[str]) -> Sequence[str]:
     good=st.booleans(),
     sets=st.lists(st.lists(FRAGMENTS, max_size=6).map("".join), max_size=2),
 )
-def test_any_text_is_a_recipe_or_refused(text: str | bytes, good: bool, sets: list[str], write):
+def test_any_text_loads_or_raises_a_lora_error(text: str | bytes, good: bool, sets: list[str], write):
     raw = text if isinstance(text, bytes) else text.encode(errors="replace")
-    assert all(line.isprintable() for line in details(write(GOOD.encode() * good + raw), sets))
+    assert all(line.isprintable() for line in error_details(write(GOOD.encode() * good + raw), sets))
 
 
 def test_schema_describes_every_field():
@@ -224,5 +240,5 @@ def test_schema_describes_every_field():
     for section in (schema, *schema["$defs"].values()):
         assert section["additionalProperties"] is False
         for name, field in section["properties"].items():
-            # A section's own docstring describes the key it stands behind.
+            # A key that is a section is described by the docstring of the section.
             assert "$ref" in field or field.get("description"), name

@@ -1,4 +1,4 @@
-"""Every bad recipe is refused with exactly its lines, quickly, in little memory, and without torch."""
+"""Invalid recipes: the exact lines of each error, bounded time and memory, and no import of torch."""
 
 import subprocess
 import sys
@@ -20,62 +20,64 @@ RECIPES = Path(__file__).parents[1] / "inputs" / "recipes"
 GOOD = "model: {path: org/model}\ndata: {train: rows.jsonl}\n"
 
 
-class Bad(NamedTuple):
+class InvalidRecipe(NamedTuple):
     text: str | bytes
-    lines: list[str]  # as printed, less the name of the file and its colon
-    sets: list[str]
+    lines: list[str]  # as printed, without the file name and its colon
+    overrides: list[str]
 
 
-def cases(text: str) -> Iterator[tuple[str, Bad]]:
-    """The cases of a file in tests/inputs/recipes; its README shows how one is written."""
+def parse_cases(text: str) -> Iterator[tuple[str, InvalidRecipe]]:
+    """Yield the cases of a file in tests/inputs/recipes; its README describes the format."""
     for block in text.split("\n== ")[1:]:
         name, *lines = block.strip("\n").split("\n")
-        said = [line.removeprefix("=> ") for line in lines if line.startswith("=> ")]
-        sets = [line.removeprefix("$ --set ") for line in lines if line.startswith("$ ")]
+        expected = [line.removeprefix("=> ") for line in lines if line.startswith("=> ")]
+        overrides = [line.removeprefix("$ --set ") for line in lines if line.startswith("$ ")]
         recipe = "".join(f"{line}\n" for line in lines if not line.startswith(("=> ", "$ ")))
-        yield name, Bad(recipe.replace("<good>\n", GOOD), said, sets)
+        yield name, InvalidRecipe(recipe.replace("<good>\n", GOOD), expected, overrides)
 
 
-BAD = {
-    f"{file.stem}: {name}": bad for file in sorted(RECIPES.glob("*.txt")) for name, bad in cases(file.read_text())
+INVALID = {
+    f"{file.stem}: {name}": case
+    for file in sorted(RECIPES.glob("*.txt"))
+    for name, case in parse_cases(file.read_text())
 } | {
-    "latin-1": Bad(b"model:\n  path: caf\xe9\n", ["2: byte 0xe9 is not UTF-8 — save the file as UTF-8"], []),
-    "utf-16": Bad(GOOD.encode("utf-16"), ["1: byte 0xff is not UTF-8 — save the file as UTF-8"], []),
-    "control character": Bad(GOOD + "output: a\x07b", ["3: a control character (U+0007) — remove it"], []),
+    "latin-1": InvalidRecipe(b"model:\n  path: caf\xe9\n", ["2: byte 0xe9 is not UTF-8 — save the file as UTF-8"], []),
+    "utf-16": InvalidRecipe(GOOD.encode("utf-16"), ["1: byte 0xff is not UTF-8 — save the file as UTF-8"], []),
+    "control character": InvalidRecipe(GOOD + "output: a\x07b", ["3: a control character (U+0007) — remove it"], []),
 }
 
 
-def test_are_many():
-    assert len(BAD) >= 80
+def test_cases_are_found():
+    assert len(INVALID) >= 80
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_is_refused_with_its_lines(name: str, write):
-    bad = BAD[name]
-    with pytest.raises(LoraError) as refused:
-        load_recipe(write(bad.text), bad.sets)
-    lines = [line.removeprefix("r.yaml:") for line in refused.value.details]
-    assert lines == bad.lines
+@pytest.mark.parametrize("name", INVALID)
+def test_error_has_exactly_these_lines(name: str, write):
+    case = INVALID[name]
+    with pytest.raises(LoraError) as error:
+        load_recipe(write(case.text), case.overrides)
+    lines = [line.removeprefix("r.yaml:") for line in error.value.details]
+    assert lines == case.lines
     count = f"{len(lines)} problems" if len(lines) > 1 else "1 problem"
-    assert refused.value.message == f"{count} in r.yaml"
-    assert refused.value.exit_code == 2
+    assert error.value.message == f"{count} in r.yaml"
+    assert error.value.exit_code == 2
     assert all("\n" not in line and line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("missing.yaml", "there is no file missing.yaml"),
+        ("missing.yaml", "missing.yaml does not exist"),
         (".", ". is a folder"),
         ("r.yaml/x", "r.yaml/x cannot be read: Not a directory"),
-        ("a\0b", "the recipe's name holds a null character"),
+        ("a\0b", "the recipe's path contains a null character"),
     ],
 )
-def test_what_is_no_file(path: str, message: str, write):
+def test_path_that_is_not_a_file(path: str, message: str, write):
     write(GOOD)
-    with pytest.raises(LoraError) as refused:
+    with pytest.raises(LoraError) as error:
         load_recipe(Path(path))
-    assert refused.value.message == message
+    assert error.value.message == message
 
 
 def test_unreadable_file(write, monkeypatch):
@@ -83,12 +85,12 @@ def test_unreadable_file(write, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     path = write(GOOD)
-    monkeypatch.setattr(Path, "open", denied)  # root reads everything
+    monkeypatch.setattr(Path, "open", denied)  # file permissions do not stop root
     with pytest.raises(LoraError, match=r"r.yaml cannot be read: Permission denied"):
         load_recipe(path)
 
 
-def test_a_model_named_as_recipe(write):
+def test_model_file_as_recipe(write):
     with pytest.raises(LoraError, match=r"r.yaml is larger than 256 KB"):
         load_recipe(write(b"GGUF" + bytes(MAX_BYTES)))
 
@@ -103,14 +105,14 @@ LONG = {
     "keys of keys": "? " * 10_000,
     "items": GOOD + f"x: [{'a,' * 100_000}]",
     "keys": "".join(f"k{i}: 1\n" for i in range(4_000)),
-    "one word": GOOD + "x: " + "a" * 200_000,
+    "one string": GOOD + "x: " + "a" * 200_000,
     "spaces": GOOD + " " * 200_000 + "x",
     "dotted --set": GOOD,
 }
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_large_texts_are_refused_in_a_second_and_little_memory(name: str, write):
+def test_large_texts_take_little_time_and_memory(name: str, write):
     path = write(LONG[name])
     tracemalloc.start()
     start = time.process_time()
@@ -119,10 +121,10 @@ def test_large_texts_are_refused_in_a_second_and_little_memory(name: str, write)
     seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 100e6
-    assert seconds < 3  # tracing alone makes it about three times slower
+    assert seconds < 3  # about three times slower because of tracemalloc
 
 
-def test_foreign_names_lead_to_keys_that_exist():
+def test_keys_of_other_tools_map_to_recipe_keys():
     keys = set(all_keys(Recipe.model_json_schema()))
     assert {name: key for name, key in RENAMED.items() if key not in keys} == {}
     assert {name: key for name, key in RENAMED_IN_SOURCE.items() if key not in SourceSpec.model_fields} == {}
@@ -130,7 +132,7 @@ def test_foreign_names_lead_to_keys_that_exist():
     assert RENAMED.keys() & leaves == set()
 
 
-def test_refusing_takes_no_heavy_import(write):
+def test_errors_need_no_heavy_import(write):
     path = write("base_model: x\n")
     code = f"""
 import sys
