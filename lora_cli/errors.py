@@ -1,15 +1,15 @@
-"""The one error a user's mistake becomes: what was found, what would fit, what to do. No torch."""
+"""The exception for user errors (recipe, data, model, arguments): message, hint, exit code. No torch."""
 
 from collections.abc import Sequence
 
 
 class LoraError(Exception):
-    """A mistake the user can mend; shown as one `error:` and one `hint:` line, never a traceback.
+    """An error that the user can fix; printed as one `error:` and one `hint:` line without a traceback.
 
     Attributes:
         message: what was found, in one line.
-        hint: what would fit and what to do, in one line, or None where the message says it all.
-        details: further one-line findings, printed before the error (all problems of a recipe, say).
+        hint: what would fit and what to do, in one line; None if the message is enough.
+        details: further one-line messages, printed before the error, such as all problems of a recipe.
         exit_code: 2 for a bad recipe, data, model or argument; 1 for a run that failed.
     """
 

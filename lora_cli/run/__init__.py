@@ -1,1 +1,1 @@
-"""The run folder: what is in it, who holds it, and how files get there. No torch."""
+"""The run folder: its files and lock, atomic writes, the metrics log and the console. No torch."""

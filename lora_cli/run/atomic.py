@@ -1,7 +1,7 @@
-"""The only writer of results: written beside their place, fsynced, and renamed into it. No torch.
+"""Atomic writes of files and folders: written to a temporary path, fsynced, renamed. No torch.
 
-Whoever reads a path finds what was there before or what is there now, whole, however the writer died. What a
-killed writer left beside it, `sweep` clears.
+All results are written here. A reader finds the complete old or the complete new result, even if the writer is killed
+at any point. `remove_leftovers` removes the temporary paths of killed writers.
 """
 
 import json
@@ -17,92 +17,96 @@ LEFTOVER = re.compile(r"\.(tmp|old)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Put `data` into the file `path`, in place of any file there."""
-    beside = _temporary_path(path, "tmp")
+    """Write `data` to the file `path`; an existing file is replaced."""
+    temporary = _temporary_path(path, "tmp")
     try:
-        with beside.open("xb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` into the file `path` as UTF-8, in place of any file there."""
+    """Write `text` to the file `path` as UTF-8; an existing file is replaced."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
-    """Put `value` into the file `path` as JSON for people to read, in place of any file there."""
+    """Write `value` to the file `path` as indented JSON; an existing file is replaced.
+
+    Raises:
+        TypeError, ValueError: a value that JSON cannot represent, such as NaN; an existing file is unchanged.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A new folder beside `path` to write into, which becomes `path` when the block ends well.
+    """Yield a new temporary folder next to `path`, which is renamed to `path` if the block ends without an exception.
 
     Args:
-        path: where the folder is meant to be.
-        replace: swap it for a folder that is there; without it, one that is there is an error.
+        path: the final path of the folder.
+        replace: replace an existing folder; without it, an existing folder is an error.
 
     Raises:
-        FileExistsError: `path` is not to be replaced, and exists: found before anything is written, or at the end.
+        FileExistsError: `path` exists and `replace` is False; checked before and after the block.
     """
     if not replace and path.exists():
         raise FileExistsError(f"{path} exists")
-    beside = _temporary_path(path, "tmp")
-    try:  # from here on: an interrupt may come as soon as the folder is there
-        beside.mkdir()
-        yield beside
-        for parent, _, names in os.walk(beside):
+    temporary = _temporary_path(path, "tmp")
+    try:  # includes mkdir: an interrupt may come right after it
+        temporary.mkdir()
+        yield temporary
+        for parent, _, names in os.walk(temporary):
             for name in names:
-                # safetensors keeps its files to their owner; whoever serves the adapter may be another user.
+                # safetensors makes files readable by their owner only, but another user may serve the adapter.
                 Path(parent, name).chmod(0o666 & ~_umask())
                 _sync(Path(parent, name))
             _sync(Path(parent))
-        _rename_into_place(beside, path, replace=replace)
+        _rename_into_place(temporary, path, replace=replace)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     _sync(path.parent)
 
 
 @contextmanager
 def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A place beside `path` for a file that becomes `path` when the block ends well; nothing is there yet.
+    """Yield a temporary path next to `path`; the file that the block creates there is renamed to `path` at its end.
 
     Args:
-        path: where the file is meant to be.
-        replace: take the place of a file that is there; without it, one that is there is an error.
+        path: the final path of the file.
+        replace: replace an existing file; without it, an existing file is an error.
 
     Raises:
-        FileExistsError: `path` is not to be replaced, and exists: found before anything is written, or at the end.
+        FileExistsError: `path` exists and `replace` is False; checked before and after the block.
     """
     if not replace and path.exists():
         raise FileExistsError(f"{path} exists")
-    beside = _temporary_path(path, "tmp")
+    temporary = _temporary_path(path, "tmp")
     try:
-        yield beside
-        _sync(beside)
+        yield temporary
+        _sync(temporary)
         if not replace and path.exists():
             raise FileExistsError(f"{path} exists")
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     _sync(path.parent)
 
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for what is needed on the way to it, gone afterwards however the block ends."""
-    beside = _temporary_path(path, "tmp")
-    try:  # from here on: an interrupt may come as soon as the folder is there
-        beside.mkdir()
-        yield beside
+    """Yield a folder next to `path` for intermediate files; it is removed when the block ends, also by an exception."""
+    temporary = _temporary_path(path, "tmp")
+    try:  # includes mkdir: an interrupt may come right after it
+        temporary.mkdir()
+        yield temporary
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rename_into_place(new: Path, path: Path, *, replace: bool) -> None:
@@ -110,12 +114,12 @@ def _rename_into_place(new: Path, path: Path, *, replace: bool) -> None:
         try:
             new.rename(path)
         except OSError:
-            if path.exists():  # another was first
+            if path.exists():  # another process created it first
                 raise FileExistsError(f"{path} exists") from None
             raise
         return
-    # No portable call exchanges two folders. Between the renames the old one is only aside, under a name by
-    # which `sweep` puts it back.
+    # No portable call swaps two folders. Between the renames the old folder has a temporary name, from which
+    # `remove_leftovers` restores it.
     old = _temporary_path(path, "old")
     path.rename(old)
     try:
@@ -127,20 +131,24 @@ def _rename_into_place(new: Path, path: Path, *, replace: bool) -> None:
 
 
 def remove_leftovers(parent: Path, name: str | None = None) -> None:
-    """Clear what killed processes left in `parent`: half-written results go, a folder put aside comes back.
+    """Remove the temporary paths of killed processes from `parent`, and restore a folder whose replacement was killed.
 
-    Only this machine's processes are known. So whoever sweeps where other machines write holds the lock on all that
-    is written there, or on the one result `name`, and then sweeps that alone.
+    Only processes of this machine can be checked. If other machines write to `parent` too, the caller must have the
+    lock on all results there; with `name`, the lock on that result.
+
+    Args:
+        parent: the folder; it may be missing.
+        name: the result whose leftovers are removed; None for all.
     """
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         match = LEFTOVER.fullmatch(path.name)
         if not match or name not in (None, match["name"]) or _is_running(int(match["pid"])):
             continue
-        meant = parent / match["name"]
-        # Another process may be sweeping the same: what it took first is no error.
+        target = parent / match["name"]
+        # Another process may be removing the same leftovers.
         with suppress(FileNotFoundError):
-            if match[1] == "old" and not meant.exists():
-                path.rename(meant)
+            if match[1] == "old" and not target.exists():
+                path.rename(target)
             elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -168,7 +176,7 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or which names are in a folder."""
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

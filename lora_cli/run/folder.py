@@ -1,4 +1,4 @@
-"""The folder of a run: made, locked against a second process, never mixed with other files. No torch."""
+"""The run folder: created or reopened, locked against other processes, kept free of foreign files. No torch."""
 
 import fcntl
 import os
@@ -11,51 +11,51 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 
 LOCK = ".lora-lock"
-# In the order that --fresh removes them.
-OWN = ("adapter", "checkpoints", "metrics.jsonl", "logs", "manifest.json", "recipe.yaml")
+# Files and folders of a run, in the order in which --fresh removes them.
+RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "logs", "manifest.json", "recipe.yaml")
 
 
 class RunFolder:
-    """An open run folder; its lock is held until it is closed or the process ends."""
+    """An open run folder, locked until it is closed or the process ends."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
-        self.stale: list[str] = []  # names of what `clear` removes
+        self.stale: list[str] = []  # names of files of an earlier run, which `clear` removes
         self._lock: int | None = lock
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe."""
+        """Path of the resolved recipe."""
         return self.path / "recipe.yaml"
 
     @property
     def manifest(self) -> Path:
-        """Versions, identities, hashes, seeds and the data ledger."""
+        """Path of the manifest: versions, identities, hashes, seeds and the data ledger."""
         return self.path / "manifest.json"
 
     @property
     def metrics(self) -> Path:
-        """The journal: a line for each step and evaluation."""
+        """Path of the metrics log: a line for each step and evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints, `step-00000050` and so on."""
+        """Folder of the checkpoints: `step-00000050` and so on."""
         return self.path / "checkpoints"
 
     @property
     def adapter(self) -> Path:
-        """The finished adapter."""
+        """Folder of the final adapter."""
         return self.path / "adapter"
 
     def clear(self) -> None:
-        """Remove the run that was there. Not before the new one is about to begin: a mistake costs no finished run."""
+        """Remove the earlier run. Call it right before training, so that an error in setup costs no finished run."""
         for name in self.stale:
             _remove(self.path / name)
         self.stale = []
 
     def close(self) -> None:
-        """Give the lock back. The lock file stays: removing it would let two processes lock two files."""
+        """Release the lock. The lock file stays: after its removal, two processes could lock two different files."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -70,29 +70,30 @@ class RunFolder:
 
 
 def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -> RunFolder:
-    """Make or reopen the run folder `output`, and lock it.
+    """Create or reopen the run folder `output`, and lock it.
 
     Args:
         output: the folder.
-        resume: go on with the run in it, which must be there.
-        fresh: a run that is in it is to be removed by `clear`, and nothing else.
+        resume: continue the run in it, which must exist.
+        fresh: let `clear` remove the files of an existing run, and nothing else.
 
     Raises:
-        LoraError: where that cannot be done, or would touch what is no run's.
+        LoraError: the folder cannot be written, is locked, has files that are not of a run, has a run without `resume`
+            or `fresh`, or has no run to resume.
     """
     if resume and fresh:
-        raise LoraError("--resume and --fresh are both given", hint="keep one")
+        raise LoraError("--resume and --fresh are both set", hint="keep one")
     path = Path(output)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Before the lock, so that a folder of somebody's files is left without a trace.
-        _refuse_foreign(path)
+        # Before the lock file is created, so that a folder with other files stays unchanged.
+        _check_no_foreign_files(path)
         run = RunFolder(path, _lock(path))
     except (FileExistsError, NotADirectoryError):
-        raise LoraError(f"{path} is, or lies in, a file", hint="name a folder as output") from None
+        raise LoraError(f"{path} is a file, or inside a file", hint="set output to a folder") from None
     except OSError as error:
-        reason = f"{path} cannot be written: {error.strerror}"
-        raise LoraError(reason, hint="name another folder as output") from None
+        message = f"{path} cannot be written: {error.strerror}"
+        raise LoraError(message, hint="set output to another folder") from None
     try:
         _prepare(run, resume=resume, fresh=fresh)
     except BaseException:
@@ -104,23 +105,23 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
 def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
     for folder in (run.path, run.checkpoints):
         atomic.remove_leftovers(folder)
-    there = [name for name in OWN if os.path.lexists(run.path / name)]
-    if there and not (resume or fresh):
-        hint = "--resume continues it, --fresh removes it and starts again; or name another output"
-        raise LoraError(f"{run.path} holds a run already", hint=hint)
-    if resume and not there:
-        raise LoraError(f"there is no run in {run.path} to resume", hint="start it without --resume")
+    existing = [name for name in RUN_FILES if os.path.lexists(run.path / name)]
+    if existing and not (resume or fresh):
+        hint = "--resume continues it, --fresh removes it and starts again; or set another output"
+        raise LoraError(f"{run.path} contains a run already", hint=hint)
+    if resume and not existing:
+        raise LoraError(f"{run.path} contains no run to resume", hint="start it without --resume")
     if fresh:
-        run.stale = there
+        run.stale = existing
 
 
-def _refuse_foreign(path: Path) -> None:
+def _check_no_foreign_files(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
-    # A `recipe.yaml` alone may well be the user's own, in the folder that `output: .` names.
+    # A `recipe.yaml` alone may be the user's own, for example with `output: .`.
     is_run = LOCK in names or {"recipe.yaml", "manifest.json"} <= names
     if names and not is_run:
         examples = ", ".join(sorted(names)[:3])
-        raise LoraError(f"{path} holds files, but no run: {examples}", hint="name a new or empty folder as output")
+        raise LoraError(f"{path} contains files but no run: {examples}", hint="set output to a new or empty folder")
 
 
 def _lock(path: Path) -> int:
@@ -131,7 +132,7 @@ def _lock(path: Path) -> int:
         holder = os.pread(lock, 20, 0).decode().strip() or "another"
         os.close(lock)
         raise LoraError(
-            f"{path} is in use by process {holder}", hint="wait for it, stop it, or name another output"
+            f"{path} is in use by process {holder}", hint="wait for it, stop it, or set another output"
         ) from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)

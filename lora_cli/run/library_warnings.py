@@ -1,6 +1,6 @@
-"""Warnings of libraries that no user of `lora` can act on: each by its exact text, with the reason. No torch.
+"""Silence library warnings that users of `lora` cannot act on, each by its text and with the reason. No torch.
 
-Whatever is not named here still comes through.
+All other warnings are still shown.
 """
 
 import logging
@@ -8,26 +8,26 @@ import warnings
 
 
 def silence_library_warnings() -> None:
-    """Silence them; call it before the libraries are imported, as one of them speaks while being so."""
-    # PEFT 0.21 asks transformers 5.23 by a name that has a newer one; the answer is the same.
+    """Install the warning and log filters; call it before the libraries are imported, because one warns on import."""
+    # PEFT 0.21 uses a deprecated name of transformers 5.23; the value is the same.
     warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning)
-    # GPT-2's layers hold their weights transposed, which PEFT sees by itself.
+    # GPT-2's layers store their weights transposed, which PEFT detects.
     warnings.filterwarnings("ignore", r"fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning)
-    # AdaLoRA's pattern has a name for each layer's lora_E, where PEFT's check looks for names of layers.
+    # AdaLoRA's rank_pattern has keys for the lora_E of each layer, but PEFT's check expects names of layers.
     warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match any targeted", RuntimeWarning)
-    # What recipes may set is checked in model/target_modules.py; EVA's advice is about models too large for one device.
+    # EVA's options are checked in model/target_modules.py; its advice is for models too large for one device.
     warnings.filterwarnings("ignore", r"`init_lora_weights='eva'`|.*low_cpu_mem_usage=False", UserWarning)
-    # BOFT without its extension takes one butterfly; recipes that want more are refused.
+    # BOFT without its CUDA extension supports one butterfly factor; more in a recipe are an error.
     warnings.filterwarnings("ignore", r"Failed to load the CUDA extension", UserWarning)
-    # scikit-learn's coefficient of rows that all have one label, and were given it: 0, as it says.
+    # scikit-learn's Matthews correlation is 0 if all labels and predictions are the same class.
     warnings.filterwarnings("ignore", r"A single label was found in 'y_true' and 'y_pred'", UserWarning)
-    # bitsandbytes' int8 product takes fp16, and casts whatever comes: it says so at every layer.
+    # The int8 matrix product of bitsandbytes casts its inputs to fp16, and warns at every layer.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_int8_cast)
     warnings.filterwarnings("ignore", r"MatMul8bitLt: inputs will be cast from", UserWarning)
-    # Tensors that a checkpoint lacks or has beyond the model are counted and told, or refused, in model/base_model.py.
+    # model/base_model.py counts and reports missing and unexpected tensors of a checkpoint, or raises an error.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_load_report)
-    # bitsandbytes 0.50 looks on import for a 4-bit product that only generation on some CPUs would use, in a
-    # package that nothing here needs; it says so in runs that quantise nothing.
+    # On import, bitsandbytes 0.50 looks for a 4-bit kernel that only generation on some CPUs uses, in a package that
+    # is not needed here; it warns even in runs without quantization.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_missing_kernel)
 
 

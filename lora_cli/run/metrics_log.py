@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, appended as the run goes, readable after any kill. No torch."""
+"""The metrics log `metrics.jsonl`: one JSON object per line, readable even after the run was killed. No torch."""
 
 import json
 from collections.abc import Mapping
@@ -11,25 +11,26 @@ from lora_cli.run import atomic
 
 
 class MetricsLog:
-    """Appends records to a file; each is in the file, whole, when `write` returns."""
+    """Appends records to a file; when `write` returns, the complete record is in the file."""
 
     def __init__(self, path: Path) -> None:
-        whole = b"".join(_whole_lines(path))
-        # Unbuffered: one write call a line, so a kill leaves at most the last line torn.
+        complete = b"".join(_complete_lines(path))
+        # Unbuffered: one write call per line, so a kill leaves at most the last line incomplete.
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(len(whole))
+        self._file.truncate(len(complete))
 
     def write(self, record: Mapping[str, object]) -> None:
         """Append one record.
 
         Raises:
-            ValueError: where a number in it is not finite, which JSON cannot hold.
+            ValueError: a number in it is not finite, which JSON cannot represent; nothing is written.
         """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        while line:  # a disk that fills up takes a part first, and refuses the rest at the next call
+        while line:  # on a disk that gets full, a call writes a part, and the next call fails
             line = line[self._file.write(line) :]
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -42,19 +43,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line that a kill has torn is left out."""
-    return [_record(line, path, number) for number, line in enumerate(_whole_lines(path), 1)]
+    """Return all records, without an incomplete last line; none if the file does not exist.
+
+    Raises:
+        LoraError: a line that is not a JSON object.
+    """
+    return [_record(line, path, number) for number, line in enumerate(_complete_lines(path), 1)]
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop the records of later steps, which a run that resumes at `step` will write again."""
-    lines = _whole_lines(path)
+    """Remove the records of steps after `step`, which a run that resumes after `step` writes again.
+
+    Raises:
+        LoraError: a line that is not a JSON object.
+    """
+    lines = _complete_lines(path)
     kept = [line for number, line in enumerate(lines, 1) if int(_record(line, path, number).get("step", 0)) <= step]
     if path.exists():
         atomic.write_bytes(path, b"".join(kept))
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def _complete_lines(path: Path) -> list[bytes]:
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 

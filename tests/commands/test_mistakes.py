@@ -95,16 +95,16 @@ MISTAKES = {
     "a base that is quantised already": Mistake(
         {"model.path": "small", "quantization": {"bits": 4}},
         [
-            "error: quantization: small is quantised already (gptq, 4 bits), and cannot be quantised again",
-            "hint: remove the quantization section, or give the 16-bit model as model.path",
+            "error: quantization: small is already quantized (gptq, 4 bits) and cannot be quantized again",
+            "hint: remove the quantization section, or set model.path to the 16-bit model",
         ],
         before=quantised_before,
     ),
     "a base of GPTQ without its packages": Mistake(
         {"model.path": "small"},
         [
-            "error: model.path: small is quantised already (gptq, 4 bits), which needs optimum and gptqmodel",
-            "hint: pip install optimum gptqmodel; or give the 16-bit model as model.path; to save memory, add quantization: {bits: 4}",
+            "error: model.path: small is already quantized (gptq, 4 bits), which needs optimum and gptqmodel",
+            "hint: pip install optimum gptqmodel; or set model.path to the 16-bit model; to save memory, add quantization: {bits: 4}",
         ],
         before=quantised_before,
     ),
@@ -118,7 +118,7 @@ MISTAKES = {
     "DoRA over eight bits": Mistake(
         {"quantization": {"bits": 8}, "adapter.method": "dora"},
         [
-            "recipe.yaml:8: adapter.method: dora trains over no 8-bit base: PEFT computes it over 4 bits only — write bits: 4, or method lora",
+            "recipe.yaml:8: adapter.method: dora does not support 8-bit quantization: PEFT supports it with 4 bits only — write bits: 4, or method lora",
             "error: 1 problem in recipe.yaml",
         ],
     ),
@@ -132,7 +132,7 @@ MISTAKES = {
     "prefix tuning of packed rows": Mistake(
         {"adapter": {"method": "prefix"}, "data.packing": True},
         [
-            "recipe.yaml:10: data.packing: method prefix puts its positions before a row, so that a batch holds one row a line — write packing: false, or remove it",
+            "recipe.yaml:10: data.packing: method prefix puts virtual tokens before each row, so rows cannot be packed — write packing: false, or remove it",
             "error: 1 problem in recipe.yaml",
         ],
     ),
@@ -147,8 +147,8 @@ MISTAKES = {
     "a label that the head has not": Mistake(
         {**CLASSES, "data.labels": ["yes", "no"]},
         [
-            "error: classes.jsonl:3: label maybe: not among the 2 of the head",
-            "hint: they are yes, no: mend the row, or list it in data.labels",
+            "error: classes.jsonl:3: label maybe: not one of the model's 2 labels",
+            "hint: these are yes, no: fix the row, or add the label to data.labels",
         ],
         before=encoder,
     ),
@@ -162,7 +162,7 @@ MISTAKES = {
     "an encoder as language model": Mistake(
         {"model.path": "bert", "data.train": "texts.txt"},
         [
-            "error: model: the tokenizer has no EOS token, so the model could not learn where a text ends",
+            "error: model: the tokenizer has no EOS token, so the model cannot learn where a text ends",
             "hint: set eos_token in the model's tokenizer_config.json",
         ],
         before=lambda: (encoder(), Path("texts.txt").write_text("the fox\nthe dog\na\nb\nc\nd\n" * 4)),
@@ -188,11 +188,11 @@ MISTAKES = {
         ],
         before=encoder,
     ),
-    "labels listed for measured numbers": Mistake(
+    "labels listed for regression values": Mistake(
         {**CLASSES, "data.labels": ["no", "yes"]},
         [
-            "error: data.labels: 2 labels are listed, but the rows have measured numbers such as 1.0",
-            "hint: write the labels as names or whole numbers, several as a list of those that apply; or data: {labels: regression}",
+            "error: data.labels: 2 labels are listed, but the rows have regression values such as 1.0",
+            "hint: write labels as names or integers, several labels of a row as a list; or data: {labels: regression}",
         ],
         before=lambda: (
             encoder(),
@@ -203,7 +203,7 @@ MISTAKES = {
         CLASSES,
         [
             "error: classes.jsonl: 9 of 9 rows are bad",
-            "hint: mend them, or set data.on_bad_row: skip to leave them out, counted",
+            "hint: fix them, or set data.on_bad_row: skip to drop and count them",
         ],
         before=lambda: (encoder(), write("classes.jsonl", '{"text": "the fox", "label": [0, 1, 0]}\n' * 9)()),
     ),
@@ -211,7 +211,7 @@ MISTAKES = {
         {**CLASSES, "data.labels": "regression"},
         [
             "error: classes.jsonl: 9 of 9 rows are bad",
-            "hint: mend them, or set data.on_bad_row: skip to leave them out, counted",
+            "hint: fix them, or set data.on_bad_row: skip to drop and count them",
         ],
         before=lambda: (encoder(), write("classes.jsonl", '{"text": "the fox", "label": "nan"}\n' * 9)()),
     ),
@@ -229,22 +229,22 @@ MISTAKES = {
     "a module within one that is trained whole": Mistake(
         {"adapter.modules_to_save": ["mlp", "down_proj"]},
         [
-            "error: adapter.modules_to_save: model.layers.0.mlp.down_proj lies within model.layers.0.mlp, which is trained whole already",
+            "error: adapter.modules_to_save: model.layers.0.mlp.down_proj is inside model.layers.0.mlp, which is already fully trained",
             "hint: keep one of the two",
         ],
     ),
     "tokens of embeddings that are trained whole": Mistake(
         {"adapter.modules_to_save": ["embed_tokens"], "adapter.trainable_tokens": ["a"]},
         [
-            "error: adapter.trainable_tokens: model.embed_tokens is trained whole already, by adapter.modules_to_save",
+            "error: adapter.trainable_tokens: model.embed_tokens is already fully trained by adapter.modules_to_save",
             "hint: keep one of the two",
         ],
     ),
     "a pattern behind a wider one": Mistake(
         {"adapter.rank_pattern": {"q_proj": 8, "layers.0.self_attn.q_proj": 2}},
         [
-            "error: adapter.rank_pattern: layers.0.self_attn.q_proj matches only layers that entries before it have matched",
-            "hint: write the narrower entry first",
+            "error: adapter.rank_pattern: layers.0.self_attn.q_proj matches only layers that earlier entries match",
+            "hint: put the narrower entry first",
         ],
     ),
     "adalora of two steps": Mistake(
@@ -289,19 +289,19 @@ MISTAKES = {
     ),
     "an empty data file": Mistake(
         {},
-        ["error: rows.jsonl: holds no rows", "hint: leave the file out, or fill it"],
+        ["error: rows.jsonl: contains no rows", "hint: leave the file out, or add rows"],
         before=write("rows.jsonl", ""),
     ),
     "data of another shape": Mistake(
         {"data.format": "alpaca"},
         [
             "error: rows.jsonl: 24 of 24 rows are bad",
-            "hint: they look like messages: write format: auto",
+            "hint: the rows look like messages: set format: auto",
         ],
     ),
     "a folder without rows": Mistake(
         {"data.train": "empty"},
-        ["error: data: the folder empty holds no data files", "hint: known are .jsonl .json .csv .parquet .txt"],
+        ["error: data: the folder empty contains no data files", "hint: supported are .jsonl .json .csv .parquet .txt"],
         before=folder("empty"),
     ),
     "no model folder": Mistake(
@@ -320,13 +320,13 @@ MISTAKES = {
     ),
     "a gguf that is none": Mistake(
         {"model.path": "x.gguf"},
-        ["error: x.gguf: not a GGUF file", "hint: model.path takes a .gguf file, a local folder or a hub id"],
+        ["error: x.gguf: not a GGUF file", "hint: set model.path to a .gguf file, a local folder or a hub id"],
         before=write("x.gguf", b"<html>not found</html>"),
     ),
     "a gguf that is cut": Mistake(
         {"model.path": "x.gguf"},
         [
-            "error: x.gguf: transformers cannot read this GGUF: the file is cut short",
+            "error: x.gguf: transformers cannot read this GGUF: the file is truncated",
             "hint: fetch it again, or use the model's original (safetensors) folder or hub id as model.path",
         ],
         before=write("x.gguf", b"GGUF\x03\0\0\0"),
@@ -365,7 +365,7 @@ MISTAKES = {
     "conversations for a model without chat template": Mistake(
         {"model.path": "plain"},
         [
-            "error: data: the rows are conversations, and the tokenizer has no chat template",
+            "error: data: the rows are conversations, but the tokenizer has no chat template",
             "hint: set data.chat_template: a named template (chatml, alpaca, ...), a path, or inline Jinja",
         ],
         before=without_template,
@@ -378,26 +378,26 @@ MISTAKES = {
         {"data.max_length": 16},
         [
             "error: rows.jsonl: 24 of 24 rows are longer than data.max_length (16 tokens)",
-            "hint: raise data.max_length, or set data.overlong to drop or truncate, counted",
+            "hint: raise data.max_length, or set data.overlong to drop or truncate",
         ],
     ),
     "output inside a file": Mistake(
         {"output": "rows.jsonl/run"},
-        ["error: rows.jsonl/run is, or lies in, a file", "hint: name a folder as output"],
+        ["error: rows.jsonl/run is a file, or inside a file", "hint: set output to a folder"],
     ),
     "output where other files are": Mistake(
         {"output": "mine"},
-        ["error: mine holds files, but no run: thesis.tex", "hint: name a new or empty folder as output"],
+        ["error: mine contains files but no run: thesis.tex", "hint: set output to a new or empty folder"],
         before=folder("mine", "thesis.tex"),
     ),
     "resume of nothing": Mistake(
         {},
-        ["error: there is no run in runs/a to resume", "hint: start it without --resume"],
+        ["error: runs/a contains no run to resume", "hint: start it without --resume"],
         words="train recipe.yaml --resume",
     ),
     "resume and fresh": Mistake(
         {},
-        ["error: --resume and --fresh are both given", "hint: keep one"],
+        ["error: --resume and --fresh are both set", "hint: keep one"],
         words="train recipe.yaml --resume --fresh",
     ),
     "an attention that is none": Mistake(
@@ -423,37 +423,37 @@ MISTAKES = {
     ),
     "no recipe": Mistake(
         {},
-        ["error: there is no file recpe.yaml", "hint: name the recipe, a .yaml file"],
+        ["error: recpe.yaml does not exist", "hint: pass a recipe (a .yaml file)"],
         words="train recpe.yaml",
     ),
     "the data file as recipe": Mistake(
         {},
         [
-            "rows.jsonl:2: not valid YAML: expected '<document start>', but found '{' — check it in an editor that knows YAML",
+            "rows.jsonl:2: not valid YAML: expected '<document start>', but found '{' — check it in an editor with YAML support",
             "error: 1 problem in rows.jsonl",
         ],
         words="train rows.jsonl",
     ),
     "the model as recipe": Mistake(
         {},
-        ["error: base is a folder", "hint: name the recipe, a .yaml file"],
+        ["error: base is a folder", "hint: pass a recipe (a .yaml file)"],
         words="train base",
     ),
     "a --set that is no key": Mistake(
         {},
-        ["--set lr=1: lr: unknown key — here it is training.learning_rate", "error: 1 problem in recipe.yaml"],
+        ["--set lr=1: lr: unknown key — use training.learning_rate", "error: 1 problem in recipe.yaml"],
         words="train recipe.yaml --set lr=1",
     ),
     "a --set without a value": Mistake(
         {},
-        ["--set training.seed: no `=` — write it as training.learning_rate=1e-4", "error: 1 problem in recipe.yaml"],
+        ["--set training.seed: missing `=` — write it like training.learning_rate=1e-4", "error: 1 problem in recipe.yaml"],
         words="train recipe.yaml --set training.seed",
     ),
     "eval on rows that are all left out": Mistake(
         {"data.on_bad_row": "skip", "data.max_loss": 1.0},
         [
-            "error: other.jsonl: no row is left",
-            "hint: see data.on_bad_row, data.overlong and the weights",
+            "error: other.jsonl: no rows are left",
+            "hint: check data.on_bad_row, data.overlong and the weights",
         ],
         words="eval recipe.yaml --data other.jsonl",
         before=write("other.jsonl", "nope\n"),
@@ -478,7 +478,7 @@ def test_is_answered_in_two_lines(name: str, recipe: WriteRecipe, lora: Lora):
 
 
 def test_gguf_without_its_package(recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: None)
+    monkeypatch.setattr("lora_cli.model.gguf_base.find_spec", lambda package: None)
     write("x.gguf", b"GGUF")()
     recipe({"model.path": "x.gguf"})
     done = lora("train", "recipe.yaml")

@@ -124,8 +124,8 @@ def test_a_second_start_is_refused_and_told_what_to_do(trained: Path, lora: Lora
     assert done.code == 2
     assert done.out == ""
     assert done.last_two == [
-        "error: runs/a holds a run already",
-        "hint: --resume continues it, --fresh removes it and starts again; or name another output",
+        "error: runs/a contains a run already",
+        "hint: --resume continues it, --fresh removes it and starts again; or set another output",
     ]
     assert adapter(trained) == before
 

@@ -48,7 +48,7 @@ def test_a_folder_that_cannot_be_written(recipe: WriteRecipe, lora: Lora):
     assert (done.code, done.out) == (2, "")
     assert done.last_two == [
         "error: /proc/run cannot be written: No such file or directory",
-        "hint: name another folder as output",
+        "hint: set output to another folder",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Whoever reads a result finds the old one or the new one, whole, however its writer died."""
+"""Atomic writes: a reader finds the complete old or new result, even if the writer was killed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from lora_cli.run import atomic
 
-DEAD = 2**22 + 1  # above the largest process id of Linux
+DEAD_PID = 2**22 + 1  # above the largest process id of Linux
 
 
 def names(folder: Path) -> set[str]:
@@ -28,7 +28,7 @@ def test_writes_and_replaces(tmp_path: Path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), {"a": [float("inf")]}, {1, 2}])
-def test_what_json_cannot_hold_leaves_the_old_file(tmp_path: Path, value: object):
+def test_invalid_json_value_leaves_the_old_file(tmp_path: Path, value: object):
     path = tmp_path / "a.json"
     atomic.write_json(path, 1)
     with pytest.raises((ValueError, TypeError)):
@@ -37,14 +37,14 @@ def test_what_json_cannot_hold_leaves_the_old_file(tmp_path: Path, value: object
     assert names(tmp_path) == {"a.json"}
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "a"
     atomic.write_text(path, "old")
 
-    def full(_: int) -> None:
+    def disk_full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         atomic.write_text(path, "new")
     with pytest.raises(OSError, match="No space left"), atomic.folder(tmp_path / "b") as new:
@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == {"a"}
 
 
-def test_a_folder_appears_whole(tmp_path: Path):
+def test_folder_appears_complete(tmp_path: Path):
     path = tmp_path / "adapter"
     with atomic.folder(path) as new:
         (new / "deep").mkdir()
@@ -63,7 +63,7 @@ def test_a_folder_appears_whole(tmp_path: Path):
     assert names(tmp_path) == {"adapter"}
 
 
-def test_a_folder_that_fails_leaves_nothing(tmp_path: Path):
+def test_failed_folder_leaves_nothing(tmp_path: Path):
     def interrupted() -> None:
         with atomic.folder(tmp_path / "adapter") as new:
             (new / "a").write_text("a")
@@ -74,7 +74,7 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path):
     assert names(tmp_path) == set()
 
 
-def test_a_folder_is_replaced_only_when_asked(tmp_path: Path):
+def test_folder_is_replaced_only_with_replace(tmp_path: Path):
     path = tmp_path / "adapter"
     for text in ("old", "new"):
         with atomic.folder(path, replace=True) as new:
@@ -85,7 +85,7 @@ def test_a_folder_is_replaced_only_when_asked(tmp_path: Path):
     assert names(tmp_path) == {"adapter"}
 
 
-def test_the_first_to_finish_a_folder_wins(tmp_path: Path):
+def test_first_finished_folder_wins(tmp_path: Path):
     path = tmp_path / "adapter"
 
     def overtaken() -> None:
@@ -100,28 +100,28 @@ def test_the_first_to_finish_a_folder_wins(tmp_path: Path):
     assert names(tmp_path) == {"adapter"}
 
 
-def test_a_swap_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_replacement_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "adapter"
     with atomic.folder(path) as new:
         (new / "old").touch()
     rename = Path.rename
 
-    def only_aside(self: Path, target: Path) -> Path:
+    def fail_second_rename(self: Path, target: Path) -> Path:
         if self.name.startswith(".tmp-"):
             raise OSError(5, "Input/output error")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", only_aside)
+    monkeypatch.setattr(Path, "rename", fail_second_rename)
     with pytest.raises(OSError, match="Input/output"), atomic.folder(path, replace=True) as new:
         (new / "new").touch()
     assert names(path) == {"old"}
     assert names(tmp_path) == {"adapter"}
 
 
-def test_sweep_takes_only_what_the_dead_left(tmp_path: Path):
-    (tmp_path / f".tmp-a.json-{DEAD}-0123abcd").touch()
-    (tmp_path / f".tmp-adapter-{DEAD}-0123abcd").mkdir()
-    (tmp_path / f".old-done-{DEAD}-0123abcd").mkdir()
+def test_remove_leftovers_of_dead_processes_only(tmp_path: Path):
+    (tmp_path / f".tmp-a.json-{DEAD_PID}-0123abcd").touch()
+    (tmp_path / f".tmp-adapter-{DEAD_PID}-0123abcd").mkdir()
+    (tmp_path / f".old-done-{DEAD_PID}-0123abcd").mkdir()
     (tmp_path / "done").mkdir()
     keep = {f".tmp-b-{os.getpid()}-0123abcd", ".tmp-mine", "a.json", "done"}
     for name in keep - {"done"}:
@@ -131,19 +131,19 @@ def test_sweep_takes_only_what_the_dead_left(tmp_path: Path):
     assert names(tmp_path) == keep
 
 
-def test_sweep_of_one_name_leaves_the_others(tmp_path: Path):
-    other = f".tmp-other-{DEAD}-0123abcd"
-    for name in (other, f".tmp-mine-{DEAD}-0123abcd"):
+def test_remove_leftovers_of_one_name_only(tmp_path: Path):
+    other = f".tmp-other-{DEAD_PID}-0123abcd"
+    for name in (other, f".tmp-mine-{DEAD_PID}-0123abcd"):
         (tmp_path / name).mkdir()
     atomic.remove_leftovers(tmp_path, "mine")
     assert names(tmp_path) == {other}
 
 
-def test_sweep_puts_back_what_was_aside_between_the_renames(tmp_path: Path):
-    aside = tmp_path / f".old-step-00000050-{DEAD}-0123abcd"
-    aside.mkdir()
-    (aside / "a").touch()
-    (tmp_path / f".tmp-step-00000050-{DEAD}-0123abcd").mkdir()
+def test_remove_leftovers_restores_a_folder_between_the_renames(tmp_path: Path):
+    moved = tmp_path / f".old-step-00000050-{DEAD_PID}-0123abcd"
+    moved.mkdir()
+    (moved / "a").touch()
+    (tmp_path / f".tmp-step-00000050-{DEAD_PID}-0123abcd").mkdir()
     atomic.remove_leftovers(tmp_path)
     assert names(tmp_path) == {"step-00000050"}
     assert names(tmp_path / "step-00000050") == {"a"}
@@ -165,7 +165,7 @@ for number in range(10**9):
 
 
 @pytest.mark.parametrize("milliseconds", [0, 1, 3, 7, 12, 20])
-def test_kill_9_at_any_point_leaves_old_or_new(tmp_path: Path, milliseconds: int):
+def test_sigkill_at_any_point_leaves_old_or_new(tmp_path: Path, milliseconds: int):
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None

@@ -1,4 +1,4 @@
-"""The meter draws where a person watches, and for one process only."""
+"""The progress bar is drawn on a terminal, and by one process only."""
 
 import io
 
@@ -9,7 +9,7 @@ from lora_cli.run import console
 
 
 @pytest.mark.parametrize("bar", [True, False])
-def test_a_bar_is_drawn_on_a_terminal_unless_it_is_unwanted(bar: bool, monkeypatch: pytest.MonkeyPatch):
+def test_bar_is_drawn_on_a_terminal_unless_disabled(bar: bool, monkeypatch: pytest.MonkeyPatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=80))
     with console.step_progress(4, bar=bar):

@@ -1,4 +1,4 @@
-"""The journal is readable after any kill, and a resumed run goes on where its checkpoint was."""
+"""The metrics log is readable after a kill, and a resumed run continues it from its checkpoint."""
 
 from pathlib import Path
 
@@ -17,21 +17,21 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_each_record_is_there_when_write_returns(tmp_path: Path):
+def test_record_is_in_the_file_when_write_returns(tmp_path: Path):
     log = MetricsLog(tmp_path / "m")
     log.write({"step": 1})
     assert read_metrics(tmp_path / "m") == [{"step": 1}]
     log.close()
 
 
-def test_appends_over_a_second_opening(path: Path):
+def test_reopened_log_is_appended_to(path: Path):
     with MetricsLog(path) as log:
         log.write({"step": 6})
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), [float("nan")]])
-def test_what_is_not_finite_is_refused_and_leaves_no_trace(path: Path, value: object):
+def test_value_that_is_not_finite_raises_and_writes_nothing(path: Path, value: object):
     before = path.read_bytes()
     with MetricsLog(path) as log, pytest.raises(ValueError, match="JSON compliant"):
         log.write({"step": 6, "loss": value})
@@ -39,7 +39,7 @@ def test_what_is_not_finite_is_refused_and_leaves_no_trace(path: Path, value: ob
 
 
 @pytest.mark.parametrize("cut", range(1, 30, 4))
-def test_a_torn_last_line_is_no_record(path: Path, cut: int):
+def test_incomplete_last_line_is_dropped(path: Path, cut: int):
     path.write_bytes(path.read_bytes()[:-cut])
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
     with MetricsLog(path) as log:
@@ -55,13 +55,13 @@ def test_truncate_after_a_step(path: Path):
     assert path.read_bytes() == b""
 
 
-def test_no_log_yet(tmp_path: Path):
+def test_missing_log(tmp_path: Path):
     truncate_after(tmp_path / "m", 3)
     assert read_metrics(tmp_path / "m") == []
     assert not (tmp_path / "m").exists()
 
 
-def test_an_edited_line_is_named(path: Path):
+def test_invalid_line_is_reported_with_its_number(path: Path):
     path.write_text('{"step": 1}\n[2]\n{"step": 3}\n')
     with pytest.raises(LoraError, match=r"metrics.jsonl:2: not a JSON object"):
         read_metrics(path)
