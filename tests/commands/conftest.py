@@ -89,7 +89,7 @@ def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_CACHE", str(tiny_folder.parent / "cache"))
     # A tiny model on many threads does little but wait for them.
-    monkeypatch.setattr(cpu, "cores", lambda: 1)
+    monkeypatch.setattr(cpu, "available_cores", lambda: 1)
     furnish(tmp_path, tiny_folder)
     return tmp_path
 

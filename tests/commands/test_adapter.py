@@ -121,7 +121,7 @@ def test_what_is_no_plain_lora(recipe: WriteRecipe, lora: Lora):
     assert lora("train", "recipe.yaml").code == 0
     assert lora("adapter", "inspect", "runs/a/adapter").last_two == [
         "error: runs/a/adapter is vera, which has no factors A and B",
-        "hint: give a LoRA adapter",
+        "hint: use a LoRA adapter",
     ]
     recipe({"adapter": {"method": "dora", "rank": 4}, "output": "runs/d"})
     assert lora("train", "recipe.yaml").code == 0

@@ -168,7 +168,7 @@ def test_a_task_of_the_harness_from_a_folder_of_yaml(trained: Path, lora: Lora):
     assert found == pytest.approx(sum(b == d["answer"] for b, d in zip(best, documents, strict=True)) / 6)
     assert re.search(rf"sayings acc +[\d.]+ +{found:.4f}", done.out)
     assert lora("eval", "runs/a", "--tasks", "saying", "--tasks-dir", "tasks").last_two[0] == (
-        "error: --tasks saying is not known to the harness"
+        "error: --tasks saying is not a task of the harness"
     )
 
 

@@ -147,7 +147,7 @@ def skip_the_addition(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fold_another_update(monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer gets next to nothing of its update, before anything is measured."""
-    fold = ReadWrite.fold_low_rank
+    fold = ReadWrite.merge_low_rank
 
     def forgetful(
         self: ReadWrite, name: str, low: LowRankDelta, *places: TensorInfo, **options: int
@@ -155,7 +155,7 @@ def fold_another_update(monkeypatch: pytest.MonkeyPatch) -> None:
         low = LowRankDelta(low.left * 1e-3, low.right) if name == LOST else low
         return fold(self, name, low, *places, **options)
 
-    monkeypatch.setattr(ReadWrite, "fold_low_rank", forgetful)
+    monkeypatch.setattr(ReadWrite, "merge_low_rank", forgetful)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_what_reads_back_otherwise_is_found(trained: Path, lora: Lora, monkeypat
             file.write(b"\x00\x00\x40\x41")
         return folded
 
-    monkeypatch.setattr(stream, "write", damaging)
+    monkeypatch.setattr(stream, "write_merged", damaging)
     done = lora("merge", trained / "adapter", "--out", "x")
     assert (done.code, done.out) == (1, "")
     assert "the merged model is another one: lm_head.weight, read back, is" in done.last_two[0]

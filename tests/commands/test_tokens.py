@@ -62,7 +62,7 @@ def test_they_are_taught_saved_and_merged(with_tokens: str, lora: Lora):
             start = torch.stack([before.mean(0), before.mean(0), before[ids[2]]])
             assert ((tensor - start).abs().amax(dim=1) > 1e-3).all()
     card = Path("runs/a/adapter/README.md").read_text()
-    assert "Its tokenizer knows `<tool>`, `</tool>` besides the base's tokens." in card
+    assert "Its tokenizer adds `<tool>`, `</tool>` to the base's tokens." in card
 
     measured = lora("eval", "runs/a", "--answers", "1")
     assert measured.code == 0, measured.err

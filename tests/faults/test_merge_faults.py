@@ -65,7 +65,7 @@ def test_a_disk_that_has_too_little_room(trained: Path, lora: Lora, monkeypatch:
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: Usage())
     done = lora("merge", trained / "adapter", "--out", "merged")
     assert done.code == 1
-    assert re.fullmatch(r"error: .*: the model takes [\d.]+ GB, and 0\.0 GB are free", done.last_two[0])
+    assert re.fullmatch(r"error: .*: the model needs [\d.]+ GB, and 0\.0 GB are free", done.last_two[0])
     assert hidden() == []
 
 
@@ -88,7 +88,7 @@ def test_a_shard_that_is_missing(trained: Path, lora: Lora):
     (Path("base") / name).unlink()
     done = lora("merge", trained / "adapter", "--out", "merged")
     assert done.code == 2
-    assert re.fullmatch(rf"error: base: shard {name} is missing, of \d+ that its index lists", done.last_two[0])
+    assert re.fullmatch(rf"error: base: shard {name} is missing; the index lists \d+ shards", done.last_two[0])
     assert not Path("merged").exists()
 
 
@@ -99,7 +99,7 @@ def test_a_shard_that_is_cut_short(left: float, trained: Path, lora: Lora):
     os.truncate(file, int(file.stat().st_size * left))
     done = lora("merge", trained / "adapter", "--out", "merged")
     assert done.code == 2
-    assert done.last_two[0].startswith(f"error: {file}: cut short")
+    assert done.last_two[0].startswith(f"error: {file}: truncated")
     assert not Path("merged").exists()
 
 
@@ -109,7 +109,7 @@ def test_an_index_that_tells_of_a_tensor_that_is_not_there(trained: Path, lora: 
     index["weight_map"]["model.layers.7.mlp.up_proj.weight"] = next(iter(index["weight_map"].values()))
     Path("base/model.safetensors.index.json").write_text(json.dumps(index))
     done = lora("merge", trained / "adapter", "--out", "merged")
-    assert done.last_two[0].startswith("error: base: model.layers.7.mlp.up_proj.weight is in none of its shards")
+    assert done.last_two[0].startswith("error: base: model.layers.7.mlp.up_proj.weight is not in any shard")
 
 
 def test_memory_does_not_grow_with_the_model(trained: Path, tmp_path: Path):

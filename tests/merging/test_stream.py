@@ -16,13 +16,14 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import compare_models, stream
 from lora_cli.merging.deltas import merged_parameters
 from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
-from lora_cli.model import attach_adapter, base_model, empty_base, safetensors_io, save_adapter
+from lora_cli.model import attach_adapter, empty_base, safetensors_io, save_adapter
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName
 from tests.model import families, zoo
 from tests.model.families import FAMILIES, Family
+from tests.support import checkpoints
 
 BIG = 1 << 30
 
@@ -53,8 +54,7 @@ def merge(
     **options: Any,
 ) -> tuple[stream.MergePlan, list[MergedTensor]]:
     """Merge like `lora merge`, without its checks before and its verification after."""
-    config = base_model.load_config(base_model.ModelSource(str(base_folder), {}))
-    model = empty_base.init_empty_weights(base_model.skeleton(config, task=task, **options))
+    model = empty_base.init_empty_weights(checkpoints.checkpoint(base_folder, task=task, **options).skeleton())
     tensors = safetensors_io.list_tensors(base_folder)
     mapping = CheckpointMapping(model, tensors)
     adapted = empty_base.attach_saved_adapter(
@@ -176,8 +176,7 @@ def test_a_vocabulary_that_was_resized_by_another_tool(tmp_path: Path):
     adapted = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]))
     randomize(adapted)
     adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
-    config = base_model.load_config(base_model.ModelSource(str(tmp_path / "base"), {}))
-    rows = empty_base.embedding_rows(tmp_path / "adapter", base_model.skeleton(config))
+    rows = empty_base.embedding_rows(tmp_path / "adapter", checkpoints.checkpoint(tmp_path / "base").skeleton())
     assert rows == zoo.VOCABULARY + 7
     merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", vocabulary=rows)
     ids = torch.arange(2, zoo.VOCABULARY + 7)[None]
@@ -221,5 +220,5 @@ def test_an_adapter_that_needs_changed_base_weights_is_an_error(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path / "base")
     config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="pissa")
     get_peft_model(load_causal_lm(str(tmp_path / "base")), config).save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(LoraError, match=r"base weights that PEFT changed .* \(init_lora_weights: pissa\)"):
+    with pytest.raises(LoraError, match=r"PEFT changed the base weights .* \(init_lora_weights: pissa\)"):
         merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
