@@ -104,7 +104,7 @@ def _check_regex(key: str, pattern: str) -> Iterator[Conflict]:
 
 
 def check_target_modules(recipe: Recipe) -> Iterator[Conflict]:
-    """Yield target modules that cannot match what was meant; whether they match is known with the model only."""
+    """Yield target modules that are wrong for any model; `model/target_modules.py` checks what they match."""
     key = "adapter.target_modules"
     targets = recipe.adapter.target_modules
     if targets is None:

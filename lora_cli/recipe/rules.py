@@ -78,7 +78,7 @@ def _check_quantization(recipe: Recipe) -> Iterator[Conflict]:
         for name in ("type", "double_quant", "storage_dtype"):
             if getattr(spec, name) is not None:
                 yield Conflict(f"quantization.{name}", "has no effect with 8 bits", fix, depends_on)
-        # The default is no conflict, because every resolved recipe has it.
+        # The default is not a conflict, because every resolved recipe contains it.
         if spec.compute_dtype != QuantizationSpec.model_fields["compute_dtype"].default:
             yield Conflict("quantization.compute_dtype", "has no effect with 8 bits", fix, depends_on)
 
@@ -110,7 +110,7 @@ def _check_eval(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(key, f"'{shorten(data.eval)}' is read as a path", fix)
     for one in _as_sources(data.train):
         for two in _as_sources(data.eval):
-            # Without splits, the same hub id is no conflict: train and eval default to different splits of it.
+            # Without splits, the same hub id is not a conflict: train and eval default to different splits of it.
             same_part = one.split == two.split if one.split and two.split else one.path.endswith(DATA_SUFFIXES)
             if normpath(one.path) == normpath(two.path) and same_part:
                 fix = "write other rows, or a held-out fraction such as 0.05"
