@@ -1,1 +1,1 @@
-"""Exports for Ollama: a GGUF file and a Modelfile with a template in Go's language."""
+"""Export for Ollama: a GGUF file and a Modelfile whose chat template is in Go's template language."""

@@ -1,8 +1,8 @@
-"""The part of Go's text/template that a Modelfile's TEMPLATE is written in here: escaping, and an interpreter.
+"""Go's text/template, as far as the TEMPLATE of an Ollama Modelfile needs it: escaping of text, and an interpreter.
 
-What is written: text; strings and fields that are put out; `range $i, $m := LIST`; `if`, `else if`, `else`; variables,
-declared outside of all blocks; and the functions of `_FUNCTIONS`. Trim markers are not written: blanks stand where they
-are meant. As in Go, text up to `{{` is put out as it is, and a string's end is looked for before `}}`.
+Supported are: text; output of strings and fields; `range $i, $m := LIST`; `if`, `else if`, `else`; variables that are
+declared outside all blocks; and the functions in `_FUNCTIONS`. Trim markers (`{{-`) are not supported: our templates
+have no whitespace to trim. As in Go, text up to `{{` is output unchanged, and a string's end is searched before `}}`.
 """
 
 import re
@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 
-# Braces could begin an action, and three quotes end a Modelfile's string.
+# Braces can begin an action, and three quotes can end a Modelfile's string.
 _SPECIAL = re.compile(r'\{+|"{3,}')
 
 
 def escape_text(literal: str) -> str:
-    """A template that puts out `literal`: itself, but for what would be read otherwise.
+    """Return a template that outputs `literal`: the same text, with everything escaped that would be parsed.
 
-    What cannot be printed is escaped too: a Modelfile's reader drops it (see `lora_cli.export.modelfile`).
+    Unprintable characters are escaped too, because Ollama's Modelfile parser drops them (see `modelfile`).
+
+    Raises:
+        LoraError: `literal` contains half of a surrogate pair, which Go cannot express.
     """
     escaped = _SPECIAL.sub(lambda match: _string_action(match[0]), literal)
     return "".join(char if char.isprintable() or char in "\n\t" else _string_action(char) for char in escaped)
@@ -30,14 +33,15 @@ def _string_action(literal: str) -> str:
 
 
 def quote_string(value: str) -> str:
-    """A string constant of Go's, without characters that cannot be printed.
+    """Return `value` as a string constant of Go, without unprintable characters.
 
     Raises:
-        LoraError: half of a surrogate pair, which Go has no way to write.
+        LoraError: `value` contains half of a surrogate pair, which Go cannot express.
     """
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise LoraError(
-            f"--to ollama: the chat template has half a character in it: {value!r}", hint="mend the chat template"
+            f"--to ollama: the chat template contains half a character (a lone surrogate): {value!r}",
+            hint="fix the chat template",
         )
     return '"' + "".join(_escape(char) for char in value) + '"'
 
@@ -51,23 +55,23 @@ def _escape(char: str) -> str:
 
 
 class UnsupportedTemplate(ValueError):
-    """A template that is not in the part of the language that is written here."""
+    """A template with syntax that the interpreter does not support."""
 
 
 class _Action(NamedTuple):
-    words: tuple[str, ...]
+    tokens: tuple[str, ...]  # of the text between `{{` and `}}`
 
 
 class _If(NamedTuple):
     condition: tuple[str, ...]
     then: "_Block"
-    otherwise: "_Block"
+    else_: "_Block"
 
 
 class _Range(NamedTuple):
-    number: str
-    item: str
-    over: tuple[str, ...]
+    index_name: str
+    item_name: str
+    items: tuple[str, ...]  # tokens of the expression
     body: "_Block"
 
 
@@ -75,94 +79,94 @@ _Block = Sequence[str | _Action | _If | _Range]
 
 
 def render_go_template(template: str, data: Mapping[str, object]) -> str:
-    """What Go makes of `template`; `data` is what `.` and `$` stand for.
+    """Return the text that Go renders from `template`, with `data` as the value of `.` and `$`.
 
     Raises:
-        NotWritten: it has what is not known here.
+        UnsupportedTemplate: `template` has syntax that is not supported here.
     """
-    nodes = deque(_cut(template))
-    block = _parse(nodes)
+    nodes = deque(_lex(template))
+    block = _parse_block(nodes)
     if nodes:
-        raise UnsupportedTemplate(f"{nodes[0]} without a beginning")
-    return "".join(_run(block, data, {"$": data}))
+        raise UnsupportedTemplate(f"{nodes[0]} outside any block")
+    return "".join(_execute(block, data, {"$": data}))
 
 
-_WORD = re.compile(r'[ \t\r\n]*("(?:[^"\\\n]|\\.)*"|\$?\w*(?:\.\w+)+|\$\w*|[A-Za-z]+|\d+|:=|=|[,()]|\}\})')
+_TOKEN = re.compile(r'[ \t\r\n]*("(?:[^"\\\n]|\\.)*"|\$?\w*(?:\.\w+)+|\$\w*|[A-Za-z]+|\d+|:=|=|[,()]|\}\})')
 
 
-def _cut(template: str) -> Iterator[str | _Action]:
-    """Texts and actions by turns, each action cut into words."""
+def _lex(template: str) -> Iterator[str | _Action]:
+    """Yield texts and actions in turn, each action split into tokens."""
     at = 0
     while (begin := template.find("{{", at)) >= 0:
         yield template[at:begin]
-        words: list[str] = []
+        tokens: list[str] = []
         at = begin + 2
-        while not words or words[-1] != "}}":
-            word = _WORD.match(template, at)
-            if word is None:
-                raise UnsupportedTemplate(f"an action at {template[begin : begin + 40]!r}")
-            words.append(word[1])
-            at = word.end()
-        yield _Action(tuple(words[:-1]))
+        while not tokens or tokens[-1] != "}}":
+            token = _TOKEN.match(template, at)
+            if token is None:
+                raise UnsupportedTemplate(f"unknown syntax in the action {template[begin : begin + 40]!r}")
+            tokens.append(token[1])
+            at = token.end()
+        yield _Action(tuple(tokens[:-1]))
     yield template[at:]
 
 
-def _parse(nodes: deque[str | _Action]) -> list[str | _Action | _If | _Range]:
-    """The nodes up to the `else` or `end` that belongs to what is around them."""
+def _parse_block(nodes: deque[str | _Action]) -> list[str | _Action | _If | _Range]:
+    """Consume and return the nodes of one block, up to the `else` or `end` of the enclosing one."""
     block: list[str | _Action | _If | _Range] = []
     while nodes:
         node = nodes[0]
-        if isinstance(node, _Action) and node.words[:1] in (("else",), ("end",)):
+        if isinstance(node, _Action) and node.tokens[:1] in (("else",), ("end",)):
             break
         nodes.popleft()
         match node:
             case _Action(("if", *condition)):
-                block.append(_branch(tuple(condition), nodes))
-            case _Action(("range", number, ",", item, ":=", *over)):
-                block.append(_Range(number, item, tuple(over), _parse(nodes)))
-                _end(nodes)
+                block.append(_parse_if(tuple(condition), nodes))
+            case _Action(("range", index, ",", item, ":=", *items)):
+                block.append(_Range(index, item, tuple(items), _parse_block(nodes)))
+                _consume_end(nodes)
             case _:
                 block.append(node)
     return block
 
 
-def _branch(condition: tuple[str, ...], nodes: deque[str | _Action]) -> _If:
-    then = _parse(nodes)
+def _parse_if(condition: tuple[str, ...], nodes: deque[str | _Action]) -> _If:
+    then = _parse_block(nodes)
     match nodes[0] if nodes else None:
         case _Action(("else", "if", *other)):
             nodes.popleft()
-            return _If(condition, then, [_branch(tuple(other), nodes)])  # both have the same `end`
+            return _If(condition, then, [_parse_if(tuple(other), nodes)])  # both share one `end`
         case _Action(("else",)):
             nodes.popleft()
-            otherwise = _parse(nodes)
-            _end(nodes)
-            return _If(condition, then, otherwise)
-    _end(nodes)
+            else_ = _parse_block(nodes)
+            _consume_end(nodes)
+            return _If(condition, then, else_)
+    _consume_end(nodes)
     return _If(condition, then, [])
 
 
-def _end(nodes: deque[str | _Action]) -> None:
+def _consume_end(nodes: deque[str | _Action]) -> None:
     if not nodes or nodes.popleft() != _Action(("end",)):
-        raise UnsupportedTemplate("a block without an end")
+        raise UnsupportedTemplate("a block without `end`")
 
 
-def _run(block: _Block, dot: Any, variables: dict[str, Any]) -> Iterator[str]:
+def _execute(block: _Block, dot: Any, variables: dict[str, Any]) -> Iterator[str]:
     for node in block:
         match node:
             case str():
                 yield node
-            case _If(condition, then, otherwise):
-                yield from _run(then if _value(condition, dot, variables) else otherwise, dot, variables)
-            case _Range(number, item, over, body):
-                for variables[number], variables[item] in enumerate(_value(over, dot, variables)):  # noqa: B020
-                    yield from _run(body, variables[item], variables)
-            case _Action((name, ":=" | "=", *words)):
-                variables[name] = _value(words, dot, variables)
-            case _Action(words):
-                found = _value(words, dot, variables)
-                if not isinstance(found, str):
-                    raise UnsupportedTemplate(f"{found!r} put out")
-                yield found
+            case _If(condition, then, else_):
+                yield from _execute(then if _evaluate(condition, dot, variables) else else_, dot, variables)
+            case _Range(index, item, items, body):
+                for variables[index], variables[item] in enumerate(_evaluate(items, dot, variables)):  # noqa: B020
+                    yield from _execute(body, variables[item], variables)
+            case _Action((name, ":=" | "=", *tokens)):
+                variables[name] = _evaluate(tokens, dot, variables)
+            case _Action(tokens):
+                value = _evaluate(tokens, dot, variables)
+                if not isinstance(value, str):
+                    raise UnsupportedTemplate(f"output of {value!r}, which is not a string")
+                yield value
 
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
@@ -177,45 +181,45 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def _value(words: Sequence[str], dot: Any, variables: Mapping[str, Any]) -> Any:
-    left = deque(words)
-    found = _command(left, dot, variables)
-    if left:
-        raise UnsupportedTemplate(" ".join(words))
-    return found
+def _evaluate(tokens: Sequence[str], dot: Any, variables: Mapping[str, Any]) -> Any:
+    remaining = deque(tokens)
+    value = _evaluate_call(remaining, dot, variables)
+    if remaining:
+        raise UnsupportedTemplate(f"the expression {' '.join(tokens)}")
+    return value
 
 
-def _command(left: deque[str], dot: Any, variables: Mapping[str, Any]) -> Any:
-    """A function with all that follows as its arguments, or one operand."""
-    if left and left[0] in _FUNCTIONS:
-        function, arguments = _FUNCTIONS[left.popleft()], []
-        while left and left[0] != ")":
-            arguments.append(_operand(left, dot, variables))
+def _evaluate_call(remaining: deque[str], dot: Any, variables: Mapping[str, Any]) -> Any:
+    """Evaluate a function with all operands that follow as its arguments, or a single operand."""
+    if remaining and remaining[0] in _FUNCTIONS:
+        function, arguments = _FUNCTIONS[remaining.popleft()], []
+        while remaining and remaining[0] != ")":
+            arguments.append(_evaluate_operand(remaining, dot, variables))
         return function(*arguments)
-    return _operand(left, dot, variables)
+    return _evaluate_operand(remaining, dot, variables)
 
 
-def _operand(left: deque[str], dot: Any, variables: Mapping[str, Any]) -> Any:
-    word = left.popleft() if left else ""
-    if word == "(":
-        found = _command(left, dot, variables)
-        if not left or left.popleft() != ")":
-            raise UnsupportedTemplate("a parenthesis that is not closed")
-        # A field of it follows at once in what is written here, never an operand that begins with a dot.
-        return _fields(found, left.popleft()) if left and left[0].startswith(".") else found
-    if word.startswith('"'):
-        return _unquote(word)
-    if word.isdecimal():
-        return int(word)
-    if word in ("true", "false"):
-        return word == "true"
-    name, dotted, fields = word.partition(".")
+def _evaluate_operand(remaining: deque[str], dot: Any, variables: Mapping[str, Any]) -> Any:
+    token = remaining.popleft() if remaining else ""
+    if token == "(":
+        value = _evaluate_call(remaining, dot, variables)
+        if not remaining or remaining.popleft() != ")":
+            raise UnsupportedTemplate("an unclosed parenthesis")
+        # After a parenthesis, our templates have a field of its value, never a separate operand that begins with a dot.
+        return _get_field(value, remaining.popleft()) if remaining and remaining[0].startswith(".") else value
+    if token.startswith('"'):
+        return _unquote(token)
+    if token.isdecimal():
+        return int(token)
+    if token in ("true", "false"):
+        return token == "true"
+    name, dotted, fields = token.partition(".")
     if name and name not in variables:
-        raise UnsupportedTemplate(word)
-    return _fields(variables[name] if name else dot, dotted + fields)
+        raise UnsupportedTemplate(f"the operand {token}")
+    return _get_field(variables[name] if name else dot, dotted + fields)
 
 
-def _fields(value: Any, path: str) -> Any:
+def _get_field(value: Any, path: str) -> Any:
     for field in path.split(".")[1:]:
         value = value[field]
     return value

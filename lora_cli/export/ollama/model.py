@@ -1,10 +1,11 @@
-"""`--to ollama`: a folder with a GGUF file and the Modelfile that `ollama create` takes.
+"""`--to ollama`: a folder with a GGUF file and the Modelfile that `ollama create` reads.
 
-Ollama does not run the tokenizer's own template: it has one in Go's language, which is made here of what the
-tokenizer's does (see `turns`), and held against it chat by chat. Facts are from Ollama's template/template.go and
-server/: it merges neighbours of one role, puts SYSTEM in front of chats that do not begin with a system message, drops
-a chat's oldest messages but those of the system where it is longer than num_ctx, and adds BOS where the GGUF file says
-so. Tools and reasoning are left out. Ollama itself was never run by this project: Go's language is, by an interpreter.
+Ollama does not run the tokenizer's own chat template, which is in Jinja: it needs a template in Go's language. That one
+is built here from the output of the tokenizer's (see `chat_template`), and compared with it chat by chat. Facts are
+from Ollama's template/template.go and server/: it merges consecutive messages of one role; it puts SYSTEM in front of
+chats that do not begin with a system message; if a chat is longer than num_ctx, it drops the oldest messages except
+system messages; it adds BOS if the GGUF file requests it. Tools and reasoning are not covered. This project has never
+run Ollama itself: an interpreter of Go's template language takes its place.
 """
 
 import re
@@ -23,204 +24,222 @@ from lora_cli.export.probe_chats import Messages
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 
 WEIGHTS_FILE, MODELFILE_NAME = "model.gguf", "Modelfile"
-# Ollama keeps room for all of num_ctx as soon as it loads a model, and chooses by the memory that is there if not told:
-# 4,096 positions or more. A model that has a few more than that is given all of them, larger ones are left to Ollama.
+# Ollama allocates the KV cache of all num_ctx positions when it loads a model. If num_ctx is not set, Ollama chooses
+# 4,096 positions or more, by the available memory. A model that has at most MAX_CONTEXT positions gets all of them; for
+# larger models the choice is left to Ollama.
 MAX_CONTEXT = 8192
-# Orders that chats seldom have: what becomes of them is told, where the tokenizer's template takes them at all.
+# Rare orders of messages: a difference is reported, if the tokenizer's template accepts the order at all.
 UNUSUAL_ORDERS = {
-    "begin with the assistant": "au",
-    "end with the assistant": "ua",
+    "begin with an assistant message": "au",
+    "end with an assistant message": "ua",
     "have a later system message": "uasu",
 }
 
 
-def refuse(subject: ExportSource, options: ExportOptions) -> None:
-    """What GGUF refuses, no chat template, and one that Ollama's language cannot express."""
-    gguf_format.refuse(subject, options)
-    found = infer(subject)
-    check = check_template(subject, found, modelfile.parse_modelfile(make_modelfile(subject, found)))
+def refuse(source: ExportSource, options: ExportOptions) -> None:
+    """Raise a LoraError if the model cannot be exported for Ollama.
+
+    Raises:
+        LoraError: GGUF does not support the model, the tokenizer has no chat template, or Ollama's template language
+            cannot express it.
+    """
+    gguf_format.refuse(source, options)
+    parts = infer_parts(source)
+    check = check_template(source, parts, modelfile.parse_modelfile(make_modelfile(source, parts)))
     if not check.passed:
         raise LoraError(f"--to ollama: {check.found}", hint=chat_template.USE_GGUF_HINT)
 
 
-def write(subject: ExportSource, out: Path, options: ExportOptions) -> None:
-    """The folder `out`."""
+def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
+    """Write the GGUF file and the Modelfile to the folder `out`."""
     out.mkdir(exist_ok=True)
-    gguf_format.write(subject, out / WEIGHTS_FILE, options)
-    (out / MODELFILE_NAME).write_text(make_modelfile(subject, infer(subject)), encoding="utf-8", newline="")
+    gguf_format.write(source, out / WEIGHTS_FILE, options)
+    (out / MODELFILE_NAME).write_text(make_modelfile(source, infer_parts(source)), encoding="utf-8", newline="")
 
 
-def prove(subject: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
-    """The GGUF file as such, and the Modelfile as Ollama reads it."""
-    yield from gguf_format.prove(subject, out / WEIGHTS_FILE, options)
-    told = modelfile.parse_modelfile((out / MODELFILE_NAME).read_bytes().decode("utf-8"))
-    found = infer(subject)
-    yield check_template(subject, found, told)
-    yield check_stops(subject, found, told)
+def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+    """Yield the checks of the GGUF file, and of the Modelfile as Ollama parses it."""
+    yield from gguf_format.prove(source, out / WEIGHTS_FILE, options)
+    instructions = modelfile.parse_modelfile((out / MODELFILE_NAME).read_bytes().decode("utf-8"))
+    parts = infer_parts(source)
+    yield check_template(source, parts, instructions)
+    yield check_stops(source, parts, instructions)
 
 
-def usage(subject: ExportSource, out: Path, options: ExportOptions) -> list[str]:
-    """How Ollama takes it up."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", Path(subject.name).name.lower()).strip("-._") or "model"
+def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
+    """Return the commands that create and run the model in Ollama."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", Path(source.name).name.lower()).strip("-._") or "model"
     return [f"ollama create {name} -f {shlex.quote(str(out / MODELFILE_NAME))}", f"ollama run {name}"]
 
 
-def infer(subject: ExportSource) -> TemplateParts:
-    """What there is to be expressed.
+def infer_parts(source: ExportSource) -> TemplateParts:
+    """Return the texts that the tokenizer's chat template puts around contents.
 
     Raises:
-        LoraError: there is no chat template, or one that cannot be.
+        LoraError: the tokenizer has no chat template, or one whose texts cannot be inferred.
     """
     try:
-        subject.tokenizer.get_chat_template()
-    except ValueError as reason:  # there is none, or several and none of them the default
+        source.tokenizer.get_chat_template()
+    except ValueError as reason:  # no template, or several templates without a default
         raise LoraError(
-            "--to ollama: the tokenizer has no chat template, and Ollama completes chats",
+            "--to ollama: the tokenizer has no chat template, which Ollama needs",
             hint="use --to gguf, or train with a tokenizer that has one",
         ) from reason
-    return chat_template.infer_template(subject.tokenizer, added=_bos(subject))
+    return chat_template.infer_template(source.tokenizer, runtime_bos=_bos_text(source))
 
 
-def _bos(subject: ExportSource) -> str:
-    """The text of the token that llama.cpp, told by the GGUF file, puts in front of every prompt; "" for none."""
-    words = tokenizer.convert_tokenizer(
-        subject.tokenizer, subject.config, generation_eos=reference.eos_ids(subject)
+def _bos_text(source: ExportSource) -> str:
+    """Return the text of the BOS token that llama.cpp adds to every prompt, as the GGUF file requests; "" if none."""
+    metadata = tokenizer.convert_tokenizer(
+        source.tokenizer, source.config, generation_eos=reference.eos_ids(source)
     ).metadata
-    if words["add_eos_token"]:
+    if metadata["add_eos_token"]:
         raise LoraError(
-            "--to ollama: the tokenizer ends every text with EOS, and so would Ollama end every prompt",
+            "--to ollama: the tokenizer adds EOS to the end of every text, so Ollama would add it to every prompt",
             hint="export with a tokenizer that does not (add_eos_token: false)",
         )
-    return str(subject.tokenizer.convert_ids_to_tokens(words["bos_token_id"])) if words["add_bos_token"] else ""
+    return str(source.tokenizer.convert_ids_to_tokens(metadata["bos_token_id"])) if metadata["add_bos_token"] else ""
 
 
-def make_modelfile(subject: ExportSource, found: TemplateParts) -> str:
-    """The text of the Modelfile.
+def make_modelfile(source: ExportSource, parts: TemplateParts) -> str:
+    """Return the text of the Modelfile.
 
     Raises:
-        LoraError: a text of it cannot be held by one.
+        LoraError: a Modelfile cannot express one of the texts.
     """
-    lines = [f"FROM ./{WEIGHTS_FILE}\n", modelfile.format_instruction("TEMPLATE", go_template_of(found))]
-    if found.system and found.system.default:
-        lines.append(modelfile.format_instruction("SYSTEM", found.system.default))
-    lines += [modelfile.format_instruction("PARAMETER stop", text) for text in stop_texts(subject, found)]
-    positions = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
+    lines = [f"FROM ./{WEIGHTS_FILE}\n", modelfile.format_instruction("TEMPLATE", make_go_template(parts))]
+    if parts.system and parts.system.default:
+        lines.append(modelfile.format_instruction("SYSTEM", parts.system.default))
+    lines += [modelfile.format_instruction("PARAMETER stop", text) for text in stop_texts(source, parts)]
+    positions = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if positions and positions <= MAX_CONTEXT:
         lines.append(f"PARAMETER num_ctx {positions}\n")
     return "".join(lines)
 
 
-def go_template_of(found: TemplateParts) -> str:
-    """The TEMPLATE: `found` in Go's language, over the messages."""
-    text, system = go_template.escape_text, found.system
-    # Where a user turn may have begun with what is before it, a variable tells.
-    flagged = found.opens or (system is not None and system.joins)
-    made = text(found.start) + (_flag(":=", found.opens) if flagged else "")
-    opening, before_user = text(found.opening), text(found.before_user)
-    if system is None or system.late:
-        made += opening + "{{ range $i, $m := .Messages }}{{ if "
+def make_go_template(parts: TemplateParts) -> str:
+    """Return the Modelfile's TEMPLATE: the chat template in Go's language, over `.Messages`.
+
+    Raises:
+        LoraError: Go cannot express one of the texts.
+    """
+    escape, system = go_template.escape_text, parts.system
+    # Where the text before the first user turn can begin that turn, the variable $open is true if it has.
+    tracks_open = parts.opening_joins_user or (system is not None and system.joins_user)
+    template = escape(parts.bos) + (_set_open(":=", parts.opening_joins_user) if tracks_open else "")
+    opening, before_user = escape(parts.opening), escape(parts.before_user)
+    if system is None or system.in_last_user:
+        template += opening + "{{ range $i, $m := .Messages }}{{ if "
     else:
-        shown = text(system.before) + "{{ .Content }}" + text(system.after)
-        shown += _flag("=", system.joins) if flagged else ""
-        if system.hides:
-            shown = "{{ if .Content }}" + shown + "{{ else if eq $i 0 }}" + opening + "{{ end }}"
-        made += "{{ range $i, $m := .Messages }}"
-        made += '{{ if and (eq $i 0) (ne .Role "system") }}' + opening + "{{ end }}" if opening else ""
-        made += '{{ if eq .Role "system" }}' + shown + "{{ else if "
-    made += 'eq .Role "user" }}'
-    made += "{{ if not $open }}" + before_user + "{{ end }}" if flagged else before_user
-    if system and system.late:
+        rendered = escape(system.before) + "{{ .Content }}" + escape(system.after)
+        rendered += _set_open("=", system.joins_user) if tracks_open else ""
+        if system.skips_empty:
+            rendered = "{{ if .Content }}" + rendered + "{{ else if eq $i 0 }}" + opening + "{{ end }}"
+        template += "{{ range $i, $m := .Messages }}"
+        template += '{{ if and (eq $i 0) (ne .Role "system") }}' + opening + "{{ end }}" if opening else ""
+        template += '{{ if eq .Role "system" }}' + rendered + "{{ else if "
+    template += 'eq .Role "user" }}'
+    template += "{{ if not $open }}" + before_user + "{{ end }}" if tracks_open else before_user
+    if system and system.in_last_user:
         first = "(index $.Messages 0)"
-        given = [f'(eq {first}.Role "system")', *([f"{first}.Content"] if system.hides else [])]
-        made += "{{ if and (eq (len (slice $.Messages $i)) 1) " + " ".join(given) + " }}"
-        made += "{{ " + first + ".Content }}" + text(system.after) + "{{ end }}"
-    made += "{{ .Content }}" + text(found.after_user)
-    made += '{{ else if eq .Role "assistant" }}' + text(found.before_assistant) + "{{ .Content }}"
-    made += text(found.after_assistant) + (_flag("=", False) if flagged else "")  # user turns never are neighbours
-    return made + "{{ end }}{{ end }}" + text(found.generation)
+        conditions = [f'(eq {first}.Role "system")', *([f"{first}.Content"] if system.skips_empty else [])]
+        template += "{{ if and (eq (len (slice $.Messages $i)) 1) " + " ".join(conditions) + " }}"
+        template += "{{ " + first + ".Content }}" + escape(system.after) + "{{ end }}"
+    template += "{{ .Content }}" + escape(parts.after_user)
+    template += '{{ else if eq .Role "assistant" }}' + escape(parts.before_assistant) + "{{ .Content }}"
+    # Only assistant turns reset $open: Ollama merges user messages, so no user turn directly follows another.
+    template += escape(parts.after_assistant) + (_set_open("=", False) if tracks_open else "")
+    return template + "{{ end }}{{ end }}" + escape(parts.generation_prompt)
 
 
-def _flag(sign: str, value: bool) -> str:
-    return f"{{{{ $open {sign} {str(value).lower()} }}}}"
+def _set_open(operator: str, value: bool) -> str:
+    return f"{{{{ $open {operator} {str(value).lower()} }}}}"
 
 
-def stop_texts(subject: ExportSource, found: TemplateParts) -> list[str]:
-    """The texts at which an answer ends: those of the tokens that are said to, and what ends one in a chat."""
-    added = subject.tokenizer.added_tokens_decoder
-    ends = reference.eos_ids(subject)
-    texts = [added[end].content if end in added else str(subject.tokenizer.decode([end])) for end in ends]
-    return [text for text in dict.fromkeys([*texts, found.stop]) if text]
+def stop_texts(source: ExportSource, parts: TemplateParts) -> list[str]:
+    """Return the texts that end an answer: those of the EOS tokens, and the one that ends an assistant turn."""
+    added = source.tokenizer.added_tokens_decoder
+    ends = reference.eos_ids(source)
+    texts = [added[end].content if end in added else str(source.tokenizer.decode([end])) for end in ends]
+    return [text for text in dict.fromkeys([*texts, parts.stop]) if text]
 
 
-def ollama_prompt(told: Sequence[Instruction], chat: Messages) -> str:
-    """The prompt that Ollama makes of `chat` with a Modelfile's instructions, before it adds BOS."""
-    given = {command.name: command.value for command in told}
+def ollama_prompt(instructions: Sequence[Instruction], chat: Messages) -> str:
+    """Return the prompt that Ollama renders from `chat` with a Modelfile's instructions, before it adds BOS.
+
+    Raises:
+        UnsupportedTemplate: the TEMPLATE has syntax that `go_template` does not support.
+    """
+    values = {instruction.name: instruction.value for instruction in instructions}
     messages = list(chat)
-    if given.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": given["system"]})
+    if values.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": values["system"]})
     merged: list[dict[str, str]] = []
     for message in messages:
         if merged and merged[-1]["Role"] == message["role"]:
             merged[-1]["Content"] += "\n\n" + message["content"]
         else:
             merged.append({"Role": message["role"], "Content": message["content"]})
-    return go_template.render_go_template(given["template"], {"Messages": merged})
+    return go_template.render_go_template(values["template"], {"Messages": merged})
 
 
-def check_template(subject: ExportSource, found: TemplateParts, told: Sequence[Instruction]) -> Check:
-    """The twenty chats: the tokens that Ollama makes of them, against the tokenizer's own."""
-    same, refused, trimmed, other, wrong = 0, 0, 0, 0, ""
+def check_template(source: ExportSource, parts: TemplateParts, instructions: Sequence[Instruction]) -> Check:
+    """Check that Ollama's prompts of the twenty probe chats have the same token ids as the tokenizer's own."""
+    same, refused, trimmed, other, example = 0, 0, 0, 0, ""
     for number, chat in enumerate(probe_chats.PROBE_CHATS):
-        text = probe_chats.render_prompt(subject.tokenizer, chat)
+        text = probe_chats.render_prompt(source.tokenizer, chat)
         if text is None:
             refused += 1
             continue
-        plain, bare = (found.added + ollama_prompt(told, messages) for messages in (chat, found.trimmed(chat)))
-        expected = probe_chats.prompt_ids(subject.tokenizer, text)
-        if probe_chats.prompt_ids(subject.tokenizer, plain) == expected:
+        prompt, trimmed_prompt = (
+            parts.runtime_bos + ollama_prompt(instructions, messages) for messages in (chat, parts.trimmed(chat))
+        )
+        expected = probe_chats.prompt_ids(source.tokenizer, text)
+        if probe_chats.prompt_ids(source.tokenizer, prompt) == expected:
             same += 1
-        elif probe_chats.prompt_ids(subject.tokenizer, bare) == expected:
+        elif probe_chats.prompt_ids(source.tokenizer, trimmed_prompt) == expected:
             trimmed += 1
         else:
             other += 1
-            wrong = wrong or f"in chat {number} {_difference(text, bare)}"
-    said = f"{same} of {len(probe_chats.PROBE_CHATS)} chats become the same tokens"
+            example = example or f"in chat {number}, {_difference(text, trimmed_prompt)}"
+    result = f"{same} of {len(probe_chats.PROBE_CHATS)} chats have the same token ids"
     if trimmed:
-        taken = ", ".join(f"{role}: {what}" for role, what in found.trims.items() if what != chat_template.NO_TRIM)
-        said += f"; {trimmed} keep what the tokenizer's template takes off contents ({taken})"
-    said += f"; {refused} the tokenizer's template refuses" if refused else ""
-    said += f"; {other} become others: {wrong}" if other else ""
-    said += "".join(f"; {note}" for note in _notes(subject, found, told))
+        trims = ", ".join(f"{role}: {trim}" for role, trim in parts.trims.items() if trim != chat_template.NO_TRIM)
+        result += f"; {trimmed} keep whitespace that the tokenizer's template trims ({trims})"
+    result += f"; the tokenizer's template refuses {refused}" if refused else ""
+    result += f"; {other} have other token ids: {example}" if other else ""
+    result += "".join(f"; {note}" for note in _notes(source, parts, instructions))
     figures = {"same": same, "trimmed": trimmed, "refused": refused, "other": other}
-    return Check("template", not other, said, figures)
+    return Check("template", not other, result, figures)
 
 
-def _difference(theirs: str, ours: str) -> str:
-    """Where two prompts part, in a few words."""
-    at = next((at for at, (one, two) in enumerate(zip(theirs, ours, strict=False)) if one != two), len(theirs))
-    one, two = (text[max(0, at - 15) : at + 15] for text in (theirs, ours))
-    return f"{one!r} became {two!r}"
+def _difference(expected: str, prompt: str) -> str:
+    """Describe the first difference of two prompts, with a few characters around it."""
+    at = next((at for at, (a, b) in enumerate(zip(expected, prompt, strict=False)) if a != b), len(expected))
+    before, after = (text[max(0, at - 15) : at + 15] for text in (expected, prompt))
+    return f"{before!r} became {after!r}"
 
 
-def _notes(subject: ExportSource, found: TemplateParts, told: Sequence[Instruction]) -> Iterator[str]:
-    """What differs where the chats do not go."""
-    if found.system is None:
-        yield "system messages are left out: the tokenizer's template takes none"
-    for what, roles in UNUSUAL_ORDERS.items():
+def _notes(source: ExportSource, parts: TemplateParts, instructions: Sequence[Instruction]) -> Iterator[str]:
+    """Yield differences that the probe chats do not cover."""
+    if parts.system is None:
+        yield "system messages are left out: the tokenizer's template does not support them"
+    for description, roles in UNUSUAL_ORDERS.items():
         chat = chat_template.marker_chat(roles)
-        text = probe_chats.render_prompt(subject.tokenizer, chat)
-        if text is not None and text != found.added + ollama_prompt(told, chat):
-            yield f"chats that {what} become other text"
-    if "strftime_now" in subject.tokenizer.get_chat_template():
-        yield "the tokenizer's template writes the day's date, the Modelfile has that of the export"
+        text = probe_chats.render_prompt(source.tokenizer, chat)
+        if text is not None and text != parts.runtime_bos + ollama_prompt(instructions, chat):
+            yield f"chats that {description} give different text"
+    if "strftime_now" in source.tokenizer.get_chat_template():
+        yield "the tokenizer's template writes the current date, the Modelfile always the date of the export"
 
 
-def check_stops(subject: ExportSource, found: TemplateParts, told: Sequence[Instruction]) -> Check:
-    """Every text that ends an answer, as Ollama reads it."""
-    expected = stop_texts(subject, found)
-    written = [command.value for command in told if command.name == "stop"]
-    lacking = [text for text in expected if text not in written]
-    said = (
-        f"no PARAMETER stop for {', '.join(map(repr, lacking))}" if lacking else f"at {', '.join(map(repr, written))}"
+def check_stops(source: ExportSource, parts: TemplateParts, instructions: Sequence[Instruction]) -> Check:
+    """Check that the Modelfile, as Ollama parses it, has a stop parameter for every text that ends an answer."""
+    stops = [instruction.value for instruction in instructions if instruction.name == "stop"]
+    missing = [text for text in stop_texts(source, parts) if text not in stops]
+    result = (
+        f"no PARAMETER stop for {', '.join(map(repr, missing))}"
+        if missing
+        else f"generation stops at {', '.join(map(repr, stops))}"
     )
-    return Check("stop texts", not lacking and bool(written), said, {"stops": len(written), "lacking": len(lacking)})
+    return Check("stop texts", not missing and bool(stops), result, {"stops": len(stops), "lacking": len(missing)})
