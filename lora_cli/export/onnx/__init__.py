@@ -1,1 +1,1 @@
-"""ONNX exports for onnxruntime."""
+"""ONNX export for onnxruntime."""
