@@ -1,12 +1,13 @@
-"""Find the assistant's turns in a rendered conversation, exactly or not at all. Text only, no tensors.
+"""Find the assistant turns of a conversation rendered with a chat template, for the label mask. No tensors.
 
-A turn's span starts behind the header that `add_generation_prompt` writes, and stops right behind its end-of-turn
-token. Three ways lead there, each checked on probe conversations before the first row:
+The span of a turn starts after the header that `add_generation_prompt` writes, and ends after its end-of-turn token.
+A row whose spans are not certain is rejected. There are three ways to find spans, each tested on probe conversations
+before the first row:
 
-marks   the template's own `{% generation %}` blocks;
-prefix  the rendering of the first messages is a prefix of the whole one, so its length is the turn's border;
-scan    where a template writes earlier turns otherwise than the last one: the header contains a control token, which
-        no message can contain (such rows are refused), and is there exactly once for each assistant turn.
+blocks  the `{% generation %}` blocks of the template;
+prefix  the rendering of the first messages is a prefix of the full rendering, and its length is the turn's border;
+scan    for templates that write earlier turns differently from the last one: find each header. A header contains a
+        control token, which no message may contain (such rows are rejected), so each one starts an assistant turn.
 """
 
 import json
@@ -14,101 +15,101 @@ import re
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from lora_cli.data.chat_templates import Template, render_template, render_with_marks
+from lora_cli.data.chat_templates import Template, render_template, render_with_generation_blocks
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 
 
 class AssistantFormat(NamedTuple):
-    """How a template writes assistant turns, learnt from probe conversations."""
+    """How a template writes assistant turns, inferred from probe conversations."""
 
     template: Template
-    has_generation_tags: bool  # it has {% generation %}
-    header: str  # what it opens an assistant turn with; empty where a turn follows the user's text directly
-    end_tokens: re.Pattern[str]  # its end-of-turn tokens
+    has_generation_blocks: bool  # the template contains {% generation %}
+    header: str  # the start of an assistant turn; empty if a turn follows the user's text directly
+    end_tokens: re.Pattern[str]  # end-of-turn tokens
     control_tokens: re.Pattern[str]  # tokens that structure a conversation, which no message may contain
-    takes_tools: bool
+    supports_tools: bool
 
 
 class Span(NamedTuple):
-    """Characters `start` to `stop` of a rendering."""
+    """A range from `start` up to, not including, `stop`: of characters in a text, or of tokens in a row."""
 
     start: int
     stop: int
 
 
 class RenderedChat(NamedTuple):
-    """A conversation as text, with the assistant's turns in it."""
+    """A rendered conversation with the spans of its assistant turns."""
 
     text: str
-    turns: list[Span]
-    rewritten: int  # turns whose text the template did not write as it is in the row
+    turns: list[Span]  # in characters
+    rewritten: int  # answers that the template changed
 
 
 def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedChat:
-    """`chat` as text, with one span an assistant turn: in order, apart, each with an end-of-turn token at its end.
+    """Render `chat` with one span per assistant turn, in order, not overlapping, each with its end-of-turn token.
 
     Raises:
-        BadRow: the spans cannot be proved, or the template leaves a part of the row out.
+        BadRow: the spans are not certain, or the template omits a part of the row.
     """
-    if found := format_.control_tokens.search(_everything(chat)):
-        problem = f"contains the control token {found[0]}: the model would take it for the end or start of a turn"
+    if match := format_.control_tokens.search(_all_text(chat)):
+        problem = f"contains the control token {match[0]}, which the model would read as the start or end of a turn"
         raise BadRow("control token in the text", problem)
-    if format_.has_generation_tags:
-        text, blocks = render_with_marks(format_.template, chat.messages, chat.tools)
-        spans = [_closed(format_, text, start, stop) for start, stop in blocks]
+    if format_.has_generation_blocks:
+        text, blocks = render_with_generation_blocks(format_.template, chat.messages, chat.tools)
+        spans = [_span_with_end(format_, text, start, stop) for start, stop in blocks]
     else:
         text = render_template(format_.template, chat.messages, chat.tools)
-        spans = _by_prefix(format_, chat, text) or _by_scan(format_, chat, text)
+        spans = _spans_by_prefix(format_, chat, text) or _spans_by_scan(format_, chat, text)
     answers = [message for message in chat.messages if message["role"] == "assistant"]
     if len(spans) != len(answers):
-        problem = f"the chat template shows {len(spans)} answers for {len(answers)} assistant messages"
+        problem = f"the chat template writes {len(spans)} answers for {len(answers)} assistant messages"
         raise BadRow("answers not found", problem)
     for before, after in pairwise(spans):
         if before.stop > after.start:
-            raise BadRow("answers not found", "the chat template writes answers into each other")
+            raise BadRow("answers not found", "the answers overlap in the text that the chat template writes")
     for message in chat.messages:
         if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
-            raise BadRow("text left out", f"the chat template leaves the {message['role']} message out")
-    rewritten = (_rewritten(answer, text[a:b], text) for answer, (a, b) in zip(answers, spans, strict=True))
+            raise BadRow("text omitted by the chat template", f"the chat template omits the {message['role']} message")
+    rewritten = (_is_rewritten(answer, text[a:b], text) for answer, (a, b) in zip(answers, spans, strict=True))
     return RenderedChat(text, spans, sum(rewritten))
 
 
-def _everything(chat: Conversation) -> str:
+def _all_text(chat: Conversation) -> str:
     parts = [message["content"] for message in chat.messages]
-    # Calls, reasoning, names: whatever else a template may write.
+    # Tool calls, reasoning, names: other fields that a template may write.
     rest = [{k: v for k, v in m.items() if k not in {"role", "content"}} for m in chat.messages]
     return "\0".join([*parts, json.dumps([rest, chat.tools], ensure_ascii=False, default=str)])
 
 
-def _by_prefix(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
-    """The spans, or none where the template does not write the first messages as in the whole conversation."""
+def _spans_by_prefix(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
+    """Return the spans; empty if the rendering of the first messages is not a prefix of the full rendering."""
     spans = []
     for index, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
         last = index + 1 == len(chat.messages)
         try:
-            head = render_template(format_.template, chat.messages[:index], chat.tools, header=True)
+            head = render_template(format_.template, chat.messages[:index], chat.tools, generation_prompt=True)
             turn = text if last else render_template(format_.template, chat.messages[: index + 1], chat.tools)
         except BadRow:
-            return []  # it takes whole conversations only
+            return []  # the template accepts complete conversations only
         if not (text.startswith(head) and text.startswith(turn) and len(head) < len(turn)):
             return []
-        spans.append(_closed(format_, text, len(head), len(turn)))
+        spans.append(_span_with_end(format_, text, len(head), len(turn)))
     return spans
 
 
-def _by_scan(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
+def _spans_by_scan(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
     if not format_.control_tokens.search(format_.header):
         return []
     starts = [match.end() for match in re.finditer(re.escape(format_.header), text)]
-    return [_closed(format_, text, start, None) for start in starts]
+    return [_span_with_end(format_, text, start, None) for start in starts]
 
 
-def _closed(format_: AssistantFormat, text: str, start: int, stop: int | None) -> Span:
-    """The span from `start` to its end-of-turn token, which must be what `stop` borders on, blanks aside."""
+def _span_with_end(format_: AssistantFormat, text: str, start: int, stop: int | None) -> Span:
+    """Return the span from `start` to its end-of-turn token; only white space may be between that token and `stop`."""
     end = format_.end_tokens.search(text, start)
     between = (text[end.end() : stop] or text[stop : end.start()]) if end and stop is not None else ""
     if end is None or between.strip():
@@ -116,22 +117,22 @@ def _closed(format_: AssistantFormat, text: str, start: int, stop: int | None) -
     return Span(start, end.end())
 
 
-def _rewritten(message: Message, span: str, text: str) -> bool:
+def _is_rewritten(message: Message, span: str, text: str) -> bool:
     for call in message.get("tool_calls", []):
         if call["function"]["name"] not in span:
-            raise BadRow("text left out", "the chat template leaves the assistant's tool_calls out")
+            raise BadRow("text omitted by the chat template", "the chat template omits the assistant's tool_calls")
     content = message["content"].strip()
     if content not in span and content in text:
-        raise BadRow("answers not found", "an answer is not where the chat template should write it")
+        raise BadRow("answers not found", "an answer is not in its assistant turn")
     reasoning = (message.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
     return any(isinstance(part, str) and part.strip() not in span for part in (content, *reasoning))
 
 
-# --- learning and proving the layout --------------------------------------------------------------------------------
+# --- inferring and testing the format -------------------------------------------------------------------------------
 
 
 def infer_template_format(template: Template, *, special: set[str], bos: str | None) -> AssistantFormat:
-    """The layout of a template, proved on probe conversations.
+    """Infer how a template writes assistant turns, and test the result on probe conversations.
 
     Args:
         template: the chat template.
@@ -139,66 +140,67 @@ def infer_template_format(template: Template, *, special: set[str], bos: str | N
         bos: text of its BOS token, if it has one.
 
     Raises:
-        LoraError: the template would break a promise about labels; says which.
+        LoraError: labels would not be exact with this template.
     """
     tokens = _any_of(special)
     tools = [_tool("probe_tool")]
     probes = _probes()
-    texts = [_attempt(template, chat) for chat in probes]
-    readable = [(chat, text) for chat, text in zip(probes, texts, strict=True) if isinstance(text, str)]
-    if not readable:
-        refusals = [_about(text) for text in texts if isinstance(text, BadRow)]
-        raise _unfit(template, refusals[0], hint="use another template, or mend this one")
-    header = _header(template, readable[0][0])
+    texts = [_try_render(template, chat) for chat in probes]
+    rendered = [(chat, text) for chat, text in zip(probes, texts, strict=True) if isinstance(text, str)]
+    if not rendered:
+        errors = [_problem(text) for text in texts if isinstance(text, BadRow)]
+        raise _unusable(template, errors[0], hint="use another template, or fix this one")
+    header = _infer_header(template, rendered[0][0])
     ends = set()
-    for chat, text in readable:
+    for chat, text in rendered:
         if bos and text.startswith(bos + bos):
-            raise _unfit(template, f"it writes two {bos} at the start", hint="remove one from the template")
-        ends |= {_end(template, tokens, text, message) for message in chat.messages if message["role"] == "assistant"}
-    calling = Conversation([{"role": "user", "content": "probe"}, _calling("probe_tool")], tools)
-    called = _attempt(template, calling)
-    if isinstance(called, str) and "probe_argument" in called:
-        end = tokens.search(called, called.rindex("probe_argument"))
-        ends |= {end[0]} if end else set()  # some models end a turn that calls a tool with a token of its own
-    shown = _attempt(template, Conversation(readable[0][0].messages, tools))
+            raise _unusable(template, f"it writes two {bos} at the start", hint="remove one from the template")
+        ends |= {
+            _end_token(template, tokens, text, message) for message in chat.messages if message["role"] == "assistant"
+        }
+    tool_call = _try_render(template, Conversation([{"role": "user", "content": "probe"}, _call("probe_tool")], tools))
+    if isinstance(tool_call, str) and "probe_argument" in tool_call:
+        end = tokens.search(tool_call, tool_call.rindex("probe_argument"))
+        ends |= {end[0]} if end else set()  # some models end a turn with a tool call with a different token
+    with_tools = _try_render(template, Conversation(rendered[0][0].messages, tools))
     format_ = AssistantFormat(
         template=template,
-        has_generation_tags=re.search(r"{%-?\s*generation\s*-?%}", template.source) is not None,
+        has_generation_blocks=re.search(r"{%-?\s*generation\s*-?%}", template.source) is not None,
         header=header,
         end_tokens=_any_of(ends),
         control_tokens=_any_of(
             {token for token in special if token in template.source} | ends | ({bos} if bos else set())
         ),
-        takes_tools=isinstance(shown, str) and "probe_tool" in shown,
+        supports_tools=isinstance(with_tools, str) and "probe_tool" in with_tools,
     )
-    for number, (chat, _) in enumerate(readable):
-        _prove(format_, chat, simplest=number == 0)
+    for number, (chat, _) in enumerate(rendered):
+        _check_spans(format_, chat, simplest=number == 0)
     return format_
 
 
-def _prove(format_: AssistantFormat, chat: Conversation, *, simplest: bool) -> None:
-    """Every span must hold its own answer and no other message.
+def _check_spans(format_: AssistantFormat, chat: Conversation, *, simplest: bool) -> None:
+    """Raise a LoraError unless every span contains its own answer and no other message.
 
-    Only the simplest conversation must be readable: where a template leaves system messages out, say, the rows that
-    have one are refused one by one, and may be none.
+    Only the simplest conversation has to be rendered without error. If a template omits system messages, for example,
+    only the rows with a system message are rejected, and the data may have none.
     """
     answers = [message["content"] for message in chat.messages if message["role"] == "assistant"]
     try:
-        found = render_with_spans(format_, chat)
+        rendered = render_with_spans(format_, chat)
     except BadRow as bad:
         if not simplest:
             return
-        raise _unfit(format_.template, _about(bad), hint="mark its answers with {% generation %}") from None
-    for answer, (start, stop) in zip(answers, found.turns, strict=True):
-        span = found.text[start:stop]
+        raise _unusable(format_.template, _problem(bad), hint="mark its answers with {% generation %}") from None
+    for answer, (start, stop) in zip(answers, rendered.turns, strict=True):
+        span = rendered.text[start:stop]
         others = [m["content"] for m in chat.messages if m["content"] != answer and m["content"] in span]
         if answer not in span or others:
-            raise _unfit(format_.template, "answers and questions cannot be told apart", hint="use another template")
-        if not format_.has_generation_tags and not format_.header and span[: span.index(answer)].strip():
-            raise _unfit(
+            raise _unusable(format_.template, "answers and questions cannot be separated", hint="use another template")
+        if not format_.has_generation_blocks and not format_.header and span[: span.index(answer)].strip():
+            raise _unusable(
                 format_.template,
-                "it ignores add_generation_prompt, so where an answer starts is unknown",
-                hint="let it open the assistant's turn there, or mark answers with {% generation %}",
+                "it ignores add_generation_prompt, so the start of an answer is unknown",
+                hint="write the assistant header if add_generation_prompt is set, or use {% generation %} blocks",
             )
 
 
@@ -214,7 +216,7 @@ def _probes() -> list[Conversation]:
     return [Conversation(messages, None) for messages in (turns(1), [system, *turns(1)], turns(3), [system, *turns(3)])]
 
 
-def _calling(name: str) -> Message:
+def _call(name: str) -> Message:
     function = {"name": name, "arguments": {"key": "probe_argument"}}
     return {
         "role": "assistant",
@@ -228,46 +230,46 @@ def _tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": "A probe.", "parameters": parameters}}
 
 
-def _attempt(template: Template, chat: Conversation) -> str | BadRow:
+def _try_render(template: Template, chat: Conversation) -> str | BadRow:
     try:
         return render_template(template, chat.messages, chat.tools)
     except BadRow as bad:
         return bad
 
 
-def _header(template: Template, chat: Conversation) -> str:
-    asked = chat.messages[:-1]
+def _infer_header(template: Template, chat: Conversation) -> str:
+    prompt = chat.messages[:-1]
     try:
-        bare, opened = render_template(template, asked), render_template(template, asked, header=True)
+        plain, with_header = (render_template(template, prompt, generation_prompt=value) for value in (False, True))
     except BadRow:
         return ""
-    return opened[len(bare) :] if opened.startswith(bare) else ""
+    return with_header[len(plain) :] if with_header.startswith(plain) else ""
 
 
-def _end(template: Template, tokens: re.Pattern[str], text: str, answer: Message) -> str:
+def _end_token(template: Template, tokens: re.Pattern[str], text: str, answer: Message) -> str:
     position = text.find(answer["content"])
     if position < 0:
-        raise _unfit(template, "it leaves an answer out", hint="use another template")
-    behind = text[position + len(answer["content"]) :]
-    end = tokens.match(behind.lstrip())
+        raise _unusable(template, "it omits an answer", hint="use another template")
+    rest = text[position + len(answer["content"]) :]
+    end = tokens.match(rest.lstrip())
     if end is None:
-        found = repr(behind[:20]) if behind else "nothing"
-        raise _unfit(
+        found = repr(rest[:20]) if rest else "nothing"
+        raise _unusable(
             template,
-            f"no end-of-turn token follows an answer, but {found}",
-            hint="the model would never learn to stop: write {{ eos_token }} behind the answer",
+            f"expected an end-of-turn token after an answer, found {found}",
+            hint="without it the model does not learn to stop: write {{ eos_token }} after the answer",
         )
     return end[0]
 
 
-def _about(bad: BadRow) -> str:
+def _problem(bad: BadRow) -> str:
     return bad.problem.replace("the chat template", "it", 1)
 
 
-def _unfit(template: Template, reason: str, *, hint: str) -> LoraError:
-    return LoraError(f"{template.name} cannot be trained with: {reason}", hint=hint)
+def _unusable(template: Template, reason: str, *, hint: str) -> LoraError:
+    return LoraError(f"{template.name} cannot be used for training: {reason}", hint=hint)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    # Longest first, as tokenizers match; of no token, a pattern that matches nothing.
+    # Longest first, as in tokenizers. For an empty set, the pattern matches nothing.
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=lambda t: (-len(t), t))) or "(?!)")

@@ -1,7 +1,7 @@
-"""Which rows meet in which batch of which step: best-fit packing or padding, from lengths and a seed alone.
+"""Batch sampler: assign rows to the batches of each optimizer step, with packing or padding, for each rank.
 
-The plan is a pure function of (lengths, seed, epoch), the same on every process and after every restart, so the
-position in the data is nothing but the number of the last step.
+The plan is a pure function of (lengths, seed, epoch), identical on every process and after every restart, so the
+position in the data is given by the number of the last step.
 """
 
 import math
@@ -17,16 +17,16 @@ from lora_cli.data.packing import group_by_length, pack
 
 
 class RowSource(Protocol):
-    """What a plan needs of encoded rows."""
+    """The interface of encoded rows that a plan needs."""
 
-    lengths: NDArray[np.int32]
+    lengths: NDArray[np.int32]  # [rows], in tokens
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Row: ...
 
 
 class BatchPlan:
-    """The batches of a whole training run, step by step, for one process out of `world`."""
+    """The batches of a training run, by optimizer step and process."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class BatchPlan:
         """Plan the batches of `rows`.
 
         Args:
-            rows: with their lengths.
-            packing: several rows end to end in a batch, or one row a line.
-            size: tokens a batch with packing, rows a batch without.
-            batches_per_step: of all processes together.
-            seed: of the row order.
-            pad_id: token id to pad with.
-            collate: makes a batch of a task's rows; by default one of causal-lm, packed or padded.
+            rows: encoded rows and their lengths.
+            packing: concatenate several rows in a batch, instead of padding rows.
+            size: tokens per batch with packing, rows per batch without.
+            batches_per_step: batches of one optimizer step, of all processes together.
+            seed: seed of the row order.
+            pad_id: padding token id.
+            collate: makes a batch from rows of the task; default: packed or padded causal-lm batches.
         """
         self.rows = rows
         self._collate = collate or (collate_packed if packing else collate_padded)
@@ -63,12 +63,12 @@ class BatchPlan:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / batches_per_step)
 
     def steps_in(self, *, epochs: float | None, max_steps: int | None) -> int:
-        """Optimizer steps of a run, of which one of the two says the length."""
+        """Return the number of optimizer steps of a run: `max_steps`, or those of `epochs` if `max_steps` is None."""
         return max_steps or max(1, round((epochs or 1.0) * self.steps_per_epoch))
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the largest batch, padding included."""
+        """Tokens in the largest batch, padding included."""
         lengths = self.rows.lengths
         if self.packing:
             return max(int(lengths[batch].sum()) for batch in self.epoch(0))
@@ -76,38 +76,38 @@ class BatchPlan:
 
     @property
     def token_share(self) -> float:
-        """Share of what the batches compute that is real tokens; what is missing is padding, or room at their end."""
+        """Share of real tokens in the positions of the batches; the rest is padding, or unused space with packing."""
         lengths, batches = self.rows.lengths, self.epoch(0)
-        room = [self.size if self.packing else int(lengths[batch].max()) * len(batch) for batch in batches]
-        return float(lengths.sum(dtype=np.int64)) / sum(room)
+        positions = [self.size if self.packing else int(lengths[batch].max()) * len(batch) for batch in batches]
+        return float(lengths.sum(dtype=np.int64)) / sum(positions)
 
     def epoch(self, number: int) -> list[list[int]]:
-        """Row indices of each batch of epoch `number` (from 0); every row is in exactly one batch."""
+        """Return the row indices of each batch of epoch `number` (from 0); every row is in exactly one batch."""
         if number != self._epoch:
             rng = np.random.default_rng([self.seed, number])
             order = rng.permutation(len(self.rows))
-            arrange = pack if self.packing else group_by_length
-            batches = arrange(self.rows.lengths, order, self.size)
-            # Packing sorts rows by length; without this shuffle, steps would run from long rows to short ones.
+            make_batches = pack if self.packing else group_by_length
+            batches = make_batches(self.rows.lengths, order, self.size)
+            # Batches are sorted from long to short rows, so they are shuffled.
             self._batches = [batches[i] for i in rng.permutation(len(batches))]
             self._epoch = number
         return self._batches
 
-    def step(self, number: int, *, rank: int = 0, world: int = 1) -> Iterator[tuple[int, Batch]]:
-        """The batches of optimizer step `number` (from 0) that fall to `rank`, each with its place in the step.
+    def batches_of_step(self, number: int, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Batch]]:
+        """Yield the batches of optimizer step `number` (from 0) for `rank`, each with its position in the step.
 
         The last step of an epoch may have fewer batches than the others, or none for some ranks.
         """
         epoch, within = divmod(number, self.steps_per_epoch)
         batches = self.epoch(epoch)[within * self.batches_per_step : (within + 1) * self.batches_per_step]
-        for place in range(rank, len(batches), world):
-            yield place, self.make_batch(batches[place])
+        for position in range(rank, len(batches), world_size):
+            yield position, self.make_batch(batches[position])
 
     def make_batch(self, indices: Sequence[int]) -> Batch:
-        """The tensors of one batch."""
+        """Return the tensors of one batch of the rows `indices`."""
         return self._collate([self.rows[i] for i in indices], indices, self.pad_id)
 
-    def all_batches(self, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Every batch once, in a fixed order, those of `rank`: for evaluation."""
-        for indices in self.epoch(0)[rank::world]:
+    def all_batches(self, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield every batch of `rank` once, in a fixed order, for evaluation."""
+        for indices in self.epoch(0)[rank::world_size]:
             yield self.make_batch(indices)

@@ -1,4 +1,4 @@
-"""Encode a source once: rows and tally go to `cache/encoded/<key>/`, and a second start maps them. No tensors."""
+"""Cache of tokenized rows: encode a source once to `cache/encoded/<key>/`, and memory-map it later. No tensors."""
 
 import fcntl
 import hashlib
@@ -25,16 +25,16 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CACHE_VERSION = 2  # raise it when the same rows and options would be encoded otherwise than before
-ROWS_PER_BATCH = 512  # rows that are tokenised in one call and written as one Arrow batch
-PROGRESS_EVERY_S = 10.0  # seconds between messages while encoding
+CACHE_VERSION = 2  # increase it if identical rows and options would encode differently than before
+ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
+PROGRESS_EVERY_S = 10.0  # seconds between progress messages
 
 
 class EncodedSource(NamedTuple):
-    """A source as the model will read it."""
+    """The encoded rows of a source."""
 
     source: DataSource
-    content: str  # hash of its bytes
+    content: str  # hash of the source's bytes
     tally: Tally
     rows: EncodedFile
 
@@ -42,28 +42,30 @@ class EncodedSource(NamedTuple):
 def encode_source(
     source: DataSource, spec: DataSpec, encoder: RowEncoder, *, cache: Path, info: Callable[[str], None]
 ) -> EncodedSource:
-    """The rows of a source, from the cache where they are there.
+    """Return the encoded rows of a source, from the cache if possible.
 
-    Safe with other processes at the same time: one encodes, the others wait for it and map its result.
+    Safe with concurrent processes: one encodes, the others wait and use its result.
 
     Raises:
-        LoraError: bad or overlong rows that the recipe does not let pass; nothing is cached then.
+        LoraError: the source cannot be read, or has bad or overlong rows that the recipe does not allow. Nothing is
+            cached then.
     """
     content = content_hash(source)
     folder = cache / "encoded" / _key(source, spec, encoder, content)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if (found := _load(folder, source, content)) is not None:
-        return found
+    if (cached := _load(folder, source, content)) is not None:
+        return cached
     with _locked(folder.with_name(f".lock-{folder.name}"), info):
-        if (found := _load(folder, source, content)) is not None:
-            return found
-        atomic.remove_leftovers(folder.parent, folder.name)  # other keys may be another machine's, at work on them
-        with atomic.folder(folder, replace=True) as fresh:
-            tally = _build(source, spec, encoder, fresh / "rows.arrow", info)
-            (fresh / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")
-    found = _load(folder, source, content)
-    assert found is not None, folder
-    return found
+        if (cached := _load(folder, source, content)) is not None:
+            return cached
+        # Only those of this key: other machines may be writing other keys.
+        atomic.remove_leftovers(folder.parent, folder.name)
+        with atomic.folder(folder, replace=True) as new:
+            tally = _encode(source, spec, encoder, new / "rows.arrow", info)
+            (new / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")
+    encoded = _load(folder, source, content)
+    assert encoded is not None, folder
+    return encoded
 
 
 def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) -> str:
@@ -72,7 +74,7 @@ def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) 
         content,
         encoder.identity(),
         [source.spec.format, source.spec.columns, spec.on_bad_row],
-        # Both decide how a template is rendered and a text cut into tokens.
+        # Both libraries affect how a template is rendered and a text is tokenized.
         [version("transformers"), version("tokenizers")],
     ]
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -83,86 +85,86 @@ def _load(folder: Path, source: DataSource, content: str) -> EncodedSource | Non
         tally = Tally.from_json(json.loads((folder / "tally.json").read_text(encoding="utf-8")))
         rows = EncodedFile(folder / "rows.arrow", source.names)
     except (FileNotFoundError, ValueError, pa.ArrowInvalid):
-        return None  # not there, or damaged by something other than us: encoded again
+        return None  # missing, or damaged by another program: encode again
     return EncodedSource(source, content, tally, rows) if len(rows) == tally.kept else None
 
 
 @contextmanager
 def _locked(path: Path, info: Callable[[str], None]) -> Iterator[None]:
-    # The system drops the lock with the process, however it ends; the file stays, because to delete it under
-    # someone who waits for it would let two in.
+    # The operating system releases the lock when the process ends. The file is not deleted: a process that waits for
+    # the deleted file and one that creates a new file would both get a lock.
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            info("another process is encoding the same rows: waiting for it")
+            info("waiting for another process that encodes the same rows")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _build(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
-    intake = open_source(source, encoder.task)
-    info(f"{source.name}: encoding, format {intake.format.name} ({intake.format.why})")
-    tally = Tally(format=intake.format.name, why=intake.format.why)
+def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
+    reader = open_source(source, encoder.task)
+    info(f"{source.name}: encoding, format {reader.format.name} ({reader.format.why})")
+    tally = Tally(format=reader.format.name, why=reader.format.why)
     bad = BadRows()
     overlong: list[str] = []
     table = LabelTable()
-    started = said = time.monotonic()
+    started = reported = time.monotonic()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        while items := list(islice(intake.items, ROWS_PER_BATCH)):
-            tally.read += len(items)
-            fits = []
-            for item, row in _results(items, encoder, read_only=bool(bad.first) and spec.on_bad_row == "error"):
-                place = row_location(source, item)
+        while parsed := list(islice(reader.rows, ROWS_PER_BATCH)):
+            tally.read += len(parsed)
+            kept = []
+            for item, row in _results(parsed, encoder, parse_only=bool(bad.first) and spec.on_bad_row == "error"):
+                location = row_location(source, item)
                 try:
                     if isinstance(row, BadRow):
                         raise row
-                    kept = _apply_max_length(row, spec, tally)
-                    if kept is not None:
-                        fits.append(_placed(item, kept, encoder, table, place))
+                    fitting = _apply_max_length(row, spec, tally)
+                    if fitting is not None:
+                        kept.append(_with_source(item, fitting, encoder, table, location))
                     elif len(overlong) < MAX_FINDINGS:
-                        overlong.append(f"{place}: {row.length:,} tokens")
-                except BadRow as found:
-                    bad.add(place, found)
-                    tally.dropped[found.reason] += 1
-            if fits:
-                writer.write_batch(to_record_batch(fits))
-            tally.kept += len(fits)
-            if time.monotonic() > said + PROGRESS_EVERY_S:
-                said = time.monotonic()
-                info(f"{source.name}: {tally.read:,} rows, {tally.read / (said - started):,.0f} rows/s")
+                        overlong.append(f"{location}: {row.length:,} tokens")
+                except BadRow as error:
+                    bad.add(location, error)
+                    tally.dropped[error.reason] += 1
+            if kept:
+                writer.write_batch(to_record_batch(kept))
+            tally.kept += len(kept)
+            if time.monotonic() > reported + PROGRESS_EVERY_S:
+                reported = time.monotonic()
+                info(f"{source.name}: {tally.read:,} rows, {tally.read / (reported - started):,.0f} rows/s")
     if bad.first and spec.on_bad_row == "error":
-        raise bad.refusal(source, encoder.task, read=tally.read)
+        raise bad.error(source, encoder.task, read=tally.read)
     if overlong and spec.overlong == "error":
         raise _overlong_error(source, spec, overlong, tally)
     for finding in bad.first:
         info(f"skipped {finding}")
-    tally.labels = table.found()
-    tally.ignored = dict(sorted(intake.ignored.items()))
+    tally.labels = table.to_dict()
+    tally.ignored = dict(sorted(reader.ignored.items()))
     tally.check()
     return tally
 
 
-def _placed(
-    item: ParsedRow, row: EncodedRow | LabeledRow, encoder: RowEncoder, table: LabelTable, place: str
+def _with_source(
+    item: ParsedRow, row: EncodedRow | LabeledRow, encoder: RowEncoder, table: LabelTable, location: str
 ) -> RowWithSource:
     if isinstance(row, EncodedRow):
         return RowWithSource(item.file, item.line, row)
-    # A target text's ids are what they are; labels are numbered as they come.
-    values = row.values if encoder.task == "seq2seq-lm" else table.number(row, place)
+    # Target ids are stored unchanged; labels are numbered in order of first occurrence.
+    values = row.values if encoder.task == "seq2seq-lm" else table.to_numbers(row, location)
     return RowWithSource(item.file, item.line, row, values)
 
 
 def _results(
-    items: list[ParsedRow], encoder: RowEncoder, *, read_only: bool
+    parsed: list[ParsedRow], encoder: RowEncoder, *, parse_only: bool
 ) -> Iterator[tuple[ParsedRow, EncodedRow | LabeledRow | BadRow]]:
-    """Every item that has a result; where the run will stop anyway, only bad ones are of interest."""
-    good = [item.example for item in items if not isinstance(item.example, BadRow)]
-    results = encoder.encode([] if read_only else good)
-    for item in items:
+    """Yield each row with its encoding or problem; with `parse_only`, only the rows that could not be parsed."""
+    valid = [item.example for item in parsed if not isinstance(item.example, BadRow)]
+    results = encoder.encode([] if parse_only else valid)
+    for item in parsed:
         if isinstance(item.example, BadRow):
             yield item, item.example
-        elif not read_only:
+        elif not parse_only:
             yield item, next(results)
 
 
@@ -170,7 +172,7 @@ TOO_LONG = "longer than data.max_length"
 
 
 def _apply_max_length(row: EncodedRow | LabeledRow, spec: DataSpec, tally: Tally) -> EncodedRow | LabeledRow | None:
-    """The row as `data.overlong` has it, or None where it is left out; counts what it costs."""
+    """Apply `data.overlong` to a row: return it, its truncated form, or None if it is dropped; update the tally."""
     if row.length <= spec.max_length:
         if isinstance(row, EncodedRow):
             tally.splits += row.split
@@ -183,7 +185,7 @@ def _apply_max_length(row: EncodedRow | LabeledRow, spec: DataSpec, tally: Tally
         kept = truncate_row(row, spec.max_length)
         lost = 0
     if spec.overlong != "truncate" or not kept or not kept.supervised:
-        tally.dropped[TOO_LONG if spec.overlong != "truncate" else "nothing to learn after the cut"] += 1
+        tally.dropped[TOO_LONG if spec.overlong != "truncate" else "nothing to learn after truncation"] += 1
         return None
     tally.cut += 1
     if isinstance(row, LabeledRow):
@@ -203,5 +205,5 @@ def _overlong_error(source: DataSource, spec: DataSpec, first: list[str], tally:
         f"data.max_length ({spec.max_length:,} tokens)",
         first,
         total,
-        hint="raise data.max_length, or set data.overlong to drop or truncate, counted",
+        hint="raise data.max_length, or set data.overlong to drop or truncate",
     )

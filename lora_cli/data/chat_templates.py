@@ -1,4 +1,4 @@
-"""Chat templates: which one a run uses, the named ones for base models, and rendering in transformers' sandbox."""
+"""Choose the chat template of a run, define the named templates, and render conversations with transformers."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from lora_cli.errors import LoraError
 
 
 class NamedTemplate(NamedTuple):
-    """A template for base models that have none."""
+    """A chat template for base models without one."""
 
     source: str
-    tokens: tuple[str, ...]  # control tokens that the tokenizer must know as one id each
+    tokens: tuple[str, ...]  # control tokens, which the tokenizer must have as single tokens
 
 
-# Plain Jinja without {% generation %} marks: the template is saved with the adapter, and not every runtime that
-# will read it knows the mark. Spans are found by rendering all the same.
+# Plain Jinja without {% generation %} blocks: the template is saved with the adapter, and not every runtime supports
+# these blocks. Assistant spans are found without them.
 NAMED_TEMPLATES: dict[str, NamedTemplate] = {
     "chatml": NamedTemplate(
         "{% for message in messages %}"
@@ -79,7 +79,7 @@ NAMED_TEMPLATES: dict[str, NamedTemplate] = {
     ),
 }
 
-# What a template's own code can raise on a row, besides raise_exception: it is a program that we did not write.
+# Errors that the code of a template can raise on a row, in addition to raise_exception.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -93,35 +93,35 @@ TEMPLATE_ERRORS = (
 
 
 class Template(NamedTuple):
-    """A chat template and the special tokens that it may write by name."""
+    """A chat template and the special tokens that it can refer to by name."""
 
     name: str  # for messages: `the tokenizer's chat template`
     source: str
-    variables: dict[str, Any]
+    variables: dict[str, Any]  # special tokens: {"eos_token": "</s>"}
 
 
-class MarkedText(NamedTuple):
-    """A rendering, and the character ranges that `{% generation %}` marks in it."""
+class RenderedText(NamedTuple):
+    """A rendered conversation and its `{% generation %}` blocks."""
 
     text: str
-    blocks: list[tuple[int, int]]
+    blocks: list[tuple[int, int]]  # start and end in characters
 
 
 def resolve_template(
     setting: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False
 ) -> Template | None:
-    """The template that `data.chat_template` names, else the tokenizer's own, else None.
+    """Return the template of `data.chat_template`, else the tokenizer's own, else None.
 
     Args:
-        setting: name of a template, path of one, inline Jinja, or None.
-        tokenizer: whose template, special tokens and habit of writing BOS count.
-        tools: take the tokenizer's template for conversations with tools, where it has an own one for them.
+        setting: name or path of a template, inline Jinja, or None.
+        tokenizer: provides its template, its special tokens and whether it adds BOS.
+        tools: use the tokenizer's template for conversations with tools, if it has a separate one.
 
     Raises:
-        LoraError: there is no such template, it does not compile, or the tokenizer lacks its tokens.
+        LoraError: the template does not exist or does not compile, or the tokenizer lacks its tokens.
     """
     if setting is not None:
-        name, source = _chosen(setting, tokenizer)
+        name, source = _template_of_setting(setting, tokenizer)
     elif tokenizer.chat_template is None:
         return None
     else:
@@ -130,27 +130,27 @@ def resolve_template(
         except ValueError:
             names = ", ".join(sorted(tokenizer.chat_template))
             raise LoraError(
-                f"model: the tokenizer has several chat templates and none is the default: {names}",
-                hint="copy the right one to a file and name it as data.chat_template",
+                f"model: the tokenizer has several chat templates and no default: {names}",
+                hint="copy the right one to a file and set data.chat_template to its path",
             ) from None
     template = Template(name, source, dict(tokenizer.special_tokens_map))
     try:
         render_template(template, [{"role": "user", "content": "x"}])
     except jinja2.TemplateSyntaxError as error:
         raise LoraError(
-            f"data.chat_template: {name}, line {error.lineno}: no valid Jinja: {error.message}",
-            hint="mend the template",
+            f"data.chat_template: {name}, line {error.lineno}: not valid Jinja: {error.message}",
+            hint="fix the template",
         ) from None
     except BadRow:
-        pass  # it compiles; whether it takes rows is seen on conversations that are whole
+        pass  # the template compiles; infer_template_format tests it on complete conversations
     return template
 
 
-def _chosen(setting: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _template_of_setting(setting: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if "{{" in setting or "{%" in setting:
         return "the inline template", setting
     if setting in NAMED_TEMPLATES:
-        return f"template {setting}", _named(setting, tokenizer)
+        return f"template {setting}", _named_template(setting, tokenizer)
     path = Path(setting).expanduser()
     if path.is_file():
         try:
@@ -159,25 +159,25 @@ def _chosen(setting: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]
             raise LoraError(f"data.chat_template: {path} is not UTF-8", hint="save it as UTF-8") from None
     close = difflib.get_close_matches(setting, NAMED_TEMPLATES, n=1)
     raise LoraError(
-        f"data.chat_template: {setting} is no file and no template name",
+        f"data.chat_template: {setting} is neither a file nor a template name",
         hint=f"did you mean {close[0]}?"
         if close
-        else f"names are {', '.join(NAMED_TEMPLATES)}; else a path or inline Jinja",
+        else f"use a template name ({', '.join(NAMED_TEMPLATES)}), a path or inline Jinja",
     )
 
 
-def _named(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    known = tokenizer.get_vocab()
-    missing = [token for token in NAMED_TEMPLATES[name].tokens if token not in known]
+def _named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in NAMED_TEMPLATES[name].tokens if token not in vocab]
     if missing:
-        fitting = [other for other in NAMED_TEMPLATES if all(token in known for token in NAMED_TEMPLATES[other].tokens)]
+        fitting = [other for other in NAMED_TEMPLATES if all(token in vocab for token in NAMED_TEMPLATES[other].tokens)]
         raise LoraError(
-            f"data.chat_template: {name} needs {' '.join(missing)}, which this tokenizer does not have as one token",
-            hint=f"templates that fit it: {', '.join(fitting)}",
+            f"data.chat_template: {name} needs {' '.join(missing)}, which are not single tokens of this tokenizer",
+            hint=f"templates that fit this tokenizer: {', '.join(fitting)}",
         )
-    # A base model that has always seen BOS first should see it here too.
-    starts = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    return ("{{ bos_token }}" if starts and tokenizer.bos_token_id is not None else "") + NAMED_TEMPLATES[name].source
+    # If the tokenizer adds BOS, the base model was trained with it, so that the template must write it too.
+    adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    return ("{{ bos_token }}" if adds_bos and tokenizer.bos_token_id is not None else "") + NAMED_TEMPLATES[name].source
 
 
 def render_template(
@@ -185,25 +185,25 @@ def render_template(
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None = None,
     *,
-    header: bool = False,
+    generation_prompt: bool = False,
 ) -> str:
-    """The conversation as text; with `header`, followed by what opens the assistant's next turn.
+    """Render a conversation to text; with `generation_prompt`, append the header of the next assistant turn.
 
     Raises:
-        BadRow: the template refuses the conversation or fails on it.
+        BadRow: the template rejects the conversation or fails on it.
     """
-    return _render(template, messages, tools, header=header, marks=False).text
+    return _render(template, messages, tools, generation_prompt=generation_prompt, with_blocks=False).text
 
 
-def render_with_marks(
+def render_with_generation_blocks(
     template: Template, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
-) -> MarkedText:
-    """The conversation as text, with what the template marks as generated.
+) -> RenderedText:
+    """Render a conversation to text, and return the `{% generation %}` blocks of the template with it.
 
     Raises:
-        BadRow: the template refuses the conversation or fails on it.
+        BadRow: the template rejects the conversation or fails on it.
     """
-    return _render(template, messages, tools, header=False, marks=True)
+    return _render(template, messages, tools, generation_prompt=False, with_blocks=True)
 
 
 def _render(
@@ -211,21 +211,21 @@ def _render(
     messages: Sequence[Message],
     tools: list[dict[str, Any]] | None,
     *,
-    header: bool,
-    marks: bool,
-) -> MarkedText:
+    generation_prompt: bool,
+    with_blocks: bool,
+) -> RenderedText:
     try:
         texts, blocks = render_jinja_template(
             conversations=[list(messages)],
             tools=tools,
             chat_template=template.source,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=header,
+            return_assistant_tokens_mask=with_blocks,
+            add_generation_prompt=generation_prompt,
             **template.variables,
         )
     except jinja2.TemplateSyntaxError:
         raise
     except TEMPLATE_ERRORS as error:
-        found = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadRow("refused by the chat template", f"the chat template refuses the row: {found}") from None
-    return MarkedText(texts[0], blocks[0] if marks else [])
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadRow("rejected by the chat template", f"the chat template rejects the row: {first_line}") from None
+    return RenderedText(texts[0], blocks[0] if with_blocks else [])

@@ -1,4 +1,4 @@
-"""The labels of a classification task: read off the rows, named and numbered once. No tokenizer, no torch."""
+"""Class labels of a classification task (id2label): collected from the rows, then named and numbered. No torch."""
 
 import json
 import re
@@ -13,41 +13,41 @@ from lora_cli.data.encode_classes import LabeledRow, LabelValues
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 
-# single: one label a row or word; multi: any number of them; regression: numbers to come near to.
+# single: one label for each row or word; multi: any number of labels for each row; regression: numbers.
 LabelKind = Literal["single", "multi", "regression"]
-MAX_SHOWN = 8
-MAX_LABELS = 10_000  # labels; a larger number is a measure, or an id
+MAX_SHOWN = 8  # labels listed in a message
+MAX_LABELS = 10_000  # larger label numbers are assumed to be regression values or ids, not classes
 
 
 class ClassLabels(NamedTuple):
-    """What a model's head tells apart."""
+    """The labels of a model's classification head."""
 
     kind: LabelKind
-    names: tuple[str, ...]  # in the order of their numbers; of a regression, the names of its values
+    names: tuple[str, ...]  # in the order of their numbers; for a regression, the names of its values
 
     def describe(self) -> str:
-        """`3 labels: neutral, positive, negative`, for the user."""
+        """Return a summary for messages: `3 labels: neutral, positive, negative`."""
         if self.kind == "regression":
             return "regression" if len(self.names) == 1 else f"regression of {len(self.names)} values"
         listed = ", ".join(self.names[:MAX_SHOWN]) + (
             f" and {len(self.names) - MAX_SHOWN} more" if len(self.names) > MAX_SHOWN else ""
         )
-        several = ", several a row" if self.kind == "multi" else ""
-        return f"{len(self.names)} labels{several}: {listed}"
+        multiple = ", several per row" if self.kind == "multi" else ""
+        return f"{len(self.names)} labels{multiple}: {listed}"
 
 
-LABELS_FILE = "labels.json"  # beside an adapter: PEFT's own files do not name what a head tells apart
+LABELS_FILE = "labels.json"  # in an adapter folder, because PEFT's own files do not name the labels
 
 
 def save_labels(labels: ClassLabels, folder: Path) -> None:
-    """Put the labels beside the adapter whose head they belong to."""
+    """Write the labels to `labels.json` in an adapter folder."""
     (folder / LABELS_FILE).write_text(
         json.dumps(labels._asdict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
 
 def load_labels(folder: Path) -> ClassLabels | None:
-    """The labels that lie beside an adapter; None where there are none."""
+    """Read the labels from an adapter folder; None if it has no `labels.json`."""
     if not (folder / LABELS_FILE).is_file():
         return None
     stored = json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
@@ -55,17 +55,17 @@ def load_labels(folder: Path) -> ClassLabels | None:
 
 
 class SourceLabels(NamedTuple):
-    """The labels of one source, as its rows spell them, in the order in which they were met."""
+    """The labels of one source, spelled as in its rows, in order of first occurrence."""
 
     kind: LabelKind
     counts: dict[str, int]
-    first: dict[str, str]  # where each was met first: `data/train.jsonl:17`
-    numbered: bool  # all of them were whole numbers
-    width: int = 1  # values a row, of a regression
+    first: dict[str, str]  # location of the first occurrence: `data/train.jsonl:17`
+    numbered: bool  # all labels are integers
+    width: int = 1  # values per row of a regression
 
 
 class LabelTable:
-    """Numbers the labels of one source while it is encoded."""
+    """Assigns numbers to the labels of one source while it is encoded."""
 
     def __init__(self) -> None:
         self._kind: LabelKind | None = None
@@ -75,39 +75,44 @@ class LabelTable:
         self._numbered = True
         self._width = 1
 
-    def number(self, row: LabeledRow, where: str) -> LabelValues:
-        """The row's labels as numbers of this table, IGNORED where a token has none; its values, of a regression.
+    def to_numbers(self, row: LabeledRow, location: str) -> LabelValues:
+        """Return the labels of a row as numbers of this table, float64 [labels]; for a regression, its values.
+
+        Tokens without label get IGNORE_INDEX.
 
         Raises:
-            BadRow: its labels are of another kind than those of the rows before.
+            BadRow: the row has a different kind of label than the rows before.
         """
         kind: LabelKind = "multi" if row.multi_label else "single" if row.label_keys else "regression"
         if self._kind is None:
             self._kind, self._width = kind, len(row.values) or 1
         if kind != self._kind:
-            problem = f"is {KIND_NAMES[kind]}, and in rows before it {KIND_NAMES[self._kind]}"
-            raise BadRow("another kind of label", problem, field="label")
+            problem = f"is {KIND_NAMES[kind]}, but earlier rows have {KIND_NAMES[self._kind]}"
+            raise BadRow("different kind of label", problem, field="label")
         if kind == "regression":
             if len(row.values) != self._width:
-                raise BadRow("another kind of label", f"has {len(row.values)} values, not {self._width}", field="label")
+                problem = f"has {len(row.values)} values, not {self._width}"
+                raise BadRow("different kind of label", problem, field="label")
             return row.values
         self._numbered &= row.numbered
-        # A row of no labels must still be seen to have been read.
-        return np.array([self._of(each, where) for each in row.label_keys] or [IGNORE_INDEX], dtype=np.float64)
+        # A row without stored values is read as a causal-lm row, so an empty list of labels is stored as IGNORE_INDEX.
+        return np.array(
+            [self._number_of(each, location) for each in row.label_keys] or [IGNORE_INDEX], dtype=np.float64
+        )
 
-    def _of(self, label: str | None, where: str) -> int:
+    def _number_of(self, label: str | None, location: str) -> int:
         if label is None:
             return IGNORE_INDEX
         if label not in self._numbers:
             self._numbers[label] = len(self._counts)
             self._counts.append(0)
-            self._first.append(where)
+            self._first.append(location)
         number = self._numbers[label]
         self._counts[number] += 1
         return number
 
-    def found(self) -> dict[str, Any] | None:
-        """What goes to the tally; None where no row had labels."""
+    def to_dict(self) -> dict[str, Any] | None:
+        """Return the fields of `SourceLabels` for the tally; None if no row has labels."""
         if self._kind is None:
             return None
         counts = dict(zip(self._numbers, self._counts, strict=True))
@@ -115,126 +120,129 @@ class LabelTable:
         return SourceLabels(self._kind, counts, first, self._numbered, self._width)._asdict()
 
 
-KIND_NAMES = {"single": "one label", "multi": "a list of labels", "regression": "a number to come near to"}
+KIND_NAMES = {"single": "a single label", "multi": "a list of labels", "regression": "a regression value"}
 
 
 def resolve_labels(
-    wanted: Literal["auto", "regression"] | Sequence[str],
+    setting: Literal["auto", "regression"] | Sequence[str],
     train: Sequence[SourceLabels],
     evaluation: Sequence[SourceLabels],
     *,
     base: Sequence[str] = (),
 ) -> ClassLabels:
-    """The labels of a run: those of the recipe, else those of the base's own head where the rows have no others, else
-    those of the training rows, sorted; numbers in their order, with those between that no row has.
+    """Choose the labels of a run and their order.
+
+    These are the labels of the recipe; else those of the base model's head, if it has all labels of the training rows;
+    else those of the training rows, sorted. If all labels are integers, the labels are 0 to the largest of them.
 
     Args:
-        wanted: the recipe's `data.labels`.
-        train: what the sources of the training rows hold.
-        evaluation: the same for evaluation rows.
-        base: label names of the head that the base has, if it has one.
+        setting: `data.labels` of the recipe.
+        train: labels of the training sources.
+        evaluation: labels of the evaluation sources.
+        base: label names of the base model's classification head, if it has one.
 
     Raises:
-        LoraError: sources disagree on what labels are, or a row has a label that is not among them.
+        LoraError: sources have different kinds of labels, or a row has a label that the run does not have.
     """
     sources = [*train, *evaluation]
-    kinds = {found.kind for found in sources}
-    if kinds == {"regression"} and not isinstance(wanted, str):
+    kinds = {source.kind for source in sources}
+    if kinds == {"regression"} and not isinstance(setting, str):
         raise LoraError(
-            f"data.labels: {len(wanted)} labels are listed, but the rows have measured numbers such as 1.0",
-            hint="write the labels as names or whole numbers, several as a list of those that apply; "
-            "or data: {labels: regression}",
+            f"data.labels: {len(setting)} labels are listed, but the rows have regression values such as 1.0",
+            hint="write labels as names or integers, several labels of a row as a list; or data: {labels: regression}",
         )
-    if wanted == "regression" or kinds == {"regression"}:
+    if setting == "regression" or kinds == {"regression"}:
         if kinds != {"regression"}:
-            raise LoraError("data.labels: regression, but some rows have labels that are no numbers", hint="write auto")
-        widths = {found.width for found in sources}
+            raise LoraError("data.labels: regression, but some rows have labels that are not numbers", hint="set auto")
+        widths = {source.width for source in sources}
         if len(widths) > 1:
-            raise LoraError(f"data: rows of {' and '.join(map(str, sorted(widths)))} values", hint="mend the rows")
+            counts = " and ".join(map(str, sorted(widths)))
+            raise LoraError(f"data: rows have different numbers of values: {counts}", hint="fix the rows")
         return ClassLabels(
             "regression", tuple(f"value {i}" for i in range(widths.pop())) if widths != {1} else ("value",)
         )
     if len(kinds) > 1:
         raise LoraError(
-            f"data: sources disagree on what a label is: {' and '.join(sorted(kinds))}",
-            hint="write each label as a list where a row may have several, as a number for regression only",
+            f"data: sources have different kinds of labels: {' and '.join(sorted(kinds))}",
+            hint="write every label as a list if a row can have several; decimal numbers are for regression only",
         )
     kind = kinds.pop()
-    there = {label for found in train for label in found.counts}
-    if not there:
-        raise LoraError("data: no training row has a label", hint="see the column that data.columns names `label`")
-    numbered = all(found.numbered for found in train)
+    used = {label for source in train for label in source.counts}
+    if not used:
+        raise LoraError("data: no training row has a label", hint="check which column data.columns maps to `label`")
+    numbered = all(source.numbered for source in train)
     if (
-        len(there) > MAX_LABELS
-        or (numbered and max(map(int, there)) >= MAX_LABELS)
-        or (not numbered and all(map(_is_measure, there)))
+        len(used) > MAX_LABELS
+        or (numbered and max(map(int, used)) >= MAX_LABELS)
+        or (not numbered and all(map(_is_decimal, used)))
     ):
         raise LoraError(
-            f"data: labels such as {sorted(there)[0]} look like measured numbers, not like names or numbers of classes",
-            hint="give labels that are names or count from 0; measured numbers are for task: seq-cls with "
-            "data: {labels: regression}",
+            f"data: labels such as {sorted(used)[0]} look like regression values, not like class names or numbers",
+            hint="use names, or numbers that count from 0; for regression: task: seq-cls, data: {labels: regression}",
         )
-    if isinstance(wanted, str):
-        if base and there <= ({*base} if not numbered else {str(i) for i in range(len(base))}):
+    if isinstance(setting, str):
+        if base and used <= ({*base} if not numbered else {str(i) for i in range(len(base))}):
             names = tuple(base)
         elif numbered:
-            names = tuple(str(number) for number in range(max(map(int, there)) + 1))
+            names = tuple(str(number) for number in range(max(map(int, used)) + 1))
         else:
-            names = tuple(sorted(there))
+            names = tuple(sorted(used))
     else:
-        names = tuple(wanted)
+        names = tuple(setting)
     labels = ClassLabels(kind, names)
-    for found in sources:
-        _refuse_strange(labels, found)
+    for source in sources:
+        _check_labels_known(labels, source)
     if len(names) < 2 and kind == "single":
-        raise LoraError(f"data: every training row has the label {names[0]}", hint="there is nothing to tell apart")
+        raise LoraError(
+            f"data: every training row has the label {names[0]}", hint="a classifier needs at least two labels"
+        )
     return labels
 
 
-def _is_measure(label: str) -> bool:
+def _is_decimal(label: str) -> bool:
     return re.fullmatch(r"-?\d+\.\d+", label) is not None
 
 
-def _refuse_strange(labels: ClassLabels, found: SourceLabels) -> None:
-    known = label_numbers(labels, found)
-    strange = [label for label in found.counts if label not in known]
-    if strange:
-        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+def _check_labels_known(labels: ClassLabels, source: SourceLabels) -> None:
+    known = label_numbers(labels, source)
+    unknown = [label for label in source.counts if label not in known]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         listed = ", ".join(labels.names[:MAX_SHOWN]) + (", ..." if len(labels.names) > MAX_SHOWN else "")
         raise LoraError(
-            f"{found.first[strange[0]]}: label {strange[0]}{more}: not among the {len(labels.names)} of the head",
-            hint=f"they are {listed}: mend the row, or list it in data.labels",
+            f"{source.first[unknown[0]]}: label {unknown[0]}{more}: not one of the model's {len(labels.names)} labels",
+            hint=f"these are {listed}: fix the row, or add the label to data.labels",
         )
 
 
-def label_numbers(labels: ClassLabels, found: SourceLabels) -> dict[str, int]:
-    """The number of each spelling: of a name, its place; of a number that is no name, itself."""
+def label_numbers(labels: ClassLabels, source: SourceLabels) -> dict[str, int]:
+    """Return the number of each spelling: for a name, its index; for an integer that is not a name, the integer."""
     known = {name: number for number, name in enumerate(labels.names)}
-    if found.numbered:
+    if source.numbered:
         known |= {str(number): number for number in range(len(labels.names)) if str(number) not in known}
     return known
 
 
-def label_mapper(labels: ClassLabels, found: SourceLabels) -> Callable[[Row], Row]:
-    """What makes a row's labels of the numbers that its source has for them.
+def label_mapper(labels: ClassLabels, source: SourceLabels) -> Callable[[Row], Row]:
+    """Return a function that replaces a row's label numbers of its source by those of `labels`.
 
-    A class is int32 [1], or one for each token and IGNORED at most of them; several classes are float32
-    [labels] of 0 and 1; a regression's values are float32 [values].
+    The result is int32 [1] for a class, int32 [tokens] for a class per word (IGNORE_INDEX at other tokens),
+    float32 [labels] of 0 and 1 for several classes, and float32 [values] for a regression.
     """
     if labels.kind == "regression":
         return lambda row: row._replace(labels=row.labels.astype(np.float32))
-    known = label_numbers(labels, found)
-    lookup = np.array([known[label] for label in found.counts], dtype=np.int32)
+    known = label_numbers(labels, source)
+    lookup = np.array([known[label] for label in source.counts], dtype=np.int32)
 
     def single(row: Row) -> Row:
-        chosen = row.labels.astype(np.int64)
+        numbers = row.labels.astype(np.int64)
         return row._replace(
-            labels=np.where(chosen == IGNORE_INDEX, IGNORE_INDEX, lookup[chosen.clip(0)]).astype(np.int32)
+            labels=np.where(numbers == IGNORE_INDEX, IGNORE_INDEX, lookup[numbers.clip(0)]).astype(np.int32)
         )
 
-    def several(row: Row) -> Row:
+    def multi(row: Row) -> Row:
         hot = np.zeros(len(labels.names), np.float32)
         hot[lookup[row.labels[row.labels != IGNORE_INDEX].astype(np.int64)]] = 1
         return row._replace(labels=hot)
 
-    return several if labels.kind == "multi" else single
+    return multi if labels.kind == "multi" else single

@@ -1,4 +1,4 @@
-"""Check a conversation: roles, their order, contents and tool calls. Pure: no tokenizer, no torch."""
+"""Validate the messages of a conversation: roles, their order, content, tool calls. Pure: no tokenizer, no torch."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Who may speak after whom; None is the start. A system message stands first or not at all.
+# Roles that may follow each role; None is the start. A system message is only allowed first.
 FOLLOWS: dict[str | None, tuple[str, ...]] = {
     None: ("system", "developer", "user", "assistant"),
     "system": ("user", "assistant"),
@@ -23,103 +23,104 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
 
 
 class Conversation(NamedTuple):
-    """Messages as chat templates take them."""
+    """Messages and tool schemas in the form that chat templates expect."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None
+    tools: list[dict[str, Any]] | None  # JSON schemas
 
 
 def check_conversation(messages: Sequence[Any], *, field: str, tools: object = None) -> Conversation:
-    """`messages` checked, with null fields left out, as transformers does before it renders.
+    """Validate `messages` and remove their null fields, as transformers does before rendering.
 
     Raises:
-        BadRow: one of them cannot be trained on.
+        BadRow: a message or the order of roles is invalid, or no answer is at the end.
     """
     if not messages:
-        raise BadRow("empty conversation", "holds no messages", field=field)
+        raise BadRow("empty conversation", "contains no messages", field=field)
     checked: list[Message] = []
-    before: str | None = None
-    for index, given in enumerate(messages):
-        place = f"{field}[{index}]"
-        message = _message(given, place)
+    previous: str | None = None
+    for index, value in enumerate(messages):
+        location = f"{field}[{index}]"
+        message = _check_message(value, location)
         role = message["role"]
-        if role not in FOLLOWS[before]:
-            problem = f"{role} cannot follow {before}"
-            if before is None:
+        if role not in FOLLOWS[previous]:
+            problem = f"{role} cannot follow {previous}"
+            if previous is None:
                 problem = f"a conversation cannot start with {role}"
             elif role in {"system", "developer"}:
-                problem = f"{role} can only stand first"
-            raise BadRow("wrong role order", problem, field=f"{place}.role")
-        if role == "tool" and before == "assistant" and "tool_calls" not in checked[-1]:
+                problem = f"{role} must be the first message"
+            raise BadRow("wrong role order", problem, field=f"{location}.role")
+        if role == "tool" and previous == "assistant" and "tool_calls" not in checked[-1]:
             problem = "tool can only follow an assistant message with tool_calls"
-            raise BadRow("wrong role order", problem, field=f"{place}.role")
+            raise BadRow("wrong role order", problem, field=f"{location}.role")
         checked.append(message)
-        before = role
-    if before != "assistant":
-        problem = f"ends with {before}: there is no answer to learn from"
+        previous = role
+    if previous != "assistant":
+        problem = f"ends with {previous}: there is no answer to learn from"
         raise BadRow("no answer at the end", problem, field=field)
     return Conversation(checked, tool_schemas(tools))
 
 
-def _message(given: object, place: str) -> Message:
-    if not isinstance(given, dict):
-        raise BadRow("message is no object", f"is {json_type(given)}, not an object with role and content", field=place)
-    message = {key: value for key, value in given.items() if value is not None}
+def _check_message(raw: object, location: str) -> Message:
+    if not isinstance(raw, dict):
+        problem = f"is {json_type(raw)}, not an object with role and content"
+        raise BadRow("message is not an object", problem, field=location)
+    message = {key: value for key, value in raw.items() if value is not None}
     role = message.get("role")
     if role is None:
-        raise BadRow("message without role", "has no role", field=place)
+        raise BadRow("message without role", "has no role", field=location)
     if role not in ROLES:
         close = difflib.get_close_matches(str(role).lower(), ROLES, n=1)
-        problem = f"{quote(role)} is no role: " + (
-            f"did you mean {close[0]}?" if close else f"known are {', '.join(ROLES)}"
+        problem = f"{quote(role)} is not a role: " + (
+            f"did you mean {close[0]}?" if close else f"known roles are {', '.join(ROLES)}"
         )
-        raise BadRow("unknown role", problem, field=f"{place}.role")
+        raise BadRow("unknown role", problem, field=f"{location}.role")
     if message.get("weight", 1) != 1:
-        problem = "weights of single messages are not supported: data.loss_on says which turns carry loss"
-        raise BadRow("message weight", problem, field=f"{place}.weight")
+        problem = "message weights are not supported: data.loss_on selects the turns that carry loss"
+        raise BadRow("message weight", problem, field=f"{location}.weight")
     if message.get("tool_calls") == []:
         del message["tool_calls"]
     if "tool_calls" in message:
         if role != "assistant":
             raise BadRow(
-                "wrong tool call", f"only the assistant calls tools, not the {role}", field=f"{place}.tool_calls"
+                "wrong tool call", f"only the assistant can call tools, not the {role}", field=f"{location}.tool_calls"
             )
-        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{place}.tool_calls")
+        message["tool_calls"] = _check_tool_calls(message["tool_calls"], f"{location}.tool_calls")
     if "content" not in message:
         if "tool_calls" not in message:
-            raise BadRow("no content", "is null" if "content" in given else "is missing", field=f"{place}.content")
-        # Most templates read the field without asking; "" renders as nothing in all of them.
+            raise BadRow("no content", "is null" if "content" in raw else "is missing", field=f"{location}.content")
+        # Most templates read the field without checking that it exists; all of them render "" as nothing.
         message["content"] = ""
     else:
-        message["content"] = _content(message["content"], f"{place}.content")
+        message["content"] = _join_text_parts(message["content"], f"{location}.content")
     if role == "assistant" and not message["content"].strip() and "tool_calls" not in message:
-        raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field=f"{place}.content")
+        raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field=f"{location}.content")
     return message
 
 
-def _content(content: object, field: str) -> str:
+def _join_text_parts(content: object, field: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRow("content is no text", f"is {json_type(content)}, not a string", field=field)
+        raise BadRow("content is not text", f"is {json_type(content)}, not a string", field=field)
     texts = []
     for index, part in enumerate(content):
         part_kind = part.get("type") if isinstance(part, dict) else json_type(part)
         if part_kind != "text" or not isinstance(part.get("text"), str):
             raise BadRow(
-                "content is no text", f"is {quote(part_kind)}: only text is supported", field=f"{field}[{index}]"
+                "content is not text", f"is {quote(part_kind)}: only text is supported", field=f"{field}[{index}]"
             )
         texts.append(part["text"])
     return "".join(texts)
 
 
-def _tool_calls(calls: object, field: str) -> list[dict[str, Any]]:
+def _check_tool_calls(calls: object, field: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise BadRow("wrong tool call", f"is {json_type(calls)}, not a list", field=field)
-    return [_tool_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]
+    return [_check_tool_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]
 
 
-def _tool_call(call: object, field: str) -> dict[str, Any]:
+def _check_tool_call(call: object, field: str) -> dict[str, Any]:
     if not isinstance(call, dict):
         raise BadRow("wrong tool call", f"is {json_type(call)}, not an object", field=field)
     function = call.get("function", call)
@@ -127,7 +128,7 @@ def _tool_call(call: object, field: str) -> dict[str, Any]:
         raise BadRow("wrong tool call", "has no function name", field=field)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        # OpenAI's files hold them as JSON text; templates expect the object and would quote the text again.
+        # OpenAI's files store them as JSON text; templates expect the object, and would quote the text again.
         arguments = parse_json_field(arguments, field=f"{field}.function.arguments")
     if not isinstance(arguments, dict):
         raise BadRow(
@@ -138,10 +139,10 @@ def _tool_call(call: object, field: str) -> dict[str, Any]:
 
 
 def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
-    """The `tools` column: a list of JSON schemas, or such a list as JSON text; nothing is None.
+    """Return the JSON schemas of a `tools` column, which is a list or its JSON text; None if it is empty.
 
     Raises:
-        BadRow: it is something else.
+        BadRow: the column is not a list of schemas with names.
     """
     if isinstance(tools, str) and tools.strip():
         tools = parse_json_field(tools, field="tools")
@@ -152,5 +153,5 @@ def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
     for index, tool in enumerate(tools):
         schema = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(schema, dict) or not isinstance(schema.get("name"), str):
-            raise BadRow("wrong tools", "is no tool schema: it has no name", field=f"tools[{index}]")
+            raise BadRow("wrong tools", "is not a tool schema: it has no name", field=f"tools[{index}]")
     return tools

@@ -1,6 +1,6 @@
-"""Turn rows of the other tasks into token ids and labels: a class, a class for each word, or another text.
+"""Tokenize rows of seq-cls, token-cls and seq2seq-lm, with their labels: a class, a class per word, or target ids.
 
-Tokens are what the tokenizer makes of a plain text, special tokens included, as whoever uses the model will have them.
+Texts get the tokenizer's own special tokens, the same as when the model is used. No models.
 """
 
 import hashlib
@@ -25,35 +25,34 @@ NO_VALUES: LabelValues = np.zeros(0, np.float64)
 
 
 class LabeledRow(NamedTuple):
-    """One row on its way to disk."""
+    """One tokenized row with labels, for the cache."""
 
-    ids: Ints
-    supervised: int  # labels in it, or target tokens
-    values: LabelValues = NO_VALUES  # numbers to come near to, or target ids
-    label_keys: tuple[
-        str | None, ...
-    ] = ()  # labels as the row has them, which the source's table numbers; None: no label
-    multi_label: bool = False  # the labels all belong to the row, not one to each token
-    numbered: bool = False  # they were whole numbers in the row
+    ids: Ints  # int32 [tokens]
+    supervised: int  # number of labels or target tokens
+    values: LabelValues = NO_VALUES  # float64: regression values [values], or target ids [target tokens]
+    # Labels of the row or of each token, None for a token without label. `LabelTable` maps them to numbers.
+    label_keys: tuple[str | None, ...] = ()
+    multi_label: bool = False  # the row has a list of labels
+    numbered: bool = False  # its labels are integers
     pair_tokens: int = 0  # tokens at its end that belong to a second text
-    truncated: "LabeledRow | None" = None  # what data.overlong: truncate leaves of it, where it is too long
+    truncated: "LabeledRow | None" = None  # if it is too long: the row that data.overlong: truncate keeps
 
     @property
     def length(self) -> int:
-        """Tokens of the longer of what is read and what is written."""
+        """Tokens of the source or of the target, whichever is longer."""
         return len(self.ids) if self.label_keys or len(self.values) == 1 else max(len(self.ids), len(self.values))
 
     @property
     def key(self) -> int:
-        """A 64-bit hash of ids and labels: equal for equal rows, whatever file they are in."""
+        """A 64-bit hash of ids and labels, independent of the file that contains the row."""
         digest = hashlib.blake2b(self.ids.astype("<i4").tobytes(), digest_size=8)
-        # By spelling: how a label is numbered hangs on the rows before.
+        # The spelling of labels, because their numbers depend on the rows before.
         digest.update(repr(self.label_keys).encode() + self.values.astype("<f8").tobytes())
         return int.from_bytes(digest.digest(), "little")
 
 
 class RowEncoder(Protocol):
-    """What encodes the rows of a task."""
+    """Encodes the rows of a task."""
 
     task: TaskName
 
@@ -62,10 +61,10 @@ class RowEncoder(Protocol):
 
 
 def make_encoder(task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
-    """The encoder of a task's rows.
+    """Return the encoder for the rows of a task.
 
     Raises:
-        LoraError: the tokenizer cannot be used.
+        LoraError: the tokenizer is not a fast tokenizer.
     """
     if task == "causal-lm":
         return CausalLMEncoder(spec, tokenizer)
@@ -73,43 +72,43 @@ def make_encoder(task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerB
 
 
 class LabeledRowEncoder:
-    """A tokenizer and a recipe's options, ready to encode rows in batches."""
+    """Encodes examples with labels, with a tokenizer and the options of a recipe."""
 
     def __init__(self, task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         require_fast_tokenizer(tokenizer)
         self.task = task
         self._spec = spec
-        self._whole = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._whole.no_truncation()
-        self._whole.no_padding()
-        self._short = Tokenizer.from_str(self._whole.to_str())
-        self._short.enable_truncation(spec.max_length)
+        self._full = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._full.no_truncation()
+        self._full.no_padding()
+        self._truncating = Tokenizer.from_str(self._full.to_str())
+        self._truncating.enable_truncation(spec.max_length)
 
     def identity(self) -> str:
-        """A hash of all that decides how an example becomes ids: tokenizer, task and options."""
+        """Return a hash of everything that determines ids and labels: tokenizer, task, options."""
         options = [self.task, self._spec.labels == "regression", self._spec.max_length, self._spec.overlong]
-        digest = hashlib.blake2b(self._whole.to_str().encode(), digest_size=16)
+        digest = hashlib.blake2b(self._full.to_str().encode(), digest_size=16)
         digest.update(json.dumps(options).encode())
         return digest.hexdigest()
 
     def encode(self, examples: Sequence[Example]) -> Iterator[LabeledRow | BadRow]:
-        """One result an example, in order."""
+        """Yield one result for each example, in order."""
         texts = [text for example in examples for text in self._texts(example)]
-        # In one call, because the tokenizer spreads a batch over the cores.
-        encodings = iter(self._whole.encode_batch(texts))
+        # In one call, because the tokenizer distributes a batch over the CPU cores.
+        encodings = iter(self._full.encode_batch(texts))
         for example in examples:
-            parts = [next(encodings) for _ in self._texts(example)]
+            row_encodings = [next(encodings) for _ in self._texts(example)]
             try:
-                row = self._row(example, parts)
+                row = self._to_row(example, row_encodings)
                 if row.length > self._spec.max_length and self._spec.overlong == "truncate":
-                    short = self._short.encode_batch(self._texts(example))
-                    row = row._replace(truncated=self._row(example, short))
+                    truncated = self._truncating.encode_batch(self._texts(example))
+                    row = row._replace(truncated=self._to_row(example, truncated))
                 yield row
             except BadRow as bad:
                 yield bad
 
     def _texts(self, example: Example) -> list[str | tuple[str, str]]:
-        """What is tokenised, each with the special tokens that the tokenizer gives it."""
+        """Return the texts to tokenize; the tokenizer adds its special tokens to each."""
         match example:
             case ClassificationExample(text, pair, _):
                 return [(text, pair) if pair is not None else text]
@@ -120,79 +119,79 @@ class LabeledRowEncoder:
             case _:
                 return []
 
-    def _row(self, example: Example, parts: list[Encoding]) -> LabeledRow:
+    def _to_row(self, example: Example, encodings: list[Encoding]) -> LabeledRow:
         match example:
             case ClassificationExample(_, _, label):
-                return self._classified(label, parts[0])
+                return self._classification_row(label, encodings[0])
             case TaggingExample():
-                return _tagged(example, parts[0])
+                return _tagging_row(example, encodings[0])
             case PromptCompletion():
-                source, target = (np.array(part.ids, dtype=np.int32) for part in parts)
+                source, target = (np.array(encoding.ids, dtype=np.int32) for encoding in encodings)
                 return LabeledRow(source, len(target), target.astype(np.float64))
             case _:
-                raise BadRow("lists of messages", "is a conversation; task seq2seq-lm reads texts", field="prompt")
+                problem = "is a conversation, but task seq2seq-lm needs texts"
+                raise BadRow("conversation instead of text", problem, field="prompt")
 
-    def _classified(self, label: Label | list[Label], encoding: Encoding) -> LabeledRow:
+    def _classification_row(self, label: Label | list[Label], encoding: Encoding) -> LabeledRow:
         ids = np.array(encoding.ids, dtype=np.int32)
-        second = sum(encoding.type_ids)
-        if self._spec.labels == "regression" or _is_measure(label):
-            values = [_number(each) for each in (label if isinstance(label, list) else [label])]
-            return LabeledRow(ids, 1, np.array(values, np.float64), pair_tokens=second)
-        several = isinstance(label, list)
-        given = label if isinstance(label, list) else [label]
-        names = tuple(label_key(each) for each in given)
-        if len(set(names)) < len(names):
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
-            raise BadRow("a label twice", f"has {twice} twice: list those that apply, each once", field="label")
-        return LabeledRow(
-            ids, 1, label_keys=names, multi_label=several, numbered=all(map(_is_whole, given)), pair_tokens=second
-        )
+        pair_tokens = sum(encoding.type_ids)
+        if self._spec.labels == "regression" or _is_regression_value(label):
+            values = [_to_float(each) for each in (label if isinstance(label, list) else [label])]
+            return LabeledRow(ids, 1, np.array(values, np.float64), pair_tokens=pair_tokens)
+        multi_label = isinstance(label, list)
+        labels = label if isinstance(label, list) else [label]
+        keys = tuple(label_key(each) for each in labels)
+        if len(set(keys)) < len(keys):
+            repeated = next(key for index, key in enumerate(keys) if key in keys[:index])
+            raise BadRow("repeated label", f"has {repeated} twice: list each label once", field="label")
+        numbered = all(map(_is_integer, labels))
+        return LabeledRow(ids, 1, label_keys=keys, multi_label=multi_label, numbered=numbered, pair_tokens=pair_tokens)
 
 
-def _tagged(example: TaggingExample, encoding: Encoding) -> LabeledRow:
-    """The first token of each word has the word's label, the others have none.
+def _tagging_row(example: TaggingExample, encoding: Encoding) -> LabeledRow:
+    """Give the first token of each word the word's label, and the other tokens none.
 
     Raises:
-        BadRow: a word of which no token is left, other than by a cut.
+        BadRow: no token starts in a word, although the row is not truncated.
     """
     ids = np.array(encoding.ids, dtype=np.int32)
-    spelled: list[str | None] = [None] * len(ids)
+    keys: list[str | None] = [None] * len(ids)
     tokens = [(span, index) for index, span in enumerate(encoding.offsets) if not encoding.special_tokens_mask[index]]
-    start = at = 0
+    start = position = 0  # in characters, in tokens
     for number, (word, tag) in enumerate(zip(example.words, example.tags, strict=True)):
         stop = start + len(word)
-        # A token may begin with the blank before its word.
-        while at < len(tokens) and tokens[at][0][1] <= start:
-            at += 1
-        if at == len(tokens):
+        # A token may begin with the space before its word.
+        while position < len(tokens) and tokens[position][0][1] <= start:
+            position += 1
+        if position == len(tokens):
             if encoding.overflowing:
                 break
-            raise BadRow("word without token", "the tokenizer makes no token of it", field=f"tokens[{number}]")
-        if tokens[at][0][0] >= stop or spelled[tokens[at][1]] is not None:
+            raise BadRow("word without token", "the tokenizer returns no token for it", field=f"tokens[{number}]")
+        if tokens[position][0][0] >= stop or keys[tokens[position][1]] is not None:
             raise BadRow("word without token", "no token begins in it", field=f"tokens[{number}]")
-        spelled[tokens[at][1]] = label_key(tag)
+        keys[tokens[position][1]] = label_key(tag)
         start = stop + 1
-    count = sum(each is not None for each in spelled)
-    return LabeledRow(ids, count, label_keys=tuple(spelled), numbered=all(map(_is_whole, example.tags)))
+    count = sum(key is not None for key in keys)
+    return LabeledRow(ids, count, label_keys=tuple(keys), numbered=all(map(_is_integer, example.tags)))
 
 
 def label_key(label: Label) -> str:
-    """A label as the table knows it: 1 and "1" are the same."""
+    """Return the spelling under which a label is counted: 1 and "1" are the same label."""
     return str(label).lower() if isinstance(label, bool) else str(label)
 
 
-def _is_whole(label: Label) -> bool:
+def _is_integer(label: Label) -> bool:
     if isinstance(label, str):
         return label.isdecimal() and str(int(label)) == label  # 01 is a name
     return isinstance(label, int) and not isinstance(label, bool)
 
 
-def _is_measure(label: Label | list[Label]) -> bool:
-    """JSON writes a measured number with a point, and a class without."""
+def _is_regression_value(label: Label | list[Label]) -> bool:
+    """Return whether a label is a number with a decimal point in JSON, or a list of these."""
     return all(isinstance(each, float) for each in (label or [""] if isinstance(label, list) else [label]))
 
 
-def _number(label: Label) -> float:
+def _to_float(label: Label) -> float:
     try:
         if isinstance(label, bool):
             raise ValueError
@@ -201,4 +200,4 @@ def _number(label: Label) -> float:
             raise ValueError
         return value
     except ValueError:
-        raise BadRow("no number", f"is {label!r}, where a regression has numbers", field="label") from None
+        raise BadRow("not a number", f"is {label!r}, but a regression needs numbers", field="label") from None

@@ -1,4 +1,4 @@
-"""Read a source's rows in its format, bad ones included. No tokenizer, no torch: what `lora check --no-model` does."""
+"""Parse the rows of a dataset source, for encoding and for `lora check --no-model`. No tokenizer, no torch."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,73 +14,73 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TASK_FORMATS, TaskName
 
-MAX_DETECTION_ROWS = 1024  # rows, good and bad, that a format is detected on at most
+MAX_DETECTION_ROWS = 1024  # largest number of rows, valid or not, that are read to detect the format
 
 
 class ParsedRow(NamedTuple):
-    """One row of a source, read."""
+    """One row of a source as an example, or the reason why it cannot be used."""
 
-    file: int
-    line: int
+    file: int  # index into the source's names
+    line: int  # 1-based
     example: Example | BadRow
 
 
 class SourceReader(NamedTuple):
-    """A source whose format is known, ready to be read once."""
+    """A source whose format is known; its rows can be iterated once."""
 
     format: DetectedFormat
-    items: Iterator[ParsedRow]
-    ignored: Counter[str]  # columns that the format does not read, and in how many rows; counted while reading
+    rows: Iterator[ParsedRow]
+    ignored: Counter[str]  # rows by column that the format does not use; counted while reading
 
 
 def open_source(source: DataSource, task: TaskName) -> SourceReader:
-    """Starts reading a source: looks at its first rows, and settles its format, one of the task, and its columns.
+    """Open a source for reading, and choose its format and columns from its first rows.
 
     Raises:
-        LoraError: no row, no known format, or columns to rename that are not there.
+        LoraError: the source has no rows, no known format, or lacks columns that data.columns names.
     """
     stream = sources.read_records(source)
     first: list[Record] = []
-    good: list[tuple[str, dict[str, Any]]] = []
+    valid: list[tuple[str, dict[str, Any]]] = []
     for record in islice(stream, MAX_DETECTION_ROWS):
         first.append(record)
         if not isinstance(record.row, BadRow):
-            good.append((row_location(source, record), record.row))
-            if len(good) == DETECTION_ROWS:
+            valid.append((row_location(source, record), record.row))
+            if len(valid) == DETECTION_ROWS:
                 break
-    format_ = _resolve_format(source, good, task)
+    format_ = _resolve_format(source, valid, task)
     ignored: Counter[str] = Counter()
     return SourceReader(format_, _parsed_rows(chain(first, stream), format_, ignored), ignored)
 
 
-def row_location(source: DataSource, place: Record | ParsedRow) -> str:
-    """`data/train.jsonl:17`, for messages."""
-    return f"{source.names[place.file]}:{place.line}"
+def row_location(source: DataSource, row: Record | ParsedRow) -> str:
+    """Return the file and line of a row for messages: `data/train.jsonl:17`."""
+    return f"{source.names[row.file]}:{row.line}"
 
 
-def _resolve_format(source: DataSource, good: list[tuple[str, dict[str, Any]]], task: TaskName) -> DetectedFormat:
+def _resolve_format(source: DataSource, valid: list[tuple[str, dict[str, Any]]], task: TaskName) -> DetectedFormat:
     columns = source.spec.columns
-    rows = [row for _, row in good]
-    if lost := [column for column in columns.values() if rows and not any(column in row for row in rows)]:
+    rows = [row for _, row in valid]
+    if missing := [column for column in columns.values() if rows and not any(column in row for row in rows)]:
         raise LoraError(
-            f"data.columns: {source.name} has no column {lost[0]}",
+            f"data.columns: {source.name} has no column {missing[0]}",
             hint=f"its columns are {formats.column_names(rows[0])}",
         )
     name = source.spec.format
     if name is None or name == "auto":
-        if not rows:  # every row is bad, and will be reported as such: any format will do
-            return DetectedFormat(TASK_FORMATS[task][0], "no row can be read", columns)
-        found = formats.detect_format(
-            [place for place, _ in good], [formats.rename_columns(row, columns) for row in rows], task
+        if not rows:  # every row is bad and will be reported, so that the format does not matter
+            return DetectedFormat(TASK_FORMATS[task][0], "no readable rows", columns)
+        detected = formats.detect_format(
+            [location for location, _ in valid], [formats.rename_columns(row, columns) for row in rows], task
         )
-        why = "each line of a .txt file is a row" if source.names[0].endswith(".txt") else found.why
-        return found._replace(why=why, columns={**columns, **found.columns})
+        why = "each line of a .txt file is a row" if source.names[0].endswith(".txt") else detected.why
+        return detected._replace(why=why, columns={**columns, **detected.columns})
     known = FORMATS[name]
     names = (*known.required, *known.optional)
-    if strange := [column for column in columns if column not in names]:
+    if unknown := [column for column in columns if column not in names]:
         raise LoraError(
-            f"data.columns: format {name} has no column {strange[0]}",
-            hint=f"it reads {', '.join(names)}; the key is the format's name, the value the file's",
+            f"data.columns: format {name} has no column {unknown[0]}",
+            hint=f"its columns are {', '.join(names)}; data.columns maps format columns to file columns",
         )
     return DetectedFormat(name, "set in the recipe", columns)
 
@@ -91,34 +91,34 @@ def _parsed_rows(records: Iterator[Record], format_: DetectedFormat, ignored: Co
         if isinstance(row, BadRow):
             yield ParsedRow(file, line, row)
             continue
-        named = formats.rename_columns(row, format_.columns)
-        ignored.update(named.keys() - known)
+        renamed = formats.rename_columns(row, format_.columns)
+        ignored.update(renamed.keys() - known)
         try:
-            yield ParsedRow(file, line, formats.parse_row(named, format_.name))
+            yield ParsedRow(file, line, formats.parse_row(renamed, format_.name))
         except BadRow as bad:
             yield ParsedRow(file, line, bad)
 
 
 class BadRows:
-    """The bad rows of one source: the first few for the user to see, all of them counted by reason."""
+    """The bad rows of one source: the first ones for messages, and the number of all by reason."""
 
     def __init__(self) -> None:
         self.first: list[Finding] = []
         self.reasons: Counter[str] = Counter()
 
-    def add(self, place: str, bad: BadRow) -> None:
+    def add(self, location: str, bad: BadRow) -> None:
         if len(self.first) < MAX_FINDINGS:
-            self.first.append(Finding(place, bad))
+            self.first.append(Finding(location, bad))
         self.reasons[bad.reason] += 1
 
-    def refusal(self, source: DataSource, task: TaskName, *, read: int) -> LoraError:
-        """The error of a source that has bad rows and may not."""
+    def error(self, source: DataSource, task: TaskName, *, read: int) -> LoraError:
+        """Return the error for a source with bad rows; `read` is the number of all its rows."""
         total = self.reasons.total()
-        hint = "mend them, or set data.on_bad_row: skip to leave them out, counted"
+        hint = "fix them, or set data.on_bad_row: skip to drop and count them"
         if self.reasons.keys() == {"missing field"} and total == read:
-            hint = f"map the columns, as in data.columns: {formats.COLUMN_EXAMPLES[task]}"
-            if (other := _looks_like(source, task)) not in (None, source.spec.format):
-                hint = f"they look like {other}: write format: auto"
+            hint = f"map the columns with data.columns, for example {formats.COLUMN_EXAMPLES[task]}"
+            if (other := _detected_name(source, task)) not in (None, source.spec.format):
+                hint = f"the rows look like {other}: set format: auto"
         return findings_error(
             f"{source.name}: {total:,} of {read:,} rows {'is' if total == 1 else 'are'} bad",
             self.first,
@@ -127,15 +127,15 @@ class BadRows:
         )
 
 
-def _looks_like(source: DataSource, task: TaskName) -> str | None:
-    """The format that auto would find."""
+def _detected_name(source: DataSource, task: TaskName) -> str | None:
+    """Return the name of the format that `auto` detects, None if it detects none."""
     with suppress(LoraError):
         return open_source(source._replace(spec=source.spec.model_copy(update={"format": "auto"})), task).format.name
     return None
 
 
 class SourceCheck(NamedTuple):
-    """What reading a source without a tokenizer showed."""
+    """The result of parsing a source without a tokenizer."""
 
     source: str
     format: str
@@ -144,23 +144,23 @@ class SourceCheck(NamedTuple):
 
 
 def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> list[SourceCheck]:
-    """Reads every row of every source in its format, without encoding any.
+    """Parse every row of every source, without tokenizing it.
 
     Raises:
-        LoraError: there are bad rows, and data.on_bad_row is error.
+        LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error.
     """
     results = []
     for source in [*sources.train_sources(spec), *sources.eval_sources(spec)]:
-        intake = open_source(source, task)
-        info(f"{source.name}: format {intake.format.name} ({intake.format.why})")
+        reader = open_source(source, task)
+        info(f"{source.name}: format {reader.format.name} ({reader.format.why})")
         read, bad = 0, BadRows()
-        for item in intake.items:
+        for row in reader.rows:
             read += 1
-            if isinstance(item.example, BadRow):
-                bad.add(row_location(source, item), item.example)
+            if isinstance(row.example, BadRow):
+                bad.add(row_location(source, row), row.example)
         if bad.first and spec.on_bad_row == "error":
-            raise bad.refusal(source, task, read=read)
+            raise bad.error(source, task, read=read)
         for finding in bad.first:
             info(f"skipped {finding}")
-        results.append(SourceCheck(source.name, intake.format.name, read, dict(bad.reasons)))
+        results.append(SourceCheck(source.name, reader.format.name, read, dict(bad.reasons)))
     return results

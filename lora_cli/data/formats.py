@@ -1,4 +1,4 @@
-"""Turn one dataset row into a conversation, a completion, a text, tokens or labels. Pure: no tokenizer, no torch."""
+"""Dataset formats (alpaca, sharegpt, messages, ...): parse one row of each. Pure: no tokenizer, no torch."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,34 +9,34 @@ from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe.tasks import TASK_FORMATS, FormatName, TaskName
 
-DETECTION_ROWS = 32  # rows that `auto` looks at before it says what they are
+DETECTION_ROWS = 32  # valid rows from which `format: auto` detects the format
 
 
 class PromptCompletion(NamedTuple):
-    """Literal text without a chat template: the prompt is read, the completion learnt."""
+    """Literal text without a chat template; only the completion carries loss."""
 
     prompt: str
     completion: str
 
 
 class Document(NamedTuple):
-    """A document, learnt as a whole."""
+    """A document; every token carries loss."""
 
     text: str
 
 
 class TokenIds(NamedTuple):
-    """Ready token ids."""
+    """A row that is tokenized already."""
 
     input_ids: list[int]
-    labels: list[int] | None  # each -100 or the id at its place; None: everything is learnt
+    labels: list[int] | None  # each -100 or the id at the same position; None: every token carries loss
 
 
 Label = str | int | float | bool
 
 
 class ClassificationExample(NamedTuple):
-    """A text, or two, and what it is."""
+    """A text or a pair of texts, and its label."""
 
     text: str
     pair: str | None
@@ -44,7 +44,7 @@ class ClassificationExample(NamedTuple):
 
 
 class TaggingExample(NamedTuple):
-    """Words, each with what it is."""
+    """Words and the label of each."""
 
     words: list[str]
     tags: list[Label]
@@ -55,16 +55,20 @@ RawRow = Mapping[str, Any]
 
 
 class Format(NamedTuple):
-    """One row format: its columns, and the function that reads them."""
+    """One row format: its columns and its parser."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[RawRow], Example]
+    parse: Callable[[RawRow], Example]
     summary: str
 
 
 def parse_messages(row: RawRow) -> Conversation:
-    """The chat format of OpenAI and transformers."""
+    """Parse the chat format of OpenAI and transformers.
+
+    Raises:
+        BadRow: the conversation is invalid.
+    """
     return check_conversation(_list(row, "messages"), field="messages", tools=row.get("tools"))
 
 
@@ -87,53 +91,66 @@ SHAREGPT_ROLES = {
 
 
 def parse_sharegpt(row: RawRow) -> Conversation:
-    """Turns of `from` and `value`; function calls and observations become tool calls and results."""
+    """Parse turns of `from` and `value`; function calls and observations become tool calls and tool results.
+
+    Raises:
+        BadRow: the conversation is invalid.
+    """
     turns = [_sharegpt_turn(turn, f"conversations[{i}]") for i, turn in enumerate(_list(row, "conversations"))]
-    if system := _optional(row, "system"):
+    if system := _optional_text(row, "system"):
         turns.insert(0, {"role": "system", "content": system})
     return check_conversation(turns, field="conversations", tools=row.get("tools"))
 
 
-def _sharegpt_turn(turn: object, place: str) -> Message:
+def _sharegpt_turn(turn: object, location: str) -> Message:
     if not isinstance(turn, dict):
-        raise BadRow("message is no object", f"is {json_type(turn)}, not an object with from and value", field=place)
+        problem = f"is {json_type(turn)}, not an object with from and value"
+        raise BadRow("message is not an object", problem, field=location)
     speaker, value = turn.get("from"), turn.get("value")
     if speaker not in SHAREGPT_ROLES:
-        problem = "is missing" if speaker is None else f"{quote(speaker)} is no role: known are human, gpt, system, ..."
-        raise BadRow("unknown role", problem, field=f"{place}.from")
+        problem = f"{quote(speaker)} is not a role: known roles are human, gpt, system, ..."
+        raise BadRow("unknown role", "is missing" if speaker is None else problem, field=f"{location}.from")
     if not isinstance(value, str):
-        raise BadRow("content is no text", f"is {json_type(value)}, not a string", field=f"{place}.value")
+        raise BadRow("content is not text", f"is {json_type(value)}, not a string", field=f"{location}.value")
     if speaker not in {"function_call", "tool_call"}:
         return {"role": SHAREGPT_ROLES[speaker], "content": value}
-    calls = parse_json_field(value, field=f"{place}.value")
+    calls = parse_json_field(value, field=f"{location}.value")
     return {"role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def parse_alpaca(row: RawRow) -> Conversation:
-    """An instruction with optional input, system text and earlier turns."""
-    # One line break between instruction and input, as LLaMA-Factory joins them.
-    given = [_text(row, "instruction"), _optional(row, "input")]
+    """Parse an instruction with optional input, system message and earlier turns.
+
+    Raises:
+        BadRow: a field is missing or invalid, or the output is empty.
+    """
+    # Instruction and input are joined by one line break, as in LLaMA-Factory.
+    instruction = [_text(row, "instruction"), _optional_text(row, "input")]
     turns: list[Message] = []
-    if system := _optional(row, "system"):
+    if system := _optional_text(row, "system"):
         turns.append({"role": "system", "content": system})
     for index, pair in enumerate(_list(row, "history") if row.get("history") else []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow("wrong history", "is no pair of question and answer", field=f"history[{index}]")
+            raise BadRow("wrong history", "is not a pair of question and answer", field=f"history[{index}]")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     output = _text(row, "output")
     if not output.strip():
         raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field="output")
-    turns.append({"role": "user", "content": "\n".join(part for part in given if part)})
+    turns.append({"role": "user", "content": "\n".join(part for part in instruction if part)})
     turns.append({"role": "assistant", "content": output})
     return check_conversation(turns, field="history")
 
 
 def parse_prompt_completion(row: RawRow) -> PromptCompletion | Conversation:
-    """Two literal texts, or two lists of messages that make one conversation."""
-    prompt, completion = _present(row, "prompt"), _present(row, "completion")
+    """Parse two literal texts, or two lists of messages that form one conversation.
+
+    Raises:
+        BadRow: a field is not text, the completion is empty, or the conversation is invalid.
+    """
+    prompt, completion = _not_null(row, "prompt"), _not_null(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         if any(isinstance(turn, dict) and turn.get("role") != "assistant" for turn in completion[:1]):
-            raise BadRow("wrong role order", "starts with another role than assistant", field="completion")
+            raise BadRow("wrong role order", "does not start with the role assistant", field="completion")
         return check_conversation([*prompt, *completion], field="prompt + completion", tools=row.get("tools"))
     literal = PromptCompletion(_text(row, "prompt"), _text(row, "completion"))
     if not literal.completion.strip():
@@ -142,73 +159,90 @@ def parse_prompt_completion(row: RawRow) -> PromptCompletion | Conversation:
 
 
 def parse_text(row: RawRow) -> Document:
-    """A document."""
-    found = _text(row, "text")
-    if not found.strip():
+    """Parse a document.
+
+    Raises:
+        BadRow: it is empty or not a string.
+    """
+    text = _text(row, "text")
+    if not text.strip():
         raise BadRow("nothing to learn", "is empty", field="text")
-    return Document(found)
+    return Document(text)
 
 
 def parse_tokens(row: RawRow) -> TokenIds:
-    """Ready ids; labels, where there are any, decide alone what carries loss."""
-    ids = _whole_numbers(row, "input_ids")
-    labels = _whole_numbers(row, "labels") if row.get("labels") is not None else None
+    """Parse token ids; if the row has labels, only they decide which tokens carry loss.
+
+    Raises:
+        BadRow: ids, labels and attention mask do not match, or there are fewer than two ids.
+    """
+    ids = _integers(row, "input_ids")
+    labels = _integers(row, "labels") if row.get("labels") is not None else None
     if labels is not None:
         if len(labels) != len(ids):
-            problem = f"has {len(labels)} entries where input_ids has {len(ids)}"
-            raise BadRow("labels do not fit", problem, field="labels")
+            problem = f"has {len(labels)} entries, but input_ids has {len(ids)}"
+            raise BadRow("labels do not match input_ids", problem, field="labels")
         for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
             if label not in {-100, token}:
-                problem = f"is {label}: a label is -100 or the id at its place, here {token} (not shifted)"
-                raise BadRow("labels do not fit", problem, field=f"labels[{index}]")
+                problem = f"is {label}: a label must be -100 or the id at the same position, here {token} (not shifted)"
+                raise BadRow("labels do not match input_ids", problem, field=f"labels[{index}]")
     if row.get("attention_mask") is not None:
-        mask = _whole_numbers(row, "attention_mask")
+        mask = _integers(row, "attention_mask")
         if mask != [1] * len(ids):
-            raise BadRow("masked tokens", "is not all ones: leave padding out", field="attention_mask")
+            raise BadRow("masked tokens", "is not all ones: remove the padding", field="attention_mask")
     if len(ids) < 2:
-        raise BadRow("nothing to learn", "is shorter than 2 ids: nothing follows the first", field="input_ids")
+        raise BadRow("nothing to learn", "has fewer than 2 ids: there is no next token to predict", field="input_ids")
     return TokenIds(ids, labels)
 
 
 def parse_classification(row: RawRow) -> ClassificationExample:
-    """A text with a label: a name or number, a list of them, or a number to come near to."""
-    first, label = _text(row, "text"), _present(row, "label")
-    if not first.strip():
-        raise BadRow("nothing to read", "is empty", field="text")
+    """Parse a text, an optional second text, and a label: a name or number, or a list of these.
+
+    Raises:
+        BadRow: the text is empty, or the label is missing or invalid.
+    """
+    text, label = _text(row, "text"), _not_null(row, "label")
+    if not text.strip():
+        raise BadRow("empty text", "is empty", field="text")
     if isinstance(label, list):
         for index, each in enumerate(label):
-            _label(each, f"label[{index}]")
+            _check_label(each, f"label[{index}]")
     else:
-        _label(label, "label")
-    return ClassificationExample(first, _text(row, "text_pair") if row.get("text_pair") is not None else None, label)
+        _check_label(label, "label")
+    return ClassificationExample(text, _text(row, "text_pair") if row.get("text_pair") is not None else None, label)
 
 
 def parse_tagging(row: RawRow) -> TaggingExample:
-    """Words and one tag for each."""
+    """Parse words and one tag for each.
+
+    Raises:
+        BadRow: a word or tag is invalid, or their numbers differ.
+    """
     words, tags = _list(row, "tokens"), _list(row, "tags")
     for index, word in enumerate(words):
         if not isinstance(word, str) or not word.strip():
             problem = "is empty" if isinstance(word, str) else f"is {json_type(word)}, not a string"
             raise BadRow("not a word", problem, field=f"tokens[{index}]")
     if len(words) != len(tags):
-        raise BadRow("tags do not fit", f"has {len(tags)} entries where tokens has {len(words)}", field="tags")
+        problem = f"has {len(tags)} entries, but tokens has {len(words)}"
+        raise BadRow("tags do not match tokens", problem, field="tags")
     if not words:
         raise BadRow("nothing to learn", "is empty", field="tokens")
     for index, tag in enumerate(tags):
-        _label(tag, f"tags[{index}]")
+        _check_label(tag, f"tags[{index}]")
     return TaggingExample(words, tags)
 
 
-def _label(value: object, field: str) -> None:
+def _check_label(value: object, field: str) -> None:
     if not isinstance(value, str | int | float):  # a bool is an int
         raise BadRow("not a label", f"is {json_type(value)}, not a name or number", field=field)
     if isinstance(value, int) and not isinstance(value, bool) and value < 0:
-        raise BadRow("no label", f"is {value}, which stands for a row without label", field=field)
+        raise BadRow("no label", f"is {value}, which marks a row without label", field=field)
     if value == "":
         raise BadRow("no label", "is empty", field=field)
 
 
-# In the order in which `auto` tries them: the more columns a format needs, the surer the match.
+# `format: auto` tries them in this order: a match of more columns is more certain.
 FORMATS: dict[FormatName, Format] = {
     "alpaca": Format(
         ("instruction", "output"),
@@ -225,7 +259,7 @@ FORMATS: dict[FormatName, Format] = {
     "messages": Format(("messages",), ("tools",), parse_messages, "messages with role and content, optional tools"),
     "sharegpt": Format(("conversations",), ("system", "tools"), parse_sharegpt, "conversations of from and value"),
     "tokens": Format(("input_ids",), ("labels", "attention_mask"), parse_tokens, "input_ids, optional labels"),
-    "text": Format(("text",), (), parse_text, "a document: every token is learnt, EOS at its end"),
+    "text": Format(("text",), (), parse_text, "a document: every token carries loss, EOS at its end"),
     "classification": Format(
         ("text", "label"),
         ("text_pair",),
@@ -236,7 +270,7 @@ FORMATS: dict[FormatName, Format] = {
 }
 
 
-# How `data.columns` is meant, for messages.
+# Examples of `data.columns`, for messages.
 COLUMN_EXAMPLES: dict[TaskName, str] = {
     "causal-lm": "{prompt: question, completion: answer}",
     "seq-cls": "{text: sentence, label: class}",
@@ -246,7 +280,7 @@ COLUMN_EXAMPLES: dict[TaskName, str] = {
 
 
 def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """`row` with the format's names for its columns, as `data.columns` says."""
+    """Return `row` with its columns renamed to those of the format; `columns` maps format column to file column."""
     if not columns:
         return row
     taken = {*columns, *columns.values()}
@@ -255,73 +289,75 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
 
 
 def parse_row(row: RawRow, name: FormatName) -> Example:
-    """`row` read as the named format.
+    """Parse `row` as the format `name`.
 
     Raises:
-        BadRow: it is not one.
+        BadRow: a required column is missing, or its content is invalid.
     """
-    wanted = FORMATS[name]
-    for column in wanted.required:
+    format_ = FORMATS[name]
+    for column in format_.required:
         if column not in row:
             raise BadRow("missing field", f"is missing; the row has {column_names(row)}", field=column)
-    return wanted.read(row)
+    return format_.parse(row)
 
 
 class DetectedFormat(NamedTuple):
-    """What `auto` made of a source."""
+    """The format of a source and the reason for it."""
 
     name: FormatName
     why: str
-    columns: dict[str, str]  # renames that the format needs here, as in data.columns
+    columns: dict[str, str]  # column names to change, in the form of data.columns
 
 
-def detect_format(places: Sequence[str], rows: Sequence[RawRow], task: TaskName = "causal-lm") -> DetectedFormat:
-    """The one format of the task that all the given first rows have; `places` names them in messages.
+def detect_format(locations: Sequence[str], rows: Sequence[RawRow], task: TaskName = "causal-lm") -> DetectedFormat:
+    """Return the one format of the task that fits the first rows of a source; `locations` names the rows in messages.
 
     Raises:
-        LoraError: none fits, or the rows disagree; names the rows.
+        LoraError: no format fits, or the rows have different formats.
     """
-    looks = [(place, row, _detect_one(place, row, task)) for place, row in zip(places, rows, strict=True)]
-    # Rows that look like nothing are bad rows, and reported as such; rows that look like something else are a mixture.
-    known = [(place, row, name) for place, row, name in looks if name is not None]
+    detected = [
+        (location, row, _detect_one(location, row, task)) for location, row in zip(locations, rows, strict=True)
+    ]
+    # Rows without a known format are ignored here: they are reported as bad rows when they are parsed.
+    known = [(location, row, name) for location, row, name in detected if name is not None]
     if not known:
         raise LoraError(
-            f"{places[0]}: no known format has these columns: {column_names(rows[0])}",
-            hint=f"map them, as in data.columns: {COLUMN_EXAMPLES[task]}",
+            f"{locations[0]}: no known format has these columns: {column_names(rows[0])}",
+            hint=f"map them with data.columns, for example {COLUMN_EXAMPLES[task]}",
         )
-    at, row, first = known[0]
-    for place, _, name in known:
+    first_location, row, first = known[0]
+    for location, _, name in known:
         if name != first:
             raise LoraError(
-                f"data: rows of several formats: {at} looks like {first}, {place} like {name}",
-                hint="set data.format, or list the rows of each format as a source of its own",
+                f"data: rows have different formats: {first_location} looks like {first}, {location} like {name}",
+                hint="set data.format, or list the rows of each format as a separate source",
             )
     if first == "messages" and "messages" not in row:
         return DetectedFormat("messages", "role and content in column conversations", {"messages": "conversations"})
-    seen = [column for column in (*FORMATS[first].required, *FORMATS[first].optional) if column in row]
-    return DetectedFormat(first, f"its rows have {' + '.join(seen)}", {})
+    present = [column for column in (*FORMATS[first].required, *FORMATS[first].optional) if column in row]
+    return DetectedFormat(first, f"its rows have {' + '.join(present)}", {})
 
 
-def _detect_one(place: str, row: RawRow, task: TaskName) -> FormatName | None:
+def _detect_one(location: str, row: RawRow, task: TaskName) -> FormatName | None:
     if task == "causal-lm" and "chosen" in row and "rejected" in row:
         raise LoraError(
-            f"{place}: a preference row (chosen and rejected answers), which `task: causal-lm` cannot learn from",
-            hint="to learn the chosen answers: format: prompt-completion, columns: {completion: chosen}",
+            f"{location}: is a preference row (chosen and rejected answers), which `task: causal-lm` does not support",
+            hint="to train on the chosen answers: format: prompt-completion, columns: {completion: chosen}",
         )
     turns = row.get("conversations") if task == "causal-lm" else None
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
         return "messages"
-    fitting = (name for name in FORMATS if name in TASK_FORMATS[task])
-    return next((name for name in fitting if all(c in row for c in FORMATS[name].required)), None)
+    candidates = (name for name in FORMATS if name in TASK_FORMATS[task])
+    return next((name for name in candidates if all(c in row for c in FORMATS[name].required)), None)
 
 
 def column_names(row: RawRow) -> str:
-    """The columns of a row, for a message."""
+    """Return the column names of a row for a message, at most eight of them."""
     names = [quote(name) if not name.isidentifier() else name for name in row]
     return (", ".join(names[:8]) + (", ..." if len(names) > 8 else "")) or "no fields"
 
 
-def _present(row: RawRow, field: str) -> Any:
+def _not_null(row: RawRow, field: str) -> Any:
     value = row[field]
     if value is None:
         raise BadRow("null field", "is null", field=field)
@@ -329,29 +365,29 @@ def _present(row: RawRow, field: str) -> Any:
 
 
 def _text(row: RawRow, field: str) -> str:
-    value = _present(row, field)
+    value = _not_null(row, field)
     if not isinstance(value, str):
         raise BadRow("not a string", f"is {json_type(value)}, not a string", field=field)
     return value
 
 
-def _optional(row: RawRow, field: str) -> str:
+def _optional_text(row: RawRow, field: str) -> str:
     return "" if row.get(field) is None else _text(row, field)
 
 
 def _list(row: RawRow, field: str) -> list[Any]:
-    value = _present(row, field)
+    value = _not_null(row, field)
     if isinstance(value, str):
-        # Tables (.csv, many .parquet files) hold lists as JSON text.
+        # Tables (.csv, many .parquet files) store lists as JSON text.
         value = parse_json_field(value, field=field)
     if not isinstance(value, list):
         raise BadRow("not a list", f"is {json_type(value)}, not a list", field=field)
     return value
 
 
-def _whole_numbers(row: RawRow, field: str) -> list[int]:
+def _integers(row: RawRow, field: str) -> list[int]:
     values = _list(row, field)
     for index, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise BadRow("not a token id", f"is {json_type(value)}, not a whole number", field=f"{field}[{index}]")
+            raise BadRow("not a token id", f"is {json_type(value)}, not an integer", field=f"{field}[{index}]")
     return values

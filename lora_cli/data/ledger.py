@@ -1,4 +1,4 @@
-"""Account for every row: what was read, kept, cut, left out and why. Pure: no tokenizer, no torch."""
+"""Dataset statistics: count every row that is read, kept, truncated or dropped. Pure: no tokenizer, no torch."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,80 +13,83 @@ from lora_cli.errors import LoraError
 
 @dataclass
 class Tally:
-    """What became of the rows of one source when they were encoded. Kept beside the encoded rows."""
+    """Counts of the rows of one source by encoding result. Stored with the encoded rows in the cache."""
 
     format: str = ""
-    why: str = ""  # how the format was settled
+    why: str = ""  # reason for the format
     read: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
-    cut: int = 0  # kept rows that lost their end to data.max_length
-    answers_cut: int = 0  # answers that lost a part of their tokens
-    ends_lost: int = 0  # answers that lost their end-of-turn token, those cut off whole included
-    splits: int = 0  # rows in which an answer began inside a token and was tokenised on its own
-    rewritten: int = 0  # answers that the chat template changed, reasoning left out say
-    labels_cut: int = 0  # labels, or target tokens, that rows lost with their end
-    ignored: dict[str, int] = field(default_factory=dict)  # columns that the format does not read: rows with them
-    labels: dict[str, Any] | None = None  # of a task that classifies: `labels.Found` of the rows, as a dictionary
+    cut: int = 0  # kept rows that were truncated to data.max_length
+    answers_cut: int = 0  # answers that lost a part of their tokens by truncation
+    ends_lost: int = 0  # answers that lost their end-of-turn token, completely lost answers included
+    splits: int = 0  # rows in which an answer began inside a token and was tokenized separately
+    rewritten: int = 0  # answers that the chat template changed, for example by omitting reasoning
+    labels_cut: int = 0  # labels or target tokens that were lost by truncation
+    ignored: dict[str, int] = field(default_factory=dict)  # rows by column that the format does not use
+    labels: dict[str, Any] | None = None  # classification: the fields of `class_labels.SourceLabels`
 
     def check(self) -> None:
-        """Every row read is kept or dropped for one reason: ours to hold, not the user's."""
+        """Assert that every row is either kept or dropped for one reason; a violation is a bug, not a user error."""
         assert self.read == self.kept + self.dropped.total(), self
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of `tally.json`."""
         return {**vars(self), "dropped": dict(self.dropped)}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Tally":
+        """Return the tally of a `tally.json`."""
         return cls(**{**stored, "dropped": Counter(stored["dropped"])})
 
 
 class Entry(NamedTuple):
-    """One source in one run: its tally, and what split and weight made of the rows kept."""
+    """One source in one run: its tally, and how split and weight use its kept rows."""
 
     source: str
     split: Literal["train", "eval"]
     content: str  # hash of the source's bytes
     tally: Tally
-    held_out: int  # rows given to evaluation
-    left_out: int  # rows that a weight below a whole number left out of every epoch
-    repeated: int  # further times that rows are seen in an epoch
+    held_out: int  # rows held out for evaluation
+    left_out: int  # rows that are in no epoch because of a weight below 1
+    repeated: int  # repetitions of rows in an epoch because of a weight above 1
 
     @property
     def rows(self) -> int:
-        """Rows that the split takes from this source."""
+        """Rows of this source in the split, repetitions included."""
         return self.tally.kept - self.held_out - self.left_out + self.repeated
 
 
 class Totals(NamedTuple):
-    """The rows of a split as the model will see them in one epoch."""
+    """Totals of a split in one epoch."""
 
     rows: int
     tokens: int
-    supervised: int  # tokens that carry loss
-    lengths: dict[str, int]  # quantiles, in tokens a row
+    supervised: int  # tokens that carry loss, or labels
+    lengths: dict[str, int]  # quantiles of tokens per row
 
     @classmethod
     def of(cls, lengths: npt.NDArray[np.int32], supervised: npt.NDArray[np.int32]) -> "Totals":
+        """Compute totals from the tokens and supervised tokens of each row, both int32 [rows]."""
         marks = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-        # The length of a row that is there, not a mean of two.
-        found = np.quantile(lengths, list(marks.values()), method="higher") if len(lengths) else [0] * len(marks)
-        quantiles = {name: int(value) for name, value in zip(marks, found, strict=True)}
+        # method="higher" gives the length of an existing row, not the mean of two.
+        values = np.quantile(lengths, list(marks.values()), method="higher") if len(lengths) else [0] * len(marks)
+        quantiles = {name: int(value) for name, value in zip(marks, values, strict=True)}
         return cls(len(lengths), int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64)), quantiles)
 
 
 class Ledger(NamedTuple):
-    """All sources and both splits."""
+    """The statistics of all sources and both splits."""
 
     entries: tuple[Entry, ...]
     train: Totals
     eval: Totals | None
-    leaked: int  # rows of an own evaluation source that are also trained on
-    unit: str = "supervised"  # what the totals count as supervised: tokens, or labels
-    labels: str | None = None  # what a classifier's head tells apart
+    leaked: int  # rows of separate evaluation sources that are also training rows
+    unit: str = "supervised"  # unit of `Totals.supervised`: supervised tokens, target tokens or labels
+    labels: str | None = None  # summary of a classifier's labels
 
     def check(self) -> None:
-        """The sums that hold in every ledger."""
+        """Assert that the counts of sources and splits add up."""
         for entry in self.entries:
             entry.tally.check()
         train = sum(entry.rows for entry in self.entries if entry.split == "train")
@@ -94,7 +97,7 @@ class Ledger(NamedTuple):
         assert (train, held) == (self.train.rows, self.eval.rows if self.eval else 0), self
 
     def to_json(self) -> dict[str, Any]:
-        """What goes to manifest.json."""
+        """Return the ledger for manifest.json."""
         return {
             "sources": [
                 {
@@ -115,21 +118,21 @@ class Ledger(NamedTuple):
         }
 
     def table(self) -> list[str]:
-        """The ledger for a reader, line by line."""
-        lines = [line for entry in self.entries for line in _entry(entry)]
+        """Return the lines of the ledger for messages."""
+        lines = [line for entry in self.entries for line in _entry_lines(entry)]
         if self.labels:
             lines.append(self.labels)
-        lines.append(_totals("train", self.train, self.unit))
+        lines.append(_totals_line("train", self.train, self.unit))
         if self.eval:
-            lines.append(_totals("eval", self.eval, self.unit))
+            lines.append(_totals_line("eval", self.eval, self.unit))
         if self.leaked:
             lines.append(
-                f"  {self.leaked:,} evaluation {_rows(self.leaked)} also in train: the loss on them is no test"
+                f"  {self.leaked:,} evaluation {_rows(self.leaked)} also in train: their loss is not a valid test"
             )
         return lines
 
 
-def _entry(entry: Entry) -> list[str]:
+def _entry_lines(entry: Entry) -> list[str]:
     tally = entry.tally
     parts = [f"{entry.rows:,} for {entry.split}"]
     if entry.held_out:
@@ -144,41 +147,42 @@ def _entry(entry: Entry) -> list[str]:
         f"  {tally.read:,} {_rows(tally.read)} read = {' + '.join(parts)}{repeated}",
     ]
     lines += [f"  dropped {count:,}: {reason}" for reason, count in tally.dropped.most_common()]
+    end_tokens = "end-of-turn token" if tally.ends_lost == 1 else "end-of-turn tokens"
     notes = {
-        f"{_rows(tally.cut)} cut at data.max_length": tally.cut,
-        f"answer{'s' * (tally.answers_cut != 1)} cut": tally.answers_cut,
-        f"end-of-turn token{'s' * (tally.ends_lost != 1)} lost: these answers teach no stopping": tally.ends_lost,
-        "labels or target tokens lost with the end of their row": tally.labels_cut,
-        f"{_rows(tally.splits)} with an answer that began inside a token: tokenised on its own": tally.splits,
-        "answers changed by the chat template (reasoning left out, say)": tally.rewritten,
+        f"{_rows(tally.cut)} truncated to data.max_length": tally.cut,
+        f"answer{'s' * (tally.answers_cut != 1)} truncated": tally.answers_cut,
+        f"{end_tokens} lost: the model cannot learn to stop from these answers": tally.ends_lost,
+        "labels or target tokens lost by truncation": tally.labels_cut,
+        f"{_rows(tally.splits)} with an answer that began inside a token and was tokenized separately": tally.splits,
+        "answers changed by the chat template (for example, reasoning omitted)": tally.rewritten,
     }
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
     if tally.labels and tally.labels["counts"]:
-        lines.append(f"  labels: {_counted(tally.labels['counts'])}")
+        lines.append(f"  labels: {_label_counts(tally.labels['counts'])}")
     if tally.ignored:
-        lines.append(f"  columns not read: {', '.join(tally.ignored)}")
+        lines.append(f"  columns not used: {', '.join(tally.ignored)}")
     return lines
 
 
-LABELS_SHOWN = 12
+LABELS_SHOWN = 12  # labels listed with their counts
 
 
-def _counted(counts: dict[str, int]) -> str:
-    """`positive 900 (47.2%), negative 1,005 (52.8%)`, the most frequent first."""
+def _label_counts(counts: dict[str, int]) -> str:
+    """Return `negative 1,005 (52.8%), positive 900 (47.2%)`, the most frequent label first."""
     total = sum(counts.values())
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    shown = ", ".join(f"{label} {count:,} ({count / total:.1%})" for label, count in ordered[:LABELS_SHOWN])
+    listed = ", ".join(f"{label} {count:,} ({count / total:.1%})" for label, count in ordered[:LABELS_SHOWN])
     rest = ordered[LABELS_SHOWN:]
-    return shown + (f" and {len(rest)} more, {sum(count for _, count in rest):,} in all" if rest else "")
+    return listed + (f" and {len(rest)} more labels with {sum(count for _, count in rest):,} in total" if rest else "")
 
 
-def _totals(name: str, totals: Totals, unit: str) -> str:
+def _totals_line(name: str, totals: Totals, unit: str) -> str:
     share = totals.supervised / max(1, totals.tokens)
     lengths = ", ".join(f"{mark} {length:,}" for mark, length in totals.lengths.items())
     counted = f"{totals.supervised:,} of them supervised ({share:.1%})" if unit == "supervised" else ""
     return (
         f"{name}: {totals.rows:,} {_rows(totals.rows)}, {totals.tokens:,} tokens, "
-        f"{counted or f'{totals.supervised:,} {unit}'}; tokens a row: {lengths}"
+        f"{counted or f'{totals.supervised:,} {unit}'}; tokens per row: {lengths}"
     )
 
 
@@ -186,11 +190,11 @@ def _rows(count: int) -> str:
     return "row" if count == 1 else "rows"
 
 
-def check_loss(entries: Sequence[Entry], *, limit: float) -> None:
-    """Stops a run that would lose more rows than the recipe allows.
+def check_dropped_share(entries: Sequence[Entry], *, limit: float) -> None:
+    """Check that a run does not drop more rows than the recipe allows.
 
     Raises:
-        LoraError: the share of rows dropped, for whatever reason, is above `limit`.
+        LoraError: the share of dropped rows is above `limit`.
     """
     read = sum(entry.tally.read for entry in entries)
     dropped: Counter[str] = Counter()
@@ -199,7 +203,7 @@ def check_loss(entries: Sequence[Entry], *, limit: float) -> None:
     if dropped.total() > limit * read:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.most_common(3))
         raise LoraError(
-            f"data: {dropped.total():,} of {read:,} rows are lost ({dropped.total() / read:.1%}), "
+            f"data: {dropped.total():,} of {read:,} rows are dropped ({dropped.total() / read:.1%}), "
             f"more than data.max_loss allows ({limit:.1%}): {reasons}",
-            hint="mend the rows, or raise data.max_loss",
+            hint="fix the rows, or raise data.max_loss",
         )

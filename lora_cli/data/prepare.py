@@ -1,4 +1,4 @@
-"""From a recipe's data section to rows of ids and labels for training and evaluation, every one accounted for."""
+"""Prepare the train and eval datasets of a recipe: tokenize the sources, split, weight, and count every row."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data import class_labels as labelling
+from lora_cli.data import class_labels
 from lora_cli.data.cache import EncodedSource, encode_source
 from lora_cli.data.class_labels import ClassLabels, SourceLabels
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.encode_classes import make_encoder
-from lora_cli.data.ledger import Entry, Ledger, Totals, check_loss
+from lora_cli.data.ledger import Entry, Ledger, Totals, check_dropped_share
 from lora_cli.data.sources import eval_sources, train_sources
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
@@ -27,21 +27,21 @@ SUPERVISED_UNITS = {
     "seq2seq-lm": "target tokens",
 }
 
-Index = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
+Index = npt.NDArray[np.int64]  # [rows]
+Hashes = npt.NDArray[np.uint64]  # [rows]
 
 
 class PreparedData(NamedTuple):
-    """The data of a run."""
+    """The datasets of a run."""
 
     train: EncodedDataset
     eval: EncodedDataset | None
     ledger: Ledger
-    labels: ClassLabels | None = None  # of a task that classifies
+    labels: ClassLabels | None = None  # of a classification task
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all ids and labels of both splits, in their order."""
+        """A hash of all ids and labels of both splits in order."""
         parts = [self.train.fingerprint, self.eval.fingerprint if self.eval else ""]
         parts += [repr(self.labels)] if self.labels else []
         return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
@@ -55,79 +55,80 @@ def prepare_data(
     cache: Path,
     info: Callable[[str], None],
     task: TaskName = "causal-lm",
-    own_labels: Sequence[str] = (),
+    base_labels: Sequence[str] = (),
     train_key: str = "data.train",
 ) -> PreparedData:
-    """Reads, checks, encodes and splits the rows that a recipe names.
+    """Read, check, encode and split the rows of a recipe.
 
     Args:
         spec: the recipe's data section.
         tokenizer: of the base model.
-        seed: picks the held-out rows, and those that a weight leaves out.
-        cache: folder for encoded rows; a second call with the same content, tokenizer and options maps them.
-        say: takes progress lines.
-        task: what the rows are to teach.
-        own_labels: names of the labels that the base's own head tells apart, if it has one.
-        train_key: what the user knows `spec.train` by.
+        seed: selects the held-out rows, and the rows that a fractional weight includes.
+        cache: folder for encoded rows, which later calls with the same content, tokenizer and options reuse.
+        info: prints a progress message.
+        task: the task of the model.
+        base_labels: label names of the base model's classification head, if it has one.
+        train_key: name of `spec.train` in messages: its recipe key or file name.
 
     Raises:
-        LoraError: no row, bad rows, a template that cannot be trained with, more loss than allowed, ...
+        LoraError: a source, the chat template or the labels cannot be used, no rows are left, or more rows are bad,
+            overlong or dropped than the recipe allows.
     """
     encoder = make_encoder(task, spec, tokenizer)
     train = [encode_source(source, spec, encoder, cache=cache, info=info) for source in train_sources(spec)]
-    own = [encode_source(source, spec, encoder, cache=cache, info=info) for source in eval_sources(spec)]
-    held = _held_out(train, spec.eval if isinstance(spec.eval, float) else 0.0, seed)
-    parts, entries = [], []
-    for number, (item, out) in enumerate(zip(train, held, strict=True)):
-        index = _weighted(np.flatnonzero(~out), item.source.spec.weight, salt=_salt(seed, "train", number))
-        parts.append((item.rows, index))
-        entries.append(_entry(item, "train", index, held_out=int(out.sum())))
-    evaluation = [(item.rows, np.flatnonzero(out)) for item, out in zip(train, held, strict=True)]
-    for number, item in enumerate(own):
-        index = _weighted(np.arange(len(item.rows)), item.source.spec.weight, salt=_salt(seed, "eval", number))
-        evaluation.append((item.rows, index))
+    separate_eval = [encode_source(source, spec, encoder, cache=cache, info=info) for source in eval_sources(spec)]
+    held_out = _held_out_masks(train, spec.eval if isinstance(spec.eval, float) else 0.0, seed)
+    train_parts, entries = [], []
+    for number, (item, mask) in enumerate(zip(train, held_out, strict=True)):
+        index = _apply_weight(np.flatnonzero(~mask), item.source.spec.weight, salt=_salt(seed, "train", number))
+        train_parts.append((item.rows, index))
+        entries.append(_entry(item, "train", index, held_out=int(mask.sum())))
+    eval_parts = [(item.rows, np.flatnonzero(mask)) for item, mask in zip(train, held_out, strict=True)]
+    for number, item in enumerate(separate_eval):
+        index = _apply_weight(np.arange(len(item.rows)), item.source.spec.weight, salt=_salt(seed, "eval", number))
+        eval_parts.append((item.rows, index))
         entries.append(_entry(item, "eval", index, held_out=0))
-    check_loss(entries, limit=_limit(spec))
-    labels, read = None, []
+    check_dropped_share(entries, limit=_max_dropped_share(spec))
+    labels, mappers = None, []
     if task in ("seq-cls", "token-cls"):
-        there = [_found(item) for item in [*train, *own]]
-        labels = labelling.resolve_labels(spec.labels, there[: len(train)], there[len(train) :], base=own_labels)
-        read = [labelling.label_mapper(labels, found) for found in there]
-    rows, tested = EncodedDataset(parts, read[: len(train)]), EncodedDataset(evaluation, read)
-    for split, name in ((rows, train_key), (tested, "data.eval")):
-        if not len(split) and (split is rows or own):
-            raise LoraError(f"{name}: no row is left", hint="see data.on_bad_row, data.overlong and the weights")
-    if not len(tested) and spec.eval is not None:
-        info("data.eval: there is only one row, so none is held out")
-    leaked = int(np.isin(tested.keys, rows.keys).sum()) if own else 0
+        found = [_source_labels(item) for item in [*train, *separate_eval]]
+        labels = class_labels.resolve_labels(spec.labels, found[: len(train)], found[len(train) :], base=base_labels)
+        mappers = [class_labels.label_mapper(labels, source) for source in found]
+    train_set, eval_set = EncodedDataset(train_parts, mappers[: len(train)]), EncodedDataset(eval_parts, mappers)
+    for split, name in ((train_set, train_key), (eval_set, "data.eval")):
+        if not len(split) and (split is train_set or separate_eval):
+            raise LoraError(f"{name}: no rows are left", hint="check data.on_bad_row, data.overlong and the weights")
+    if not len(eval_set) and spec.eval is not None:
+        info("data.eval: the data has only one row, so none is held out")
+    leaked = int(np.isin(eval_set.keys, train_set.keys).sum()) if separate_eval else 0
     ledger = Ledger(
         tuple(entries),
-        Totals.of(rows.lengths, rows.supervised),
-        Totals.of(tested.lengths, tested.supervised) if len(tested) else None,
+        Totals.of(train_set.lengths, train_set.supervised),
+        Totals.of(eval_set.lengths, eval_set.supervised) if len(eval_set) else None,
         leaked,
         SUPERVISED_UNITS[task],
         labels.describe() if labels else None,
     )
     ledger.check()
-    return PreparedData(rows, tested if len(tested) else None, ledger, labels)
+    return PreparedData(train_set, eval_set if len(eval_set) else None, ledger, labels)
 
 
-def _found(item: EncodedSource) -> SourceLabels:
+def _source_labels(item: EncodedSource) -> SourceLabels:
     stored = item.tally.labels
     if stored is None:
-        raise LoraError(f"{item.source.name}: no row is left", hint="see data.on_bad_row and data.overlong")
+        raise LoraError(f"{item.source.name}: no rows are left", hint="check data.on_bad_row and data.overlong")
     return SourceLabels(**stored)
 
 
-def _limit(spec: DataSpec) -> float:
+def _max_dropped_share(spec: DataSpec) -> float:
     if spec.max_loss is not None:
         return spec.max_loss
     return 0.0 if spec.overlong == "error" and spec.on_bad_row == "error" else 0.1
 
 
 def _entry(item: EncodedSource, split: str, index: Index, *, held_out: int) -> Entry:
-    there = item.tally.kept - held_out
-    left_out = there - len(np.unique(index))
+    available = item.tally.kept - held_out
+    left_out = available - len(np.unique(index))
     return Entry(
         source=item.source.name,
         split="train" if split == "train" else "eval",
@@ -135,35 +136,36 @@ def _entry(item: EncodedSource, split: str, index: Index, *, held_out: int) -> E
         tally=item.tally,
         held_out=held_out,
         left_out=left_out,
-        repeated=len(index) - (there - left_out),
+        repeated=len(index) - (available - left_out),
     )
 
 
-def _held_out(items: Sequence[EncodedSource], share: float, seed: int) -> list[npt.NDArray[np.bool_]]:
-    """Which rows go to evaluation: by a hash of their content, so that equal rows stay together.
+def _held_out_masks(items: Sequence[EncodedSource], share: float, seed: int) -> list[npt.NDArray[np.bool_]]:
+    """Return a mask of the rows held out for evaluation for each source, bool [rows].
 
-    Rows that are added or removed do not move others; only the two bounds do (never none, never all).
+    Rows are selected by a hash of their content, so that identical rows are in the same split. Adding or removing rows
+    does not move other rows, except to keep at least one row in each split.
     """
-    scores = [_mixed(item.rows.keys, _salt(seed, "eval", 0)) for item in items]
-    every = np.unique(np.concatenate([np.zeros(0, np.uint64), *scores]))
+    scores = [_hash(item.rows.keys, _salt(seed, "eval", 0)) for item in items]
+    distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *scores]))
     if not share or sum(map(len, scores)) < 2:
         return [np.zeros(len(score), bool) for score in scores]
-    if len(every) < 2:
+    if len(distinct) < 2:
         raise LoraError(
-            "data.eval: all rows are the same, so none can be held out for evaluation",
-            hint="set data.eval to null, or to rows of its own",
+            "data.eval: all rows are identical, so none can be held out for evaluation",
+            hint="set data.eval to null, or to a separate dataset",
         )
-    border = min(max(int(share * 2**64), int(every[0]) + 1), int(every[-1]))
-    return [score < np.uint64(border) for score in scores]
+    limit = min(max(int(share * 2**64), int(distinct[0]) + 1), int(distinct[-1]))
+    return [score < np.uint64(limit) for score in scores]
 
 
-def _weighted(index: Index, weight: float, *, salt: int) -> Index:
-    """The rows of one epoch: all as often as the whole part of the weight says, a seeded share once more."""
-    whole, rest = divmod(weight, 1.0)
-    count = round(rest * len(index))
-    # By a hash of the place, not of the content: of equal rows each is its own.
-    order = np.argsort(_mixed(index.astype(np.uint64), salt), kind="stable")
-    return np.concatenate([np.tile(index, int(whole)), np.sort(index[order[:count]])])
+def _apply_weight(index: Index, weight: float, *, salt: int) -> Index:
+    """Repeat all rows by the integer part of the weight, and a seeded selection of rows once for its fraction."""
+    repeats, fraction = divmod(weight, 1.0)
+    count = round(fraction * len(index))
+    # By a hash of the index, not of the content, so that identical rows are selected independently.
+    order = np.argsort(_hash(index.astype(np.uint64), salt), kind="stable")
+    return np.concatenate([np.tile(index, int(repeats)), np.sort(index[order[:count]])])
 
 
 def _salt(seed: int, purpose: str, number: int) -> int:
@@ -171,9 +173,9 @@ def _salt(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _mixed(values: Hashes, salt: int) -> Hashes:
-    """A hash of each value (SplitMix64), the same on every machine and with every NumPy."""
-    mixed = values + np.uint64(salt)  # arrays of unsigned integers wrap around, as the algorithm wants
+def _hash(values: Hashes, salt: int) -> Hashes:
+    """Return a hash of each value (SplitMix64) that does not depend on the machine or the NumPy version."""
+    mixed = values + np.uint64(salt)  # unsigned arrays wrap around on overflow, as the algorithm requires
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Read one data file row by row, with line numbers: a table from file suffix to generator. No tokenizer, no torch."""
+"""Read dataset files (JSONL, JSON, CSV, Parquet, text) row by row, with line numbers. No tokenizer, no torch."""
 
 import codecs
 import csv
@@ -12,37 +12,37 @@ from typing import Any, NamedTuple
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 
-CHUNK = 1 << 20  # characters of a .json array read at a time
+CHUNK = 1 << 20  # bytes of a .json file that are read at a time
 
-BLANKS = re.compile(r"[ \t\r\n]*")
+WHITESPACE = re.compile(r"[ \t\r\n]*")
 
-# A row of a file: its 1-based line, and the row or why it is none.
+# A 1-based line number, and the row of that line or the reason why it cannot be used.
 Line = tuple[int, dict[str, Any] | BadRow]
 
 
 class ParsedJson(NamedTuple):
-    """A JSON value, and what its syntax allows but a data row must not hold."""
+    """A JSON value, and the first problem that Python's JSON decoder accepts but a dataset row must not contain."""
 
     value: Any
-    end: int
+    end: int  # index of the first character after the value
     flaw: BadRow | None
 
 
 def parse_json(text: str, start: int = 0) -> ParsedJson:
-    """The JSON value at `start`; unlike `json.loads`, repeated keys, NaN and infinity are noticed.
+    """Parse the JSON value at index `start`; unlike `json.loads`, report repeated keys, NaN and infinity.
 
     Raises:
-        json.JSONDecodeError: the text is no JSON.
+        json.JSONDecodeError: the text is not JSON.
     """
     flaws: list[BadRow] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
+        result = dict(items)
+        if len(result) < len(items):
             keys = [key for key, _ in items]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            flaws.append(BadRow("repeated key", f"the key {quote(twice)} is there twice", field=twice))
-        return found
+            repeated = next(key for key in keys if keys.count(key) > 1)
+            flaws.append(BadRow("repeated key", f"the key {quote(repeated)} occurs twice", field=repeated))
+        return result
 
     def constant(name: str) -> None:
         flaws.append(BadRow("NaN or infinity", f"{name} is not a JSON value"))
@@ -54,39 +54,43 @@ def parse_json(text: str, start: int = 0) -> ParsedJson:
     except json.JSONDecodeError:
         raise
     except ValueError:  # Python refuses to convert numbers of thousands of digits
-        raise json.JSONDecodeError("a number of too many digits", text, start) from None
+        raise json.JSONDecodeError("a number with too many digits", text, start) from None
     if not flaws and text.find("\\u", start, end) >= 0:
         flaws.extend(filter(None, [find_invalid_characters(value)]))
     return ParsedJson(value, end, flaws[0] if flaws else None)
 
 
 def parse_json_field(text: str, *, field: str) -> Any:
-    """The JSON value that a cell or string field holds; raises `BadRow` where it holds none."""
+    """Parse the JSON text of a table cell or string field.
+
+    Raises:
+        BadRow: the text is not one JSON value.
+    """
     try:
         parsed = parse_json(text.strip())
     except json.JSONDecodeError:
-        raise BadRow("malformed JSON", "is a string that is no JSON", field=field) from None
+        raise BadRow("malformed JSON", "is a string, but not valid JSON", field=field) from None
     if parsed.end < len(text.strip()):
-        raise BadRow("malformed JSON", "is a string that is no JSON", field=field)
+        raise BadRow("malformed JSON", "is a string, but not valid JSON", field=field)
     if parsed.flaw is not None:
         raise BadRow(parsed.flaw.reason, f"in its JSON text: {parsed.flaw.problem}", field=field)
     return parsed.value
 
 
 def quote(value: object, limit: int = 40) -> str:
-    """`value` as a short quoted text that is safe to print."""
+    """Return `value` as a quoted text that is safe to print, at most `limit` characters long."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= limit else text[: limit - 4] + "..." + text[0]
 
 
 def find_invalid_characters(value: object, field: str = "") -> BadRow | None:
-    """Characters that are legal in a JSON escape, but no text: lone surrogates and NUL."""
+    """Return a BadRow for the first lone surrogate or NUL: JSON escapes can write them, but they are not text."""
     if isinstance(value, dict):
-        found = (
+        results = (
             find_invalid_characters(key, field) or find_invalid_characters(item, f"{field}.{key}" if field else key)
             for key, item in value.items()
         )
-        return next(filter(None, found), None)
+        return next(filter(None, results), None)
     if isinstance(value, list):
         return next(
             filter(None, (find_invalid_characters(item, f"{field}[{i}]") for i, item in enumerate(value))), None
@@ -94,17 +98,21 @@ def find_invalid_characters(value: object, field: str = "") -> BadRow | None:
     if not isinstance(value, str):
         return None
     if "\0" in value:
-        return BadRow("NUL character", "holds a NUL character", field=field or None)
+        return BadRow("NUL character", "contains a NUL character", field=field or None)
     if match := re.search("[\ud800-\udfff]", value):
         half = f"\\u{ord(match[0]):04x}"
-        return BadRow("lone surrogate", f"{half} is half a character (a lone surrogate)", field=field or None)
+        return BadRow("lone surrogate", f"contains {half}, a lone surrogate (half a character)", field=field or None)
     return None
 
 
 def decode_utf8(raw: bytes) -> str:
-    """`raw` as text; raises `BadRow` where it is none."""
+    """Decode one line.
+
+    Raises:
+        BadRow: it contains a NUL byte, or is not UTF-8.
+    """
     if b"\0" in raw:
-        raise BadRow("NUL byte", f"holds a NUL byte at byte {raw.index(0) + 1} of the line")
+        raise BadRow("NUL byte", f"contains a NUL byte at byte {raw.index(0) + 1} of the line")
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -113,35 +121,43 @@ def decode_utf8(raw: bytes) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, without BOM and line ends; blank ones are left out."""
+    """Yield the lines of a file with their 1-based numbers, without BOM and line ends; skip blank lines.
+
+    Raises:
+        LoraError: the file is UTF-16.
+    """
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
-            # Not strip(): blanks at the ends of a .txt line are text.
+            # Not strip(): spaces at the ends of a .txt line are part of the text.
             line = raw.removesuffix(b"\n").removesuffix(b"\r")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
                 if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise LoraError(f"{path}: is UTF-16", hint="save it as UTF-8")
+                    raise LoraError(f"{path}: is encoded as UTF-16", hint="save it as UTF-8")
             if line.strip():
                 yield number, line
 
 
 def require_object(value: Any) -> dict[str, Any]:
-    """`value` where it is a row; raises `BadRow` else."""
+    """Return `value` if it is a JSON object.
+
+    Raises:
+        BadRow: it is another JSON value.
+    """
     if not isinstance(value, dict):
-        raise BadRow("not an object", f"holds {json_type(value)} where an object of fields is due")
+        raise BadRow("not an object", f"is {json_type(value)}, not a JSON object")
     return value
 
 
 def json_type(value: object) -> str:
-    """The name of a JSON value's type, with its article."""
+    """Return the name of a JSON value's type, with its article: `a string`."""
     names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
     number = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
     return names.get(type(value), number)
 
 
 def read_jsonl(path: Path) -> Iterator[Line]:
-    """One JSON object a line."""
+    """Yield the rows of a file with one JSON object per line."""
     for number, raw in read_lines(path):
         try:
             text = decode_utf8(raw).strip()
@@ -152,67 +168,71 @@ def read_jsonl(path: Path) -> Iterator[Line]:
         except BadRow as bad:
             yield number, bad
         except json.JSONDecodeError as error:
-            problem = f"malformed JSON at column {error.colno}: {_plain(error.msg)}"
+            problem = f"malformed JSON at column {error.colno}: {_shorten(error.msg)}"
             yield number, BadRow("malformed JSON", problem)
 
 
-def _plain(message: str) -> str:
+def _shorten(message: str) -> str:
     return message[:1].lower() + message[1:].removesuffix(" starting at")
 
 
 def read_json(path: Path) -> Iterator[Line]:
-    """One array of objects, decoded object by object, so that memory holds a chunk and not the file."""
+    """Yield the rows of a file with one array of objects, with only a chunk of the file in memory.
 
-    def broken(line: int, problem: str) -> LoraError:
+    Raises:
+        LoraError: the file is not an array, or not valid JSON.
+    """
+
+    def malformed(line: int, problem: str) -> LoraError:
         return LoraError(
             f"{path}:{line}: malformed JSON: {problem}",
-            hint="rows behind this place cannot be told apart: mend the file (in .jsonl one bad line is one bad row)",
+            hint="the rows after it cannot be read: fix the file (in .jsonl, a bad line affects only its own row)",
         )
 
-    window = _JsonStream(path, broken)
-    if window.skip_blanks() != "[":
+    window = _JsonStream(path, malformed)
+    if window.skip_whitespace() != "[":
         if window.peek() == "":
             return
-        found = "an object" if window.peek() == "{" else "no array"
+        problem = "is an object, not an array of rows" if window.peek() == "{" else "is not an array of rows"
         raise LoraError(
-            f"{path}:{window.line}: holds {found}, where an array of rows is due: [{{...}}, {{...}}]",
-            hint="if it holds one object a line, name it .jsonl",
+            f"{path}:{window.line}: {problem}: [{{...}}, {{...}}]",
+            hint="if it has one object per line, rename it to .jsonl",
         )
     window.advance(1)
-    if window.skip_blanks() == "]":
+    if window.skip_whitespace() == "]":
         window.advance(1)
     else:
         while True:
-            window.skip_blanks()
+            window.skip_whitespace()
             line = window.line
             parsed = window.decode()
             try:
                 yield line, parsed.flaw or require_object(parsed.value)
             except BadRow as bad:
                 yield line, bad
-            mark = window.skip_blanks()
-            if mark not in {",", "]"}:
-                raise broken(window.line, f"expected ',' or ']' behind a row, found {_mark(mark)}")
+            character = window.skip_whitespace()
+            if character not in {",", "]"}:
+                raise malformed(window.line, f"expected ',' or ']' after a row, found {_describe_character(character)}")
             window.advance(1)
-            if mark == "]":
+            if character == "]":
                 break
-    if mark := window.skip_blanks():
-        raise broken(window.line, f"{_mark(mark)} behind the end of the array")
+    if character := window.skip_whitespace():
+        raise malformed(window.line, f"found {_describe_character(character)} after the end of the array")
 
 
-def _mark(character: str) -> str:
+def _describe_character(character: str) -> str:
     return quote(character) if character else "the end of the file"
 
 
 class _JsonStream:
-    """The part of a JSON file that is being looked at: it moves forward and counts lines."""
+    """A window over a JSON file that moves forward and counts lines."""
 
-    def __init__(self, path: Path, broken: Callable[[int, str], LoraError]) -> None:
+    def __init__(self, path: Path, malformed: Callable[[int, str], LoraError]) -> None:
         self.line = 1
-        self._broken = broken
+        self._malformed = malformed
         self._chunks = self._read(path)
         self._text = ""
-        self._at = 0
+        self._position = 0
 
     def _read(self, path: Path) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
@@ -221,64 +241,78 @@ class _JsonStream:
                 try:
                     text = decoder.decode(raw)
                 except UnicodeDecodeError as error:
-                    line = self.line + self._text.count("\n", self._at) + error.object.count(b"\n", 0, error.start)
-                    raise self._broken(line, f"byte 0x{error.object[error.start]:02x} is not UTF-8") from None
-                if text:  # "" means the end to whoever reads on
+                    line = self._last_line() + error.object.count(b"\n", 0, error.start)
+                    raise self._malformed(line, f"byte 0x{error.object[error.start]:02x} is not UTF-8") from None
+                if text:  # an empty chunk means the end of the file to `_grow`
                     yield text
         if decoder.getstate()[0]:
-            raise self._broken(self.line + self._text.count("\n", self._at), "the file ends within a character")
+            raise self._malformed(self._last_line(), "the file ends within a character")
+
+    def _last_line(self) -> int:
+        return self.line + self._text.count("\n", self._position)
 
     def _grow(self) -> bool:
-        """Reads on, at least doubling the window: a row of many chunks is not decoded once a chunk."""
-        wanted = max(CHUNK, len(self._text) - self._at)
-        pieces = [self._text[self._at :]]
+        """Read more text; False at the end of the file.
+
+        Doubles the window at least, so that a row of many chunks is not decoded again after each chunk.
+        """
+        needed = max(CHUNK, len(self._text) - self._position)
+        pieces = [self._text[self._position :]]
         grown = 0
-        while grown < wanted and (chunk := next(self._chunks, "")):
+        while grown < needed and (chunk := next(self._chunks, "")):
             pieces.append(chunk)
             grown += len(chunk)
-        self._text, self._at = "".join(pieces), 0
+        self._text, self._position = "".join(pieces), 0
         return grown > 0
 
     def peek(self) -> str:
-        return self._text[self._at : self._at + 1]
+        return self._text[self._position : self._position + 1]
 
     def advance(self, count: int) -> None:
-        self.line += self._text.count("\n", self._at, self._at + count)
-        self._at += count
+        self.line += self._text.count("\n", self._position, self._position + count)
+        self._position += count
 
-    def skip_blanks(self) -> str:
-        """Moves to the next character that is no blank and returns it, or '' at the end of the file."""
+    def skip_whitespace(self) -> str:
+        """Move to the next character that is not white space and return it, or '' at the end of the file."""
         while True:
-            blanks = BLANKS.match(self._text, self._at)
-            self.advance(blanks.end() - self._at if blanks else 0)
+            whitespace = WHITESPACE.match(self._text, self._position)
+            self.advance(whitespace.end() - self._position if whitespace else 0)
             if self.peek() or not self._grow():
                 return self.peek()
 
     def decode(self) -> ParsedJson:
-        """The value at the window's start, which moves behind it."""
+        """Parse the value at the start of the window and move the window behind it.
+
+        Raises:
+            LoraError: the value is not valid JSON.
+        """
         while True:
             try:
-                parsed = parse_json(self._text, self._at)
+                parsed = parse_json(self._text, self._position)
             except json.JSONDecodeError as error:
-                # Cut-off text fails at its very end or inside a string; anything else is really malformed.
+                # The end of the window can cause an error at the end of the text or in a string; other errors are real.
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - 12
                 if cut_off and self._grow():
                     continue
-                at_line = self.line + self._text.count("\n", self._at, error.pos)
-                raise self._broken(at_line, _plain(error.msg)) from None
+                at_line = self.line + self._text.count("\n", self._position, error.pos)
+                raise self._malformed(at_line, _shorten(error.msg)) from None
             if parsed.end == len(self._text) and self._grow():
-                continue  # a number may go on in the next chunk
-            self.advance(parsed.end - self._at)
+                continue  # a number may continue in the next chunk
+            self.advance(parsed.end - self._position)
             return parsed
 
 
 def read_csv(path: Path) -> Iterator[Line]:
-    """Comma-separated cells under a header line."""
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB a cell is less than a long document
+    """Yield the rows of a file of comma-separated cells with a header line.
+
+    Raises:
+        LoraError: the header or the quotes are wrong.
+    """
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB per cell, is too small for a long document
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline()
         file.seek(0)
-        # A file with CRLF line ends has them within its quoted cells too: the same text as with LF.
+        # Line ends within quoted cells become LF too, so that a file with CRLF gives the same text as one with LF.
         text = (line.replace("\r\n", "\n") for line in file) if first.endswith("\r\n") else file
         cells = csv.reader(text, strict=True)
         header: list[str] = []
@@ -295,16 +329,16 @@ def read_csv(path: Path) -> Iterator[Line]:
         except csv.Error as error:
             raise LoraError(
                 f"{path}:{line}: malformed CSV: {error}",
-                hint='rows behind this place cannot be told apart: mend the quotes (a quote within quotes is "")',
+                hint='the rows after it cannot be read: fix the quotes (a quote in a quoted cell is written "")',
             ) from None
 
 
 def _header(path: Path, names: list[str]) -> list[str]:
-    problems = [f"the column {quote(name)} is there twice" for name in names if names.count(name) > 1]
+    problems = [f"the column {quote(name)} occurs twice" for name in names if names.count(name) > 1]
     problems += [f"column {i} has no name" for i, name in enumerate(names, 1) if not name.strip()]
     problems += ["the names are not UTF-8" for name in names if re.search("[\ud800-\udfff]", name)]
     if problems:
-        raise LoraError(f"{path}:1: {problems[0]}", hint="the first line of a .csv file names its columns, each once")
+        raise LoraError(f"{path}:1: {problems[0]}", hint="the first line of a .csv file must name every column once")
     return names
 
 
@@ -314,15 +348,19 @@ def _csv_row(header: list[str], row: list[str]) -> dict[str, Any] | BadRow:
     values = dict(zip(header, row, strict=True))
     for name, cell in values.items():
         if "\0" in cell:
-            return BadRow("NUL byte", "holds a NUL byte", field=name)
+            return BadRow("NUL byte", "contains a NUL byte", field=name)
         if match := re.search("[\ud800-\udfff]", cell):
             return BadRow("not UTF-8", f"is not UTF-8: byte 0x{ord(match[0]) - 0xDC00:02x}", field=name)
     return values
 
 
 def read_parquet(path: Path) -> Iterator[Line]:
-    """Rows of a Parquet file, numbered from 1."""
-    # pyarrow takes half a second to import, and most data is JSON.
+    """Yield the rows of a Parquet file, numbered from 1.
+
+    Raises:
+        LoraError: the file cannot be read.
+    """
+    # Imported here because pyarrow takes half a second to import, and most data is JSON.
     import pyarrow
     from pyarrow import parquet
 
@@ -334,12 +372,12 @@ def read_parquet(path: Path) -> Iterator[Line]:
                 number += 1
                 yield number, row
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        found = str(error).splitlines()[0]
-        raise LoraError(f"{path}: not a readable Parquet file: {found}", hint="write the file again") from None
+        first_line = str(error).splitlines()[0]
+        raise LoraError(f"{path}: not a readable Parquet file: {first_line}", hint="write the file again") from None
 
 
 def read_txt(path: Path) -> Iterator[Line]:
-    """One row a line that is not blank, as `datasets` reads text; its field is `text`."""
+    """Yield one row with the field `text` for each line that is not blank, as `datasets` reads text files."""
     for number, raw in read_lines(path):
         try:
             yield number, {"text": decode_utf8(raw)}

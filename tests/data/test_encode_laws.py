@@ -1,4 +1,4 @@
-"""Laws of encoding, on random conversations: same ids as transformers, same text back, answers and ends learnt."""
+"""Properties of encoding random conversations: ids as in transformers, text preserved, exact answer spans."""
 
 import pytest
 from hypothesis import given, settings
@@ -45,7 +45,7 @@ def text_of(encoder: CausalLMEncoder, ids: list[int]) -> str:
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations)
 def test_conversations(family: str, messages: list[dict[str, str]]):
-    tokenizer, end, written = FAMILIES[family]
+    tokenizer, end, as_rendered = FAMILIES[family]
     encoder = ENCODERS[family]
     (row,) = encoder.encode([Conversation(messages, None)])
     assert isinstance(row, EncodedRow)
@@ -53,7 +53,7 @@ def test_conversations(family: str, messages: list[dict[str, str]]):
     assert text_of(encoder, ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     if not row.split:
         assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
-    answers = [written(message["content"]) + end for message in messages if message["role"] == "assistant"]
+    answers = [as_rendered(message["content"]) + end for message in messages if message["role"] == "assistant"]
     assert [text_of(encoder, ids[start:stop]) for start, stop in row.supervised_spans] == answers
 
 
@@ -62,7 +62,7 @@ def test_conversations(family: str, messages: list[dict[str, str]]):
 def test_completions(prompt: str, completion: str):
     encoder = ENCODERS["chatml"]
     (row,) = encoder.encode([PromptCompletion(prompt, completion)])
-    if isinstance(row, BadRow):  # a first token alone carries no loss
+    if isinstance(row, BadRow):  # a single token carries no loss
         assert row.reason in {"nothing to learn", "answer begins inside a token"}
         return
     ids = row.ids.tolist()
@@ -73,20 +73,20 @@ def test_completions(prompt: str, completion: str):
 
 @settings(max_examples=60, deadline=None)
 @given(text=content, length=st.integers(2, 30))
-def test_a_cut_row_is_a_prefix_and_keeps_its_labels(text: str, length: int):
+def test_a_truncated_row_is_a_prefix_and_keeps_its_labels(text: str, length: int):
     (row,) = ENCODERS["chatml"].encode([Document(text * 3)])
     assert isinstance(row, EncodedRow)
-    cut = truncate_row(row, length)
-    assert cut.ids.tolist() == row.ids.tolist()[:length]
-    assert cut.supervised == min(row.supervised, length - 1)
-    assert (cut.key == row.key) == (len(row.ids) <= length)
+    truncated = truncate_row(row, length)
+    assert truncated.ids.tolist() == row.ids.tolist()[:length]
+    assert truncated.supervised == min(row.supervised, length - 1)
+    assert (truncated.key == row.key) == (len(row.ids) <= length)
 
 
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations, token=st.sampled_from(["<|im_start|>", "<|im_end|>"]), at=st.integers(0, 5))
-def test_control_tokens_never_pass(messages: list[dict[str, str]], token: str, at: int):
-    place = at % len(messages)
-    messages[place] = {**messages[place], "content": messages[place]["content"] + token}
+def test_control_tokens_in_messages_are_rejected(messages: list[dict[str, str]], token: str, at: int):
+    index = at % len(messages)
+    messages[index] = {**messages[index], "content": messages[index]["content"] + token}
     (row,) = ENCODERS["chatml"].encode([Conversation(messages, None)])
     assert isinstance(row, BadRow)
     assert row.reason == "control token in the text"

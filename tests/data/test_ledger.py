@@ -1,4 +1,4 @@
-"""Every row is accounted for, whatever happens to it; splits and weights are seeded, disjoint and stable."""
+"""The ledger counts every row; splits and weights are seeded, disjoint and stable."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ def texts(*values: object) -> str:
     return "".join(json.dumps({"text": value}) + "\n" for value in values)
 
 
-def words_of(data: PreparedData, tokenizer) -> tuple[list[str], list[str]]:
+def decoded_texts(data: PreparedData, tokenizer) -> tuple[list[str], list[str]]:
     splits = (data.train, data.eval or [])
     return tuple([tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in rows] for rows in splits)
 
@@ -37,7 +37,7 @@ flawed = st.sampled_from(["nope\n", texts(None), texts(3), texts(""), '{"txt": 1
     share=st.sampled_from([None, 0.01, 0.3, 0.9]),
     seed=st.integers(0, 3),
 )
-def test_the_sums_hold(chatml, tmp_path_factory, files, weights, overlong, share, seed):
+def test_counts_add_up(chatml, tmp_path_factory, files, weights, overlong, share, seed):
     folder: Path = tmp_path_factory.mktemp("rows")
     sources = []
     for number, (lines, weight) in enumerate(zip(files, weights, strict=False)):
@@ -48,7 +48,7 @@ def test_the_sums_hold(chatml, tmp_path_factory, files, weights, overlong, share
     try:
         data = prepare_data(spec, chatml, seed=seed, cache=folder / "cache", info=lambda line: None)
     except LoraError as error:
-        if "no row is left" not in error.message and "all rows are the same" not in error.message:
+        if "no rows are left" not in error.message and "all rows are identical" not in error.message:
             raise
         return
     for lines, entry in zip(files, data.ledger.entries, strict=True):
@@ -61,8 +61,8 @@ def test_the_sums_hold(chatml, tmp_path_factory, files, weights, overlong, share
     assert data.ledger.train.tokens == sum(len(row.input_ids) for row in data.train)
     assert data.ledger.train.supervised == sum((row.labels != -100).sum() for row in data.train)
     assert data.ledger.train.lengths["max"] == data.train.lengths.max() <= 20
-    train, held = words_of(data, chatml)
-    assert not set(train) & set(held)
+    train, held_out = decoded_texts(data, chatml)
+    assert not set(train) & set(held_out)
     json.dumps(data.ledger.to_json())
     assert data.ledger.table()
 
@@ -72,43 +72,43 @@ HALF = texts(*[f"row {i}" for i in range(200)])
 
 
 def test_held_out_rows_stay_when_rows_are_added(prepared: Prepare, chatml):
-    before = words_of(prepared(chatml, files={"train.jsonl": ROWS}, eval=0.1), chatml)[1]
-    after = words_of(prepared(chatml, files={"train.jsonl": texts("new") + HALF}, eval=0.1), chatml)[1]
-    kept = set(words_of(prepared(chatml, files={"train.jsonl": HALF}), chatml)[0])
+    before = decoded_texts(prepared(chatml, files={"train.jsonl": ROWS}, eval=0.1), chatml)[1]
+    after = decoded_texts(prepared(chatml, files={"train.jsonl": texts("new") + HALF}, eval=0.1), chatml)[1]
+    kept = set(decoded_texts(prepared(chatml, files={"train.jsonl": HALF}), chatml)[0])
     assert 20 <= len(before) <= 60
     assert set(before) & kept == set(after) - {"new"}
-    other = words_of(prepared(chatml, files={"train.jsonl": ROWS}, eval=0.1, seed=1), chatml)[1]
+    other = decoded_texts(prepared(chatml, files={"train.jsonl": ROWS}, eval=0.1, seed=1), chatml)[1]
     assert set(other) != set(before)
 
 
-def test_equal_rows_are_on_one_side(prepared: Prepare, chatml):
+def test_identical_rows_are_in_the_same_split(prepared: Prepare, chatml):
     data = prepared(chatml, files={"train.jsonl": texts(*[f"row {i % 7}" for i in range(70)])}, eval=0.4)
-    train, held = words_of(data, chatml)
-    assert not set(train) & set(held)
-    assert Counter(train) + Counter(held) == Counter({f"row {i}": 10 for i in range(7)})
+    train, held_out = decoded_texts(data, chatml)
+    assert not set(train) & set(held_out)
+    assert Counter(train) + Counter(held_out) == Counter({f"row {i}": 10 for i in range(7)})
 
 
-def test_one_row_is_held_out_at_least_and_one_is_trained_on(prepared: Prepare, chatml):
+def test_each_split_gets_at_least_one_row(prepared: Prepare, chatml):
     two = {"train.jsonl": texts("one", "two")}
     assert len(prepared(chatml, files=two, eval=0.000001).eval or []) == 1
     assert len(prepared(chatml, files=two, eval=0.999999).train) == 1
-    said: list[str] = []
-    single = prepared(chatml, files={"train.jsonl": texts("one")}, eval=0.5, info=said.append)
+    messages: list[str] = []
+    single = prepared(chatml, files={"train.jsonl": texts("one")}, eval=0.5, info=messages.append)
     assert single.eval is None
-    assert said[-1] == "data.eval: there is only one row, so none is held out"
+    assert messages[-1] == "data.eval: the data has only one row, so none is held out"
 
 
 def test_weights_repeat_and_leave_out(prepared: Prepare, chatml):
-    def seen(weight: float, seed: int = 0) -> Counter[str]:
+    def counts(weight: float, seed: int = 0) -> Counter[str]:
         source = [{"path": "train.jsonl", "weight": weight}]
-        return Counter(words_of(prepared(chatml, files={"train.jsonl": ROWS}, train=source, seed=seed), chatml)[0])
+        return Counter(decoded_texts(prepared(chatml, files={"train.jsonl": ROWS}, train=source, seed=seed), chatml)[0])
 
-    assert set(seen(2).values()) == {2}
-    half, more = seen(0.5), seen(1.5)
+    assert set(counts(2).values()) == {2}
+    half, more = counts(0.5), counts(1.5)
     assert (len(half), set(half.values())) == (200, {1})
     assert (len(more), sum(more.values())) == (400, 600)
     assert {row for row, count in more.items() if count == 2} == set(half)
-    assert seen(0.5, seed=1) != half
+    assert counts(0.5, seed=1) != half
     entry = prepared(chatml, train=[{"path": "train.jsonl", "weight": 2.5}], eval=0.1).ledger.entries[0]
     assert entry.repeated == entry.rows - (400 - entry.held_out) > 0
 
@@ -117,10 +117,10 @@ def test_leaked_rows_are_counted(prepared: Prepare, chatml):
     files = {"train.jsonl": texts("a", "b", "c"), "test.jsonl": texts("b", "x", "b")}
     data = prepared(chatml, files=files, eval="test.jsonl")
     assert data.ledger.leaked == 2
-    assert "  2 evaluation rows also in train: the loss on them is no test" in data.ledger.table()
+    assert "  2 evaluation rows also in train: their loss is not a valid test" in data.ledger.table()
 
 
-def test_the_table_says_it_all(prepared: Prepare, chatml):
+def test_the_table_lists_all_counts(prepared: Prepare, chatml):
     rows = [{"text": "row " + "x" * i, "id": i} for i in range(18)]
     files = {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows) + "nope\n"}
     data = prepared(chatml, files=files, on_bad_row="skip", overlong="truncate", max_length=12, eval=0.2)
@@ -128,19 +128,19 @@ def test_the_table_says_it_all(prepared: Prepare, chatml):
         "train.jsonl: text (its rows have text)",
         f"  19 rows read = {len(data.train)} for train + {len(data.eval or [])} held out for eval + 1 dropped",
         "  dropped 1: malformed JSON",
-        "  9 rows cut at data.max_length",
-        "  9 answers cut",
-        "  9 end-of-turn tokens lost: these answers teach no stopping",
-        "  columns not read: id",
+        "  9 rows truncated to data.max_length",
+        "  9 answers truncated",
+        "  9 end-of-turn tokens lost: the model cannot learn to stop from these answers",
+        "  columns not used: id",
         *data.ledger.table()[-2:],
     ]
     assert data.ledger.table()[-1].startswith(f"eval: {len(data.eval or [])} row")
 
 
-def test_more_loss_than_allowed_stops_the_run(prepared: Prepare, chatml):
+def test_dropping_more_rows_than_allowed_stops_the_run(prepared: Prepare, chatml):
     files = {"train.jsonl": ROWS + "nope\n" * 100}
     with pytest.raises(
-        LoraError, match=r"100 of 500 rows are lost \(20.0%\), more than data.max_loss allows \(10.0%\)"
+        LoraError, match=r"100 of 500 rows are dropped \(20.0%\), more than data.max_loss allows \(10.0%\)"
     ):
         prepared(chatml, files=files, on_bad_row="skip")
     assert len(prepared(chatml, on_bad_row="skip", max_loss=0.2).train) == 400

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same rows, with places that are right."""
+"""Every kind of source gives the same rows, with correct locations."""
 
 import csv
 import io
@@ -62,7 +62,7 @@ def test_same_rows_same_tokens(prepared, chatml, name: str):
     assert [row.where.split(":")[0] for row in data.train] == [name] * 5
 
 
-def test_places_are_lines(tmp_path):
+def test_locations_are_line_numbers(tmp_path):
     text = 'prompt,completion\na,"b\nc"\n\n"d\n\ne",f\ng,h\n'
     (tmp_path / "x.csv").write_text(text)
     assert [line for line, _ in readers.read_csv(tmp_path / "x.csv")] == [2, 5, 8]
@@ -86,18 +86,18 @@ values = st.recursive(
     indent=st.none() | st.integers(0, 3),
     plain=st.booleans(),
 )
-def test_a_json_array_reads_the_same_in_any_chunks(tmp_path_factory, rows, chunk, indent, plain):
+def test_a_json_array_reads_the_same_with_any_chunk_size(tmp_path_factory, rows, chunk, indent, plain):
     path = tmp_path_factory.mktemp("json") / "x.json"
     path.write_bytes(json.dumps(rows, indent=indent, ensure_ascii=plain).encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "CHUNK", chunk)
-        found = list(readers.read_json(path))
+        lines = list(readers.read_json(path))
     flawed = [readers.find_invalid_characters(row) is not None for row in rows]
-    assert [row for (_, row), bad in zip(found, flawed, strict=True) if not bad] == [
+    assert [row for (_, row), bad in zip(lines, flawed, strict=True) if not bad] == [
         row for row, bad in zip(rows, flawed, strict=True) if not bad
     ]
-    # A NUL that is not escaped is a control character, which JSON does not have in strings either way.
-    assert [isinstance(row, BadRow) for _, row in found] == flawed
+    # An unescaped NUL is a control character, which JSON strings may not contain.
+    assert [isinstance(row, BadRow) for _, row in lines] == flawed
 
 
 def test_a_folder_is_read_in_order_without_hidden_files(prepared, chatml):
@@ -117,9 +117,9 @@ def test_a_folder_is_read_in_order_without_hidden_files(prepared, chatml):
 def test_saved_datasets(prepared, chatml, tmp_path):
     import datasets
 
-    whole = datasets.Dataset.from_list(ROWS)
-    whole.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": whole, "test": whole.select([0])}).save_to_disk(str(tmp_path / "many"))
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(str(tmp_path / "many"))
     plain = prepared(chatml, files={"train.jsonl": jsonl(ROWS)})
     assert prepared(chatml, train="one").fingerprint == plain.fingerprint
     data = prepared(chatml, train="many", eval="many")
@@ -129,29 +129,29 @@ def test_saved_datasets(prepared, chatml, tmp_path):
     assert data.ledger.leaked == 1
     with pytest.raises(LoraError, match="many has no split 'dev'") as caught:
         prepared(chatml, train=[{"path": "many", "split": "dev"}])
-    assert str(caught.value.hint).startswith("its splits are train, test")
+    assert str(caught.value.hint).startswith("set `split` to one of train, test")
 
 
-def test_a_hub_dataset_that_cannot_be_had_is_one_line(prepared, chatml, monkeypatch):
+def test_an_unavailable_hub_dataset_gives_a_one_line_message(prepared, chatml, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(LoraError, match="owner/rows is no local file or folder") as caught:
+    with pytest.raises(LoraError, match="owner/rows is not a local file or folder") as caught:
         prepared(chatml, train="owner/rows")
     assert "\n" not in caught.value.message
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands for the hub, which is out of reach: the dataset that `datasets.load_dataset` would hand over."""
+    """Return a function that sets the dataset which `datasets.load_dataset` returns, as tests cannot reach the hub."""
     import datasets
 
-    def serve(whole: datasets.Dataset, subsets: tuple[str, ...] = ()) -> None:
+    def serve(dataset: datasets.Dataset, subsets: tuple[str, ...] = ()) -> None:
         def load(path: str, name: str | None, *, split: str | None) -> object:
             assert path == "owner/rows"
             if subsets and name not in subsets:
                 raise ValueError(f"Config name is missing.\nPlease pick one among the available configs: {subsets}")
-            return whole if split else datasets.DatasetDict({"train": whole})
+            return dataset if split else datasets.DatasetDict({"train": dataset})
 
         monkeypatch.setattr(datasets, "load_dataset", load)
 
@@ -191,11 +191,11 @@ def test_numbered_classes_are_read_by_their_names(tmp_path):
     [source] = train_sources(DataSpec(train=str(tmp_path / "saved")))
     assert [record.row for record in read_records(source)] == [
         {"text": "a", "label": "yes", "tags": ["no", "yes"]},
-        {"text": "b", "label": -1, "tags": []},  # as in the test splits of GLUE: no label, and said so
+        {"text": "b", "label": -1, "tags": []},  # no label, as in the test splits of GLUE
     ]
 
 
-def test_columns_are_renamed_and_the_rest_is_named(prepared, chatml):
+def test_columns_are_renamed_and_unused_columns_are_listed(prepared, chatml):
     rows = [{"q": row["prompt"], "a": row["completion"], "id": i, "prompt": "not this"} for i, row in enumerate(ROWS)]
     data = prepared(
         chatml, files={"train.jsonl": jsonl(rows)}, columns={"prompt": "q"}, train=[
@@ -203,26 +203,26 @@ def test_columns_are_renamed_and_the_rest_is_named(prepared, chatml):
         ]
     )  # fmt: skip
     assert data.fingerprint == prepared(chatml, files={"train.jsonl": jsonl(ROWS)}).fingerprint
-    assert "  columns not read: id" in data.ledger.table()
+    assert "  columns not used: id" in data.ledger.table()
 
 
-def test_reading_alone_counts_rows(tmp_path, monkeypatch):
+def test_check_without_tokenizer_counts_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text(jsonl(ROWS) + "nope\n")
     (tmp_path / "test.csv").write_text(csv_of(ROWS))
-    said: list[str] = []
+    messages: list[str] = []
     spec = DataSpec(train="train.jsonl", eval="test.csv", on_bad_row="skip")
-    first, second = check_rows(spec, "causal-lm", said.append)
+    first, second = check_rows(spec, "causal-lm", messages.append)
     assert (first.read, first.bad) == (6, {"malformed JSON": 1})
     assert (second.source, second.format, second.read, second.bad) == ("test.csv", "prompt-completion", 5, {})
-    assert said[1] == "skipped train.jsonl:6: malformed JSON at column 1: expecting value"
+    assert messages[1] == "skipped train.jsonl:6: malformed JSON at column 1: expecting value"
 
 
 def test_every_format_of_the_recipe_is_in_the_table():
     assert set(FORMATS) == set(FormatName.__args__)
 
 
-def test_local_and_hub_names_are_told_apart(tmp_path, monkeypatch):
+def test_local_paths_and_hub_ids_are_distinguished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     local = ["./x", "/x", "../x", "~/x", "x.jsonl", "a/b.json", "a/b/c", "data/x"]

@@ -1,4 +1,4 @@
-"""Small real tokenizers, trained here on a few lines, and chat templates as the known model families have them."""
+"""Small tokenizers, trained on a few lines, and chat templates of the known model families."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ TEXTS = [
 def build(
     *special: str, eos: str, bos: str | None = None, adds_bos: bool = False, template: Any = None, vocabulary: int = 400
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer as GPT-2, Llama 3 and Qwen have one, offsets trimmed as theirs are."""
+    """Build a byte-level BPE tokenizer like those of GPT-2, Llama 3 and Qwen, with trimmed offsets."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ CHATML = (
 
 
 def build_sentencepiece(template: str) -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama 2 and Mistral have one: blanks are letters, unknown characters are bytes."""
+    """Build a tokenizer like those of Llama 2 and Mistral: spaces become `▁`, unknown characters become bytes."""
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -84,8 +84,8 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 
-# Like Qwen 3: reasoning is written for answers behind the last question only, and an empty block where there is none;
-# tools come first, results of tools share one user turn.
+# Like Qwen 3: reasoning is written only for answers after the last question, as an empty block if there is none; tools
+# are written first, and tool results share one user turn.
 QWEN3 = """{%- if tools %}
     {{- '<|im_start|>system\n# Tools\n' }}
     {%- for tool in tools %}{{- tool | tojson + '\n' }}{%- endfor %}
@@ -128,26 +128,27 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# The block stops before the end-of-turn token, as many published ones do.
+# The block stops before the end-of-turn token, as in many published templates.
 MARKED_SHORT = MARKED.replace("+ '<|im_end|>\n' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>\n' }}")
 
 
-def learnt(row: Row, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The texts of the row's supervised stretches."""
-    runs: list[list[int]] = []
-    before = -100
+def supervised_texts(row: Row, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return the texts of the row's supervised spans."""
+    spans: list[list[int]] = []
+    previous = -100
     for label in row.labels.tolist():
-        if label != -100 and before == -100:
-            runs.append([])
+        if label != -100 and previous == -100:
+            spans.append([])
         if label != -100:
-            runs[-1].append(label)
-        before = label
-    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+            spans[-1].append(label)
+        previous = label
+    return [tokenizer.decode(span, skip_special_tokens=False) for span in spans]
 
 
 def build_encoder(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer as encoders have one: [CLS] text [SEP] pair [SEP] of BERT, <s> text </s></s> pair </s> of RoBERTa, or
-    text </s> of T5.
+    """Build the tokenizer of an encoder.
+
+    It writes [CLS] text [SEP] pair [SEP] for BERT, <s> text </s></s> pair </s> for RoBERTa, and text </s> for T5.
     """
     first, last, pair, types = {
         "bert": ("[CLS]", "[SEP]", "[SEP]", 1),

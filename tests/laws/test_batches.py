@@ -1,4 +1,4 @@
-"""Laws of the plan: every row once, nothing over its size, little waste, the same on every process and every time."""
+"""Properties of batch plans: every row once, no batch too large, little padding, reproducible on every process."""
 
 import numpy as np
 import pytest
@@ -16,26 +16,26 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=200).map(lambd
 
 
 def text_like(count: int, longest: int, seed: int) -> np.ndarray:
-    """Log-normal, as lengths of real rows are."""
+    """Return log-normal lengths, int32 [count], similar to those of real rows."""
     drawn = np.random.default_rng(seed).lognormal(np.log(longest / 8), 0.8, count)
     return np.clip(drawn, 4, longest).astype(np.int32)
 
 
 @given(lengths=LENGTHS, seed=st.integers(0, 99))
-def test_packing_takes_every_row_once_and_never_overfills(lengths: np.ndarray, seed: int):
+def test_packing_uses_every_row_once_and_never_exceeds_capacity(lengths: np.ndarray, seed: int):
     order = np.random.default_rng(seed).permutation(len(lengths))
     batches = pack(lengths, order, CAPACITY)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert max(int(lengths[batch].sum()) for batch in batches) <= CAPACITY
     assert batches == pack(lengths, order, CAPACITY)
-    # Two batches that would fit into one are a batch too many.
+    # No two batches would fit into one.
     loads = sorted(int(lengths[batch].sum()) for batch in batches)
     assert len(loads) == 1 or loads[0] + loads[1] > CAPACITY
 
 
 @given(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=40), st.integers(0, 99))
-def test_packing_stays_within_eleven_ninths_of_the_best(cuts: list[int], seed: int):
-    # Bins that are exactly full, cut into rows: the best there is is known.
+def test_packing_stays_within_eleven_ninths_of_the_optimum(cuts: list[int], seed: int):
+    # Full bins, divided into rows: the optimum is known.
     rng = np.random.default_rng(seed)
     lengths = []
     for cut in cuts:
@@ -55,13 +55,13 @@ def test_text_fills_packed_batches(rows: int, longest: int, seed: int):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_of_like_length_are_padded_together(seed: int):
+def test_rows_of_similar_length_are_padded_together(seed: int):
     plan = BatchPlan(zoo.rows_of(text_like(2000, 1024, seed)), packing=False, size=8, batches_per_step=1, seed=seed)
     assert plan.token_share >= 0.9
 
 
 @given(lengths=LENGTHS, size=st.integers(1, 9), seed=st.integers(0, 99))
-def test_grouping_takes_every_row_once_in_full_batches(lengths: np.ndarray, size: int, seed: int):
+def test_grouping_uses_every_row_once_in_full_batches(lengths: np.ndarray, size: int, seed: int):
     order = np.random.default_rng(seed).permutation(len(lengths))
     batches = group_by_length(lengths, order, size)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
@@ -71,63 +71,73 @@ def test_grouping_takes_every_row_once_in_full_batches(lengths: np.ndarray, size
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 99))
-def test_packed_and_padded_ask_for_the_same_predictions(lengths: list[int], seed: int):
+def test_packed_and_padded_batches_have_the_same_labels(lengths: list[int], seed: int):
     rows = zoo.rows_of(lengths, seed=seed)
-    chosen = [rows[i] for i in range(len(rows))]
+    encoded = [rows[i] for i in range(len(rows))]
     expected = {
-        (row, place, int(chosen[row].labels[place + 1]))
-        for row in range(len(chosen))
-        for place in range(lengths[row] - 1)
-        if chosen[row].labels[place + 1] != -100
+        (row, position, int(encoded[row].labels[position + 1]))
+        for row in range(len(encoded))
+        for position in range(lengths[row] - 1)
+        if encoded[row].labels[position + 1] != -100
     }
-    for join in (collate_packed, collate_padded):
-        batch = join(chosen, range(len(chosen)), 0)
+    for collate in (collate_packed, collate_padded):
+        batch = collate(encoded, range(len(encoded)), 0)
         width = batch.input_ids.shape[1]
         row_at = torch.repeat_interleave(torch.tensor(lengths)) if batch.attention_mask is None else None
         flat = batch.label_positions
         row = row_at[flat] if row_at is not None else flat // width
-        place = batch.position_ids.reshape(-1)[flat]
-        triples = set(zip(row.tolist(), place.tolist(), batch.targets.tolist(), strict=True))
+        position = batch.position_ids.reshape(-1)[flat]
+        triples = set(zip(row.tolist(), position.tolist(), batch.targets.tolist(), strict=True))
         assert triples == expected
         assert len(batch.label_positions) == len(expected)
         assert batch.tokens == sum(lengths)
         ids = batch.input_ids.reshape(-1)
         real = ids if batch.attention_mask is None else ids[batch.attention_mask.reshape(-1)]
-        assert real.tolist() == np.concatenate([row.input_ids for row in chosen]).tolist()
+        assert real.tolist() == np.concatenate([row.input_ids for row in encoded]).tolist()
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_share_a_step_without_overlap(world: int, packing: bool):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_divide_a_step_without_overlap(world_size: int, packing: bool):
     rows = zoo.rows_of([5, 9, 30, 12, 7, 22, 3, 18, 26, 11, 4])
     plan = BatchPlan(rows, packing=packing, size=30 if packing else 2, batches_per_step=4, seed=3)
-    assert plan.batches_per_epoch % plan.batches_per_step  # a ragged last step
+    assert plan.batches_per_epoch % plan.batches_per_step  # the last step has fewer batches
     for step in range(2 * plan.steps_per_epoch):
-        alone = {place: batch.rows for place, batch in plan.step(step)}
-        shared: dict[int, tuple[int, ...]] = {}
-        for rank in range(world):
-            mine = {place: batch.rows for place, batch in plan.step(step, rank=rank, world=world)}
-            assert not shared.keys() & mine.keys()
-            shared |= mine
-        assert shared == alone
+        expected = {position: batch.rows for position, batch in plan.batches_of_step(step)}
+        combined: dict[int, tuple[int, ...]] = {}
+        for rank in range(world_size):
+            own = {
+                position: batch.rows for position, batch in plan.batches_of_step(step, rank=rank, world_size=world_size)
+            }
+            assert not combined.keys() & own.keys()
+            combined |= own
+        assert combined == expected
     epochs = [
         sorted(
-            i for n in range(plan.steps_per_epoch) for _, b in plan.step(e * plan.steps_per_epoch + n) for i in b.rows
+            i
+            for n in range(plan.steps_per_epoch)
+            for _, b in plan.batches_of_step(e * plan.steps_per_epoch + n)
+            for i in b.rows
         )
         for e in range(2)
     ]
     assert epochs == [list(range(len(rows)))] * 2
-    assert sorted(i for rank in range(world) for b in plan.whole(rank=rank, world=world) for i in b.rows) == epochs[0]
+    assert (
+        sorted(
+            i for rank in range(world_size) for b in plan.all_batches(rank=rank, world_size=world_size) for i in b.rows
+        )
+        == epochs[0]
+    )
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_epochs_and_seeds_differ_and_can_be_asked_for_in_any_order(packing: bool):
+def test_epochs_and_seeds_differ_and_are_available_in_any_order(packing: bool):
     rows = zoo.rows_of(text_like(60, 40, 0).tolist())
     plans = [
         BatchPlan(rows, packing=packing, size=40 if packing else 4, batches_per_step=2, seed=seed) for seed in (1, 1, 2)
     ]
     first, second = plans[0].epoch(0), plans[0].epoch(1)
     assert plans[1].epoch(1) == second
-    assert plans[1].epoch(0) == first  # back again, as a resumed run may ask
+    assert plans[1].epoch(0) == first  # an earlier epoch again
     assert first != second
     assert plans[2].epoch(0) != first

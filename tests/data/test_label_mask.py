@@ -1,4 +1,4 @@
-"""Labels are exact for every family of chat templates: the answers and their end-of-turn tokens, and nothing else."""
+"""The label mask is exact for every family of chat templates: answers and their end-of-turn tokens, nothing else."""
 
 import json
 
@@ -11,7 +11,7 @@ from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from tests.inputs import tiny_tokenizers as tiny
-from tests.inputs.tiny_tokenizers import build, learnt
+from tests.inputs.tiny_tokenizers import build, supervised_texts
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
@@ -41,12 +41,12 @@ def file_of(*rows: object) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_and_their_ends_are_learnt(prepared, family: str):
+def test_answers_and_their_end_tokens_are_supervised(prepared, family: str):
     tokenizer, end, trims = FAMILIES[family]
     row = prepared(tokenizer, files=file_of({"messages": THREE})).train[0]
     blank = " " if family == "mistral" else ""
     answers = [turn["content"] for turn in THREE if turn["role"] == "assistant"]
-    assert learnt(row, tokenizer) == [blank + (text.strip() if trims else text) + end for text in answers]
+    assert supervised_texts(row, tokenizer) == [blank + (text.strip() if trims else text) + end for text in answers]
     assert row.input_ids.tolist() == tokenizer.apply_chat_template(THREE)["input_ids"]
     assert set(row.labels[row.labels != -100]) <= set(row.input_ids)
     assert (row.labels == np.where(row.labels == -100, -100, row.input_ids)).all()
@@ -57,21 +57,21 @@ def test_last_turn_and_all(prepared, family: str):
     tokenizer, end, _ = FAMILIES[family]
     files = file_of({"messages": THREE})
     last = prepared(tokenizer, files=files, loss_on="last-turn").train[0]
-    assert [text.strip().removesuffix(end).strip() for text in learnt(last, tokenizer)] == ["spaced"]
-    every = prepared(tokenizer, files=files, loss_on="all").train[0]
-    assert every.labels[0] == -100
-    assert (every.labels[1:] == every.input_ids[1:]).all()
+    assert [text.strip().removesuffix(end).strip() for text in supervised_texts(last, tokenizer)] == ["spaced"]
+    full = prepared(tokenizer, files=files, loss_on="all").train[0]
+    assert full.labels[0] == -100
+    assert (full.labels[1:] == full.input_ids[1:]).all()
 
 
-def test_template_that_writes_earlier_answers_otherwise(prepared):
+def test_a_template_that_writes_earlier_answers_differently(prepared):
     tokenizer = build(*QWEN, eos="<|im_end|>", template=tiny.QWEN3)
     one = prepared(tokenizer, files=file_of({"messages": chat("Hello", "Hi")})).train[0]
-    assert learnt(one, tokenizer) == ["<think>\n\n</think>\n\nHi<|im_end|>"]
+    assert supervised_texts(one, tokenizer) == ["<think>\n\n</think>\n\nHi<|im_end|>"]
     thinking = chat("Hello", "<think>\nhm\n</think>\n\nHi", "More", "<think>\nso\n</think>\n\nYes")
     data = prepared(tokenizer, files=file_of({"messages": thinking}))
-    assert learnt(data.train[0], tokenizer) == ["Hi<|im_end|>", "<think>\nso\n</think>\n\nYes<|im_end|>"]
+    assert supervised_texts(data.train[0], tokenizer) == ["Hi<|im_end|>", "<think>\nso\n</think>\n\nYes<|im_end|>"]
     assert data.train[0].input_ids.tolist() == tokenizer.apply_chat_template(thinking)["input_ids"]
-    # The reasoning of the first answer is not in the rendering: the ledger says so.
+    # The rendering omits the reasoning of the first answer, which the ledger counts.
     assert data.ledger.entries[0].tally.rewritten == 1
 
 
@@ -85,9 +85,9 @@ def test_tool_calls_and_results(prepared):
         {"role": "assistant", "content": "An animal."},
     ]
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
-    for given in (tools, json.dumps(tools)):
-        row = prepared(tokenizer, files=file_of({"messages": messages, "tools": given})).train[0]
-        first, second = learnt(row, tokenizer)
+    for column in (tools, json.dumps(tools)):
+        row = prepared(tokenizer, files=file_of({"messages": messages, "tools": column})).train[0]
+        first, second = supervised_texts(row, tokenizer)
         assert "look_up" in first
         assert '{"word": "dog"}' in first  # the arguments' JSON text is not quoted twice
         assert first.endswith("</tool_call><|im_end|>")
@@ -111,7 +111,7 @@ def test_sharegpt_and_alpaca_are_the_same_conversations(prepared, chatml):
         "system": "Be brief",
         "history": [["Tell me\nthe capital", "Paris"]],
     }
-    # A format name for the file, then one row of each.
+    # One file for each format.
     rows = {"a.jsonl": {"messages": messages}, "b.jsonl": shared, "c.jsonl": alpaca}
     files = {name: json.dumps(row) for name, row in rows.items()}
     data = prepared(chatml, files=files, train=[{"path": name} for name in rows])
@@ -122,35 +122,35 @@ def test_sharegpt_and_alpaca_are_the_same_conversations(prepared, chatml):
 
 
 def test_messages_in_a_column_of_another_name(prepared, chatml):
-    said: list[str] = []
-    data = prepared(chatml, files=file_of({"conversations": chat("a", "b")}), info=said.append)
-    assert said == ["train.jsonl: encoding, format messages (role and content in column conversations)"]
+    printed: list[str] = []
+    data = prepared(chatml, files=file_of({"conversations": chat("a", "b")}), info=printed.append)
+    assert printed == ["train.jsonl: encoding, format messages (role and content in column conversations)"]
     assert len(data.train) == 1
 
 
 def test_parts_of_text_are_joined(prepared, chatml):
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     split = prepared(chatml, files=file_of({"messages": [{"role": "user", "content": parts}, *chat("", "b")[1:]]}))
-    whole = prepared(chatml, files=file_of({"messages": chat("Hello", "b")}))
-    assert split.fingerprint == whole.fingerprint
+    joined = prepared(chatml, files=file_of({"messages": chat("Hello", "b")}))
+    assert split.fingerprint == joined.fingerprint
 
 
 def test_text_and_completion_end_with_eos_and_begin_with_one_bos(prepared, base):
-    written = {
+    cases = {
         "text": ({"text": "Hello you"}, "Hello you</s>"),
         "text that has both": ({"text": "<s>Hello you</s>"}, "Hello you</s>"),
         "completion": ({"prompt": "Hello", "completion": " you"}, " you</s>"),
         "conversation": ({"prompt": chat("Hello"), "completion": chat("", "you")[1:]}, " you</s>"),
     }
-    for row, supervised in written.values():
-        found = prepared(base, files=file_of(row), chat_template=tiny.MISTRAL).train[0]
-        assert learnt(found, base) == [supervised]
-        assert found.input_ids.tolist().count(base.bos_token_id) == 1
-        assert found.input_ids[0] == base.bos_token_id
-        assert found.input_ids.tolist().count(base.eos_token_id) == 1
+    for row, supervised in cases.values():
+        encoded = prepared(base, files=file_of(row), chat_template=tiny.MISTRAL).train[0]
+        assert supervised_texts(encoded, base) == [supervised]
+        assert encoded.input_ids.tolist().count(base.bos_token_id) == 1
+        assert encoded.input_ids[0] == base.bos_token_id
+        assert encoded.input_ids.tolist().count(base.eos_token_id) == 1
 
 
-def test_bytes_and_blanks_as_sentencepiece_writes_them(prepared):
+def test_bytes_and_spaces_of_sentencepiece(prepared):
     tokenizer = tiny.build_sentencepiece(tiny.MISTRAL)
     messages = chat("Hello", "the capital é漢", "  And?", "The answer")
     row = prepared(tokenizer, files=file_of({"messages": messages})).train[0]
@@ -160,18 +160,18 @@ def test_bytes_and_blanks_as_sentencepiece_writes_them(prepared):
     assert tokens[-7:] == ["<0xE6>", "<0xBC>", "<0xA2>", "</s>", "▁The", "▁answer", "</s>"]
 
 
-def test_a_token_across_the_border_is_split_and_counted(prepared, chatml):
+def test_a_token_that_crosses_the_start_of_an_answer_is_split_and_counted(prepared, chatml):
     # "capital" is one token of the tiny vocabulary; the answer begins within it.
     assert len(chatml(" capital")["input_ids"]) == 1
     data = prepared(chatml, files=file_of({"prompt": "The cap", "completion": "ital"}))
     row = data.train[0]
-    assert learnt(row, chatml) == ["ital<|im_end|>"]
+    assert supervised_texts(row, chatml) == ["ital<|im_end|>"]
     assert chatml.decode(row.input_ids) == "The capital<|im_end|>"
     assert row.input_ids[: len(chatml("The cap")["input_ids"])].tolist() == chatml("The cap")["input_ids"]
     assert data.ledger.entries[0].tally.splits == 1
 
 
-def test_given_labels_decide_alone(prepared, chatml):
+def test_labels_in_the_row_are_the_only_mask(prepared, chatml):
     rows = [
         {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]},
         {"input_ids": [5, 6, 7]},
@@ -193,7 +193,7 @@ def test_named_templates_fit_base_models(prepared, name: str):
             (token for token in NAMED_TEMPLATES[name].tokens if token in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")),
             "</s>",
         )
-        assert [text.strip() for text in learnt(row, tokenizer)] == [f"Hi{end}", f"Yes{end}"]
+        assert [text.strip() for text in supervised_texts(row, tokenizer)] == [f"Hi{end}", f"Yes{end}"]
         ids = row.input_ids.tolist()
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.bos_token_id) == 1
@@ -211,41 +211,44 @@ def test_template_from_a_file_and_from_a_dict(prepared):
     assert "# Tools" in several.decode(with_tools.input_ids)
 
 
-REFUSED = {
+UNUSABLE = {
     "two BOS": ("{{ bos_token }}" + tiny.LLAMA3, "it writes two <s> at the start"),
-    "no end of turn": (tiny.LLAMA3.replace("<|eot_id|>", ""), "no end-of-turn token follows an answer, but nothing"),
+    "no end of turn": (
+        tiny.LLAMA3.replace("<|eot_id|>", ""),
+        "expected an end-of-turn token after an answer, found nothing",
+    ),
     "end for earlier answers only": (
         tiny.LLAMA3.replace("'<|eot_id|>'", "('' if loop.last else '<|eot_id|>')"),
-        "no end-of-turn token follows an answer, but nothing",
+        "expected an end-of-turn token after an answer, found nothing",
     ),
     "no generation prompt": (tiny.LLAMA3.split("{% if add_gen")[0], "it ignores add_generation_prompt"),
-    "answers left out": ("{{ messages[0]['content'] + '<|eot_id|>' }}", "it leaves an answer out"),
+    "answers omitted": ("{{ messages[0]['content'] + '<|eot_id|>' }}", "it omits an answer"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_template_that_breaks_a_promise_is_refused(prepared, case: str):
-    template, reason = REFUSED[case]
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_template_without_exact_labels_is_rejected(prepared, case: str):
+    template, reason = UNUSABLE[case]
     tokenizer = build(
         "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", bos="<s>", eos="</s>", template=template
     )
-    with pytest.raises(LoraError, match="the tokenizer's chat template cannot be trained with: ") as caught:
+    with pytest.raises(LoraError, match="the tokenizer's chat template cannot be used for training: ") as caught:
         prepared(tokenizer, files=file_of({"messages": chat("Hello", "Hi")}))
     assert reason in caught.value.message
     assert caught.value.hint
 
 
-def test_a_dropped_system_message_is_a_bad_row(prepared):
+def test_an_omitted_system_message_is_a_bad_row(prepared):
     template = tiny.CHATML.replace("{{", "{% if message['role'] != 'system' %}{{", 1).replace("}}", "}}{% endif %}", 1)
     tokenizer = build(*QWEN, eos="<|im_end|>", template=template)
     with pytest.raises(LoraError) as caught:
         prepared(tokenizer, files=file_of({"messages": chat("Hello", "Hi", system="Be brief")}))
-    assert caught.value.details == ("train.jsonl:1: the chat template leaves the system message out",)
+    assert caught.value.details == ("train.jsonl:1: the chat template omits the system message",)
 
 
-def test_special_tokens_that_structure_nothing_are_text(prepared, smollm):
+def test_special_tokens_that_are_not_control_tokens_are_text(prepared, smollm):
     row = prepared(smollm, files=file_of({"messages": chat("cp <filename> x", "ok")})).train[0]
-    assert learnt(row, smollm) == ["ok<|im_end|>"]
+    assert supervised_texts(row, smollm) == ["ok<|im_end|>"]
 
 
 def test_conversations_need_a_template_and_a_fast_tokenizer(prepared, base):
@@ -256,14 +259,14 @@ def test_conversations_need_a_template_and_a_fast_tokenizer(prepared, base):
     class Slow:
         is_fast = False
 
-    with pytest.raises(LoraError, match="Slow is no fast tokenizer"):
+    with pytest.raises(LoraError, match="Slow is not a fast tokenizer"):
         CausalLMEncoder(DataSpec.model_validate({"train": "x"}), Slow())
 
 
 def test_smollm_writes_its_own_system_message(prepared, smollm):
     row = prepared(smollm, files=file_of({"messages": chat("What is 2+2?", "4")})).train[0]
-    assert learnt(row, smollm) == ["4<|im_end|>"]
-    colours = show_mask(row, smollm)
-    assert [text for text, supervised in colours if supervised] == ["4", "<|im_end|>"]
-    assert "".join(text for text, _ in colours).endswith("<|im_start|>assistant\n4<|im_end|>\n")
+    assert supervised_texts(row, smollm) == ["4<|im_end|>"]
+    mask = show_mask(row, smollm)
+    assert [text for text, supervised in mask if supervised] == ["4", "<|im_end|>"]
+    assert "".join(text for text, _ in mask).endswith("<|im_start|>assistant\n4<|im_end|>\n")
     assert row.input_ids.tolist() == smollm.apply_chat_template(chat("What is 2+2?", "4"))["input_ids"]
