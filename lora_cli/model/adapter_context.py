@@ -19,4 +19,4 @@ class AdapterContext(NamedTuple):
     total_steps: int = 1  # optimizer steps of the run
     plan: BatchPlan | None = None  # training rows, for methods initialized from data; None if only shapes are needed
     encode: Callable[[str], list[int]] | None = None  # from a text to its token ids, without special tokens
-    originals: Callable[[], StateDict] | None = None  # returns the base's unquantized weights
+    unquantized_weights: Callable[[], StateDict] | None = None  # returns the base's unquantized weights

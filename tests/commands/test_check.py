@@ -51,7 +51,7 @@ def test_check_of_a_gguf_loads_no_weights_and_encodes_for_the_run(
     assert not list(Path("cache/gguf").rglob("*.safetensors"))
     ran = lora("eval", path)
     assert ran.code == 0, ran.err
-    assert "dequantising tiny.gguf" in ran.err
+    assert "dequantizing tiny.gguf" in ran.err
     assert "encoding" not in ran.err
     # All but what the machine has free just now, the last figure of its line.
     again, before = (re.sub(r"free now: .*", "", text) for text in (lora("check", path).out, checked.out))

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from lora_cli.errors import LoraError
-from lora_cli.model import base_model, prequantized
+from lora_cli.model import prequantized
 from lora_cli.model.prequantized import Prequantized
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from tests.commands.conftest import Lora, WriteRecipe
+from tests.support import checkpoints
 
 CPU = torch.device("cpu")
 
@@ -51,8 +52,8 @@ def refusal(found: Prequantized, *, method: str = "lora", bits: int | None = Non
 
 def test_it_is_not_quantised_twice():
     error = refusal(Prequantized("gptq", 4), bits=4)
-    assert error.message == "quantization: org/model is quantised already (gptq, 4 bits), and cannot be quantised again"
-    assert error.hint == "remove the quantization section, or give the 16-bit model as model.path"
+    assert error.message == "quantization: org/model is already quantized (gptq, 4 bits) and cannot be quantized again"
+    assert error.hint == "remove the quantization section, or set model.path to the 16-bit model"
 
 
 @pytest.mark.parametrize(
@@ -65,25 +66,31 @@ def test_what_its_format_needs_is_named(monkeypatch: pytest.MonkeyPatch, method:
     assert f"pip install {install}" in str(error.hint)
 
 
-@pytest.mark.parametrize("method", [name for name, known in prequantized.QUANTIZATION_METHODS.items() if known.refused])
+@pytest.mark.parametrize(
+    "method", [name for name, known in prequantized.QUANTIZATION_METHODS.items() if known.untrainable]
+)
 def test_formats_without_a_way_back_are_refused_with_the_reason(method: str):
     error = refusal(Prequantized(method, None))
-    assert prequantized.QUANTIZATION_METHODS[method].refused in error.message
+    assert prequantized.QUANTIZATION_METHODS[method].untrainable in error.message
     assert "quantization: {bits: 4}" in str(error.hint)
 
 
 def test_an_unknown_format_is_refused():
-    assert "a format that PEFT does not know" in refusal(Prequantized("newest", None)).message
+    assert "a format that PEFT does not support" in refusal(Prequantized("newest", None)).message
 
 
 @pytest.mark.parametrize(
     ("found", "method", "said"),
     [
-        (("gptq", 4), "dora", "dora does not train over gptq"),
-        (("gptq", 4), "pissa", "pissa does not train over gptq: it starts from whole weights"),
-        (("bitsandbytes", 8), "dora", "dora does not train over bitsandbytes"),
-        (("bitsandbytes", 4), "loha", "loha does not train over bitsandbytes: PEFT computes it on whole weights only"),
-        (("bitsandbytes", 4), "loftq", "loftq needs the weights from before quantisation"),
+        (("gptq", 4), "dora", "dora does not support gptq weights"),
+        (("gptq", 4), "pissa", "pissa does not support gptq weights: it is initialized from unquantized weights"),
+        (("bitsandbytes", 8), "dora", "dora does not support bitsandbytes weights"),
+        (
+            ("bitsandbytes", 4),
+            "loha",
+            "loha does not support bitsandbytes weights: PEFT supports it on unquantized weights only",
+        ),
+        (("bitsandbytes", 4), "loftq", "loftq needs the unquantized weights"),
     ],
 )
 def test_methods_that_cannot_are_refused(
@@ -93,7 +100,7 @@ def test_methods_that_cannot_are_refused(
     assert said in refusal(Prequantized(*found), method=method).message
 
 
-@pytest.mark.parametrize("method", prequantized.METHODS_OVER_OTHER_FORMATS)
+@pytest.mark.parametrize("method", prequantized.METHODS_FOR_OTHER_FORMATS)
 def test_methods_that_can_pass(monkeypatch: pytest.MonkeyPatch, method: str):
     monkeypatch.setattr(prequantized, "find_spec", lambda package: object())
     spec = AdapterSpec.model_validate({"method": method})
@@ -105,10 +112,7 @@ def test_methods_that_can_pass(monkeypatch: pytest.MonkeyPatch, method: str):
 def saved(request: pytest.FixtureRequest, place: Path) -> int:
     """The tiny base, quantised by bitsandbytes and saved so, as the folder `small`."""
     spec = QuantizationSpec.model_validate({"bits": request.param})
-    loaded = base_model.load_base(
-        base_model.ModelSource("base", {}), dtype=torch.bfloat16, device=CPU, quantization=spec
-    )
-    loaded.model.save_pretrained("small")
+    checkpoints.load(Path("base"), dtype=torch.bfloat16, quantization=spec).save_pretrained("small")
     AutoTokenizer.from_pretrained("base").save_pretrained("small")
     return int(request.param)
 
@@ -136,7 +140,7 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
 
     refused = lora("train", "recipe.yaml", "--fresh", "--set", "quantization={bits: 4}", "--set", "data.packing=false")
     assert refused.code == 2
-    assert f"small is quantised already (bitsandbytes, {saved} bits), and cannot be quantised again" in refused.err
+    assert f"small is already quantized (bitsandbytes, {saved} bits) and cannot be quantized again" in refused.err
     merged = lora("merge", "runs/a/adapter", "--out", "merged")
     assert merged.last_two == [
         "error: small is quantised (bitsandbytes): an update is folded into whole weights",

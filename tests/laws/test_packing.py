@@ -1,4 +1,4 @@
-"""Law: rows packed into one batch are rows apart: the same logits, and no gradient from one to another."""
+"""Law: packed rows equal separate rows: the same logits, and no gradient from one row to another."""
 
 import argparse
 import bisect
@@ -21,7 +21,7 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.model.packed_attention import LONG_ROW, packed_attention_forward
 from tests.model import zoo
 
-# Short rows, rows about the borders of the groups and of the flash kernel, long rows.
+# Short rows, rows close to the limits of the groups and of the flash kernel, long rows.
 LENGTHS = st.lists(
     st.one_of(st.integers(1, 12), st.integers(1, 400), st.sampled_from([LONG_ROW - 1, LONG_ROW, LONG_ROW + 1])),
     min_size=1,
@@ -38,8 +38,8 @@ def logits_packed(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(**LossFunction(model).inputs(batch)).logits[0]
 
 
-def logits_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Each row alone through the model's eager attention, as transformers wrote it."""
+def logits_separate(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the logits [T, vocabulary] of each row alone, with the model's own eager attention."""
     model.set_attn_implementation("eager")
     return torch.cat([model(ids[None]).logits[0] for ids in batch.input_ids[0].split(batch.lengths)])
 
@@ -55,7 +55,7 @@ def logits_apart(model: PreTrainedModel, batch: Batch) -> Tensor:
     + [("gemma2", "eager")],
 )
 @torch.no_grad()
-def test_packed_rows_have_the_logits_of_rows_apart(family: str, implementation: str):
+def test_packed_rows_have_the_logits_of_separate_rows(family: str, implementation: str):
     model = zoo.make(family)
 
     @settings(max_examples=12, deadline=None, derandomize=True)
@@ -63,52 +63,54 @@ def test_packed_rows_have_the_logits_of_rows_apart(family: str, implementation: 
     def law(lengths: list[int]) -> None:
         batch = packed(lengths)
         model.set_attn_implementation(implementation)
-        got = logits_packed(model, batch)
-        assert zoo.relative(got, logits_apart(model, batch)) < 1e-5
+        logits = logits_packed(model, batch)
+        assert zoo.relative(logits, logits_separate(model, batch)) < 1e-5
 
     law()
 
 
 @pytest.mark.parametrize("implementation", [packed_attention.PACKED_ATTENTION, "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_no_gradient_crosses_from_row_to_row(family: str, implementation: str):
+def test_no_gradient_flows_from_row_to_row(family: str, implementation: str):
     model = zoo.make(family, attention=implementation)
     lengths = [9, 1, 30, LONG_ROW + 5, 5, 29]
     batch = packed(lengths)
-    seen: list[Tensor] = []
+    embedded: list[Tensor] = []
     model.get_input_embeddings().register_forward_hook(
-        lambda layer, args, out: seen.append(out.requires_grad_()) or out  # the first leaf: all that a row sees
+        lambda layer, args, out: embedded.append(out.requires_grad_()) or out  # the leaf that gradients are taken at
     )
     logits = logits_packed(model, batch).split(lengths)
     for number, row in enumerate(logits):
         weights = torch.randn(row.shape, generator=torch.Generator().manual_seed(number))
-        (gradient,) = torch.autograd.grad((row * weights).sum(), seen[-1], retain_graph=True)
+        (gradient,) = torch.autograd.grad((row * weights).sum(), embedded[-1], retain_graph=True)
         reached = [bool(part.abs().max() > 0) for part in gradient[0].split(lengths)]
         assert reached == [other == number for other in range(len(lengths))]
 
 
 @torch.no_grad()
-def test_the_demo_model_keeps_real_rows_apart(demo: PreTrainedModel, demo_folder: Path):
-    # Text, not random ids: those drive the model where eager and sdpa differ by 1.4e-5 on a row alone.
+def test_the_demo_model_isolates_rows_of_real_text(demo: PreTrainedModel, demo_folder: Path):
+    # Text, because with random ids eager and sdpa differ by 1.4e-5 even on a single row.
     text = "\n".join(module.__doc__ for module in (argparse, json, heapq, csv, bisect))
     ids = AutoTokenizer.from_pretrained(demo_folder)(text, return_tensors="pt")["input_ids"]
     lengths = [24, LONG_ROW + 4, 1, 17]
     batch = packed(lengths)._replace(input_ids=ids[:, : sum(lengths)])
-    apart = logits_apart(demo, batch)
+    separate = logits_separate(demo, batch)
     for implementation in (packed_attention.PACKED_ATTENTION, "sdpa"):
         demo.set_attn_implementation(implementation)
-        assert zoo.relative(logits_packed(demo, batch), apart) < 1e-5, implementation
+        assert zoo.relative(logits_packed(demo, batch), separate) < 1e-5, implementation
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
-    """The definition, head by head, for one row: query [H, T, D], key [K, T, D], value [K, T, E]; [T, H, E]."""
-    share = query.shape[0] // key.shape[0]
+    """Compute attention by definition, head by head: query [H, T, D], key [K, T, D], value [K, T, E] to [T, H, E]."""
+    queries_per_key = query.shape[0] // key.shape[0]
     distance = torch.arange(query.shape[1])[:, None] - torch.arange(query.shape[1])[None]
-    seen = (distance >= 0) & (distance < (window or 1 << 30))
+    is_visible = (distance >= 0) & (distance < (window or 1 << 30))
     heads = []
     for head in range(query.shape[0]):
-        scores = query[head] @ key[head // share].T * scale
-        heads.append(torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1) @ value[head // share])
+        scores = query[head] @ key[head // queries_per_key].T * scale
+        heads.append(
+            torch.softmax(scores.masked_fill(~is_visible, -torch.inf), dim=-1) @ value[head // queries_per_key]
+        )
     return torch.stack(heads, dim=1)
 
 
@@ -120,7 +122,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
     window=st.sampled_from([None, 1, 2, 8, 350]),
     scale=st.sampled_from([None, 0.3]),
 )
-def test_row_attention_is_softmax_attention_of_each_row(
+def test_packed_attention_is_softmax_attention_of_each_row(
     lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], window: int | None, scale: float | None
 ):
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -131,7 +133,7 @@ def test_row_attention_is_softmax_attention_of_each_row(
 
     inputs = draw(heads[0], dims[0]), draw(heads[1], dims[0]), draw(heads[1], dims[1])
     plan = packed_attention.plan_rows(lengths)
-    got, _ = packed_attention_forward(
+    output, _ = packed_attention_forward(
         torch.nn.Module(), *inputs, None, row_plan=plan, scaling=scale, sliding_window=window
     )
     expected = torch.cat(
@@ -141,22 +143,22 @@ def test_row_attention_is_softmax_attention_of_each_row(
         ]
     )[None]
     weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-    assert torch.allclose(got, expected, rtol=1e-11, atol=1e-11)
-    for mine, reference in zip(
-        torch.autograd.grad((got * weights).sum(), inputs),
+    assert torch.allclose(output, expected, rtol=1e-11, atol=1e-11)
+    for gradient, reference in zip(
+        torch.autograd.grad((output * weights).sum(), inputs),
         torch.autograd.grad((expected * weights).sum(), inputs),
         strict=True,
     ):
-        assert torch.allclose(mine, reference, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(gradient, reference, rtol=1e-10, atol=1e-10)
 
 
 @given(LENGTHS)
-def test_a_row_plan_holds_every_position_once_and_pads_little(lengths: list[int]):
+def test_a_row_plan_has_every_position_once_and_little_padding(lengths: list[int]):
     plan = packed_attention.plan_rows(lengths)
-    held = [group.gather[group.real] for group in plan.groups]
-    held += [torch.arange(row.start, row.stop) for row in plan.long]
-    joined = torch.cat(held)
-    assert torch.equal(joined[plan.order], torch.arange(sum(lengths)))
+    parts = [group.gather[group.real] for group in plan.groups]
+    parts += [torch.arange(row.start, row.stop) for row in plan.long]
+    positions = torch.cat(parts)
+    assert torch.equal(positions[plan.order], torch.arange(sum(lengths)))
     assert sorted(row.stop - row.start for row in plan.long) == sorted(n for n in lengths if n > LONG_ROW)
     for group in plan.groups:
         rows = np.split(group.gather.numpy(), group.rows)
@@ -167,19 +169,19 @@ def test_a_row_plan_holds_every_position_once_and_pads_little(lengths: list[int]
 
 
 @pytest.mark.parametrize(
-    ("asked", "named"),
+    ("options", "message"),
     [
         ({"softcap": 30.0}, "softcap"),
-        ({"chunk_size": 16}, "chunk_size"),  # as any keyword that it does not know
+        ({"chunk_size": 16}, "chunk_size"),  # like every unknown keyword argument
         ({"is_causal": False}, "later tokens"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"dropout": 0.1}, "attention dropout"),
         ({"row_plan": None}, "keyword arguments"),
-        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "mask of its own"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "custom attention mask"),
     ],
 )
-def test_what_row_attention_would_get_wrong_it_refuses(asked: dict[str, object], named: str):
+def test_options_that_packed_attention_does_not_support_raise(options: dict[str, object], message: str):
     x = torch.zeros(1, 4, 3, 8)
-    options = {"attention_mask": None, "row_plan": packed_attention.plan_rows([3]), **asked}
-    with pytest.raises(NotImplementedError, match=named):
+    options = {"attention_mask": None, "row_plan": packed_attention.plan_rows([3]), **options}
+    with pytest.raises(NotImplementedError, match=message):
         packed_attention_forward(torch.nn.Module(), x, x, x, **options)

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, as folders, and what is known of each: its linear layers, whether it packs."""
+"""Tiny random checkpoints of many model families, with the linear layers of each and whether it supports packing."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,11 @@ import torch
 from transformers import AutoConfig
 
 from lora_cli.data.class_labels import ClassLabels
-from lora_cli.model import base_model
+from lora_cli.model.base_model import LoadedBase
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName
 from tests.model.zoo import COMMON
+from tests.support.checkpoints import CPU, checkpoint
 
 LABELS = ClassLabels("single", ("yes", "no", "maybe"))
 NONE: Mapping[str, Any] = MappingProxyType({})
@@ -23,14 +24,14 @@ BART = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
 
 
 class Family(NamedTuple):
-    """One architecture; the options make it small, or show what is its own."""
+    """One architecture, with options that make it small or enable its special features."""
 
     kind: str  # transformers' model_type
     layers: set[str]  # kinds of linear layers that all-linear adapts, by the last part of their names
     options: Mapping[str, Any] = NONE
     task: TaskName = "causal-lm"
-    packs: bool = False
-    adapter: Mapping[str, Any] = NONE  # what its adapter has to leave out
+    packs: bool = False  # whether some attention implementation isolates its packed rows
+    adapter: Mapping[str, Any] = NONE  # options that its adapter needs
 
 
 MOE = {"num_experts_per_tok": 2}
@@ -80,7 +81,7 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family("cohere", GATED, {"logit_scale": 0.25}, packs=True),
     "starcoder2": Family("starcoder2", {"q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"}, packs=True),
     "phi": Family("phi", {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, packs=True),
-    # It takes the weights of the two that are left out past any adapter.
+    # It uses the weights of the two excluded layers directly and bypasses an adapter on them.
     "mamba": Family(
         "mamba", {"in_proj", "x_proj"}, {"state_size": 8}, adapter={"exclude_modules": ["out_proj", "dt_proj"]}
     ),
@@ -142,7 +143,7 @@ FAMILIES: dict[str, Family] = {
         task="seq-cls",
     ),
 }
-# What some families have under names of their own, and would read wrongly under the common ones.
+# Families with their own names for some options of COMMON, which would misread the common names.
 OWN_NAMES = {"gpt2", "gptj", "t5", "bart", "distilbert", "falcon", "bloom"}
 
 
@@ -156,7 +157,7 @@ def config_of(family: Family) -> Any:
 
 
 def write(family: Family, folder: Path) -> Path:
-    """A pretrained checkpoint as the hub has it: of an encoder without any task's head."""
+    """Write a pretrained checkpoint as on the hub: encoders have no task head."""
     torch.manual_seed(0)
     config = config_of(family)
     kind = {"seq-cls": "base", "token-cls": "base"}.get(family.task, family.task)
@@ -165,22 +166,14 @@ def write(family: Family, folder: Path) -> Path:
 
         model = AutoModel.from_config(config)
     else:
-        model = TASKS[family.task].loader.from_config(config)
+        model = TASKS[family.task].auto_class.from_config(config)
     model.save_pretrained(folder)
     return folder
 
 
-def load(family: Family, folder: Path, **options: Any) -> base_model.LoadedBase:
-    """As training loads it."""
-    labels = LABELS if TASKS[family.task].classes else None
-    return base_model.load_base(
-        base_model.ModelSource(str(folder), {}),
-        **{
-            "dtype": torch.float32,
-            "device": torch.device("cpu"),
-            "task": family.task,
-            "labels": labels,
-            "pad_id": 0,
-            **options,
-        },
+def load(family: Family, folder: Path, **options: Any) -> LoadedBase:
+    """Load the model as training does."""
+    labels = LABELS if TASKS[family.task].is_classification else None
+    return checkpoint(folder, task=family.task, labels=labels, pad_id=0).load(
+        CPU, **{"dtype": torch.float32, **options}
     )

@@ -1,4 +1,6 @@
-"""Every family: its layers are found, a step moves the adapter alone, saving and merging are exact, rows stay apart."""
+"""For every model family: target modules are found, a step changes only the adapter, saving and merging are exact,
+and packed rows are isolated.
+"""
 
 import math
 import shutil
@@ -17,15 +19,15 @@ from torch import Tensor
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import (
     Collate,
-    collate_classified,
     collate_packed,
     collate_padded,
-    collate_tagged,
-    collate_translated,
+    collate_seq2seq,
+    collate_sequence_classification,
+    collate_token_classification,
 )
 from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, fp32_weights, fused_lora, save_adapter, select_attention, target_modules
+from lora_cli.model import attach_adapter, fp32_weights, save_adapter, select_attention, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import TrainingSpec
@@ -49,7 +51,7 @@ def folder(family: Family, tmp_path: Path) -> Iterator[Path]:
 
 
 def rows_of(family: Family) -> zoo.MemoryRows:
-    """Random rows with labels as the task has them."""
+    """Return random rows with labels of the family's task."""
     rng = np.random.default_rng(0)
     rows = []
     for row in zoo.rows_of(LENGTHS):
@@ -67,23 +69,23 @@ def rows_of(family: Family) -> zoo.MemoryRows:
     return zoo.MemoryRows(rows)
 
 
-def join_of(family: Family, *, packing: bool) -> Collate:
+def collate_of(family: Family, *, packing: bool) -> Collate:
     return {
         "causal-lm": collate_packed if packing else collate_padded,
-        "seq-cls": collate_classified,
-        "token-cls": collate_tagged,
-        "seq2seq-lm": partial(collate_translated, start_id=0),
+        "seq-cls": collate_sequence_classification,
+        "token-cls": collate_token_classification,
+        "seq2seq-lm": partial(collate_seq2seq, start_id=0),
     }[family.task]
 
 
 def plan_of(family: Family, *, packing: bool) -> BatchPlan:
     size = sum(LENGTHS) if packing else len(LENGTHS)
-    join = join_of(family, packing=packing)
-    return BatchPlan(rows_of(family), packing=packing, size=size, batches_per_step=1, seed=0, collate=join)
+    collate = collate_of(family, packing=packing)
+    return BatchPlan(rows_of(family), packing=packing, size=size, batches_per_step=1, seed=0, collate=collate)
 
 
 def attached(family: Family, folder: Path) -> tuple[PeftModel, set[str]]:
-    """The model with an adapter as training puts it on, and the kinds of linear layers that it has."""
+    """Attach an adapter as training does; return the model and the kinds of its linear layers."""
     loaded = families.load(family, folder)
     layers = target_modules.linear_layers(loaded.model, loaded.heads)
     context = AdapterContext(task=family.task, heads=loaded.heads)
@@ -93,25 +95,24 @@ def attached(family: Family, folder: Path) -> tuple[PeftModel, set[str]]:
 
 @torch.no_grad()
 def logits(model: Any, family: Family) -> Tensor:
-    """Of all rows, padded."""
+    """Return the logits of all rows in one padded batch."""
     model.eval()
-    (batch,) = plan_of(family, packing=False).whole()
+    (batch,) = plan_of(family, packing=False).all_batches()
     return LossFunction(model, task=family.task).logits(batch)
 
 
-def test_one_step_moves_the_adapter_alone_and_what_is_saved_and_merged_is_the_model(
+def test_one_step_changes_only_the_adapter_and_saving_and_merging_are_exact(
     family: Family, folder: Path, tmp_path: Path
 ):
     model, kinds = attached(family, folder)
     adapted = attach_adapter.adapted_layers(model)
     assert {name.rpartition(".")[2] for name in adapted} == family.layers
-    # Whatever is linear and stands in no head carries the adapter, but for what was left out.
+    # Every linear layer outside the heads has an adapter, except the excluded ones.
     assert kinds - set(family.adapter.get("exclude_modules", ())) == family.layers - {"experts", "gate"}
     packing = family.packs
     select_attention.choose_attention(
         model.get_base_model(), "auto", packing=packing, causal=family.task == "causal-lm"
     )
-    fused_lora.fuse(model)
     fp32_weights.upcast_trainable_params(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     spec = TrainingSpec.model_validate({"learning_rate": 1e-2, "schedule": "constant", "warmup": 0})
@@ -127,54 +128,53 @@ def test_one_step_moves_the_adapter_alone_and_what_is_saved_and_merged_is_the_mo
     )
     assert step.supervised > 0
     assert math.isfinite(step.loss)
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert moved <= trained
-    # In the first step A has no gradient, as B is zero; heads have one.
-    assert {name for name in trained if "lora_A" not in name} == moved
+    assert changed <= trained
+    # In the first step A has no gradient, because B is zero.
+    assert {name for name in trained if "lora_A" not in name} == changed
 
     for name, p in model.named_parameters():  # as after more training
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05)
-    again = families.load(family, folder, seed=9).model  # another seed draws another head, which the adapter replaces
-    for base in (model.get_base_model(), again):
+    # Another seed initializes another head, which the adapter replaces.
+    reloaded = families.load(family, folder, seed=9).model
+    for base in (model.get_base_model(), reloaded):
         base.set_attn_implementation("eager")
     expected = logits(model, family)
     save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
-    loaded = PeftModel.from_pretrained(again, str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(reloaded, str(tmp_path / "adapter"))
     assert zoo.relative(logits(loaded, family), expected) < 1e-6
     assert zoo.relative(logits(loaded.merge_and_unload(), family), expected) < 1e-5
 
 
-def test_a_layer_that_the_model_goes_round_is_refused(tmp_path: Path):
-    """Mamba multiplies with the weight of dt_proj itself: an adapter on it would never learn, and nobody would know."""
+def test_a_layer_that_the_model_bypasses_raises(tmp_path: Path):
+    """Mamba multiplies with the weight of dt_proj directly: an adapter on it would never learn, without an error."""
     family = FAMILIES["mamba"]._replace(adapter={"exclude_modules": ["out_proj"]})
     model, _ = attached(family, families.write(family, tmp_path))
     with pytest.raises(LoraError, match=r"adapter\.target_modules: no gradient reaches dt_proj") as refused:
         attach_adapter.check_gradients_reach(
-            model, lambda: LossFunction(model)(next(plan_of(family, packing=False).whole())).loss
+            model, lambda: LossFunction(model)(next(plan_of(family, packing=False).all_batches())).loss
         )
     assert "adapter.exclude_modules: [dt_proj]" in str(refused.value.hint)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_packed_rows_are_rows_apart_or_refused_with_the_reason(family: Family, folder: Path):
+def test_packed_rows_equal_separate_rows_or_raise_with_the_reason(family: Family, folder: Path):
     if family.task != "causal-lm":
         pytest.skip("only rows of causal-lm are packed: the recipe's rules refuse the rest")
     model = families.load(family, folder).model
     if not family.packs:
-        with pytest.raises(
-            LoraError, match=r"data\.packing: \w+ does not keep packed rows apart; tried .*\("
-        ) as refused:
+        with pytest.raises(LoraError, match=r"data\.packing: \w+ does not isolate packed rows; tried .*\(") as refused:
             select_attention.choose_attention(model, "auto", packing=True)
         assert refused.value.hint == "set data.packing: false"
         assert select_attention.choose_attention(model, "auto", packing=False) is None
         return
-    proof = select_attention.choose_attention(model, "auto", packing=True)
-    assert proof is not None
-    (packed,) = plan_of(family, packing=True).whole()
-    together = LossFunction(model).logits(packed)
+    check = select_attention.choose_attention(model, "auto", packing=True)
+    assert check is not None
+    (packed,) = plan_of(family, packing=True).all_batches()
+    packed_logits = LossFunction(model).logits(packed)
     model.set_attn_implementation("eager")
     rows = rows_of(family)
-    apart = [LossFunction(model).logits(collate_padded([rows[i]], [i], 0)) for i in packed.rows]
-    assert zoo.relative(together, torch.cat(apart)) < 1e-5
+    separate = [LossFunction(model).logits(collate_padded([rows[i]], [i], 0)) for i in packed.rows]
+    assert zoo.relative(packed_logits, torch.cat(separate)) < 1e-5

@@ -1,17 +1,18 @@
-"""A GGUF file becomes a plain folder once, with the numbers its blocks stand for."""
+"""A GGUF file is dequantized once to a cached folder, with the values of its blocks; packed layers pass gradients."""
 
 import json
 from pathlib import Path
 
-import gguf as library
+import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
 from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, base_model, prequantized, save_adapter
+from lora_cli.model import attach_adapter, prequantized, save_adapter
 from lora_cli.model.gguf_base import (
     GgufExperts,
     GgufLinear,
@@ -24,18 +25,19 @@ from lora_cli.model.prequantized import Prequantized
 from lora_cli.recipe.schema import AdapterSpec, DataSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
+from tests.support import checkpoints
 
-KINDS = {
-    "F32": library.GGMLQuantizationType.F32,
-    "Q8_0": library.GGMLQuantizationType.Q8_0,
-    "Q4_1": library.GGMLQuantizationType.Q4_1,  # as the demo model has it
+TYPES = {
+    "F32": gguf.GGMLQuantizationType.F32,
+    "Q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "Q4_1": gguf.GGMLQuantizationType.Q4_1,  # as in the demo model
 }
-NAMES = {
+GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-PARTS = {
+GGUF_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -49,15 +51,15 @@ PARTS = {
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q and k in llama.cpp's order of rotary pairs."""
+    """Return the rows of q or k in llama.cpp's order of rotary pairs."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Write the tiny llama as llama.cpp's converter would; returns the weights it stands for, by their names in it."""
+def write_gguf(path: Path, ggml_type: str) -> dict[str, torch.Tensor]:
+    """Write the tiny llama as llama.cpp's converter does; return the dequantized weights by transformers' names."""
     tokenizer = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
     model = zoo.make("llama", vocab_size=len(tokenizer))
-    writer = library.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     config = model.config
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -78,24 +80,25 @@ def write_gguf(path: Path, kind: str) -> dict[str, torch.Tensor]:
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_bos_token_id(tokenizer.convert_tokens_to_ids("<|im_start|>"))
     writer.add_chat_template(CHATML)
-    meant = {}
+    expected = {}
     for name, tensor in model.state_dict().items():
         weight = tensor.numpy()
         *_, layer, part = ["", *name.removesuffix(".weight").removeprefix("model.layers.").split(".", 1)]
-        its_name = NAMES.get(name) or f"blk.{layer}.{PARTS[part]}.weight"
+        gguf_name = GGUF_NAMES.get(name) or f"blk.{layer}.{GGUF_LAYER_NAMES[part]}.weight"
         heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(part)
         stored = interleave(weight, heads) if heads else weight
-        its_kind = KINDS[kind] if weight.ndim == 2 else KINDS["F32"]
-        blocks = library.quantize(np.ascontiguousarray(stored), its_kind)
-        writer.add_tensor(its_name, blocks, raw_dtype=its_kind)
-        held = library.dequantize(blocks, its_kind)
-        back = held.reshape(heads, -1, 2, held.shape[1]).swapaxes(1, 2).reshape(held.shape) if heads else held
-        meant[name] = torch.tensor(back)
+        gguf_type = TYPES[ggml_type] if weight.ndim == 2 else TYPES["F32"]
+        blocks = gguf.quantize(np.ascontiguousarray(stored), gguf_type)
+        writer.add_tensor(gguf_name, blocks, raw_dtype=gguf_type)
+        value = gguf.dequantize(blocks, gguf_type)
+        if heads:
+            value = value.reshape(heads, -1, 2, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        expected[name] = torch.tensor(value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return meant
+    return expected
 
 
 @pytest.fixture(scope="module")
@@ -105,89 +108,95 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def silence(line: str) -> None:
+def no_output(line: str) -> None:
     pass
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ggml_type", TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_tensor_is_what_its_blocks_stand_for(tmp_path: Path, kind: str, dtype: torch.dtype):
-    path = tmp_path / f"tiny.{kind}.gguf"
-    meant = write_gguf(path, kind)
-    folder = unpack_gguf(path, dtype=dtype, cache=tmp_path, info=silence)
+def test_every_tensor_has_the_dequantized_values_of_its_blocks(tmp_path: Path, ggml_type: str, dtype: torch.dtype):
+    path = tmp_path / f"tiny.{ggml_type}.gguf"
+    expected = write_gguf(path, ggml_type)
+    folder = unpack_gguf(path, dtype=dtype, cache=tmp_path, info=no_output)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    found = model.state_dict()
-    assert found.keys() == meant.keys()
-    for name, tensor in meant.items():
-        assert found[name].dtype == dtype
-        assert torch.equal(found[name], tensor.to(dtype)), name
+    weights = model.state_dict()
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert weights[name].dtype == dtype
+        assert torch.equal(weights[name], tensor.to(dtype)), name
     ids = torch.arange(3, 40)[None]
-    theirs = AutoModelForCausalLM.from_pretrained(
+    reference = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
     )
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, theirs(ids).logits)
+        assert torch.equal(model(ids).logits, reference(ids).logits)
 
 
 def test_the_tokenizer_is_the_same(file: Path, tmp_path: Path):
-    folder = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence)
-    mine, theirs = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
-    )
+    folder = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in ("Hello, how are you?\n\n 42", "<|im_start|>user\nüñ<|im_end|>"):
-        assert mine(text)["input_ids"] == theirs(text)["input_ids"]
-        assert mine.decode(mine(text)["input_ids"]) == text
-    assert mine.chat_template == CHATML
-    assert mine.eos_token == "<|im_end|>"
+        assert tokenizer(text)["input_ids"] == reference(text)["input_ids"]
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.chat_template == CHATML
+    assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_the_second_time_it_is_only_looked_up(file: Path, tmp_path: Path):
-    said: list[str] = []
-    first = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append)
-    stamps = {path: path.stat().st_mtime_ns for path in first.iterdir()}
-    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append) == first
-    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == stamps
-    assert len(said) == 1
-    assert unpack_gguf(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append) != first
-    file.touch()  # perhaps other contents
-    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append) != first
+def test_the_progress_bar_is_disabled_during_the_read_only(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output)
+    assert "GGUF tensors" not in capsys.readouterr().err
+    assert modeling_gguf_pytorch_utils.tqdm is tqdm
 
 
-def test_who_comes_second_takes_what_is_there(file: Path, tmp_path: Path):
-    """Another run begins later and is done before.
+def test_the_second_call_returns_the_cached_folder(file: Path, tmp_path: Path):
+    messages: list[str] = []
+    first = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=messages.append)
+    mtimes = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=messages.append) == first
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == mtimes
+    assert len(messages) == 1
+    assert unpack_gguf(file, dtype=torch.bfloat16, cache=tmp_path, info=messages.append) != first
+    file.touch()  # its contents may have changed
+    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=messages.append) != first
 
-    Two processes do that; two threads would not do for a test: from_pretrained swaps tie_weights of its class for the
-    time of a load, and two that overlap leave it swapped for good, for every test that comes after.
+
+def test_the_slower_of_two_runs_uses_the_folder_of_the_faster_one(file: Path, tmp_path: Path):
+    """A second run starts later and finishes first.
+
+    In reality they are two processes. A test cannot use two threads: from_pretrained replaces tie_weights of its class
+    during a load, and two overlapping loads would leave it replaced for all later tests.
     """
-    found: list[Path] = []
+    folders: list[Path] = []
 
-    def meanwhile(line: str) -> None:
-        found.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence))
-        stamps.update({path: path.stat().st_ino for path in found[0].iterdir()})
+    def run_second(line: str) -> None:
+        folders.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output))
+        inodes.update({path: path.stat().st_ino for path in folders[0].iterdir()})
 
-    stamps: dict[Path, int] = {}
-    found.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=meanwhile))
-    assert found[0] == found[1]
-    assert {path: path.stat().st_ino for path in found[1].iterdir()} == stamps
-    assert list((tmp_path / "gguf").iterdir()) == [found[0]]
+    inodes: dict[Path, int] = {}
+    folders.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=run_second))
+    assert folders[0] == folders[1]
+    assert {path: path.stat().st_ino for path in folders[1].iterdir()} == inodes
+    assert list((tmp_path / "gguf").iterdir()) == [folders[0]]
 
 
 def test_without_weights_config_and_tokenizer_are_the_same(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    said: list[str] = []
+    messages: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr("lora_cli.model.gguf.AutoModelForCausalLM", None)
-        light = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=said.append, weights=False)
-        assert unpack_gguf(file, dtype=torch.bfloat16, cache=tmp_path, info=said.append, weights=False) == light
-    assert said == [f"reading config and tokenizer of tiny.Q8_0.gguf, once; kept in {light}"]
+        patch.setattr("lora_cli.model.gguf_base.AutoModelForCausalLM", None)
+        light = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=messages.append, weights=False)
+        assert unpack_gguf(file, dtype=torch.bfloat16, cache=tmp_path, info=messages.append, weights=False) == light
+    assert messages == [f"reading config and tokenizer of tiny.Q8_0.gguf once; cached in {light}"]
     assert not list(light.glob("*.safetensors"))
-    full = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence)
+    full = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output)
     assert full != light
-    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=silence, weights=False) == full
+    assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output, weights=False) == full
     encoders = [CausalLMEncoder(DataSpec(train="x"), AutoTokenizer.from_pretrained(folder)) for folder in (light, full)]
     assert encoders[0].identity() == encoders[1].identity()
     shapes = [
-        {name: p.shape for name, p in base_model.skeleton(AutoConfig.from_pretrained(folder)).named_parameters()}
+        {name: p.shape for name, p in checkpoints.checkpoint(folder).skeleton().named_parameters()}
         for folder in (light, full)
     ]
     assert shapes[0] == shapes[1]
@@ -197,19 +206,19 @@ BAD = {
     "empty": (b"", "not a GGUF file"),
     "text": (b"model: tiny", "not a GGUF file"),
     "header alone": (b"GGUF", "transformers cannot read this GGUF"),
-    "cut short": (None, "the file is cut short"),
+    "truncated": (None, "the file is truncated"),
     "another version": (b"GGUF" + b"\xff" * 64, "transformers cannot read this GGUF"),
 }
 
 
 @pytest.mark.parametrize("weights", [True, False])
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, name: str, weights: bool):
-    content, said = BAD[name]
+def test_a_bad_file_raises_and_leaves_nothing_in_the_cache(file: Path, tmp_path: Path, name: str, weights: bool):
+    content, message = BAD[name]
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(file.read_bytes()[:-5000] if content is None else content)
-    with pytest.raises(LoraError, match=said) as caught:
-        unpack_gguf(bad, dtype=torch.float32, cache=tmp_path / "cache", info=silence, weights=weights)
+    with pytest.raises(LoraError, match=message) as caught:
+        unpack_gguf(bad, dtype=torch.float32, cache=tmp_path / "cache", info=no_output, weights=weights)
     assert "bad.gguf" in caught.value.message
     assert not list((tmp_path / "cache").glob("gguf/*"))
 
@@ -217,49 +226,50 @@ def test_a_bad_file_is_refused_and_leaves_nothing(file: Path, tmp_path: Path, na
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_packed_or_not_is_chosen_and_said(file: Path, monkeypatch: pytest.MonkeyPatch):
-    said: list[str] = []
-    assert choose_packed("auto", file, device=CPU, info=said.append) is False
-    assert said == ["tiny.Q8_0.gguf: dequantized, as transformers has no kernel for packed weights on the CPU"]
-    with pytest.raises(LoraError, match=r"model\.gguf: packed, but transformers has no kernel .* on the CPU") as caught:
-        choose_packed("packed", file, device=CPU, info=silence)
-    assert caught.value.hint == "write auto or dequantized: the numbers are the same"
-    assert choose_packed("dequantized", file, device=GPU, info=silence) is False
+def test_packed_is_chosen_where_possible_and_reported(file: Path, monkeypatch: pytest.MonkeyPatch):
+    messages: list[str] = []
+    assert choose_packed("auto", file, device=CPU, info=messages.append) is False
+    assert messages == ["tiny.Q8_0.gguf: dequantized, because transformers has no kernel for packed weights on the CPU"]
+    not_possible = r"model\.gguf: packed is not possible: transformers has no kernel .* on the CPU"
+    with pytest.raises(LoraError, match=not_possible) as caught:
+        choose_packed("packed", file, device=CPU, info=no_output)
+    assert caught.value.hint == "set model.gguf to auto or dequantized: the weights have the same values"
+    assert choose_packed("dequantized", file, device=GPU, info=no_output) is False
 
-    # On a GPU it hangs on the package that fetches the kernel, and on the architecture.
-    monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: None)
-    with pytest.raises(LoraError, match="the package kernels, which fetches the kernel"):
-        choose_packed("packed", file, device=GPU, info=silence)
-    monkeypatch.setattr("lora_cli.model.gguf.find_spec", lambda package: object())
-    with pytest.raises(LoraError, match="transformers loads the architecture llama dequantised only"):
-        choose_packed("packed", file, device=GPU, info=silence)
-    monkeypatch.setattr("lora_cli.model.gguf.is_gguf_arch_supported", lambda architecture: architecture == "llama")
-    assert choose_packed("auto", file, device=GPU, info=said.append) is True
-    assert said[-1] == "tiny.Q8_0.gguf: kept packed"
+    # On a GPU it depends on the package that downloads the kernel, and on the architecture.
+    monkeypatch.setattr("lora_cli.model.gguf_base.find_spec", lambda package: None)
+    with pytest.raises(LoraError, match="the package kernels, which downloads the kernel"):
+        choose_packed("packed", file, device=GPU, info=no_output)
+    monkeypatch.setattr("lora_cli.model.gguf_base.find_spec", lambda package: object())
+    with pytest.raises(LoraError, match="transformers loads the architecture llama dequantized only"):
+        choose_packed("packed", file, device=GPU, info=no_output)
+    monkeypatch.setattr("lora_cli.model.gguf_base.is_gguf_arch_supported", lambda architecture: architecture == "llama")
+    assert choose_packed("auto", file, device=GPU, info=messages.append) is True
+    assert messages[-1] == "tiny.Q8_0.gguf: kept packed"
 
 
-def packed_and_plain(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The tiny llama with its MLP in packed layers, as transformers makes them, and the same numbers unpacked."""
+def packed_and_dequantized(ggml_type: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return the tiny llama with its MLP in transformers' packed layers, and with the same weights dequantized."""
     models = zoo.make("llama"), zoo.make("llama")
-    ggml = KINDS[kind]
+    ggml = TYPES[ggml_type]
     for name, layer in list(models[0].named_modules()):
         if ".mlp." not in name or not isinstance(layer, torch.nn.Linear):
             continue
-        blocks = library.quantize(layer.weight.numpy(), ggml)
+        blocks = gguf.quantize(layer.weight.numpy(), ggml)
         packed = GgufLinear(layer.in_features, layer.out_features, int(ggml))
         packed.weight.data = torch.tensor(blocks)
         models[0].set_submodule(name, packed)
-        models[1].get_submodule(name).weight.data = torch.tensor(library.dequantize(blocks, ggml))
+        models[1].get_submodule(name).weight.data = torch.tensor(gguf.dequantize(blocks, ggml))
     return models
 
 
-@pytest.mark.parametrize("tokens", [5, 40])  # on both sides of what a GPU's kernel takes at once, without a gradient
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
-def test_gradients_pass_packed_layers_and_are_those_over_the_same_numbers(kind: str, tokens: int):
-    """The layers as they run without a kernel; on a GPU they were never run by this project."""
+@pytest.mark.parametrize("tokens", [5, 40])  # below and above the limit of the kernel that has no backward pass
+@pytest.mark.parametrize("ggml_type", ["Q8_0", "Q4_1"])
+def test_gradients_pass_packed_layers_and_equal_those_on_dequantized_weights(ggml_type: str, tokens: int):
+    """With transformers' fallback for the CPU; this project has never run packed layers on a GPU."""
     ids = torch.randint(3, zoo.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
     results = []
-    for model in packed_and_plain(kind):
+    for model in packed_and_dequantized(ggml_type):
         make_packed_layers_differentiable(model)
         spec = AdapterSpec(rank=4, alpha=8, dropout=0.0, target_modules=["q_proj", "up_proj", "down_proj"])
         adapted = attach_adapter.attach(model, spec, seed=0)
@@ -271,18 +281,18 @@ def test_gradients_pass_packed_layers_and_are_those_over_the_same_numbers(kind: 
         loss.backward()
         gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
         results.append((loss.item(), gradients, adapted))
-    (loss, gradients, adapted), (expected, its_gradients, _) = results
+    (loss, gradients, adapted), (expected_loss, expected_gradients, _) = results
     assert isinstance(adapted.get_base_model().model.layers[0].mlp.up_proj, PackedLora)
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert gradients.keys() == its_gradients.keys()
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         assert gradient is not None, name
-        assert zoo.relative(gradient, its_gradients[name]) < 1e-4, name
+        assert zoo.relative(gradient, expected_gradients[name]) < 1e-4, name
 
 
-def test_an_adapter_over_packed_layers_is_allowed_saved_and_loaded(tmp_path: Path):
+def test_an_adapter_on_packed_layers_is_allowed_saved_and_loaded(tmp_path: Path):
     prequantized.check_prequantized(Prequantized("gguf", None), AdapterSpec(method="lora"), None, path="x.gguf")
-    packed, _ = packed_and_plain("Q8_0")
+    packed, _ = packed_and_dequantized("Q8_0")
     make_packed_layers_differentiable(packed)
     adapted = attach_adapter.attach(packed, AdapterSpec(rank=4, target_modules=["q_proj", "up_proj"]), seed=0)
     for name, parameter in adapted.named_parameters():
@@ -290,17 +300,14 @@ def test_an_adapter_over_packed_layers_is_allowed_saved_and_loaded(tmp_path: Pat
             parameter.data += 0.05
     save_adapter.save_adapter(adapted, tmp_path, base="x.gguf", revision=None)
     ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        apart = save_adapter.difference_when_loaded(
-            adapted, tmp_path, lambda model: model.eval()(ids).logits, lambda model: None
-        )
-    assert apart == (0, 0)
+    difference = save_adapter.compare_reloaded(adapted, tmp_path, lambda model: model.eval()(ids).logits)
+    assert difference == (0, 0)
 
 
-def test_packed_experts_are_refused():
+def test_packed_experts_raise():
     model = zoo.make("llama")
-    experts = GgufExperts(2, 64, 128, int(KINDS["Q8_0"]), int(KINDS["Q8_0"]), torch.nn.SiLU())
+    experts = GgufExperts(2, 64, 128, int(TYPES["Q8_0"]), int(TYPES["Q8_0"]), torch.nn.SiLU())
     model.set_submodule("model.layers.0.mlp", experts)
-    with pytest.raises(LoraError, match=r"packed experts \(model\.layers\.0\.mlp\) cannot be trained over") as caught:
+    with pytest.raises(LoraError, match=r"cannot train with packed experts \(model\.layers\.0\.mlp\)") as caught:
         make_packed_layers_differentiable(model)
     assert caught.value.hint == "write model: {gguf: dequantized}"

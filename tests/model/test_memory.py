@@ -1,4 +1,4 @@
-"""The memory plan is near what a step really takes."""
+"""The memory estimate is close to the measured peak of a training step."""
 
 import subprocess
 import sys
@@ -13,40 +13,41 @@ from tests.model import zoo
 
 LONGEST = 128  # tokens of a row
 SIZES = (128, 384)  # tokens of a batch
-# Steps of the demo model in a process of their own, as `lora train` takes them.
+# Steps of the demo model in a separate process, as in `lora train`.
 STEPS = """
 import os, sys, torch
 from accelerate import Accelerator
-from lora_cli.data.batches import Plan
-from lora_cli.model import adapter, base, fused, isolation, memory
+from lora_cli.data.batches import BatchPlan
+from lora_cli.model import attach_adapter, memory, select_attention
 from lora_cli.recipe.schema import AdapterSpec, TrainingSpec
-from lora_cli.training import host
+from lora_cli.training import cpu
 from lora_cli.training.loop import fit
-from lora_cli.training.optim import make_optimizer
+from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
+from tests.support import checkpoints
 
 folder, longest, *sizes = sys.argv[1], *map(int, sys.argv[2:])
-host.set_up_cpu(os.cpu_count())  # one thread: several that wait for each other are slow on a busy machine
-cpu = torch.device("cpu")
-model = base.load_base(base.Source(folder, {}), dtype=torch.float32, device=cpu, attention="sdpa").model
-isolation.settle(model, "auto", packing=True)
-peft_model = adapter.attach(model, AdapterSpec(rank=16), seed=0)
+cpu.set_up_cpu(os.cpu_count())  # one thread: several that wait for each other are slow on a busy machine
+device = torch.device("cpu")
+model = checkpoints.load(folder, attention="sdpa")
+select_attention.choose_attention(model, "auto", packing=True)
+peft_model = attach_adapter.attach(model, AdapterSpec(rank=16), seed=0)
 trained = [p for p in peft_model.parameters() if p.requires_grad]
-fused.fuse(peft_model)
 spec = TrainingSpec()
 optimizer = make_optimizer(peft_model, spec)
 for tokens in sizes:
-    plan = Plan(zoo.rows_of([longest] * (tokens // longest)), packing=True, size=tokens, per_step=1, seed=0)
+    rows = zoo.rows_of([longest] * (tokens // longest))
+    plan = BatchPlan(rows, packing=True, size=tokens, batches_per_step=1, seed=0)
     list(fit(peft_model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=1))
-    estimate = memory.plan(
+    estimate = memory.plan_memory(
         model, dtype=torch.float32, trainable=sum(p.numel() for p in trained), tokens=tokens, longest=longest,
         checkpointing=False, quantization=None, on_cpu=True,
     )
-    print(host.peak_memory(cpu), estimate.total)
+    print(cpu.peak_memory(device), estimate.total)
 """
 
 
-def test_it_is_near_the_measured_peak_of_a_step(demo_folder: Path):
+def test_the_estimate_is_close_to_the_measured_peak_of_a_step(demo_folder: Path):
     done = subprocess.run(
         [sys.executable, "-c", STEPS, str(demo_folder), str(LONGEST), *map(str, SIZES)],
         capture_output=True,
@@ -57,28 +58,29 @@ def test_it_is_near_the_measured_peak_of_a_step(demo_folder: Path):
     small, large = ([int(n) for n in line.split()] for line in done.stdout.splitlines())
     for measured, planned in (small, large):
         assert 0.65 < planned / measured < 1.35, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
-    # Weights and libraries are most of both, so what a token adds is looked at apart. The plan counts what the backward
-    # pass keeps (1.4 MiB here); glibc's heap, which is told to give nothing back, takes about half as much again.
+    # Weights and libraries dominate both sizes, so the memory that each additional token takes is compared separately.
+    # The estimate counts the tensors saved for the backward pass (1.4 MiB here). glibc's heap, which is configured to
+    # return no memory to the system, takes about half as much in addition.
     growth, expected = large[0] - small[0], large[1] - small[1]
     assert 0.35 < expected / growth < 1.35, f"planned {expected >> 20} MiB more, measured {growth >> 20} MiB"
 
 
-def plan_of(**given: object) -> memory.MemoryPlan:
-    usual = {"dtype": torch.bfloat16, "trainable": 1000, "tokens": 256, "longest": 64, "checkpointing": False}
-    return memory.plan_memory(zoo.make("llama"), **{**usual, "quantization": None, "on_cpu": False, **given})
+def plan_of(**options: object) -> memory.MemoryPlan:
+    defaults = {"dtype": torch.bfloat16, "trainable": 1000, "tokens": 256, "longest": 64, "checkpointing": False}
+    return memory.plan_memory(zoo.make("llama"), **{**defaults, "quantization": None, "on_cpu": False, **options})
 
 
 def test_weights_and_adapter_are_counted_exactly():
     model = zoo.make("llama")
-    whole = sum(p.numel() for p in model.parameters())
-    assert plan_of().weights == 2 * whole
-    assert plan_of(dtype=torch.float32).weights == 4 * whole
+    total = sum(p.numel() for p in model.parameters())
+    assert plan_of().weights == 2 * total
+    assert plan_of(dtype=torch.float32).weights == 4 * total
     assert plan_of().adapter == 16 * 1000  # weight, gradient and two moments in fp32
     assert plan_of(moment_bytes=1).adapter == 10 * 1000
     linear = sum(layer.weight.numel() for layer in memory.linear_layers(model).values())
-    assert plan_of(quantization=QuantizationSpec(bits=8)).weights == linear + 2 * (whole - linear)
-    four = plan_of(quantization=QuantizationSpec.model_validate({})).weights - 2 * (whole - linear)
-    assert 0.5 * linear < four < 0.52 * linear
+    assert plan_of(quantization=QuantizationSpec(bits=8)).weights == linear + 2 * (total - linear)
+    in_4_bits = plan_of(quantization=QuantizationSpec.model_validate({})).weights - 2 * (total - linear)
+    assert 0.5 * linear < in_4_bits < 0.52 * linear
 
 
 @pytest.mark.parametrize(
@@ -92,5 +94,5 @@ def test_weights_and_adapter_are_counted_exactly():
         ({"quantization": QuantizationSpec.model_validate({})}, {}),
     ],
 )
-def test_it_grows_with_what_takes_memory(less: dict[str, object], more: dict[str, object]):
+def test_the_estimate_grows_with_everything_that_takes_memory(less: dict[str, object], more: dict[str, object]):
     assert plan_of(**less).total < plan_of(**more).total

@@ -1,4 +1,4 @@
-"""NF4 on the CPU: the base is four bits and stays as it is, and the adapter learns over it."""
+"""QLoRA on the CPU: the base is quantized (NF4, FP4, int8) and stays unchanged, and the adapter on it learns."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,7 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure_likelihood
 from lora_cli.model import (
     adalora,
-    base_model,
     fp32_weights,
-    fused_lora,
     quantize,
     save_adapter,
     select_attention,
@@ -28,6 +26,7 @@ from lora_cli.recipe.schema import QuantizationSpec, TrainingSpec
 from lora_cli.training.loop import fit
 from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
+from tests.support import checkpoints
 
 
 @pytest.mark.parametrize(
@@ -39,79 +38,78 @@ from tests.model import zoo
         ({"bits": 8}, {"load_in_8bit": True, "load_in_4bit": False}),
     ],
 )
-def test_the_section_is_what_bitsandbytes_is_told(section: dict[str, object], expected: dict[str, object]):
+def test_the_section_becomes_a_bitsandbytes_config(section: dict[str, object], expected: dict[str, object]):
     config = quantize.bnb_config(QuantizationSpec.model_validate(section))
     assert {name: getattr(config, name) for name in expected} == expected
 
 
 @pytest.fixture(params=[True, False], ids=["double", "single"])
 def nf4(request: pytest.FixtureRequest, tiny_folder: Path) -> Any:
-    """The tiny llama in NF4, as training loads it."""
+    """Load the tiny llama in NF4, as training does."""
     spec = QuantizationSpec.model_validate({"compute_dtype": "float32", "double_quant": request.param})
     return load(tiny_folder, spec)
 
 
 def load(folder: Path, spec: QuantizationSpec | None = None, *, dtype: torch.dtype = torch.float32) -> Any:
-    source, cpu = base_model.ModelSource(str(folder), {}), torch.device("cpu")
-    return base_model.load_base(source, dtype=dtype, device=cpu, attention="sdpa", quantization=spec).model
+    return checkpoints.load(folder, dtype=dtype, attention="sdpa", quantization=spec)
 
 
-def dequantised(nf4: Any, folder: Path) -> Any:
-    """The same model with its 4-bit weights written out in fp32."""
+def dequantized(nf4: Any, folder: Path) -> Any:
+    """Return the same model with its 4-bit weights dequantized to fp32."""
     plain = load(folder)
     for name, layer in nf4.named_modules():
         if isinstance(layer, bnb.nn.Linear4bit):
-            held = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
-            plain.get_submodule(name).weight.data = held
+            weight = bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+            plain.get_submodule(name).weight.data = weight
     return plain
 
 
-def test_weights_are_four_bits_and_near(nf4: Any, tiny_folder: Path):
+def test_weights_have_4_bits_and_are_close_to_the_originals(nf4: Any, tiny_folder: Path):
     layers = {name: layer for name, layer in nf4.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
     assert len(layers) == 14
-    whole, back = load(tiny_folder), dequantised(nf4, tiny_folder)
+    original, restored = load(tiny_folder), dequantized(nf4, tiny_folder)
     for name, layer in layers.items():
-        exact, held = whole.get_submodule(name).weight, back.get_submodule(name).weight
+        exact, rounded = original.get_submodule(name).weight, restored.get_submodule(name).weight
         assert layer.weight.dtype == torch.uint8
         assert layer.weight.numel() == exact.numel() // 2
-        assert 0 < float((held - exact).norm() / exact.norm()) < 0.12  # of normal numbers: about 9 %
+        assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.12  # about 9 % for normally distributed values
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("code", ["nf4", "fp4"])
-def test_codes_and_scales_are_bitsandbytes_own(tiny_folder: Path, code: str, double: bool):
+def test_codes_and_scales_are_those_of_bitsandbytes(tiny_folder: Path, code: str, double: bool):
     spec = QuantizationSpec.model_validate({"type": code, "double_quant": double})
-    held, whole = load(tiny_folder, spec, dtype=torch.bfloat16), load(tiny_folder, dtype=torch.bfloat16)
+    quantized, original = load(tiny_folder, spec, dtype=torch.bfloat16), load(tiny_folder, dtype=torch.bfloat16)
     count = 0
-    for name, layer in held.named_modules():
+    for name, layer in quantized.named_modules():
         if not isinstance(layer, bnb.nn.Linear4bit):
             continue
         count += 1
         codes, state = bnb.functional.quantize_4bit(
-            whole.get_submodule(name).weight, quant_type=code, compress_statistics=double
+            original.get_submodule(name).weight, quant_type=code, compress_statistics=double
         )
-        mine = layer.weight.quant_state
+        actual = layer.weight.quant_state
         assert torch.equal(layer.weight.data, codes)
-        assert torch.equal(mine.absmax, state.absmax)
-        assert (mine.quant_type, mine.nested, mine.blocksize) == (code, double, quantize.BLOCK_SIZE)
+        assert torch.equal(actual.absmax, state.absmax)
+        assert (actual.quant_type, actual.nested, actual.blocksize) == (code, double, quantize.BLOCK_SIZE)
         if double:
-            assert torch.equal(mine.state2.absmax, state.state2.absmax)
-            assert torch.equal(mine.offset, state.offset)
+            assert torch.equal(actual.state2.absmax, state.state2.absmax)
+            assert torch.equal(actual.offset, state.offset)
     assert count == 14
 
 
-def test_double_quantised_weights_of_the_demo_model_take_little_more_than_half_a_byte(demo_folder: Path):
+def test_double_quantized_weights_of_the_demo_model_take_little_more_than_half_a_byte(demo_folder: Path):
     model = load(demo_folder, QuantizationSpec(), dtype=torch.bfloat16)
-    taken, held = quantize.quantized_bytes(model)
+    size, weights = quantize.quantized_bytes(model)
     layers = target_modules.linear_layers(load(demo_folder, None, dtype=torch.bfloat16))
-    assert held == sum(layer.weight.numel() for layer in layers.values())
-    assert 0.5 < taken / held <= 0.6
-    # QLoRA, section 3: 0.127 bits a weight for the scales.
-    assert taken / held == pytest.approx(0.5 + 0.127 / 8, rel=2e-2)
+    assert weights == sum(layer.weight.numel() for layer in layers.values())
+    assert 0.5 < size / weights <= 0.6
+    # QLoRA, section 3: 0.127 bits per weight for the scales.
+    assert size / weights == pytest.approx(0.5 + 0.127 / 8, rel=2e-2)
 
 
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
-def test_how_codes_are_stored_changes_no_number(tiny_folder: Path, storage: str):
+def test_the_storage_dtype_of_codes_does_not_change_results(tiny_folder: Path, storage: str):
     spec = QuantizationSpec.model_validate({"compute_dtype": "float32", "storage_dtype": storage})
     model = load(tiny_folder, spec)
     weight = model.model.layers[0].mlp.up_proj.weight
@@ -121,17 +119,17 @@ def test_how_codes_are_stored_changes_no_number(tiny_folder: Path, storage: str)
     assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
-def test_norms_are_fp32_and_all_else_is_in_the_compute_dtype(tiny_folder: Path):
+def test_norms_are_fp32_and_everything_else_is_in_the_compute_dtype(tiny_folder: Path):
     model = load(tiny_folder, QuantizationSpec(), dtype=torch.bfloat16)
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad}
     assert {dtype for name, dtype in dtypes.items() if "norm" in name} == {torch.float32}
     assert {dtype for name, dtype in dtypes.items() if "norm" not in name} == {torch.bfloat16}
-    seen: list[torch.dtype] = []
+    output_dtypes: list[torch.dtype] = []
     for layer in model.model.layers:
-        layer.input_layernorm.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
-        layer.register_forward_hook(lambda _, given, out: seen.append(out.dtype))
+        layer.input_layernorm.register_forward_hook(lambda _, args, out: output_dtypes.append(out.dtype))
+        layer.register_forward_hook(lambda _, args, out: output_dtypes.append(out.dtype))
     assert model(torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16
-    assert set(seen) == {torch.bfloat16}
+    assert set(output_dtypes) == {torch.bfloat16}
 
 
 def test_checkpointed_gradients_are_the_same(nf4: Any):
@@ -146,36 +144,35 @@ def test_checkpointed_gradients_are_the_same(nf4: Any):
     expected = gradients()
     nf4.activation_checkpointing_enable({"use_reentrant": False})
     nf4.enable_input_require_grads()
-    again = gradients()
-    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    checkpointed = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(checkpointed, expected, strict=True))
 
 
-SETTING = AdapterContext(
+CONTEXT = AdapterContext(
     encode=lambda text: [3], plan=BatchPlan(zoo.rows_of([30, 41]), packing=True, size=60, batches_per_step=1, seed=0)
 )
-OVER = [(bits, name) for name, facts in METHOD_FACTS.items() for bits in facts.bits]
+SUPPORTED = [(bits, name) for name, facts in METHOD_FACTS.items() for bits in facts.bits]
 
 
-@pytest.mark.parametrize(("bits", "method"), OVER)
-def test_every_method_that_says_so_learns_over_a_quantised_base(
+@pytest.mark.parametrize(("bits", "method"), SUPPORTED)
+def test_every_method_that_supports_a_quantized_base_learns_on_it(
     bits: int, method: str, tiny_folder: Path, tmp_path: Path
 ):
-    """A few steps lower the loss, the base stays, and plain PEFT loads what is saved."""
+    """A few steps lower the loss, the base does not change, and plain PEFT loads the saved adapter."""
     section = {"bits": bits, "compute_dtype": "float32"} if bits == 4 else {"bits": 8}
     spec = QuantizationSpec.model_validate(section)
     model = load(tiny_folder, spec)
-    context = SETTING._replace(total_steps=8, originals=lambda: load(tiny_folder).state_dict())
+    context = CONTEXT._replace(total_steps=8, unquantized_weights=lambda: load(tiny_folder).state_dict())
     adapted = zoo.attached(model, method=method, context=context)
-    fused_lora.fuse(adapted)
     fp32_weights.upcast_trainable_params(adapted)
     before = {name: p.detach().clone() for name, p in adapted.named_parameters() if not p.requires_grad}
     training = TrainingSpec.model_validate({"learning_rate": 0.02, "schedule": "constant", "warmup": 0})
     plan = BatchPlan(zoo.rows_of([12, 30, 7, 21]), packing=False, size=4, batches_per_step=1, seed=0)
-    around = {"spec": training, "optimizer": make_optimizer(adapted, training), "accelerator": Accelerator(cpu=True)}
-    steps = list(fit(adapted, plan, total=8, rank_allocator=adalora.rank_allocator(adapted), **around))
+    options = {"spec": training, "optimizer": make_optimizer(adapted, training), "accelerator": Accelerator(cpu=True)}
+    steps = list(fit(adapted, plan, total=8, rank_allocator=adalora.rank_allocator(adapted), **options))
     assert steps[-1].loss < steps[0].loss
     assert all(torch.equal(p, before[name]) for name, p in adapted.named_parameters() if not p.requires_grad)
-    (batch,) = plan.whole()
+    (batch,) = plan.all_batches()
     if rank_allocator := adalora.rank_allocator(adapted):
         rank_allocator.prune()
     save_adapter.save_adapter(adapted, tmp_path, base="x", revision=None)
@@ -184,61 +181,62 @@ def test_every_method_that_says_so_learns_over_a_quantised_base(
         with torch.no_grad():
             return LossFunction(one.eval()).logits(batch).double()
 
-    found = save_adapter.difference_when_loaded(adapted, tmp_path, logits, fp32_weights.upcast_trainable_params)
-    assert found.is_none(torch.float32), found
+    difference = save_adapter.compare_reloaded(adapted, tmp_path, logits)
+    assert difference.is_none(torch.float32), difference
 
 
-def test_loftq_starts_nearer_to_the_whole_model(tiny_folder: Path):
-    whole = load(tiny_folder)
+def test_loftq_starts_closer_to_the_unquantized_model(tiny_folder: Path):
+    original = load(tiny_folder)
     nf4 = load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "float32"}))
     ids = torch.arange(3, 40)[None]
-    expected = whole(ids).logits
-    bare = zoo.relative(nf4(ids).logits, expected)
-    context = SETTING._replace(originals=whole.state_dict)
+    expected = original(ids).logits
+    without_adapter = zoo.relative(nf4(ids).logits, expected)
+    context = CONTEXT._replace(unquantized_weights=original.state_dict)
     layer = "model.layers.0.mlp.up_proj"
-    off = nf4.get_submodule(layer).weight
-    error = whole.get_submodule(layer).weight - bnb.functional.dequantize_4bit(off.data, off.quant_state)
+    quantized = nf4.get_submodule(layer).weight
+    rounded = bnb.functional.dequantize_4bit(quantized.data, quantized.quant_state)
+    error = original.get_submodule(layer).weight - rounded
     model = zoo.attached(nf4, method="loftq", rank=32, context=context)
-    assert zoo.relative(model(input_ids=ids).logits, expected) < 0.8 * bare
+    assert zoo.relative(model(input_ids=ids).logits, expected) < 0.8 * without_adapter
     lora = model.get_base_model().get_submodule(layer)
     update = lora.scaling["default"] * lora.lora_B["default"].weight @ lora.lora_A["default"].weight
-    # The best fit of its rank (Eckart and Young): what is left are the singular values behind it.
+    # The best approximation of this rank leaves the remaining singular values (Eckart and Young).
     rest = torch.linalg.svdvals(error)[32:]
     assert float((error - update).norm()) == pytest.approx(float(rest.norm()), rel=1e-4)
 
 
-def test_rows_that_are_no_whole_blocks_are_refused_on_the_cpu(tmp_path: Path):
-    """bitsandbytes' kernel dequantises them with an error of 25 % in place of 9 %, and says nothing."""
+def test_in_features_that_are_not_a_multiple_of_the_block_size_raise_on_the_cpu(tmp_path: Path):
+    """bitsandbytes' kernel dequantizes them with an error of 25 % in place of 9 %, without a warning."""
     zoo.make("llama", intermediate_size=96).save_pretrained(tmp_path)
-    with pytest.raises(LoraError, match=r"multiple of 64 only; not so: down_proj \(96\)$"):
+    with pytest.raises(LoraError, match=r"must be a multiple of 64; found down_proj \(96\)$"):
         load(tmp_path, QuantizationSpec.model_validate({}))
 
 
-def test_gradients_are_those_over_the_dequantised_weights_even_after_evaluating(nf4: Any, tiny_folder: Path):
+def test_gradients_equal_those_on_dequantized_weights_even_after_evaluation(nf4: Any, tiny_folder: Path):
     rows = zoo.rows_of([12, 30, 7, 21])
-    reference = zoo.adapted(dequantised(nf4, tiny_folder))
+    reference = zoo.adapted(dequantized(nf4, tiny_folder))
     total, _ = zoo.loss_row_by_row(reference, rows)
     expected = torch.autograd.grad(total, [p for p in reference.parameters() if p.requires_grad])
 
-    proof = select_attention.choose_attention(nf4, "auto", packing=True)  # runs the model in eval mode
-    assert proof is not None
-    assert proof.leak == 0
+    check = select_attention.choose_attention(nf4, "auto", packing=True)  # runs the model in eval mode
+    assert check is not None
+    assert check.leak == 0
     model = zoo.adapted(nf4)
-    assert fused_lora.fuse(model) == 14
+    assert len(zoo.fused_layers(model)) == 14
     plan = BatchPlan(rows, packing=True, size=70, batches_per_step=1, seed=0)
     loss_fn = LossFunction(model)
-    found = measure_likelihood(loss_fn, plan)
+    likelihood = measure_likelihood(loss_fn, plan)
     model.train()
-    (batch,) = plan.whole()
+    (batch,) = plan.all_batches()
     loss = loss_fn(batch).loss
-    got = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-    assert found.loss * found.tokens == pytest.approx(total.item(), rel=1e-5)
+    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    assert likelihood.loss * likelihood.tokens == pytest.approx(total.item(), rel=1e-5)
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert zoo.relative(mine, theirs) < 1e-4
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert zoo.relative(gradient, reference) < 1e-4
 
 
-def test_training_moves_the_adapter_alone(nf4: Any):
+def test_training_changes_only_the_adapter(nf4: Any):
     select_attention.choose_attention(nf4, "auto", packing=True)
     model = zoo.adapted(nf4)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -253,22 +251,24 @@ def test_training_moves_the_adapter_alone(nf4: Any):
         assert torch.equal(parameter, before[name]) == (name not in trained), name
 
 
-def test_packing_is_judged_by_the_dtype_of_the_products(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is not quantised may be fp32, but the products are made in bf16 and are as exact as that."""
+def test_the_packing_check_uses_the_matmul_dtype(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Unquantized parameters may be fp32, but quantized layers multiply in bf16, with the rounding of bf16."""
     model = load(tiny_folder, QuantizationSpec.model_validate({"compute_dtype": "bfloat16"}))
     assert model.dtype == torch.float32
     assert select_attention.matmul_dtype(model) == torch.bfloat16
-    asked = []
-    right = select_attention.candidates
-    monkeypatch.setattr(select_attention, "candidates", lambda *x, **kw: asked.append(kw["dtype"]) or right(*x, **kw))
-    proof = select_attention.choose_attention(model, "sdpa", packing=True)  # as on a GPU
-    assert asked == [torch.bfloat16]  # flash attention would be tried
-    assert proof is not None
-    assert proof.leak == 0
-    assert proof.difference > select_attention.TOLERANCE[torch.float32]
+    dtypes = []
+    original = select_attention.candidates
+    monkeypatch.setattr(
+        select_attention, "candidates", lambda *x, **kw: dtypes.append(kw["dtype"]) or original(*x, **kw)
+    )
+    check = select_attention.choose_attention(model, "sdpa", packing=True)  # as on a GPU
+    assert dtypes == [torch.bfloat16]  # so that flash attention would be tried on a GPU
+    assert check is not None
+    assert check.leak == 0
+    assert check.difference > select_attention.TOLERANCE[torch.float32]
 
 
-def test_int8_is_refused_for_its_outliers_not_for_the_model(tiny_folder: Path):
+def test_packing_with_int8_raises_because_of_outlier_columns_not_because_of_the_model(tiny_folder: Path):
     model = load(tiny_folder, QuantizationSpec(bits=8))
     assert select_attention.matmul_dtype(model) == torch.float16
     with pytest.raises(LoraError, match=r"data\.packing: 8-bit layers .* outlier columns") as caught:

@@ -1,4 +1,4 @@
-"""Every target module is one that exists, and what carries the adapter is counted as it is."""
+"""Target modules must match layers of the model; the layers with an adapter are counted correctly."""
 
 from typing import Any
 
@@ -7,10 +7,11 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, base_model, target_modules
+from lora_cli.model import attach_adapter, target_modules
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec
 from tests.model import zoo
+from tests.support import checkpoints
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -25,7 +26,7 @@ LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
         ("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
     ],
 )
-def test_all_linear_is_every_linear_layer_but_the_head(family: str, kinds: set[str]):
+def test_all_linear_is_every_linear_layer_except_the_head(family: str, kinds: set[str]):
     model = zoo.make(family)
     layers = target_modules.linear_layers(model)
     assert {name.rpartition(".")[2] for name in layers} == kinds
@@ -35,22 +36,23 @@ def test_all_linear_is_every_linear_layer_but_the_head(family: str, kinds: set[s
         assert row.matched == row.layers > 0
 
 
-def check_reach(model: PreTrainedModel, kinds: set[str], count: int, **spec: Any) -> None:
+def check_adapted_layers(model: PreTrainedModel, kinds: set[str], count: int, **spec: Any) -> None:
+    """Attach an adapter; its layers must be `count` layers of these `kinds`."""
     layers = target_modules.linear_layers(model)
     adapted = zoo.attached(model, **spec)
-    carrying = attach_adapter.adapted_layers(adapted)
-    assert len(carrying) == count
-    assert {name.rpartition(".")[2] for name in carrying} == kinds
+    adapted_layers = attach_adapter.adapted_layers(adapted)
+    assert len(adapted_layers) == count
+    assert {name.rpartition(".")[2] for name in adapted_layers} == kinds
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     rows = attach_adapter.coverage(adapted, layers)
-    assert sum(row.parameters for row in rows) == sum(carrying.values()) == trainable
+    assert sum(row.parameters for row in rows) == sum(adapted_layers.values()) == trainable
     assert sum(row.matched for row in rows) == count
     # PEFT itself has adapted the same layers.
-    assert {n.removeprefix("base_model.model.") for n in adapted.targeted_module_names} == carrying.keys()
+    assert {n.removeprefix("base_model.model.") for n in adapted.targeted_module_names} == adapted_layers.keys()
 
 
 @pytest.mark.parametrize(
-    ("wanted", "kinds", "count"),
+    ("requested", "kinds", "count"),
     [
         (["q_proj", "v_proj"], {"q_proj", "v_proj"}, 4),
         ("q_proj", {"q_proj"}, 2),
@@ -60,12 +62,12 @@ def check_reach(model: PreTrainedModel, kinds: set[str], count: int, **spec: Any
     ],
 )
 @pytest.mark.parametrize("method", [name for name in zoo.LAYERED if name not in ("eva", "vera")])
-def test_names_and_regexes_reach_what_they_name(wanted: str | list[str], kinds: set[str], count: int, method: str):
-    check_reach(zoo.make("llama"), kinds, count, target_modules=wanted, method=method)
+def test_names_and_regexes_match_layers(requested: str | list[str], kinds: set[str], count: int, method: str):
+    check_adapted_layers(zoo.make("llama"), kinds, count, target_modules=requested, method=method)
 
 
-def test_the_head_may_be_named():
-    check_reach(zoo.make("llama"), {"q_proj", "lm_head"}, 3, target_modules=["q_proj", "lm_head"])
+def test_the_head_may_be_a_target_module():
+    check_adapted_layers(zoo.make("llama"), {"q_proj", "lm_head"}, 3, target_modules=["q_proj", "lm_head"])
 
 
 @pytest.mark.parametrize(
@@ -81,45 +83,43 @@ def test_the_head_may_be_named():
         ({"exclude_modules": ["layers.0.self_attn.q_proj"], "layers": [0]}, LLAMA - {"q_proj"}, 6),
     ],
 )
-def test_layers_and_exclusions_narrow_it(options: dict[str, Any], kinds: set[str], count: int):
+def test_layers_and_exclude_modules_narrow_the_targets(options: dict[str, Any], kinds: set[str], count: int):
     for method in ("lora", "vera", "ia3", "oft"):
-        taken = {key: value for key, value in options.items() if key in METHOD_FACTS[method].options}
-        if taken == options:
-            given = {"target_modules": "all-linear", **options}
-            check = zoo.attached(zoo.make("llama"), method=method, **given)
-            carrying = attach_adapter.adapted_layers(check)
-            assert {name.rpartition(".")[2] for name in carrying} == kinds, method
-            assert len(carrying) == count, method
+        if options.keys() <= set(METHOD_FACTS[method].options):
+            adapted = zoo.attached(zoo.make("llama"), method=method, **{"target_modules": "all-linear", **options})
+            adapted_layers = attach_adapter.adapted_layers(adapted)
+            assert {name.rpartition(".")[2] for name in adapted_layers} == kinds, method
+            assert len(adapted_layers) == count, method
 
 
-def test_ranks_and_alphas_of_their_own():
+def test_rank_pattern_and_alpha_pattern():
     model = zoo.attached(
         zoo.make("llama"),
         rank_pattern={"down_proj": 2, r"layers\.0\..*q_proj": 6},
         alpha_pattern={"down_proj": 1.0},
     )
     layers = {name.removeprefix("base_model.model.model."): layer for name, layer in model.named_modules()}
-    found = {name: layers[name].r["default"] for name in ("layers.0.mlp.down_proj", "layers.0.self_attn.q_proj")}
-    assert found == {"layers.0.mlp.down_proj": 2, "layers.0.self_attn.q_proj": 6}
+    ranks = {name: layers[name].r["default"] for name in ("layers.0.mlp.down_proj", "layers.0.self_attn.q_proj")}
+    assert ranks == {"layers.0.mlp.down_proj": 2, "layers.0.self_attn.q_proj": 6}
     assert layers["layers.1.self_attn.q_proj"].r["default"] == 4
     assert layers["layers.1.mlp.down_proj"].scaling["default"] == 1.0 / 2
     assert layers["layers.1.mlp.up_proj"].scaling["default"] == 8.0 / 4
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "hinted"),
+    ("options", "message", "hint"),
     [
-        ({"layers": [1, 7]}, "adapter.layers: 7, but the model has layers 0 to 1", "numbers of layers"),
+        ({"layers": [1, 7]}, "adapter.layers: 7, but the model has layers 0 to 1", "layer numbers that exist"),
         ({"exclude_modules": ["q_porj"]}, "adapter.exclude_modules: q_porj matches no layer", "down_proj, gate_proj"),
         ({"exclude_modules": ".*proj"}, "adapter.exclude_modules: every layer is excluded", "its linear layers are"),
-        ({"rank_pattern": {"q_porj": 3}}, "adapter.rank_pattern: q_porj matches no layer", "those are: down_proj"),
-        ({"alpha_pattern": {"lm_head": 3.0}}, "adapter.alpha_pattern: lm_head matches no layer", "those are:"),
+        ({"rank_pattern": {"q_porj": 3}}, "adapter.rank_pattern: q_porj matches no layer", "an adapter are: down_proj"),
+        ({"alpha_pattern": {"lm_head": 3.0}}, "adapter.alpha_pattern: lm_head matches no layer", "an adapter are:"),
         ({"modules_to_save": ["lm_haed"]}, "adapter.modules_to_save: the model has no module lm_haed", "lm_head?"),
-        ({"modules_to_save": ["x"]}, "the model has no module x", "its parts are: embed_tokens, layers, norm"),
+        ({"modules_to_save": ["x"]}, "the model has no module x", "its modules are: embed_tokens, layers, norm"),
         (
             {"target_modules": ["model.layers.1.mlp.up_proj"]},
             "only 1 of the 2 layers model.layers.*.mlp.up_proj match",
-            "write adapter.layers: [1] and the kinds by name",
+            "set adapter.layers: [1] and target_modules without numbers",
         ),
         (
             {"target_modules": r".*layers\.1\..*_proj"},
@@ -129,11 +129,11 @@ def test_ranks_and_alphas_of_their_own():
         ({"trainable_tokens": ["two words"]}, "adapter.trainable_tokens: 'two words' is 2 tokens", "model.new_tokens"),
     ],
 )
-def test_what_is_left_over_is_refused(options: dict[str, Any], said: str, hinted: str):
+def test_options_that_match_nothing_raise(options: dict[str, Any], message: str, hint: str):
     with pytest.raises(LoraError) as caught:
         zoo.attached(zoo.make("llama"), **options)
-    assert said in caught.value.message
-    assert hinted in str(caught.value.hint)
+    assert message in caught.value.message
+    assert hint in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +160,10 @@ def test_what_is_left_over_is_refused(options: dict[str, Any], said: str, hinted
     ],
     ids=["RoBERTa-base", "GPT-2 medium", "GPT-3 175B"],
 )
-def test_trainable_parameters_are_those_of_the_lora_paper(build: Any, rank: int, modules: list[str], parameters: int):
-    """Hu et al., arXiv:2106.09685, tables 2, 3 and 4, counted without weights."""
+def test_trainable_parameters_equal_those_of_the_lora_paper(build: Any, rank: int, modules: list[str], parameters: int):
+    """Hu et al., arXiv:2106.09685, tables 2, 3 and 4, counted on the meta device."""
     kind, dimensions = build
-    model = base_model.skeleton(AutoConfig.for_model(kind, **dimensions))
+    model = checkpoints.skeleton_of(AutoConfig.for_model(kind, **dimensions))
     adapted = attach_adapter.attach(model, AdapterSpec(rank=rank, target_modules=modules), seed=0)
     assert {p.device.type for p in adapted.parameters()} == {"meta"}
     assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == parameters
@@ -172,37 +172,37 @@ def test_trainable_parameters_are_those_of_the_lora_paper(build: Any, rank: int,
 def test_an_adapter_of_rank_r_has_r_times_in_plus_out_parameters():
     model = zoo.make("llama")
     shapes = {name: layer.weight.shape for name, layer in target_modules.linear_layers(model).items()}
-    carrying = attach_adapter.adapted_layers(zoo.adapted(model, rank=3))
-    assert carrying == {name: 3 * sum(shape) for name, shape in shapes.items()}
+    adapted_layers = attach_adapter.adapted_layers(zoo.adapted(model, rank=3))
+    assert adapted_layers == {name: 3 * sum(shape) for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize(
-    ("wanted", "said", "hinted"),
+    ("requested", "message", "hint"),
     [
         (["q_proj", "q_porj"], "q_porj matches no layer", "did you mean q_proj?"),
         (["query_key_value"], "query_key_value matches no layer", "its linear layers are: down_proj, gate_proj"),
         (["q_prj", "v_prj"], "q_prj, v_prj match no layer", "did you mean q_proj, v_proj?"),
         (r".*\.attention\..*", "the regex '.*\\\\.attention\\\\..*' matches no layer", "its linear layers are:"),
         ("q_porj", "q_porj matches no layer", "did you mean q_proj?"),
-        (r"q_proj|v_proj", "matches no layer", "its linear layers are:"),  # PEFT matches the whole name
-        (["proj"], "proj matches no layer", "its linear layers are:"),  # a part of a name is no name
+        (r"q_proj|v_proj", "matches no layer", "its linear layers are:"),  # PEFT matches the full name
+        (["proj"], "proj matches no layer", "its linear layers are:"),  # a part of a module's name does not match
     ],
 )
-def test_what_matches_nothing_is_refused(wanted: str | list[str], said: str, hinted: str):
+def test_target_modules_that_match_nothing_raise(requested: str | list[str], message: str, hint: str):
     with pytest.raises(LoraError) as caught:
-        target_modules.resolve_target_modules(zoo.make("llama"), AdapterSpec(target_modules=wanted))
-    assert said in caught.value.message
-    assert hinted in str(caught.value.hint)
+        target_modules.resolve_target_modules(zoo.make("llama"), AdapterSpec(target_modules=requested))
+    assert message in caught.value.message
+    assert hint in str(caught.value.hint)
 
 
-def test_a_layer_that_the_method_cannot_adapt_is_refused_in_one_line():
+def test_a_layer_that_the_method_does_not_support_raises_in_one_line():
     spec = AdapterSpec(rank=4, target_modules=["input_layernorm"])
-    with pytest.raises(LoraError, match="PEFT refuses it") as caught:
+    with pytest.raises(LoraError, match="PEFT rejects it") as caught:
         attach_adapter.attach(zoo.make("llama"), spec, seed=0)
     assert "\n" not in caught.value.message
 
 
-def test_a_model_without_linear_layers_says_so():
+def test_a_model_without_linear_layers_raises():
     model = zoo.make("llama")
     model.model.layers = nn.ModuleList()
     with pytest.raises(LoraError, match="no linear layers"):

@@ -1,4 +1,4 @@
-"""Tiny random models of known families, rows to feed them, and adapters that are no longer fresh."""
+"""Tiny random models of known families, random dataset rows, and adapters with fresh or changed weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +14,12 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.data.dataset import IGNORE_INDEX, Row
 from lora_cli.model import attach_adapter
 from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.fused_lora import is_fusable
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec
 
 VOCABULARY = 97
-# Weights ten times their usual size: attention that is not uniform, and logits that rounding cannot hide in.
+# Weights ten times as large as usual, so that attention is not uniform and logits are large relative to rounding.
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -78,7 +79,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "eager", **options: Any) -> Any:
-    """A frozen random model in eval mode, the same at every call."""
+    """Return a frozen random model in eval mode, with the same weights at every call."""
     kind, own = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**COMMON, **own, **options})
     torch.manual_seed(0)
@@ -86,7 +87,7 @@ def make(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "e
     return model.to(dtype).requires_grad_(False).eval()
 
 
-# Of each method, what makes it small. Over whole weights; loftq is in test_quantize.py.
+# Options that make the adapters small. loftq needs a quantized base and is tested in test_quantize.py.
 SMALL: dict[str, Any] = {
     "rank": 4,
     "alpha": 8.0,
@@ -96,29 +97,31 @@ SMALL: dict[str, Any] = {
     "hidden_size": 32,
 }
 METHODS = [name for name, facts in METHOD_FACTS.items() if not facts.needs_bits]
-LAYERED = [name for name in METHODS if "target_modules" in METHOD_FACTS[name].options]  # not virtual tokens
+LAYERED = [
+    name for name in METHODS if "target_modules" in METHOD_FACTS[name].options
+]  # without the methods of virtual tokens
 
 
-def spec_of(**given: Any) -> AdapterSpec:
-    """A small adapter of the method given, or of lora."""
-    options = METHOD_FACTS[given.get("method", "lora")].options
-    return AdapterSpec.model_validate({**{k: v for k, v in SMALL.items() if k in options}, **given})
+def spec_of(**options: Any) -> AdapterSpec:
+    """Return the section of a small adapter; the default method is lora."""
+    supported = METHOD_FACTS[options.get("method", "lora")].options
+    return AdapterSpec.model_validate({**{k: v for k, v in SMALL.items() if k in supported}, **options})
 
 
 def attached(
-    model: PreTrainedModel, *, seed: int = 0, context: AdapterContext | None = None, **given: Any
+    model: PreTrainedModel, *, seed: int = 0, context: AdapterContext | None = None, **options: Any
 ) -> PeftModel:
-    """`model` with a fresh adapter, started from its rows where the method wants to see some."""
+    """Attach a fresh adapter to `model`; methods that are initialized from data get random rows."""
     plan = BatchPlan(rows_of([30, 41, 12, 25, 60, 7]), packing=True, size=60, batches_per_step=1, seed=0)
-    around = context or AdapterContext(
+    context = context or AdapterContext(
         total_steps=10, plan=plan, encode=lambda text: [3 + len(w) for w in text.split()]
     )
-    return attach_adapter.attach(model, spec_of(**given), seed=seed, context=around)
+    return attach_adapter.attach(model, spec_of(**options), seed=seed, context=context)
 
 
-def adapted(model: PreTrainedModel, *, seed: int = 0, **given: Any) -> PeftModel:
-    """`model` with an adapter that is no longer fresh, as after some training."""
-    peft_model = attached(model, seed=seed, **given)
+def adapted(model: PreTrainedModel, *, seed: int = 0, **options: Any) -> PeftModel:
+    """Attach an adapter to `model` and change its weights, as training would."""
+    peft_model = attached(model, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name and "scale" not in name:
@@ -128,8 +131,13 @@ def adapted(model: PreTrainedModel, *, seed: int = 0, **given: Any) -> PeftModel
     return peft_model
 
 
+def fused_layers(model: PeftModel) -> list[torch.nn.Module]:
+    """LoRA layers whose training forward is fused."""
+    return [module for module in model.modules() if is_fusable(module)]
+
+
 class MemoryRows:
-    """Rows held in memory, as a plan takes them."""
+    """Rows in memory, with the interface that BatchPlan needs."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = list(rows)
@@ -143,7 +151,7 @@ class MemoryRows:
 
 
 def rows_of(lengths: Sequence[int], *, vocabulary: int = VOCABULARY, seed: int = 0) -> MemoryRows:
-    """Random rows of these lengths; of each, a random part carries loss, in runs."""
+    """Return random rows with `lengths` tokens; in each, random spans are labeled."""
     rng = np.random.default_rng(seed)
     rows = []
     for number, length in enumerate(lengths):
@@ -158,7 +166,7 @@ def rows_of(lengths: Sequence[int], *, vocabulary: int = VOCABULARY, seed: int =
 
 
 def loss_row_by_row(model: torch.nn.Module, rows: MemoryRows) -> tuple[Tensor, int]:
-    """The reference: transformers' own forward on each row alone; summed loss and number of supervised tokens."""
+    """Run transformers' own forward on each row alone; return summed loss ([] fp64, nats) and number of labels."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for i in range(len(rows)):
         ids = torch.tensor(rows[i].input_ids[None].astype(np.int64))
@@ -170,5 +178,5 @@ def loss_row_by_row(model: torch.nn.Module, rows: MemoryRows) -> tuple[Tensor, i
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Largest difference, relative to the largest value of `b`."""
+    """Return the largest difference of `a` and `b`, relative to the largest value of `b`."""
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
