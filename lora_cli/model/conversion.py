@@ -29,7 +29,7 @@ class CheckpointPart(NamedTuple):
     """A tensor of the checkpoint that a parameter is built from."""
 
     key: str  # its name in the checkpoint
-    pattern: str | None  # of the rule that joins it with others; None if it is the whole parameter
+    pattern: str | None  # of the rule that joins it with others; None if it is the full parameter
 
 
 class CheckpointMapping:
