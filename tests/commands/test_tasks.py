@@ -64,7 +64,7 @@ CASES = {
         "roberta",
         "seq-cls",
         lambda text: {"text": text, "label": [w for w in ("fox", "dog", "Paris") if w in text]},
-        "3 labels, several a row: Paris, dog, fox",
+        "3 labels, several per row: Paris, dog, fox",
         "loss accuracy macro_f1 micro_f1 rows",
     ),
     "a number": Case(
@@ -136,7 +136,7 @@ def furnish(folder: Path, case: Case) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cpu, "cores", lambda: 1)
+    monkeypatch.setattr(cpu, "available_cores", lambda: 1)
     return tmp_path
 
 
@@ -220,8 +220,8 @@ def test_rows_that_lack_a_label_are_measured_with_the_trained_heads(here: Path, 
     assert done.code == 0, done.err
     Path("new.jsonl").write_text(json.dumps({"text": "the fox", "label": "perhaps"}) + "\n")
     assert lora("eval", "runs/a", "--data", "new.jsonl").last_two == [
-        "error: new.jsonl:1: label perhaps: not among the 2 of the head",
-        "hint: they are no, yes: mend the row, or list it in data.labels",
+        "error: new.jsonl:1: label perhaps: not one of the model's 2 labels",
+        "hint: these are no, yes: fix the row, or add the label to data.labels",
     ]
 
 
@@ -235,7 +235,7 @@ def test_adapters_whose_numbers_stand_for_other_labels_are_not_measured_side_by_
     ]
     Path("some.jsonl").write_text(json.dumps({"text": "the fox", "label": ["yes"]}) + "\n")
     assert lora("eval", "runs/la", "--data", "some.jsonl").last_two == [
-        "error: some.jsonl: its labels are 2 labels, several a row: no, yes, the adapter's 2 labels: no, yes",
+        "error: some.jsonl: its labels are 2 labels, several per row: no, yes, the adapter's 2 labels: no, yes",
         "hint: give rows with labels of the adapter's kind",
     ]
 
@@ -343,4 +343,4 @@ def test_an_encoder_that_counts_positions_from_behind_the_padding_has_fewer_than
     ]
     done = lora("train", "recipe.yaml", *wide[:-1], wide[-1] + "512")
     assert done.code == 0, done.err
-    assert "rows cut at data.max_length" in done.err
+    assert "rows truncated to data.max_length" in done.err
