@@ -1,4 +1,4 @@
-"""What Ollama makes of a Modelfile is what the tokenizer makes of its own template, and no text breaks out of one."""
+"""Ollama's prompts equal those of the tokenizer's chat template, and no text breaks the syntax of a Modelfile."""
 
 from pathlib import Path
 
@@ -14,59 +14,60 @@ from lora_cli.export.ollama import model as ollama_model
 from lora_cli.export.ollama.chat_template import TemplateParts
 from lora_cli.export.ollama.modelfile import Instruction
 from lora_cli.export.source import ExportOptions, ExportSource
+from tests.export import sources
 from tests.export.chat_templates import EXPRESSIBLE, REFUSED, _im
 from tests.inputs.tiny_tokenizers import CHATML
 
-Made = tuple[ExportSource, TemplateParts, list[Instruction]]
+Exported = tuple[ExportSource, TemplateParts, list[Instruction]]
 
 
-def subject(tokenizer: PreTrainedTokenizerBase, **options: object) -> ExportSource:
+def llama_source(tokenizer: PreTrainedTokenizerBase, **options: object) -> ExportSource:
     config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=None, **options)
-    return ExportSource("some/Model 1", Path("nowhere"), config, tokenizer, "causal-lm", None, ())
+    return sources.export_source("some/Model 1", Path("nowhere"), tokenizer, config=config)
 
 
-def made(about: ExportSource) -> Made:
-    found = ollama_model.infer(about)
-    return about, found, read(ollama_model.make_modelfile(about, found))
+def export(source: ExportSource) -> Exported:
+    parts = ollama_model.infer_parts(source)
+    return source, parts, parse(ollama_model.make_modelfile(source, parts))
 
 
-def read(text: str) -> list[Instruction]:
-    """A Modelfile as parser/parser.go of Ollama reads it: character by character, in states as there."""
-    commands, state, name, held = [], "nil", "", ""
+def parse(text: str) -> list[Instruction]:
+    """Parse a Modelfile like Ollama's parser/parser.go: character by character, with the same states."""
+    instructions, state, name, buffer = [], "nil", "", ""
     for char in text:
         blank, line_end = char in " \t", char in "\r\n"
         if state == "nil":
             if char == "#":
                 state = "comment"
             elif not blank and not line_end:
-                state, held = "name", char
+                state, buffer = "name", char
         elif state == "comment":
             state = "nil" if line_end else state
         elif state in ("name", "parameter"):
-            if blank and held.lower() == "parameter" and state == "name":
-                state, held = "parameter", ""
+            if blank and buffer.lower() == "parameter" and state == "name":
+                state, buffer = "parameter", ""
             elif blank:
-                assert state == "parameter" or held.lower() in ("from", "template", "system")
-                state, name, held = "value", held.lower(), ""
+                assert state == "parameter" or buffer.lower() in ("from", "template", "system")
+                state, name, buffer = "value", buffer.lower(), ""
             else:
                 assert char.isascii()
                 assert char.isalpha() or (state == "parameter" and (char.isdigit() or char == "_"))
-                held += char
+                buffer += char
         elif blank or line_end:
-            value = unquote(held.strip())
+            value = unquote(buffer.strip())
             if value is None or blank:
-                held += char
+                buffer += char
             else:
-                commands.append(Instruction(name, value))
-                state, held = "nil", ""
+                instructions.append(Instruction(name, value))
+                state, buffer = "nil", ""
         elif char.isprintable():
-            held += char
+            buffer += char
     assert state in ("nil", "comment", "value")
     if state == "value":
-        value = unquote(held.strip())
+        value = unquote(buffer.strip())
         assert value is not None
-        commands.append(Instruction(name, value))
-    return commands
+        instructions.append(Instruction(name, value))
+    return instructions
 
 
 def unquote(text: str) -> str | None:
@@ -78,30 +79,31 @@ def unquote(text: str) -> str | None:
 
 
 @pytest.fixture(scope="module", params=EXPRESSIBLE)
-def expressible(request: pytest.FixtureRequest) -> tuple[str, Made]:
-    return request.param, made(subject(EXPRESSIBLE[request.param][0]()))
+def expressible(request: pytest.FixtureRequest) -> tuple[str, Exported]:
+    return request.param, export(llama_source(EXPRESSIBLE[request.param][0]()))
 
 
-def test_every_chat_becomes_the_tokenizers_own_tokens(expressible: tuple[str, Made]) -> None:
-    name, (about, found, told) = expressible
-    check = ollama_model.check_template(about, found, told)
+def test_every_chat_becomes_the_tokenizers_own_tokens(expressible: tuple[str, Exported]) -> None:
+    name, (source, parts, instructions) = expressible
+    check = ollama_model.check_template(source, parts, instructions)
     assert check.passed, check.found
     assert (
         check.figures["same"] + check.figures["trimmed"] + check.figures["refused"]
         == len(probe_chats.PROBE_CHATS)
         == 20
     )
-    # Two chats of the twenty have white space at the ends of contents.
+    # Two of the twenty chats have whitespace at the ends of contents.
     assert check.figures["trimmed"] <= 2
-    assert bool(check.figures["trimmed"]) == ("takes off" in check.found)
+    assert bool(check.figures["trimmed"]) == ("trims" in check.found)
     assert check.figures["refused"] == (7 if name in ("gemma", "mistral") else 0)
 
 
-def test_stops_at_every_end_of_a_turn(expressible: tuple[str, Made]) -> None:
-    name, (about, found, told) = expressible
-    assert [command.value for command in told if command.name == "stop"] == EXPRESSIBLE[name][1]
-    assert ollama_model.check_stops(about, found, told).passed
-    assert not ollama_model.check_stops(about, found, [command for command in told if command.name != "stop"]).passed
+def test_stops_at_every_end_of_a_turn(expressible: tuple[str, Exported]) -> None:
+    name, (source, parts, instructions) = expressible
+    assert [line.value for line in instructions if line.name == "stop"] == EXPRESSIBLE[name][1]
+    assert ollama_model.check_stops(source, parts, instructions).passed
+    without_stops = [line for line in instructions if line.name != "stop"]
+    assert not ollama_model.check_stops(source, parts, without_stops).passed
 
 
 CONTENT = st.text(
@@ -111,103 +113,104 @@ CONTENT = st.text(
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(CONTENT, min_size=1, max_size=5).filter(lambda texts: len(texts) % 2), st.none() | CONTENT)
-def test_any_content_becomes_the_same_text(expressible: tuple[str, Made], texts: list[str], system: str | None) -> None:
-    _, (about, found, told) = expressible
+def test_any_content_becomes_the_same_text(
+    expressible: tuple[str, Exported], texts: list[str], system: str | None
+) -> None:
+    _, (source, parts, instructions) = expressible
     chat = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(texts)]
-    if system is not None and found.system is not None:
+    if system is not None and parts.system is not None:
         chat.insert(0, {"role": "system", "content": system})
-    chat = found.trimmed(chat)
+    chat = parts.trimmed(chat)
     if "</think>" not in str(texts):
-        assert found.added + ollama_model.ollama_prompt(told, chat) == probe_chats.render_prompt(about.tokenizer, chat)
+        prompt = parts.runtime_bos + ollama_model.ollama_prompt(instructions, chat)
+        assert prompt == probe_chats.render_prompt(source.tokenizer, chat)
 
 
-def test_a_wrong_template_is_found(expressible: tuple[str, Made]) -> None:
-    about, found, told = expressible[1]
-    wrong = [command._replace(value=command.value.replace("{{ .Content }}", "{{ .Content }} ")) for command in told]
-    assert not ollama_model.check_template(about, found, wrong).passed
+def test_a_wrong_template_is_found(expressible: tuple[str, Exported]) -> None:
+    source, parts, instructions = expressible[1]
+    wrong = [line._replace(value=line.value.replace("{{ .Content }}", "{{ .Content }} ")) for line in instructions]
+    assert not ollama_model.check_template(source, parts, wrong).passed
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_expressed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ollama_model.gguf_format, "refuse", lambda subject, options: None)
-    tokenizer, word = REFUSED[name]
+def test_templates_that_cannot_be_expressed_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ollama_model.gguf_format, "refuse", lambda source, options: None)
+    tokenizer, message = REFUSED[name]
     with pytest.raises(LoraError, match="--to ollama: ") as reason:
-        ollama_model.refuse(subject(tokenizer()), ExportOptions(None, None, runtime=False))
-    assert word in str(reason.value)
+        ollama_model.refuse(llama_source(tokenizer()), ExportOptions(None, None, runtime=False))
+    assert message in str(reason.value)
     assert reason.value.hint
     assert "\n" not in str(reason.value)
 
 
 def test_the_demo_model(demo_folder: Path) -> None:
     tokenizer, config = AutoTokenizer.from_pretrained(demo_folder), AutoConfig.from_pretrained(demo_folder)
-    about, found, told = made(ExportSource("demo", demo_folder, config, tokenizer, "causal-lm", None, ()))
-    check = ollama_model.check_template(about, found, told)
+    source, parts, instructions = export(sources.export_source("demo", demo_folder, tokenizer))
+    check = ollama_model.check_template(source, parts, instructions)
     assert (check.passed, check.figures["same"]) == (True, 20)
-    values = {command.name: command.value for command in told}
+    values = {line.name: line.value for line in instructions}
     assert values["stop"] == "<|im_end|>"
     assert values["num_ctx"] == str(config.max_position_embeddings)
-    # The system message that Ollama puts in is the one that the tokenizer's template does.
-    alone = probe_chats.render_prompt(tokenizer, [{"role": "user", "content": "a"}])
-    assert alone == probe_chats.render_prompt(
+    # Ollama inserts the same system message as the tokenizer's template.
+    without_system = probe_chats.render_prompt(tokenizer, [{"role": "user", "content": "a"}])
+    assert without_system == probe_chats.render_prompt(
         tokenizer, [{"role": "system", "content": values["system"]}, probe_chats.PROBE_CHATS[0][0] | {"content": "a"}]
     )
 
 
 def test_system_is_the_default_of_the_chat_template() -> None:
-    _, _, told = made(subject(EXPRESSIBLE["default"][0]()))
-    systems = [command.value for command in told if command.name == "system"]
+    _, _, instructions = export(llama_source(EXPRESSIBLE["default"][0]()))
+    systems = [line.value for line in instructions if line.name == "system"]
     assert systems == ['You are "Tiny", a {{helpful}} model.\nBe good.']
-    # One of the user's own comes instead of it.
+    # The user's own system message replaces it.
     chat = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "a"}]
-    assert "Tiny" not in ollama_model.ollama_prompt(told, chat)
-    assert "Tiny" in ollama_model.ollama_prompt(told, chat[1:])
+    assert "Tiny" not in ollama_model.ollama_prompt(instructions, chat)
+    assert "Tiny" in ollama_model.ollama_prompt(instructions, chat[1:])
     for name in EXPRESSIBLE.keys() - {"default", "vicuna"}:
-        assert not [line for line in made(subject(EXPRESSIBLE[name][0]()))[2] if line.name == "system"], name
+        assert not [line for line in export(llama_source(EXPRESSIBLE[name][0]()))[2] if line.name == "system"], name
 
 
-def test_bos_is_left_to_ollama_where_it_adds_it() -> None:
-    for name, there in {"llama3": False, "llama3-own-bos": True}.items():
-        _, found, told = made(subject(EXPRESSIBLE[name][0]()))
-        assert (found.added == "") == there
-        assert ollama_model.ollama_prompt(told, probe_chats.PROBE_CHATS[0]).startswith("<|begin_of_text|>") == there
+def test_the_template_has_no_bos_where_ollama_adds_it() -> None:
+    for name, in_template in {"llama3": False, "llama3-own-bos": True}.items():
+        _, parts, instructions = export(llama_source(EXPRESSIBLE[name][0]()))
+        assert (parts.runtime_bos == "") == in_template
+        prompt = ollama_model.ollama_prompt(instructions, probe_chats.PROBE_CHATS[0])
+        assert prompt.startswith("<|begin_of_text|>") == in_template
 
 
-def test_seldom_orders_are_told_of() -> None:
-    told = {
-        name: ollama_model.check_template(*_arranged(name)).found for name in ("chatml", "qwen3", "preamble", "gemma")
+def test_differences_in_rare_orders_are_reported() -> None:
+    results = {
+        name: ollama_model.check_template(*export(llama_source(EXPRESSIBLE[name][0]()))).found
+        for name in ("chatml", "qwen3", "preamble", "gemma")
     }
-    assert "other text" not in told["chatml"]
-    assert "end with the assistant" in told["qwen3"]
-    assert "have a later system message" in told["preamble"]
-    assert "system messages are left out" in told["gemma"]
+    assert "different text" not in results["chatml"]
+    assert "end with an assistant message" in results["qwen3"]
+    assert "have a later system message" in results["preamble"]
+    assert "system messages are left out" in results["gemma"]
 
 
-def _arranged(name: str) -> Made:
-    return made(subject(EXPRESSIBLE[name][0]()))
-
-
-def test_a_template_with_the_day_in_it_is_told_of() -> None:
+def test_a_template_with_the_current_date_is_reported() -> None:
     dated = "{{ 'It is ' + strftime_now('%d %b %Y') + '.' }}" + CHATML
-    check = ollama_model.check_template(*made(subject(_im(template=dated))))
+    check = ollama_model.check_template(*export(llama_source(_im(template=dated))))
     assert check.passed
-    assert "the day's date" in check.found
+    assert "the current date" in check.found
 
 
-@pytest.mark.parametrize(("positions", "told"), [(2048, ["2048"]), (8192, ["8192"]), (131072, [])])
-def test_a_context_is_told_where_ollamas_own_would_be_less(positions: int, told: list[str]) -> None:
-    _, _, commands = made(subject(EXPRESSIBLE["chatml"][0](), max_position_embeddings=positions))
-    assert [command.value for command in commands if command.name == "num_ctx"] == told
+@pytest.mark.parametrize(("positions", "expected"), [(2048, ["2048"]), (8192, ["8192"]), (131072, [])])
+def test_num_ctx_is_set_up_to_the_largest_context(positions: int, expected: list[str]) -> None:
+    _, _, instructions = export(llama_source(EXPRESSIBLE["chatml"][0](), max_position_embeddings=positions))
+    assert [line.value for line in instructions if line.name == "num_ctx"] == expected
 
 
-def test_neighbours_of_one_role_are_merged_as_ollama_does() -> None:
-    told = [Instruction("template", "{{ range $i, $m := .Messages }}<{{ .Role }}>{{ .Content }}{{ end }}")]
+def test_consecutive_messages_of_one_role_are_merged_as_in_ollama() -> None:
+    instructions = [Instruction("template", "{{ range $i, $m := .Messages }}<{{ .Role }}>{{ .Content }}{{ end }}")]
     chat = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
-    assert ollama_model.ollama_prompt(told, chat) == "<user>a\n\nb<assistant>c"
+    assert ollama_model.ollama_prompt(instructions, chat) == "<user>a\n\nb<assistant>c"
 
 
-def test_usage_names_a_model_that_ollama_takes(tmp_path: Path) -> None:
-    about = subject(EXPRESSIBLE["chatml"][0]())
-    create, run = ollama_model.usage(about, tmp_path / "my model", ExportOptions(None, None, runtime=False))
+def test_usage_contains_a_valid_model_name(tmp_path: Path) -> None:
+    source = llama_source(EXPRESSIBLE["chatml"][0]())
+    create, run = ollama_model.usage(source, tmp_path / "my model", ExportOptions(None, None, runtime=False))
     assert create == f"ollama create model-1 -f '{tmp_path}/my model/Modelfile'"
     assert run == "ollama run model-1"
 
@@ -224,31 +227,31 @@ QUOTED = st.text(st.sampled_from('ab "\n\t\r#') | st.characters(), max_size=20) 
 @example('""\nFROM b\n', "SYSTEM")
 @example('""" \t\nFROM b\n', "SYSTEM")
 @example("a\u00a0b", "SYSTEM")
-def test_quoted_text_is_read_as_it_is_or_refused(value: str, command: str) -> None:
+def test_quoted_text_is_parsed_unchanged_or_refused(value: str, command: str) -> None:
     name = command.lower().split()[-1]
     try:
         line = modelfile.format_instruction(command, value)
     except LoraError:
         assert '"""' in value or not all(char.isprintable() or char in "\t\r\n" for char in value)
         return
-    assert read("FROM ./a\n" + line + "SYSTEM x\n") == [
+    assert parse("FROM ./a\n" + line + "SYSTEM x\n") == [
         Instruction("from", "./a"), Instruction(name, value), Instruction("system", "x"),
     ]  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(["FROM", "SYSTEM", "#", '"""', '"', "\n", " ", "a", "\t", "\u200d"]), max_size=12))
-def test_both_readers_of_modelfiles_agree(parts: list[str]) -> None:
+def test_both_parsers_of_modelfiles_agree(parts: list[str]) -> None:
     text = "FROM a\nSYSTEM " + "".join(parts)
     try:
-        found = modelfile.parse_modelfile(text)
+        result = modelfile.parse_modelfile(text)
     except LoraError:
-        found = None
+        result = None
     try:
-        expected = read(text)
+        expected = parse(text)
     except AssertionError:
         expected = None
-    assert found == expected
+    assert result == expected
 
 
 @settings(max_examples=300, deadline=None)
@@ -257,19 +260,17 @@ def test_both_readers_of_modelfiles_agree(parts: list[str]) -> None:
 @example("{{", '"')
 @example('"""\n', '"""\n')
 @example("\u200d\U000e0001\u00a0\r", "")
-def test_escaped_text_is_put_out_as_it_is(literal: str, content: str) -> None:
-    made = go_template.escape_text(literal)
-    assert (
-        go_template.render_go_template(made + "{{ .Content }}" + made, {"Content": content})
-        == literal + content + literal
-    )
-    assert read(modelfile.format_instruction("TEMPLATE", made)) == [Instruction("template", made)]
+def test_escaped_text_is_output_unchanged(literal: str, content: str) -> None:
+    escaped = go_template.escape_text(literal)
+    output = go_template.render_go_template(escaped + "{{ .Content }}" + escaped, {"Content": content})
+    assert output == literal + content + literal
+    assert parse(modelfile.format_instruction("TEMPLATE", escaped)) == [Instruction("template", escaped)]
 
 
 @pytest.mark.parametrize(
     "template", ["{{ .A", "{{ if true }}", "{{ end }}", "{{ else }}", "{{- .A }}", "{{ $x }}", "{{ nil }}", "{{ 1 }}"]
 )
-def test_what_is_not_written_is_not_interpreted(template: str) -> None:
+def test_unsupported_syntax_is_not_interpreted(template: str) -> None:
     with pytest.raises(go_template.UnsupportedTemplate):
         go_template.render_go_template(template, {"A": "a"})
 

@@ -1,4 +1,4 @@
-"""An ONNX folder says what its model says: weights, logits with and without the cache, texts, labels."""
+"""An ONNX export equals its model: weights, logits with and without the KV cache, texts, labels."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ from lora_cli.export.onnx import graph, verify
 from lora_cli.export.onnx import model as exporter
 from lora_cli.export.source import Check, ExportSource
 from lora_cli.model.tasks import TASKS
-from tests.export.sources import options, subject
+from tests.export.sources import export_source, options, subject
 from tests.inputs.tiny_tokenizers import build_encoder
 from tests.model import zoo
 from tests.model.families import FAMILIES, LABELS, config_of
@@ -39,13 +39,13 @@ DECODERS = (
 
 
 class Export(NamedTuple):
-    """What was exported, and where to."""
+    """A finished export: its source and its folder."""
 
     source: ExportSource
     out: Path
 
     def checks(self, *, runtime: bool = True) -> dict[str, Check]:
-        """What `prove` finds."""
+        """Return the results of `prove` by name."""
         return {check.name: check for check in exporter.prove(self.source, self.out, options(runtime=runtime))}
 
 
@@ -58,24 +58,24 @@ def export(source: ExportSource, out: Path) -> Export:
 def classifier(
     family: str, folder: Path, *, task: str | None = None, labels: ClassLabels | None = LABELS, **more: Any
 ) -> ExportSource:
-    """A tiny classifier in `folder`, its biases other than zero."""
+    """Save a tiny classifier with nonzero biases to `folder`."""
     entry = FAMILIES[family]._replace(task=task) if task else FAMILIES[family]
-    words = build_encoder("roberta" if family == "roberta" else "bert")
+    tokenizer = build_encoder("roberta" if family == "roberta" else "bert")
     config = config_of(entry)
-    config.update({"vocab_size": len(words), "num_labels": len((labels or LABELS).names), **more})
+    config.update({"vocab_size": len(tokenizer), "num_labels": len((labels or LABELS).names), **more})
     torch.manual_seed(0)
-    model = TASKS[entry.task].loader.from_config(config)
+    model = TASKS[entry.task].auto_class.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
     model.save_pretrained(folder)
-    words.save_pretrained(folder)
-    return ExportSource(family, folder, AutoConfig.from_pretrained(folder), words, entry.task, labels, ())
+    tokenizer.save_pretrained(folder)
+    return export_source(family, folder, tokenizer, task=entry.task, labels=labels)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Two layers, grouped-query attention, tied embeddings; the end token of no prompt's continuation."""
+    """A decoder with two layers, grouped-query attention and tied embeddings; it never generates EOS."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("onnx")
     return export(subject("llama", folder / "model", tie_word_embeddings=True), folder / "out")
@@ -83,28 +83,28 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Export:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """One layer, two types of tokens, three labels."""
+    """A classifier with one layer, two token types and three labels."""
     folder = tmp_path_factory.mktemp("onnx")
     source = classifier("bert", folder / "model", num_hidden_layers=1)
     return export(source, folder / "out")
 
 
-def change(made: Export, name: str, act: Callable[[np.ndarray], None], out: Path) -> Export:
-    """A copy of an export in `out`, in which `act` was let upon a weight."""
+def change_weight(exported: Export, name: str, edit: Callable[[np.ndarray], None], out: Path) -> Export:
+    """Return a copy of an export in `out`, with one weight edited in place by `edit`."""
     out.mkdir(exist_ok=True)
-    model = onnx.load(made.out / "model.onnx")
+    model = onnx.load(exported.out / "model.onnx")
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     values = onnx.numpy_helper.to_array(weight).copy()
-    act(values)
+    edit(values)
     weight.CopyFrom(onnx.numpy_helper.from_array(values, name))
     onnx.save(model, out / "model.onnx", save_as_external_data=True, location="model.onnx.data")
-    return made._replace(out=out)
+    return exported._replace(out=out)
 
 
-def test_a_decoder_is_what_it_was(llama: Export):
+def test_a_decoder_equals_its_model(llama: Export):
     checks = llama.checks()
     assert all(check.passed for check in checks.values()), checks
-    model = AutoModelForCausalLM.from_pretrained(llama.source.model)
+    model = AutoModelForCausalLM.from_pretrained(llama.source.folder)
     assert checks["tensors"].figures["equal"] == len(list(model.parameters()))
     assert checks["logits"].figures["apart"] < 1e-5
     assert checks["text"].figures["same"] == len(llama.source.prompts)
@@ -118,56 +118,56 @@ def test_names_are_those_of_onnxruntimes_own_tools(llama: Export):
     assert inputs["attention_mask"] == (["batch_size", "total_sequence_length"], "tensor(int64)")
     assert inputs["past_key_values.1.key"] == (["batch_size", 2, "past_sequence_length", 16], "tensor(float)")
     assert [value.name for value in session.get_outputs()] == ["logits", *(f"present.{name}" for name in cache)]
-    said = "\n".join(exporter.usage(llama.source, llama.out, options()))
-    assert all(word in said for word in ("model.onnx", "position_ids", "past_key_values.1.value", "present.0.key"))
+    usage = "\n".join(exporter.usage(llama.source, llama.out, options()))
+    assert all(name in usage for name in ("model.onnx", "position_ids", "past_key_values.1.value", "present.0.key"))
 
 
 @pytest.mark.parametrize(("rows", "pieces"), [(1, (1, 1, 1)), (3, (9, 1, 4)), (2, (14,))])
-def test_any_number_of_rows_in_any_pieces(llama: Export, rows: int, pieces: tuple[int, ...]):
-    """By plain onnxruntime, apart from the proof; one position, one row and no past are what tracers take for fixed."""
+def test_any_batch_size_in_any_pieces(llama: Export, rows: int, pieces: tuple[int, ...]):
+    """In plain onnxruntime, without `verify`. Tracers treat one position, one row and an empty cache as fixed sizes."""
     session = onnxruntime.InferenceSession(llama.out / "model.onnx", providers=["CPUExecutionProvider"])
-    model = AutoModelForCausalLM.from_pretrained(llama.source.model)
+    model = AutoModelForCausalLM.from_pretrained(llama.source.folder)
     ids = torch.randint(3, 300, (rows, sum(pieces)), generator=torch.Generator().manual_seed(0))
     past = [np.zeros((rows, 2, 0, 16), np.float32)] * 4
     names = [value.name for value in session.get_inputs()[3:]]
-    found, read = [], 0
+    outputs, read = [], 0
     for piece in pieces:
-        given = {
+        inputs = {
             "input_ids": ids[:, read : read + piece].numpy(),
             "attention_mask": np.ones((rows, read + piece), np.int64),
             "position_ids": np.tile(np.arange(read, read + piece), (rows, 1)),
         }
-        logits, *past = session.run(None, given | dict(zip(names, past, strict=True)))
-        found.append(torch.from_numpy(logits))
+        logits, *past = session.run(None, inputs | dict(zip(names, past, strict=True)))
+        outputs.append(torch.from_numpy(logits))
         read += piece
     with torch.no_grad():
-        assert zoo.relative(torch.cat(found, dim=1), model(ids).logits) < 1e-5
-    assert all(held.shape == (rows, 2, read, 16) for held in past)
+        assert zoo.relative(torch.cat(outputs, dim=1), model(ids).logits) < 1e-5
+    assert all(tensor.shape == (rows, 2, read, 16) for tensor in past)
 
 
-def test_the_folder_is_whole(llama: Export):
+def test_the_folder_is_complete(llama: Export):
     names = {file.name for file in llama.out.iterdir()}
     assert names >= {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "tokenizer.json"}
     assert AutoConfig.from_pretrained(llama.out).dtype == torch.float32
     text = "<|im_start|>user\nHello<|im_end|>"
     assert AutoTokenizer.from_pretrained(llama.out)(text) == llama.source.tokenizer(text)
-    # A tied weight is there once, and the graph tells nothing of the machine that it was made on.
-    model = AutoModelForCausalLM.from_pretrained(llama.source.model)
+    # A tied weight is stored once, and the graph contains no paths of the machine that wrote it.
+    model = AutoModelForCausalLM.from_pretrained(llama.source.folder)
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert size <= sum(file.stat().st_size for file in llama.out.glob("model.onnx*")) < size + (1 << 16)
     assert b"site-packages" not in (llama.out / "model.onnx").read_bytes()
 
 
 def test_a_changed_weight_is_found(llama: Export, tmp_path: Path):
-    def turn(values: np.ndarray) -> None:
+    def negate(values: np.ndarray) -> None:
         values[3] *= -1
 
-    found = change(llama, "model.layers.0.self_attn.q_proj.weight", turn, tmp_path)
-    checks = found.checks()
+    changed = change_weight(llama, "model.layers.0.self_attn.q_proj.weight", negate, tmp_path)
+    checks = changed.checks()
     assert not checks["tensors"].passed
     assert "model.layers.0.self_attn.q_proj.weight" in checks["tensors"].found
     assert not checks["logits"].passed
-    assert list(found.checks(runtime=False)) == ["tensors"]
+    assert list(changed.checks(runtime=False)) == ["tensors"]
 
 
 def test_weights_are_checked_without_onnxruntime(llama: Export, monkeypatch: pytest.MonkeyPatch):
@@ -180,24 +180,24 @@ def test_a_weight_off_by_one_bit_is_found(llama: Export, tmp_path: Path):
     def nudge(values: np.ndarray) -> None:
         values[5] = np.nextafter(values[5], 2)
 
-    checks = change(llama, "model.norm.weight", nudge, tmp_path).checks()
+    checks = change_weight(llama, "model.norm.weight", nudge, tmp_path).checks()
     assert not checks["tensors"].passed
     assert checks["logits"].passed
     assert checks["text"].passed
 
 
-def test_another_text_is_found(llama: Export, tmp_path: Path):
-    """Of two tokens that are not as likely as each other."""
+def test_a_different_text_is_found(llama: Export, tmp_path: Path):
+    """The tokens that differ are not equally likely."""
 
     def shift(values: np.ndarray) -> None:
         values[:] = np.roll(values, 1, axis=0)
 
-    checks = change(llama, "lm_head.weight", shift, tmp_path).checks()
+    checks = change_weight(llama, "lm_head.weight", shift, tmp_path).checks()
     assert not checks["logits"].passed
     assert not checks["text"].passed
 
 
-def test_a_file_cut_short_is_no_crash(llama: Export, tmp_path: Path):
+def test_a_truncated_file_fails_the_checks(llama: Export, tmp_path: Path):
     data = (llama.out / "model.onnx.data").read_bytes()
     (tmp_path / "model.onnx").write_bytes((llama.out / "model.onnx").read_bytes())
     (tmp_path / "model.onnx.data").write_bytes(data[: len(data) // 2])
@@ -206,23 +206,23 @@ def test_a_file_cut_short_is_no_crash(llama: Export, tmp_path: Path):
     assert not checks["logits"].passed
 
 
-def test_two_tokens_as_likely_are_told_of_and_pass(tmp_path: Path):
-    """Half of the vocabulary is the other half again; the file prefers the second by less than rounding."""
+def test_ties_of_two_tokens_are_counted_and_pass(tmp_path: Path):
+    """The second half of the vocabulary equals the first; the file prefers the second by less than rounding."""
     source = subject("gpt2", tmp_path / "model", n_layer=1)
-    model = AutoModelForCausalLM.from_pretrained(source.model)
+    model = AutoModelForCausalLM.from_pretrained(source.folder)
     half = len(source.tokenizer) // 2
     with torch.no_grad():
         model.lm_head.weight[half : 2 * half] = model.lm_head.weight[:half]
-    model.save_pretrained(source.model)
-    made = export(source, tmp_path / "out")
-    checks = made.checks()
+    model.save_pretrained(source.folder)
+    exported = export(source, tmp_path / "out")
+    checks = exported.checks()
     assert all(check.passed for check in checks.values()), checks
     assert checks["text"].figures["ties"] == 0
 
     def prefer(values: np.ndarray) -> None:
         values[half : 2 * half] *= 1 + 1e-6
 
-    checks = change(made, "lm_head.weight", prefer, tmp_path / "changed").checks()
+    checks = change_weight(exported, "lm_head.weight", prefer, tmp_path / "changed").checks()
     assert checks["text"].figures["ties"] > 0
     assert checks["text"].passed
     assert checks["logits"].passed
@@ -230,45 +230,45 @@ def test_two_tokens_as_likely_are_told_of_and_pass(tmp_path: Path):
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_what_is_traced_is_what_the_model_computes(family: str, tmp_path: Path):
-    """Of every family, by torch: in pieces, with blanks on the left, against transformers' own masks and caches."""
+def test_the_traced_module_equals_the_model(family: str, tmp_path: Path):
+    """For every family, in torch: in pieces and padded on the left, against transformers' own masks and caches."""
     torch.manual_seed(0)
     source = subject(family, tmp_path, **WINDOW.get(family, {}))
-    model, written = exporter.load_fp32(source), exporter.load_fp32(source, attention="eager")
-    form = graph.graph_signature(written, "causal-lm")
-    flat = graph.FlatCacheModel(written)
+    model, traced = exporter.load_fp32(source), exporter.load_fp32(source, attention="eager")
+    signature = graph.graph_signature(traced, "causal-lm")
+    flat = graph.FlatCacheModel(traced)
     ids = torch.randint(3, 300, (2, 20))
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
-    cache = [torch.zeros(2, *port.shape[1:2], 0, *port.shape[3:]) for port in form.cache]
-    found, read = [], 0
+    cache = [torch.zeros(2, *value.shape[1:2], 0, *value.shape[3:]) for value in signature.cache]
+    outputs, read = [], 0
     for piece in (11, 1, 8):
-        here = slice(read, read + piece)
-        given = {"input_ids": ids[:, here], "attention_mask": mask[:, : read + piece]}
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, here]
+        positions = slice(read, read + piece)
+        inputs = {"input_ids": ids[:, positions], "attention_mask": mask[:, : read + piece]}
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)[:, positions]
         with torch.no_grad():
-            logits, *cache = flat(given, cache)
-        found.append(logits)
+            logits, *cache = flat(inputs, cache)
+        outputs.append(logits)
         read += piece
     with torch.no_grad():
-        alone = [model(ids[:1]).logits[0], model(ids[1:, 6:]).logits[0]]
-    both = torch.cat(found, dim=1)
-    assert zoo.relative(both[0], alone[0]) < 1e-5
-    assert zoo.relative(both[1, 6:], alone[1]) < 1e-5
+        expected = [model(ids[:1]).logits[0], model(ids[1:, 6:]).logits[0]]
+    batch = torch.cat(outputs, dim=1)
+    assert zoo.relative(batch[0], expected[0]) < 1e-5
+    assert zoo.relative(batch[1, 6:], expected[1]) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "falcon"])
-def test_other_families_are_what_they_were(family: str, tmp_path: Path):
-    """Windows, caps and tied embeddings; fused projections; one head of keys."""
+def test_other_families_equal_their_models(family: str, tmp_path: Path):
+    """Sliding windows, softcapping and tied embeddings; fused projections; multi-query attention."""
     small = WINDOW.get(family, {"num_hidden_layers": 1})
-    made = export(subject(family, tmp_path / "model", **small), tmp_path / "out")
-    assert max(map(len, made.source.prompts)) > 8
-    checks = made.checks()
+    exported = export(subject(family, tmp_path / "model", **small), tmp_path / "out")
+    assert max(map(len, exported.source.prompts)) > 8
+    checks = exported.checks()
     assert list(checks) == ["tensors", "logits", "text"]
     assert all(check.passed for check in checks.values()), checks
 
 
-def test_a_classifier_is_what_it_was(bert: Export):
+def test_a_classifier_equals_its_model(bert: Export):
     checks = bert.checks()
     assert list(checks) == ["tensors", "logits", "labels"]
     assert all(check.passed for check in checks.values()), checks
@@ -279,29 +279,31 @@ def test_a_classifier_is_what_it_was(bert: Export):
 
 @pytest.mark.parametrize("kind", ["single", "multi", "regression"])
 def test_a_changed_head_is_found(kind: Any, bert: Export, tmp_path: Path):
-    def turn(values: np.ndarray) -> None:
+    def negate(values: np.ndarray) -> None:
         values *= -1
 
     labels = ClassLabels(kind, LABELS.names)
-    as_such = bert._replace(source=bert.source._replace(labels=labels))
-    checks = as_such.checks()
+    unchanged = bert._replace(source=bert.source._replace(base=bert.source.base._replace(labels=labels)))
+    checks = unchanged.checks()
     assert all(check.passed for check in checks.values()), checks
-    checks = change(as_such, "classifier.weight", turn, tmp_path).checks()
+    checks = change_weight(unchanged, "classifier.weight", negate, tmp_path).checks()
     assert list(checks) == ["tensors", "logits"] + (["labels"] if kind != "regression" else [])
     assert not any(check.passed for check in checks.values())
 
 
 @pytest.mark.parametrize(("family", "task"), [("llama-classifier", "seq-cls"), ("distilbert", "token-cls")])
-def test_other_classifiers_are_what_they_were(family: str, task: str, tmp_path: Path):
-    made = export(classifier(family, tmp_path / "model", task=task, num_hidden_layers=1), tmp_path / "out")
-    checks = made.checks()
+def test_other_classifiers_equal_their_models(family: str, task: str, tmp_path: Path):
+    exported = export(classifier(family, tmp_path / "model", task=task, num_hidden_layers=1), tmp_path / "out")
+    checks = exported.checks()
     assert all(check.passed for check in checks.values()), checks
     assert checks["labels"].figures["rows"] == (5 if task == "seq-cls" else 5 + 17 + 40 + 40 + 20)
-    inputs = [value.name for value in onnx.load(made.out / "model.onnx", load_external_data=False).graph.input]
+    inputs = [value.name for value in onnx.load(exported.out / "model.onnx", load_external_data=False).graph.input]
     assert inputs == ["input_ids", "attention_mask"]
 
 
-def test_the_exporter_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture):
+def test_the_exporter_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
     source = classifier("distilbert", tmp_path / "model", num_hidden_layers=1)
     capfd.readouterr()
     with warnings.catch_warnings(record=True) as warned:
@@ -309,24 +311,24 @@ def test_the_exporter_is_not_heard(tmp_path: Path, capfd: pytest.CaptureFixture[
         assert all(check.passed for check in export(source, tmp_path / "out").checks().values())
     assert capfd.readouterr() == ("", "")
     assert not warned
-    assert not [record for record in caplog.records if record.name != "torch.__trace"]  # which torch alone reads
+    assert not [record for record in caplog.records if record.name != "torch.__trace"]  # internal to torch
 
 
-def test_what_the_exporter_cannot_trace_is_one_line(tmp_path: Path):
-    class Odd(LlamaForCausalLM):
+def test_an_untraceable_model_gives_a_one_line_error(tmp_path: Path):
+    class DataDependent(LlamaForCausalLM):
         def forward(self, *args: Any, **options: Any) -> Any:
-            found = super().forward(*args, **options)
-            if float(found.logits.sum()) > 0:  # a choice that hangs on data
-                found.logits *= 2
-            return found
+            output = super().forward(*args, **options)
+            if float(output.logits.sum()) > 0:  # a branch that depends on data
+                output.logits *= 2
+            return output
 
-    model = Odd(LlamaConfig(**{**zoo.COMMON, "num_hidden_layers": 1}))
+    model = DataDependent(LlamaConfig(**{**zoo.COMMON, "num_hidden_layers": 1}))
     with pytest.raises(LoraError, match=r"trace this llama model: .*data-dependent") as caught:
         graph.trace(model, graph.graph_signature(model, "causal-lm"), tmp_path / "model.onnx")
     assert "\n" not in caught.value.message
 
 
-def test_a_cache_of_another_kind_is_refused():
+def test_an_unsupported_cache_is_refused():
     with pytest.raises(LoraError, match="cache of a mamba"):
         graph.graph_signature(zoo.make("mamba"), "causal-lm")
 
@@ -334,40 +336,40 @@ def test_a_cache_of_another_kind_is_refused():
 @pytest.mark.parametrize(
     ("family", "more", "reason"),
     [
-        ("mamba", {}, "remembers what it read otherwise"),
+        ("mamba", {}, "state of a mamba model"),
         ("mixtral", {}, "mixture of experts"),
         ("falcon-alibi", {}, "ALiBi"),
-        ("t5", {}, "in two parts"),
-        ("bart-classifier", {}, "in two parts"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "anew"),
-        ("llama", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "is quantised"),
+        ("t5", {}, "encoder-decoder"),
+        ("bart-classifier", {}, "encoder-decoder"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "recomputes"),
+        ("llama", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "is quantized"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_weight_is_read(
+def test_unsupported_models_are_refused_before_any_weight_is_read(
     family: str, more: dict[str, Any], reason: str, tmp_path: Path
 ):
     entry = FAMILIES[family]._replace(options={**FAMILIES[family].options, **more})
-    source = ExportSource(family, tmp_path / "nothing there", config_of(entry), None, entry.task, None, ())
+    tokenizer: Any = None  # refused before the tokenizer is used
+    source = export_source(family, tmp_path / "missing", tokenizer, config=config_of(entry), task=entry.task)
     with pytest.raises(LoraError, match=reason) as caught:
         exporter.refuse(source, options())
     assert "safetensors" in str(caught.value.hint) or "16-bit" in str(caught.value.hint)
 
 
-def test_only_fp32_is_written(llama: Export):
+def test_other_dtypes_than_fp32_are_refused(llama: Export):
     with pytest.raises(LoraError, match="fp32") as caught:
         exporter.refuse(llama.source, options("q8_0"))
     assert "gguf" in str(caught.value.hint)
 
 
 def test_a_real_model(demo_folder: Path, tmp_path: Path):
-    """The first of the demo model's thirty layers: real weights, a real vocabulary."""
+    """The first of the demo model's thirty layers: real weights and a real vocabulary."""
     model = AutoModelForCausalLM.from_pretrained(demo_folder, num_hidden_layers=1, dtype=torch.float32)
-    words = AutoTokenizer.from_pretrained(demo_folder)
+    tokenizer = AutoTokenizer.from_pretrained(demo_folder)
     model.save_pretrained(tmp_path / "model")
-    words.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = words.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    config = AutoConfig.from_pretrained(tmp_path / "model")
-    source = ExportSource("demo", tmp_path / "model", config, words, "causal-lm", None, (tuple(prompt),))
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    source = export_source("demo", tmp_path / "model", tokenizer, prompts=(tuple(prompt),))
     checks = export(source, tmp_path / "out").checks()
     assert all(check.passed for check in checks.values()), checks

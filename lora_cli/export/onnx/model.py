@@ -1,11 +1,10 @@
-"""`--to onnx`: a folder for onnxruntime with a decoder and its cache, or a classifier, in fp32.
+"""`--to onnx`: a folder for onnxruntime with a decoder and its KV cache, or a classifier, in fp32.
 
-torch's exporter holds the whole model, and traces it for a second or two a layer: writing took 1.4 times the bytes of
-the fp32 weights, proving about 3 times, when onnxruntime holds the model beside transformers (measured on 135M
-parameters). Never run on a GPU by this project.
+torch's exporter keeps the full model in memory, and traces it in one or two seconds per layer. Writing took 1.4 times
+the bytes of the fp32 weights in memory. The checks took about 3 times, because onnxruntime and transformers each load
+the model (measured on 135M parameters). This project has never run it on a GPU.
 """
 
-import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,111 +17,107 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from lora_cli.errors import LoraError
 from lora_cli.export.onnx import graph, verify
 from lora_cli.export.source import Check, ExportOptions, ExportSource
-from lora_cli.model import base_model, prequantized
+from lora_cli.model import prequantized
 
 ONNX_FILE = "model.onnx"
 CPU = torch.device("cpu")
 
 
-def refuse(subject: ExportSource, options: ExportOptions) -> None:
-    """Form, task and architecture, before any weight is read."""
+def refuse(source: ExportSource, options: ExportOptions) -> None:
+    """Check dtype, task and architecture, before any weight is read.
+
+    Raises:
+        LoraError: the model cannot be exported to ONNX.
+    """
     if options.quantize is not None:
         raise LoraError(
-            f"--quantize {options.quantize}: --to onnx writes fp32",
-            hint="leave it out; onnxruntime.quantization makes 8 bits of the file, --to gguf or safetensors fewer",
+            f"--quantize {options.quantize}: --to onnx writes fp32 only",
+            hint="leave it out; onnxruntime.quantization converts to 8 bits, --to gguf or safetensors to fewer",
         )
-    if subject.task == "seq2seq-lm" or subject.config.is_encoder_decoder:
+    if source.task == "seq2seq-lm" or source.config.is_encoder_decoder:
         raise LoraError(
-            f"--to onnx: {subject.config.model_type} reads and writes in two parts, and one graph is written here",
+            f"--to onnx: {source.config.model_type} is an encoder-decoder model, which does not fit in one graph",
             hint="use --to safetensors",
         )
-    if (already := prequantized.detect_prequantized(subject.config)) is not None:
+    if (already := prequantized.detect_prequantized(source.config)) is not None:
         raise LoraError(
-            f"--to onnx: {subject.name} is quantised ({already.method})",
-            hint="export the 16-bit model that it was made from; of an adapter, lora merge --weights dequantized first",
+            f"--to onnx: {source.name} is quantized ({already.method})",
+            hint="export the 16-bit model it was made from; for an adapter, run lora merge --weights dequantized first",
         )
-    if (reason := _unsupported(subject)) is not None:
+    if (reason := _unsupported(source)) is not None:
         raise LoraError(f"--to onnx: {reason}", hint="use --to safetensors")
 
 
-def _unsupported(subject: ExportSource) -> str | None:
-    """Why no graph can be right for the subject's architecture, where that can be told of its config."""
-    config, kind = subject.config, subject.config.model_type
+def _unsupported(source: ExportSource) -> str | None:
+    """Return why a graph of this architecture would be wrong, as far as its config shows; None if it is supported."""
+    config, kind = source.config, source.config.model_type
     if config.get_text_config() is not config:
-        return f"{kind} reads more than text, and a graph for text alone would leave out part of its weights"
+        return f"{kind} has other inputs than text, and a graph for text alone would leave out part of its weights"
     if kind == "falcon" and config.alibi:
-        return "this falcon has ALiBi, which transformers computes in bfloat16 and onnxruntime's CPU does not"
+        return "this falcon uses ALiBi, which transformers computes in bfloat16, and onnxruntime cannot on the CPU"
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # one for all layers, or for each kind
-    if any(each.get("rope_type") == "dynamic" for each in kinds):
-        return f"this {kind} computes its rotary frequencies anew as a text grows (rope_type dynamic)"
-    trust = subject.trust_remote_code
-    model = base_model.skeleton(copy.deepcopy(config), trust_remote_code=trust, task=subject.task)
-    layers = DynamicCache(config=config).layers if subject.task == "causal-lm" else []
+    # One entry for all layers, or one for each type of layer.
+    ropes = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]
+    if any(entry.get("rope_type") == "dynamic" for entry in ropes):
+        return f"this {kind} model recomputes its rotary frequencies as a text grows (rope_type dynamic)"
+    model = source.base.skeleton()
+    layers = DynamicCache(config=config).layers if source.task == "causal-lm" else []
     if model._is_stateful or not all(isinstance(layer, DynamicLayer) for layer in layers):
-        return f"a {kind} model remembers what it read otherwise than by keys and values of each layer"
-    if any(isinstance(part, PreTrainedModel) and part._can_set_experts_implementation() for part in model.modules()):
-        return f"{kind} is a mixture of experts, whose choice ONNX has no operator for"
+        return f"the state of a {kind} model does not consist of the keys and values of each layer"
+    if any(
+        isinstance(module, PreTrainedModel) and module._can_set_experts_implementation() for module in model.modules()
+    ):
+        return f"{kind} is a mixture of experts, and ONNX has no operator for their selection"
     return None
 
 
-def write(subject: ExportSource, out: Path, options: ExportOptions) -> None:
-    """The folder `out`.
+def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
+    """Write the folder `out`: graph, weights, config and tokenizer.
 
     Raises:
         LoraError: torch's exporter cannot trace the model.
     """
     out.mkdir(exist_ok=True)
-    # Eager attention masks with finite numbers. An infinite mask, as sdpa has it, makes NaN of padded rows, which the
-    # graph would have to look for and clear in every layer.
-    model = load_fp32(subject, attention="eager")
-    graph.trace(model, graph.graph_signature(model, subject.task), out / ONNX_FILE)
+    # Eager attention masks with finite numbers. An infinite mask, as in sdpa, turns padded rows into NaN, which the
+    # graph would have to find and clear in every layer.
+    model = load_fp32(source, attention="eager")
+    graph.trace(model, graph.graph_signature(model, source.task), out / ONNX_FILE)
     model.config.save_pretrained(out)
-    generation = subject.model / "generation_config.json"
+    generation = source.folder / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, out / generation.name)
-    subject.tokenizer.save_pretrained(str(out))
+    source.tokenizer.save_pretrained(str(out))
 
 
-def prove(subject: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
-    """Read back by onnx, and run by onnxruntime beside transformers, in fp32 both."""
-    model = load_fp32(subject)
-    form = graph.graph_signature(model, subject.task)
-    yield verify.check_tensors(model, form, out / ONNX_FILE)
+def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+    """Yield the checks: weights read back by onnx, and outputs of onnxruntime compared with transformers in fp32."""
+    model = load_fp32(source)
+    signature = graph.graph_signature(model, source.task)
+    yield verify.check_tensors(model, signature, out / ONNX_FILE)
     if options.runtime:
-        yield from verify.check_outputs(subject, model, form, out / ONNX_FILE)
+        yield from verify.check_outputs(source, model, signature, out / ONNX_FILE)
 
 
-def usage(subject: ExportSource, out: Path, options: ExportOptions) -> list[str]:
-    """How onnxruntime loads it, and by which names it is spoken to."""
-    graph = onnx.load(str(out / ONNX_FILE), load_external_data=False).graph
-    inputs = [value.name for value in graph.input]
+def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
+    """Return lines of Python that load and run the graph in onnxruntime, with the names of its inputs and outputs."""
+    stored_graph = onnx.load(str(out / ONNX_FILE), load_external_data=False).graph
+    inputs = [value.name for value in stored_graph.input]
     cache = [name for name in inputs if name.startswith("past_key_values.")]
-    plain = [name for name in inputs if name not in cache]
+    others = [name for name in inputs if name not in cache]
     size = sum(file.stat().st_size for file in out.glob(f"{ONNX_FILE}*"))
     lines = [
         "import onnxruntime",
         f"session = onnxruntime.InferenceSession({str(out / ONNX_FILE)!r})  # {size / 1e9:.1f} GB of fp32 weights",
-        f"logits = session.run(['logits'], inputs)[0]  # inputs: int64 {', '.join(plain)}, by their names",
+        f"logits = session.run(['logits'], inputs)[0]  # inputs by name: int64 {', '.join(others)}",
     ]
     if cache:
         lines += [
-            f"# and float32 past_key_values.0.key ... {cache[-1]}, of length 0 at first;",
-            "# outputs present.0.key ... are the past_key_values of the next tokens, and attention_mask is of both",
+            f"# and float32 past_key_values.0.key ... {cache[-1]}, of length 0 in the first call;",
+            "# outputs present.0.key ... are the past_key_values of the next call, whose attention_mask covers both",
         ]
     return lines
 
 
-def load_fp32(subject: ExportSource, *, attention: str | None = None) -> PreTrainedModel:
-    """The model in fp32 on the CPU, as transformers computes it or with another `attention`."""
-    options: dict[str, object] = {"trust_remote_code": subject.trust_remote_code}
-    loaded = base_model.load_base(
-        base_model.ModelSource(str(subject.model), options),
-        dtype=torch.float32,
-        device=CPU,
-        attention=attention,
-        task=subject.task,
-        labels=subject.labels,
-        pad_id=subject.tokenizer.pad_token_id,
-    )
-    return loaded.model.eval()
+def load_fp32(source: ExportSource, *, attention: str | None = None) -> PreTrainedModel:
+    """Load the model in fp32 on the CPU, with the attention implementation `attention` or transformers' default."""
+    return source.base.load(CPU, dtype=torch.float32, attention=attention).model.eval()
