@@ -1,4 +1,4 @@
-"""The command line: parse, call one function of commands/, show a user's mistake in two lines. No torch."""
+"""The command line (typer app): parse arguments, call a function of commands/, print errors in two lines. No torch."""
 
 import errno
 import json
@@ -14,14 +14,14 @@ from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.library_warnings import silence_library_warnings
 
-# What a disk or its permissions refuse is the user's to mend; any other OSError is a bug, and keeps its traceback.
-DISK = {
-    errno.ENOSPC: "make room",
-    errno.EDQUOT: "make room, or have the quota raised",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or name a place on another disk",
-    errno.EROFS: "name a place that can be written to",
-    errno.EACCES: "see its permissions, or name another place",
-    errno.EPERM: "see its permissions, or name another place",
+# A full disk or missing permissions are for the user to fix; any other OSError is a bug, and keeps its traceback.
+DISK_HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose a path on another disk",
+    errno.EROFS: "choose a writable path",
+    errno.EACCES: "check its permissions, or choose another path",
+    errno.EPERM: "check its permissions, or choose another path",
 }
 
 app = typer.Typer(
@@ -32,22 +32,30 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file; `lora init` has some.", show_default=False)
+    Path, typer.Argument(metavar="RECIPE", help="YAML file; `lora init` lists examples.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe: --set training.learning_rate=1e-4."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key: --set training.learning_rate=1e-4."),
 ]
+BasePath = Annotated[
+    str | None, typer.Option("--base", metavar="PATH", help="Another base than the one that the adapter names.")
+]
+OtherBase = Annotated[bool, typer.Option("--other-base", help="Allow a base with other weights than in training.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code of the base's repository.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")]
 
 
 @app.command()
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,
-    no_model: Annotated[bool, typer.Option("--no-model", help="Only the recipe and the rows' format.")] = False,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 2,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Check only the recipe and the row format.")] = False,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to print token by token.")] = 2,
 ) -> None:
-    """Validate a recipe: rows, labels, target modules and memory, without loading weights."""
+    """Validate a recipe: rows, label mask, target modules and memory, without loading weights."""
     from lora_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -63,18 +71,18 @@ def check(
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    output: Annotated[str | None, typer.Option(metavar="DIR", help="Run folder, in place of the recipe's.")] = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Run folder, instead of the recipe's.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run that is there and start again.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the existing run and start again.")] = False,
 ) -> None:
-    """Train an adapter, and verify what was written."""
+    """Train an adapter, and verify the written files."""
     from lora_cli.recipe.load import load_recipe
 
-    given = [*(overrides or [])]
-    given += [f"output={json.dumps(output)}"] if output else []
-    given += [f"distributed.processes={processes}"] if processes else []
-    loaded = load_recipe(recipe, given)
+    settings = [*(overrides or [])]
+    settings += [f"output={json.dumps(output)}"] if output else []
+    settings += [f"distributed.processes={processes}"] if processes else []
+    loaded = load_recipe(recipe, settings)
     from lora_cli.commands.train import train as command
 
     raise typer.Exit(command(loaded, resume=resume, fresh=fresh, arguments=sys.argv[1:]))
@@ -84,63 +92,59 @@ def train(
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RECIPE|RUN|ADAPTER", help="What to measure.", show_default=False)],
     adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="A further adapter, or a merged model.")
+        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="Another adapter, or a merged model.")
     ] = None,
-    data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to measure on, in place of data.eval.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to measure on, instead of data.eval.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
     ] = None,
-    answers: Annotated[int, typer.Option(min=0, help="Prompts that each model answers.")] = 0,
+    answers: Annotated[int, typer.Option(min=0, help="Number of prompts that each model answers.")] = 0,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Of the answers: exact_match, f1, rouge, bleu, chrf, json_valid or numeric_match."),
+        typer.Option(help="Metric of the answers: exact_match, f1, rouge, bleu, chrf, json_valid or numeric_match."),
     ] = None,
-    predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer here.")] = None,
+    predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer to this file.")] = None,
     tasks: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A task of the lm-evaluation-harness.")
     ] = None,
-    tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="YAML files of further tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with YAML files of more tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task; default: all.")] = None,
 ) -> None:
     """Measure base, adapters and merged models side by side on held-out rows."""
     if Path(target).is_file():
         from lora_cli.recipe.load import load_recipe
 
-        load_recipe(Path(target))  # refused here, if at all: before the seconds that torch takes to import
+        load_recipe(Path(target))  # a bad recipe is reported before the seconds that importing torch takes
     from lora_cli.commands.evaluate import evaluate as command
     from lora_cli.evaluation.answers import GenerationOptions
 
-    asked = GenerationOptions(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
-    command(target, adapters=adapters or [], data=data, json_file=json_file, asked=asked)
+    options = GenerationOptions(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
+    command(target, adapters=adapters or [], data=data, json_file=json_file, options=options)
 
 
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the merged model goes.", show_default=False)],
-    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model.", show_default=False)],
+    base: BasePath = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
     weights: Annotated[
-        str, typer.Option(help="Of a base that was quantised: auto (measured), original or dequantized.")
+        str, typer.Option(help="For a base that was quantized in training: auto (measured), original or dequantized.")
     ] = "auto",
-    verify: Annotated[str, typer.Option(help="auto, tensors, or logits: with both models in memory.")] = "auto",
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file.")] = "2GB",
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the adapter out of --base MERGED again.")] = False,
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Take a base that is not the one trained on.")
-    ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the base's repository ships.")
-    ] = False,
+    verify: Annotated[str, typer.Option(help="auto, tensors, or logits (both models in memory).")] = "auto",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file.")] = "2GB",
+    force: Force = False,
+    unmerge: Annotated[bool, typer.Option("--unmerge", help="Subtract the adapter from --base MERGED again.")] = False,
+    other_base: OtherBase = False,
+    trust: TrustRemoteCode = False,
 ) -> None:
-    """Fold an adapter into its base, tensor by tensor, and verify what is written."""
+    """Merge an adapter into its base, tensor by tensor, and verify the result."""
     _choice("--dtype", dtype, "auto", "bfloat16", "float16", "float32")
     _choice("--weights", weights, "auto", "original", "dequantized")
     _choice("--verify", verify, "auto", "tensors", "logits")
     from lora_cli.commands import merge as command
 
-    options = command.MergeOptions(
+    request = command.MergeRequest(
         base=base,
         dtype=dtype,
         weights=weights,
@@ -151,7 +155,7 @@ def merge(
         other_base=other_base,
         trust_remote_code=trust,
     )
-    command.merge(adapter, out=out, options=options)
+    command.merge(adapter, out=out, request=request)
 
 
 @app.command()
@@ -159,27 +163,25 @@ def export(
     target: Annotated[
         str | None, typer.Argument(metavar="MODEL|RUN|ADAPTER", help="What to export.", show_default=False)
     ] = None,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="`--to list` shows them.")] = "list",
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="`--to list` prints all formats.")] = "list",
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="PATH", help="Where it goes.", show_default=False)
+        Path | None, typer.Option("--out", metavar="PATH", help="File or folder of the export.", show_default=False)
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(metavar="FORM", help="f32, f16, bf16, q8_0 and others, as the format has them.")
+        str | None, typer.Option(metavar="FORM", help="f32, f16, bf16, q8_0 and others, depending on the format.")
     ] = None,
     over: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The base in GGUF, for a GGUF adapter to be proven over.")
+        Path | None, typer.Option(metavar="FILE", help="The base in GGUF, to verify a GGUF adapter on it.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
-    verify: Annotated[str, typer.Option(help="auto, file (read back), or runtime (run beside the original).")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Take a base that is not the one trained on.")
-    ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the base's repository ships.")
-    ] = False,
+    base: BasePath = None,
+    verify: Annotated[
+        str, typer.Option(help="auto, file (read back), or runtime (run, compare with the original).")
+    ] = "auto",
+    force: Force = False,
+    other_base: OtherBase = False,
+    trust: TrustRemoteCode = False,
 ) -> None:
-    """Write a model or an adapter in the form that a runtime takes, and prove that it is the same model."""
+    """Write a model or an adapter in the format of a runtime, and verify that it is the same model."""
     from lora_cli.export import EXPORTERS, describe
 
     if to == "list":
@@ -189,53 +191,54 @@ def export(
     _choice("--to", to, *EXPORTERS, "list")
     _choice("--verify", verify, "auto", "file", "runtime")
     if target is None or out is None:
-        missing = "what is to be exported" if target is None else "where it goes"
-        raise LoraError(f"lora export: {missing} is not said", hint=f"lora export runs/NAME --to {to} --out PATH")
+        missing = "the model, run or adapter" if target is None else "--out"
+        raise LoraError(f"lora export: {missing} is missing", hint=f"lora export runs/NAME --to {to} --out PATH")
     from lora_cli.commands import export as command
 
     request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
     command.export(target, out=out, request=request)
 
 
-def _choice(option: str, given: str, *known: str) -> None:
-    if given not in known:
-        raise LoraError(f"{option} {given} is not known", hint=f"write {', '.join(known[:-1])} or {known[-1]}")
+def _choice(option: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise LoraError(f"{option} {value} is not known", hint=f"write {', '.join(known[:-1])} or {known[-1]}")
 
 
 @app.command()
 def chat(
-    target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to talk to.", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to chat with.", show_default=False)],
     adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="A further adapter of the same base.")
+        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="Another adapter of the same base.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
+    base: BasePath = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 42,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
 ) -> None:
-    """Talk to a base and its adapters; /help lists what else a line can say. A pipe is answered line by line."""
+    """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""
     from lora_cli.commands import chat as command
 
     options = command.ChatOptions(temperature, max_new_tokens, system, seed)
     command.chat(target, adapters=adapters or [], base_path=base, options=options)
 
 
-adapter_app = typer.Typer(help="Look into adapters, cut them down, put them together.", no_args_is_help=True)
+adapter_app = typer.Typer(help="Inspect, resize and combine LoRA adapters.", no_args_is_help=True)
 app.add_typer(adapter_app, name="adapter")
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the adapter goes.", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter.", show_default=False)]
 
 
 @adapter_app.command()
 def inspect(
     adapter: AdapterPath,
-    base: Annotated[str | None, typer.Option("--base", metavar="PATH", help="Base, if not the adapter's own.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Every module, as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Spectra and sizes as a picture.")] = None,
+    base: BasePath = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot spectra and sizes.")] = None,
 ) -> None:
-    """Show what an adapter does to each kind of module, and how much of its rank it uses."""
+    """Print the size of an adapter's updates by kind of module, and how much of its rank they use."""
     from lora_cli.commands.adapter import inspect as command
 
     command(adapter, base_path=base, json_file=json_file, plot=plot)
@@ -245,11 +248,11 @@ def inspect(
 def resize(
     adapter: AdapterPath,
     out: Out,
-    rank: Annotated[int | None, typer.Option(min=1, help="Components that each module keeps.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Components that each module keeps, at most.")] = None,
     energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of each update to keep.")] = None,
     force: Force = False,
 ) -> None:
-    """Write an adapter of lower rank, by its largest components, and tell what is lost."""
+    """Write an adapter of lower rank from the largest components, and print the energy that is kept."""
     from lora_cli.commands.adapter import resize as command
 
     command(adapter, out=out, rank=rank, energy=energy, force=force)
@@ -262,9 +265,11 @@ def combine(
     ],
     out: Out,
     method: Annotated[str, typer.Option(help="concat (exact), svd, linear, ties or dare.")] = "concat",
-    rank: Annotated[int | None, typer.Option(min=1, help="Of svd, ties and dare; default: the largest.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of svd, ties, dare; default: the largest given.")
+    ] = None,
     density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of entries that ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of what dare draws.")] = 42,
+    seed: Annotated[int, typer.Option(help="Seed of dare's random selection.")] = 42,
     force: Force = False,
 ) -> None:
     """Write the weighted sum of several adapters as one."""
@@ -280,7 +285,7 @@ def init(
         str | None, typer.Argument(metavar="[NAME]", help="One of the recipes.", show_default=False)
     ] = None,
 ) -> None:
-    """List the recipes that come with this tool, or write one into this folder to start from."""
+    """List the recipes that come with this tool, or copy one into this folder as a starting point."""
     from lora_cli.commands import init as command
 
     if name is None:
@@ -291,7 +296,7 @@ def init(
 
 @app.command()
 def methods() -> None:
-    """Print the adapter methods: what each does, which keys it takes, what it goes with."""
+    """Print the adapter methods: what each does, its recipe keys, and what it can be combined with."""
     from lora_cli.commands.methods import show_methods
 
     show_methods()
@@ -299,20 +304,20 @@ def methods() -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of a recipe, by which editors complete and check it."""
+    """Print the JSON Schema of a recipe, for completion and checks in editors."""
     from lora_cli.recipe.dump import recipe_schema
 
     sys.stdout.write(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
-    """Run the command line; a LoraError becomes its details, one `error:` and one `hint:` line, and its exit code."""
+    """Run the command line; a LoraError prints its details, an `error:` and a `hint:` line, and sets the exit code."""
     silence_library_warnings()
     try:
         app()
     except LoraError as mistake:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
-            # One of several processes: the first of this machine tells it, unless this exit ends it before it can.
+            # One of several processes: the first one of this machine prints it, if it has time before this one exits.
             time.sleep(1)
             sys.exit(mistake.exit_code)
         for line in mistake.details:
@@ -322,14 +327,14 @@ def main() -> None:
             console.info(f"hint: {mistake.hint}")
         sys.exit(mistake.exit_code)
     except BrokenPipeError:
-        # The reader of stdout has gone (`| head`): nothing is wrong, and nothing more can be said.
+        # The reader of stdout has closed it (`| head`): not an error, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as trouble:
-        if trouble.errno not in DISK:
+    except OSError as error:
+        if error.errno not in DISK_HINTS:
             raise
-        where = f"{trouble.filename}: " if trouble.filename else ""
-        console.info(f"error: {where}{trouble.strerror}")
-        onward = ", and a run goes on with --resume" if sys.argv[1:2] == ["train"] else ""
-        console.info(f"hint: {DISK[trouble.errno]}; what was written before is whole{onward}")
+        path = f"{error.filename}: " if error.filename else ""
+        console.info(f"error: {path}{error.strerror}")
+        resume = ", and a run continues with --resume" if sys.argv[1:2] == ["train"] else ""
+        console.info(f"hint: {DISK_HINTS[error.errno]}; files written before are complete{resume}")
         sys.exit(1)

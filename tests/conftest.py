@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_cli.model import base_model, gguf_base
+from lora_cli.model import gguf_base, model_source
 from tests.inputs.tiny_tokenizers import CHATML
 from tests.inputs.tiny_tokenizers import build as build_tokenizer
 from tests.model import zoo
@@ -55,7 +55,7 @@ def demo_gguf() -> Path:
 def demo_folder(demo_gguf: Path) -> Path:
     """The demo model in fp32, unpacked once for all test runs of this machine."""
     return gguf_base.unpack_gguf(
-        demo_gguf, dtype=torch.float32, cache=base_model.cache_folder(), info=lambda line: None
+        demo_gguf, dtype=torch.float32, cache=model_source.cache_folder(), info=lambda line: None
     )
 
 

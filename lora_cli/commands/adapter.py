@@ -1,4 +1,4 @@
-"""`lora adapter`: look into a LoRA adapter, cut it down to a smaller rank, put several together."""
+"""`lora adapter`: inspect a LoRA adapter, resize it to a smaller rank, combine several adapters into one."""
 
 import shutil
 from collections import defaultdict
@@ -10,22 +10,24 @@ from peft import LoraConfig
 from rich.table import Table
 from safetensors.torch import save_file
 
-from lora_cli.data.class_labels import LABELS_FILE as LABELS
+from lora_cli.data.class_labels import LABELS_FILE
 from lora_cli.errors import LoraError
 from lora_cli.merging import low_rank
 from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
-from lora_cli.merging.merge_tensors import ReadWrite as Files
-from lora_cli.model import base_model, safetensors_io, trained_on
+from lora_cli.merging.merge_tensors import ReadWrite
+from lora_cli.model import safetensors_io
 from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.model_source import local_folder
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
+from lora_cli.model.saved_adapter import open_saved_adapter, read_adapter_config
 from lora_cli.model.target_modules import layer_index
+from lora_cli.model.trained_on import TRAINED_ON_FILE, read_trained_on
 from lora_cli.run import atomic, console
-from lora_cli.setup.saved_adapter import open_saved_adapter, read_config
 
 ENERGY_SHARES = (0.9, 0.95, 0.99)
 COPIED_FILES = (
-    trained_on.TRAINED_ON_FILE,
-    LABELS,
+    TRAINED_ON_FILE,
+    LABELS_FILE,
     "chat_template.jinja",
     "special_tokens_map.json",
     "tokenizer.json",
@@ -34,15 +36,15 @@ COPIED_FILES = (
 
 
 class ModuleStats(NamedTuple):
-    """One module of an adapter."""
+    """Statistics of one adapted module; written to JSON as they are."""
 
     module: str
     rank: int
     parameters: int
     norm: float  # of ΔW, Frobenius
-    base_norm: float | None  # of W; None where the base is not at hand
+    base_norm: float | None  # of W, Frobenius; None if the base is not available
     effective_rank: float
-    ranks: dict[str, int]  # by the share of the energy that they keep
+    ranks: dict[str, int]  # by share of the energy: the rank that keeps it
     singular_values: list[float]
 
     @property
@@ -52,50 +54,60 @@ class ModuleStats(NamedTuple):
 
 
 def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot: Path | None) -> None:
-    """Print what the adapter in `folder` does to each kind of module, and how much of its rank it uses."""
+    """Print the size of the updates for each kind of module, and how much of the rank they use.
+
+    Args:
+        folder: of a LoRA adapter.
+        base_path: base in place of the one that the adapter names.
+        json_file: for the statistics of every module.
+        plot: PNG file for spectra and sizes.
+
+    Raises:
+        LoraError: `folder` is not a LoRA adapter, or it was never trained.
+    """
     for option, file in (("--json", json_file), ("--plot", plot)):
         if file is not None and not file.absolute().parent.is_dir():
             raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
-    read_config(folder)
-    saved = low_rank.read_lora(folder)
-    norms = _base_norms(folder, base_path, saved)
-    looks = [_module_stats(module, pair, norms.get(module)) for module, pair in saved.pairs.items()]
-    looks = [look for look in looks if look.norm > 0]
-    if not looks:
+    read_adapter_config(folder)
+    adapter = low_rank.read_lora(folder)
+    norms = _base_norms(folder, base_path, adapter)
+    stats = [_module_stats(module, factors, norms.get(module)) for module, factors in adapter.factors.items()]
+    stats = [module for module in stats if module.norm > 0]
+    if not stats:
         raise LoraError(f"{folder}: every update is zero: it was never trained", hint="train it first")
-    config, size = saved.config, (folder / ADAPTER_WEIGHTS).stat().st_size
-    kind = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    counted = sum(look.parameters for look in looks) + sum(tensor.numel() for tensor in saved.others.values())
+    config, size = adapter.config, (folder / ADAPTER_WEIGHTS).stat().st_size
+    method = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
+    parameters = sum(module.parameters for module in stats) + sum(t.numel() for t in adapter.other_tensors.values())
     console.out.print(
-        f"{kind} on {config.base_model_name_or_path}: {len(looks)} modules, rank {_span([k.rank for k in looks])}, "
-        f"{counted:,} parameters, {console.format_bytes(size)}"
+        f"{method} on {config.base_model_name_or_path}: {len(stats)} modules, "
+        f"rank {_range([module.rank for module in stats])}, {parameters:,} parameters, {console.format_bytes(size)}"
     )
-    console.out.print(_table(looks))
-    if saved.others:
-        console.out.print(f"beside them {len(saved.others)} tensors: {sorted(saved.others)[0]}, ...")
+    console.out.print(_table(stats))
+    if adapter.other_tensors:
+        names = sorted(adapter.other_tensors)
+        console.out.print(f"and {len(names)} other tensors: {names[0]}, ...")
     if config.use_dora:
-        console.out.print("of DoRA, B·A alone is looked at: its magnitudes scale W too")
+        console.out.print("these figures are of DoRA's B·A alone: its magnitudes scale W too")
     for share in ENERGY_SHARES:
-        wanted = [look.ranks[f"{share:.2f}"] for look in looks]
+        ranks = [module.ranks[f"{share:.2f}"] for module in stats]
         console.out.print(
-            f"{share:.0%} of each update's energy: rank {max(wanted)} for all, "
-            f"{sum(wanted) / len(wanted):.1f} on average"
+            f"{share:.0%} of each update's energy: rank {max(ranks)} for all, {sum(ranks) / len(ranks):.1f} on average"
         )
     if json_file is not None:
-        records = [{**look._asdict(), "relative": look.relative} for look in looks]
-        about = {"base": config.base_model_name_or_path, "method": kind, "parameters": counted, "bytes": size}
-        atomic.write_json(json_file, {**about, "modules": records})
+        records = [{**module._asdict(), "relative": module.relative} for module in stats]
+        summary = {"base": config.base_model_name_or_path, "method": method, "parameters": parameters, "bytes": size}
+        atomic.write_json(json_file, {**summary, "modules": records})
     if plot is not None:
-        _plot(looks, plot)
+        _plot(stats, plot)
         console.info(f"plotted in {plot}")
 
 
-def _module_stats(module: str, pair: LowRankFactors, base_norm: float | None) -> ModuleStats:
-    _, values, _ = pair.singular()
+def _module_stats(module: str, factors: LowRankFactors, base_norm: float | None) -> ModuleStats:
+    _, values, _ = factors.svd()
     return ModuleStats(
         module,
-        pair.rank,
-        pair.a.numel() + pair.b.numel(),
+        factors.rank,
+        factors.a.numel() + factors.b.numel(),
         float(values.square().sum().sqrt()),
         base_norm,
         low_rank.effective_rank(values),
@@ -104,23 +116,23 @@ def _module_stats(module: str, pair: LowRankFactors, base_norm: float | None) ->
     )
 
 
-def _base_norms(folder: Path, base_path: str | None, saved: LoraWeights) -> dict[str, float]:
-    """‖W‖ of every adapted module, where the base's files are on this machine."""
+def _base_norms(folder: Path, base_path: str | None, adapter: LoraWeights) -> dict[str, float]:
+    """Return ‖W‖ of every adapted module, if the base's files are on this machine."""
     try:
-        subject = open_saved_adapter(folder, saved.config, base_path=base_path, trust_remote_code=False)
-        tensors = safetensors_io.list_tensors(base_model.local_folder(subject.source, fetch=False))
+        base = open_saved_adapter(folder, adapter.config, base_path=base_path, trust_remote_code=False).base
+        tensors = safetensors_io.list_tensors(local_folder(base.source, fetch=False))
     except LoraError as reason:
         if base_path is not None:
             raise
-        console.info(f"without the base's own norms: {reason.message}")
+        console.info(f"without the norms of the base: {reason.message}")
         return {}
-    mapping = CheckpointMapping(subject.skeleton(), tensors)
+    mapping = CheckpointMapping(base.skeleton(), tensors)
     norms = {}
     with safetensors_io.ShardFiles(writable=False) as files:
-        for module in saved.pairs:
+        for module in adapter.factors:
             name = f"{module}.weight"
             if name in mapping.parts and not mapping.is_joined(name):
-                weight = Files(files, files).read(tensors[mapping.key(name)])
+                weight = ReadWrite(files, files).read(tensors[mapping.key(name)])
                 norms[module] = float(weight.float().norm())
     return norms
 
@@ -129,55 +141,56 @@ def _kind(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _table(looks: list[ModuleStats]) -> Table:
+def _by_kind(stats: list[ModuleStats]) -> dict[str, list[ModuleStats]]:
     kinds: defaultdict[str, list[ModuleStats]] = defaultdict(list)
-    for look in looks:
-        kinds[_kind(look.module)].append(look)
+    for module in stats:
+        kinds[_kind(module.module)].append(module)
+    return kinds
+
+
+def _table(stats: list[ModuleStats]) -> Table:
     shares = [f"{share:.0%}" for share in ENERGY_SHARES]
     table = Table("", "modules", "rank", "|ΔW|", "|ΔW|/|W|", "most in", "eff. rank", *shares, box=None)
-    for kind, group in kinds.items():
-        largest = max(group, key=lambda look: look.relative or look.norm)
-        relative = [look.relative for look in group if look.relative is not None]
-        needed = [f"{sum(look.ranks[f'{share:.2f}'] for look in group) / len(group):.1f}" for share in ENERGY_SHARES]
+    for kind, group in _by_kind(stats).items():
+        largest = max(group, key=lambda module: module.relative or module.norm)
+        relative = [module.relative for module in group if module.relative is not None]
+        ranks = [f"{sum(module.ranks[f'{share:.2f}'] for module in group) / len(group):.1f}" for share in ENERGY_SHARES]
         table.add_row(
             kind,
             str(len(group)),
-            _span([look.rank for look in group]),
-            f"{sum(look.norm for look in group) / len(group):.3f}",
+            _range([module.rank for module in group]),
+            f"{sum(module.norm for module in group) / len(group):.3f}",
             f"{sum(relative) / len(relative):.2%}" if relative else "?",
             "" if (number := layer_index(largest.module)) is None else f"layer {number}",
-            f"{sum(look.effective_rank for look in group) / len(group):.1f}",
-            *needed,
+            f"{sum(module.effective_rank for module in group) / len(group):.1f}",
+            *ranks,
         )
     return table
 
 
-def _span(numbers: list[int]) -> str:
+def _range(numbers: list[int]) -> str:
     low, high = min(numbers), max(numbers)
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _plot(looks: list[ModuleStats], file: Path) -> None:
+def _plot(stats: list[ModuleStats], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise LoraError("--plot needs matplotlib", hint='pip install "lora-cli[plot]"') from None
-    figure = Figure(figsize=(11, 4.5), mapping="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     spectra, sizes = figure.subplots(1, 2)
-    kinds: defaultdict[str, list[ModuleStats]] = defaultdict(list)
-    for look in looks:
-        kinds[_kind(look.module)].append(look)
-    for kind, group in kinds.items():
-        shared = min(look.rank for look in group)
-        values = torch.tensor([look.singular_values[:shared] for look in group])
-        middle = (values / values[:, :1].clamp_min(1e-30)).median(dim=0).values
-        spectra.semilogy(range(1, shared + 1), middle, marker=".", label=kind)
-        sizes.plot(range(len(group)), [look.relative or look.norm for look in group], marker=".", label=kind)
+    for kind, group in _by_kind(stats).items():
+        common_rank = min(module.rank for module in group)
+        values = torch.tensor([module.singular_values[:common_rank] for module in group])
+        median = (values / values[:, :1].clamp_min(1e-30)).median(dim=0).values
+        spectra.semilogy(range(1, common_rank + 1), median, marker=".", label=kind)
+        sizes.plot(range(len(group)), [module.relative or module.norm for module in group], marker=".", label=kind)
     spectra.set(xlabel="component", ylabel="singular value / largest", title="spectrum (median of the modules)")
-    known = all(look.relative is not None for look in looks)
+    has_base = all(module.relative is not None for module in stats)
     sizes.set(
         xlabel="module, in the order of the layers",
-        ylabel="|ΔW| / |W|" if known else "|ΔW|",
+        ylabel="|ΔW| / |W|" if has_base else "|ΔW|",
         title="size of the update",
     )
     sizes.legend(fontsize="small", ncols=2)
@@ -185,99 +198,123 @@ def _plot(looks: list[ModuleStats], file: Path) -> None:
 
 
 def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, force: bool) -> None:
-    """Write the adapter in `folder` with fewer components: as many for each module as `rank` or `energy` allows."""
+    """Write the adapter in `folder` with fewer components for each module.
+
+    Args:
+        folder: of a LoRA adapter.
+        out: folder of the new adapter.
+        rank: components of each module, at most; or
+        energy: share of each update's energy to keep, 0 to 1.
+        force: replace `out` if it exists.
+
+    Raises:
+        LoraError: not exactly one of `rank` and `energy`, or the adapter cannot be resized.
+    """
     if (rank is None) == (energy is None):
-        raise LoraError("--rank and --energy: one of the two says how small", hint="write --rank 8, or --energy 0.95")
-    read_config(folder)
-    saved = low_rank.read_lora(folder)
-    if saved.config.use_dora:
+        raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
+    read_adapter_config(folder)
+    adapter = low_rank.read_lora(folder)
+    if adapter.config.use_dora:
         raise LoraError(
-            f"{folder} is DoRA: its magnitudes belong to the whole of B·A", hint="merge it, or train a smaller one"
+            f"{folder} is DoRA: its magnitudes were trained with the full B·A", hint="merge it, or train a smaller one"
         )
     small = {}
-    for module, pair in saved.pairs.items():
-        wanted = rank if rank is not None else low_rank.rank_for_energy(pair.singular()[1], float(energy or 1))
-        small[module] = low_rank.truncate_rank(pair, wanted)
-    _write_adapter(
-        small, saved, out, force=force, what=f"cut down from rank {_span([p.rank for p in saved.pairs.values()])}"
-    )
-    _tell_kept(saved.pairs, low_rank.read_lora(out).pairs)
+    for module, factors in adapter.factors.items():
+        new_rank = rank if rank is not None else low_rank.rank_for_energy(factors.svd()[1], float(energy or 1))
+        small[module] = low_rank.truncate_rank(factors, new_rank)
+    before = _range([factors.rank for factors in adapter.factors.values()])
+    _write_adapter(small, adapter, out, force=force, what=f"resized from rank {before}")
+    _print_energy_kept(adapter.factors, low_rank.read_lora(out).factors)
     console.out.print(str(out))
 
 
 def combine(
-    given: list[str], *, out: Path, method: str, rank: int | None, density: float, seed: int, force: bool
+    items: list[str], *, out: Path, method: str, rank: int | None, density: float, seed: int, force: bool
 ) -> None:
-    """Write the weighted sum of several adapters of one base, `DIR` or `WEIGHT*DIR` each, as one."""
+    """Write the weighted sum of several adapters of one base as one adapter.
+
+    Args:
+        items: `DIR` or `WEIGHT*DIR` each.
+        out: folder of the new adapter.
+        method: concat, svd, linear, ties or dare.
+        rank: of svd, ties and dare; the largest of the adapters if None.
+        density: share of entries that ties and dare keep, 0 to 1.
+        seed: of dare's random selection.
+        force: replace `out` if it exists.
+
+    Raises:
+        LoraError: the adapters cannot be combined.
+    """
     adapters, weights = [], []
-    for item in given:
+    for item in items:
         weight, star, path = item.rpartition("*")
         try:
             weights.append(float(weight) if star else 1.0)
         except ValueError:
-            raise LoraError(f"{item}: {weight} is no weight", hint="write 0.5*runs/a/adapter") from None
-        read_config(Path(path))
+            raise LoraError(f"{item}: {weight} is not a weight", hint="write 0.5*runs/a/adapter") from None
+        read_adapter_config(Path(path))
         adapters.append(low_rank.read_lora(Path(path)))
     if len(adapters) < 2:
-        raise LoraError("combine: one adapter is given", hint="name two or more")
-    _refuse_apart(adapters)
+        raise LoraError("combine: there is only one adapter", hint="name two or more")
+    _check_combinable(adapters)
     if method == "concat" and rank is not None:
         raise LoraError("--rank has no effect with --method concat", hint="write --method svd, or remove it")
-    whole = low_rank.concatenate_factors(adapters, weights)
-    most = rank or max(pair.rank for saved in adapters for pair in saved.pairs.values())
+    exact = low_rank.concatenate_factors(adapters, weights)
+    max_rank = rank or max(factors.rank for adapter in adapters for factors in adapter.factors.values())
     match method:
         case "concat":
-            made = whole
+            combined = exact
         case "svd":
-            made = {module: low_rank.truncate_rank(pair, most) for module, pair in whole.items()}
+            combined = {module: low_rank.truncate_rank(factors, max_rank) for module, factors in exact.items()}
         case "linear":
-            made = low_rank.average_factors(adapters, weights)
+            combined = low_rank.average_factors(adapters, weights)
         case _:
             dense = low_rank.combine_dense(adapters, weights, method=method, density=density, seed=seed)
-            made = low_rank.factorize(dense, most, {module: pair.embedding for module, pair in whole.items()})
-    names = ", ".join(f"{weight:g} of {saved.folder}" for weight, saved in zip(weights, adapters, strict=True))
-    _write_adapter(made, adapters[0], out, force=force, what=f"{method} of {names}")
+            embeddings = {module: factors.is_embedding for module, factors in exact.items()}
+            combined = low_rank.factorize(dense, max_rank, embeddings)
+    names = ", ".join(f"{weight:g} of {adapter.folder}" for weight, adapter in zip(weights, adapters, strict=True))
+    _write_adapter(combined, adapters[0], out, force=force, what=f"{method} of {names}")
     if method in ("concat", "svd"):
-        _tell_kept(whole, low_rank.read_lora(out).pairs)
+        _print_energy_kept(exact, low_rank.read_lora(out).factors)
     console.out.print(str(out))
 
 
-def _refuse_apart(adapters: list[LoraWeights]) -> None:
-    """What cannot be summed: other bases, and what is not of low rank."""
-    first, known = adapters[0], trained_on.read_trained_on(adapters[0].folder)
-    for saved in adapters:
-        if saved.others:
+def _check_combinable(adapters: list[LoraWeights]) -> None:
+    """Raise if the adapters have different bases, or tensors that are not low-rank updates."""
+    first, first_base = adapters[0], read_trained_on(adapters[0].folder)
+    for adapter in adapters:
+        if adapter.other_tensors:
             raise LoraError(
-                f"{saved.folder}: {sorted(saved.others)[0]} is no update of low rank, and cannot be summed",
+                f"{adapter.folder}: {sorted(adapter.other_tensors)[0]} is not a low-rank update, and cannot be summed",
                 hint="merge the adapters one after the other with lora merge",
             )
-        here = trained_on.read_trained_on(saved.folder)
-        if known and here and known.fingerprint != here.fingerprint:
+        base = read_trained_on(adapter.folder)
+        if first_base and base and first_base.fingerprint != base.fingerprint:
             raise LoraError(
-                f"{saved.folder} and {first.folder} were trained on different bases", hint="see trained_on.json"
+                f"{adapter.folder} and {first.folder} were trained on different bases", hint="see trained_on.json"
             )
-        named = saved.config.base_model_name_or_path
-        if not (known and here) and named != first.config.base_model_name_or_path:
-            console.info(f"note: {saved.folder} names its base {named}, and {first.folder} another")
-        for module, pair in saved.pairs.items():
-            other = first.pairs.get(module)
-            if other and (other.a.shape[1], other.b.shape[0]) != (pair.a.shape[1], pair.b.shape[0]):
+        base_name = adapter.config.base_model_name_or_path
+        if not (first_base and base) and base_name != first.config.base_model_name_or_path:
+            console.info(f"note: {adapter.folder} names its base {base_name}, and {first.folder} another")
+        for module, factors in adapter.factors.items():
+            other = first.factors.get(module)
+            if other and (other.a.shape[1], other.b.shape[0]) != (factors.a.shape[1], factors.b.shape[0]):
                 raise LoraError(
-                    f"{saved.folder}: {module} has another shape than in {first.folder}", hint="see the bases"
+                    f"{adapter.folder}: {module} has another shape than in {first.folder}", hint="see their bases"
                 )
 
 
-def _write_adapter(pairs: dict[str, LowRankFactors], like: LoraWeights, out: Path, *, force: bool, what: str) -> None:
+def _write_adapter(factors: dict[str, LowRankFactors], like: LoraWeights, out: Path, *, force: bool, what: str) -> None:
     if out.exists() and not force:
         raise LoraError(f"--out {out} exists", hint="name another folder, or replace it with --force")
     if not out.absolute().parent.is_dir():
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
     if out.resolve() == like.folder.resolve():
-        raise LoraError(f"--out {out}: that is what is read", hint="name another folder")
-    pairs = {module: pair for module, pair in pairs.items() if pair.rank}
-    config: LoraConfig = low_rank.lora_config_for(pairs, like.config)
+        raise LoraError(f"--out {out} is an input", hint="name another folder")
+    factors = {module: each for module, each in factors.items() if each.rank}
+    config: LoraConfig = low_rank.lora_config_for(factors, like.config)
     with atomic.folder(out, replace=force) as partial:
-        tensors: dict[str, Any] = {**low_rank.to_peft_tensors(pairs), **like.others}
+        tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors), **like.other_tensors}
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))
         for name in COPIED_FILES:
@@ -288,12 +325,12 @@ def _write_adapter(pairs: dict[str, LowRankFactors], like: LoraWeights, out: Pat
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
-def _tell_kept(whole: dict[str, LowRankFactors], written: dict[str, LowRankFactors]) -> None:
-    share = low_rank.energy_kept(whole, written)
-    total = sum(pair.energy for pair in whole.values())
-    kept = sum(share[module] * pair.energy for module, pair in whole.items()) / total
-    worst = min(share, key=lambda module: share[module])
+def _print_energy_kept(original: dict[str, LowRankFactors], written: dict[str, LowRankFactors]) -> None:
+    shares = low_rank.energy_kept(original, written)
+    total = sum(factors.energy for factors in original.values())
+    kept = sum(shares[module] * factors.energy for module, factors in original.items()) / total
+    worst = min(shares, key=lambda module: shares[module])
     console.info(
-        f"rank {_span([pair.rank for pair in written.values()])}: {kept:.4%} of the energy kept, read back; "
-        f"least {share[worst]:.4%} ({worst})"
+        f"rank {_range([factors.rank for factors in written.values()])}: {kept:.4%} of the energy kept, read back; "
+        f"least {shares[worst]:.4%} ({worst})"
     )

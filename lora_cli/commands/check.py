@@ -1,132 +1,125 @@
-"""`lora check`: all that can be known of a run before weights are loaded."""
+"""`lora check`: validate a recipe against rows and model (label mask, target modules, memory) without weights."""
 
 from pathlib import Path
 
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from lora_cli.data.dataset import IGNORE_INDEX, Row, show_mask
 from lora_cli.data.examples import check_rows
-from lora_cli.model import attach_adapter, base_model, memory, target_modules
+from lora_cli.model import attach_adapter, memory, target_modules
+from lora_cli.model.base_model import task_heads
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.training_model import (
+    adapter_context,
     check_new_tokens_trainable,
-    context,
     coverage_table,
     describe_quantization,
     resolve_optimizer,
 )
-from lora_cli.training import model_card
+from lora_cli.training.model_card import redact_path
 from lora_cli.training.optimizer import moment_bytes
 
 
 def check(recipe: Recipe, *, rows: int) -> None:
-    """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan."""
-    info = console.out.print
-    opening = load_inputs(recipe, info=console.info, weights=False)
-    optimizer = resolve_optimizer(recipe, opening)
-    for line in opening.data.ledger.table():
-        info(line)
-    for number in range(min(rows, len(opening.data.train))):
-        info(_shown(opening.data.train[number], opening, recipe))
+    """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan.
+
+    Raises:
+        LoraError: recipe, rows or model do not fit together.
+    """
+    out = console.out.print
+    inputs = load_inputs(recipe, info=console.info, weights=False)
+    optimizer = resolve_optimizer(recipe, inputs)
+    for line in inputs.data.ledger.table():
+        out(line)
+    for number in range(min(rows, len(inputs.data.train))):
+        out(_row_text(inputs.data.train[number], inputs, recipe))
     if rows and recipe.task == "causal-lm":
-        info("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
-    plan = batch_plan(recipe, opening, opening.data.train, batches_per_step=recipe.training.gradient_accumulation)
+        out("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
+    plan = batch_plan(recipe, inputs, inputs.data.train, batches_per_step=recipe.training.gradient_accumulation)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
-    info(
-        f"steps: {total:,} in one process, {plan.steps_per_epoch:,} an epoch; "
-        f"{plan.token_share:.1%} of what the batches compute is tokens"
+    out(
+        f"steps: {total:,} in one process, {plan.steps_per_epoch:,} per epoch; "
+        f"{plan.token_share:.1%} of each batch is tokens"
     )
     if recipe.training.optimizer == "auto":
-        info(f"optimizer: {optimizer} (auto)")
-    _count(recipe, opening, tokens=plan.max_tokens, total=total, optimizer=optimizer)
-    info(f"ok: lora train would train {model_card.redact_path(recipe.model.path)} on these rows")
+        out(f"optimizer: {optimizer} (auto)")
+    _print_sizes(recipe, inputs, tokens=plan.max_tokens, total=total, optimizer=optimizer)
+    out(f"ok: lora train would train {redact_path(recipe.model.path)} on these rows")
 
 
-def _count(recipe: Recipe, opening: RunInputs, *, tokens: int, total: int, optimizer: str) -> None:
-    """Target modules and the memory plan, from the modules' shapes on the meta device."""
-
-    def skeleton() -> PreTrainedModel:
-        return base_model.skeleton(
-            base_model.load_config(opening.source),
-            trust_remote_code=recipe.model.trust_remote_code,
-            task=recipe.task,
-            labels=opening.data.labels,
-            vocabulary=len(opening.tokenizer) if recipe.model.new_tokens else 0,
-        )
-
-    model = skeleton()
-    heads = base_model.task_heads(model, recipe.task)
+def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, optimizer: str) -> None:
+    """Print target modules and memory plan, computed from the modules' shapes on the meta device."""
+    model = inputs.base.skeleton()
+    heads = task_heads(model, recipe.task)
     layers = target_modules.linear_layers(model, heads)
     check_new_tokens_trainable(recipe, model)
-    adapted = attach_adapter.attach(
-        model,
-        recipe.adapter,
-        seed=recipe.training.seed,
-        context=context(recipe, opening, heads=heads, plan=None, total=total),
-    )
+    context = adapter_context(recipe, inputs, heads=heads, plan=None, total=total)
+    adapted = attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    for line in [*describe_quantization(recipe, opening), *coverage_table(adapted, layers, trainable)]:
+    for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable)]:
         console.out.print(line)
     plan = memory.plan_memory(
-        skeleton(),
-        dtype=opening.dtype,
+        inputs.base.skeleton(),  # the other one has the adapter's layers now
+        dtype=inputs.base.dtype,
         trainable=trainable,
         tokens=tokens,
-        longest=int(opening.data.train.lengths.max()),
+        longest=int(inputs.data.train.lengths.max()),
         checkpointing=recipe.training.gradient_checkpointing is True,
         quantization=recipe.quantization,
-        on_cpu=opening.device.type == "cpu",
+        on_cpu=inputs.device.type == "cpu",
         moment_bytes=moment_bytes(optimizer),
     )
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
-    free = memory.available_memory(opening.device)
-    console.out.print(
-        f"memory, estimated: {console.format_bytes(plan.total)} ({parts}); free now: {console.format_bytes(free)}"
-    )
+    free = memory.available_memory(inputs.device)
+    total_memory, free_memory = console.format_bytes(plan.total), console.format_bytes(free)
+    console.out.print(f"memory, estimated: {total_memory} ({parts}); free now: {free_memory}")
     if plan.total > free:
         console.out.print(
-            "  more than is free: gradient checkpointing will be switched on where it is auto; smaller batches "
+            "  more than is free: gradient checkpointing is switched on if it is auto; smaller batches "
             "(training.tokens_per_batch), quantization or a smaller adapter.rank need less"
         )
 
 
 def check_without_model(recipe: Recipe) -> None:
-    """Read the recipe's local rows in their format, without tokenizer or model; what is not here is named."""
-    given = [part for part in (recipe.data.train, recipe.data.eval) if isinstance(part, (str, list))]
-    named = [spec for part in given for spec in ([SourceSpec(path=part)] if isinstance(part, str) else part)]
-    here = [spec for spec in named if Path(spec.path).exists()]
-    for spec in named:
-        if spec not in here:
+    """Read the recipe's local rows in their format, without tokenizer or model; print the sources that are not local.
+
+    Raises:
+        LoraError: rows cannot be read.
+    """
+    sides = [side for side in (recipe.data.train, recipe.data.eval) if isinstance(side, (str, list))]
+    specs = [spec for side in sides for spec in ([SourceSpec(path=side)] if isinstance(side, str) else side)]
+    local = [spec for spec in specs if Path(spec.path).exists()]
+    for spec in specs:
+        if spec not in local:
             console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
-    if here:
-        local = recipe.data.model_copy(update={"train": here, "eval": None})
-        for found in check_rows(local, recipe.task, console.info):
-            bad = "".join(f", {count:,} skipped: {reason}" for reason, count in found.bad.items())
-            console.out.print(f"{found.source}: {found.read:,} rows of format {found.format}{bad}")
-    console.out.print("ok: the recipe is valid; model, labels and memory were not looked at")
+    if local:
+        data = recipe.data.model_copy(update={"train": local, "eval": None})
+        for source in check_rows(data, recipe.task, console.info):
+            bad = "".join(f", {count:,} skipped: {reason}" for reason, count in source.bad.items())
+            console.out.print(f"{source.source}: {source.read:,} rows of format {source.format}{bad}")
+    console.out.print("ok: the recipe is valid; model, labels and memory were not checked")
 
 
-def _shown(row: Row, opening: RunInputs, recipe: Recipe) -> Text:
-    """A row as the model will learn it: of language models token by token, else its text and labels."""
-    decode = opening.tokenizer.decode
+def _row_text(row: Row, inputs: RunInputs, recipe: Recipe) -> Text:
+    """Return a row as the model sees it: for language models token by token, else its text and labels."""
+    decode = inputs.base.tokenizer.decode
     match recipe.task:
         case "causal-lm":
-            return _coloured(row, opening)
+            return _masked_text(row, inputs)
         case "seq2seq-lm":
             target = decode([int(token) for token in row.labels], skip_special_tokens=False)
             return Text(f"{row.where}: {decode(row.input_ids, skip_special_tokens=False)} -> {target}")
         case "seq-cls":
             text = decode(row.input_ids, skip_special_tokens=False)
-            return Text(f"{row.where}: {text} -> {_label(row, opening)}")
+            return Text(f"{row.where}: {text} -> {_label_text(row, inputs)}")
         case _:
-            return _tagged(row, opening)
+            return _tagged_text(row, inputs)
 
 
-def _label(row: Row, opening: RunInputs) -> str:
-    labels = opening.data.labels
+def _label_text(row: Row, inputs: RunInputs) -> str:
+    labels = inputs.data.labels
     assert labels is not None
     if labels.kind == "regression":
         return ", ".join(f"{value:g}" for value in row.labels)
@@ -135,25 +128,25 @@ def _label(row: Row, opening: RunInputs) -> str:
     return labels.names[int(row.labels[0])]
 
 
-def _tagged(row: Row, opening: RunInputs) -> Text:
-    labels = opening.data.labels
+def _tagged_text(row: Row, inputs: RunInputs) -> Text:
+    labels = inputs.data.labels
     assert labels is not None
     text = Text(f"{row.where}:")
     for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
-        word = opening.tokenizer.decode([token], skip_special_tokens=False).strip()
+        word = inputs.base.tokenizer.decode([token], skip_special_tokens=False).strip()
         text.append(f" {word}" if label == IGNORE_INDEX else f" {word}[{labels.names[label]}]")
     return text
 
 
-def _coloured(row: Row, opening: RunInputs) -> Text:
-    """The row's text, supervised tokens in bold green, or between [[ and ]] where there is no colour."""
+def _masked_text(row: Row, inputs: RunInputs) -> Text:
+    """Return the row's text with supervised tokens in bold green, or between [[ and ]] if there is no color."""
     text = Text(f"{row.where}: ")
-    colour, inside = console.out.is_terminal, False
-    for token, supervised in show_mask(row, opening.tokenizer):
-        if not colour and supervised != inside:
+    color, inside = console.out.is_terminal, False
+    for token, supervised in show_mask(row, inputs.base.tokenizer):
+        if not color and supervised != inside:
             text.append("[[" if supervised else "]]")
         inside = supervised
         text.append(token, style="bold green" if supervised else "dim")
-    if inside and not colour:
+    if inside and not color:
         text.append("]]")
     return text

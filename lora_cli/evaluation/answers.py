@@ -1,7 +1,7 @@
-"""Prompts of held-out rows, what models answer to them, and how good the answers are."""
+"""Generated answers: prompts selected from held-out rows, generation, text metrics, printing, and lm-eval tasks."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from peft import PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.errors import LoraError
@@ -16,18 +17,20 @@ from lora_cli.evaluation import lm_eval_harness, text_metrics
 from lora_cli.evaluation.generation import Answer, generate, prompt_ids, reference_ids, stop_ids
 from lora_cli.model import packed_attention
 from lora_cli.model.tasks import TASKS
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import GenerationSpec
+from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import console
-from lora_cli.setup.inputs import RunInputs
 
-MAX_PRINTED = 10  # answers that are printed
-MIN_PROMPT_TOKENS = 2  # tokens; one alone is the begin mark
+MAX_PRINTED = 10  # prompts whose answers are printed
+MIN_PROMPT_TOKENS = 2  # a single token is BOS alone
+
+Answers = Mapping[str, Sequence[Answer]]  # of each model by its name, one for each prompt
 
 
 class GenerationOptions(NamedTuple):
-    """What the command line wants to hear of answers."""
+    """CLI options for generated answers."""
 
-    prompts: int  # how many
+    prompts: int  # number of prompts that are answered
     metrics: Sequence[str]
     file: Path | None  # for every answer
     tasks: Sequence[str] = ()  # of the lm-evaluation-harness
@@ -35,120 +38,134 @@ class GenerationOptions(NamedTuple):
     limit: int | None = None  # documents of each task
 
     def check(self) -> None:
-        """Refuse what does not go together, before any model is loaded.
+        """Check the options before any model is loaded.
 
         Raises:
-            LoraError: metrics or a file without answers, or a metric that is not to be had.
+            LoraError: metrics or a file without answers, or a metric or task that is not available.
         """
         if (self.metrics or self.file) and not self.prompts:
-            raise LoraError("--metric and --predictions are about answers", hint="say how many: --answers 100")
+            raise LoraError("--metric and --predictions need answers", hint="set their number: --answers 100")
         text_metrics.check_text_metrics(self.metrics)
         lm_eval_harness.check_tasks(self.tasks, self.tasks_folder)
 
 
 class Prompt(NamedTuple):
-    """A prompt, and all that rows answer to it."""
+    """A prompt with the answers of all rows that have it."""
 
     where: str  # its first row
-    prompt: list[int]  # token ids
-    text: str  # the prompt, special tokens included
+    ids: list[int]
+    text: str  # special tokens included
     references: list[str]
-    longest: int  # tokens, of a reference
-    ends: list[list[int]]  # ids of the references
+    longest: int  # tokens of the longest reference
+    reference_ids: list[list[int]]
 
 
-def select_prompts(rows: EncodedDataset, count: int, opening: RunInputs, recipe: Recipe) -> list[Prompt]:
-    """The first `count` prompts; rows that share one are its references."""
+def select_prompts(
+    rows: EncodedDataset, count: int, *, tokenizer: PreTrainedTokenizerBase, task: TaskName, loss_on: str
+) -> list[Prompt]:
+    """Return the first `count` prompts of `rows`; rows with the same prompt are its references.
+
+    Args:
+        rows: encoded rows.
+        count: of prompts.
+        tokenizer: decodes them.
+        task: of the model.
+        loss_on: the recipe's data.loss_on; with `all`, rows have no prompt.
+    """
     if not count:
         return []
-    if TASKS[recipe.task].classes:
-        console.info(f"--answers: none, since a model for {recipe.task} writes no text")
+    if TASKS[task].is_classification:
+        console.info(f"--answers: none, since a model for {task} does not generate text")
         return []
-    if recipe.task == "causal-lm" and recipe.data.loss_on == "all":
-        console.info("--answers: none, since with data.loss_on: all no row has a prompt apart from its answer")
+    if task == "causal-lm" and loss_on == "all":
+        console.info("--answers: none, since with data.loss_on: all no row has a prompt")
         return []
-    decode = opening.tokenizer.decode
-    found: dict[tuple[int, ...], Prompt] = {}
-    without = 0
+    prompts: dict[tuple[int, ...], Prompt] = {}
+    skipped = 0
     for row in rows:
-        ids = prompt_ids(row, recipe.task)
+        ids = prompt_ids(row, task)
         if len(ids) < MIN_PROMPT_TOKENS:
-            without += 1
+            skipped += 1
             continue
-        key, answer_ids = tuple(ids), reference_ids(row, recipe.task)
-        if key not in found:
-            if len(found) == count:
+        key, answer_ids = tuple(ids), reference_ids(row, task)
+        if key not in prompts:
+            if len(prompts) == count:
                 continue
-            shown = decode(ids, skip_special_tokens=False).strip()
-            found[key] = Prompt(row.where, ids, shown, [], 0, [])
-        question = found[key]
-        question.references.append(decode(answer_ids, skip_special_tokens=True).strip())
-        question.ends.append(answer_ids)
-        found[key] = question._replace(longest=max(question.longest, len(answer_ids)))
-    if without:
-        skipped = "1 row" if without == 1 else f"{without:,} rows"
-        console.info(f"--answers: {skipped} skipped, as no prompt stands before the first supervised token")
-    return list(found.values())
+            text = tokenizer.decode(ids, skip_special_tokens=False).strip()
+            prompts[key] = Prompt(row.where, ids, text, [], 0, [])
+        prompt = prompts[key]
+        prompt.references.append(tokenizer.decode(answer_ids, skip_special_tokens=True).strip())
+        prompt.reference_ids.append(answer_ids)
+        prompts[key] = prompt._replace(longest=max(prompt.longest, len(answer_ids)))
+    if skipped:
+        number = "1 row" if skipped == 1 else f"{skipped:,} rows"
+        console.info(f"--answers: {number} skipped, without a prompt before the first supervised token")
+    return list(prompts.values())
 
 
-def score_answers(
-    metrics: Sequence[str], questions: Sequence[Prompt], said: dict[str, list[Answer]]
-) -> dict[str, dict[str, float]]:
-    """The metrics of each model's answers, by its name."""
-    references = [question.references for question in questions]
+def score_answers(metrics: Sequence[str], prompts: Sequence[Prompt], answers: Answers) -> dict[str, dict[str, float]]:
+    """Return the text metrics of each model's answers, by the model's name."""
+    references = [prompt.references for prompt in prompts]
     return {
-        name: text_metrics.compute_text_metrics(metrics, [each.text for each in all_of], references)
-        for name, all_of in said.items()
+        name: text_metrics.compute_text_metrics(metrics, [answer.text for answer in of_model], references)
+        for name, of_model in answers.items()
     }
 
 
 def generate_answers(
-    model: PeftModel | PreTrainedModel, opening: RunInputs, questions: Sequence[Prompt], recipe: Recipe
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    spec: GenerationSpec,
+    seed: int,
 ) -> list[Answer]:
-    """What `model` answers to each prompt, as the recipe has it generate."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    longest = max(question.longest for question in questions)
-    with _padding(inner):
+    """Return the answer of `model` to each prompt, generated as `spec` describes."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    longest = max(prompt.longest for prompt in prompts)
+    with _padding_attention(base):
         return generate(
             model,
-            opening.tokenizer,
-            [question.prompt for question in questions],
-            spec=recipe.generation,
-            max_new_tokens=recipe.generation.max_new_tokens or min(200, 2 * longest),
-            stop=stop_ids(opening.tokenizer, inner, [ids for question in questions for ids in question.ends]),
-            seed=recipe.training.seed,
+            tokenizer,
+            [prompt.ids for prompt in prompts],
+            spec=spec,
+            max_new_tokens=spec.max_new_tokens or min(200, 2 * longest),
+            stop=stop_ids(tokenizer, base, [ids for prompt in prompts for ids in prompt.reference_ids]),
+            seed=seed,
         )
 
 
 @contextmanager
-def _padding(model: PreTrainedModel) -> Iterator[None]:
-    """An attention that knows padding: ours packs rows."""
-    measured_with = model.config._attn_implementation
-    if measured_with == packed_attention.PACKED_ATTENTION:
+def _padding_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, the model has an attention that supports padding; the packed attention does not."""
+    before = model.config._attn_implementation
+    if before == packed_attention.PACKED_ATTENTION:
         model.set_attn_implementation("sdpa")
     yield
-    model.set_attn_implementation(measured_with)
+    model.set_attn_implementation(before)
 
 
-def run_lm_eval(model: PeftModel | PreTrainedModel, opening: RunInputs, asked: GenerationOptions) -> dict[str, float]:
-    """What the harness says of `model`, by task and metric."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    with _padding(inner):
+def run_lm_eval(
+    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
+) -> dict[str, float]:
+    """Return the metrics of the lm-evaluation-harness for `model`, by task and metric."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    with _padding_attention(base):
         return lm_eval_harness.run_tasks(
-            model, opening.tokenizer, asked.tasks, folder=asked.tasks_folder, limit=asked.limit
+            model, tokenizer, options.tasks, folder=options.tasks_folder, limit=options.limit
         )
 
 
-def task_table(scores: dict[str, dict[str, float]]) -> Table:
-    """A line for each task and metric, a column for each model."""
+def task_table(scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a table with a line for each task and metric, and a column for each model."""
     table = Table("", *scores, box=None)
     for name in next(iter(scores.values())):
         table.add_row(name, *(f"{values[name]:.4f}" for values in scores.values()))
     return table
 
 
-def score_table(scores: dict[str, dict[str, float]], count: int) -> Table:
-    """The metrics of each model's answers."""
+def score_table(scores: Mapping[str, Mapping[str, float]], count: int) -> Table:
+    """Return a table with the text metrics of each model's `count` answers."""
     first = next(iter(scores.values()))
     table = Table("", *first, "answers", box=None)
     for name, values in scores.items():
@@ -156,24 +173,24 @@ def score_table(scores: dict[str, dict[str, float]], count: int) -> Table:
     return table
 
 
-def prediction_lines(questions: Sequence[Prompt], said: dict[str, list[Answer]]) -> Iterator[str]:
-    """A line of JSON for each prompt."""
-    for number, question in enumerate(questions):
-        answers = {name: all_of[number]._asdict() for name, all_of in said.items()}
-        record = {"where": question.where, "prompt": question.text, "references": question.references}
-        yield json.dumps({**record, "answers": answers}, ensure_ascii=False) + "\n"
+def prediction_lines(prompts: Sequence[Prompt], answers: Answers) -> Iterator[str]:
+    """Yield a line of JSON for each prompt."""
+    for number, prompt in enumerate(prompts):
+        of_models = {name: of_model[number]._asdict() for name, of_model in answers.items()}
+        record = {"where": prompt.where, "prompt": prompt.text, "references": prompt.references}
+        yield json.dumps({**record, "answers": of_models}, ensure_ascii=False) + "\n"
 
 
-def print_answers(questions: Sequence[Prompt], said: dict[str, list[Answer]], file: Path | None) -> None:
-    """Print the first answers side by side; all are in `file`, if there is one."""
-    for number, question in enumerate(questions[:MAX_PRINTED]):
-        console.out.print(f"\n--- {question.where}")
-        console.out.print(question.text)
-        for reference in question.references:
+def print_answers(prompts: Sequence[Prompt], answers: Answers, file: Path | None) -> None:
+    """Print the first answers side by side; `file`, if given, has all of them."""
+    for number, prompt in enumerate(prompts[:MAX_PRINTED]):
+        console.out.print(f"\n--- {prompt.where}")
+        console.out.print(prompt.text)
+        for reference in prompt.references:
             console.out.print(f"[reference] {reference}")
-        for name, answered in said.items():
-            ended = "" if answered[number].finished else " ... (not finished)"
-            console.out.print(f"[{name}] {answered[number].text}{ended}")
-    if len(questions) > MAX_PRINTED:
-        where = f"in {file}" if file else "written with --predictions FILE"
-        console.out.print(f"\n{len(questions) - MAX_PRINTED:,} more: {where}")
+        for name, of_model in answers.items():
+            unfinished = "" if of_model[number].finished else " ... (not finished)"
+            console.out.print(f"[{name}] {of_model[number].text}{unfinished}")
+    if len(prompts) > MAX_PRINTED:
+        place = f"in {file}" if file else "written with --predictions FILE"
+        console.out.print(f"\n{len(prompts) - MAX_PRINTED:,} more: {place}")

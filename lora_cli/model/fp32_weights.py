@@ -1,8 +1,7 @@
-"""Trained tensors held in fp32 under the name that PEFT knows them by, whatever their layer computes with.
+"""Keep trainable parameters in fp32 while layers compute in bf16/fp16, under the names PEFT expects (parametrizations).
 
-A parametrization of torch stands between the two: `layer.weight` is computed from the held tensor at each use, and
-gradients flow through. AdamW's small updates would be rounded away in bf16, and PEFT's layers compute in the dtype
-that their weights have: so weights are held in fp32 and show themselves in the dtype of the layer.
+A parametrization of torch computes `layer.weight` from the fp32 tensor at each use, and gradients flow through it.
+AdamW's small updates would be rounded away in bf16, and PEFT's layers compute in the dtype of their weights.
 """
 
 from collections.abc import Iterator
@@ -15,20 +14,22 @@ from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize as torch_parametrize
 
+from lora_cli.model.fused_lora import is_fusable
+
 
 class CastTo(nn.Module):
-    """Shows a tensor in another dtype; what is saved is the tensor as it is held."""
+    """Parametrization that casts a tensor to another dtype; the tensor is saved uncast."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
 
-    def forward(self, held: Tensor) -> Tensor:
-        return held.to(self.dtype)
+    def forward(self, original: Tensor) -> Tensor:
+        return original.to(self.dtype)
 
 
 class RowScale(nn.Module):
-    """diag(s)·B: one trained factor for each output row, 1 at first. B is [out, rank], s is [out]."""
+    """Parametrization diag(s)·B: a trained factor for each output row, initially 1. B is [out, rank], s is [out]."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class RowScale(nn.Module):
 
 
 class ConcatFrozen(nn.Module):
-    """The trained tensor with a constant one beside it along `dim`."""
+    """Parametrization that appends a constant tensor to the trained one along `dim`."""
 
     constant: Tensor
 
@@ -53,25 +54,26 @@ class ConcatFrozen(nn.Module):
 
 
 def parametrize(module: nn.Module, name: str, through: nn.Module) -> None:
-    """From now on `module.name` is what `through` makes of the tensor that it was."""
-    # unsafe: PyTorch would compute it once to compare shape and dtype, which may well change.
+    """Register `through` as parametrization of `module.name`."""
+    # unsafe: torch would compute it once to compare shape and dtype, which may change here.
     torch_parametrize.register_parametrization(module, name, through, unsafe=True)
 
 
-def upcast_trainable_params(model: nn.Module) -> None:
-    """Hold every trained tensor in fp32, and let LoRA's A and B be computed in the dtype of their layer.
+def upcast_trainable_params(model: nn.Module, *, for_inference: bool = False) -> None:
+    """Keep every trained tensor in fp32, and have LoRA's A and B computed in the dtype of their layer.
 
-    Call it once all adapters are on; layers that the fused forward has taken over cast by themselves, and so do the
-    layers of PEFT's other methods.
+    Call it after all adapters are loaded. Fused LoRA layers cast by themselves while gradients are enabled, and so do
+    the layers of PEFT's other methods; `for_inference` casts in fused layers too, which then run PEFT's forward.
     """
     for module in model.modules():
-        if isinstance(module, LoraLayer) and "forward" not in module.__dict__:
+        if isinstance(module, LoraLayer) and (for_inference or not is_fusable(module)):
             _cast_lora(module)
         elif isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             for part in list(module.modules()):
                 _upcast_own(part)
             if isinstance(module, ModulesToSaveWrapper):
-                module.adapter_state_dict = partial(_by_prefix, module)
+                # PEFT's own would look for the names that parametrizations have. There is no official hook for this.
+                module.adapter_state_dict = partial(_adapter_state_dict, module)
     for module in model.modules():
         bias = module._parameters.get("bias")
         if bias is not None and bias.requires_grad:
@@ -89,8 +91,8 @@ def _cast_lora(layer: LoraLayer) -> None:
             parametrize(part, "weight", CastTo(dtype))
 
 
-def _by_prefix(_: ModulesToSaveWrapper, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is saved of a module trained whole; PEFT's own would look for the names that parametrizations have."""
+def _adapter_state_dict(_: ModulesToSaveWrapper, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the saved tensors of a fully trained module, in place of PEFT's method of that name."""
     prefix = f"modules_to_save.{adapter_name}."
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
@@ -109,23 +111,23 @@ def _upcast(module: nn.Module, name: str) -> None:
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype | None:
-    """The dtype that a base layer multiplies in; None where its weights do not tell."""
-    given = getattr(layer, "compute_dtype", None)  # Linear4bit
-    if isinstance(given, torch.dtype):
-        return given
+    """Return the dtype that a base layer multiplies in; None if its weights do not show it."""
+    declared = getattr(layer, "compute_dtype", None)  # Linear4bit
+    if isinstance(declared, torch.dtype):
+        return declared
     weight = getattr(layer, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
 
 def saved_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`model.state_dict()` under the names of a model without parametrizations, each tensor as it is to be saved.
+    """Return `model.state_dict()` under the names of a model without parametrizations, each tensor as it is saved.
 
-    A tensor that only shows itself in another dtype is the held one, in the same memory; where a factor or a constant
-    part belongs to it, they are computed into it.
+    A tensor with a CastTo is the fp32 tensor itself, sharing memory with the parameter; row factors and constant parts
+    are computed into their tensor. Shapes are those of the layers, dtypes those of the stored tensors.
     """
     state: dict[str, Tensor] = model.state_dict()
     for name, module in model.named_modules():
-        for tensor_name, value in _computed(module):
+        for tensor_name, value in _computed_tensors(module):
             prefix = f"{name}.parametrizations.{tensor_name}."
             for key in [key for key in state if key.startswith(prefix)]:
                 del state[key]
@@ -133,8 +135,8 @@ def saved_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _computed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, chain in _chains(module).items():
+def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, chain in _parametrizations(module).items():
         value: Tensor = chain.original.detach()
         for step in chain:
             if not isinstance(step, CastTo):
@@ -142,15 +144,15 @@ def _computed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
-def _chains(module: nn.Module) -> dict[str, Any]:
-    """The parametrizations of a module itself: PEFT's wrappers answer for what they wrap."""
+def _parametrizations(module: nn.Module) -> dict[str, Any]:
+    """Return the module's own parametrizations; attribute access would reach into what PEFT's wrappers wrap."""
     return dict(cast(nn.ModuleDict, module._modules.get("parametrizations") or {}).items())
 
 
 def remove_parametrizations(model: nn.Module) -> None:
-    """Replace every held tensor by what it shows; its fp32 form is lost."""
+    """Replace every parametrized tensor by its computed value; the fp32 tensors are lost."""
     for module in list(model.modules()):
-        for name in _chains(module):
-            shown = getattr(module, name).detach()
+        for name in _parametrizations(module):
+            value = getattr(module, name).detach()
             torch_parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            setattr(module, name, nn.Parameter(shown, requires_grad=False))
+            setattr(module, name, nn.Parameter(value, requires_grad=False))

@@ -1,97 +1,125 @@
-"""One autograd step for a LoRA linear layer: the product of W and the update share one output and one backward.
+"""Fused LoRA linear layers: base product and update in one autograd step, registered with PEFT as custom layers.
 
-PEFT's layer makes some eight passes over activations (casts, dropout, scaling, sums), and saves several copies.
-Here the update is added in place by the matrix product itself (addmm), only x and x·Aᵀ are kept, and dropout draws
-a random number per dropped element instead of one per element. A 4-bit W is dequantised for each of the two products
-and kept for neither. The result is PEFT's: a test compares outputs and gradients. Only LoRA on plain and on 4-bit
-linear layers on the CPU is taken over; every other layer keeps PEFT's forward (on a GPU this file was never measured,
-so it stays out of the way there).
+PEFT's layer makes about eight passes over activations (casts, dropout, scaling, sums), and saves several copies.
+Here the matrix product itself adds the update in place (addmm), only x and x·Aᵀ are saved, and dropout draws one random
+number per dropped element instead of one per element. A 4-bit W is dequantized for each of the two products and kept
+for neither. The results are those of PEFT's layer: a test compares outputs and gradients. Only LoRA on plain and on
+4-bit linear layers on the CPU is fused; other layers, and inference, run PEFT's forward. On a GPU this file was never
+measured, so it is not used there.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.integrations.gguf.utils import GgufLinear
 
-# PEFT's layers whose forward may be taken over, each with the base layer that it must have.
-TAKEN = {LoraLinear: nn.Linear, LoraLinear4bit: Linear4bit}
+from lora_cli.model.gguf_base import PackedLora
 
 
-def fuse(model: PeftModel) -> int:
-    """Give every plain LoRA layer of `model` the fused forward; returns how many there were.
+class FusedLora(LoraLinear):  # type: ignore[misc]  # PEFT has no types
+    """LoRA over a plain linear layer; see the first lines of this file."""
 
-    Call it again after adapters were added or switched: it undoes itself where a layer is no longer plain.
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return W·x + b + scale·B·A·x for x [..., in], as [..., out] in the dtype of x."""
+        if args or kwargs or not _runs_fused(self):
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        return _fused_forward(self, x, lambda: self.base_layer.weight)
+
+
+class FusedLora4bit(LoraLinear4bit):  # type: ignore[misc]  # PEFT has no types
+    """LoRA over a 4-bit linear layer of bitsandbytes; see the first lines of this file."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return W·x + b + scale·B·A·x for x [..., in], as [..., out] in the dtype of x."""
+        base = self.base_layer
+        # In another dtype than the layer's, PEFT and the base layer cast: that stays theirs.
+        same_dtype = base.compute_dtype == x.dtype and (base.bias is None or base.bias.dtype == x.dtype)
+        if args or kwargs or not same_dtype or not _runs_fused(self):
+            output: Tensor = super().forward(x, *args, **kwargs)
+            return output
+        return _fused_forward(self, x, lambda: dequantize_4bit(base.weight.data, base.weight.quant_state).to(x.dtype))
+
+
+def register_custom_layers(config: LoraConfig) -> None:
+    """Have PEFT use our LoRA layers: over packed GGUF layers, which it does not know, and the fused ones.
+
+    Call it before an adapter is attached or loaded with `config`. PEFT marks the hook as experimental.
     """
-    count = 0
-    for module in model.modules():
-        if type(module) not in TAKEN:
-            continue
-        module.__dict__.pop("forward", None)
-        if _is_plain(module):
-            # On the instance, not the class: PEFT's class stays what it is for everyone else in the process.
-            module.forward = partial(_forward, module)
-            count += 1
-    return count
+    # The order counts: the first entry whose type fits a layer is used.
+    config._register_custom_module({GgufLinear: PackedLora, nn.Linear: _fused_layer})
 
 
-def _is_plain(layer: Any) -> bool:
-    adapters = layer.active_adapters
-    return (
+def _fused_layer(
+    target: nn.Module, adapter_name: str, *, config: LoraConfig, parameter_name: str | None = None, **options: Any
+) -> LoraLayer | None:
+    """Return the fused layer over `target`, or None where PEFT is to choose the layer."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if parameter_name is not None or config.fan_in_fan_out:
+        return None
+    if type(base) is nn.Linear and type(base.weight) is nn.Parameter:
+        return FusedLora(target, adapter_name, config=config, **options)
+    if type(base) is Linear4bit and options.get("loaded_in_4bit"):
+        packed: Any = base.weight
+        layout = {
+            "compute_dtype": base.compute_dtype,
+            "compress_statistics": packed.compress_statistics,
+            "quant_type": packed.quant_type,
+        }
+        return FusedLora4bit(target, adapter_name, config=config, **options, **layout)
+    return None
+
+
+def is_fusable(layer: nn.Module) -> bool:
+    """Return whether `layer` is one of ours whose training forward is fused: plain LoRA, one adapter, on the CPU."""
+    if not isinstance(layer, (FusedLora, FusedLora4bit)):
+        return False
+    lora: Any = layer
+    adapters, base = lora.active_adapters, lora.base_layer
+    return bool(
         len(adapters) == 1
-        and adapters[0] in layer.lora_A
-        and adapters[0] not in layer.lora_variant  # DoRA and its kin change the formula
-        and type(layer.base_layer) is TAKEN[type(layer)]
-        and layer.base_layer.weight.device.type == "cpu"
-        and not layer.fan_in_fan_out
-        and layer.lora_B[adapters[0]].bias is None
-        and not layer.base_layer.weight.requires_grad
-        and (layer.base_layer.bias is None or not layer.base_layer.bias.requires_grad)
+        and adapters[0] in lora.lora_A
+        and adapters[0] not in lora.lora_variant  # DoRA and similar methods change the formula
+        and base.weight.device.type == "cpu"
+        and lora.lora_B[adapters[0]].bias is None
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
     )
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    adapters = layer.active_adapters
-    whole = _whole_weight(layer.base_layer, x.dtype)
-    if args or kwargs or layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or whole is None:
-        result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
-        return result
-    name = adapters[0]
-    base = layer.base_layer
-    dropout = layer.lora_dropout[name]
-    scale = layer.scaling[name]
+def _runs_fused(layer: Any) -> bool:
+    return torch.is_grad_enabled() and not layer.disable_adapters and not layer.merged and is_fusable(layer)
+
+
+def _fused_forward(layer: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+    name = layer.active_adapters[0]
+    dropout, scale = layer.lora_dropout[name], layer.scaling[name]
     dropped = None
     if isinstance(dropout, nn.Dropout) and layer.training:
         dropped = draw_dropout_positions(x.numel(), dropout.p)
         scale = scale / (1 - dropout.p)
     fused: Tensor = FusedLoraFunction.apply(  # type: ignore[no-untyped-call]
-        x, whole, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
+        x, weight, layer.base_layer.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
     )
     return fused
 
 
-def _whole_weight(base: Any, dtype: torch.dtype) -> Callable[[], Tensor] | None:
-    """What gives the base's weight [out, in] in the dtype of the products; None where PEFT and the base would cast."""
-    if not isinstance(base, Linear4bit):
-        return lambda: base.weight
-    if base.compute_dtype != dtype or (base.bias is not None and base.bias.dtype != dtype):
-        return None
-    return lambda: dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
-
-
 def draw_dropout_positions(count: int, p: float) -> Tensor:
-    """Positions (int64, ascending) out of `count` that dropout with probability p zeroes, each independently.
+    """Return the positions out of `count` that dropout with probability `p` zeroes: int64 [dropped], ascending.
 
-    The gaps between dropped positions are geometric, floor(log(1-u)/log(1-p)) + 1 for uniform u, so p·count
-    numbers are drawn rather than count: drawing is what dropout costs on the CPU. Draws from torch's generator,
-    so that a checkpoint of its state repeats the positions.
+    Each position is dropped independently. The gaps between dropped positions are geometric,
+    floor(log(1-u)/log(1-p)) + 1 for uniform u, so that p·count numbers are drawn instead of count: drawing is the cost
+    of dropout on the CPU. The numbers come from torch's default generator.
     """
     # Six standard deviations more than expected: a second round is drawn once in a billion calls.
     size = int(count * p + 6 * math.sqrt(count * p) + 16)
@@ -105,7 +133,7 @@ def draw_dropout_positions(count: int, p: float) -> Tensor:
     return positions[: int(torch.searchsorted(positions, count))]
 
 
-def _zeroed(x: Tensor, positions: Tensor | None) -> Tensor:
+def _zero_positions(x: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         return x
     copy = x.clone(memory_format=torch.contiguous_format)  # else a transposed x would have no flat view
@@ -120,32 +148,40 @@ class FusedLoraFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        whole: Callable[[], Tensor],
+        weight: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
         scale: float,
         dropped: Tensor | None,
     ) -> Tensor:
-        """x [..., in] and whole(), W [out, in], in the compute dtype, a [r, in] and b [out, r] in theirs (fp32).
+        """Return y [..., out] in the dtype of x.
 
-        dropped: int64 positions in the flattened x that the adapter does not see; scale includes 1/(1-p) for it.
+        Args:
+            ctx: of autograd.
+            x: [..., in], in the compute dtype.
+            weight: returns W [out, in], in the compute dtype.
+            bias: [out], in the compute dtype, or None.
+            a: [r, in], fp32.
+            b: [out, r], fp32.
+            scale: alpha/r, times 1/(1-p) with dropout.
+            dropped: int64 positions in the flattened x that are zeroed for the adapter, or None.
         """
-        flat, weight = x.reshape(-1, x.shape[-1]), whole()
-        y = nn.functional.linear(flat, weight, bias)
-        seen = _zeroed(flat, dropped)
+        flat, w = x.reshape(-1, x.shape[-1]), weight()
+        y = nn.functional.linear(flat, w, bias)
+        seen = _zero_positions(flat, dropped)
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         inner = seen @ a_cast.T
         y.addmm_(inner, b_cast.T, alpha=scale)
         # A frozen A (LoRA-FA) needs no input for its gradient, which is most of what a layer keeps.
         kept = flat if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(kept, a_cast, b_cast, inner, dropped)
-        ctx.scale, ctx.a_dtype, ctx.b_dtype, ctx.whole = scale, a.dtype, b.dtype, whole
-        return y.view(*x.shape[:-1], weight.shape[0])
+        ctx.scale, ctx.a_dtype, ctx.b_dtype, ctx.weight = scale, a.dtype, b.dtype, weight
+        return y.view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """grad [..., out]."""
+        """Return the gradients of x, A and B; `grad` is [..., out]."""
         flat, a_cast, b_cast, inner, dropped = ctx.saved_tensors
         shape = (*grad.shape[:-1], a_cast.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
@@ -154,10 +190,10 @@ class FusedLoraFunction(torch.autograd.Function):
         grad_a = None
         if flat is not None:
             # x is masked again rather than its masked copy being kept through the forward pass.
-            grad_a = (grad_inner.T @ _zeroed(flat, dropped)).to(ctx.a_dtype)
+            grad_a = (grad_inner.T @ _zero_positions(flat, dropped)).to(ctx.a_dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.whole()
+            grad_x = grad @ ctx.weight()
             if dropped is None:
                 grad_x.addmm_(grad_inner, a_cast)
             else:

@@ -1,8 +1,8 @@
-"""Where adapters start: from the base's weights, from the activations of training rows, from a quantisation error.
+"""Initialize adapters: from the base's weights, from activations of training rows, or from the quantization error.
 
-Methods that start from W itself (PiSSA, OLoRA, CorDA) train W - s·B₀A₀ + s·BA from B = B₀, A = A₀ on. The base is left
-as it is here: the layer computes W + s·(BA - B₀A₀), which is the same function, as one adapter of twice the rank whose
-second half is constant. So nothing is rounded away in the base, and what is saved is a plain LoRA adapter.
+Methods that start from W (PiSSA, OLoRA, CorDA) train W - s·B₀A₀ + s·BA, starting at B = B₀, A = A₀. Here the base stays
+unchanged: the layer computes W + s·(BA - B₀A₀), the same function, as one adapter of twice the rank whose second half
+is constant. Nothing is rounded in the base, and the saved adapter is plain LoRA.
 """
 
 import copy
@@ -29,18 +29,21 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import AdapterSpec
 
 ADAPTER_NAME = "default"  # PEFT's name for the one adapter
-STATISTICS_BATCHES = 16  # batches of training rows whose activations are looked at
-CORDA_ROWS = 256  # single rows, for CorDA: PEFT's advice for a hidden size of 4,096
+STATISTICS_BATCHES = 16  # batches of training rows whose activations are used
+CORDA_ROWS = 256  # rows of CorDA's statistics: what PEFT recommends for a hidden size of 4,096
 
 
 def add_row_scale(model: PeftModel) -> None:
-    """W + diag(s)·BA: s is 1, and trained."""
+    """Add a trained factor s for each output row, initially 1: W + diag(s)·BA."""
     for _, layer in lora_layers(model):
         fp32_weights.parametrize(layer.lora_B[ADAPTER_NAME], "weight", fp32_weights.RowScale(layer.out_features))
 
 
 def init_pissa(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """The `rank` largest components of W: A₀ = √S·Vᵀ, B₀ = U·√S (Meng et al., arXiv:2404.02948, section 3)."""
+    """Start from the `rank` largest components of W: A₀ = √S·Vᵀ, B₀ = U·√S.
+
+    Meng et al., arXiv:2404.02948, section 3.
+    """
     for _, layer in lora_layers(model):
         u, s, vh = torch.linalg.svd(_base_weight(layer), full_matrices=False)
         _start_from(layer, *_scaled_factors(u, s, vh, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]))
@@ -48,7 +51,7 @@ def init_pissa(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> 
 
 
 def init_olora(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """W = QR: B₀ the first columns of Q, A₀ the first rows of R (Büyükakyüz, arXiv:2406.01775, section 3)."""
+    """Start from W = QR: B₀ = first columns of Q, A₀ = first rows of R (Büyükakyüz, arXiv:2406.01775, section 3)."""
     for _, layer in lora_layers(model):
         q, r = torch.linalg.qr(_base_weight(layer))
         rank = layer.r[ADAPTER_NAME]
@@ -57,14 +60,18 @@ def init_olora(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> 
 
 
 def collect_corda_statistics(model: PreTrainedModel, config: LoraConfig, context: AdapterContext) -> None:
-    """Have PEFT take the components of W·C, with C the covariance of each layer's inputs over training rows."""
+    """Have PEFT decompose W·C, with C the covariance of each layer's inputs over training rows.
+
+    Raises:
+        LoraError: the rank is larger than the number of a layer's components, or a layer needs inputs of another shape.
+    """
     assert context.plan is not None
     batches = list(_single_rows(context.plan))
     loss_fn = LossFunction(model, task=context.task)
-    asked = copy.copy(config)
-    asked.corda_config = CordaConfig(corda_method="ipm")
-    if asked.target_modules == target_modules.ALL_LINEAR:  # a word that PEFT's preprocessing takes for a regex
-        asked.target_modules = list(target_modules.linear_layers(model, context.heads))
+    corda_config = copy.copy(config)
+    corda_config.corda_config = CordaConfig(corda_method="ipm")
+    if corda_config.target_modules == target_modules.ALL_LINEAR:  # PEFT's preprocessing would read it as a regex
+        corda_config.target_modules = list(target_modules.linear_layers(model, context.heads))
     training = model.training
 
     def run() -> None:
@@ -72,12 +79,12 @@ def collect_corda_statistics(model: PreTrainedModel, config: LoraConfig, context
             loss_fn(batch)
 
     try:
-        preprocess_corda(model, asked, run_model=run)
+        preprocess_corda(model, corda_config, run_model=run)
     except ValueError as reason:
         if "rank mismatch" not in str(reason):
             raise
         raise LoraError(
-            f"adapter.rank: {config.r} is more than a layer has components for ({str(reason).partition(',')[0]})",
+            f"adapter.rank: {config.r} is more than the components that a layer has ({str(reason).partition(',')[0]})",
             hint="lower it, or leave such layers out of adapter.target_modules",
         ) from reason
     except IndexError as reason:
@@ -89,10 +96,10 @@ def collect_corda_statistics(model: PreTrainedModel, config: LoraConfig, context
 
 
 def init_corda(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """The components that matter most to the rows, W = U·S·Vᵀ·C⁻¹ (Yang et al., arXiv:2406.05223, section 3.2)."""
+    """Start from the components that matter most to the training rows (Yang et al., arXiv:2406.05223, section 3.2)."""
     for _, layer in lora_layers(model):
         base = layer.get_base_layer()
-        found = base.eigens  # left there by corda_statistics
+        found = base.eigens  # set by collect_corda_statistics
         _start_from(
             layer,
             *_scaled_factors(found.U_WC, found.S_WC, found.V_WC.T, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]),
@@ -102,22 +109,25 @@ def init_corda(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> 
 
 
 def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """A from the principal components of each layer's inputs (Paischer et al., arXiv:2410.07170), by PEFT.
+    """Start A from the principal components of each layer's inputs (Paischer et al., arXiv:2410.07170), by PEFT.
 
-    Ranks are shared out among the layers by the variance that they explain; their sum stays.
+    Ranks are distributed among the layers by the variance they explain; their sum does not change.
+
+    Raises:
+        LoraError: the batches or a layer's inputs have too few vectors for the rank.
     """
     assert context.plan is not None
     assert spec.rank is not None
     config = model.peft_config[ADAPTER_NAME]
-    wanted = round(spec.rank * config.eva_config.rho)  # components that PEFT looks for in a layer
-    batches = [batch for batch in _batches(context.plan) if batch.tokens >= wanted]
+    needed = round(spec.rank * config.eva_config.rho)  # components that PEFT computes in a layer
+    batches = [batch for batch in _batches(context.plan) if batch.tokens >= needed]
     if not batches:
         raise LoraError(
-            f"adapter.method: eva needs batches of at least {wanted} tokens, twice the rank; there is none",
+            f"adapter.method: eva needs batches of at least {needed} tokens, twice the rank; no batch has so many",
             hint="lower adapter.rank, or raise training.tokens_per_batch or batch_size",
         )
     loss_fn = LossFunction(model, task=context.task)
-    _refuse_few_vectors(model, loss_fn, batches[0], least=wanted)
+    _check_enough_vectors(model, loss_fn, batches[0], least=needed)
     base, training = model.get_base_model(), model.get_base_model().training
     initialize_lora_eva_weights(
         model,
@@ -125,20 +135,20 @@ def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> No
         forward_fn=lambda _, feed: loss_fn(feed.batch),
         prepare_model_inputs_fn=lambda feed, _: feed.real,
         prepare_layer_inputs_fn=_real_tokens,
-        gather_distributed_inputs=False,  # every process looks at the same rows
+        gather_distributed_inputs=False,  # every process reads the same rows
         show_progress_bar=False,
     )
     base.train(training)
 
 
 @torch.no_grad()
-def _refuse_few_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch, *, least: int) -> None:
-    """PEFT goes on over the rows until each layer has seen `least` vectors in one batch: for some layers, for ever."""
+def _check_enough_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch, *, least: int) -> None:
+    """Raise if a layer sees fewer than `least` vectors in a batch: PEFT would read the rows without end."""
     seen: dict[str, int] = {}
 
     def counter(name: str) -> Any:
-        def count(_: nn.Module, given: tuple[Any, ...]) -> None:
-            seen[name] = given[0].numel() // given[0].shape[-1]
+        def count(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[name] = inputs[0].numel() // inputs[0].shape[-1]
 
         return count
 
@@ -157,7 +167,7 @@ def _refuse_few_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch, *
 
 
 class _EvaBatch:
-    """A batch on its way through PEFT's loop, which moves its inputs to a device."""
+    """A batch in PEFT's loop, which calls `to(device)` on it."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -175,9 +185,9 @@ def _real_tokens(given: Any, real: Tensor, name: str) -> Tensor:
 
 
 def init_loftq(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """A and B as the best rank-r fit of W - Q, one step of LoftQ over bitsandbytes' own codes (arXiv:2310.08659)."""
-    assert context.originals is not None
-    weights = context.originals()
+    """Start A and B as the best rank-r fit of W - Q: one step of LoftQ over bitsandbytes' codes (arXiv:2310.08659)."""
+    assert context.unquantized_weights is not None
+    weights = context.unquantized_weights()
     for name, layer in lora_layers(model):
         original = weights[f"{name}.weight"].to(layer.lora_A[ADAPTER_NAME].weight.device, torch.float32)
         u, s, vh = torch.linalg.svd(original - _base_weight(layer), full_matrices=False)
@@ -187,13 +197,17 @@ def init_loftq(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> 
 
 
 def init_prompt(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """Virtual tokens that start as the embeddings of `init_text`, repeated or cut to their number."""
+    """Start virtual tokens as the embeddings of `init_text`, repeated or cut to their number.
+
+    Raises:
+        LoraError: `init_text` has no token.
+    """
     if spec.init_text is None:
         return
     assert context.encode is not None
     ids = context.encode(spec.init_text)
     if not ids:
-        raise LoraError("adapter.init_text: it holds no token", hint="write some words, or remove the key")
+        raise LoraError("adapter.init_text: it has no token", hint="write some words, or remove the key")
     weight = model.prompt_encoder[ADAPTER_NAME].embedding.weight
     rows = torch.tensor([ids[i % len(ids)] for i in range(len(weight))], device=weight.device)
     embeddings = model.get_base_model().get_input_embeddings()
@@ -202,37 +216,37 @@ def init_prompt(model: PeftModel, spec: AdapterSpec, context: AdapterContext) ->
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Name in the base and LoRA layer of every adapted linear layer.
+    """Yield every adapted linear layer: its name in the base, and PEFT's LoRA layer.
 
     Raises:
-        LoraError: an adapted layer that is no linear one, from whose weights nothing can start.
+        LoraError: an adapted layer that is not linear: nothing can be initialized from its weights.
     """
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
         if ADAPTER_NAME not in module.lora_A or type(module).__name__ == "ParamWrapper":
             raise LoraError(
-                f"adapter.target_modules: {name} is no linear layer, and this adapter.method starts from linear layers",
-                hint="name linear layers only, or write another adapter.method",
+                f"adapter.target_modules: {name} is not a linear layer, which this adapter.method needs",
+                hint="name linear layers only, or choose another adapter.method",
             )
         yield name, module
 
 
 def _base_weight(layer: Any) -> Tensor:
-    """The base's weight as [out, in] in fp32, dequantised if need be."""
+    """Return the base's weight [out, in] in fp32, dequantized if it is quantized."""
     base: nn.Module = layer.get_base_layer()
     weight: Tensor = dequantize_module_weight(base).detach().float()
     return weight.T if isinstance(base, Conv1D) else weight
 
 
 def _scaled_factors(u: Tensor, s: Tensor, vh: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B [out, r] with scale·BA the first `rank` components of u·diag(s)·vh."""
+    """Return A [r, in] and B [out, r] such that scale·BA is the first `rank` components of u·diag(s)·vh."""
     root = (s[:rank] / scale).sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
 
 
 def _start_from(layer: Any, a: Tensor, b: Tensor) -> None:
-    """Let `layer` train A and B from `a` and `b` on, and compute BA - ba."""
+    """Have `layer` train A and B from `a` [r, in] and `b` [out, r], and compute BA - ba."""
     for part, value, constant, dim in ((layer.lora_A[ADAPTER_NAME], a, a, 0), (layer.lora_B[ADAPTER_NAME], b, -b, 1)):
         weight = cast(nn.Parameter, part.weight)
         value = value.to(weight.device, weight.dtype).contiguous()
@@ -241,22 +255,23 @@ def _start_from(layer: Any, a: Tensor, b: Tensor) -> None:
             part, "weight", fp32_weights.ConcatFrozen(constant.to(value.device, value.dtype).clone(), dim=dim)
         )
     layer.r[ADAPTER_NAME] *= 2
-    layer.lora_alpha[ADAPTER_NAME] *= 2  # the scale, alpha/rank, is what it was
+    layer.lora_alpha[ADAPTER_NAME] *= 2  # alpha/rank, the scale, does not change
 
 
 def _double_ranks(model: PeftModel) -> None:
-    """What adapter_config.json is to say of the doubled layers."""
+    """Set the ranks and alphas of the doubled layers in adapter_config.json."""
     config = model.peft_config[ADAPTER_NAME]
     config.r *= 2
     config.lora_alpha *= 2
     config.rank_pattern = {key: 2 * value for key, value in config.rank_pattern.items()}
-    # Where a rank alone was given its own, the alpha that belongs to it is doubled with the common one.
+    # A rank pattern without an alpha pattern uses the common alpha, which is doubled above.
     config.alpha_pattern = {key: 2 * value for key, value in config.alpha_pattern.items()}
 
 
 def init_dora_magnitudes(model: PeftModel) -> None:
-    """Magnitudes in fp32, each the norm of a row of W (Liu et al., arXiv:2402.09353, equation 5): with B = 0 the layer
-    is the base's. PEFT takes them in the base's dtype, which bf16 makes 0.4 % wrong.
+    """Set DoRA's magnitudes in fp32, each the norm of a row of W (Liu et al., arXiv:2402.09353, equation 5).
+
+    With B = 0 the layer is then the base's. PEFT computes them in the base's dtype, with an error of 0.4 % in bf16.
     """
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.lora_magnitude_vector:
@@ -270,6 +285,6 @@ def _batches(plan: BatchPlan) -> list[Batch]:
 
 
 def _single_rows(plan: BatchPlan) -> Iterator[Batch]:
-    """Rows of the first batches, one by one: CorDA's statistics are taken over one sequence at a time."""
+    """Return the rows of the first batches as batches of one row: CorDA's statistics are over single sequences."""
     rows = [index for indices in plan.epoch(0) for index in indices][:CORDA_ROWS]
     return (plan.make_batch([index]) for index in rows)

@@ -1,4 +1,4 @@
-"""Load a saved adapter onto a model by plain PEFT, and see that every tensor of it has found its place."""
+"""Load a saved adapter onto a model by plain PEFT, and check that every tensor of its file has a place there."""
 
 from collections.abc import Set
 from pathlib import Path
@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, gguf_base
+from lora_cli.model import adalora
+from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
-PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of the base's parameter names in PEFT's files
 WRONG_BASE_HINT = "an adapter fits only the base it was trained on; see its adapter_config.json"
 
 
@@ -24,24 +25,24 @@ def load_adapter(
     name: str = "default",
     config: PeftConfig | None = None,
 ) -> PeftModel:
-    """The adapter in `folder` on `model`, or beside the adapters that are there, ready for use, not for training.
+    """Load the adapter in `folder` onto `model`, next to adapters that it has; for use, not for training.
 
     Args:
         model: the base, or the base with other adapters.
         folder: of a PEFT adapter.
         base: the user's name for the base.
         name: of the adapter among others.
-        config: its configuration, where it is not to be read from `folder`.
+        config: its configuration, if not to be read from `folder`.
 
     Raises:
-        LoraError: the two do not fit, to the last tensor.
+        LoraError: adapter and base do not fit: a tensor is missing, has no place, or has another shape.
     """
     config = config or PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        gguf_base.register_packed_lora(config)
+        register_custom_layers(config)
     adapted: PeftModel
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    own = {PREFIX + key for key, _ in bare.named_parameters(remove_duplicate=False)}
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    base_keys = {PREFIX + key for key, _ in inner.named_parameters(remove_duplicate=False)}
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -52,36 +53,37 @@ def load_adapter(
     except (ValueError, RuntimeError) as reason:
         raise LoraError(f"{folder} does not fit {base}: {_first_mismatch(reason)}", hint=WRONG_BASE_HINT) from reason
     adalora.restore_fp32_tensors(adapted, load_file(folder / ADAPTER_WEIGHTS), name=name)
-    known = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
-    check_adapter_keys(folder, {bare_name(key) for key in known}, own, base=base)
+    expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+    check_adapter_keys(folder, {unwrapped_name(key) for key in expected}, base_keys, base=base)
     return adapted
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """What the adapter file holds, by the names that the parameters have without the wrappers PEFT puts around."""
+    """Return the names of the tensors in the adapter file, without the wrappers that PEFT puts around layers."""
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        return {bare_name(key) for key in file.keys()}  # noqa: SIM118 - a file is no dictionary
+        return {unwrapped_name(key) for key in file.keys()}  # noqa: SIM118 - a file is not a dictionary
 
 
-def bare_name(key: str) -> str:
-    """A parameter's name without the wrapper around its layer."""
+def unwrapped_name(key: str) -> str:
+    """Return a parameter's name without PEFT's wrapper around its layer."""
     return key.replace(".base_layer.", ".")
 
 
-def check_adapter_keys(folder: Path, known: Set[str], own: Set[str], *, base: str) -> None:
-    """Hold the tensors in `folder` against those of the loaded adapter; parameters of the base's `own` may be there.
+def check_adapter_keys(folder: Path, expected: Set[str], base_keys: Set[str], *, base: str) -> None:
+    """Compare the names in the adapter file with those of the loaded adapter; parameters of the base are allowed.
 
-    PEFT takes what fits, and says nothing of the rest.
+    PEFT loads the tensors that fit, and ignores the others silently.
 
     Raises:
         LoraError: a tensor is missing, or has no place.
     """
-    held = tensor_names(folder)
-    for apart, said in ((known - held, "lacks"), (held - known - own, "has")):
-        if apart:
-            more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
+    found = tensor_names(folder)
+    for names, verb in ((expected - found, "lacks"), (found - expected - base_keys, "has")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise LoraError(
-                f"{folder} does not fit {base}: it {said} {min(apart).removeprefix(PREFIX)}{more}", hint=WRONG_BASE_HINT
+                f"{folder} does not fit {base}: it {verb} {min(names).removeprefix(PREFIX)}{more}",
+                hint=WRONG_BASE_HINT,
             )
 
 

@@ -1,4 +1,4 @@
-"""Save the adapter as a plain PEFT folder, and prove that whoever loads the folder has the trained model."""
+"""Save the adapter as a plain PEFT folder, then reload the folder and compare it with the trained model."""
 
 import math
 from collections.abc import Callable
@@ -14,97 +14,97 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, fp32_weights, gguf_base
+from lora_cli.model import adalora, fp32_weights
+from lora_cli.model.fused_lora import register_custom_layers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """What a PEFT adapter file holds of the model, by PEFT's names, each tensor as it is to be saved."""
-    # Embeddings are saved where they carry an adapter. PEFT's default would also look the base up on the hub, to see
-    # whether the vocabulary was resized: what is new in it is saved as trained tokens.
-    found = get_peft_model_state_dict(
+    """Return the tensors of the PEFT adapter file by PEFT's names: detached, in the shape and dtype that is saved."""
+    # Embeddings are saved if they carry an adapter. PEFT's default would also look the base up on the hub, to find out
+    # whether the vocabulary was resized: new tokens are saved as trained tokens here.
+    tensors = get_peft_model_state_dict(
         model, state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False
     )
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
-    """Write the adapter into `folder` as PEFT does, naming the base as the recipe does."""
+    """Write the adapter into `folder` by PEFT, with the base's name as the recipe has it."""
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
     config.revision = revision
     model.save_pretrained(str(folder), state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False)
-    (folder / "README.md").unlink()  # PEFT's card is a form to fill in
+    (folder / "README.md").unlink()  # PEFT's model card is an empty template
 
 
 def saved_names(model: PeftModel) -> dict[str, str | None]:
-    """For each parameter of the adapter, the name under which `tensors` has it as it is; None where it has not.
+    """Return the adapter's parameters with their names in the adapter file; None where the file lacks the tensor.
 
-    The adapter file does not hold a factor that was folded into another tensor, or what was pruned. Of parameters that
-    are not trained, only those in the file are listed.
+    The file lacks factors that were multiplied into another tensor, and what was pruned. Of parameters that are not
+    trained, only those in the file are listed.
     """
-    saved = {(t.data_ptr(), t.shape, t.dtype): name for name, t in adapter_tensors(model).items() if t.numel()}
-    found = {name: (saved.get((p.data_ptr(), p.shape, p.dtype)), p) for name, p in model.named_parameters()}
-    return {name: kept for name, (kept, p) in found.items() if kept is not None or p.requires_grad}
+    files = {(t.data_ptr(), t.shape, t.dtype): name for name, t in adapter_tensors(model).items() if t.numel()}
+    names = {name: (files.get((p.data_ptr(), p.shape, p.dtype)), p) for name, p in model.named_parameters()}
+    return {name: saved for name, (saved, p) in names.items() if saved is not None or p.requires_grad}
 
 
-class Difference(NamedTuple):
-    """Between a trained model and what plain PEFT makes of the saved folder."""
+class ReloadDifference(NamedTuple):
+    """Difference between the trained model and plain PEFT's model of the saved folder."""
 
-    tensors: float  # largest, over the adapter's tensors as written, and as loaded; infinite if one is missing
+    tensors: float  # largest, over the adapter's tensors as written and as loaded; infinite if one is missing
     logits: float  # largest, relative to the largest logit
 
     def is_none(self, dtype: torch.dtype) -> bool:
-        """Whether it is the trained model: equal tensors, and logits that differ by no more than rounding in `dtype`.
+        """Return whether the tensors are equal, and the logits equal within rounding in `dtype`.
 
-        Logits are equal to the bit but for models whose kernels sum in an order that hangs on where their inputs lie.
+        Logits are equal to the bit, except for models whose kernels sum in an order that depends on memory alignment.
         """
         return self.tensors == 0 and self.logits <= (1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5)
 
 
 @torch.no_grad()
-def difference_when_loaded(
-    model: PeftModel, folder: Path, logits: Callable[[PeftModel], Tensor], arrange: Callable[[PeftModel], Any]
-) -> Difference:
-    """Load `folder` by PEFT onto the base, put it into the arithmetic of training, and compare with what was trained.
+def compare_reloaded(model: PeftModel, folder: Path, logits: Callable[[PeftModel], Tensor]) -> ReloadDifference:
+    """Load `folder` by PEFT onto the base, and compare tensors and logits with those of the trained model.
 
-    The trained adapter is gone afterwards: its tensors are overwritten with NaN before the folder is loaded, so that
-    one that the folder lacks cannot pass unseen.
+    The trained adapter is destroyed: its tensors are overwritten with NaN before the folder is loaded, so that a tensor
+    that the folder lacks is noticed.
 
     Args:
         model: the trained model.
-        folder: what `save` wrote.
-        logits: of some rows under a model.
-        arrange: puts a loaded adapter into the arithmetic of training.
+        folder: that `save_adapter` wrote.
+        logits: computes the logits of some rows, of any shape and floating dtype, with the model that it is given.
 
     Raises:
-        LoraError: the folder's configuration is not the trained adapter's.
+        LoraError: the folder's configuration differs from the trained adapter's.
     """
-    ours, theirs = model.peft_config[model.active_adapter].to_dict(), PeftConfig.from_pretrained(str(folder)).to_dict()
-    # Set while saving, and of no effect on the weights.
-    differ = [key for key in ours if key != "inference_mode" and _json_value(ours[key]) != _json_value(theirs.get(key))]
-    if differ:
-        raise LoraError(f"{folder}: adapter_config.json differs in {', '.join(differ)}", exit_code=1)
+    trained, saved = (
+        model.peft_config[model.active_adapter].to_dict(),
+        PeftConfig.from_pretrained(str(folder)).to_dict(),
+    )
+    # inference_mode is set while saving, and has no effect on the weights.
+    differing = [k for k in trained if k != "inference_mode" and _json_value(trained[k]) != _json_value(saved.get(k))]
+    if differing:
+        raise LoraError(f"{folder}: adapter_config.json differs in {', '.join(differing)}", exit_code=1)
     expected = {name: tensor.clone() for name, tensor in adapter_tensors(model).items()}
-    written = _max_difference(expected, load_file(folder / ADAPTER_WEIGHTS))
+    as_written = _max_difference(expected, load_file(folder / ADAPTER_WEIGHTS))
     reference = logits(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.fill_(math.nan)
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        gguf_base.register_packed_lora(config)
-    loaded = PeftModel.from_pretrained(_unwrap_base(model), str(folder), config=config)
-    adalora.restore_fp32_tensors(loaded, load_file(folder / ADAPTER_WEIGHTS))
-    arrange(loaded)
-    found = adapter_tensors(loaded)
-    # Modules that are trained whole are read into the base's dtype, which is what they were computed in.
-    read = _max_difference({name: t.to(found[name].dtype) for name, t in expected.items() if name in found}, found)
-    off = _max_difference(
-        {"": reference / reference.abs().max().clamp_min(1e-12)}, {"": logits(loaded) / reference.abs().max()}
-    )
-    return Difference(max(written, read), off)
+        register_custom_layers(config)
+    reloaded = PeftModel.from_pretrained(_unwrap_base(model), str(folder), config=config)
+    adalora.restore_fp32_tensors(reloaded, load_file(folder / ADAPTER_WEIGHTS))
+    fp32_weights.upcast_trainable_params(reloaded)
+    found = adapter_tensors(reloaded)
+    # Fully trained modules are loaded in the base's dtype, in which they were computed.
+    as_loaded = _max_difference({name: t.to(found[name].dtype) for name, t in expected.items() if name in found}, found)
+    size = reference.abs().max()
+    in_logits = _max_difference({"": reference / size.clamp_min(1e-12)}, {"": logits(reloaded) / size})
+    return ReloadDifference(max(as_written, as_loaded), in_logits)
 
 
 def _max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -113,17 +113,17 @@ def _max_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float
     pairs = [(tensor, theirs[name].to(tensor.device)) for name, tensor in ours.items()]
     if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
         return math.inf
-    # NaN is not less than anything: it has to be asked for by name.
+    # max() would ignore a NaN.
     return max(
         (math.inf if (a - b).isnan().any() else float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0
     )
 
 
 def _unwrap_base(model: PeftModel) -> PreTrainedModel:
-    """The base as it was; PEFT's `unload` refuses some methods over quantised weights, and knows no virtual tokens."""
+    """Return the base without the adapter; PEFT's `unload` rejects virtual tokens, and some methods if quantized."""
     fp32_weights.remove_parametrizations(model)
     base: PreTrainedModel = model.get_base_model()
-    done: list[str] = []  # wrappers hold wrappers: the outermost gives way
+    done: list[str] = []  # wrappers contain wrappers: the outermost is replaced
     for name, module in list(base.named_modules()):
         if any(name.startswith(f"{outer}.") for outer in done):
             continue
@@ -131,10 +131,10 @@ def _unwrap_base(model: PeftModel) -> PreTrainedModel:
             inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
             base.set_submodule(name, inner)
             done.append(name)
-    vars(base).pop("peft_config", None)  # virtual tokens leave none
+    vars(base).pop("peft_config", None)  # virtual tokens set none
     return base
 
 
 def _json_value(value: Any) -> Any:
-    """JSON has lists for sets and tuples."""
+    """Return the value as JSON stores it: lists for sets and tuples, here sorted."""
     return sorted(value, key=str) if isinstance(value, (set, list, tuple)) else value

@@ -1,4 +1,4 @@
-"""What train, check and eval begin with: the device, the base model's place, its tokenizer and the encoded rows."""
+"""Load the inputs of a run for train, check and eval: device, base checkpoint with tokenizer, encoded rows."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,26 +14,29 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.data.chat_templates import resolve_template
 from lora_cli.data.collate import (
     Collate,
-    collate_classified,
     collate_packed,
     collate_padded,
-    collate_tagged,
-    collate_translated,
+    collate_seq2seq,
+    collate_sequence_classification,
+    collate_token_classification,
 )
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.prepare import PreparedData, prepare_data
 from lora_cli.errors import LoraError
-from lora_cli.model import base_model, packed_attention, prequantized
+from lora_cli.model import packed_attention, prequantized
+from lora_cli.model.base_model import BaseCheckpoint, head_labels
+from lora_cli.model.device import pick_device, pick_dtype
+from lora_cli.model.model_source import cache_folder, find_model, load_config, load_tokenizer
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import DataSpec, Recipe
 
-# Whether the package that an attention needs, or its kernel on the hub, works here.
+# Whether the package of an attention implementation, or its kernel from the hub, works here.
 FLASH_AVAILABLE: dict[str, Callable[[], bool]] = {
     "flash_attention_2": partial(is_flash_attn_2_available, kernels_fallback_ok=True),
     "flash_attention_3": partial(is_flash_attn_3_available, kernels_fallback_ok=True),
     "flash_attention_4": partial(is_flash_attn_4_available, kernels_fallback_ok=True),
 }
-# Models that number positions from behind the padding id on, so that the last ones of their table are never reached.
+# These models count positions from behind the padding id, so that they never reach the last entries of their table.
 MODELS_WITH_POSITION_OFFSET = (
     "roberta",
     "xlm-roberta",
@@ -46,25 +49,12 @@ MODELS_WITH_POSITION_OFFSET = (
 
 
 class RunInputs(NamedTuple):
-    """Everything but the weights."""
+    """Everything that a run needs except the weights."""
 
     device: torch.device
-    dtype: torch.dtype
-    source: base_model.ModelSource
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
+    base: BaseCheckpoint
     data: PreparedData
-    prequantized: prequantized.Prequantized | None  # what the base was quantised with before it came here
-
-    @property
-    def pad_id(self) -> int:
-        """An id to pad with. Any will do, since padding is masked and carries no loss; the tokenizer's own where it has
-        one.
-        """
-        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(candidate, int):
-                return candidate
-        return 0
+    prequantized: prequantized.Prequantized | None  # how the base was quantized before this run
 
 
 def load_inputs(
@@ -79,74 +69,96 @@ def load_inputs(
 
     Args:
         recipe: of the run.
-        say: takes progress lines.
-        weights: whether the model will be loaded from what is found.
+        info: prints progress lines.
+        weights: whether the model's weights will be loaded later.
         data: rows in place of the recipe's.
-        train_key: what the user knows `data.train` by.
+        train_key: name of `data.train` in messages.
 
     Raises:
-        LoraError: whatever is wrong with the model's path, its tokenizer or the rows.
+        LoraError: the model's path, its tokenizer or the rows are wrong.
     """
     model, data, task = recipe.model, data or recipe.data, recipe.task
-    device = base_model.pick_device()
-    dtype = base_model.pick_dtype(model.dtype, device, recipe.quantization)
-    source = base_model.find_model(model, dtype=dtype, device=device, info=info, weights=weights)
-    # All that can refuse the model in a second comes before the rows, which can take minutes.
-    config = base_model.load_config(source)
-    _refuse_other_task(config, recipe)
-    already = prequantized.detect_prequantized(config)
+    device = pick_device()
+    dtype = pick_dtype(model.dtype, device, recipe.quantization)
+    source = find_model(model, dtype=dtype, device=device, info=info, weights=weights)
+    # Whatever can reject the model within a second comes before the rows, which can take minutes.
+    config = load_config(source)
+    _check_task(config, recipe)
+    quantized_before = prequantized.detect_prequantized(config)
     if source.packed:
-        already = prequantized.Prequantized("gguf", None)
-    if already is not None:
-        prequantized.check_prequantized(already, recipe.adapter, recipe.quantization, path=model.path)
-    _refuse_unknown_attention(model.attention)
-    tokenizer = base_model.load_tokenizer(source, model.new_tokens)
-    _refuse_longer_than_model(config, data, virtual=recipe.adapter.virtual_tokens or 0)
+        quantized_before = prequantized.Prequantized("gguf", None)
+    if quantized_before is not None:
+        prequantized.check_prequantized(quantized_before, recipe.adapter, recipe.quantization, path=model.path)
+    _check_attention(model.attention)
+    tokenizer = load_tokenizer(source, model.new_tokens)
+    _check_max_length(config, data, virtual=recipe.adapter.virtual_tokens or 0)
     prepared = prepare_data(
         data,
         tokenizer,
         seed=recipe.training.seed,
-        cache=base_model.cache_folder(),
+        cache=cache_folder(),
         info=info,
         task=task,
-        own_labels=base_model.head_labels(config, task),
+        base_labels=head_labels(config, task),
         train_key=train_key,
     )
     if task == "seq-cls" and config.is_encoder_decoder:
-        _refuse_mixed_pairs(prepared, config)
+        _check_text_pairs(prepared, config)
     if data.chat_template is not None:
-        # What is saved beside the adapter must prompt it as it was trained.
+        # The tokenizer is saved with the adapter: it must prompt the adapter as in training.
         template = resolve_template(data.chat_template, tokenizer)
         tokenizer.chat_template = template.source if template else None
-    return RunInputs(device, dtype, source, config, tokenizer, prepared, already)
+    base = BaseCheckpoint(
+        name=model.path,
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        task=task,
+        labels=prepared.labels,
+        dtype=dtype,
+        vocabulary=len(tokenizer) if model.new_tokens else 0,
+        pad_id=_pad_id(tokenizer),
+    )
+    return RunInputs(device, base, prepared, quantized_before)
 
 
-def _refuse_other_task(config: PretrainedConfig, recipe: Recipe) -> None:
-    """The architecture has to have a class for the task: known by its config, before anything is loaded."""
-    known = {name: type(config) in task.loader._model_mapping for name, task in TASKS.items()}
-    if known[recipe.task] or hasattr(config, "auto_map"):
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return a token id to pad with: the tokenizer's own if it has one.
+
+    Any id would do, since padding is masked and carries no loss.
+    """
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return 0
+
+
+def _check_task(config: PretrainedConfig, recipe: Recipe) -> None:
+    """Raise if transformers has no class of this architecture for the task; the config alone shows it."""
+    supported = {name: type(config) in task.architectures for name, task in TASKS.items()}
+    if supported[recipe.task] or hasattr(config, "auto_map"):
         return
-    others = [name for name, knows in known.items() if knows]
+    others = [name for name, works in supported.items() if works]
     raise LoraError(
         f"task: transformers has no {config.model_type} model for {recipe.task}",
         hint=f"write task: {' or '.join(others)}, or give another model" if others else "give another model",
     )
 
 
-def _refuse_longer_than_model(config: PretrainedConfig, data: DataSpec, *, virtual: int) -> None:
+def _check_max_length(config: PretrainedConfig, data: DataSpec, *, virtual: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.model_type in MODELS_WITH_POSITION_OFFSET:
         limit -= config.pad_token_id + 1
     if limit is not None and data.max_length + virtual > limit:
-        before = f" and {virtual} virtual ones before them" if virtual else ""
+        plus = f" and {virtual} virtual tokens" if virtual else ""
         raise LoraError(
-            f"data.max_length: {data.max_length:,} tokens{before}, but the model has positions for {limit:,}",
+            f"data.max_length: {data.max_length:,} tokens{plus}, but the model has positions for {limit:,}",
             hint=f"at most {limit - virtual}",
         )
 
 
-def _refuse_mixed_pairs(data: PreparedData, config: PretrainedConfig) -> None:
-    """Such a model reads the class at the last end token, and wants as many of them in each row of a batch."""
+def _check_text_pairs(data: PreparedData, config: PretrainedConfig) -> None:
+    """Raise if rows differ in their number of end tokens: such a model reads the class at the last end token."""
     counts: dict[int, str] = {}
     for rows in (data.train, data.eval):
         for row in rows or ():
@@ -154,19 +166,19 @@ def _refuse_mixed_pairs(data: PreparedData, config: PretrainedConfig) -> None:
             if len(counts) > 1:
                 first, second = counts.values()
                 raise LoraError(
-                    f"{first} and {second}: one of them has a text_pair, and a {config.model_type} model cannot read "
-                    "both in one batch",
+                    f"{first} and {second}: only one of them has a text_pair, and a {config.model_type} model cannot "
+                    "read both in one batch",
                     hint="give all rows a text_pair, or none",
                 )
 
 
-def _refuse_unknown_attention(name: str) -> None:
+def _check_attention(name: str) -> None:
     known = sorted(
         key
         for key in ALL_ATTENTION_FUNCTIONS.valid_keys()
         if "|" not in key and key != packed_attention.PACKED_ATTENTION
     )
-    # With a slash it is a kernel of the hub, which only the hub knows.
+    # A name with a slash is a kernel of the hub, which is looked up when the model is loaded.
     if name not in ("auto", "eager", *known) and "/" not in name:
         raise LoraError(f"model.attention: {name} is not known", hint=f"known are auto, eager, {', '.join(known)}")
     if not FLASH_AVAILABLE.get(name, lambda: True)():
@@ -176,35 +188,40 @@ def _refuse_unknown_attention(name: str) -> None:
         )
 
 
-def batch_plan(recipe: Recipe, opening: RunInputs, rows: EncodedDataset, *, batches_per_step: int) -> BatchPlan:
-    """The batches of `rows` as the recipe wants them."""
+def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, batches_per_step: int) -> BatchPlan:
+    """Plan the batches of `rows` with the recipe's packing and batch size.
+
+    Raises:
+        LoraError: the config of a seq2seq model has no decoder_start_token_id.
+    """
     packing = bool(recipe.data.packing)
     size = recipe.training.tokens_per_batch if packing else recipe.training.batch_size
-    assert size is not None  # the schema fills the one that packing leaves in use
+    assert size is not None  # the schema fills in the one that packing uses
+    assert inputs.base.pad_id is not None
     return BatchPlan(
         rows,
         packing=packing,
         size=size,
         batches_per_step=batches_per_step,
         seed=recipe.training.seed,
-        pad_id=opening.pad_id,
-        collate=_collate_for(recipe, opening, packing=packing),
+        pad_id=inputs.base.pad_id,
+        collate=_collate_for(inputs.base, packing=packing),
     )
 
 
-def _collate_for(recipe: Recipe, opening: RunInputs, *, packing: bool) -> Collate:
-    match recipe.task:
+def _collate_for(base: BaseCheckpoint, *, packing: bool) -> Collate:
+    match base.task:
         case "seq-cls":
-            return collate_classified
+            return collate_sequence_classification
         case "token-cls":
-            return collate_tagged
+            return collate_token_classification
         case "seq2seq-lm":
-            start = opening.config.decoder_start_token_id
+            start = base.config.decoder_start_token_id
             if start is None:
                 raise LoraError(
-                    "model.path: its config does not say which token a decoder starts with (decoder_start_token_id)",
+                    "model.path: its config has no decoder_start_token_id, the token that a decoder starts with",
                     hint="add it to the model's config.json",
                 )
-            return partial(collate_translated, start_id=start)
+            return partial(collate_seq2seq, start_id=start)
         case _:
             return collate_packed if packing else collate_padded

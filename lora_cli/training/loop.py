@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -45,68 +46,71 @@ def fit(
     task: TaskName = "causal-lm",
     rank_allocator: AdaLoraRankAllocator | None = None,
 ) -> Iterator[Step]:
-    """Take optimizer steps `start`+1 to `total`, yielding after each.
+    """Take optimizer steps `start`+1 to `total`, and yield after each.
 
-    The loss of a step is the mean over the supervised tokens of all its batches on all processes, whatever their
-    shapes. Every random number comes from a seed made of (run seed, step, place of the batch in the step): a resumed
-    run draws what the uninterrupted one drew, and two processes draw what one would have. `upkeep` is what the adapter
-    method does around an optimizer step; its penalty is part of the gradient, not of the loss that is reported.
+    The loss of a step is the mean over the supervised tokens of all its batches on all processes, whatever the shapes
+    of the batches. Every random number comes from a seed made of (run seed, step, place of the batch in the step): a
+    resumed run draws the same numbers as an uninterrupted one, and two processes the same as one. AdaLoRA's
+    `rank_allocator` acts around the optimizer step; its penalty is part of the gradient, not of the reported loss.
 
     Raises:
-        LoraError: the loss or the gradient is not finite; raised before the parameters are touched.
+        LoraError: the loss or the gradient is not finite; raised before the parameters change.
     """
     loss_fn = LossFunction(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
     trained = [p for p in model.parameters() if p.requires_grad]
     world, rank = accelerator.num_processes, accelerator.process_index
     model.train()
-    for number in range(start, total):
-        began = time.perf_counter()
-        batches = list(plan.step(number, rank=rank, world=world))
-        counts = torch.tensor(
-            [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
-        )
-        supervised, tokens = (int(n) for n in _all_reduce_sum(accelerator, counts))
-        loss_sum = torch.zeros((), device=accelerator.device)
-        losses: list[tuple[Batch, Tensor]] = []
-        for place, batch in batches:
-            if len(batch.targets) == 0:
-                continue
-            torch.manual_seed(_seed(spec.seed, number, place))
-            loss = loss_fn(batch).loss
-            # The sum, not the mean: shares of 1/supervised would vanish below fp16's smallest number on their way down.
-            loss.backward()
-            losses.append((batch, loss.detach()))
-            loss_sum += loss.detach()
-        _reduce_gradients(trained, accelerator, share=max(1, supervised))
-        if rank_allocator is not None:
-            rank_allocator.orthogonality_loss().backward()
-        grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        loss_sum = _all_reduce_sum(accelerator, loss_sum)
-        if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
-            raise _not_finite_error(number + 1, losses, plan)
-        rate = learning_rate(number, spec=spec, total=total)
-        set_learning_rate(optimizer, rate)
-        if spec.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
-        optimizer.step()
-        if rank_allocator is not None:
-            rank_allocator.update_and_allocate(number + 1)
-        optimizer.zero_grad(set_to_none=True)
-        yield Step(
-            number=number + 1,
-            epoch=(number + 1) / plan.steps_per_epoch,
-            loss=float(loss_sum) / max(1, supervised),  # a step may hold no label: rows of one token, say
-            learning_rate=rate,
-            grad_norm=float(grad_norm),
-            tokens=tokens,
-            supervised=supervised,
-            seconds=time.perf_counter() - began,
-        )
+    with closing(loss_fn):
+        for number in range(start, total):
+            start_time = time.perf_counter()
+            batches = list(plan.batches_of_step(number, rank=rank, world_size=world))
+            counts = torch.tensor(
+                [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
+            )
+            supervised, tokens = (int(n) for n in _all_reduce_sum(accelerator, counts))
+            loss_sum = torch.zeros((), device=accelerator.device)
+            losses: list[tuple[Batch, Tensor]] = []
+            for place, batch in batches:
+                if len(batch.targets) == 0:
+                    continue
+                torch.manual_seed(_seed(spec.seed, number, place))
+                loss = loss_fn(batch).loss
+                # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
+                loss.backward()
+                losses.append((batch, loss.detach()))
+                loss_sum += loss.detach()
+            _reduce_gradients(trained, accelerator, share=max(1, supervised))
+            if rank_allocator is not None:
+                rank_allocator.orthogonality_loss().backward()
+            grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            loss_sum = _all_reduce_sum(accelerator, loss_sum)
+            if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
+                raise _not_finite_error(number + 1, losses, plan)
+            rate = learning_rate(number, spec=spec, total=total)
+            set_learning_rate(optimizer, rate)
+            if spec.max_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
+            optimizer.step()
+            if rank_allocator is not None:
+                rank_allocator.update_and_allocate(number + 1)
+            optimizer.zero_grad(set_to_none=True)
+            yield Step(
+                number=number + 1,
+                epoch=(number + 1) / plan.steps_per_epoch,
+                loss=float(loss_sum) / max(1, supervised),  # a step may have no label: rows of one token, for example
+                learning_rate=rate,
+                grad_norm=float(grad_norm),
+                tokens=tokens,
+                supervised=supervised,
+                seconds=time.perf_counter() - start_time,
+            )
 
 
 def broadcast_adapter(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the adapter of the first: one that starts from a decomposition of the weights need not come
-    out the same on two GPUs, and from then on only gradients are shared.
+    """Give every process the adapter of the first, in place.
+
+    An adapter that is initialized from a decomposition of the weights may differ between two GPUs, and afterwards
+    only gradients are shared.
     """
     if accelerator.num_processes == 1:
         return
@@ -116,7 +120,7 @@ def broadcast_adapter(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _seed(run: int, step: int, place: int) -> int:
-    # A large odd multiplier keeps the seeds of neighbouring steps and batches apart.
+    # Large odd multipliers give neighboring steps and batches different seeds.
     return (run * 1_000_003 + step * 8191 + place) % (1 << 63)
 
 
@@ -128,11 +132,11 @@ def _all_reduce_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
 def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: int) -> None:
     """Sum the gradients of all processes in one message and divide them by `share`.
 
-    An adapter is small, so one flat message costs less than DDP's buckets and hooks, and processes may have
-    different numbers of batches, which DDP does not allow.
+    An adapter is small: one flat all-reduce costs less than DDP's buckets and hooks, and processes may have different
+    numbers of batches, which DDP does not allow.
     """
     if accelerator.num_processes > 1:
-        # Whether a parameter got a gradient can differ between processes: an absent one counts as zero.
+        # Whether a parameter has a gradient can differ between processes: a missing one counts as zero.
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
         flat = _all_reduce_sum(accelerator, flat)
         for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
@@ -143,19 +147,19 @@ def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, 
 
 
 def _not_finite_error(number: int, losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> LoraError:
-    """The error of a step whose sums, the same in every process, are not finite; all of them must call it."""
+    """Return the error of a step whose sums are not finite. All processes must call it."""
     rows = {
         finite: [
             plan.rows[i].where for batch, loss in losses if bool(torch.isfinite(loss)) == finite for i in batch.rows
         ]
         for finite in (False, True)
     }
-    broken, whole = gather_object(rows[False]), gather_object(rows[True])
-    what, named = ("loss", broken) if broken else ("gradient", whole)
+    not_finite, finite = gather_object(rows[False]), gather_object(rows[True])
+    what, named = ("loss", not_finite) if not_finite else ("gradient", finite)
     more = f" and {len(named) - 5} more" if len(named) > 5 else ""
     return LoraError(
         f"step {number}: the {what} is not finite; its rows: {', '.join(named[:5])}{more}",
-        hint="the last checkpoint is from before it; try a lower training.learning_rate or a longer training.warmup, "
-        "and look at these rows",
+        hint="try a lower training.learning_rate or a longer training.warmup, and inspect these rows; "
+        "the last checkpoint is from before this step",
         exit_code=1,
     )

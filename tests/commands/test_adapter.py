@@ -60,7 +60,7 @@ def test_inspect(trained: Path, lora: Lora):
     Path("base").rename("gone")
     alone = lora("adapter", "inspect", "runs/a/adapter")
     assert alone.code == 0, alone.err
-    assert "without the base's own norms:" in alone.err
+    assert "without the norms of the base:" in alone.err
 
 
 def test_resize_to_a_rank_and_to_an_energy(trained: Path, lora: Lora):
@@ -98,11 +98,11 @@ def test_combine(two: None, lora: Lora):
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["resize", "runs/a/adapter", "--out", "x"], "--rank and --energy: one of the two says how small"),
+        (["resize", "runs/a/adapter", "--out", "x"], "--rank and --energy: exactly one is needed"),
         (["resize", "runs/a/adapter", "--rank", "2", "--out", "runs/a/adapter"], "--out runs/a/adapter exists"),
         (["resize", "base", "--rank", "2", "--out", "x"], "base has no adapter_config.json"),
-        (["combine", "runs/a/adapter", "--out", "x"], "combine: one adapter is given"),
-        (["combine", "half*runs/a/adapter", "runs/a/adapter", "--out", "x"], "half*runs/a/adapter: half is no weight"),
+        (["combine", "runs/a/adapter", "--out", "x"], "combine: there is only one adapter"),
+        (["combine", "half*runs/a/adapter", "runs/a/adapter", "--out", "x"], "half*runs/a/adapter: half is not a weight"),
         (["combine", "runs/a/adapter", "runs/a/adapter", "--out", "x", "--method", "sum"], "--method sum is not known"),
         (["combine", "runs/a/adapter", "runs/a/adapter", "--out", "x", "--rank", "2"],
          "--rank has no effect with --method concat"),
@@ -127,6 +127,6 @@ def test_what_is_no_plain_lora(recipe: WriteRecipe, lora: Lora):
     assert lora("train", "recipe.yaml").code == 0
     assert lora("adapter", "inspect", "runs/d/adapter").code == 0
     refused = lora("adapter", "resize", "runs/d/adapter", "--rank", "2", "--out", "x")
-    assert refused.last_two[0] == "error: runs/d/adapter is DoRA: its magnitudes belong to the whole of B·A"
+    assert refused.last_two[0] == "error: runs/d/adapter is DoRA: its magnitudes were trained with the full B·A"
     several = lora("adapter", "combine", "runs/d/adapter", "runs/d/adapter", "--out", "x")
-    assert "is no update of low rank, and cannot be summed" in several.last_two[0]
+    assert "is not a low-rank update, and cannot be summed" in several.last_two[0]

@@ -64,8 +64,8 @@ def test_three_adapters_on_one_base(three: None, lora: Lora, monkeypatch: pytest
     switched = [int(number) for number in re.findall(r"switched in (\d+) ms", done.err)]
     assert len(switched) == 3
     assert max(switched) < 50
-    assert "there is no adapter 'nobody'; there are base, adapter, sums, lines" in done.err
-    assert "/what is no command" in done.err
+    assert "there is no adapter 'nobody'; known are base, adapter, sums, lines" in done.err
+    assert "/what is not a command" in done.err
     saved = json.loads(Path("said.json").read_text())["messages"]
     assert [message["role"] for message in saved] == ["user", "assistant"] * 3
     assert saved[-1]["content"] == WAYS["lines"]
@@ -82,11 +82,11 @@ def test_a_merged_model_and_a_base_alone(three: None, lora: Lora, monkeypatch: p
     ("words", "said"),
     [
         (["nothing"],
-         ["error: nothing is no run, adapter or model", "hint: give a folder of lora train or lora merge"]),
+         ["error: nothing is not a run, adapter or model", "hint: give a folder of lora train or lora merge"]),
         (["runs/a", "--adapter", "base=runs/a/adapter"],
          ["error: --adapter base=runs/a/adapter: the name base is taken", "hint: give another: --adapter NAME=DIR"]),
         (["base", "--adapter", "runs/a/adapter"],
-         ["error: --adapter goes with an adapter or a run", "hint: name one of the adapters first"]),
+         ["error: --adapter needs an adapter or a run as target", "hint: name one of the adapters first"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_two_lines(words: list[str], said: list[str], trained: Path, lora: Lora):

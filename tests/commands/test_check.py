@@ -28,7 +28,7 @@ def test_check_shows_rows_labels_targets_and_memory(recipe: WriteRecipe, lora: L
     assert "([[ ]] carries loss)" in done.out
     assert "q_proj" in done.out
     assert "2/2 layers" in done.out
-    assert "trainable parameters in all" in done.out
+    assert "trainable parameters in total" in done.out
     assert "memory, estimated: " in done.out
     assert done.out.splitlines()[-1] == "ok: lora train would train base on these rows"
     assert not Path("runs").exists()
@@ -36,7 +36,7 @@ def test_check_shows_rows_labels_targets_and_memory(recipe: WriteRecipe, lora: L
 
 def test_check_counts_what_train_trains(finished: Finished, recipe: WriteRecipe, lora: Lora):
     count = json.loads((finished.folder / "manifest.json").read_text())["trainable_parameters"]
-    assert f"{count:,} trainable parameters in all" in lora("check", recipe()).out
+    assert f"{count:,} trainable parameters in total" in lora("check", recipe()).out
 
 
 def test_check_of_a_gguf_loads_no_weights_and_encodes_for_the_run(
@@ -63,7 +63,7 @@ def test_check_without_a_model(recipe: WriteRecipe, lora: Lora):
     assert done.code == 0
     assert done.out.splitlines() == [
         "rows.jsonl: 24 rows of format messages",
-        "ok: the recipe is valid; model, labels and memory were not looked at",
+        "ok: the recipe is valid; model, labels and memory were not checked",
     ]
 
 

@@ -78,9 +78,9 @@ def test_several_adapters_data_and_json(trained: Path, lora: Lora):
 def test_how_sure_the_figures_are_and_how_each_compares_with_the_base(trained: Path, lora: Lora):
     done = lora("eval", "runs/a", "--data", "rows.jsonl", "--json", "f.json")
     assert done.code == 0, done.err
-    assert "in 95 of 100 draws of the 24 rows:" in done.out
+    assert "95% bootstrap confidence intervals (24 rows):" in done.out
     line = re.search(
-        r"  adapter: loss ([\d.]+) to ([\d.]+); against the base better by ([\d.]+) ± ([\d.]+), token", done.out
+        r"  adapter: loss ([\d.]+) to ([\d.]+); versus the base: loss better by ([\d.]+) ± ([\d.]+), token", done.out
     )
     assert line is not None, done.out
     report = json.loads(Path("f.json").read_text())["results"]
@@ -184,8 +184,8 @@ def test_drawn_answers_hang_on_the_seed(recipe: WriteRecipe, trained: Path, lora
 
 def test_what_is_asked_of_answers_needs_some(trained: Path, lora: Lora):
     assert lora("eval", "runs/a", "--metric", "f1").last_two == [
-        "error: --metric and --predictions are about answers",
-        "hint: say how many: --answers 100",
+        "error: --metric and --predictions need answers",
+        "hint: set their number: --answers 100",
     ]
 
 
@@ -193,7 +193,7 @@ def test_what_is_asked_of_answers_needs_some(trained: Path, lora: Lora):
     ("words", "changes", "said"),
     [
         (["--data", "long.jsonl"], {"data.loss_on": "all"}, "with data.loss_on: all no row has a prompt"),
-        (["--data", "text.txt"], {}, "--answers: 2 rows skipped, as no prompt stands before"),
+        (["--data", "text.txt"], {}, "--answers: 2 rows skipped, without a prompt before"),
     ],
     ids=["loss_on all", "texts"],
 )
@@ -233,15 +233,15 @@ def test_the_base_is_measured_without_the_biases_of_an_adapter(with_biases: Path
     assert len(said[0]) == 2
     several = lora("eval", path, "--adapter", "x=biased", "--adapter", "y=biased")
     assert several.last_two == [
-        "error: biased: trained the base's biases too, and cannot be measured beside others",
-        "hint: measure each adapter by itself",
+        "error: biased: this adapter trained biases of the base too, and cannot be measured with others",
+        "hint: measure each adapter separately",
     ]
 
 
 @pytest.mark.parametrize(
     ("words", "error", "hint"),
     [
-        (["nothing"], "nothing is no recipe, run or adapter folder", "give a YAML file, or a folder of lora train"),
+        (["nothing"], "nothing is not a recipe, run or adapter folder", "give a YAML file, or a folder of lora train"),
         (
             ["runs/a", "--adapter", "x=runs"],
             "--adapter x=runs: runs has no adapter_config.json",
@@ -259,7 +259,7 @@ def test_the_base_is_measured_without_the_biases_of_an_adapter(with_biases: Path
         ),
         (
             ["far/alone"],
-            "far/alone: no recipe.yaml beside this adapter says what base and rows it had",
+            "far/alone: there is no recipe.yaml next to this adapter, so its base and rows are unknown",
             "write a recipe with its model and data, and run lora eval RECIPE --adapter DIR",
         ),
         (

@@ -95,7 +95,7 @@ def test_an_export_that_is_not_the_model_is_not_put_in_place(
     monkeypatch.setattr(gguf_format, "prove", lambda *_: iter([wrong]))
     done = lora("export", trained, "--to", "gguf", "--out", "a.gguf")
     assert done.code == 1
-    assert done.last_two[0] == "error: the export is not the model: tensors: 1 of 21 tensors is another"
+    assert done.last_two[0] == "error: the export differs from the model: tensors: 1 of 21 tensors is another"
     assert [path.name for path in Path().iterdir() if "gguf" in path.name or path.name.startswith(".tmp")] == []
 
 
@@ -116,12 +116,12 @@ def test_a_runtime_that_is_not_installed_is_told(trained: Path, lora: Lora, monk
 @pytest.mark.parametrize(
     ("words", "says", "does"),
     [
-        (("base", "--to", "gguf"), "where it goes is not said", "--out PATH"),
+        (("base", "--to", "gguf"), "--out is missing", "--out PATH"),
         (("base", "--to", "gguf", "--out", "a"), "--out a: gguf is one file, whose name ends in .gguf", "--out a.gguf"),
         (("base", "--to", "gguf", "--out", "no/a.gguf"), "there is no folder no", "make it first"),
         (("base", "--to", "tflite", "--out", "a"), "--to tflite is not known", "gguf"),
         (("base", "--to", "peft", "--out", "a"), "--to peft takes an adapter, and base is a model", "adapter"),
-        (("base", "--to", "onnx", "--out", "base", "--force"), "that is what is exported", "another place"),
+        (("base", "--to", "onnx", "--out", "base", "--force"), "is an input of the export", "another place"),
         (
             ("base", "--to", "gguf", "--out", "a.gguf", "--over", "b.gguf"),
             "--over is for --to gguf-adapter",

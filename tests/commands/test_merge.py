@@ -46,7 +46,7 @@ def test_it_writes_a_model_of_the_dtype_that_plain_transformers_loads(dtype: str
     assert model.dtype == getattr(torch, name)
     assert AutoTokenizer.from_pretrained("merged").chat_template == AutoTokenizer.from_pretrained("base").chat_template
     verified = re.search(
-        r"adapter, on 2 held-out rows \(\d+ supervised tokens\): logits within ([\d.e+-]+), KL", done.err
+        r"adapter on 2 held-out rows \(\d+ supervised tokens\): logits within ([\d.e+-]+), KL", done.err
     )
     assert verified is not None, done.err
     assert float(verified[1]) < (1e-5 if name == "float32" else 3e-2)  # the base is rounded too
@@ -69,7 +69,7 @@ def test_what_is_there_is_kept_unless_forced(trained: Path, lora: Lora):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["runs/a/adapter", "--out", "base"], ["error: --out base: that is what is merged", "hint: name another folder"]),
+        (["runs/a/adapter", "--out", "base"], ["error: --out base is an input of the merge", "hint: name another folder"]),
         (["runs/a", "--out", "x"], ["error: runs/a has no adapter_config.json", "hint: did you mean runs/a/adapter?"]),
         (["base", "--out", "x"], ["error: base has no adapter_config.json", "hint: give the adapter folder of a run: runs/NAME/adapter"]),
         (["runs/a/adapter", "--out", "no/x"], ["error: --out no/x: there is no folder no", "hint: make it first"]),
@@ -105,7 +105,7 @@ def test_another_base_is_refused_by_its_fingerprint_and_by_its_shapes(trained: P
     assert done.last_two[1].endswith("if this one is the same model in another form, add --other-base")
     again = lora("merge", trained / "adapter", "--out", "x", "--base", "other", "--other-base")
     assert again.code == 0, again.err
-    assert "note: other has other weights than base, which the update was trained over" in again.err
+    assert "note: the weights of other differ from those of base, which this adapter was trained on" in again.err
     for change in ({"hidden_size": 96, "head_dim": 24}, {"num_hidden_layers": 1}):
         refused = lora("merge", trained / "adapter", "--out", "y", "--base", other_base(**change), "--other-base")
         assert refused.code == 2
@@ -117,10 +117,8 @@ def test_an_adapter_that_rounding_takes_away_is_refused(trained: Path, lora: Lor
     rewrite(1e-6)
     done = lora("merge", trained / "adapter", "--out", "x", "--dtype", "bfloat16")
     assert (done.code, done.out) == (1, "")
-    assert re.fullmatch(
-        r"error: \S+_proj\.weight: of its update -?\d+% survives the rounding to bfloat16", done.last_two[0]
-    )
-    assert done.last_two[1] == "hint: write a finer dtype: --dtype float32, or use the adapter as it is"
+    assert re.fullmatch(r"error: \S+_proj\.weight: rounding to bfloat16 keeps -?\d+% of its update", done.last_two[0])
+    assert done.last_two[1] == "hint: write a finer dtype: --dtype float32, or use the adapter unmerged"
     assert not Path("x").exists()
     assert not [entry for entry in Path().iterdir() if entry.name.startswith(".tmp")]
 
@@ -161,9 +159,9 @@ def fold_another_update(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fault", "verify", "said"),
     [
-        (skip_the_addition, "tensors", "of its update 0% survives the rounding to float32"),
-        (skip_the_addition, "logits", "of its update 0% survives the rounding to float32"),
-        (fold_another_update, "logits", "times further from PEFT's merge than rounding explains"),
+        (skip_the_addition, "tensors", "rounding to float32 keeps 0% of its update"),
+        (skip_the_addition, "logits", "rounding to float32 keeps 0% of its update"),
+        (fold_another_update, "logits", "times what rounding explains"),
     ],
 )
 def test_a_delta_that_is_lost_on_the_way_is_found(
@@ -196,7 +194,7 @@ def test_what_reads_back_otherwise_is_found(trained: Path, lora: Lora, monkeypat
     monkeypatch.setattr(stream, "write_merged", damaging)
     done = lora("merge", trained / "adapter", "--out", "x")
     assert (done.code, done.out) == (1, "")
-    assert "the merged model is another one: lm_head.weight, read back, is" in done.last_two[0]
+    assert "the merged model is wrong: lm_head.weight, read back, differs" in done.last_two[0]
     assert not Path("x").exists()
 
 
@@ -231,7 +229,7 @@ def test_over_a_quantised_base_the_nearer_weights_are_taken(method: str, recipe:
     assert origin["quantization"]["type"] == "nf4"
     done = lora("merge", "runs/a/adapter", "--out", "auto")
     assert done.code == 0, done.err
-    assert "weights: dequantized, nearer to the trained 4-bit model on 2 held-out rows" in done.err
+    assert "weights: dequantized, closer to the trained 4-bit model on 2 held-out rows" in done.err
     assert kl(done.err, "dequantized") < 1e-6 < 0.1 * kl(done.err, "original")
     assert lora("merge", "runs/a/adapter", "--out", "dequantized", "--weights", "dequantized").code == 0
     assert lora("merge", "runs/a/adapter", "--out", "original", "--weights", "original").code == 0
@@ -247,8 +245,8 @@ def test_over_a_quantised_base_the_nearer_weights_are_taken(method: str, recipe:
 
 def test_weights_of_a_base_that_was_not_quantised(trained: Path, lora: Lora):
     assert lora("merge", trained / "adapter", "--out", "x", "--weights", "dequantized").last_two == [
-        "error: --weights dequantized: runs/a/adapter does not say that its base was quantised",
-        "hint: leave --weights out: the base's weights are what it was trained over",
+        "error: --weights dequantized: runs/a/adapter has no record that its base was quantized in training",
+        "hint: leave --weights out: the adapter was trained on the base's weights",
     ]
 
 
@@ -266,7 +264,9 @@ def test_what_was_merged_is_taken_out_again(dtype: str, trained: Path, lora: Lor
     assert merged.code == 0, merged.err
     done = lora("merge", trained / "adapter", "--base", "merged", "--out", "again", "--unmerge")
     assert (done.code, done.out) == (0, "again\n"), done.err
-    landed = re.search(r"against (\w+): ([\d.]+)% of the weights are equal, the others within ([\d.]+) units", done.err)
+    landed = re.search(
+        r"compared with (\w+): ([\d.]+)% of the weights are equal, the others within ([\d.]+) units", done.err
+    )
     assert landed is not None, done.err
     assert landed[1] == ("base" if dtype == "float32" else "half")
     assert float(landed[2]) > 50
@@ -283,14 +283,14 @@ def test_what_cannot_be_taken_out_is_refused(recipe: WriteRecipe, lora: Lora):
     assert lora("train", "recipe.yaml").code == 0
     assert lora("merge", "runs/a/adapter", "--out", "merged").code == 0
     assert lora("merge", "runs/a/adapter", "--out", "x", "--unmerge").last_two == [
-        "error: --unmerge: from which merged model?",
+        "error: --unmerge: the merged model is missing",
         "hint: name its folder: --base MERGED",
     ]
     refused = lora("merge", "runs/a/adapter", "--base", "merged", "--out", "x", "--unmerge")
     assert refused.last_two == [
-        "error: --unmerge: lora did more than add to model.layers.0.self_attn.q_proj and 13 more, and what was there "
-        "is gone",
-        "hint: take the original base",
+        "error: --unmerge: lora did more than add to model.layers.0.self_attn.q_proj and 13 more, and the "
+        "original values are lost",
+        "hint: use the original base",
     ]
 
 
@@ -303,7 +303,7 @@ def test_a_tokenizer_of_another_model_is_refused(trained: Path, lora: Lora):
     file.write_text(json.dumps(tree))
     done = lora("merge", trained / "adapter", "--out", "x")
     assert done.code == 2
-    assert done.last_two[0].startswith("error: runs/a/adapter: its tokenizer is none of base: ")
+    assert done.last_two[0].startswith("error: runs/a/adapter: its tokenizer does not fit base: ")
 
 
 def test_a_tokenizer_that_knows_more_than_the_base_has_embeddings_for_makes_no_new_ones(trained: Path, lora: Lora):
@@ -330,7 +330,7 @@ def test_a_base_of_the_hub_is_taken_from_the_cache(
     file.write_text(json.dumps(config))
     done = lora("merge", trained / "adapter", "--out", "merged", "--verify", "tensors")
     assert done.code == 0, done.err
-    assert "folding lora into org/tiny" in done.err
+    assert "merging lora into org/tiny" in done.err
     assert lora("merge", trained / "adapter", "--out", "again", "--base", "base").code == 0
     merged, again = load_file("merged/model.safetensors"), load_file("again/model.safetensors")
     assert all(torch.equal(merged[name], again[name]) for name in again)

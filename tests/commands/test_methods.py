@@ -58,7 +58,7 @@ def test_it_goes_from_rows_to_a_measured_adapter(method: str, recipe: WriteRecip
         assert (merged.code, merged.out) == (0, "merged\n"), merged.err
     else:
         assert merged.code == 2
-        assert "puts virtual tokens before the prompt: there is nothing to fold" in merged.last_two[0]
+        assert "adds virtual tokens before the prompt: it cannot be merged into weights" in merged.last_two[0]
         assert not Path("merged").exists()
 
     # A run that stopped after its second step ends as this one did.
@@ -128,7 +128,7 @@ def test_a_quantised_base_with_other_optimizers(bits: int, optimizer: str, recip
     assert done.code == 0, done.err
     for text in (checked.out, done.err):
         assert ("optimizer: adamw (auto)" in text) is (optimizer == "auto")
-    held = "4-bit nf4, scales quantised too, computed in bfloat16" if bits == 4 else "int8 (LLM.int8)"
+    held = "4-bit nf4, double quantization, computed in bfloat16" if bits == 4 else "int8 (LLM.int8)"
     assert f"its linear layers: {held}" in done.err
     each = re.search(r"([\d,]+) weights in \d+ MiB: (0\.\d+) bytes each", done.err)
     assert (each is not None) is (bits == 4)

@@ -139,7 +139,7 @@ MISTAKES = {
     "code that is not trusted": Mistake(
         {"model.path": "custom"},
         [
-            "error: model.path: custom cannot be loaded: it needs Python code of its own, which is not run unless you trust it",
+            "error: model.path: custom cannot be loaded: it needs Python code from its repository, which runs only if you trust it",
             "hint: read the code, then set model.trust_remote_code: true (lora merge: --trust-remote-code)",
         ],
         before=custom_code,
@@ -171,7 +171,7 @@ MISTAKES = {
         {"model.path": "half"},
         [
             "error: model.path: the checkpoint has no weights for model.layers.1.mlp.down_proj.weight",
-            "hint: it is none of a LlamaForCausalLM, or not whole: give another model, or another task",
+            "hint: not a complete LlamaForCausalLM checkpoint: give another model, or choose another task",
         ],
         before=half_a_checkpoint,
     ),
@@ -183,7 +183,7 @@ MISTAKES = {
     "virtual tokens beyond the encoder's positions": Mistake(
         {**CLASSES, "data.max_length": 2048, "adapter": {"method": "prompt", "virtual_tokens": 4}},
         [
-            "error: data.max_length: 2,048 tokens and 4 virtual ones before them, but the model has positions for 2,048",
+            "error: data.max_length: 2,048 tokens and 4 virtual tokens, but the model has positions for 2,048",
             "hint: at most 2044",
         ],
         before=encoder,
@@ -218,7 +218,7 @@ MISTAKES = {
     "a decoder's class behind virtual tokens": Mistake(
         {"task": "seq-cls", "data.train": "classes.jsonl", "adapter": {"method": "prompt"}},
         [
-            "error: adapter.method: prompt lets this model read the class of a shorter row at its padding",
+            "error: adapter.method: with prompt this model reads the class of a shorter row at its padding",
             "hint: set training.batch_size: 1 and raise training.gradient_accumulation, or write method: prefix or lora",
         ],
         before=lambda: write(
@@ -251,7 +251,7 @@ MISTAKES = {
         {"adapter": {"method": "adalora"}, "training.max_steps": 2},
         [
             "error: adapter.method: adalora drops ranks step by step, and this run has 2",
-            "hint: raise training.max_steps or epochs to 3 steps or more, or write another method",
+            "hint: raise training.max_steps or epochs to 3 steps or more, or choose another method",
         ],
     ),
     "a rotation that does not fit": Mistake(
@@ -264,14 +264,14 @@ MISTAKES = {
     "a rank beyond the layer's": Mistake(
         {"adapter": {"method": "pissa", "rank": 100}},
         [
-            "error: adapter.rank: 100 is more than model.layers.0.self_attn.q_proj has components for",
+            "error: adapter.rank: 100 is more than the components that model.layers.0.self_attn.q_proj has",
             "hint: at most 64, or leave such layers out of adapter.target_modules",
         ],
     ),
     "what the adapter cannot go on": Mistake(
         {"adapter.target_modules": ["layers"]},
         [
-            "error: adapter: PEFT refuses it: Target module ModuleList is not supported",
+            "error: adapter: PEFT rejects it: Target module ModuleList is not supported",
             "hint: choose other adapter.target_modules or another adapter.method",
         ],
     ),
@@ -308,7 +308,7 @@ MISTAKES = {
         {"model.path": "./bse"},
         [
             "error: model.path: there is no folder ./bse",
-            "hint: . holds base, recipe.yaml, rows.jsonl, runs; model.path takes a .gguf file, a folder or a hub id",
+            "hint: . contains base, recipe.yaml, rows.jsonl, runs; model.path takes a .gguf file, a folder or a hub id",
         ],
     ),
     "no gguf file": Mistake(
@@ -446,7 +446,10 @@ MISTAKES = {
     ),
     "a --set without a value": Mistake(
         {},
-        ["--set training.seed: missing `=` — write it like training.learning_rate=1e-4", "error: 1 problem in recipe.yaml"],
+        [
+            "--set training.seed: missing `=` — write it like training.learning_rate=1e-4",
+            "error: 1 problem in recipe.yaml",
+        ],
         words="train recipe.yaml --set training.seed",
     ),
     "eval on rows that are all left out": Mistake(
@@ -460,7 +463,7 @@ MISTAKES = {
     ),
     "eval of a base model": Mistake(
         {},
-        ["error: base is no recipe, run or adapter folder", "hint: give a YAML file, or a folder of lora train"],
+        ["error: base is not a recipe, run or adapter folder", "hint: give a YAML file, or a folder of lora train"],
         words="eval base",
     ),
 }

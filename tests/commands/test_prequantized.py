@@ -131,7 +131,7 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
     done = lora("train", "recipe.yaml", "--fresh")
     assert done.code == 0, done.err
     for text in (checked.out, done.err):
-        assert "its weights are quantised already: bitsandbytes" in text
+        assert "its weights were quantized before: bitsandbytes" in text
     pattern = re.compile(r"eval at step \d+: .*")
     assert pattern.findall(done.err) == pattern.findall(here.err)
     weights = "adapter_model.safetensors"
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
     assert f"small is already quantized (bitsandbytes, {saved} bits) and cannot be quantized again" in refused.err
     merged = lora("merge", "runs/a/adapter", "--out", "merged")
     assert merged.last_two == [
-        "error: small is quantised (bitsandbytes): an update is folded into whole weights",
+        "error: small is quantized (bitsandbytes): an adapter is merged into unquantized weights",
         "hint: name the 16-bit model that it was made from: --base PATH --other-base",
     ]
     assert lora("merge", "runs/a/adapter", "--out", "merged", "--base", "base", "--other-base").code == 0

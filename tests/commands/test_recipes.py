@@ -175,7 +175,7 @@ def test_a_recipe_runs_from_rows_to_a_merged_model(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cpu, "cores", lambda: 1)
+    monkeypatch.setattr(cpu, "available_cores", lambda: 1)
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     write_local_rows(monkeypatch)
     assert lora("init", name).code == 0
@@ -202,4 +202,4 @@ def test_a_recipe_runs_from_rows_to_a_merged_model(
     assert re.search(r"^ *adapter +[\d.]+", measured.out, re.MULTILINE), measured.out
     merged = lora("merge", run / "adapter", "--out", "merged")
     assert (merged.code, merged.out) == (0, "merged\n"), merged.err
-    assert "verified: read back, every weight is PEFT's merge" in merged.err
+    assert "verified: every weight, read back, is PEFT's merge" in merged.err

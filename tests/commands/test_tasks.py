@@ -201,7 +201,7 @@ def test_a_classifier_becomes_a_graph_that_tells_the_same_labels_apart(here: Pat
     assert "logits: verified" in done.err
     assert json.loads(Path("graph/config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
     refused = lora("export", "runs/a", "--to", "gguf", "--out", "a.gguf")
-    assert refused.last_two[0].startswith("error: --to gguf: a seq-cls model")
+    assert refused.last_two[0].startswith("error: --to gguf: seq-cls models are not supported")
 
 
 def _recipe_on(base: str) -> str:
@@ -230,8 +230,8 @@ def test_adapters_whose_numbers_stand_for_other_labels_are_not_measured_side_by_
     for name, labels in (("la", "[no, yes]"), ("lb", "[yes, no]")):
         assert lora("train", "recipe.yaml", "--output", f"runs/{name}", "--set", f"data.labels={labels}").code == 0
     assert lora("eval", "runs/la", "--adapter", "lb=runs/lb/adapter").last_two == [
-        "error: runs/lb/adapter: its head tells apart 2 labels: yes, no; that of runs/la/adapter 2 labels: no, yes",
-        "hint: measure each adapter by itself",
+        "error: runs/lb/adapter: its head has 2 labels: yes, no; that of runs/la/adapter has 2 labels: no, yes",
+        "hint: measure each adapter separately",
     ]
     Path("some.jsonl").write_text(json.dumps({"text": "the fox", "label": ["yes"]}) + "\n")
     assert lora("eval", "runs/la", "--data", "some.jsonl").last_two == [
@@ -270,7 +270,7 @@ def test_virtual_tokens_before_a_model_that_calls_its_sizes_otherwise(method: st
     done = lora("train", "recipe.yaml")
     assert done.code == 0, done.err
     assert lora("train", "recipe.yaml", "--set", "adapter.method=prefix", "--fresh").last_two == [
-        "error: adapter.method: a distilbert model takes no keys and values from before, which prefix is",
+        "error: adapter.method: prefix tuning needs a key/value cache, which distilbert models do not have",
         "hint: write method: prompt or lora",
     ]
 

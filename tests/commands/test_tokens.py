@@ -98,8 +98,8 @@ def test_resuming_with_them_is_the_uninterrupted_run(with_tokens: str, lora: Lor
 def test_what_cannot_be_taught(with_tokens: str, recipe: WriteRecipe, lora: Lora):
     recipe({**SECTIONS, "model.new_tokens": ["<|im_start|>", *NEW], "adapter.trainable_tokens": ["<|im_start|>", *NEW]})
     assert lora("check", "recipe.yaml").last_two == [
-        "error: model.new_tokens: the tokenizer knows <|im_start|> already",
-        "hint: remove it from the list: it is no new one",
+        "error: model.new_tokens: the tokenizer already has <|im_start|>",
+        "hint: remove it from the list: it is not new",
     ]
     recipe({**SECTIONS, "adapter.trainable_tokens": [*NEW, "two words"]})
     refused = lora("check", "recipe.yaml")
@@ -109,9 +109,9 @@ def test_what_cannot_be_taught(with_tokens: str, recipe: WriteRecipe, lora: Lora
     recipe({**SECTIONS, "adapter.trainable_tokens": None, "adapter.modules_to_save": ["norm"]})
     for command in ("check", "train"):
         assert lora(command, "recipe.yaml").last_two == [
-            f"error: model.new_tokens: nothing teaches {NEW[0]!r}: adapter.modules_to_save does not have "
+            f"error: model.new_tokens: {NEW[0]!r} is not trainable: adapter.modules_to_save does not have "
             "model.embed_tokens",
-            "hint: add embed_tokens to it, and the head where it is not tied; or list the token in "
+            "hint: add embed_tokens to it, and the head if it is not tied; or list the token in "
             "adapter.trainable_tokens",
         ]
 

@@ -175,7 +175,7 @@ def test_resume_refuses_another_arithmetic(key: str, value: str, trained: Path, 
 def test_bad_rows_are_told_before_any_process_is_started(
     recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(launch, "spawn", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr(launch, "launch_workers", lambda *_: pytest.fail("started"))
     with Path("rows.jsonl").open("a") as rows:
         rows.write('{"messages": 3}\n')
     done = lora("train", recipe(), "--processes", "2")
@@ -223,7 +223,7 @@ def test_a_signal_saves_and_resume_ends_where_the_uninterrupted_run_does(
         patch.setattr(console.StepProgress, "step", signalled)
         stopped = lora("train", "recipe.yaml", "--output", "runs/b")
     assert (stopped.code, stopped.out) == (code, "")
-    assert stopped.err.splitlines()[-1] == "stopped after step 3, which is saved; --resume goes on from there"
+    assert stopped.err.splitlines()[-1] == "stopped after step 3, which is saved; --resume continues from there"
     assert Path("runs/b/checkpoints/step-00000003").is_dir()
     assert not Path("runs/b/adapter").exists()
     resumed = lora("train", "recipe.yaml", "--output", "runs/b", "--resume")
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     done = lora("train", "recipe.yaml")
     assert (done.code, done.out) == (1, "")
     assert re.fullmatch(r"error: step 3: the loss is not finite; its rows: rows\.jsonl:\d+.*", done.last_two[0])
-    assert done.last_two[1].startswith("hint: the last checkpoint is from before it")
+    assert done.last_two[1].startswith("hint: try a lower")
     assert sorted(p.name for p in Path("runs/a/checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     assert [r["step"] for r in metrics_log.read_metrics(Path("runs/a/metrics.jsonl"))] == [1, 2]
 
@@ -269,5 +269,5 @@ def test_a_base_that_is_broken_is_told_at_the_first_evaluation(
     assert done.code == 1
     assert done.last_two == [
         "error: the loss on the held-out rows is not finite at step 0",
-        "hint: it is the base model's own: see model.path and model.dtype",
+        "hint: the base model causes it: see model.path and model.dtype",
     ]

@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_cli.data.class_labels import ClassLabels
 from lora_cli.export.source import ExportOptions, ExportSource
+from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.model_source import ModelSource
 from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.tasks import TaskName
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
 from tests.model.families import FAMILIES, LABELS, OWN_NAMES
@@ -32,7 +36,8 @@ def model(family: str, *, vocabulary: int, **options: Any) -> PreTrainedModel:
     common = {key: value for key, value in zoo.COMMON.items() if not _foreign(key, entry.kind)}
     own = {"vocab_size": vocabulary, **entry.options, **AS_LLAMA_CPP.get(family, {}), **options}
     torch.manual_seed(0)
-    made: PreTrainedModel = TASKS[entry.task].loader.from_config(AutoConfig.for_model(entry.kind, **{**common, **own}))
+    config = AutoConfig.for_model(entry.kind, **{**common, **own})
+    made: PreTrainedModel = TASKS[entry.task].auto_class.from_config(config)
     for parameter in made.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
@@ -51,10 +56,26 @@ def subject(family: str, folder: Path, **options: Any) -> ExportSource:
     made.generation_config.eos_token_id = words.eos_token_id
     made.save_pretrained(folder)
     words.save_pretrained(folder)
-    config = AutoConfig.from_pretrained(folder)
     task = FAMILIES[family].task
     prompts = tuple(tuple(range(5 + 3 * n, 17 + 5 * n)) for n in range(2)) if task == "causal-lm" else ()
-    return ExportSource(family, folder, config, words, task, LABELS if TASKS[task].classes else None, prompts)
+    labels = LABELS if TASKS[task].is_classification else None
+    return export_source(family, folder, words, task=task, labels=labels, prompts=prompts)
+
+
+def export_source(
+    name: str,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    config: PretrainedConfig | None = None,
+    task: TaskName = "causal-lm",
+    labels: ClassLabels | None = None,
+    prompts: tuple[tuple[int, ...], ...] = (),
+) -> ExportSource:
+    """The model in `folder`, as `lora export` opens it."""
+    config = config or AutoConfig.from_pretrained(folder)
+    base = BaseCheckpoint(name, ModelSource(str(folder)), config, tokenizer, task, labels)
+    return ExportSource(name, base, prompts)
 
 
 def options(quantize: str | None = None, *, over: Path | None = None, runtime: bool = True) -> ExportOptions:

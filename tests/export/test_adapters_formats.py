@@ -11,16 +11,15 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lora_cli.errors import LoraError
 from lora_cli.export.hf import peft_adapter, vllm_adapter
 from lora_cli.export.source import ExportSource
 from lora_cli.model import save_adapter
 from lora_cli.model.adapter_context import AdapterContext
-from lora_cli.model.trained_on import TrainedOn
-from lora_cli.model.trained_on import write_trained_on as write_origin
-from tests.export.sources import model, options, subject, tokenizer
+from lora_cli.model.trained_on import TrainedOn, write_trained_on
+from tests.export.sources import export_source, model, options, subject, tokenizer
 from tests.model import zoo
 from tests.model.families import LABELS
 from tests.model.zoo import METHODS, relative
@@ -40,7 +39,7 @@ def with_adapter(found: ExportSource, folder: Path, **given: Any) -> ExportSourc
 
 
 def saved(found: ExportSource, made: PeftModel, folder: Path) -> ExportSource:
-    save_adapter.save_adapter(made, folder, base=str(found.model), revision=None)
+    save_adapter.save_adapter(made, folder, base=str(found.folder), revision=None)
     return found._replace(adapter=folder)
 
 
@@ -64,7 +63,7 @@ def damage(out: Path, *, key: str) -> None:
 
 @torch.no_grad()
 def by_peft(found: ExportSource) -> Tensor:
-    base = AutoModelForCausalLM.from_pretrained(found.model)
+    base = AutoModelForCausalLM.from_pretrained(found.folder)
     return PeftModel.from_pretrained(base, str(found.adapter)).eval()(IDS).logits
 
 
@@ -73,7 +72,7 @@ def by_vllm(found: ExportSource, out: Path) -> Tensor:
     """What vLLM makes of a folder: every update times one number from the configuration, patterns or not."""
     config = json.loads((out / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    base = AutoModelForCausalLM.from_pretrained(found.model)
+    base = AutoModelForCausalLM.from_pretrained(found.folder)
     tensors = load_file(out / save_adapter.ADAPTER_WEIGHTS)
     for name, a in tensors.items():
         if "lora_A" in name:
@@ -179,7 +178,7 @@ def test_bases_are_held_against_what_vllm_adapts(family: str, given: dict[str, A
 def test_tasks_and_strange_tensors_are_refused(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
     with pytest.raises(LoraError, match="seq-cls adapter"):
-        vllm_adapter.refuse(found._replace(task="seq-cls"), options())
+        vllm_adapter.refuse(found._replace(base=found.base._replace(task="seq-cls")), options())
     tensors = load_file(tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
     embeddings = {"base_model.model.model.embed_tokens.weight": torch.zeros(llama.config.vocab_size, 64)}
     save_file(tensors | embeddings, tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
@@ -198,7 +197,7 @@ def test_the_command_serves_any_rank(rank: int, largest: str, llama: ExportSourc
     found = with_adapter(llama._replace(name="llama"), tmp_path / "adapter", rank=rank, target_modules=["q_proj"])
     lines = vllm_adapter.usage(found._replace(name="runs/my run/adapter"), tmp_path / "out", options())
     words = shlex.split(lines[0])
-    assert words[:3] == ["vllm", "serve", str(found.model)]
+    assert words[:3] == ["vllm", "serve", str(found.folder)]
     assert words[words.index("--max-lora-rank") + 1] == largest
     assert words[words.index("--lora-modules") + 1] == f"my-run={tmp_path / 'out'}"
     assert "--tokenizer" not in words
@@ -211,8 +210,10 @@ def test_another_tokenizer_and_a_quantised_base_are_told(llama: ExportSource, tm
     found = with_adapter(llama, tmp_path / "adapter")
     words = tokenizer()
     words.chat_template = "{{ messages }}"
-    write_origin(TrainedOn(None, "0", "LlamaForCausalLM", "bfloat16", {"bits": 4, "type": "nf4"}), tmp_path / "adapter")
-    lines = vllm_adapter.usage(found._replace(tokenizer=words), tmp_path / "out", options())
+    write_trained_on(
+        TrainedOn(None, "0", "LlamaForCausalLM", "bfloat16", {"bits": 4, "type": "nf4"}), tmp_path / "adapter"
+    )
+    lines = vllm_adapter.usage(found._replace(base=found.base._replace(tokenizer=words)), tmp_path / "out", options())
     assert "--tokenizer" in shlex.split(lines[0])
     assert any("nf4" in line for line in lines)
 
@@ -228,9 +229,9 @@ def test_peft_loads_every_method(method: str, llama: ExportSource, tmp_path: Pat
 def test_the_lines_of_python_give_the_adapted_model(llama: ExportSource, tmp_path: Path):
     found = with_adapter(llama, tmp_path / "adapter")
     lines = peft_adapter.usage(found, exported(peft_adapter, found, tmp_path / "out"), options())
-    assert any(str(llama.model) in line and line.startswith("note:") for line in lines)
+    assert any(str(llama.folder) in line and line.startswith("note:") for line in lines)
     assert torch.equal(logits_of(lines), by_peft(found))
-    assert not torch.equal(logits_of(lines), AutoModelForCausalLM.from_pretrained(llama.model)(IDS).logits)
+    assert not torch.equal(logits_of(lines), AutoModelForCausalLM.from_pretrained(llama.folder)(IDS).logits)
 
 
 @torch.no_grad()
@@ -247,9 +248,8 @@ def test_a_classifier_and_its_labels(tmp_path: Path):
     base.save_pretrained(tmp_path / "base")
     context = AdapterContext(task="seq-cls", heads=("classifier",))
     made = zoo.adapted(base, context=context, target_modules=["query", "value"])
-    config = AutoConfig.from_pretrained(tmp_path / "base")
     found = saved(
-        ExportSource("bert", tmp_path / "base", config, words, "seq-cls", LABELS, ()), made, tmp_path / "adapter"
+        export_source("bert", tmp_path / "base", words, task="seq-cls", labels=LABELS), made, tmp_path / "adapter"
     )
     lines = peft_adapter.usage(found, exported(peft_adapter, found, tmp_path / "out"), options())
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.errors import LoraError
@@ -17,7 +17,7 @@ from lora_cli.export.hf import verify
 from lora_cli.export.source import Check, ExportSource
 from lora_cli.model import safetensors_io
 from lora_cli.model.tasks import TASKS
-from tests.export.sources import model, options, subject, tokenizer
+from tests.export.sources import export_source, model, options, subject, tokenizer
 from tests.model.families import FAMILIES
 
 WHOLE = "model.safetensors"
@@ -33,8 +33,8 @@ def classifier(family: str, folder: Path, kind: LabelKind = "single") -> ExportS
     made = model(family, vocabulary=len(words), pad_token_id=0, num_labels=2)
     made.save_pretrained(folder)
     words.save_pretrained(folder)
-    labels = ClassLabels(kind, ("a", "b")) if TASKS[task].classes else None
-    return ExportSource(family, folder, AutoConfig.from_pretrained(folder), words, task, labels, ())
+    labels = ClassLabels(kind, ("a", "b")) if TASKS[task].is_classification else None
+    return export_source(family, folder, words, task=task, labels=labels)
 
 
 def checks(found: ExportSource, out: Path, form: str | None, *, runtime: bool = True) -> dict[str, Check]:
@@ -54,7 +54,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def loaded(found: ExportSource, folder: Path, **given: Any) -> PreTrainedModel:
-    made: PreTrainedModel = TASKS[found.task].loader.from_pretrained(folder, **given)
+    made: PreTrainedModel = TASKS[found.task].auto_class.from_pretrained(folder, **given)
     return made.eval()
 
 
@@ -64,13 +64,13 @@ def test_a_cast_is_what_transformers_reads_in_that_dtype(form: str | None, tied:
     found = subject("llama", tmp_path / "base", tie_word_embeddings=tied)
     exported(found, tmp_path / "out", form)
     dtype = hf_model.DTYPES[form or "f32"]
-    expected = loaded(found, found.model, dtype=dtype).state_dict()
+    expected = loaded(found, found.folder, dtype=dtype).state_dict()
     ours = loaded(found, tmp_path / "out")
     assert ours.config.dtype == ours.dtype == dtype
     assert ours.config.tie_word_embeddings == tied
     assert ours.generation_config.eos_token_id == found.tokenizer.eos_token_id
     assert all(torch.equal(value, expected[name]) for name, value in ours.state_dict().items())
-    assert tensors(tmp_path / "out").keys() == tensors(found.model).keys()
+    assert tensors(tmp_path / "out").keys() == tensors(found.folder).keys()
     words = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert words.get_vocab() == found.tokenizer.get_vocab()
     assert words.chat_template == found.tokenizer.chat_template
@@ -87,7 +87,7 @@ def test_four_bits_are_those_of_transformers(family: str, tmp_path: Path):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    made = loaded(found, found.model, dtype=torch.bfloat16, quantization_config=four_bits)
+    made = loaded(found, found.folder, dtype=torch.bfloat16, quantization_config=four_bits)
     ours = loaded(found, tmp_path / "out")
     mine, theirs = ours.state_dict(), made.state_dict()
     assert mine.keys() == theirs.keys()
@@ -106,13 +106,12 @@ def test_four_bits_are_those_of_transformers(family: str, tmp_path: Path):
 
 
 def test_the_demo_model_in_four_bits(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(verify, "LONGEST", 6)  # bitsandbytes multiplies slowly on a CPU
+    monkeypatch.setattr(verify, "MAX_POSITIONS", 6)  # bitsandbytes multiplies slowly on a CPU
     words = AutoTokenizer.from_pretrained(demo_folder)
     prompt = words.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_dict=False
     )
-    config = AutoConfig.from_pretrained(demo_folder)
-    found = ExportSource("demo", demo_folder, config, words, "causal-lm", None, (tuple(prompt),))
+    found = export_source("demo", demo_folder, words, prompts=(tuple(prompt),))
     made = exported(found, tmp_path / "out", "nf4")
     assert made["tensors"].figures["packed"] == 106_168_320  # all linear layers, not the embeddings
     assert 0 < made["note"].figures["kl"] < 2
@@ -129,14 +128,14 @@ def test_classifiers_of_every_kind(family: str, kind: LabelKind, tmp_path: Path)
 
 def test_half_precision_is_kept_in_four_bits(llama: ExportSource, tmp_path: Path):
     exported(llama, tmp_path / "half", "f16")
-    found = llama._replace(model=tmp_path / "half", config=AutoConfig.from_pretrained(tmp_path / "half"))
+    found = llama.at(tmp_path / "half")
     exported(found, tmp_path / "out", "nf4")
     made, source = tensors(tmp_path / "out"), tensors(tmp_path / "half")
     assert torch.equal(made["model.embed_tokens.weight"], source["model.embed_tokens.weight"])
 
 
 def test_large_models_are_several_files(llama: ExportSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(model, "LARGEST", 50_000)
+    monkeypatch.setattr(hf_model, "MAX_SHARD_BYTES", 50_000)
     for form in ("bf16", "nf4"):
         exported(llama, tmp_path / form, form)
         files = list((tmp_path / form).glob("*.safetensors"))
@@ -151,7 +150,7 @@ def altered(llama: ExportSource, folder: Path, name: str, change: Any) -> Export
     held = load_file(folder / WHOLE)
     held[name] = change(held[name])
     save_file(held, folder / WHOLE)
-    return llama._replace(model=folder)
+    return llama.at(folder)
 
 
 def test_what_a_dtype_cannot_hold_is_refused_by_name(llama: ExportSource, tmp_path: Path):
@@ -223,7 +222,7 @@ def test_what_cannot_be_written_is_refused(llama: ExportSource, tmp_path: Path):
     with pytest.raises(LoraError, match="no linear layer"):
         hf_model.refuse(subject("falcon", tmp_path / "falcon"), options("nf4"))
     exported(llama, tmp_path / "packed", "nf4")
-    packed = llama._replace(model=tmp_path / "packed", config=AutoConfig.from_pretrained(tmp_path / "packed"))
+    packed = llama.at(tmp_path / "packed")
     with pytest.raises(LoraError, match="quantised already"):
         hf_model.refuse(packed, options("bf16"))
 
@@ -238,7 +237,7 @@ def test_a_full_disk_is_told_before_anything_is_written(llama: ExportSource, tmp
 def test_one_tensor_is_in_memory_at_a_time(llama: ExportSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     steps: list[str] = []
     read, write = hf_model.read_tensor, safetensors_io.ShardFiles.write
-    monkeypatch.setattr(model, "read", lambda stored, files: steps.append("read") or read(stored, files))
+    monkeypatch.setattr(hf_model, "read_tensor", lambda stored, files: steps.append("read") or read(stored, files))
     monkeypatch.setattr(
         safetensors_io.ShardFiles,
         "write",

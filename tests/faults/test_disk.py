@@ -34,7 +34,7 @@ def test_the_checkpoint_before_stays_and_resume_goes_on(trained: Path, lora: Lor
     assert (done.code, done.out) == (1, "")
     assert "Traceback" not in done.err
     assert done.last_two[0] == "error: runs/b: File too large"
-    assert done.last_two[1].endswith("what was written before is whole, and a run goes on with --resume")
+    assert done.last_two[1].endswith("files written before are complete, and a run continues with --resume")
     assert list(Path("runs/b/checkpoints").iterdir()) == []
     resumed = lora(*longer, "--resume")
     assert resumed.code == 0, resumed.err
@@ -63,6 +63,6 @@ def test_a_permission_that_is_taken_away(trained: Path, lora: Lora, monkeypatch:
     assert done.code == 1
     assert done.last_two == [
         "error: figures.json: Permission denied",
-        "hint: see its permissions, or name another place; what was written before is whole",
+        "hint: check its permissions, or choose another path; files written before are complete",
     ]
     assert "Traceback" not in done.err

@@ -223,7 +223,7 @@ def test_two_processes_stopped_by_sigint_save_and_say_so_once(place: Place):
     assert process.returncode == 130, said
     (saved,) = (place.folder / "pair" / "checkpoints").iterdir()
     done = int(saved.name.removeprefix("step-"))
-    assert said.splitlines()[-1] == f"stopped after step {done}, which is saved; --resume goes on from there"
+    assert said.splitlines()[-1] == f"stopped after step {done}, which is saved; --resume continues from there"
     assert "Traceback" not in said
 
 

@@ -1,6 +1,7 @@
 """What is saved is what was trained: plain PEFT reads it, and a folder that differs in anything is found out."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,18 +27,20 @@ def logits(model: torch.nn.Module) -> Tensor:
     return out[:, -IDS.shape[1] :]
 
 
-def difference(model: PeftModel, folder: Path) -> save_adapter.Difference:
-    return save_adapter.difference_when_loaded(model, folder, logits, fp32_weights.upcast_trainable_params)
+def difference(model: PeftModel, folder: Path) -> save_adapter.ReloadDifference:
+    return save_adapter.compare_reloaded(model, folder, logits)
 
 
 def saved_and_loaded(model: PeftModel, folder: Path, family: str = "qwen2", **options: Any) -> None:
     """What plain PEFT loads onto a fresh base is the trained model."""
+    for_inference = deepcopy(model)
+    fp32_weights.upcast_trainable_params(for_inference, for_inference=True)
+    trained = logits(for_inference)
     fp32_weights.upcast_trainable_params(model)
-    trained = logits(model)
     save_adapter.save_adapter(model, folder, base="org/base", revision="abc")
     assert difference(model, folder) == (0, 0)
     loaded = PeftModel.from_pretrained(zoo.make(family, **options), str(folder))
-    fp32_weights.upcast_trainable_params(loaded)
+    fp32_weights.upcast_trainable_params(loaded, for_inference=True)
     assert torch.equal(logits(loaded), trained)
     assert zoo.relative(logits(loaded), logits(zoo.make(family, **options))) > 1e-3
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""The fused LoRA layer is PEFT's own, output and gradients; where it might not be, PEFT's forward stays."""
+"""The fused LoRA layer equals PEFT's, output and gradients; where it might not, PEFT's forward runs."""
 
 import math
 from functools import partial
@@ -9,93 +9,81 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
 
-from lora_cli.model import base_model, fused_lora
-from lora_cli.model.fused_lora import FusedLoraFunction, draw_dropout_positions
+from lora_cli.model.fused_lora import (
+    FusedLora,
+    FusedLora4bit,
+    FusedLoraFunction,
+    draw_dropout_positions,
+    is_fusable,
+    register_custom_layers,
+)
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import zoo
+from tests.support import checkpoints
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
 
 def layers(model: PeftModel) -> list[LoraLinear]:
-    return [module for module in model.modules() if type(module) is LoraLinear]
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
 
 
-def is_fused(layer: LoraLinear) -> bool:
-    return isinstance(layer.__dict__.get("forward"), partial)
-
-
-def outcome(forward, layer: LoraLinear, x: Tensor, weights: Tensor) -> list[Tensor]:
-    """Output, and gradients of x, A and B."""
+def outcome(forward, layer: Any, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Output, and gradients of x and of the trained A and B."""
     x = x.clone().requires_grad_()
     y = forward(x)
-    parameters = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return [y.detach(), *torch.autograd.grad((y * weights).sum(), (x, *parameters))]
+    factors = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), (x, *(f for f in factors if f.requires_grad)))]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
-@pytest.mark.parametrize("method", ["lora", "rslora"])
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (7, 64), (2, 5, 64)])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_it_is_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: str, family: str):
-    model = zoo.adapted(zoo.make(family, dtype=dtype), method=method)
-    layer = next(layer for layer in layers(model) if layer.in_features == 64)
+def assert_equals_peft(layer: Any, peft_class: type, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(shape, generator=generator).to(dtype)
-    weights = torch.randn((*shape[:-1], layer.out_features), generator=generator).to(dtype)
-    expected = outcome(layer.forward, layer, x, weights)
-    assert fused_lora.fuse(model) == len(layers(model)) > 0
-    assert is_fused(layer)
+    x = torch.randn((*shape, layer.in_features), generator=generator).to(dtype)
+    weights = torch.randn((*shape, layer.out_features), generator=generator).to(dtype)
+    assert is_fusable(layer)
+    expected = outcome(partial(peft_class.forward, layer), layer, x, weights)
     for mine, theirs in zip(outcome(layer, layer, x, weights), expected, strict=True):
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
         assert zoo.relative(mine.double(), theirs.double()) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 5)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_it_equals_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: str, family: str):
+    model = zoo.adapted(zoo.make(family, dtype=dtype), method=method)
+    assert {type(layer) for layer in layers(model)} == {FusedLora}
+    assert_equals_peft(layers(model)[0], LoraLinear, shape, dtype)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("code", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_over_four_bits_it_is_pefts_layer_too(tmp_path: Path, dtype: torch.dtype, code: str, frozen: bool):
+def test_over_4_bits_it_equals_pefts_layer(tmp_path: Path, dtype: torch.dtype, code: str, frozen: bool):
     zoo.make("qwen2", dtype=dtype).save_pretrained(tmp_path)
     spec = QuantizationSpec.model_validate({"type": code, "compute_dtype": str(dtype).removeprefix("torch.")})
-    source, cpu = base_model.ModelSource(str(tmp_path), {}), torch.device("cpu")
-    model = zoo.adapted(base_model.load_base(source, dtype=dtype, device=cpu, quantization=spec).model, freeze_a=frozen)
-    mine = [module for module in model.modules() if type(module) is LoraLinear4bit]
-    assert len(mine) == 14
-    for layer in mine[:7]:
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn((2, 5, layer.in_features), generator=generator).to(dtype)
-        weights = torch.randn((2, 5, layer.out_features), generator=generator).to(dtype)
-        parts = [layer.lora_B["default"].weight] + ([] if frozen else [layer.lora_A["default"].weight])
-
-        def outcome(layer: Any = layer, x: Tensor = x, weights: Tensor = weights, parts: Any = parts) -> list[Tensor]:
-            x = x.clone().requires_grad_()
-            y = layer(x)
-            return [y.detach(), *torch.autograd.grad((y * weights).sum(), (x, *parts))]
-
-        expected = outcome()
-        fused_lora.fuse(model)
-        assert "forward" in layer.__dict__
-        for ours, theirs in zip(outcome(), expected, strict=True):
-            assert ours.dtype == theirs.dtype
-            assert zoo.relative(ours.double(), theirs.double()) < TOLERANCE[dtype]
+    model = zoo.adapted(checkpoints.load(tmp_path, dtype=dtype, quantization=spec), freeze_a=frozen)
+    fused = [module for module in model.modules() if type(module) is FusedLora4bit]
+    assert len(fused) == 14
+    for layer in fused[:7]:
+        assert_equals_peft(layer, LoraLinear4bit, (2, 5), dtype)
 
 
-def test_a_four_bit_layer_of_another_compute_dtype_keeps_pefts_forward(tmp_path: Path):
+def test_a_4_bit_layer_of_another_compute_dtype_runs_pefts_forward(tmp_path: Path):
     zoo.make("llama").save_pretrained(tmp_path)
     spec = QuantizationSpec(compute_dtype="bfloat16")
-    source, cpu = base_model.ModelSource(str(tmp_path), {}), torch.device("cpu")
-    model = zoo.adapted(base_model.load_base(source, dtype=torch.float32, device=cpu, quantization=spec).model)
-    layer = next(module for module in model.modules() if type(module) is LoraLinear4bit)
+    model = zoo.adapted(checkpoints.load(tmp_path, quantization=spec))
+    layer = next(module for module in model.modules() if type(module) is FusedLora4bit)
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    expected = layer(x)
-    fused_lora.fuse(model)
-    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer(x), LoraLinear4bit.forward(layer, x))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -127,7 +115,6 @@ def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bo
 
 def test_the_layer_drops_in_training_only_and_as_the_seed_says():
     model = zoo.adapted(zoo.make("llama"), dropout=0.5)
-    fused_lora.fuse(model)
     layer, x = layers(model)[0], torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
 
     def output(seed: int) -> Tensor:
@@ -173,7 +160,7 @@ def test_each_position_is_dropped_independently_with_probability_p(p: float):
     assert within(float(drawn.mean()), p, rounds * count)
     for edge in (slice(0, 50), slice(-50, None)):  # the first and last positions are as likely as any
         assert within(float(drawn[:, edge].mean()), p, rounds * 50)
-    for step in (1, 2, 64):  # neighbours do not know of each other
+    for step in (1, 2, 64):  # neighbors are independent
         together = (drawn[:, :-step] * drawn[:, step:]).mean()
         assert within(float(together), p * p, rounds * (count - step) // 2)
 
@@ -186,45 +173,48 @@ def test_each_position_is_dropped_independently_with_probability_p(p: float):
         ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj"]}),
     ],
 )
-def test_other_layers_keep_pefts_forward(family: str, spec: dict[str, object]):
+def test_other_layers_are_not_fused(family: str, spec: dict[str, object]):
     model = zoo.adapted(zoo.make(family), **spec)
-    assert fused_lora.fuse(model) == 0
-    assert not any("forward" in module.__dict__ for module in layers(model))
+    assert layers(model)
+    assert not zoo.fused_layers(model)
 
 
-def test_layers_on_another_device_keep_pefts_forward():
+def test_layers_on_another_device_are_not_fused():
     with torch.device("meta"):
         model = zoo.make("llama").to("meta")
-    model = zoo.adapter.attach(model, zoo.AdapterSpec(), seed=0)
-    assert fused_lora.fuse(model) == 0
+    model = zoo.attach_adapter.attach(model, zoo.AdapterSpec(), seed=0)
+    assert layers(model)
+    assert not zoo.fused_layers(model)
 
 
-def test_a_second_adapter_gives_the_layers_back_and_one_alone_takes_them_again():
+def test_several_active_adapters_are_not_fused_and_one_alone_is():
     model = zoo.adapted(zoo.make("llama"))
-    count = fused_lora.fuse(model)
+    count = len(zoo.fused_layers(model))
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
-    assert fused_lora.fuse(model) == 0
-    assert not any(is_fused(layer) for layer in layers(model))
+    assert not zoo.fused_layers(model)
     model.set_adapter("second")
-    assert fused_lora.fuse(model) == count
+    assert len(zoo.fused_layers(model)) == count == 14
+
+
+def test_a_target_parameter_of_a_linear_layer_stays_with_peft():
+    model = zoo.make("llama")
+    config = LoraConfig(target_modules=[], target_parameters=["q_proj.weight"], lora_dropout=0.0)
+    register_custom_layers(config)
+    adapted = get_peft_model(model, config)
+    assert {type(m).__name__ for m in adapted.modules() if isinstance(m, LoraLayer)} == {"ParamWrapper"}
 
 
 def test_disabled_and_merged_layers_are_pefts():
     model = zoo.adapted(zoo.make("llama"))
     ids = torch.arange(3, 30)[None]
-    trained = model(ids).logits.detach()
+    with torch.no_grad():
+        trained = model(ids).logits
     base = zoo.make("llama")(ids).logits
-    fused_lora.fuse(model)
+    assert zoo.relative(model(ids).logits.detach(), trained) < 1e-5
     with model.disable_adapter():
         assert torch.equal(model(ids).logits, base)
     model.merge_adapter()
     assert zoo.relative(model(ids).logits.detach(), trained) < 1e-5
     model.unmerge_adapter()
     assert zoo.relative(model(ids).logits.detach(), trained) < 1e-5
-
-
-def test_pefts_class_is_untouched():
-    before = LoraLinear.forward
-    fused_lora.fuse(zoo.adapted(zoo.make("llama")))
-    assert LoraLinear.forward is before

@@ -135,8 +135,8 @@ def test_eva_wants_batches_of_enough_tokens():
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora", "corda", "loftq"])
-def test_a_rank_that_a_layer_has_not_is_refused(method: str):
-    with pytest.raises(LoraError, match=r"adapter\.rank: 48 is more than .* has components for") as caught:
+def test_a_rank_above_the_components_of_a_layer_is_refused(method: str):
+    with pytest.raises(LoraError, match=r"adapter\.rank: 48 is more than the components that .* has") as caught:
         zoo.attached(zoo.make("llama"), method=method, rank=48)
     assert "leave such layers out of adapter.target_modules" in str(caught.value.hint)
 
@@ -178,12 +178,12 @@ def test_virtual_tokens_start_from_a_text():
     model = zoo.attached(base, method="prompt", virtual_tokens=5, init_text="abc", context=context)
     rows = base.get_input_embeddings().weight[torch.tensor([7, 8, 9, 7, 8])]
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, rows)
-    with pytest.raises(LoraError, match=r"adapter\.init_text: it holds no token"):
+    with pytest.raises(LoraError, match=r"adapter\.init_text: it has no token"):
         zoo.attached(zoo.make("llama"), method="prompt", init_text="", context=context)
 
 
-def test_what_is_no_linear_layer_cannot_be_started_from():
-    with pytest.raises(LoraError, match=r"embed_tokens is no linear layer, and this adapter\.method starts from"):
+def test_only_linear_layers_are_decomposed():
+    with pytest.raises(LoraError, match=r"embed_tokens is not a linear layer, which this adapter\.method needs"):
         zoo.attached(zoo.make("llama"), method="pissa", target_modules=["embed_tokens", "q_proj"])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import fused_lora, packed_attention
+from lora_cli.model import packed_attention
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import loop
 from lora_cli.training.loop import Step, fit
@@ -21,9 +21,7 @@ LENGTHS = [3, 41, 12, 7, 30, 2, 19, 8, 25, 11, 5, 17]
 
 
 def ready(**spec: object) -> PeftModel:
-    model = zoo.adapted(zoo.make("llama", attention=packed_attention.PACKED_ATTENTION), **spec)
-    fused_lora.fuse(model)
-    return model
+    return zoo.adapted(zoo.make("llama", attention=packed_attention.PACKED_ATTENTION), **spec)
 
 
 def trained(model: PeftModel) -> list[Tensor]:
@@ -116,7 +114,7 @@ def test_what_is_not_finite_stops_before_the_step(poison: Callable[[PeftModel], 
     before, moments = trained(model), [v.clone() for s in optimizer.state.values() for v in s.values()]
     with pytest.raises(LoraError) as caught:
         next(steps)
-    rows = [plan.rows[i].where for _, batch in plan.step(2) for i in batch.rows]
+    rows = [plan.rows[i].where for _, batch in plan.batches_of_step(2) for i in batch.rows]
     message = caught.value.message
     assert message.startswith(f"step 3: the {what} is not finite; its rows: {rows[0]}, ")
     assert [row for row in rows[:5] if row not in message] == []
@@ -129,7 +127,7 @@ def test_what_is_not_finite_stops_before_the_step(poison: Callable[[PeftModel], 
 
 def test_one_bad_row_names_its_batch_alone():
     model, plan = ready(), plan_of()
-    (_, good), (_, bad) = plan.step(0)
+    (_, good), (_, bad) = plan.batches_of_step(0)
     token = next(int(t) for t in bad.input_ids[0] if t not in good.input_ids)
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
@@ -168,7 +166,9 @@ def test_a_step_without_any_label_moves_nothing():
 
 def test_fp16_gradients_of_a_large_step_do_not_vanish(monkeypatch: pytest.MonkeyPatch):
     """A batch that is one of ten thousand of its step has a gradient that many times smaller, and as exact."""
-    monkeypatch.setattr(loop, "_sum", lambda _, value: value if value.is_floating_point() else 10_000 * value)
+    monkeypatch.setattr(
+        loop, "_all_reduce_sum", lambda _, value: value if value.is_floating_point() else 10_000 * value
+    )
     found = []
     for dtype in (torch.float16, torch.float32):
         half = zoo.make("llama", dtype=torch.float16, attention="sdpa", initializer_range=0.05)

@@ -77,7 +77,7 @@ def refuse(subject: ExportSource, options: ExportOptions) -> None:
             f"--to safetensors: {subject.name} is quantised already ({already.method})",
             hint="export the 16-bit model that it was made from",
         )
-    if options.quantize == NF4 and not nf4.quantized_keys(subject, list(safetensors_io.list_tensors(subject.model))):
+    if options.quantize == NF4 and not nf4.quantized_keys(subject, list(safetensors_io.list_tensors(subject.folder))):
         raise LoraError(
             f"--quantize nf4: {subject.name} has no linear layer that transformers would quantise",
             hint="write bf16",
@@ -101,7 +101,7 @@ def write(subject: ExportSource, out: Path, options: ExportOptions) -> None:
             exit_code=1,
         )
     with ShardFiles(writable=False) as sources, ShardFiles(writable=True) as targets:
-        placed = safetensors_io.plan_shards(tensors, out, targets, largest=MAX_SHARD_BYTES)
+        placed = safetensors_io.plan_shards(tensors, out, targets, max_size=MAX_SHARD_BYTES)
         for piece in pieces:
             for name, value in piece.make(sources).items():
                 where = placed[name]
@@ -130,7 +130,7 @@ def prove(subject: ExportSource, out: Path, options: ExportOptions) -> Iterator[
 
 def usage(subject: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """How it is loaded and served."""
-    loader = TASKS[subject.task].loader.__name__
+    loader = TASKS[subject.task].auto_class.__name__
     trust = ", trust_remote_code=True" if subject.trust_remote_code else ""
     lines = [
         f"from transformers import AutoTokenizer, {loader}",
@@ -152,7 +152,7 @@ def plan_tensors(subject: ExportSource, options: ExportOptions) -> list[OutputTe
     Raises:
         LoraError: the source is not whole, or cannot be written in 4 bits.
     """
-    stored = safetensors_io.list_tensors(subject.model)
+    stored = safetensors_io.list_tensors(subject.folder)
     dtype = _dtype(stored, options)
     packed = nf4.quantized_keys(subject, list(stored)) if options.quantize == NF4 else {}
     found = []
@@ -181,15 +181,15 @@ def _dtype(stored: dict[str, TensorInfo], options: ExportOptions) -> torch.dtype
 
 
 def _write_rest(subject: ExportSource, out: Path, options: ExportOptions) -> None:
-    config: dict[str, Any] = json.loads((subject.model / "config.json").read_text(encoding="utf-8"))
-    dtype = _dtype(safetensors_io.list_tensors(subject.model), options)
+    config: dict[str, Any] = json.loads((subject.folder / "config.json").read_text(encoding="utf-8"))
+    dtype = _dtype(safetensors_io.list_tensors(subject.folder), options)
     if dtype is not None:
         config = {**_stamped(config, DTYPE_NAMES[dtype]), "dtype": DTYPE_NAMES[dtype]}
     if options.quantize == NF4:
         config["quantization_config"] = nf4.quantization_config()
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    code = sorted(subject.model.glob("*.py")) if "auto_map" in config else []
-    for file in (subject.model / "generation_config.json", *code):
+    code = sorted(subject.folder.glob("*.py")) if "auto_map" in config else []
+    for file in (subject.folder / "generation_config.json", *code):
         if file.is_file():
             shutil.copyfile(file, out / file.name)
     subject.tokenizer.save_pretrained(str(out))

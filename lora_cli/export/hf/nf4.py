@@ -2,7 +2,6 @@
 
 import json
 import math
-from copy import deepcopy
 from typing import Any
 
 import bitsandbytes.functional as bnbf
@@ -10,11 +9,10 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
 from lora_cli.export.source import ExportSource
-from lora_cli.model import base_model, fake_quantize
+from lora_cli.model import fake_quantize
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.quantize import BLOCK_SIZE, bnb_config
 from lora_cli.recipe.schema import QuantizationSpec
@@ -37,8 +35,8 @@ def quantized_keys(subject: ExportSource, keys: list[str]) -> dict[str, bool]:
     Raises:
         LoraError: one of them is spread over several tensors of the checkpoint.
     """
-    mapping, found = CheckpointMapping(skeleton(subject), keys), {}
-    for name, turned in fake_quantize.quantized_weights(skeleton(subject), NF4_SPEC).items():
+    mapping, found = CheckpointMapping(subject.base.skeleton(), keys), {}
+    for name, turned in fake_quantize.quantized_weights(subject.base.skeleton(), NF4_SPEC).items():
         if mapping.is_joined(name):
             raise LoraError(
                 f"--quantize nf4: the checkpoint keeps {name} in several tensors, and bitsandbytes knows it as one",
@@ -47,16 +45,6 @@ def quantized_keys(subject: ExportSource, keys: list[str]) -> dict[str, bool]:
         if name in mapping.parts:
             found[mapping.key(name)] = turned
     return found
-
-
-def skeleton(subject: ExportSource) -> PreTrainedModel:
-    """The model's modules without weights, to be used up."""
-    return base_model.skeleton(
-        deepcopy(subject.config),  # which is changed on the way
-        trust_remote_code=subject.trust_remote_code,
-        task=subject.task,
-        labels=subject.labels,
-    )
 
 
 def quantization_config() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from lora_cli.data import class_labels
 from lora_cli.errors import LoraError
 from lora_cli.export.source import Check, ExportOptions, ExportSource
-from lora_cli.model import base_model, empty_base, save_adapter, trained_on
+from lora_cli.model import empty_base, save_adapter, trained_on
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.tasks import TASKS
 
@@ -84,8 +83,8 @@ def usage(subject: ExportSource, out: Path, options: ExportOptions) -> list[str]
     more += ", trust_remote_code=True" if subject.trust_remote_code else ""
     if path.endswith(".gguf") or config.task_type is None:
         # PEFT's Auto classes know the base by its folder or hub id alone, and the task by the adapter's word.
-        loader = TASKS[subject.task].loader.__name__
-        where = str(subject.model) if path.endswith(".gguf") else path
+        loader = TASKS[subject.task].auto_class.__name__
+        where = str(subject.folder) if path.endswith(".gguf") else path
         lines = [
             f"from transformers import AutoTokenizer, {loader}",
             "from peft import PeftModel",
@@ -142,16 +141,8 @@ def attach_to_empty_base(subject: ExportSource, folder: Path) -> empty_base.Empt
         LoraError: the two do not fit.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    skeleton = base_model.skeleton(
-        deepcopy(subject.config),  # which is changed on the way
-        trust_remote_code=subject.trust_remote_code,
-        task=subject.task,
-        labels=subject.labels,
-    )
-    rows = empty_base.embedding_rows(folder, skeleton)
-    if rows > skeleton.get_input_embeddings().weight.shape[0]:
-        skeleton.resize_token_embeddings(rows, mean_resizing=False)
-    return empty_base.attach_saved_adapter(empty_base.init_empty_weights(skeleton), folder, config, base=subject.name)
+    model = empty_base.init_empty_weights(subject.base.skeleton())
+    return empty_base.attach_saved_adapter(model, folder, config, base=subject.name)
 
 
 def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -187,7 +178,7 @@ def check_loaded(subject: ExportSource, out: Path) -> Check:
     """What PEFT has of the folder, once it is on the base, against the adapter's file."""
     attached = attach_to_empty_base(subject, out)
     held = save_adapter.adapter_tensors(attached.model)
-    held |= {PREFIX + name: attached.model.get_base_model().get_parameter(name) for name in attached.given}
+    held |= {PREFIX + name: attached.model.get_base_model().get_parameter(name) for name in attached.from_adapter}
     strayed, count = [], 0
     for key, value in iterate_tensors(adapter_folder(subject)):
         count += 1

@@ -10,12 +10,12 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lora_cli.export.hf import nf4
 from lora_cli.export.reference import CPU, eos_ids
 from lora_cli.export.source import Check, ExportSource
-from lora_cli.model import base_model, fake_quantize
+from lora_cli.model import fake_quantize
 
 MAX_POSITIONS = 33  # of each text, from its end: the answer's, for the most part
 MAX_NEW_TOKENS = 32  # tokens that a prompt is continued by
@@ -50,8 +50,7 @@ class ModelOutputs(NamedTuple):
 
 def compare_with_source(subject: ExportSource, out: Path, rounding: Rounding) -> Iterator[Check]:
     """The folder `out` against the subject's model."""
-    trust = subject.trust_remote_code
-    export = subject._replace(model=out, config=AutoConfig.from_pretrained(out, trust_remote_code=trust))
+    export = subject.at(out)
     prompts = subject.prompts or _random_prompts(subject)
     original = _run(subject, prompts)
     found = _run(export, prompts, asked=original.asked)
@@ -92,10 +91,7 @@ def _run(
         asked: texts that it is asked of; its own where None.
         rounding: what its weights go through first.
     """
-    source = base_model.ModelSource(str(subject.model), {"trust_remote_code": subject.trust_remote_code})
-    model = base_model.load_base(
-        source, dtype=torch.float32, device=CPU, task=subject.task, labels=subject.labels
-    ).model
+    model = subject.base.load(CPU, dtype=torch.float32).model
     if rounding is not None:
         _round(model.eval(), subject, rounding)
     # Of a checkpoint in 4 bits, transformers leaves what is whole in its dtype, and packed layers compute in bfloat16.
@@ -116,13 +112,13 @@ def _round(model: PreTrainedModel, subject: ExportSource, rounding: Rounding) ->
     assert rounding.dtype is not None
     packed: dict[str, bool] = {}
     if rounding.packed:
-        packed = fake_quantize.quantized_weights(nf4.skeleton(subject), nf4.NF4_SPEC)
+        packed = fake_quantize.quantized_weights(subject.base.skeleton(), nf4.NF4_SPEC)
     for name, held in model.state_dict().items():
         if held.is_floating_point():
             value = held.to(rounding.dtype).float()
             if name in packed:
                 # bitsandbytes multiplies by what the codes stand for in the dtype of the input, here fp32.
-                value = fake_quantize.quantize_dequantize(nf4.NF4_SPEC, torch.float32, turned=packed[name])(value)
+                value = fake_quantize.quantize_dequantize(nf4.NF4_SPEC, torch.float32, transposed=packed[name])(value)
             held.copy_(value)
 
 

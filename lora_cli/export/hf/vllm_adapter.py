@@ -24,8 +24,9 @@ from torch.nn.functional import pad
 from lora_cli.errors import LoraError
 from lora_cli.export.hf import peft_adapter
 from lora_cli.export.source import Check, ExportOptions, ExportSource
-from lora_cli.model import base_model, save_adapter
+from lora_cli.model import save_adapter
 from lora_cli.model.load_adapter import PREFIX
+from lora_cli.model.model_source import load_tokenizer
 
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank may be
 ADAPTER_NAME = "default"  # PEFT's name for the only one
@@ -151,7 +152,7 @@ def usage(subject: ExportSource, out: Path, options: ExportOptions) -> list[str]
     path = str(config.base_model_name_or_path)
     name = _name(subject)
     largest = min(allowed for allowed in ALLOWED_RANKS if allowed >= _rank(peft_adapter.adapter_folder(subject)))
-    words = ["vllm", "serve", str(subject.model) if path.endswith(".gguf") else path]
+    words = ["vllm", "serve", str(subject.folder) if path.endswith(".gguf") else path]
     words += ["--revision", config.revision] if config.revision and not Path(path).is_dir() else []
     words += ["--enable-lora", "--max-lora-rank", str(largest), "--lora-modules", f"{name}={out}"]
     # vLLM takes tokenizer and template from the base.
@@ -291,10 +292,9 @@ def _name(subject: ExportSource) -> str:
 
 def _has_own_tokenizer(subject: ExportSource) -> bool:
     """Whether the adapter was trained with another tokenizer or chat template than its base's folder has."""
-    if not (subject.model / "tokenizer_config.json").is_file():
+    if not (subject.folder / "tokenizer_config.json").is_file():
         return True
-    source = base_model.ModelSource(str(subject.model), {"trust_remote_code": subject.trust_remote_code})
-    words = base_model.load_tokenizer(source)
+    words = load_tokenizer(subject.base.source)
     return bool(
         words.chat_template != subject.tokenizer.chat_template or words.get_vocab() != subject.tokenizer.get_vocab()
     )

@@ -1,0 +1,244 @@
+"""Write a saved adapter merged into its base, tensor by tensor, and verify the result: for `lora merge` and export."""
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftConfig
+
+from lora_cli.errors import LoraError
+from lora_cli.merging import stream, verify
+from lora_cli.merging.compare_models import Agreement
+from lora_cli.merging.merge_tensors import MergedTensor
+from lora_cli.merging.stream import MergePlan
+from lora_cli.merging.verify import Probes, Transforms
+from lora_cli.model import empty_base, fake_quantize, prequantized, safetensors_io
+from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.model_source import local_folder
+from lora_cli.model.saved_adapter import SavedAdapter, method_name
+from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.schema import QuantizationSpec
+from lora_cli.run import atomic, console
+from lora_cli.setup.held_out import HeldOutRows
+
+MIN_RETAINED = 0.5  # of each update, after rounding: below, the written model has lost more of it than it kept
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class MergeOptions(NamedTuple):
+    """How a merged model is written and verified."""
+
+    dtype: str = "auto"  # auto (of each tensor of the base), bfloat16, float16 or float32
+    weights: str = "auto"  # of a base that was quantized in training: auto (measured), original or dequantized
+    verify: str = "auto"  # auto, tensors or logits
+    max_shard_bytes: int = 2 * 10**9
+    replace: bool = False  # the folder, if it exists
+
+
+def check_method_merges(folder: Path, config: PeftConfig) -> None:
+    """Raise if the adapter's method cannot be merged.
+
+    Raises:
+        LoraError: it adds virtual tokens.
+    """
+    if config.is_prompt_learning:
+        raise LoraError(
+            f"{folder}: {method_name(config)} adds virtual tokens before the prompt: it cannot be merged into weights",
+            hint="use it with its base in PEFT, or train another adapter.method",
+        )
+
+
+def check_base_merges(adapter: SavedAdapter) -> None:
+    """Raise if the base cannot take an update.
+
+    Raises:
+        LoraError: the base is quantized.
+    """
+    if (quantized := prequantized.detect_prequantized(adapter.base.config)) is not None:
+        raise LoraError(
+            f"{adapter.base.name} is quantized ({quantized.method}): an adapter is merged into unquantized weights",
+            hint="name the 16-bit model that it was made from: --base PATH --other-base",
+        )
+
+
+def plan_merge(adapter: SavedAdapter, dtype: torch.dtype | None) -> MergePlan:
+    """Plan the tensors of the merged model; `dtype` None keeps the dtype of each tensor.
+
+    Raises:
+        LoraError: adapter and base do not fit, or the base's files are incomplete.
+    """
+    tensors = safetensors_io.list_tensors(local_folder(adapter.base.source, fetch=True))
+    model = empty_base.init_empty_weights(adapter.base.skeleton())
+    mapping = CheckpointMapping(model, tensors)
+    adapted = empty_base.attach_saved_adapter(model, adapter.folder, adapter.config, base=adapter.base.name)
+    keep_unknown = not TASKS[adapter.base.task].is_classification
+    return stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=keep_unknown)
+
+
+def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOptions, held_out: HeldOutRows) -> None:
+    """Write the merged model to the folder `out`, verify it, and only then put it in place.
+
+    Args:
+        adapter: opened with its base.
+        out: folder of the merged model.
+        options: of the merge.
+        held_out: rows of the adapter's run, to compare the models on.
+
+    Raises:
+        LoraError: the adapter cannot be merged, rounding removes its update, or the merged model is wrong.
+    """
+    check_method_merges(adapter.folder, adapter.config)
+    check_base_merges(adapter)
+    plan = plan_merge(adapter, DTYPES.get(options.dtype))
+    spec = _quantization(adapter, options.weights)
+    parameters = sum(math.prod(shape) for _, shape in plan.tensors.values())
+    probes = None
+    if verify.should_verify(options.verify, parameters):
+        probes = held_out.probes() or verify.random_probes(adapter)
+    transforms = _transforms(adapter, plan, spec, probes, options.weights)
+    with atomic.folder(out, replace=options.replace) as partial:
+        console.info(f"merging {adapter.method} into {adapter.base.name}: {describe_size(plan)}")
+        start = time.perf_counter()
+        merged = write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms=transforms)
+        seconds = time.perf_counter() - start
+        _check_retained(merged, plan)
+        write_other_files(adapter, plan, partial, dtype=options.dtype, what="merged")
+        lines = _report(merged, plan, seconds)
+        if probes is not None:
+            agreement = verify.verify_merge(adapter, probes, partial, plan, transforms)
+            lines += _describe_agreement(agreement, probes, adapter)
+    for line in lines:
+        console.info(line)
+
+
+def describe_size(plan: MergePlan) -> str:
+    """Return the number of tensors, their bytes and dtypes, for the user."""
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()})
+    return f"{len(plan.tensors):,} tensors, {console.format_bytes(plan.size)} of {' and '.join(dtypes)}"
+
+
+def _quantization(adapter: SavedAdapter, weights: str) -> QuantizationSpec | None:
+    """Return how the base was quantized when the adapter was trained over it."""
+    section = adapter.trained_on.quantization if adapter.trained_on else None
+    if section is None and weights == "dequantized":
+        raise LoraError(
+            f"--weights dequantized: {adapter.folder} has no record that its base was quantized in training",
+            hint="leave --weights out: the adapter was trained on the base's weights",
+        )
+    return None if section is None else QuantizationSpec.model_validate(section)
+
+
+def _transforms(
+    adapter: SavedAdapter, plan: MergePlan, spec: QuantizationSpec | None, probes: Probes | None, weights: str
+) -> Transforms:
+    """Return what is done to the base's weights before the update is added: nothing, or quantize and dequantize."""
+    if spec is None or weights == "original":
+        return {}
+    names = fake_quantize.quantized_weights(adapter.base.skeleton(), spec)
+    dequantized = {
+        name: fake_quantize.quantize_dequantize(spec, adapter.base.dtype, transposed=transposed)
+        for name, transposed in names.items()
+    }
+    if weights == "dequantized":
+        return dequantized
+    if probes is None:
+        console.info("weights: dequantized, as in training; original weights were not measured")
+        return dequantized
+    best = verify.choose_base_weights(adapter, probes, spec, dequantized, plan)
+    return dequantized if best == "dequantized" else {}
+
+
+def write_tensors(
+    plan: MergePlan, folder: Path, *, max_shard_bytes: int, transforms: Transforms, sign: int = 1
+) -> list[MergedTensor]:
+    """Write the merged tensors into `folder`, and return the parameters that changed; `sign` -1 unmerges.
+
+    Raises:
+        LoraError: a merged weight is not finite, or the adapter changes no weight.
+    """
+    try:
+        merged = stream.write_merged(plan, folder, max_shard_size=max_shard_bytes, transforms=transforms, sign=sign)
+    except ValueError as reason:
+        raise LoraError(
+            f"the merged weights are not finite: {str(reason).splitlines()[0]}",
+            hint="the adapter is broken, or the range of --dtype too small; nothing was written",
+            exit_code=1,
+        ) from reason
+    if not merged:
+        raise LoraError("the adapter changes no weight: it was never trained", hint="train it first")
+    return merged
+
+
+def write_other_files(adapter: SavedAdapter, plan: MergePlan, folder: Path, *, dtype: str, what: str) -> None:
+    """Write config, generation config, Python code, tokenizer and model card of the merged model.
+
+    Args:
+        adapter: that was merged.
+        plan: of the merge.
+        folder: of the merged model.
+        dtype: auto, bfloat16, float16 or float32.
+        what: was done to the adapter, for the model card.
+    """
+    base = adapter.base
+    model, is_classifier = base.skeleton(), TASKS[base.task].is_classification
+    config = model.config
+    if dtype != "auto":
+        config.dtype = DTYPES[dtype]
+    if is_classifier or not config.architectures:
+        config.architectures = [type(model).__name__]
+    if plan.untied:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    config.save_pretrained(str(folder))
+    files = local_folder(base.source, fetch=False)
+    copied = [] if is_classifier else [files / "generation_config.json"]
+    copied += files.glob("*.py") if hasattr(config, "auto_map") else []
+    for file in copied:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    base.tokenizer.save_pretrained(str(folder))
+    (folder / "README.md").write_text(_model_card(adapter, what), encoding="utf-8")
+
+
+def _model_card(adapter: SavedAdapter, what: str) -> str:
+    name = Path(adapter.base.name).name
+    lines = ["---", f"base_model: {name}", "---", f"# {name} with an adapter {what}", ""]
+    return "\n".join([*lines, f"A {adapter.config.peft_type.value} adapter {what}, task {adapter.base.task}.", ""])
+
+
+def _check_retained(merged: list[MergedTensor], plan: MergePlan) -> None:
+    worst = min(merged, key=lambda tensor: tensor.retained)
+    if not worst.retained >= MIN_RETAINED:
+        raise LoraError(
+            f"{worst.name}: rounding to {plan.dtype_name(worst.name)} keeps {worst.retained:.0%} of its update",
+            hint="write a finer dtype: --dtype float32, or use the adapter unmerged",
+            exit_code=1,
+        )
+
+
+def _report(merged: list[MergedTensor], plan: MergePlan, seconds: float) -> list[str]:
+    worst = min(merged, key=lambda tensor: tensor.retained)
+    lines = [
+        f"{len(merged):,} of {len(plan.tensors):,} tensors changed, in {seconds:.2f} s; rounding to "
+        f"{plan.dtype_name(worst.name)} keeps at least {worst.retained:.1%} of each update ({worst.name})"
+    ]
+    if plan.untied:
+        lines.append(f"no longer tied, as the adapter changed one of them: {', '.join(sorted(plan.untied))}")
+    if plan.dropped:
+        lines.append(f"left out, as the task does not use them: {len(plan.dropped)} tensors ({plan.dropped[0]}, ...)")
+    return lines
+
+
+def _describe_agreement(agreement: Agreement, probes: Probes, adapter: SavedAdapter) -> list[str]:
+    figures = [f"logits within {agreement.max_difference:.0e}"]
+    if not TASKS[adapter.base.task].is_classification:
+        figures += [f"KL {agreement.kl:.1e} nats", f"most likely token equal {agreement.top1:.1%}"]
+    if agreement.retained is not None:
+        figures.append(f"effect retained {agreement.retained:.1%}")
+    return [
+        "verified: every weight, read back, is PEFT's merge, rounded once",
+        f"verified: compared with base and adapter on {probes.description}: {', '.join(figures)}",
+    ]
