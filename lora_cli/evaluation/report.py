@@ -72,7 +72,7 @@ def interval_lines(results: Mapping[str, ModelResult], task: TaskName) -> list[s
 def _verdict(improvement: Interval, digits: str, unit: str = "") -> str:
     half = f"± {improvement.half_width:{digits}}{unit}"
     if improvement.low <= 0 <= improvement.high:
-        return f"no significant difference ({improvement.value:+{digits}} {half})"
+        return f"not significantly different ({improvement.value:+{digits}} {half})"
     return f"{'better' if improvement.low > 0 else 'worse'} by {abs(improvement.value):{digits}} {half}"
 
 

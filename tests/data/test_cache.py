@@ -101,6 +101,7 @@ from lora_cli.data import cache
 from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.data.prepare import prepare_data
 from lora_cli.recipe.schema import DataSpec
+from lora_cli.training.cpu import peak_resident_memory
 from tests.inputs.tiny_tokenizers import CHATML, build
 
 cache.ROWS_PER_BATCH = 5
@@ -152,29 +153,32 @@ def test_a_killed_process_leaves_no_partial_entry(prepared, chatml, tmp_path):
 
 
 MEMORY = """
-import resource, sys
 from pathlib import Path
 from lora_cli.data.prepare import prepare_data
 from lora_cli.recipe.schema import DataSpec
+from lora_cli.training.cpu import peak_resident_memory
 from tests.inputs.tiny_tokenizers import CHATML, build
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 tokenizer = build("<|im_start|>", eos="<|im_end|>", template=CHATML)
 def run(name):
     return prepare_data(DataSpec(train=name, eval=0.01), tokenizer, seed=0, cache=Path("cache"), info=print)
 run("small.jsonl")
-before = peak()
-print(len(run("large.jsonl").train), peak() - before)
+before = peak_resident_memory()
+print(len(run("large.jsonl").train), (peak_resident_memory() - before) / 2**20)
 """
 
 
 def test_memory_stays_flat(tmp_path):
-    """15,000 rows with 8 MB of text and 8 MB of ids need less memory than either: only the index grows."""
-    for name, count in (("small", 3_000), ("large", 15_000)):
+    """8,000 rows of 15 MB of text and as many bytes of ids need far less memory than either: only the index grows.
+
+    The vocabulary of the rows is small: else the tokenizer's cache of words would grow with them.
+    """
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for name, count in (("small", 1_500), ("large", 8_000)):
         with (tmp_path / f"{name}.jsonl").open("w") as file:
-            file.writelines(json.dumps({"text": f"{i} the capital answer " * 26}) + "\n" for i in range(count))
+            for i in range(count):
+                number = " ".join(digits[int(digit)] for digit in f"{i:05}")
+                file.write(json.dumps({"text": number + " the capital answer" * 100}) + "\n")
     root = str(Path(cache.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", MEMORY],
@@ -185,5 +189,5 @@ def test_memory_stays_flat(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows, growth = done.stdout.splitlines()[-1].split()
-    assert int(rows) > 14_000
-    assert float(growth) < 5, "MiB"
+    assert int(rows) > 7_900
+    assert float(growth) < 6, "MiB"

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tests.commands.conftest import LORA_ON_ONE_CORE, Lora
 from tests.faults.test_disk import no_file_above
+from tests.support.peak_memory import peak_memory_of
 
 SPARE = 64 << 20  # bytes that a merge may hold beyond the libraries, whatever the model
 
@@ -130,16 +131,7 @@ def test_memory_does_not_grow_with_the_model(trained: Path, tmp_path: Path):
     size = Path("large/model.safetensors").stat().st_size
     assert size > 2 * SPARE
     peaks = [
-        peak("merge", folder, "--out", f"m{n}", "--verify", "tensors")
+        peak_memory_of("merge", folder, "--out", f"m{n}", "--verify", "tensors")
         for n, folder in enumerate([trained / "adapter", "of-large"])
     ]
     assert peaks[1] - peaks[0] < SPARE
-
-
-def peak(*words: object) -> int:
-    """Largest resident memory of a command, mapped pages included, in bytes."""
-    run = subprocess.Popen([*LORA_ON_ONE_CORE, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    _, status, usage = os.wait4(run.pid, 0)
-    assert run.stderr is not None
-    assert os.waitstatus_to_exitcode(status) == 0, run.stderr.read()
-    return usage.ru_maxrss * 1024
