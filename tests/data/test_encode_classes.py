@@ -1,5 +1,6 @@
 """Rows of seq-cls, token-cls and seq2seq-lm: exact ids and labels; invalid rows and labels are rejected."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -210,6 +211,13 @@ def test_different_labels_give_a_different_fingerprint(prepared: Prepare):
     assert one.fingerprint != two.fingerprint
 
 
+def test_the_fingerprint_does_not_depend_on_the_name_of_a_class(prepared: Prepare):
+    """It is part of a checkpoint: a run of an earlier version of this code is resumed with it."""
+    data = prepared(build_encoder("bert"), files={"train.jsonl": lines([{"text": "a", "label": "x"}])}, task="seq-cls")
+    text = f"{data.train.fingerprint}  Labels(kind='single', names=('x',))"
+    assert data.fingerprint == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def source_labels(kind: str, *labels: str, numbered: bool = False, width: int = 1) -> SourceLabels:
     return SourceLabels(
         kind,
@@ -302,7 +310,7 @@ USUAL_HINT = "hint: fix them, or set data.on_bad_row: skip to drop and count the
 
 
 @pytest.mark.parametrize(
-    ("task", "rows", "lines_"),
+    ("task", "rows", "expected_lines"),
     [
         ("seq-cls", ['{"text": "a", "label": null}'], ["train.jsonl:1: label: is null"]),
         ("seq-cls", ['{"text": "a", "label": {"x": 1}}'], ["train.jsonl:1: label: is an object, not a name or number"]),
@@ -369,12 +377,14 @@ USUAL_HINT = "hint: fix them, or set data.on_bad_row: skip to drop and count the
         ),
     ],
 )
-def test_invalid_rows_of_the_task_are_rejected(task: Any, rows: list[str], lines_: list[str], prepared: Prepare):
+def test_invalid_rows_of_the_task_are_rejected(
+    task: Any, rows: list[str], expected_lines: list[str], prepared: Prepare
+):
     with pytest.raises(LoraError) as caught:
         prepared(build_encoder("bert"), files={"train.jsonl": "\n".join(rows)}, task=task)
     error = caught.value
     shown = [*error.details, f"error: {error.message}", f"hint: {error.hint}"]
-    assert (shown[:-2] if shown[-1] == USUAL_HINT else shown) == lines_
+    assert (shown[:-2] if shown[-1] == USUAL_HINT else shown) == expected_lines
 
 
 def test_a_regression_with_text_labels_is_rejected(prepared: Prepare):
