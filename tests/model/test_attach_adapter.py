@@ -1,4 +1,4 @@
-"""What is saved is what was trained: plain PEFT reads it, and a folder that differs in anything is found out."""
+"""A saved adapter equals the trained one: plain PEFT loads it, and every difference on disk is detected."""
 
 import json
 from copy import deepcopy
@@ -27,18 +27,18 @@ def logits(model: torch.nn.Module) -> Tensor:
     return out[:, -IDS.shape[1] :]
 
 
-def difference(model: PeftModel, folder: Path) -> save_adapter.ReloadDifference:
+def reload_difference(model: PeftModel, folder: Path) -> save_adapter.ReloadDifference:
     return save_adapter.compare_reloaded(model, folder, logits)
 
 
-def saved_and_loaded(model: PeftModel, folder: Path, family: str = "qwen2", **options: Any) -> None:
-    """What plain PEFT loads onto a fresh base is the trained model."""
+def assert_plain_peft_loads(model: PeftModel, folder: Path, family: str = "qwen2", **options: Any) -> None:
+    """Save the adapter of `model` and load it with plain PEFT on a fresh base; the logits must be the same."""
     for_inference = deepcopy(model)
     fp32_weights.upcast_trainable_params(for_inference, for_inference=True)
     trained = logits(for_inference)
     fp32_weights.upcast_trainable_params(model)
     save_adapter.save_adapter(model, folder, base="org/base", revision="abc")
-    assert difference(model, folder) == (0, 0)
+    assert reload_difference(model, folder) == (0, 0)
     loaded = PeftModel.from_pretrained(zoo.make(family, **options), str(folder))
     fp32_weights.upcast_trainable_params(loaded, for_inference=True)
     assert torch.equal(logits(loaded), trained)
@@ -50,7 +50,7 @@ def saved_and_loaded(model: PeftModel, folder: Path, family: str = "qwen2", **op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", zoo.METHODS)
 def test_plain_peft_loads_the_trained_model(tmp_path: Path, method: str, dtype: torch.dtype):
-    saved_and_loaded(zoo.adapted(zoo.make("qwen2", dtype=dtype), method=method), tmp_path, dtype=dtype)
+    assert_plain_peft_loads(zoo.adapted(zoo.make("qwen2", dtype=dtype), method=method), tmp_path, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -72,8 +72,8 @@ def test_plain_peft_loads_the_trained_model(tmp_path: Path, method: str, dtype: 
     ],
     ids=str,
 )
-def test_and_with_every_option(tmp_path: Path, options: dict[str, Any], dtype: torch.dtype):
-    saved_and_loaded(zoo.adapted(zoo.make("qwen2", dtype=dtype), **options), tmp_path, dtype=dtype)
+def test_plain_peft_loads_an_adapter_with_any_option(tmp_path: Path, options: dict[str, Any], dtype: torch.dtype):
+    assert_plain_peft_loads(zoo.adapted(zoo.make("qwen2", dtype=dtype), **options), tmp_path, dtype=dtype)
 
 
 @pytest.fixture
@@ -83,48 +83,48 @@ def saved(tmp_path: Path) -> tuple[PeftModel, Path]:
     return model, tmp_path / "adapter"
 
 
-def without_a_tensor(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def remove_a_tensor(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(list(tensors.items())[1:])
 
 
-def one_bit_off(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def change_one_bit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     name = next(name for name in tensors if "lora_B" in name)
     tensors[name][0, 0] = torch.nextafter(tensors[name][0, 0], torch.tensor(9.0))
     return tensors
 
 
-def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("layers.0", "layers.7"): tensor for name, tensor in tensors.items()}
 
 
-def in_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_to_bf16(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.bfloat16() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("damage", [without_a_tensor, one_bit_off, renamed, in_bf16])
-def test_a_folder_that_is_not_the_trained_adapter_is_found_out(saved: tuple[PeftModel, Path], damage):
+@pytest.mark.parametrize("damage", [remove_a_tensor, change_one_bit, rename_tensors, convert_to_bf16])
+def test_differing_tensors_in_the_saved_adapter_are_detected(saved: tuple[PeftModel, Path], damage):
     model, folder = saved
     file = folder / "adapter_model.safetensors"
     save_file(damage(load_file(file)), file)
-    found = difference(model, folder)
-    assert found.tensors > 0
-    assert not found.is_none(torch.bfloat16)
+    difference = reload_difference(model, folder)
+    assert difference.tensors > 0
+    assert not difference.is_none(torch.bfloat16)
 
 
-def test_another_scale_in_the_config_is_found_out(saved: tuple[PeftModel, Path]):
+def test_a_differing_lora_alpha_in_the_saved_config_is_detected(saved: tuple[PeftModel, Path]):
     model, folder = saved
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 9}))
     with pytest.raises(LoraError, match="differs in lora_alpha"):
-        difference(model, folder)
+        reload_difference(model, folder)
 
 
-def test_the_seed_draws_a_and_b_is_zero():
-    def drawn(seed: int) -> dict[str, Tensor]:
+def test_a_depends_on_the_seed_and_b_is_zero():
+    def initial_weights(seed: int) -> dict[str, Tensor]:
         model = attach_adapter.attach(zoo.make("llama"), AdapterSpec(rank=4), seed=seed)
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    one, same, other = drawn(1), drawn(1), drawn(2)
+    one, same, other = initial_weights(1), initial_weights(1), initial_weights(2)
     assert all(torch.equal(one[name], same[name]) for name in one)
     for name, parameter in one.items():
         assert torch.equal(parameter, other[name]) == ("lora_B" in name)
@@ -133,9 +133,9 @@ def test_the_seed_draws_a_and_b_is_zero():
 
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": ["word"]}])
 @pytest.mark.parametrize("method", zoo.METHODS)
-def test_trained_weights_are_fp32_over_a_bf16_base(method: str, options: dict[str, Any]):
-    taken = {key: value for key, value in options.items() if key in METHOD_FACTS[method].options}
-    model = zoo.adapted(zoo.make("qwen2", dtype=torch.bfloat16), method=method, **taken)
+def test_trained_weights_are_fp32_on_a_bf16_base(method: str, options: dict[str, Any]):
+    supported = {key: value for key, value in options.items() if key in METHOD_FACTS[method].options}
+    model = zoo.adapted(zoo.make("qwen2", dtype=torch.bfloat16), method=method, **supported)
     fp32_weights.upcast_trainable_params(model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     output = model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
@@ -144,14 +144,14 @@ def test_trained_weights_are_fp32_over_a_bf16_base(method: str, options: dict[st
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_dora_over_bf16_is_what_plain_peft_computes_and_begins_as_the_base(tmp_path: Path):
-    """Its row norms have to be taken in fp32: with bf16's eight bits they scale every row by up to 0.4 %."""
+def test_dora_on_a_bf16_base_equals_plain_peft_and_starts_at_the_base(tmp_path: Path):
+    """Its row norms must be computed in fp32: with the eight bits of bf16 they scale every row by up to 0.4 %."""
     base = zoo.make("qwen2", dtype=torch.bfloat16)
     exact = logits(zoo.make("qwen2"))
-    off = zoo.relative(logits(base).float(), exact)  # what bf16 costs the base itself
+    bf16_error = zoo.relative(logits(base).float(), exact)  # the rounding error of the base alone
     fresh = zoo.attached(base, method="dora", seed=1)
     fp32_weights.upcast_trainable_params(fresh)
-    assert zoo.relative(logits(fresh).float(), exact) < 1.5 * off
+    assert zoo.relative(logits(fresh).float(), exact) < 1.5 * bf16_error
     trained = zoo.adapted(zoo.make("qwen2", dtype=torch.bfloat16), method="dora")
     fp32_weights.upcast_trainable_params(trained)
     save_adapter.save_adapter(trained, tmp_path, base="org/base", revision=None)
@@ -159,12 +159,12 @@ def test_dora_over_bf16_is_what_plain_peft_computes_and_begins_as_the_base(tmp_p
     assert torch.equal(logits(plain), logits(trained))
 
 
-def test_a_table_has_every_method():
+def test_the_tables_of_methods_have_the_same_names():
     assert attach_adapter.METHODS.keys() == METHOD_FACTS.keys() == set(get_args(MethodName))
 
 
-def experts() -> Any:
-    """A model whose experts' weights are single parameters."""
+def make_moe() -> Any:
+    """Return a mixture-of-experts model that stores the weights of all experts in one parameter."""
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **zoo.COMMON, **options))
@@ -172,15 +172,15 @@ def experts() -> Any:
 
 
 def test_each_trained_parameter_of_experts_is_counted_once():
-    model = zoo.adapted(experts())
+    model = zoo.adapted(make_moe())
     layers = attach_adapter.adapted_layers(model)
     assert sum(layers.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert {name.rpartition(".")[2] for name in layers} >= {"q_proj", "experts"}
     assert not [name for name in layers if "base_layer" in name]
 
 
-def test_dropout_over_experts_is_refused_with_what_to_write():
+def test_dropout_on_experts_is_refused_with_a_hint():
     with pytest.raises(LoraError, match="lora_dropout") as caught:
-        zoo.adapted(experts(), dropout=0.1)
+        zoo.adapted(make_moe(), dropout=0.1)
     assert caught.value.hint is not None
     assert "adapter.dropout: 0" in caught.value.hint

@@ -34,8 +34,8 @@ def layers(model: PeftModel) -> list[LoraLinear]:
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
 
 
-def outcome(forward, layer: Any, x: Tensor, weights: Tensor) -> list[Tensor]:
-    """Output, and gradients of x and of the trained A and B."""
+def output_and_gradients(forward, layer: Any, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Return the output of `forward`, and the gradients of x and of the trained A and B."""
     x = x.clone().requires_grad_()
     y = forward(x)
     factors = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
@@ -47,8 +47,8 @@ def assert_equals_peft(layer: Any, peft_class: type, shape: tuple[int, ...], dty
     x = torch.randn((*shape, layer.in_features), generator=generator).to(dtype)
     weights = torch.randn((*shape, layer.out_features), generator=generator).to(dtype)
     assert is_fusable(layer)
-    expected = outcome(partial(peft_class.forward, layer), layer, x, weights)
-    for mine, theirs in zip(outcome(layer, layer, x, weights), expected, strict=True):
+    expected = output_and_gradients(partial(peft_class.forward, layer), layer, x, weights)
+    for mine, theirs in zip(output_and_gradients(layer, layer, x, weights), expected, strict=True):
         assert mine.dtype == theirs.dtype
         assert mine.shape == theirs.shape
         assert zoo.relative(mine.double(), theirs.double()) < TOLERANCE[dtype]
@@ -58,7 +58,7 @@ def assert_equals_peft(layer: Any, peft_class: type, shape: tuple[int, ...], dty
 @pytest.mark.parametrize("method", ["lora", "rslora"])
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 5)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_it_equals_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: str, family: str):
+def test_the_fused_layer_equals_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], method: str, family: str):
     model = zoo.adapted(zoo.make(family, dtype=dtype), method=method)
     assert {type(layer) for layer in layers(model)} == {FusedLora}
     assert_equals_peft(layers(model)[0], LoraLinear, shape, dtype)
@@ -67,7 +67,7 @@ def test_it_equals_pefts_layer(dtype: torch.dtype, shape: tuple[int, ...], metho
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("code", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_over_4_bits_it_equals_pefts_layer(tmp_path: Path, dtype: torch.dtype, code: str, frozen: bool):
+def test_the_fused_4_bit_layer_equals_pefts_layer(tmp_path: Path, dtype: torch.dtype, code: str, frozen: bool):
     zoo.make("qwen2", dtype=dtype).save_pretrained(tmp_path)
     spec = QuantizationSpec.model_validate({"type": code, "compute_dtype": str(dtype).removeprefix("torch.")})
     model = zoo.adapted(checkpoints.load(tmp_path, dtype=dtype, quantization=spec), freeze_a=frozen)
@@ -88,7 +88,7 @@ def test_a_4_bit_layer_of_another_compute_dtype_runs_pefts_forward(tmp_path: Pat
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bool):
+def test_dropout_equals_pefts_formula_at_the_same_positions(p: float, transposed: bool):
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape: int) -> Tensor:
@@ -103,17 +103,17 @@ def test_dropout_is_pefts_formula_at_the_same_positions(p: float, transposed: bo
     kept[dropped] = 0
     weights = draw(9, 5)
     expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
-    got = FusedLoraFunction.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
-    assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+    output = FusedLoraFunction.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
+    assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
-        torch.autograd.grad((got * weights).sum(), leaves),
+        torch.autograd.grad((output * weights).sum(), leaves),
         torch.autograd.grad((expected * weights).sum(), leaves),
         strict=True,
     ):
         assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_the_layer_drops_in_training_only_and_as_the_seed_says():
+def test_dropout_is_active_in_training_only_and_follows_the_seed():
     model = zoo.adapted(zoo.make("llama"), dropout=0.5)
     layer, x = layers(model)[0], torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
 
@@ -122,15 +122,15 @@ def test_the_layer_drops_in_training_only_and_as_the_seed_says():
         return layer(x).detach()
 
     layer.eval()
-    still = output(0)
-    assert torch.equal(output(1), still)
+    without_dropout = output(0)
+    assert torch.equal(output(1), without_dropout)
     layer.train()
     assert torch.equal(output(1), output(1))
     assert not torch.equal(output(1), output(2))
-    # Unbiased: the mean over draws is the layer without dropout, within the error of 600 of them.
+    # Unbiased: the mean output of 600 draws equals the output without dropout, within the standard error.
     draws = torch.stack([output(seed) for seed in range(600)])
     error = draws.std(0) / math.sqrt(len(draws))
-    assert ((draws.mean(0) - still).abs() < 5.5 * error + 1e-6).all()
+    assert ((draws.mean(0) - without_dropout).abs() < 5.5 * error + 1e-6).all()
 
 
 @settings(deadline=None)
@@ -187,7 +187,7 @@ def test_layers_on_another_device_are_not_fused():
     assert not zoo.fused_layers(model)
 
 
-def test_several_active_adapters_are_not_fused_and_one_alone_is():
+def test_only_a_single_active_adapter_is_fused():
     model = zoo.adapted(zoo.make("llama"))
     count = len(zoo.fused_layers(model))
     model.add_adapter("second", model.peft_config["default"])
@@ -197,7 +197,7 @@ def test_several_active_adapters_are_not_fused_and_one_alone_is():
     assert len(zoo.fused_layers(model)) == count == 14
 
 
-def test_a_target_parameter_of_a_linear_layer_stays_with_peft():
+def test_a_target_parameter_of_a_linear_layer_gets_pefts_own_layer():
     model = zoo.make("llama")
     config = LoraConfig(target_modules=[], target_parameters=["q_proj.weight"], lora_dropout=0.0)
     register_custom_layers(config)
@@ -205,7 +205,7 @@ def test_a_target_parameter_of_a_linear_layer_stays_with_peft():
     assert {type(m).__name__ for m in adapted.modules() if isinstance(m, LoraLayer)} == {"ParamWrapper"}
 
 
-def test_disabled_and_merged_layers_are_pefts():
+def test_disabled_merged_and_unmerged_adapters_give_pefts_logits():
     model = zoo.adapted(zoo.make("llama"))
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():

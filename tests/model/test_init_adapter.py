@@ -1,4 +1,4 @@
-"""Adapters that start from weights or activations: where they start, and that they learn as PEFT's own do."""
+"""Adapters initialized from weights or activations: the initial values, and the same training losses as in PEFT."""
 
 import copy
 from collections.abc import Callable
@@ -26,17 +26,17 @@ def plan_of(lengths: list[int], *, packing: bool = True, size: int = 120) -> Bat
     return BatchPlan(zoo.rows_of(lengths), packing=packing, size=size, batches_per_step=1, seed=0)
 
 
-def their_pissa(model: torch.nn.Module) -> PeftModel:
+def peft_pissa(model: torch.nn.Module) -> PeftModel:
     return get_peft_model(model, config_of(init_lora_weights="pissa"))
 
 
-def their_olora(model: torch.nn.Module) -> PeftModel:
+def peft_olora(model: torch.nn.Module) -> PeftModel:
     return get_peft_model(model, config_of(init_lora_weights="olora"))
 
 
-def their_corda(model: torch.nn.Module) -> PeftModel:
+def peft_corda(model: torch.nn.Module) -> PeftModel:
     config = config_of(init_lora_weights="corda", corda_config=CordaConfig(corda_method="ipm"))
-    rows = zoo.rows_of([30, 41, 12, 25, 60, 7])  # those that `zoo.attached` shows
+    rows = zoo.rows_of([30, 41, 12, 25, 60, 7])  # the same as in `zoo.attached`
     order = [i for batch in plan_of([30, 41, 12, 25, 60, 7], size=60).epoch(0) for i in batch]
 
     def run() -> None:
@@ -52,8 +52,8 @@ def config_of(**options: object) -> LoraConfig:
     return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, task_type="CAUSAL_LM", **options)
 
 
-def learn(model: PeftModel) -> list[float]:
-    """Losses of a few AdamW steps."""
+def train(model: PeftModel) -> list[float]:
+    """Run a few AdamW steps; return their losses."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(6):
@@ -65,20 +65,22 @@ def learn(model: PeftModel) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("method", "theirs"), [("pissa", their_pissa), ("olora", their_olora), ("corda", their_corda)])
-def test_it_learns_as_pefts_own_and_leaves_the_base_alone(
-    tmp_path: Path, method: str, theirs: Callable[[torch.nn.Module], PeftModel]
+@pytest.mark.parametrize(
+    ("method", "peft_model"), [("pissa", peft_pissa), ("olora", peft_olora), ("corda", peft_corda)]
+)
+def test_losses_equal_those_of_peft_and_the_base_is_unchanged(
+    tmp_path: Path, method: str, peft_model: Callable[[torch.nn.Module], PeftModel]
 ):
-    """PEFT subtracts the start from the base's weights; here they stay, and the saved adapter says the same of them."""
+    """PEFT subtracts the initial update from the base weights; here the saved adapter contains the subtraction."""
     ours = zoo.attached(zoo.make("llama"), method=method, rank=RANK, alpha=ALPHA)
     base = {name: t.clone() for name, t in zoo.make("llama").state_dict().items()}
-    expected = learn(theirs(zoo.make("llama")))
-    found = learn(ours)
-    assert found == pytest.approx(expected, rel=2e-4)
-    assert found[-1] < 0.9 * found[0]
+    expected = train(peft_model(zoo.make("llama")))
+    losses = train(ours)
+    assert losses == pytest.approx(expected, rel=2e-4)
+    assert losses[-1] < 0.9 * losses[0]
     state = ours.get_base_model().state_dict()
-    kept = {name: t for name, t in state.items() if "lora_" not in name}
-    assert all(torch.equal(t, base[name.replace("base_layer.", "")]) for name, t in kept.items())
+    base_weights = {name: t for name, t in state.items() if "lora_" not in name}
+    assert all(torch.equal(t, base[name.replace("base_layer.", "")]) for name, t in base_weights.items())
     trained = ours(input_ids=IDS).logits
     save_adapter.save_adapter(ours, tmp_path, base="org/base", revision=None)
     loaded = PeftModel.from_pretrained(zoo.make("llama"), str(tmp_path))
@@ -86,48 +88,48 @@ def test_it_learns_as_pefts_own_and_leaves_the_base_alone(
     assert loaded.peft_config["default"].r == 2 * RANK
 
 
-def test_pissa_takes_the_largest_components(tmp_path: Path):
+def test_pissa_starts_at_the_largest_singular_components(tmp_path: Path):
     model = zoo.attached(zoo.make("llama"), method="pissa", rank=RANK, alpha=ALPHA)
     for _, layer in init_adapter.lora_layers(model):
         u, s, vh = torch.linalg.svd(layer.get_base_layer().weight)
-        # Of B and A, the trained halves.
+        # The trained halves of B and A.
         b, a = layer.lora_B["default"].weight[:, :RANK], layer.lora_A["default"].weight[:RANK]
         best = u[:, :RANK] @ torch.diag(s[:RANK]) @ vh[:RANK]
         assert zoo.relative(ALPHA / RANK * b @ a, best) < 1e-4
 
 
 def inputs_of(name: str, plan: BatchPlan) -> Tensor:
-    """Inputs [tokens, width] of a layer of the base, row by row, so without padding."""
-    model, seen = zoo.make("llama"), []
+    """Return the inputs of a base layer, [tokens, width] fp32; each row runs alone, so without padding."""
+    model, inputs = zoo.make("llama"), []
     layer = model.get_submodule(name)
-    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
     for i in range(len(plan.rows)):
         model(input_ids=torch.tensor(plan.rows[i].input_ids[None].astype("int64")))
     hook.remove()
-    return torch.cat(seen)
+    return torch.cat(inputs)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_eva_starts_where_the_inputs_vary_most(packing: bool):
-    """A's rows are principal components of the layer's inputs over the rows' own tokens; padding does not count."""
+def test_eva_starts_at_the_principal_components_of_the_inputs(packing: bool):
+    """The rows of A are principal components of the layer's inputs; inputs at padding are left out."""
     lengths = [60, 20, 25, 60, 30, 55, 60, 10, 40, 50]
     plan = plan_of(lengths, packing=packing, size=120 if packing else 4)
     context = AdapterContext(total_steps=10, plan=plan)
     model = zoo.attached(zoo.make("llama"), method="eva", rank=RANK, context=context)
     ranks = {name: layer.r["default"] for name, layer in init_adapter.lora_layers(model)}
-    assert sum(ranks.values()) == RANK * 14, "ranks are shared out anew, to some layers none, and their sum stays"
+    assert sum(ranks.values()) == RANK * 14, "EVA redistributes the ranks over the layers; their sum is the same"
     for name in list(ranks)[::3]:
-        found = inputs_of(name, plan)
-        found = found - found.mean(dim=0)
-        _, _, vh = torch.linalg.svd(found, full_matrices=False)
+        inputs = inputs_of(name, plan)
+        centered = inputs - inputs.mean(dim=0)
+        _, _, vh = torch.linalg.svd(centered, full_matrices=False)
         a = model.get_base_model().get_submodule(name).lora_A["default"].weight
         a = a / a.norm(dim=1, keepdim=True)
-        # Each row of A lies in the span of as many leading components, but for what the incremental PCA loses.
-        inside = (a @ vh[: len(a) + 1].T).norm(dim=1)
-        assert float(inside[: max(1, len(a) - 1)].min()) > 0.97, name
+        # The rows of A lie in the span of the leading components, except for the error of the incremental PCA.
+        norm_in_span = (a @ vh[: len(a) + 1].T).norm(dim=1)
+        assert float(norm_in_span[: max(1, len(a) - 1)].min()) > 0.97, name
 
 
-def test_eva_wants_batches_of_enough_tokens():
+def test_eva_needs_batches_of_enough_tokens():
     context = AdapterContext(total_steps=10, plan=plan_of([5, 6, 7], size=7))
     with pytest.raises(LoraError, match="eva needs batches of at least 8 tokens, twice the rank") as caught:
         zoo.attached(zoo.make("llama"), method="eva", rank=4, context=context)
@@ -141,8 +143,8 @@ def test_a_rank_above_the_components_of_a_layer_is_refused(method: str):
     assert "leave such layers out of adapter.target_modules" in str(caught.value.hint)
 
 
-def test_a_factor_for_each_row_is_trained_and_folded_into_b(tmp_path: Path):
-    """W + diag(s)·BA: s starts at 1, gets gradients, and the saved B is diag(s)·B, which any reader takes."""
+def test_the_row_scales_are_trained_and_merged_into_b(tmp_path: Path):
+    """W + diag(s)·BA: s starts at 1 and is trained; the saved B is diag(s)·B, so plain PEFT can load it."""
     model = zoo.attached(zoo.make("llama"), method="scaled", rank=RANK, alpha=ALPHA)
     scales = {name: p for name, p in model.named_parameters() if name.endswith(".scale")}
     assert len(scales) == 14
@@ -150,7 +152,7 @@ def test_a_factor_for_each_row_is_trained_and_folded_into_b(tmp_path: Path):
     plain = sum(p.numel() for p in zoo.attached(zoo.make("llama"), rank=RANK).parameters() if p.requires_grad)
     rows = sum(layer.out_features for _, layer in init_adapter.lora_layers(model))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == plain + rows
-    learn(model)
+    train(model)
     assert all((p != 1).any() for p in scales.values())
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.default"
     layer = model.get_submodule(name)
@@ -164,15 +166,15 @@ def test_a_factor_for_each_row_is_trained_and_folded_into_b(tmp_path: Path):
     assert torch.equal(loaded(input_ids=IDS).logits, trained)
 
 
-def test_with_a_frozen_only_b_moves():
+def test_with_freeze_a_only_b_is_trained():
     model = zoo.attached(zoo.make("llama"), freeze_a=True, rank=RANK)
     before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
-    learn(model)
-    moved = {name for name, p in model.named_parameters() if "lora_" in name and not torch.equal(p, before[name])}
-    assert moved == {name for name in before if ".lora_B." in name}
+    train(model)
+    changed = {name for name, p in model.named_parameters() if "lora_" in name and not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".lora_B." in name}
 
 
-def test_virtual_tokens_start_from_a_text():
+def test_virtual_tokens_start_at_the_embeddings_of_init_text():
     base = zoo.make("llama")
     context = AdapterContext(plan=plan_of([10]), encode=lambda text: [ord(letter) - 90 for letter in text])
     model = zoo.attached(base, method="prompt", virtual_tokens=5, init_text="abc", context=context)
@@ -182,12 +184,12 @@ def test_virtual_tokens_start_from_a_text():
         zoo.attached(zoo.make("llama"), method="prompt", init_text="", context=context)
 
 
-def test_only_linear_layers_are_decomposed():
+def test_pissa_on_a_layer_that_is_not_linear_raises():
     with pytest.raises(LoraError, match=r"embed_tokens is not a linear layer, which this adapter\.method needs"):
         zoo.attached(zoo.make("llama"), method="pissa", target_modules=["embed_tokens", "q_proj"])
 
 
-def test_held_tensors_are_given_back():
+def test_remove_parametrizations_does_not_change_the_logits():
     model = zoo.adapted(zoo.make("llama", dtype=torch.bfloat16), method="scaled", modules_to_save=["lm_head"])
     fp32_weights.upcast_trainable_params(model)
     before = copy.deepcopy(model)(input_ids=IDS).logits

@@ -60,7 +60,7 @@ def test_the_estimate_is_close_to_the_measured_peak_of_a_step(demo_folder: Path)
         assert 0.65 < planned / measured < 1.35, f"planned {planned >> 20} MiB, measured {measured >> 20} MiB"
     # Weights and libraries dominate both sizes, so the memory that each additional token takes is compared separately.
     # The estimate counts the tensors saved for the backward pass (1.4 MiB here). glibc's heap, which is configured to
-    # return no memory to the system, takes about half as much in addition.
+    # return no memory to the system, needs about half of that in addition.
     growth, expected = large[0] - small[0], large[1] - small[1]
     assert 0.35 < expected / growth < 1.35, f"planned {expected >> 20} MiB more, measured {growth >> 20} MiB"
 

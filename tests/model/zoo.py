@@ -132,7 +132,7 @@ def adapted(model: PreTrainedModel, *, seed: int = 0, **options: Any) -> PeftMod
 
 
 def fused_layers(model: PeftModel) -> list[torch.nn.Module]:
-    """LoRA layers whose training forward is fused."""
+    """Return the LoRA layers whose training forward is fused."""
     return [module for module in model.modules() if is_fusable(module)]
 
 

@@ -20,10 +20,12 @@ def checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **fields: Any,
 ) -> BaseCheckpoint:
-    """The model in `folder` as it is found; `fields` are those of the record."""
+    """Return the record of the model in `folder`; `fields` override its other fields."""
     source = ModelSource(str(folder))
-    words: Any = tokenizer  # tests of weights need none
-    return BaseCheckpoint(str(folder), source, config or load_config(source), words, **{"task": "causal-lm", **fields})
+    optional: Any = tokenizer  # None in tests of weights, which need no tokenizer
+    return BaseCheckpoint(
+        str(folder), source, config or load_config(source), optional, **{"task": "causal-lm", **fields}
+    )
 
 
 def load(
@@ -34,11 +36,11 @@ def load(
     quantization: QuantizationSpec | None = None,
     **fields: Any,
 ) -> PreTrainedModel:
-    """The frozen model in `folder`, on the CPU."""
-    found = checkpoint(folder, **fields).load(CPU, dtype=dtype, attention=attention, quantization=quantization)
-    return found.model
+    """Load the model in `folder` on the CPU, frozen."""
+    loaded = checkpoint(folder, **fields).load(CPU, dtype=dtype, attention=attention, quantization=quantization)
+    return loaded.model
 
 
 def skeleton_of(config: PretrainedConfig, **fields: Any) -> PreTrainedModel:
-    """The modules of a model of `config`, on the meta device."""
+    """Build a model of `config` on the meta device, without weights."""
     return checkpoint(Path("nowhere"), config=config, **fields).skeleton()
