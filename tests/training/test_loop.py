@@ -1,4 +1,4 @@
-"""`fit` beyond its gradients: what it refuses, what it counts, and that recomputing changes nothing."""
+"""The training loop `fit`: clipping, gradient checkpointing, non-finite values, and batches without labels."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,11 +20,11 @@ from tests.model import zoo
 LENGTHS = [3, 41, 12, 7, 30, 2, 19, 8, 25, 11, 5, 17]
 
 
-def ready(**spec: object) -> PeftModel:
+def make_model(**spec: object) -> PeftModel:
     return zoo.adapted(zoo.make("llama", attention=packed_attention.PACKED_ATTENTION), **spec)
 
 
-def trained(model: PeftModel) -> list[Tensor]:
+def parameters(model: PeftModel) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
@@ -39,13 +39,13 @@ def plan_of(lengths: Sequence[int] = LENGTHS, *, batches_per_step: int = 2, size
     return BatchPlan(zoo.rows_of(lengths), packing=True, size=size, batches_per_step=batches_per_step, seed=1)
 
 
-def test_training_lowers_the_loss_and_moves_only_the_adapter():
-    model = ready(dropout=0.1)
+def test_training_lowers_the_loss_and_changes_only_the_adapter():
+    model = make_model(dropout=0.1)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    before = trained(model)
+    before = parameters(model)
     steps = run(model, plan_of(), total=30)
     assert sum(s.loss for s in steps[-4:]) < 0.8 * sum(s.loss for s in steps[:4])
-    assert all(not torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if not p.requires_grad)
     assert [s.number for s in steps] == list(range(1, 31))
     assert steps[1].epoch == 1.0  # four batches, two a step
@@ -55,12 +55,12 @@ def test_training_lowers_the_loss_and_moves_only_the_adapter():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("packing", [True, False])
 def test_gradient_checkpointing_changes_nothing(dropout: float, packing: bool):
-    found = []
+    results = []
     for recompute in (False, True):
-        model = ready(dropout=dropout)
+        model = make_model(dropout=dropout)
         base = model.get_base_model()
         calls: list[int] = []
-        # Before, not after: recomputation stops at the last tensor that is needed.
+        # A pre-hook, because the recomputation may stop before the forward hooks.
         base.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if not packing:
             base.set_attn_implementation("sdpa")
@@ -69,83 +69,83 @@ def test_gradient_checkpointing_changes_nothing(dropout: float, packing: bool):
             base.enable_input_require_grads()
         plan = BatchPlan(zoo.rows_of(LENGTHS), packing=packing, size=50 if packing else 4, batches_per_step=2, seed=1)
         steps = run(model, plan, total=3)
-        found.append((trained(model), [(s.loss, s.grad_norm) for s in steps], len(calls)))
-    off, on = found
-    assert on[2] > off[2]  # it did recompute
+        results.append((parameters(model), [(s.loss, s.grad_norm) for s in steps], len(calls)))
+    off, on = results
+    assert on[2] > off[2]  # the forward pass was computed again
     assert on[1] == off[1]
     assert all(torch.equal(a, b) for a, b in zip(off[0], on[0], strict=True))
 
 
-def test_clipping_scales_the_gradient_to_its_norm():
-    steps, moved = [], []
+def test_clipping_scales_the_gradient_to_max_grad_norm():
+    steps, changes = [], []
     for limit in (None, 1e-3):
-        model = ready()
-        before = trained(model)
+        model = make_model()
+        before = parameters(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         spec = TrainingSpec(learning_rate=1.0, schedule="constant", warmup=0, max_grad_norm=limit)
         accelerator = Accelerator(cpu=True)
         steps += list(fit(model, plan_of(), spec=spec, optimizer=optimizer, accelerator=accelerator, total=1))
-        moved.append(torch.cat([(a - b).flatten() for a, b in zip(before, trained(model), strict=True)]))
-    assert steps[0].grad_norm == steps[1].grad_norm > 1e-2  # reported as it was
-    assert float(moved[0].norm()) == pytest.approx(steps[0].grad_norm, rel=1e-4)
-    assert float(moved[1].norm()) == pytest.approx(1e-3, rel=1e-2)
+        changes.append(torch.cat([(a - b).flatten() for a, b in zip(before, parameters(model), strict=True)]))
+    assert steps[0].grad_norm == steps[1].grad_norm > 1e-2  # the reported norm is that before clipping
+    assert float(changes[0].norm()) == pytest.approx(steps[0].grad_norm, rel=1e-4)
+    assert float(changes[1].norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
-def poison_weight(model: PeftModel) -> None:
+def make_a_weight_infinite(model: PeftModel) -> None:
     with torch.no_grad():
         model.get_base_model().model.layers[1].mlp.up_proj.lora_B["default"].weight[0, 0] = torch.inf
 
 
-def poison_gradient(model: PeftModel) -> None:
+def make_a_gradient_nan(model: PeftModel) -> None:
     parameter = next(p for p in model.parameters() if p.requires_grad)
     parameter.register_hook(lambda grad: grad * torch.nan)
 
 
-@pytest.mark.parametrize(("poison", "what"), [(poison_weight, "loss"), (poison_gradient, "gradient")])
-def test_what_is_not_finite_stops_before_the_step(poison: Callable[[PeftModel], None], what: str):
-    model, plan = ready(), plan_of()
+@pytest.mark.parametrize(("damage", "quantity"), [(make_a_weight_infinite, "loss"), (make_a_gradient_nan, "gradient")])
+def test_a_non_finite_loss_or_gradient_raises_before_the_update(damage: Callable[[PeftModel], None], quantity: str):
+    model, plan = make_model(), plan_of()
     training = TrainingSpec(learning_rate=1e-2)
     optimizer = make_optimizer(model, training)
     accelerator = Accelerator(cpu=True)
     steps = fit(model, plan, spec=training, optimizer=optimizer, accelerator=accelerator, total=9)
     next(steps)
     next(steps)
-    poison(model)
-    before, moments = trained(model), [v.clone() for s in optimizer.state.values() for v in s.values()]
+    damage(model)
+    before, moments = parameters(model), [v.clone() for s in optimizer.state.values() for v in s.values()]
     with pytest.raises(LoraError) as caught:
         next(steps)
     rows = [plan.rows[i].where for _, batch in plan.batches_of_step(2) for i in batch.rows]
     message = caught.value.message
-    assert message.startswith(f"step 3: the {what} is not finite; its rows: {rows[0]}, ")
+    assert message.startswith(f"step 3: the {quantity} is not finite; its rows: {rows[0]}, ")
     assert [row for row in rows[:5] if row not in message] == []
     assert f"and {len(rows) - 5} more" in message or len(rows) <= 5
     assert caught.value.exit_code == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
     after = [v for s in optimizer.state.values() for v in s.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
-def test_one_bad_row_names_its_batch_alone():
-    model, plan = ready(), plan_of()
+def test_the_error_lists_only_the_rows_of_the_batch_with_the_non_finite_loss():
+    model, plan = make_model(), plan_of()
     (_, good), (_, bad) = plan.batches_of_step(0)
     token = next(int(t) for t in bad.input_ids[0] if t not in good.input_ids)
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = torch.nan
     with pytest.raises(LoraError) as caught:
         run(model, plan, total=1)
-    named = [plan.rows[i].where for i in bad.rows]
-    assert caught.value.message.endswith("its rows: " + ", ".join(named[:5]) + _more(named))
+    rows = [plan.rows[i].where for i in bad.rows]
+    assert caught.value.message.endswith("its rows: " + ", ".join(rows[:5]) + _and_more(rows))
 
 
-def _more(rows: list[str]) -> str:
+def _and_more(rows: list[str]) -> str:
     return f" and {len(rows) - 5} more" if len(rows) > 5 else ""
 
 
-def test_batches_without_a_label_are_stepped_over():
+def test_batches_without_a_label_are_skipped():
     rows = zoo.rows_of([20, 20, 20])
     rows[1].labels[:] = -100
     plan = BatchPlan(rows, packing=False, size=1, batches_per_step=3, seed=0)
-    model = ready()
+    model = make_model()
     model.get_base_model().set_attn_implementation("sdpa")
     (step,) = run(model, plan, total=1)
     total, count = zoo.loss_row_by_row(zoo.adapted(zoo.make("llama")), zoo.MemoryRows([rows[0], rows[2]]))
@@ -153,34 +153,34 @@ def test_batches_without_a_label_are_stepped_over():
     assert step.loss == pytest.approx(total.item() / count, rel=1e-5)
 
 
-def test_a_step_without_any_label_moves_nothing():
+def test_a_step_without_any_label_changes_no_parameter():
     rows = zoo.rows_of([20, 20])
     for row in (rows[0], rows[1]):
         row.labels[:] = -100
-    model = ready()
-    before = trained(model)
+    model = make_model()
+    before = parameters(model)
     (step,) = run(model, BatchPlan(rows, packing=True, size=40, batches_per_step=1, seed=0), total=1)
     assert (step.supervised, step.loss) == (0, 0.0)
-    assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
 
 
 def test_fp16_gradients_of_a_large_step_do_not_vanish(monkeypatch: pytest.MonkeyPatch):
-    """A batch that is one of ten thousand of its step has a gradient that many times smaller, and as exact."""
+    """In a step of 10,000 batches, the gradient of one batch is 10,000 times smaller; it must stay as exact."""
     monkeypatch.setattr(
         loop, "_all_reduce_sum", lambda _, value: value if value.is_floating_point() else 10_000 * value
     )
-    found = []
+    gradients = []
     for dtype in (torch.float16, torch.float32):
-        half = zoo.make("llama", dtype=torch.float16, attention="sdpa", initializer_range=0.05)
-        model = zoo.adapted(half.to(dtype))  # the same numbers
+        fp16_model = zoo.make("llama", dtype=torch.float16, attention="sdpa", initializer_range=0.05)
+        model = zoo.adapted(fp16_model.to(dtype))  # the same values in both dtypes
         plan = BatchPlan(zoo.rows_of(LENGTHS), packing=False, size=4, batches_per_step=3, seed=1)
         weights = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(weights, lr=0.0)
-        seen: list[Tensor] = []
+        parts: list[Tensor] = []
         optimizer.register_step_pre_hook(
-            lambda *_, weights=weights, seen=seen: seen.extend(p.grad.flatten() for p in weights)
+            lambda *_, weights=weights, parts=parts: parts.extend(p.grad.flatten() for p in weights)
         )
         spec = TrainingSpec(max_grad_norm=None)
         list(fit(model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=1))
-        found.append(torch.cat(seen))
-    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.02
+        gradients.append(torch.cat(parts))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.02
