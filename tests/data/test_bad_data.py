@@ -5,8 +5,10 @@ import pytest
 from lora_cli.data.examples import check_rows
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
-from tests.inputs.bad_data import BAD, Bad
+from tests.inputs.bad_files import BAD_FILES, Bad
+from tests.inputs.bad_rows import BAD_ROWS
 
+BAD = [*BAD_FILES, *BAD_ROWS]
 USUAL_HINT = "hint: fix them, or set data.on_bad_row: skip to drop and count them"
 
 

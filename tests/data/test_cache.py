@@ -168,10 +168,10 @@ print(len(run("large.jsonl").train), (peak_resident_memory() - before) / 2**20)
 """
 
 
-def test_memory_stays_flat(tmp_path):
-    """8,000 rows of 15 MB of text and as many bytes of ids need far less memory than either: only the index grows.
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """8,000 rows with 15 MB of text and 15 MB of ids need much less memory than either, because only the index grows.
 
-    The vocabulary of the rows is small: else the tokenizer's cache of words would grow with them.
+    The rows repeat a few words, because the tokenizer's cache of words grows with each new one.
     """
     digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     for name, count in (("small", 1_500), ("large", 8_000)):

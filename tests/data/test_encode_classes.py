@@ -213,8 +213,9 @@ def test_different_labels_give_a_different_fingerprint(prepared: Prepare):
 
 def test_the_fingerprint_does_not_depend_on_the_name_of_a_class(prepared: Prepare):
     """It is part of a checkpoint: a run of an earlier version of this code is resumed with it."""
-    data = prepared(build_encoder("bert"), files={"train.jsonl": lines([{"text": "a", "label": "x"}])}, task="seq-cls")
-    text = f"{data.train.fingerprint}  Labels(kind='single', names=('x',))"
+    rows = lines([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    data = prepared(build_encoder("bert"), files={"train.jsonl": rows}, task="seq-cls")
+    text = f"{data.train.fingerprint}  Labels(kind='single', names=('x', 'y'))"
     assert data.fingerprint == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

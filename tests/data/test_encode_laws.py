@@ -44,7 +44,7 @@ def text_of(encoder: CausalLMEncoder, ids: list[int]) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(max_examples=60, deadline=None)
 @given(messages=conversations)
-def test_conversations(family: str, messages: list[dict[str, str]]):
+def test_conversations_have_exact_ids_and_answer_spans(family: str, messages: list[dict[str, str]]):
     tokenizer, end, as_rendered = FAMILIES[family]
     encoder = ENCODERS[family]
     (row,) = encoder.encode([Conversation(messages, None)])
@@ -59,7 +59,7 @@ def test_conversations(family: str, messages: list[dict[str, str]]):
 
 @settings(max_examples=60, deadline=None)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"])), completion=content)
-def test_completions(prompt: str, completion: str):
+def test_completions_have_exact_ids_and_answer_spans(prompt: str, completion: str):
     encoder = ENCODERS["chatml"]
     (row,) = encoder.encode([PromptCompletion(prompt, completion)])
     if isinstance(row, BadRow):  # a single token carries no loss

@@ -53,7 +53,7 @@ def test_answers_and_their_end_tokens_are_supervised(prepared, family: str):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_last_turn_and_all(prepared, family: str):
+def test_loss_on_last_turn_and_loss_on_all(prepared, family: str):
     tokenizer, end, _ = FAMILIES[family]
     files = file_of({"messages": THREE})
     last = prepared(tokenizer, files=files, loss_on="last-turn").train[0]
@@ -63,7 +63,7 @@ def test_last_turn_and_all(prepared, family: str):
     assert (full.labels[1:] == full.input_ids[1:]).all()
 
 
-def test_a_template_that_writes_earlier_answers_differently(prepared):
+def test_answers_that_the_template_rewrites_are_supervised_as_rendered(prepared):
     tokenizer = build(*QWEN, eos="<|im_end|>", template=tiny.QWEN3)
     one = prepared(tokenizer, files=file_of({"messages": chat("Hello", "Hi")})).train[0]
     assert supervised_texts(one, tokenizer) == ["<think>\n\n</think>\n\nHi<|im_end|>"]
@@ -75,7 +75,7 @@ def test_a_template_that_writes_earlier_answers_differently(prepared):
     assert data.ledger.entries[0].tally.rewritten == 1
 
 
-def test_tool_calls_and_results(prepared):
+def test_tool_calls_are_supervised_and_tool_results_are_not(prepared):
     tokenizer = build(*QWEN, eos="<|im_end|>", template=tiny.QWEN3)
     call = {"id": "1", "function": {"name": "look_up", "arguments": '{"word": "dog"}'}}
     messages = [
@@ -121,7 +121,7 @@ def test_sharegpt_and_alpaca_are_the_same_conversations(prepared, chatml):
     assert "user\nTell me\nthe capital<|im_end|>" in chatml.decode(joined.train[0].input_ids)
 
 
-def test_messages_in_a_column_of_another_name(prepared, chatml):
+def test_messages_in_a_column_of_another_name_are_recognized(prepared, chatml):
     printed: list[str] = []
     data = prepared(chatml, files=file_of({"conversations": chat("a", "b")}), info=printed.append)
     assert printed == ["train.jsonl: encoding, format messages (role and content in column conversations)"]
@@ -150,7 +150,7 @@ def test_text_and_completion_end_with_eos_and_begin_with_one_bos(prepared, base)
         assert encoded.input_ids.tolist().count(base.eos_token_id) == 1
 
 
-def test_bytes_and_spaces_of_sentencepiece(prepared):
+def test_labels_of_sentencepiece_bytes_and_spaces(prepared):
     tokenizer = tiny.build_sentencepiece(tiny.MISTRAL)
     messages = chat("Hello", "the capital é漢", "  And?", "The answer")
     row = prepared(tokenizer, files=file_of({"messages": messages})).train[0]
@@ -200,7 +200,7 @@ def test_named_templates_fit_base_models(prepared, name: str):
         assert ("Be brief" in tokenizer.decode(ids)) == (system is not None)
 
 
-def test_template_from_a_file_and_from_a_dict(prepared):
+def test_templates_from_a_file_and_from_a_dict_are_used(prepared):
     plain = build(*QWEN, eos="<|im_end|>")
     several = build(*QWEN, eos="<|im_end|>", template={"default": tiny.CHATML, "tool_use": tiny.QWEN3})
     files = file_of({"messages": chat("Hello", "Hi")}) | {"t.jinja": tiny.CHATML}

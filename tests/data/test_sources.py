@@ -55,7 +55,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_same_rows_same_tokens(prepared, chatml, name: str):
+def test_every_file_type_gives_the_same_tokens(prepared, chatml, name: str):
     first = prepared(chatml, files={"train.jsonl": SAME["train.jsonl"]})
     data = prepared(chatml, files={name: SAME[name]}, train=name)
     assert data.fingerprint == first.fingerprint
@@ -114,7 +114,7 @@ def test_a_folder_is_read_in_order_without_hidden_files(prepared, chatml):
     ]
 
 
-def test_saved_datasets(prepared, chatml, tmp_path):
+def test_datasets_of_save_to_disk_are_read(prepared, chatml, tmp_path):
     import datasets
 
     dataset = datasets.Dataset.from_list(ROWS)
