@@ -29,7 +29,7 @@ def reference(model: torch.nn.Module) -> Likelihood:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(("packing", "size"), [(True, 41), (True, 1000), (False, 1), (False, 4)])
-def test_it_equals_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size: int):
+def test_the_likelihood_equals_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size: int):
     model = zoo.adapted(zoo.make(family), dropout=0.5)
     expected = reference(model.eval())
     if family == "llama":
@@ -53,7 +53,7 @@ def test_it_equals_the_loss_of_the_rows_one_by_one(family: str, packing: bool, s
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_it_keeps_the_training_mode_and_records_no_gradient(training: bool):
+def test_measuring_keeps_the_training_mode_and_records_no_gradient(training: bool):
     model = zoo.adapted(zoo.make("llama")).train(training)
     measure_likelihood(LossFunction(model), BatchPlan(ROWS, packing=False, size=3, batches_per_step=1, seed=0))
     assert {module.training for module in model.get_base_model().modules()} == {training}

@@ -81,7 +81,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Family]:
     shutil.rmtree(tmp_path)
 
 
-def test_every_family(family: Family, tmp_path: Path):
+def test_the_merge_of_every_family_equals_pefts(family: Family, tmp_path: Path):
     folder = families.write(family, tmp_path / "base")
     convert_to_bf16(folder)
     loaded = families.load(family, folder)
@@ -98,8 +98,8 @@ def test_every_family(family: Family, tmp_path: Path):
     expected = merged_parameters(again)
     assert_equals_up_to_rounding(tmp_path / "out", expected, plan, lambda path: families.load(family, Path(path)).model)
     adapted = attach_adapter.adapted_layers(model)
-    assert {each.name.rpartition(".")[0] for each in merged} >= adapted.keys()
-    assert all(0.9 < each.retained < 1.1 for each in merged)
+    assert {tensor.name.rpartition(".")[0] for tensor in merged} >= adapted.keys()
+    assert all(0.9 < tensor.retained < 1.1 for tensor in merged)
 
 
 def load_causal_lm(path: str) -> PreTrainedModel:
@@ -108,7 +108,7 @@ def load_causal_lm(path: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("method", zoo.METHODS)
-def test_every_method(method: str, tmp_path: Path):
+def test_the_merge_of_every_method_equals_pefts(method: str, tmp_path: Path):
     zoo.make("qwen2").save_pretrained(tmp_path / "base")
     convert_to_bf16(tmp_path / "base")
     model = zoo.adapted(load_causal_lm(str(tmp_path / "base")), method=method)
@@ -145,7 +145,7 @@ UNTIES = {
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_kind_of_change(name: str, tied: bool, tmp_path: Path):
+def test_the_merge_of_every_lora_option_equals_pefts(name: str, tied: bool, tmp_path: Path):
     """Plain transformers loads the merged files; a tie of embeddings and head is kept only if the adapter kept it."""
     if "keeps the tie" in name and not tied:
         return
@@ -168,7 +168,7 @@ def test_every_kind_of_change(name: str, tied: bool, tmp_path: Path):
     assert ("lm_head.weight" in safetensors_io.list_tensors(tmp_path / "out")) is (not tied or name in UNTIES)
 
 
-def test_a_vocabulary_that_was_resized_by_another_tool(tmp_path: Path):
+def test_an_adapter_with_resized_embeddings_is_merged(tmp_path: Path):
     """PEFT then saves the full embeddings and head, which have more rows than those of the base."""
     zoo.make("llama").save_pretrained(tmp_path / "base")
     model = load_causal_lm(str(tmp_path / "base"))

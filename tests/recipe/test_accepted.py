@@ -39,7 +39,7 @@ def test_unquoted_scalars(text: str, value: object):
     assert type(parse_scalar(text)) is type(value)
 
 
-def test_the_smallest_recipe(write):
+def test_defaults_of_the_smallest_recipe(write):
     recipe = load_recipe(write(GOOD))
     assert recipe.training.epochs == 1
     assert recipe.training.tokens_per_batch == recipe.data.max_length
@@ -65,14 +65,14 @@ def test_the_smallest_recipe(write):
         ("training: &t {seed: 1}\n# done\n...", "training.seed", 1),
     ],
 )
-def test_values(text: str, key: str, value: object, write):
+def test_values_are_parsed(text: str, key: str, value: object, write):
     loaded: object = load_recipe(write(GOOD + text))
     for step in key.split("."):
         loaded = loaded[int(step)] if isinstance(loaded, list) else getattr(loaded, step)
     assert loaded == value
 
 
-def test_bom_and_crlf(write):
+def test_bom_and_crlf_are_accepted(write):
     assert load_recipe(write("\ufeff" + GOOD.replace("\n", "\r\n"))) == load_recipe(write(GOOD))
 
 

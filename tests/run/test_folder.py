@@ -26,7 +26,7 @@ def test_creates_the_folder_and_its_parents(tmp_path: Path):
         assert run.checkpoints == run.path / "checkpoints"
 
 
-def test_empty_folder_and_folder_of_a_run_that_never_started(tmp_path: Path):
+def test_empty_folder_and_folder_of_a_run_that_never_started_are_accepted(tmp_path: Path):
     open_run(tmp_path).close()
     open_run(tmp_path).close()
 
@@ -103,7 +103,7 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path: Path):
         ("/proc/run", "cannot be written"),
     ],
 )
-def test_paths_that_cannot_be_a_folder(tmp_path: Path, output: str, message: str):
+def test_paths_that_cannot_be_a_folder_raise(tmp_path: Path, output: str, message: str):
     (tmp_path / "file").touch()
     with pytest.raises(LoraError, match=message):
         open_run(tmp_path / output)

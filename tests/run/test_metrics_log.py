@@ -55,7 +55,7 @@ def test_truncate_after_a_step(path: Path):
     assert path.read_bytes() == b""
 
 
-def test_missing_log(tmp_path: Path):
+def test_missing_log_reads_as_empty(tmp_path: Path):
     truncate_after(tmp_path / "m", 3)
     assert read_metrics(tmp_path / "m") == []
     assert not (tmp_path / "m").exists()
