@@ -55,14 +55,14 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
     _check_paths(out, Path(target).expanduser(), folder, exporter, request)
     module = exporter.load()
     if request.verify == "runtime":
-        exporter.need_prover()
+        exporter.require_runtime()
     atomic.remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
     with ExitStack() as stack:
         over, adapter = None, None
         if folder is None:
-            if exporter.takes == "adapter":
+            if exporter.accepts == "adapter":
                 raise LoraError(
-                    f"--to {request.to} takes an adapter, and {target} is a model", hint="give runs/NAME/adapter"
+                    f"--to {request.to} needs an adapter, but {target} is a model", hint="give runs/NAME/adapter"
                 )
             source = _open_model(target, request)
         else:
@@ -70,8 +70,8 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
             adapter = _open_adapter(folder, request)
             source, over = _adapter_source(adapter, held_out), adapter.base.source.gguf_file
         options = ExportOptions(request.quantize, request.over or over, _runs_in_runtime(exporter, source, request))
-        module.refuse(source, options)
-        if adapter is not None and exporter.takes == "model":
+        module.check_supported(source, options)
+        if adapter is not None and exporter.accepts == "model":
             merged = stack.enter_context(atomic.temporary_folder(out)) / "model"
             write_merged_model(adapter, merged, options=_merge_options(source, request), held_out=held_out)
             source = source.at(merged)
@@ -169,13 +169,13 @@ def _adapter_source(adapter: SavedAdapter, held_out: HeldOutRows) -> ExportSourc
 
 def _runs_in_runtime(exporter: Exporter, source: ExportSource, request: ExportRequest) -> bool:
     """Return whether to run the export in its runtime, with the original in memory; a message reports if not."""
-    if request.verify == "file" or not exporter.prover:
+    if request.verify == "file" or not exporter.runtime_packages:
         return request.verify != "file"
-    if not exporter.can_prove():
-        package = next(iter(exporter.prover))
+    if not exporter.has_runtime():
+        package = next(iter(exporter.runtime_packages))
         console.info(
             f"note: read back, but not run: the package {package} is not installed "
-            f'(pip install "lora-cli[{exporter.prover_extra}]")'
+            f'(pip install "lora-cli[{exporter.runtime_extra}]")'
         )
         return False
     parameters = sum(parameter.numel() for parameter in source.base.skeleton().parameters())
@@ -214,7 +214,7 @@ def _run_checks(module: ModuleType, source: ExportSource, partial: Path, options
         LoraError: a check failed.
     """
     checks: list[Check] = []
-    for check in module.prove(source, partial, options):
+    for check in module.verify(source, partial, options):
         kind = "note" if check.name == "note" else f"{check.name}: verified" if check.passed else f"{check.name}: WRONG"
         console.info(f"{kind}: {check.found}")
         checks.append(check)

@@ -1,4 +1,4 @@
-"""The formats that a model can be exported to, and what each needs. No torch: `lora export --to list` prints this."""
+"""Export formats: what each accepts, and the packages it needs, as `lora export --to list` prints them. No torch."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -10,45 +10,40 @@ from lora_cli.errors import LoraError
 
 
 class Exporter(NamedTuple):
-    """One format. Its module has `refuse`, `write`, `prove` and `usage`; see `lora_cli.export.source`."""
+    """One format. Its module has `check_supported`, `write`, `verify` and `usage`; see `lora_cli.export.source`."""
 
     summary: str
     module: str  # in lora_cli/export/
-    takes: str  # "model": whole, an adapter is merged into its base first; "adapter": the adapter as it is
-    suffix: str = ""  # of the file that is written; a folder where there is none
-    packages: Mapping[str, str] = {}  # modules it imports, and what each is for
-    prover: Mapping[str, str] = {}  # modules that the proof in the real runtime imports
-    extra: str = ""  # of this project, that brings `packages`
-    prover_extra: str = ""  # that brings `prover`
-
-    @property
-    def takes_words(self) -> str:
-        """What is given to it."""
-        return "a model, or an adapter, which is merged first" if self.takes == "model" else "an adapter"
+    accepts: str  # "model": a full model, adapters are merged into their base first; "adapter": an adapter, unchanged
+    suffix: str = ""  # of the exported file; empty for a folder
+    packages: Mapping[str, str] = {}  # purpose of each package that the module imports, by name
+    runtime_packages: Mapping[str, str] = {}  # the same for running the export in its runtime
+    extra: str = ""  # of this project, that installs `packages`
+    runtime_extra: str = ""  # that installs `runtime_packages`
 
     def load(self) -> ModuleType:
-        """Its module.
+        """Import the module.
 
         Raises:
             LoraError: a package is missing.
         """
-        _need(self.packages, self.extra)
+        _require(self.packages, self.extra)
         return import_module(f"lora_cli.export.{self.module}")
 
-    def can_prove(self) -> bool:
-        """Whether the runtime that the proof runs in is installed."""
-        return all(find_spec(name) is not None for name in self.prover)
+    def has_runtime(self) -> bool:
+        """Return whether the packages of the runtime are installed."""
+        return all(find_spec(name) is not None for name in self.runtime_packages)
 
-    def need_prover(self) -> None:
-        """Refuse where the runtime is missing.
+    def require_runtime(self) -> None:
+        """Check that the packages of the runtime are installed.
 
         Raises:
-            LoraError: it is.
+            LoraError: one is missing.
         """
-        _need(self.prover, self.prover_extra)
+        _require(self.runtime_packages, self.runtime_extra)
 
 
-def _need(packages: Mapping[str, str], extra: str) -> None:
+def _require(packages: Mapping[str, str], extra: str) -> None:
     for name, purpose in packages.items():
         if find_spec(name) is None:
             raise LoraError(f"{purpose} needs the package {name}", hint=f'pip install "lora-cli[{extra}]"')
@@ -60,59 +55,63 @@ EXPORTERS: dict[str, Exporter] = {
     "safetensors": Exporter(
         "merged model for transformers, vLLM, SGLang; --quantize bf16, f16, f32 or nf4 (4-bit bitsandbytes)",
         "hf.model",
-        takes="model",
+        accepts="model",
     ),
     "gguf": Exporter(
         "one file for llama.cpp, LM Studio and others; --quantize f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1",
         "gguf.model",
-        takes="model",
+        accepts="model",
         suffix=".gguf",
         packages={"gguf": "writing GGUF"},
-        prover=LLAMA_CPP,
+        runtime_packages=LLAMA_CPP,
         extra="gguf",
-        prover_extra="llama-cpp",
+        runtime_extra="llama-cpp",
     ),
     "gguf-adapter": Exporter(
-        "the LoRA alone, for llama.cpp's --lora over a base in GGUF (--over BASE.gguf)",
+        "the LoRA adapter alone, for llama.cpp's --lora on a base in GGUF (--over BASE.gguf)",
         "gguf.adapter",
-        takes="adapter",
+        accepts="adapter",
         suffix=".gguf",
         packages={"gguf": "writing GGUF"},
-        prover=LLAMA_CPP,
+        runtime_packages=LLAMA_CPP,
         extra="gguf",
-        prover_extra="llama-cpp",
+        runtime_extra="llama-cpp",
     ),
     "ollama": Exporter(
         "a folder with a GGUF file and a Modelfile; --quantize as for gguf",
         "ollama.model",
-        takes="model",
+        accepts="model",
         packages={"gguf": "writing GGUF"},
-        prover=LLAMA_CPP,
+        runtime_packages=LLAMA_CPP,
         extra="gguf",
-        prover_extra="llama-cpp",
+        runtime_extra="llama-cpp",
     ),
     "onnx": Exporter(
-        "a folder for onnxruntime: a decoder with its cache, or a classifier, in fp32",
+        "a folder for onnxruntime: a decoder with its KV cache, or a classifier, in fp32",
         "onnx.model",
-        takes="model",
+        accepts="model",
         packages={"onnx": "writing ONNX", "onnxscript": "writing ONNX"},
-        prover={"onnxruntime": "running the export in onnxruntime"},
+        runtime_packages={"onnxruntime": "running the export in onnxruntime"},
         extra="onnx",
-        prover_extra="onnx",
+        runtime_extra="onnx",
     ),
-    "vllm": Exporter("the adapter folder, checked against what vLLM takes", "hf.vllm_adapter", takes="adapter"),
-    "peft": Exporter("the adapter folder, for PEFT and transformers", "hf.peft_adapter", takes="adapter"),
+    "vllm": Exporter("the adapter folder, checked against vLLM's rules", "hf.vllm_adapter", accepts="adapter"),
+    "peft": Exporter("the adapter folder, for PEFT and transformers", "hf.peft_adapter", accepts="adapter"),
 }
 
 
 def describe() -> list[str]:
-    """A line for each format: what it is, and what it needs."""
+    """Return two lines for each format: a summary, and what it accepts and needs."""
     width = max(map(len, EXPORTERS))
+    inputs = {"model": "a model, or an adapter, which is merged first", "adapter": "an adapter"}
     lines = []
     for name, exporter in EXPORTERS.items():
-        needed = {**exporter.packages, **exporter.prover}
-        lacking = [package for package in needed if find_spec(package) is None]
-        needs = f"needs {', '.join(needed)}" if needed else "needs nothing more"
-        here = f"; not installed: {', '.join(lacking)}" if lacking else ""
-        lines += [f"{name:{width}}  {exporter.summary}", f"{'':{width}}  takes {exporter.takes_words}; {needs}{here}"]
+        packages = {**exporter.packages, **exporter.runtime_packages}
+        missing = [package for package in packages if find_spec(package) is None]
+        needs = f"needs {', '.join(packages)}" if packages else "needs no other package"
+        note = f"; not installed: {', '.join(missing)}" if missing else ""
+        lines += [
+            f"{name:{width}}  {exporter.summary}",
+            f"{'':{width}}  accepts {inputs[exporter.accepts]}; {needs}{note}",
+        ]
     return lines

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def eos_ids(source: ExportSource) -> tuple[int, ...]:
-    """Return the token ids that end an answer: those of the generation config, the config and the tokenizer."""
+    """Return the EOS token ids of the generation config, the config and the tokenizer, without repetitions."""
     ids: list[int] = []
     file = source.folder / "generation_config.json"
     generation = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
@@ -26,7 +26,11 @@ def eos_ids(source: ExportSource) -> tuple[int, ...]:
 
 
 class ReferenceModel:
-    """The model, with the adapter if the source has one."""
+    """The source's model in transformers, with its adapter if it has one.
+
+    Raises:
+        LoraError: the model or the adapter cannot be loaded.
+    """
 
     def __init__(self, source: ExportSource) -> None:
         model = source.base.load(CPU, dtype=torch.float32).model.eval()
@@ -39,18 +43,18 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int], *, last: int = 1) -> NDArray[np.float64]:
-        """Return log-probabilities [last, vocabulary], in nats, of the token after each of the last `last` tokens."""
+        """Return log-probabilities, `[last, vocab]` in nats, of the token after each of the last `last` tokens."""
         logits = self._model(input_ids=torch.tensor([list(tokens)], device=CPU)).logits[0, -last:]
         logprobs: NDArray[np.float64] = logits.double().log_softmax(dim=-1).numpy()
         return logprobs
 
     @torch.inference_mode()
-    def continue_greedily(self, tokens: Sequence[int], *, longest: int) -> Continuation:
-        """Continue `tokens` with the most likely token, up to `longest` times or a token that ends an answer."""
+    def continue_greedily(self, tokens: Sequence[int], *, max_new_tokens: int) -> Continuation:
+        """Continue `tokens` with the most likely token each time, until EOS or `max_new_tokens` tokens."""
         ids = torch.tensor([list(tokens)], device=CPU)
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=longest,
+            max_new_tokens=max_new_tokens,
             eos_token_id=self._eos_ids or None,
             pad_token_id=self._pad_id if self._pad_id is not None else 0,
         )

@@ -1,11 +1,11 @@
-"""The records that all export formats share: the model or adapter to export, the options, and the results of checks.
+"""Records that all export formats share: the model or adapter to export, the options, and the results of checks.
 
-The module of a format has four functions:
+The module of an export format has four functions:
 
-    refuse(source, options)              -> None             before any weight is read: LoraError for what cannot be
-    write(source, out, options)          -> None             the file or folder `out`, which does not exist yet
-    prove(source, out, options)          -> Iterator[Check]  read back, and run in the real runtime
-    usage(source, out, options)          -> list[str]        lines that tell how to use the result at `out`
+    check_supported(source, options) -> None             raise a LoraError if unsupported, before any weight is read
+    write(source, out, options)      -> None             write the file or folder `out`, which does not exist yet
+    verify(source, out, options)     -> Iterator[Check]  read `out` back, and run it in its runtime
+    usage(source, out, options)      -> list[str]        commands or lines of Python that use the result at `out`
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ class ExportSource(NamedTuple):
 
     name: str  # the user's name for it
     base: BaseCheckpoint  # in a local folder of safetensors: the model, or the base of `adapter`
-    prompts: tuple[tuple[int, ...], ...]  # token ids that the runtimes continue, to be compared
-    adapter: Path | None = None  # a PEFT folder, for the formats that take adapters
+    prompts: tuple[tuple[int, ...], ...]  # token ids, on which export and original are compared; may be empty
+    adapter: Path | None = None  # a PEFT folder, for formats that store the adapter alone
 
     @property
     def folder(self) -> Path:
@@ -56,33 +56,33 @@ class ExportSource(NamedTuple):
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether the user trusts the Python code of the model's repository."""
+        """Whether Python code of the model's repository may run."""
         return self.base.source.trust_remote_code
 
     def at(self, folder: Path) -> "ExportSource":
-        """Return the same source with the model in another folder, and no adapter: what was merged or written."""
+        """Return the same source with the model in another folder (merged or exported), and no adapter."""
         return self._replace(base=self.base.at(ModelSource(str(folder), self.trust_remote_code)), adapter=None)
 
 
 class ExportOptions(NamedTuple):
-    """Options of the command line that concern the format."""
+    """Options of the command line that apply to the format."""
 
-    quantize: str | None  # None: the format's default
-    over: Path | None  # for a GGUF adapter: the GGUF file of its base
-    runtime: bool  # run the checks in the real runtime too
+    quantize: str | None  # None for the format's default
+    over: Path | None  # GGUF file of the base, to verify a GGUF adapter with
+    runtime: bool  # also run the export in its runtime
 
 
 class Continuation(NamedTuple):
     """The greedy continuation of a prompt."""
 
-    tokens: tuple[int, ...]  # without the token that ended it
-    stopped: bool  # by a token that ends an answer, not at the limit
+    tokens: tuple[int, ...]  # without the final EOS
+    stopped: bool  # by EOS, not by the length limit
 
 
 class Check(NamedTuple):
-    """The result of one comparison with the original."""
+    """The result of one comparison with the original, as export.json stores it."""
 
     name: str
     passed: bool
-    found: str  # one line, for people
-    figures: Mapping[str, float | int | str] = {}  # the same for programs
+    found: str  # one line, for the user
+    figures: Mapping[str, float | int | str] = {}  # the same facts as numbers, by key

@@ -1,4 +1,4 @@
-"""Tiny models and adapters as `lora export` finds them: folders with weights, config and a real tokenizer."""
+"""Tiny models as sources of an export: folders with random weights, config and a real tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
 from tests.model.families import FAMILIES, LABELS, OWN_NAMES
 
-# What llama.cpp computes in one way alone.
-AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
+# Options without which llama.cpp computes something else than transformers.
+LLAMA_CPP_OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 512},
     "gemma3": {"tie_word_embeddings": True, "num_hidden_layers": 6, "sliding_window": 512},
     "mistral": {"sliding_window": None},
@@ -26,40 +26,41 @@ AS_LLAMA_CPP: dict[str, dict[str, Any]] = {
 
 
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE with a ChatML template."""
+    """Return a byte-level BPE tokenizer with a ChatML template."""
     return build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
 
 
-def model(family: str, *, vocabulary: int, **options: Any) -> PreTrainedModel:
-    """A random model whose norms are not all ones."""
+def tiny_model(family: str, *, vocabulary: int, **options: Any) -> PreTrainedModel:
+    """Return a random model whose norm weights are not all ones."""
     entry = FAMILIES[family]
-    common = {key: value for key, value in zoo.COMMON.items() if not _foreign(key, entry.kind)}
-    own = {"vocab_size": vocabulary, **entry.options, **AS_LLAMA_CPP.get(family, {}), **options}
+    common = {key: value for key, value in zoo.COMMON.items() if not _has_own_name(key, entry.kind)}
+    specific = {"vocab_size": vocabulary, **entry.options, **LLAMA_CPP_OPTIONS.get(family, {}), **options}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(entry.kind, **{**common, **own})
-    made: PreTrainedModel = TASKS[entry.task].auto_class.from_config(config)
-    for parameter in made.parameters():
+    config = AutoConfig.for_model(entry.kind, **{**common, **specific})
+    model: PreTrainedModel = TASKS[entry.task].auto_class.from_config(config)
+    for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)
-    return made.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
-def _foreign(key: str, kind: str) -> bool:
+def _has_own_name(key: str, kind: str) -> bool:
+    """Return whether the config class has another name for the option `key` of `zoo.COMMON`."""
     return kind in OWN_NAMES and key in ("num_key_value_heads", "intermediate_size")
 
 
-def subject(family: str, folder: Path, **options: Any) -> ExportSource:
-    """A tiny model of `family` in `folder`."""
-    words = options.pop("tokenizer", None) or tokenizer()
-    rows = options.pop("vocabulary", len(words))
-    made = model(family, vocabulary=rows, eos_token_id=words.eos_token_id, pad_token_id=None, **options)
-    made.generation_config.eos_token_id = words.eos_token_id
-    made.save_pretrained(folder)
-    words.save_pretrained(folder)
+def tiny_source(family: str, folder: Path, **options: Any) -> ExportSource:
+    """Save a tiny model of `family` and its tokenizer to `folder`, and return them as an export source."""
+    saved = options.pop("tokenizer", None) or tokenizer()
+    rows = options.pop("vocabulary", len(saved))
+    model = tiny_model(family, vocabulary=rows, eos_token_id=saved.eos_token_id, pad_token_id=None, **options)
+    model.generation_config.eos_token_id = saved.eos_token_id
+    model.save_pretrained(folder)
+    saved.save_pretrained(folder)
     task = FAMILIES[family].task
     prompts = tuple(tuple(range(5 + 3 * n, 17 + 5 * n)) for n in range(2)) if task == "causal-lm" else ()
     labels = LABELS if TASKS[task].is_classification else None
-    return export_source(family, folder, words, task=task, labels=labels, prompts=prompts)
+    return export_source(family, folder, saved, task=task, labels=labels, prompts=prompts)
 
 
 def export_source(
@@ -72,12 +73,12 @@ def export_source(
     labels: ClassLabels | None = None,
     prompts: tuple[tuple[int, ...], ...] = (),
 ) -> ExportSource:
-    """The model in `folder`, as `lora export` opens it."""
+    """Return the model in `folder` as `lora export` opens it."""
     config = config or AutoConfig.from_pretrained(folder)
     base = BaseCheckpoint(name, ModelSource(str(folder)), config, tokenizer, task, labels)
     return ExportSource(name, base, prompts)
 
 
 def options(quantize: str | None = None, *, over: Path | None = None, runtime: bool = True) -> ExportOptions:
-    """What the command line says, in short."""
+    """Return the options of the command line."""
     return ExportOptions(quantize, over, runtime)

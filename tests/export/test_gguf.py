@@ -16,7 +16,7 @@ from lora_cli.export.gguf import architectures, llama_cpp_server, tensors
 from lora_cli.export.gguf import model as gguf_model
 from lora_cli.export.gguf.tensors import GGUF_QUANTIZATIONS
 from lora_cli.export.source import Check, ExportSource
-from tests.export.sources import options, subject
+from tests.export.sources import options, tiny_source
 
 SUPPORTED = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "falcon", "falcon-40b", "gpt2", "starcoder2",
@@ -65,8 +65,8 @@ def max_difference(source: ExportSource, file: Path, *, lengths: tuple[int, ...]
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_every_family_has_the_logits_of_transformers(family: str, tmp_path: Path):
-    source = subject(family, tmp_path / "model")
-    gguf_model.refuse(source, options("f32"))
+    source = tiny_source(family, tmp_path / "model")
+    gguf_model.check_supported(source, options("f32"))
     gguf_model.write(source, tmp_path / "out.gguf", options("f32"))
     # llama.cpp computes GELU by an fp16 lookup table, which is the only difference of the families with GELU.
     exact = architectures.find_architecture(source.config).activation == architectures.SILU
@@ -75,7 +75,7 @@ def test_every_family_has_the_logits_of_transformers(family: str, tmp_path: Path
 
 @pytest.mark.parametrize("scaling", ROPE_SCALING)
 def test_rope_scaling_is_the_same(scaling: str, tmp_path: Path):
-    source = subject("llama", tmp_path / "model", rope_parameters=ROPE_SCALING[scaling])
+    source = tiny_source("llama", tmp_path / "model", rope_parameters=ROPE_SCALING[scaling])
     gguf_model.write(source, tmp_path / "out.gguf", options("f32"))
     assert max_difference(source, tmp_path / "out.gguf", lengths=(9, 33, 120)) < 1e-5
 
@@ -84,12 +84,12 @@ def test_rope_scaling_is_the_same(scaling: str, tmp_path: Path):
 def tied(tmp_path_factory: pytest.TempPathFactory) -> ExportSource:
     """A llama with tied embeddings and an odd vocabulary size: it has more rows than the tokenizer has tokens."""
     folder = tmp_path_factory.mktemp("tied")
-    return subject("llama", folder, tie_word_embeddings=True, vocabulary=431, num_hidden_layers=1)
+    return tiny_source("llama", folder, tie_word_embeddings=True, vocabulary=431, num_hidden_layers=1)
 
 
 def checks(source: ExportSource, file: Path, quantize: str) -> dict[str, Check]:
     gguf_model.write(source, file, options(quantize))
-    return {check.name: check for check in gguf_model.prove(source, file, options(quantize))}
+    return {check.name: check for check in gguf_model.verify(source, file, options(quantize))}
 
 
 @pytest.mark.parametrize("quantize", GGUF_QUANTIZATIONS)
@@ -111,7 +111,7 @@ def test_a_damaged_tensor_fails_the_check(tied: ExportSource, tmp_path: Path):
     with file.open("r+b") as stream:
         stream.seek(int(tensor.data_offset) + 40)
         stream.write(bytes([int(tensor.data.reshape(-1)[40]) ^ 0x40]))
-    first = next(gguf_model.prove(tied, file, options("q8_0", runtime=False)))
+    first = next(gguf_model.verify(tied, file, options("q8_0", runtime=False)))
     assert not first.passed
     assert "blk.0.ffn_up.weight" in first.found
 
@@ -170,20 +170,20 @@ def test_the_allowed_rounding_error_is_tight(quantize: str):
 def test_configs_that_llama_cpp_does_not_support_are_refused(
     family: str, config: dict[str, object], message: str, tmp_path: Path
 ):
-    source = subject(family, tmp_path / "model", **config)
+    source = tiny_source(family, tmp_path / "model", **config)
     with pytest.raises(LoraError, match=message) as refusal:
-        gguf_model.refuse(source, options())
+        gguf_model.check_supported(source, options())
     assert refusal.value.hint
 
 
 def test_an_unsupported_quantization_is_refused(tied: ExportSource):
     with pytest.raises(LoraError, match="q4_k_m") as refusal:
-        gguf_model.refuse(tied, options("q4_k_m"))
+        gguf_model.check_supported(tied, options("q4_k_m"))
     assert "llama-quantize" in str(refusal.value.hint)
 
 
 def test_fp16_that_overflows_is_refused(tmp_path: Path):
-    source = subject("llama", tmp_path / "model", num_hidden_layers=1)
+    source = tiny_source("llama", tmp_path / "model", num_hidden_layers=1)
     model = AutoModelForCausalLM.from_pretrained(source.folder)
     model.model.layers[0].mlp.up_proj.weight.data[3, 3] = 1e5
     model.save_pretrained(source.folder)
@@ -192,7 +192,7 @@ def test_fp16_that_overflows_is_refused(tmp_path: Path):
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_refused(tmp_path: Path):
-    source = subject("llama", tmp_path / "model", num_hidden_layers=1)
+    source = tiny_source("llama", tmp_path / "model", num_hidden_layers=1)
     from safetensors.torch import load_file, save_file
 
     file = source.folder / "model.safetensors"

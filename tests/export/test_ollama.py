@@ -134,10 +134,10 @@ def test_a_wrong_template_is_found(expressible: tuple[str, Exported]) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_templates_that_cannot_be_expressed_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ollama_model.gguf_format, "refuse", lambda source, options: None)
+    monkeypatch.setattr(ollama_model.gguf_format, "check_supported", lambda source, options: None)
     tokenizer, message = REFUSED[name]
     with pytest.raises(LoraError, match="--to ollama: ") as reason:
-        ollama_model.refuse(llama_source(tokenizer()), ExportOptions(None, None, runtime=False))
+        ollama_model.check_supported(llama_source(tokenizer()), ExportOptions(None, None, runtime=False))
     assert message in str(reason.value)
     assert reason.value.hint
     assert "\n" not in str(reason.value)

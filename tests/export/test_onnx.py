@@ -21,7 +21,7 @@ from lora_cli.export.onnx import graph, verify
 from lora_cli.export.onnx import model as exporter
 from lora_cli.export.source import Check, ExportSource
 from lora_cli.model.tasks import TASKS
-from tests.export.sources import export_source, options, subject
+from tests.export.sources import export_source, options, tiny_source
 from tests.inputs.tiny_tokenizers import build_encoder
 from tests.model import zoo
 from tests.model.families import FAMILIES, LABELS, config_of
@@ -45,12 +45,12 @@ class Export(NamedTuple):
     out: Path
 
     def checks(self, *, runtime: bool = True) -> dict[str, Check]:
-        """Return the results of `prove` by name."""
-        return {check.name: check for check in exporter.prove(self.source, self.out, options(runtime=runtime))}
+        """Return the results of `verify` by name."""
+        return {check.name: check for check in exporter.verify(self.source, self.out, options(runtime=runtime))}
 
 
 def export(source: ExportSource, out: Path) -> Export:
-    exporter.refuse(source, options())
+    exporter.check_supported(source, options())
     exporter.write(source, out, options())
     return Export(source, out)
 
@@ -78,7 +78,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """A decoder with two layers, grouped-query attention and tied embeddings; it never generates EOS."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("onnx")
-    return export(subject("llama", folder / "model", tie_word_embeddings=True), folder / "out")
+    return export(tiny_source("llama", folder / "model", tie_word_embeddings=True), folder / "out")
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_truncated_file_fails_the_checks(llama: Export, tmp_path: Path):
 
 def test_ties_of_two_tokens_are_counted_and_pass(tmp_path: Path):
     """The second half of the vocabulary equals the first; the file prefers the second by less than rounding."""
-    source = subject("gpt2", tmp_path / "model", n_layer=1)
+    source = tiny_source("gpt2", tmp_path / "model", n_layer=1)
     model = AutoModelForCausalLM.from_pretrained(source.folder)
     half = len(source.tokenizer) // 2
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_ties_of_two_tokens_are_counted_and_pass(tmp_path: Path):
 def test_the_traced_module_equals_the_model(family: str, tmp_path: Path):
     """For every family, in torch: in pieces and padded on the left, against transformers' own masks and caches."""
     torch.manual_seed(0)
-    source = subject(family, tmp_path, **WINDOW.get(family, {}))
+    source = tiny_source(family, tmp_path, **WINDOW.get(family, {}))
     model, traced = exporter.load_fp32(source), exporter.load_fp32(source, attention="eager")
     signature = graph.graph_signature(traced, "causal-lm")
     flat = graph.FlatCacheModel(traced)
@@ -261,7 +261,7 @@ def test_the_traced_module_equals_the_model(family: str, tmp_path: Path):
 def test_other_families_equal_their_models(family: str, tmp_path: Path):
     """Sliding windows, softcapping and tied embeddings; fused projections; multi-query attention."""
     small = WINDOW.get(family, {"num_hidden_layers": 1})
-    exported = export(subject(family, tmp_path / "model", **small), tmp_path / "out")
+    exported = export(tiny_source(family, tmp_path / "model", **small), tmp_path / "out")
     assert max(map(len, exported.source.prompts)) > 8
     checks = exported.checks()
     assert list(checks) == ["tensors", "logits", "text"]
@@ -352,13 +352,13 @@ def test_unsupported_models_are_refused_before_any_weight_is_read(
     tokenizer: Any = None  # refused before the tokenizer is used
     source = export_source(family, tmp_path / "missing", tokenizer, config=config_of(entry), task=entry.task)
     with pytest.raises(LoraError, match=reason) as caught:
-        exporter.refuse(source, options())
+        exporter.check_supported(source, options())
     assert "safetensors" in str(caught.value.hint) or "16-bit" in str(caught.value.hint)
 
 
 def test_other_dtypes_than_fp32_are_refused(llama: Export):
     with pytest.raises(LoraError, match="fp32") as caught:
-        exporter.refuse(llama.source, options("q8_0"))
+        exporter.check_supported(llama.source, options("q8_0"))
     assert "gguf" in str(caught.value.hint)
 
 

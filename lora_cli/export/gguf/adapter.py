@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from lora_cli.errors import LoraError
 from lora_cli.export import reference
-from lora_cli.export.gguf import architectures, llama_cpp_server, verify
+from lora_cli.export.gguf import architectures, llama_cpp_server
 from lora_cli.export.gguf.tensors import (
     GGUF_QUANTIZATIONS,
     GGUFQuantization,
@@ -25,6 +25,7 @@ from lora_cli.export.gguf.tensors import (
     tensor_names,
     write_gguf,
 )
+from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base
 from lora_cli.model.load_adapter import PREFIX
@@ -34,7 +35,7 @@ QUANTIZATIONS = ("f32", "f16", "bf16")
 ADAPTER_NAME = "default"  # PEFT's name of a model's only adapter
 
 
-def refuse(source: ExportSource, options: ExportOptions) -> None:
+def check_supported(source: ExportSource, options: ExportOptions) -> None:
     """Check the quantization, the base's architecture, the adapter's method and options, and `--over`.
 
     Raises:
@@ -85,7 +86,7 @@ def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     write_gguf(out, tensors, arch=gguf.MODEL_ARCH_NAMES[arch], describe=describe)
 
 
-def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
     """Yield the checks: updates read back and compared with PEFT's, and outputs of llama.cpp with the base in GGUF.
 
     Raises:
@@ -100,12 +101,10 @@ def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[C
         return
     vocab_size = source.config.get_text_config().vocab_size
     with llama_cpp_server.run_llama_cpp(
-        options.over, vocab_size=vocab_size, context_length=verify.context_length(source), adapter=out
+        options.over, vocab_size=vocab_size, context_length=context_length(source), adapter=out
     ) as runtime:
-        yield from verify.check_tokens(source, runtime, reference.eos_ids(source))
-        yield from verify.check_outputs(
-            source, reference.ReferenceModel(source), runtime, _quantization_of_file(options.over)
-        )
+        yield from check_tokens(source, runtime, reference.eos_ids(source))
+        yield from check_outputs(source, reference.ReferenceModel(source), runtime, _quantization_of_file(options.over))
 
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:

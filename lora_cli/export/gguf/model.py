@@ -7,7 +7,7 @@ import gguf
 
 from lora_cli.errors import LoraError
 from lora_cli.export import reference
-from lora_cli.export.gguf import architectures, llama_cpp_server, tokenizer, verify
+from lora_cli.export.gguf import architectures, llama_cpp_server, tokenizer
 from lora_cli.export.gguf.tensors import (
     GGUF_QUANTIZATIONS,
     GGUFQuantization,
@@ -16,6 +16,7 @@ from lora_cli.export.gguf.tensors import (
     write_gguf,
 )
 from lora_cli.export.gguf.tokenizer import GGUFVocabulary
+from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 
 DEFAULT_QUANTIZATION = "f16"
@@ -36,7 +37,7 @@ def quantization_of(options: ExportOptions) -> GGUFQuantization:
     return GGUF_QUANTIZATIONS[name]
 
 
-def refuse(source: ExportSource, options: ExportOptions) -> None:
+def check_supported(source: ExportSource, options: ExportOptions) -> None:
     """Check quantization, task, architecture, config and tokenizer before any weight is read.
 
     Raises:
@@ -76,7 +77,7 @@ def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     write_gguf(out, tensors, arch=gguf.MODEL_ARCH_NAMES[architecture.arch], describe=describe)
 
 
-def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
     """Yield the checks: tensors read back by the `gguf` package, and outputs of llama.cpp.
 
     Raises:
@@ -91,10 +92,10 @@ def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[C
     if options.runtime:
         vocab_size = source.config.get_text_config().vocab_size
         with llama_cpp_server.run_llama_cpp(
-            out, vocab_size=vocab_size, context_length=verify.context_length(source)
+            out, vocab_size=vocab_size, context_length=context_length(source)
         ) as runtime:
-            yield from verify.check_tokens(source, runtime, vocabulary.eos_ids)
-            yield from verify.check_outputs(source, reference.ReferenceModel(source), runtime, quantization)
+            yield from check_tokens(source, runtime, vocabulary.eos_ids)
+            yield from check_outputs(source, reference.ReferenceModel(source), runtime, quantization)
 
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:

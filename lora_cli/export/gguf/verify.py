@@ -46,7 +46,7 @@ def check_outputs(
     same, ties, stopped, prompts = 0, 0, 0, probe_prompts(source)
     first_difference = ""
     for prompt in prompts:
-        expected = reference.continue_greedily(prompt, longest=MAX_NEW_TOKENS)
+        expected = reference.continue_greedily(prompt, max_new_tokens=MAX_NEW_TOKENS)
         for cut in np.unique(np.linspace(0, len(expected.tokens), POSITIONS_PER_PROMPT).astype(int)):
             tokens = [*prompt, *expected.tokens[:cut]]
             log_p, log_q = reference.logprobs(tokens)[0], _normalize(runtime.logprobs(tokens))

@@ -1,4 +1,4 @@
-"""`--to peft`: the adapter as a folder that PEFT loads onto its base, by itself."""
+"""`--to peft`: the adapter as a folder that plain PEFT loads onto its base."""
 
 import shutil
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.tasks import TASKS
 
 CONFIG_FILE = "adapter_config.json"
-# What belongs to an adapter; optimizers, schedules and random states of other tools' checkpoints do not.
+# Files of an adapter. Other tools' checkpoints also contain optimizer, scheduler and RNG states, which are left out.
 ADAPTER_FILES = (
     save_adapter.ADAPTER_WEIGHTS,
     CONFIG_FILE,
@@ -44,129 +44,129 @@ AUTO_CLASSES = {
 }
 
 
-def refuse(subject: ExportSource, options: ExportOptions) -> None:
-    """A form there is none of, and an adapter that does not fit its base to the last tensor.
+def check_supported(source: ExportSource, options: ExportOptions) -> None:
+    """Check that no quantization is requested, and that every tensor of the adapter fits its base.
 
     Raises:
-        LoraError: one of these.
+        LoraError: `--quantize` is set, the adapter is not in safetensors, or it does not fit its base.
     """
     if options.quantize is not None:
         raise LoraError(
-            f"--quantize {options.quantize}: an adapter folder is copied as it is", hint="leave --quantize out"
+            f"--quantize {options.quantize}: an adapter folder is copied unchanged", hint="leave --quantize out"
         )
-    folder = adapter_folder(subject)
+    folder = adapter_folder(source)
     if not (folder / save_adapter.ADAPTER_WEIGHTS).is_file():
-        held = sorted(path.name for path in folder.glob("adapter_model*"))
+        existing = sorted(path.name for path in folder.glob("adapter_model*"))
         raise LoraError(
-            f"{folder} has no {save_adapter.ADAPTER_WEIGHTS}" + (f", only {held[0]}" if held else ""),
+            f"{folder} has no {save_adapter.ADAPTER_WEIGHTS}" + (f", only {existing[0]}" if existing else ""),
             hint="load it with PEFT once and save it: its save_pretrained writes safetensors",
         )
-    attach_to_empty_base(subject, folder)
+    attach_to_empty_base(source, folder)
 
 
-def write(subject: ExportSource, out: Path, options: ExportOptions) -> None:
-    """The folder `out`."""
-    copy_adapter(subject, out)
+def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
+    """Write the folder `out`."""
+    copy_adapter(source, out)
 
 
-def prove(subject: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
-    """Read back, bit for bit, and loaded by PEFT."""
-    yield check_equal_files(adapter_folder(subject), out)
-    yield check_loaded(subject, out)
+def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+    """Yield the checks: tensors read back and compared bit for bit, and the folder loaded by PEFT.
+
+    Raises:
+        LoraError: PEFT cannot load the folder onto the base.
+    """
+    yield check_equal_files(adapter_folder(source), out)
+    yield check_loaded(source, out)
 
 
-def usage(subject: ExportSource, out: Path, options: ExportOptions) -> list[str]:
-    """The lines of Python that load it, and what they need of the base."""
-    config = PeftConfig.from_pretrained(str(adapter_folder(subject)))
-    path = str(config.base_model_name_or_path)
-    more = f", num_labels={len(subject.labels.names)}" if subject.labels else ""
-    more += ", trust_remote_code=True" if subject.trust_remote_code else ""
-    if path.endswith(".gguf") or config.task_type is None:
-        # PEFT's Auto classes know the base by its folder or hub id alone, and the task by the adapter's word.
-        loader = TASKS[subject.task].auto_class.__name__
-        where = str(subject.folder) if path.endswith(".gguf") else path
+def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
+    """Return lines of Python that load the adapter, and notes on the base that it needs."""
+    config = PeftConfig.from_pretrained(str(adapter_folder(source)))
+    base_path = str(config.base_model_name_or_path)
+    arguments = f", num_labels={len(source.labels.names)}" if source.labels else ""
+    arguments += ", trust_remote_code=True" if source.trust_remote_code else ""
+    if base_path.endswith(".gguf") or config.task_type is None:
+        # PEFT's Auto classes need the task in the adapter's config, and a base that is a folder or a hub id.
+        loader = TASKS[source.task].auto_class.__name__
+        path = str(source.folder) if base_path.endswith(".gguf") else base_path
         lines = [
             f"from transformers import AutoTokenizer, {loader}",
             "from peft import PeftModel",
-            f"base = {loader}.from_pretrained({where!r}{more})",
+            f"base = {loader}.from_pretrained({path!r}{arguments})",
             f"model = PeftModel.from_pretrained(base, {str(out)!r})",
         ]
     else:
         lines = [
             "from transformers import AutoTokenizer",
-            f"from peft import {AUTO_CLASSES[subject.task]}",
-            f"model = {AUTO_CLASSES[subject.task]}.from_pretrained({str(out)!r}{more})",
+            f"from peft import {AUTO_CLASSES[source.task]}",
+            f"model = {AUTO_CLASSES[source.task]}.from_pretrained({str(out)!r}{arguments})",
         ]
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})")
-    if Path(path).expanduser().exists():
-        lines.append(
-            f"note: {CONFIG_FILE} names its base by a path of this machine, {path}: elsewhere, change it there"
-        )
-    lines += quantization_note(subject)
+    if Path(base_path).expanduser().exists():
+        lines.append(f"note: {CONFIG_FILE} names its base by a local path, {base_path}: edit it on another machine")
+    lines += quantization_note(source)
     return lines
 
 
-def adapter_folder(subject: ExportSource) -> Path:
-    """The folder of the adapter, which formats of adapters always have."""
-    assert subject.adapter is not None
-    return subject.adapter
+def adapter_folder(source: ExportSource) -> Path:
+    """Return the folder of the adapter, which sources of adapter formats always have."""
+    assert source.adapter is not None
+    return source.adapter
 
 
-def quantization_note(subject: ExportSource) -> list[str]:
-    """A line on the base's quantisation in training, which no file of PEFT's tells of; none where it had none."""
-    found = trained_on.read_trained_on(adapter_folder(subject))
-    if found is None or found.quantization is None:
+def quantization_note(source: ExportSource) -> list[str]:
+    """Return a line on the base's quantization in training, which PEFT's files do not record; [] if it had none."""
+    record = trained_on.read_trained_on(adapter_folder(source))
+    if record is None or record.quantization is None:
         return []
-    kind = found.quantization.get("type") or "int8"
-    return [
-        f"note: it was trained over its base in {kind} (bitsandbytes); over other weights it answers slightly otherwise"
-    ]
+    kind = record.quantization.get("type") or "int8"
+    return [f"note: trained on a {kind} base (bitsandbytes); on other weights its outputs differ slightly"]
 
 
-def copy_adapter(subject: ExportSource, out: Path) -> None:
-    """The adapter's files, and a tokenizer where it has none of its own, into the folder `out`."""
-    folder = adapter_folder(subject)
+def copy_adapter(source: ExportSource, out: Path) -> None:
+    """Copy the adapter's files into the folder `out`, and save the source's tokenizer if the adapter has none."""
+    folder = adapter_folder(source)
     out.mkdir(exist_ok=True)
     for name in (*ADAPTER_FILES, *TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     if not (out / "tokenizer_config.json").is_file():
-        subject.tokenizer.save_pretrained(str(out))
+        source.tokenizer.save_pretrained(str(out))
 
 
-def attach_to_empty_base(subject: ExportSource, folder: Path) -> empty_base.EmptyModel:
-    """The adapter in `folder` on its base's shapes, by PEFT.
+def attach_to_empty_base(source: ExportSource, folder: Path) -> empty_base.EmptyModel:
+    """Load the adapter in `folder` by PEFT onto its base without weights.
 
     Raises:
-        LoraError: the two do not fit.
+        LoraError: adapter and base do not fit.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    model = empty_base.init_empty_weights(subject.base.skeleton())
-    return empty_base.attach_saved_adapter(model, folder, config, base=subject.name)
+    model = empty_base.init_empty_weights(source.base.skeleton())
+    return empty_base.attach_saved_adapter(model, folder, config, base=source.name)
 
 
 def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of what the adapter file holds, one after the other."""
+    """Yield name and value of each tensor in the adapter file, in its shape and dtype there, sorted by name."""
     with safe_open(folder / save_adapter.ADAPTER_WEIGHTS, framework="pt") as file:
         for key in sorted(file.keys()):
             yield key, file.get_tensor(key)
 
 
-def check_equal_files(source: Path, out: Path) -> Check:
-    """Every tensor against the adapter's own, and that the configuration is one."""
+def check_equal_files(original: Path, out: Path) -> Check:
+    """Compare every tensor of the adapter folders `original` and `out`, and check that `out` has a PEFT config."""
     kind = PeftConfig.from_pretrained(str(out)).peft_type.value
-    expected, found = dict(iterate_tensors(source)), dict(iterate_tensors(out))
-    strayed = sorted(expected.keys() ^ found.keys()) + [
+    expected, found = dict(iterate_tensors(original)), dict(iterate_tensors(out))
+    mismatched = sorted(expected.keys() ^ found.keys()) + [
         key for key in sorted(expected.keys() & found.keys()) if not bits_equal(expected[key], found[key])
     ]
-    said = f"{len(found)} tensors of {kind} read back, each equal to the adapter's bit for bit"
-    if strayed:
-        said = f"{len(strayed)} of {len(expected)} tensors are others: {strayed[0]}"
-    return Check("tensors", not strayed, said, {"tensors": len(found), "strayed": len(strayed)})
+    text = f"{len(found)} tensors of {kind} read back, each equal to the adapter's bit for bit"
+    if mismatched:
+        text = f"{len(mismatched)} of {len(expected)} tensors differ: {mismatched[0]}"
+    return Check("tensors", not mismatched, text, {"tensors": len(found), "strayed": len(mismatched)})
 
 
 def bits_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether dtype, shape and bits are the same: a NaN is equal to itself here."""
+    """Return whether two tensors of any shape and dtype are equal in shape, dtype and bits; a NaN equals itself."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
 
 
@@ -174,19 +174,23 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def check_loaded(subject: ExportSource, out: Path) -> Check:
-    """What PEFT has of the folder, once it is on the base, against the adapter's file."""
-    attached = attach_to_empty_base(subject, out)
-    held = save_adapter.adapter_tensors(attached.model)
-    held |= {PREFIX + name: attached.model.get_base_model().get_parameter(name) for name in attached.from_adapter}
-    strayed, count = [], 0
-    for key, value in iterate_tensors(adapter_folder(subject)):
+def check_loaded(source: ExportSource, out: Path) -> Check:
+    """Load the folder `out` by PEFT onto its base, and compare the loaded tensors with the adapter's file.
+
+    Raises:
+        LoraError: PEFT cannot load it.
+    """
+    attached = attach_to_empty_base(source, out)
+    loaded = save_adapter.adapter_tensors(attached.model)
+    loaded |= {PREFIX + name: attached.model.get_base_model().get_parameter(name) for name in attached.from_adapter}
+    mismatched, count = [], 0
+    for key, value in iterate_tensors(adapter_folder(source)):
         count += 1
-        there = held.pop(key, None)
-        if there is None or not torch.equal(there.float(), value.float()):  # hollow bases compute in fp32
-            strayed.append(key)
-    strayed += sorted(held)
-    said = f"PEFT puts it on its base, and all of its {count} tensors are in their places"
-    if strayed:
-        said = f"once PEFT has put it on its base, {len(strayed)} tensors are others: {strayed[0]}"
-    return Check("peft", not strayed, said, {"tensors": count, "strayed": len(strayed)})
+        tensor = loaded.pop(key, None)
+        if tensor is None or not torch.equal(tensor.float(), value.float()):  # the empty base computes in fp32
+            mismatched.append(key)
+    mismatched += sorted(loaded)
+    text = f"PEFT loads it onto its base, with the values of all {count} tensors"
+    if mismatched:
+        text = f"loaded by PEFT onto its base, {len(mismatched)} tensors differ: {mismatched[0]}"
+    return Check("peft", not mismatched, text, {"tensors": count, "strayed": len(mismatched)})

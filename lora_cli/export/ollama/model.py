@@ -36,14 +36,14 @@ UNUSUAL_ORDERS = {
 }
 
 
-def refuse(source: ExportSource, options: ExportOptions) -> None:
+def check_supported(source: ExportSource, options: ExportOptions) -> None:
     """Raise a LoraError if the model cannot be exported for Ollama.
 
     Raises:
         LoraError: GGUF does not support the model, the tokenizer has no chat template, or Ollama's template language
             cannot express it.
     """
-    gguf_format.refuse(source, options)
+    gguf_format.check_supported(source, options)
     parts = infer_parts(source)
     check = check_template(source, parts, modelfile.parse_modelfile(make_modelfile(source, parts)))
     if not check.passed:
@@ -57,9 +57,9 @@ def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     (out / MODELFILE_NAME).write_text(make_modelfile(source, infer_parts(source)), encoding="utf-8", newline="")
 
 
-def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
     """Yield the checks of the GGUF file, and of the Modelfile as Ollama parses it."""
-    yield from gguf_format.prove(source, out / WEIGHTS_FILE, options)
+    yield from gguf_format.verify(source, out / WEIGHTS_FILE, options)
     instructions = modelfile.parse_modelfile((out / MODELFILE_NAME).read_bytes().decode("utf-8"))
     parts = infer_parts(source)
     yield check_template(source, parts, instructions)

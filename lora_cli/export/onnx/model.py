@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lora_cli.errors import LoraError
-from lora_cli.export.onnx import graph, verify
+from lora_cli.export.onnx import graph
+from lora_cli.export.onnx.verify import check_outputs, check_tensors
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import prequantized
 
@@ -23,7 +24,7 @@ ONNX_FILE = "model.onnx"
 CPU = torch.device("cpu")
 
 
-def refuse(source: ExportSource, options: ExportOptions) -> None:
+def check_supported(source: ExportSource, options: ExportOptions) -> None:
     """Check dtype, task and architecture, before any weight is read.
 
     Raises:
@@ -89,13 +90,13 @@ def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     source.tokenizer.save_pretrained(str(out))
 
 
-def prove(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
+def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
     """Yield the checks: weights read back by onnx, and outputs of onnxruntime compared with transformers in fp32."""
     model = load_fp32(source)
     signature = graph.graph_signature(model, source.task)
-    yield verify.check_tensors(model, signature, out / ONNX_FILE)
+    yield check_tensors(model, signature, out / ONNX_FILE)
     if options.runtime:
-        yield from verify.check_outputs(source, model, signature, out / ONNX_FILE)
+        yield from check_outputs(source, model, signature, out / ONNX_FILE)
 
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
