@@ -134,7 +134,8 @@ class AdapterSpec(Section):
     @classmethod
     def _fill_options(cls, values: Any) -> Any:
         """Fill in the defaults of the method; keys that it does not support stay null (adapter_rules.py)."""
-        if isinstance(values, dict) and (facts := METHOD_FACTS.get(values.get("method", "lora"))):
+        method = values.get("method", "lora") if isinstance(values, dict) else None
+        if isinstance(method, str) and (facts := METHOD_FACTS.get(method)):
             set_values = {key: value for key, value in values.items() if value is not None or key not in facts.options}
             return {**facts.options, **set_values}
         return values

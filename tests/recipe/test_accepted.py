@@ -14,7 +14,8 @@ from lora_cli.recipe.dump import dump_recipe, recipe_schema
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.rules import find_conflicts
-from lora_cli.recipe.schema import AdapterSpec, Recipe
+from lora_cli.recipe.schema import AdapterSpec, Recipe, SourceSpec
+from lora_cli.recipe.suggest import all_keys
 from lora_cli.recipe.yaml_scalars import parse_scalar
 
 GOOD = "model: {path: org/model}\ndata: {train: rows.jsonl}\n"
@@ -232,6 +233,23 @@ def error_details(path: Path, overrides: list[str]) -> Sequence[str]:
 def test_any_text_loads_or_raises_a_lora_error(text: str | bytes, good: bool, sets: list[str], write):
     raw = text if isinstance(text, bytes) else text.encode(errors="replace")
     assert all(line.isprintable() for line in error_details(write(GOOD.encode() * good + raw), sets))
+
+
+VALUES_OF_EVERY_TYPE = ("[lora]", "{a: 1}", "{1: [2]}", "[[1]]", "[{a: b}]", "[]", "{}", "null", "true", "-1", "''")
+
+
+@pytest.mark.parametrize("key", all_keys(recipe_schema()))
+def test_a_value_of_any_type_loads_or_raises_a_lora_error(key: str, write):
+    path = write(GOOD)
+    for value in VALUES_OF_EVERY_TYPE:
+        assert all(line.isprintable() for line in error_details(path, [f"{key}={value}"]))
+
+
+@pytest.mark.parametrize("field", SourceSpec.model_fields)
+def test_a_source_field_of_any_type_loads_or_raises_a_lora_error(field: str, write):
+    path = write(GOOD)
+    for value in VALUES_OF_EVERY_TYPE:
+        error_details(path, ["data.train={path: rows.jsonl}", f"data.train.{field}={value}"])
 
 
 def test_schema_describes_every_field():
