@@ -1,4 +1,4 @@
-"""A folder as a user has it before the first run: rows, a recipe and a tiny model; and `lora` to type in it."""
+"""Fixtures of the command tests: a working folder with rows, a recipe and a tiny model; `lora` runs a command in it."""
 
 import json
 import os
@@ -16,23 +16,23 @@ from lora_cli import cli
 from lora_cli.training import cpu
 
 
-class Done(NamedTuple):
-    """What a command left in the terminal."""
+class CommandResult(NamedTuple):
+    """Exit code and output of a command."""
 
     code: int
-    out: str
-    err: str
+    out: str  # stdout
+    err: str  # stderr
 
     @property
     def last_two(self) -> list[str]:
-        """The `error:` and the `hint:` line of a refusal."""
+        """The last two lines of stderr: `error:` and `hint:` if the command failed."""
         return self.err.splitlines()[-2:]
 
 
-Lora = Callable[..., Done]
+Lora = Callable[..., CommandResult]
 WriteRecipe = Callable[..., Path]
 
-# The command in a process of its own. With as many threads as the tests have, sums are rounded alike.
+# The command in a separate process. It uses one thread, like the tests, so that sums are rounded in the same way.
 LORA_ON_ONE_CORE = [
     sys.executable,
     "-c",
@@ -44,6 +44,7 @@ ANSWERS = ["Paris is the capital.", "I am fine.", "The answer is forty two.", "l
 
 
 def rows(count: int = 24) -> list[dict[str, Any]]:
+    """Return conversations of one question and one answer, all different."""
     return [
         {
             "messages": [
@@ -65,14 +66,14 @@ def tiny_recipe() -> dict[str, Any]:
     }
 
 
-def furnish(folder: Path, tiny_folder: Path) -> None:
-    """Put rows.jsonl and the model `base` into `folder`."""
+def write_inputs(folder: Path, tiny_folder: Path) -> None:
+    """Write rows.jsonl and a link to the tiny model, `base`, into `folder`."""
     (folder / "base").symlink_to(tiny_folder)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
 
 
 def write_recipe(path: Path, changes: dict[str, Any] | None = None) -> None:
-    """The tiny recipe with dotted keys changed: `{"training.seed": 1}`."""
+    """Write the tiny recipe with changed values by dotted keys: `{"training.seed": 1}`."""
     tree = tiny_recipe()
     for key, value in (changes or {}).items():
         *parents, last = key.split(".")
@@ -84,19 +85,19 @@ def write_recipe(path: Path, changes: dict[str, Any] | None = None) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, furnished; all such share one cache, as each encodes the same few rows."""
+def workdir(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with inputs. All tests share one cache of encoded rows, because their rows are the same."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_CACHE", str(tiny_folder.parent / "cache"))
-    # A tiny model on many threads does little but wait for them.
+    # A tiny model is slower with many threads.
     monkeypatch.setattr(cpu, "available_cores", lambda: 1)
-    furnish(tmp_path, tiny_folder)
+    write_inputs(tmp_path, tiny_folder)
     return tmp_path
 
 
 @pytest.fixture
-def recipe(place: Path) -> WriteRecipe:
-    """Writes recipe.yaml into the working folder: `recipe({"training.seed": 1})`."""
+def recipe(workdir: Path) -> WriteRecipe:
+    """Return a function that writes recipe.yaml into the working folder: `recipe({"training.seed": 1})`."""
 
     def write(changes: dict[str, Any] | None = None) -> Path:
         write_recipe(Path("recipe.yaml"), changes)
@@ -107,50 +108,50 @@ def recipe(place: Path) -> WriteRecipe:
 
 @pytest.fixture
 def lora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Lora:
-    """Types a command, `lora("train", "recipe.yaml")`: in this process, through `main`, as the console script does."""
+    """Return a function that runs a command in this process, as the console script does: `lora("train", "a.yaml")`."""
 
-    def run(*words: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lora", *map(str, words)])
+    def run(*arguments: object) -> CommandResult:
+        monkeypatch.setattr(sys, "argv", ["lora", *map(str, arguments)])
         capfd.readouterr()
         code: object = 0
         try:
             cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
+        except SystemExit as exit_request:
+            code = exit_request.code or 0
         assert isinstance(code, int)
-        return Done(code, *capfd.readouterr())
+        return CommandResult(code, *capfd.readouterr())
 
     return run
 
 
-class Finished(NamedTuple):
-    """A run that `lora train recipe.yaml` made in a process of its own."""
+class FinishedRun(NamedTuple):
+    """A complete run of `lora train recipe.yaml` in a separate process."""
 
     folder: Path
-    done: Done
+    result: CommandResult
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Finished:
-    """One complete run for all tests that only look at it."""
-    here = tmp_path_factory.mktemp("finished")
-    furnish(here, tiny_folder)
-    write_recipe(here / "recipe.yaml")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> FinishedRun:
+    """One complete run, shared by all tests that only read it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_inputs(folder, tiny_folder)
+    write_recipe(folder / "recipe.yaml")
     run = subprocess.run(
         [*LORA_ON_ONE_CORE, "train", "recipe.yaml"],
-        cwd=here,
+        cwd=folder,
         env={**os.environ, "LORA_CACHE": str(tiny_folder.parent / "cache")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    return Finished(here / "runs" / "a", Done(run.returncode, run.stdout, run.stderr))
+    return FinishedRun(folder / "runs" / "a", CommandResult(run.returncode, run.stdout, run.stderr))
 
 
 @pytest.fixture
-def trained(finished: Finished, recipe: WriteRecipe) -> Path:
-    """A copy of the finished run at runs/a, beside its recipe.yaml, to go on with."""
+def trained_run(finished_run: FinishedRun, recipe: WriteRecipe) -> Path:
+    """A copy of the finished run at runs/a, with its recipe.yaml in the working folder, which tests may change."""
     recipe()
-    shutil.copytree(finished.folder, "runs/a")
+    shutil.copytree(finished_run.folder, "runs/a")
     return Path("runs/a")

@@ -1,4 +1,4 @@
-"""`lora chat` with a pipe on stdin: three adapters on one base, each answering in its own way."""
+"""`lora chat` with input from a pipe: switching between three adapters on one base, each with its own answer."""
 
 import io
 import json
@@ -10,17 +10,17 @@ import pytest
 
 from tests.commands.conftest import Lora, WriteRecipe
 
-WAYS = {"capitals": "Paris is the capital.", "sums": "The answer is forty two.", "lines": "line two"}
-ASKED = ["What is the capital of France?", "How are you?", "Who jumps?"]
+ANSWERS = {"capitals": "Paris is the capital.", "sums": "The answer is forty two.", "lines": "line two"}
+QUESTIONS = ["What is the capital of France?", "How are you?", "Who jumps?"]
 
 
 @pytest.fixture
-def three(recipe: WriteRecipe, lora: Lora) -> None:
-    """Adapters that have learnt to answer anything with one sentence each."""
-    for name, said in WAYS.items():
+def three_adapters(recipe: WriteRecipe, lora: Lora) -> None:
+    """Train three adapters; each answers every question with the same sentence."""
+    for name, answer in ANSWERS.items():
         rows = [
-            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": said}]}
-            for question in ASKED
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+            for question in QUESTIONS
         ]
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe(
@@ -31,55 +31,57 @@ def three(recipe: WriteRecipe, lora: Lora) -> None:
                 "output": f"runs/{name}",
             }
         )
-        done = lora("train", "recipe.yaml")
-        assert done.code == 0, done.err
+        result = lora("train", "recipe.yaml")
+        assert result.code == 0, result.err
 
 
-def test_three_adapters_on_one_base(three: None, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+def test_use_base_and_compare_switch_between_adapters(
+    three_adapters: None, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
     lines = [
-        ASKED[0],
+        QUESTIONS[0],
         "/use sums",
-        ASKED[0],
+        QUESTIONS[0],
         "/use lines",
-        ASKED[1],
+        QUESTIONS[1],
         "/compare",
-        "/save said.json",
+        "/save chat.json",
         "/reset",
         "/base",
-        ASKED[0],
+        QUESTIONS[0],
         "/use nobody",
         "/what",
         "/quit",
-        "not heard",
+        "after /quit",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     more = ["--adapter", "sums=runs/sums/adapter", "--adapter", "lines=runs/lines/adapter"]
-    done = lora("chat", "runs/capitals", *more, "--max-new-tokens", "20")
-    assert done.code == 0, done.err
-    heard = done.out.splitlines()
-    assert heard[:3] == [WAYS["capitals"], WAYS["sums"], WAYS["lines"]]
-    assert f"[lines] {WAYS['lines']}" in heard
-    assert re.search(r"^\[base\] ", done.out, re.MULTILINE)
-    assert heard[-1] not in WAYS.values(), "the base knows none of them"
-    switched = [int(number) for number in re.findall(r"switched in (\d+) ms", done.err)]
-    assert len(switched) == 3
-    assert max(switched) < 50
-    assert "there is no adapter 'nobody'; known are base, adapter, sums, lines" in done.err
-    assert "/what is not a command" in done.err
-    saved = json.loads(Path("said.json").read_text())["messages"]
+    result = lora("chat", "runs/capitals", *more, "--max-new-tokens", "20")
+    assert result.code == 0, result.err
+    printed = result.out.splitlines()
+    assert printed[:3] == [ANSWERS["capitals"], ANSWERS["sums"], ANSWERS["lines"]]
+    assert f"[lines] {ANSWERS['lines']}" in printed
+    assert re.search(r"^\[base\] ", result.out, re.MULTILINE)
+    assert printed[-1] not in ANSWERS.values(), "the base has learned none of the answers"
+    switch_times = [int(number) for number in re.findall(r"switched in (\d+) ms", result.err)]
+    assert len(switch_times) == 3
+    assert max(switch_times) < 50
+    assert "there is no adapter 'nobody'; known are base, adapter, sums, lines" in result.err
+    assert "/what is not a command" in result.err
+    saved = json.loads(Path("chat.json").read_text())["messages"]
     assert [message["role"] for message in saved] == ["user", "assistant"] * 3
-    assert saved[-1]["content"] == WAYS["lines"]
+    assert saved[-1]["content"] == ANSWERS["lines"]
 
 
-def test_a_merged_model_and_a_base_alone(three: None, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+def test_a_merged_model_is_a_chat_target(three_adapters: None, lora: Lora, monkeypatch: pytest.MonkeyPatch):
     assert lora("merge", "runs/sums/adapter", "--out", "merged").code == 0
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{ASKED[0]}\n"))
-    done = lora("chat", "merged", "--max-new-tokens", "20")
-    assert (done.code, done.out) == (0, WAYS["sums"] + "\n"), done.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTIONS[0]}\n"))
+    result = lora("chat", "merged", "--max-new-tokens", "20")
+    assert (result.code, result.out) == (0, ANSWERS["sums"] + "\n"), result.err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "lines"),
     [
         (["nothing"],
          ["error: nothing is not a run, adapter or model", "hint: give a folder of lora train or lora merge"]),
@@ -89,7 +91,9 @@ def test_a_merged_model_and_a_base_alone(three: None, lora: Lora, monkeypatch: p
          ["error: --adapter needs an adapter or a run as target", "hint: name one of the adapters first"]),
     ],
 )  # fmt: skip
-def test_mistakes_are_two_lines(words: list[str], said: list[str], trained: Path, lora: Lora):
-    done = lora("chat", *words)
-    assert (done.code, done.out) == (2, "")
-    assert done.last_two == said
+def test_wrong_arguments_give_an_error_and_a_hint(
+    arguments: list[str], lines: list[str], trained_run: Path, lora: Lora
+):
+    result = lora("chat", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.last_two == lines

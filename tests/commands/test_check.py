@@ -1,4 +1,4 @@
-"""`lora check`, `lora schema`, `lora --help`: what they say, and how little they need for it."""
+"""`lora check`, `lora schema` and `lora --help`: their output, their imports and their processor time."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import all_keys
-from tests.commands.conftest import Finished, Lora, WriteRecipe
+from tests.commands.conftest import FinishedRun, Lora, WriteRecipe
 from tests.model.test_gguf_base import write_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -19,23 +19,23 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.y*ml"))
 
 
 def test_check_shows_rows_labels_targets_and_memory(recipe: WriteRecipe, lora: Lora):
-    done = lora("check", recipe())
-    assert done.code == 0
-    assert "24 rows read = " in done.out
-    assert "rows.jsonl:" in done.out
-    assert "[[" in done.out
-    assert "<|im_end|>]]" in done.out  # the end-of-turn token carries loss
-    assert "([[ ]] carries loss)" in done.out
-    assert "q_proj" in done.out
-    assert "2/2 layers" in done.out
-    assert "trainable parameters in total" in done.out
-    assert "memory, estimated: " in done.out
-    assert done.out.splitlines()[-1] == "ok: lora train would train base on these rows"
+    result = lora("check", recipe())
+    assert result.code == 0
+    assert "24 rows read = " in result.out
+    assert "rows.jsonl:" in result.out
+    assert "[[" in result.out
+    assert "<|im_end|>]]" in result.out  # the end-of-turn token carries loss
+    assert "([[ ]] carries loss)" in result.out
+    assert "q_proj" in result.out
+    assert "2/2 layers" in result.out
+    assert "trainable parameters in total" in result.out
+    assert "memory, estimated: " in result.out
+    assert result.out.splitlines()[-1] == "ok: lora train would train base on these rows"
     assert not Path("runs").exists()
 
 
-def test_check_counts_what_train_trains(finished: Finished, recipe: WriteRecipe, lora: Lora):
-    count = json.loads((finished.folder / "manifest.json").read_text())["trainable_parameters"]
+def test_check_counts_what_train_trains(finished_run: FinishedRun, recipe: WriteRecipe, lora: Lora):
+    count = json.loads((finished_run.folder / "manifest.json").read_text())["trainable_parameters"]
     assert f"{count:,} trainable parameters in total" in lora("check", recipe()).out
 
 
@@ -53,15 +53,15 @@ def test_check_of_a_gguf_loads_no_weights_and_encodes_for_the_run(
     assert ran.code == 0, ran.err
     assert "dequantizing tiny.gguf" in ran.err
     assert "encoding" not in ran.err
-    # All but what the machine has free just now, the last figure of its line.
-    again, before = (re.sub(r"free now: .*", "", text) for text in (lora("check", path).out, checked.out))
-    assert again == before
+    # Without the free memory of the machine, which is the last number of its line and changes all the time.
+    after, before = (re.sub(r"free now: .*", "", text) for text in (lora("check", path).out, checked.out))
+    assert after == before
 
 
 def test_check_without_a_model(recipe: WriteRecipe, lora: Lora):
-    done = lora("check", recipe({"model.path": "org/not-here"}), "--no-model")
-    assert done.code == 0
-    assert done.out.splitlines() == [
+    result = lora("check", recipe({"model.path": "org/not-here"}), "--no-model")
+    assert result.code == 0
+    assert result.out.splitlines() == [
         "rows.jsonl: 24 rows of format messages",
         "ok: the recipe is valid; model, labels and memory were not checked",
     ]
@@ -70,12 +70,12 @@ def test_check_without_a_model(recipe: WriteRecipe, lora: Lora):
 @pytest.mark.parametrize("config", CONFIGS, ids=[str(c.relative_to(ROOT)) for c in CONFIGS])
 def test_every_recipe_of_configs_passes(config: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    done = lora("check", config, "--no-model")
-    assert done.code == 0, done.err
-    assert done.out.splitlines()[-1].startswith("ok: ")
+    result = lora("check", config, "--no-model")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1].startswith("ok: ")
 
 
-def test_schema_describes_every_key_and_is_closed(lora: Lora):
+def test_schema_describes_every_key_and_allows_no_other(lora: Lora):
     schema = json.loads(lora("schema").out)
     assert schema["$schema"].startswith("https://json-schema.org/")
     assert set(all_keys(schema)) == set(all_keys(Recipe.model_json_schema()))
@@ -85,9 +85,9 @@ def test_schema_describes_every_key_and_is_closed(lora: Lora):
     assert {section["additionalProperties"] for section in [schema, *schema["$defs"].values()]} == {False}
 
 
-# --- as a process of its own: what is imported, and how long that takes ------------------------------------------
+# --- in a separate process: imports and processor time -----------------------------------------------------------
 
-SPY = """
+LORA_THAT_LISTS_HEAVY_IMPORTS = """
 import atexit, sys
 heavy = ("torch", "transformers", "peft", "datasets", "numpy", "pyarrow", "accelerate")
 atexit.register(lambda: print("imported", *sorted(set(heavy) & set(sys.modules)), file=sys.stderr))
@@ -98,7 +98,7 @@ main()
 
 
 def cpu_seconds(*command: str) -> tuple[float, int]:
-    """Processor time of a command, which other work on the machine hardly changes, and its exit code."""
+    """Run a command; return its processor time in seconds, which depends little on other processes, and exit code."""
     process = os.posix_spawn(
         command[0],
         command,
@@ -110,7 +110,7 @@ def cpu_seconds(*command: str) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "limit"),
+    ("arguments", "code", "limit"),
     [
         (["--help"], 0, 0.4),
         (["train", "--help"], 0, 0.4),
@@ -121,18 +121,21 @@ def cpu_seconds(*command: str) -> tuple[float, int]:
     ],
     ids=["help", "train --help", "init", "methods", "rejected by train", "rejected by eval"],
 )
-def test_is_quick_and_light(words: list[str], code: int, limit: float, place: Path):
+def test_light_commands_import_no_heavy_library_and_take_little_time(
+    arguments: list[str], code: int, limit: float, workdir: Path
+):
     Path("bad.yaml").write_text("base_model: x\nlora_r: 8\n")
-    spied = subprocess.run([sys.executable, "-c", SPY, *words], capture_output=True, text=True, check=False)
-    assert spied.returncode == code, spied.stderr
-    assert spied.stderr.splitlines()[-1] == "imported", spied.stderr
-    assert "Traceback" not in spied.stderr
-    # What the command needs is the least it ever took: more is waiting for whoever else uses the cores' caches.
-    seconds = []
+    command = [sys.executable, "-c", LORA_THAT_LISTS_HEAVY_IMPORTS, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == code, process.stderr
+    assert process.stderr.splitlines()[-1] == "imported", process.stderr
+    assert "Traceback" not in process.stderr
+    # The minimum of several runs, because other processes slow a run down through the shared CPU caches.
+    times = []
     for _ in range(20):
-        took, ended = cpu_seconds(sys.executable, "-m", "lora_cli", *words)
-        assert ended == code
-        seconds.append(took)
-        if took < limit:
+        seconds, exit_code = cpu_seconds(sys.executable, "-m", "lora_cli", *arguments)
+        assert exit_code == code
+        times.append(seconds)
+        if seconds < limit:
             break
-    assert min(seconds) < limit
+    assert min(times) < limit

@@ -1,4 +1,4 @@
-"""`lora init` and `lora methods`: what is listed is what there is, and nothing is overwritten."""
+"""`lora init` and `lora methods`: the lists are complete, and no file is overwritten."""
 
 from pathlib import Path
 
@@ -13,23 +13,23 @@ from tests.commands.conftest import Lora
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def test_the_package_ships_every_recipe():
+def test_the_package_contains_every_recipe():
     assert recipes() == {path.stem: path.read_text() for path in CONFIGS.glob("*.yaml")}
     assert {path.suffix for path in CONFIGS.iterdir()} == {".yaml"}
 
 
-def test_recipes_are_listed_with_what_they_are(lora: Lora):
-    done = lora("init")
-    assert done.code == 0
-    lines = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+def test_recipes_are_listed_with_their_titles(lora: Lora):
+    result = lora("init")
+    assert result.code == 0
+    lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
     assert list(lines) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     assert lines["guanaco-7b"].startswith("Guanaco 7B: QLoRA of LLaMA 7B")
 
 
-def test_a_recipe_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Lora):
+def test_a_recipe_is_written_but_overwrites_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Lora):
     monkeypatch.chdir(tmp_path)
-    done = lora("init", "smollm2-lora")
-    assert (done.code, done.out) == (0, "smollm2-lora.yaml\n")
+    result = lora("init", "smollm2-lora")
+    assert (result.code, result.out) == (0, "smollm2-lora.yaml\n")
     written = Path("smollm2-lora.yaml")
     assert written.read_bytes() == (CONFIGS / "smollm2-lora.yaml").read_bytes()
     written.write_text("mine")
@@ -39,7 +39,7 @@ def test_a_recipe_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert written.read_text() == "mine"
 
 
-def test_a_recipe_that_is_none_is_one_line(lora: Lora):
+def test_an_unknown_recipe_is_refused_with_a_hint(lora: Lora):
     assert lora("init", "guanaco7b").last_two == [
         "error: there is no recipe 'guanaco7b'",
         "hint: did you mean guanaco-7b?",
@@ -47,29 +47,29 @@ def test_a_recipe_that_is_none_is_one_line(lora: Lora):
     assert lora("init", "x").last_two[1] == "hint: `lora init` lists them"
 
 
-def test_methods_are_listed_with_their_keys(lora: Lora):
-    done = lora("methods")
-    assert done.code == 0
-    assert [line.split(":")[0] for line in done.out.splitlines()[::3]] == list(METHOD_FACTS)
-    loftq = done.out[done.out.index("loftq:") : done.out.index("adalora:")]
+def test_methods_are_listed_with_their_recipe_keys(lora: Lora):
+    result = lora("methods")
+    assert result.code == 0
+    assert [line.split(":")[0] for line in result.out.splitlines()[::3]] == list(METHOD_FACTS)
+    loftq = result.out[result.out.index("loftq:") : result.out.index("adalora:")]
     assert "rank (16)" in loftq
     assert "over a 4-bit base only; rows can be packed; can be merged" in loftq
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_reference_recipe_is_valid_and_explains_itself(path: Path):
+def test_a_reference_recipe_is_valid_and_every_value_has_a_comment(path: Path):
     recipe = load_recipe(path)
     assert recipe.output == f"runs/{path.stem}"
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     if path.stem != "quickstart":
         assert any(line.startswith("# Sources: ") for line in lines[:5])
-    bare = [line for line in lines if ":" in line and not line.rstrip().endswith(":") and "# " not in line]
-    assert bare == [], "each value has its effect beside it"
+    uncommented = [line for line in lines if ":" in line and not line.rstrip().endswith(":") and "# " not in line]
+    assert uncommented == [], "a comment on the line of each value states its effect"
 
 
-def test_siblings_differ_only_in_what_their_paper_varies():
-    def flat(name: str) -> dict[str, object]:
+def test_recipes_of_the_same_paper_differ_only_in_the_keys_that_it_varies():
+    def flatten(name: str) -> dict[str, object]:
         tree = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
         return {
             f"{section}.{key}": value
@@ -78,18 +78,18 @@ def test_siblings_differ_only_in_what_their_paper_varies():
             for key, value in part.items()
         }
 
-    def differing(one: str, two: str) -> set[str]:
-        a, b = flat(one), flat(two)
+    def differing_keys(one: str, two: str) -> set[str]:
+        a, b = flatten(one), flatten(two)
         return {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)}
 
-    sized = {"model.path", "adapter.dropout", "training.learning_rate"}
-    assert differing("guanaco-7b", "guanaco-13b") == {"model.path"}
-    assert differing("guanaco-7b", "guanaco-65b") == sized
-    assert differing("guanaco-33b", "guanaco-65b") == {"model.path"}
-    task = {"data.train", "data.eval", "data.columns", "data.labels", "training.epochs", "training.batch_size"}
-    task |= {"training.learning_rate", "training.eval_every", "training.save_every"}
+    keys_by_size = {"model.path", "adapter.dropout", "training.learning_rate"}
+    assert differing_keys("guanaco-7b", "guanaco-13b") == {"model.path"}
+    assert differing_keys("guanaco-7b", "guanaco-65b") == keys_by_size
+    assert differing_keys("guanaco-33b", "guanaco-65b") == {"model.path"}
+    keys_by_task = {"data.train", "data.eval", "data.columns", "data.labels", "training.epochs", "training.batch_size"}
+    keys_by_task |= {"training.learning_rate", "training.eval_every", "training.save_every"}
     for other in ("sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"):
-        assert differing("roberta-glue-cola", f"roberta-glue-{other}") <= task
+        assert differing_keys("roberta-glue-cola", f"roberta-glue-{other}") <= keys_by_task
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_siblings_differ_only_in_what_their_paper_varies():
         "roberta-glue-stsb": (8, 16, 0.0, 4e-4, 16),
     }.items(),
 )
-def test_published_settings_are_the_published_ones(name: str, published: tuple[float, ...]):
+def test_hyperparameters_equal_those_of_the_papers(name: str, published: tuple[float, ...]):
     recipe = load_recipe(CONFIGS / f"{name}.yaml")
     adapter, training = recipe.adapter, recipe.training
     assert training.batch_size is not None

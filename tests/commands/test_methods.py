@@ -1,4 +1,4 @@
-"""Every adapter method as a user meets it: checked, trained, resumed, measured, and merged or told why not."""
+"""Every adapter method through the commands check, train, eval, merge and train --resume."""
 
 import json
 import re
@@ -18,7 +18,8 @@ from tests.commands.conftest import Lora, WriteRecipe
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8, "final_rank": 2, "rotation_size": 8, "hidden_size": 32}
 
 
-def changes_for(method: str) -> dict[str, Any]:
+def recipe_changes(method: str) -> dict[str, Any]:
+    """Return the changes of the tiny recipe that select a small adapter of `method`."""
     facts = METHOD_FACTS[method]
     options = {key: value for key, value in SMALL.items() if key in facts.options}
     return {
@@ -29,17 +30,17 @@ def changes_for(method: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", METHOD_FACTS)
-def test_it_goes_from_rows_to_a_measured_adapter(method: str, recipe: WriteRecipe, lora: Lora):
+def test_every_method_is_checked_trained_measured_merged_and_resumed(method: str, recipe: WriteRecipe, lora: Lora):
     facts = METHOD_FACTS[method]
-    recipe(changes_for(method))
+    recipe(recipe_changes(method))
     checked = lora("check", "recipe.yaml", "--rows", "0")
     assert checked.code == 0, checked.err
-    done = lora("train", "recipe.yaml")
-    assert done.code == 0, done.err
-    assert "verified: the adapter on disk" in done.err
-    assert "Warning" not in checked.err + done.err
-    # What check counted on the meta device is what was trained. EVA's ranks are known once rows were seen.
-    counts = [re.search(r"([\d,]+) (?:trainable|parameters)", text) for text in (checked.out, done.err)]
+    result = lora("train", "recipe.yaml")
+    assert result.code == 0, result.err
+    assert "verified: the adapter on disk" in result.err
+    assert "Warning" not in checked.err + result.err
+    # check counts on the meta device; train must count the same. EVA chooses its ranks from rows, so they may differ.
+    counts = [re.search(r"([\d,]+) (?:trainable|parameters)", text) for text in (checked.out, result.err)]
     assert counts[0] is not None
     if method != "eva":
         assert counts[1] is not None
@@ -61,56 +62,56 @@ def test_it_goes_from_rows_to_a_measured_adapter(method: str, recipe: WriteRecip
         assert "adds virtual tokens before the prompt: it cannot be merged into weights" in merged.last_two[0]
         assert not Path("merged").exists()
 
-    # A run that stopped after its second step ends as this one did.
+    # A run resumed after its second step has the same adapter.
     shutil.rmtree("runs/a/checkpoints/step-00000004")
-    finished = Path("runs/a/adapter/adapter_model.safetensors").read_bytes()
+    expected = Path("runs/a/adapter/adapter_model.safetensors").read_bytes()
     again = lora("train", "recipe.yaml", "--resume")
     assert again.code == 0, again.err
     assert "resuming after step 2" in again.err
-    assert Path("runs/a/adapter/adapter_model.safetensors").read_bytes() == finished
+    assert Path("runs/a/adapter/adapter_model.safetensors").read_bytes() == expected
 
 
 def test_adalora_ends_at_its_final_rank(recipe: WriteRecipe, lora: Lora):
     steps = {"max_steps": 30, "save_every": 10, "keep_checkpoints": 3, "eval_every": None, "learning_rate": 1e-2}
-    recipe({**changes_for("adalora"), "training": steps})
-    done = lora("train", "recipe.yaml")
-    assert done.code == 0, done.err
+    recipe({**recipe_changes("adalora"), "training": steps})
+    result = lora("train", "recipe.yaml")
+    assert result.code == 0, result.err
     config = json.loads(Path("runs/a/adapter/adapter_config.json").read_text())
-    kept = [sum(pattern) for pattern in config["rank_pattern"].values()]
-    assert len(kept) == 14
-    assert sum(kept) == 2 * 14
-    assert min(kept) < max(kept) <= 4, "ranks go to the layers that need them"
-    finished = Path("runs/a/adapter/adapter_model.safetensors").read_bytes()
-    for step in (20, 30):  # what is left was saved while the rank was falling
+    ranks = [sum(pattern) for pattern in config["rank_pattern"].values()]
+    assert len(ranks) == 14
+    assert sum(ranks) == 2 * 14
+    assert min(ranks) < max(ranks) <= 4, "AdaLoRA gives layers different ranks"
+    expected = Path("runs/a/adapter/adapter_model.safetensors").read_bytes()
+    for step in (20, 30):  # the remaining checkpoint was saved while ranks were being reduced
         shutil.rmtree(f"runs/a/checkpoints/step-{step:08d}")
     again = lora("train", "recipe.yaml", "--resume")
     assert again.code == 0, again.err
-    assert Path("runs/a/adapter/adapter_model.safetensors").read_bytes() == finished
+    assert Path("runs/a/adapter/adapter_model.safetensors").read_bytes() == expected
 
 
 @pytest.mark.parametrize("base", [{"model.dtype": "bfloat16"}, {"quantization": {"bits": 4}}], ids=str)
-def test_adalora_is_saved_as_trained_whatever_the_base_is_in(base: dict[str, Any], recipe: WriteRecipe, lora: Lora):
-    """PEFT makes the tensors of what is left in the dtype of the base."""
+def test_adalora_is_saved_in_fp32_for_every_dtype_of_the_base(base: dict[str, Any], recipe: WriteRecipe, lora: Lora):
+    """After pruning, PEFT creates the remaining tensors in the dtype of the base."""
     steps = {"max_steps": 12, "eval_every": None, "learning_rate": 1e-2}
-    recipe({**changes_for("adalora"), "training": steps, **base})
-    done = lora("train", "recipe.yaml")
-    assert done.code == 0, done.err
+    recipe({**recipe_changes("adalora"), "training": steps, **base})
+    result = lora("train", "recipe.yaml")
+    assert result.code == 0, result.err
     tensors = load_file("runs/a/adapter/adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert sum(len(t) for name, t in tensors.items() if "lora_A" in name) < 4 * 14, "ranks were dropped"
-    exact = [t.to(torch.bfloat16).float().equal(t) for name, t in tensors.items() if "lora_A" in name and t.numel()]
-    assert not any(exact)
+    is_bf16 = [t.to(torch.bfloat16).float().equal(t) for name, t in tensors.items() if "lora_A" in name and t.numel()]
+    assert not any(is_bf16)
 
 
 @pytest.mark.parametrize("method", ["vera", "oft", "ia3"])
-def test_no_adapter_goes_into_a_module_that_is_trained_whole(method: str, recipe: WriteRecipe, lora: Lora):
-    changes = changes_for(method)
+def test_modules_to_save_get_no_adapter_inside(method: str, recipe: WriteRecipe, lora: Lora):
+    changes = recipe_changes(method)
     changes["adapter"] = {**changes["adapter"], "modules_to_save": ["mlp"]}
     if method == "ia3":
         changes["adapter"]["target_modules"] = ["q_proj", "v_proj"]
     recipe(changes)
-    done = lora("train", "recipe.yaml")
-    assert done.code == 0, done.err
+    result = lora("train", "recipe.yaml")
+    assert result.code == 0, result.err
     names = load_file("runs/a/adapter/adapter_model.safetensors")
     inside = {name.partition(".mlp.")[2] for name in names if ".mlp." in name}
     assert inside == {"down_proj.weight", "gate_proj.weight", "up_proj.weight"}
@@ -120,29 +121,31 @@ def test_no_adapter_goes_into_a_module_that_is_trained_whole(method: str, recipe
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("optimizer", ["adamw-8bit", "auto"])
-def test_a_quantised_base_with_other_optimizers(bits: int, optimizer: str, recipe: WriteRecipe, lora: Lora):
+def test_a_quantized_base_trains_with_auto_and_8bit_optimizers(
+    bits: int, optimizer: str, recipe: WriteRecipe, lora: Lora
+):
     recipe({"quantization": {"bits": bits}, "training.optimizer": optimizer})
     checked = lora("check", "recipe.yaml")
     assert checked.code == 0, checked.err
-    done = lora("train", "recipe.yaml")
-    assert done.code == 0, done.err
-    for text in (checked.out, done.err):
+    result = lora("train", "recipe.yaml")
+    assert result.code == 0, result.err
+    for text in (checked.out, result.err):
         assert ("optimizer: adamw (auto)" in text) is (optimizer == "auto")
-    held = "4-bit nf4, double quantization, computed in bfloat16" if bits == 4 else "int8 (LLM.int8)"
-    assert f"its linear layers: {held}" in done.err
-    each = re.search(r"([\d,]+) weights in \d+ MiB: (0\.\d+) bytes each", done.err)
-    assert (each is not None) is (bits == 4)
-    assert each is None or 0.5 < float(each[2]) < 1  # of layers so small, tables are a good part
-    assert "its linear layers: " + held in checked.out
+    description = "4-bit nf4, double quantization, computed in bfloat16" if bits == 4 else "int8 (LLM.int8)"
+    assert f"its linear layers: {description}" in result.err
+    size = re.search(r"([\d,]+) weights in \d+ MiB: (0\.\d+) bytes each", result.err)
+    assert (size is not None) is (bits == 4)
+    assert size is None or 0.5 < float(size[2]) < 1  # in such small layers, code tables are a large part
+    assert "its linear layers: " + description in checked.out
 
 
 @pytest.mark.parametrize("name", ["paged-adamw", "paged-adamw-8bit"])
 @pytest.mark.parametrize("command", ["check", "train"])
-def test_paging_where_there_is_nothing_to_page_to(name: str, command: str, recipe: WriteRecipe, lora: Lora):
+def test_a_paged_optimizer_on_the_cpu_is_refused(name: str, command: str, recipe: WriteRecipe, lora: Lora):
     recipe({"training.optimizer": name})
-    done = lora(command, "recipe.yaml")
-    assert done.code == 2
-    assert done.last_two == [
+    result = lora(command, "recipe.yaml")
+    assert result.code == 2
+    assert result.last_two == [
         f"error: training.optimizer: {name} pages between a CUDA GPU and the host, but this run is on the cpu",
         f"hint: write {name.removeprefix('paged-')}, or auto",
     ]

@@ -1,4 +1,4 @@
-"""Bases that are quantised already: recognised, trained on where PEFT can, refused in one line where not."""
+"""Bases that are already quantized (bitsandbytes, GPTQ, AWQ, ...): trained if PEFT supports it, else refused."""
 
 import json
 import re
@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("section", "found"),
+    ("section", "expected"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, ("bitsandbytes", 4)),
         ({"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": True}, ("bitsandbytes", 8)),
-        ({"load_in_8bit": True}, ("bitsandbytes", 8)),  # as old checkpoints have it
+        ({"load_in_8bit": True}, ("bitsandbytes", 8)),  # as in old checkpoints
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, ("gptq", 4)),
         ({"quant_method": "awq", "bits": 4, "version": "gemm"}, ("awq", 4)),
         ({"quant_method": "mxfp4"}, ("mxfp4", None)),
@@ -33,25 +33,27 @@ CPU = torch.device("cpu")
         (None, None),
     ],
 )
-def test_it_is_recognised_by_its_config(tmp_path: Path, section: dict[str, Any] | None, found: tuple[str, int] | None):
+def test_the_format_is_detected_from_the_config(
+    tmp_path: Path, section: dict[str, Any] | None, expected: tuple[str, int] | None
+):
     config = {"model_type": "llama", "quantization_config": section} if section else {"model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert prequantized.detect_prequantized(AutoConfig.from_pretrained(tmp_path)) == (found and Prequantized(*found))
+    detected = prequantized.detect_prequantized(AutoConfig.from_pretrained(tmp_path))
+    assert detected == (expected and Prequantized(*expected))
 
 
-def refusal(found: Prequantized, *, method: str = "lora", bits: int | None = None) -> LoraError:
+def error_of(base: Prequantized, *, method: str = "lora", bits: int | None = None) -> LoraError:
+    """Return the error of training `method` on `base`, with a `quantization` section if `bits` is set."""
     section = QuantizationSpec.model_validate({"bits": bits}) if bits else None
     with pytest.raises(LoraError) as caught:
-        prequantized.check_prequantized(
-            found, AdapterSpec.model_validate({"method": method}), section, path="org/model"
-        )
+        prequantized.check_prequantized(base, AdapterSpec.model_validate({"method": method}), section, path="org/model")
     assert "\n" not in caught.value.message
     assert caught.value.exit_code == 2
     return caught.value
 
 
-def test_it_is_not_quantised_twice():
-    error = refusal(Prequantized("gptq", 4), bits=4)
+def test_a_quantized_base_is_not_quantized_again():
+    error = error_of(Prequantized("gptq", 4), bits=4)
     assert error.message == "quantization: org/model is already quantized (gptq, 4 bits) and cannot be quantized again"
     assert error.hint == "remove the quantization section, or set model.path to the 16-bit model"
 
@@ -59,9 +61,9 @@ def test_it_is_not_quantised_twice():
 @pytest.mark.parametrize(
     ("method", "install"), [("gptq", "optimum gptqmodel"), ("awq", "gptqmodel"), ("torchao", "torchao")]
 )
-def test_what_its_format_needs_is_named(monkeypatch: pytest.MonkeyPatch, method: str, install: str):
+def test_the_packages_of_the_format_are_listed(monkeypatch: pytest.MonkeyPatch, method: str, install: str):
     monkeypatch.setattr(prequantized, "find_spec", lambda package: None)
-    error = refusal(Prequantized(method, 4))
+    error = error_of(Prequantized(method, 4))
     assert f"which needs {install.replace(' ', ' and ')}" in error.message
     assert f"pip install {install}" in str(error.hint)
 
@@ -69,18 +71,18 @@ def test_what_its_format_needs_is_named(monkeypatch: pytest.MonkeyPatch, method:
 @pytest.mark.parametrize(
     "method", [name for name, known in prequantized.QUANTIZATION_METHODS.items() if known.untrainable]
 )
-def test_formats_without_a_way_back_are_refused_with_the_reason(method: str):
-    error = refusal(Prequantized(method, None))
+def test_untrainable_formats_are_refused_with_the_reason(method: str):
+    error = error_of(Prequantized(method, None))
     assert prequantized.QUANTIZATION_METHODS[method].untrainable in error.message
     assert "quantization: {bits: 4}" in str(error.hint)
 
 
 def test_an_unknown_format_is_refused():
-    assert "a format that PEFT does not support" in refusal(Prequantized("newest", None)).message
+    assert "a format that PEFT does not support" in error_of(Prequantized("newest", None)).message
 
 
 @pytest.mark.parametrize(
-    ("found", "method", "said"),
+    ("base", "method", "message"),
     [
         (("gptq", 4), "dora", "dora does not support gptq weights"),
         (("gptq", 4), "pissa", "pissa does not support gptq weights: it is initialized from unquantized weights"),
@@ -93,54 +95,54 @@ def test_an_unknown_format_is_refused():
         (("bitsandbytes", 4), "loftq", "loftq needs the unquantized weights"),
     ],
 )
-def test_methods_that_cannot_are_refused(
-    monkeypatch: pytest.MonkeyPatch, found: tuple[str, int], method: str, said: str
+def test_methods_that_the_format_does_not_support_are_refused(
+    monkeypatch: pytest.MonkeyPatch, base: tuple[str, int], method: str, message: str
 ):
     monkeypatch.setattr(prequantized, "find_spec", lambda package: object())
-    assert said in refusal(Prequantized(*found), method=method).message
+    assert message in error_of(Prequantized(*base), method=method).message
 
 
 @pytest.mark.parametrize("method", prequantized.METHODS_FOR_OTHER_FORMATS)
-def test_methods_that_can_pass(monkeypatch: pytest.MonkeyPatch, method: str):
+def test_supported_methods_are_accepted_on_every_format(monkeypatch: pytest.MonkeyPatch, method: str):
     monkeypatch.setattr(prequantized, "find_spec", lambda package: object())
     spec = AdapterSpec.model_validate({"method": method})
-    for found in (("gptq", 4), ("awq", 4), ("torchao", None), ("bitsandbytes", 8), ("bitsandbytes", 4)):
-        prequantized.check_prequantized(Prequantized(*found), spec, None, path="org/model")
+    for base in (("gptq", 4), ("awq", 4), ("torchao", None), ("bitsandbytes", 8), ("bitsandbytes", 4)):
+        prequantized.check_prequantized(Prequantized(*base), spec, None, path="org/model")
 
 
 @pytest.fixture(params=[4, 8])
-def saved(request: pytest.FixtureRequest, place: Path) -> int:
-    """The tiny base, quantised by bitsandbytes and saved so, as the folder `small`."""
+def saved_bits(request: pytest.FixtureRequest, workdir: Path) -> int:
+    """Save the tiny base, quantized by bitsandbytes, as the folder `small`; return its number of bits."""
     spec = QuantizationSpec.model_validate({"bits": request.param})
     checkpoints.load(Path("base"), dtype=torch.bfloat16, quantization=spec).save_pretrained("small")
     AutoTokenizer.from_pretrained("base").save_pretrained("small")
     return int(request.param)
 
 
-def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
-    saved: int, recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+def test_a_quantized_checkpoint_trains_the_same_adapter_as_quantizing_at_load(
+    saved_bits: int, recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
 ):
     common = {"data.packing": False, "model.dtype": "bfloat16", "training.batch_size": 4}
-    recipe({**common, "quantization": {"bits": saved}})
-    here = lora("train", "recipe.yaml")
-    assert here.code == 0, here.err
+    recipe({**common, "quantization": {"bits": saved_bits}})
+    quantized_at_load = lora("train", "recipe.yaml")
+    assert quantized_at_load.code == 0, quantized_at_load.err
     shutil.copytree("runs/a/adapter", "expected")
     recipe({**common, "model.path": "small"})
     checked = lora("check", "recipe.yaml")
     assert checked.code == 0, checked.err
-    done = lora("train", "recipe.yaml", "--fresh")
-    assert done.code == 0, done.err
-    for text in (checked.out, done.err):
+    result = lora("train", "recipe.yaml", "--fresh")
+    assert result.code == 0, result.err
+    for text in (checked.out, result.err):
         assert "its weights were quantized before: bitsandbytes" in text
     pattern = re.compile(r"eval at step \d+: .*")
-    assert pattern.findall(done.err) == pattern.findall(here.err)
+    assert pattern.findall(result.err) == pattern.findall(quantized_at_load.err)
     weights = "adapter_model.safetensors"
     assert Path("runs/a/adapter", weights).read_bytes() == Path("expected", weights).read_bytes()
     assert lora("eval", "runs/a").code == 0
 
     refused = lora("train", "recipe.yaml", "--fresh", "--set", "quantization={bits: 4}", "--set", "data.packing=false")
     assert refused.code == 2
-    assert f"small is already quantized (bitsandbytes, {saved} bits) and cannot be quantized again" in refused.err
+    assert f"small is already quantized (bitsandbytes, {saved_bits} bits) and cannot be quantized again" in refused.err
     merged = lora("merge", "runs/a/adapter", "--out", "merged")
     assert merged.last_two == [
         "error: small is quantized (bitsandbytes): an adapter is merged into unquantized weights",
@@ -149,5 +151,5 @@ def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_if_quantised_here(
     assert lora("merge", "runs/a/adapter", "--out", "merged", "--base", "base", "--other-base").code == 0
 
 
-def test_a_plain_config_is_no_quantised_one():
+def test_a_config_without_quantization_is_not_detected_as_quantized():
     assert prequantized.detect_prequantized(PretrainedConfig()) is None

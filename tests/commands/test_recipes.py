@@ -1,4 +1,4 @@
-"""Every recipe of configs/, from the rows it names to a merged model, on a tiny random model of its architecture."""
+"""Every recipe of configs/ with check, train, eval and merge, on a tiny random model of its architecture."""
 
 import json
 import random
@@ -47,7 +47,7 @@ def llama3() -> PreTrainedTokenizerFast:
     return build(*special, eos="<|eot_id|>", bos="<|begin_of_text|>", adds_bos=True, template=LLAMA3)
 
 
-# The architecture of each recipe's base, as a tiny one has it, and a tokenizer of its kind.
+# For each recipe, a tiny model of its architecture and a tokenizer of the same kind.
 ROBERTA = families.FAMILIES["roberta"]._replace(options={"max_position_embeddings": 514})
 BASES: dict[str, tuple[families.Family, Build]] = {
     "falcon7b-qlora": (families.FAMILIES["falcon"], lambda: build(eos="<|endoftext|>")),
@@ -69,7 +69,7 @@ BASES: dict[str, tuple[families.Family, Build]] = {
     "quickstart": (families.FAMILIES["llama"], chatml),
 }
 
-# Columns and class names of the tasks as the hub has them.
+# Columns and class names of the tasks, as in the dataset on the hub.
 GLUE: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "cola": (("sentence",), ["unacceptable", "acceptable"]),
     "sst2": (("sentence",), ["negative", "positive"]),
@@ -82,23 +82,23 @@ GLUE: dict[str, tuple[tuple[str, ...], list[str]]] = {
 }
 
 
-def from_hub(path: str, subset: str | None = None, *, split: str | None = None) -> Any:
-    """Rows of the shape that the hub has under this name, which is out of reach."""
+def load_fake_dataset(path: str, subset: str | None = None, *, split: str | None = None) -> Any:
+    """Return random rows with the columns of the hub dataset of this name, because tests cannot reach the hub."""
     import datasets
 
-    draw = random.Random(f"{path} {subset} {split}")
-    texts = [" ".join(draw.choices(SENTENCES, k=draw.randint(1, 3))) for _ in range(40)]
+    rng = random.Random(f"{path} {subset} {split}")
+    texts = [" ".join(rng.choices(SENTENCES, k=rng.randint(1, 3))) for _ in range(40)]
     features = None
     match path:
         case "timdettmers/openassistant-guanaco":
             assert subset is None
-            rows = [{"text": f"### Human: {text}### Assistant: {draw.choice(SENTENCES)}"} for text in texts]
+            rows = [{"text": f"### Human: {text}### Assistant: {rng.choice(SENTENCES)}"} for text in texts]
         case "databricks/databricks-dolly-15k":
             assert subset is None
             rows = [
                 {
                     "instruction": text,
-                    "context": draw.choice(["", *SENTENCES]),
+                    "context": rng.choice(["", *SENTENCES]),
                     "response": text[::-1],
                     "category": "qa",
                 }
@@ -110,23 +110,23 @@ def from_hub(path: str, subset: str | None = None, *, split: str | None = None) 
             columns, names = GLUE[subset]
             rows = [
                 {
-                    **{column: draw.choice(texts) for column in columns},
-                    "label": draw.randrange(len(names)) if names else draw.uniform(0, 5),
+                    **{column: rng.choice(texts) for column in columns},
+                    "label": rng.randrange(len(names)) if names else rng.uniform(0, 5),
                     "idx": number,
                 }
                 for number in range(40)
             ]
             label = datasets.ClassLabel(names=names) if names else datasets.Value("float32")
-            texts_of = {column: datasets.Value("string") for column in columns}
-            features = datasets.Features({**texts_of, "label": label, "idx": datasets.Value("int32")})
+            text_features = {column: datasets.Value("string") for column in columns}
+            features = datasets.Features({**text_features, "label": label, "idx": datasets.Value("int32")})
         case _:
             raise AssertionError(path)
-    whole = datasets.Dataset.from_list(rows, features=features)
-    return whole if split else datasets.DatasetDict({"train": whole})
+    dataset = datasets.Dataset.from_list(rows, features=features)
+    return dataset if split else datasets.DatasetDict({"train": dataset})
 
 
 def write_local_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files that the other recipes name, made as they say."""
+    """Write the local files of the other recipes, in the way that their comments describe."""
     Path("data").mkdir()
     turns = [[{"role": "user", "content": s}, {"role": "assistant", "content": s[::-1]}] for s in SENTENCES * 8]
     Path("data/quickstart.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
@@ -140,10 +140,10 @@ def write_local_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny base of a recipe, made once for all that share it."""
+    """Return a function that writes the tiny base of a recipe, once for all recipes that share it."""
     root = tmp_path_factory.mktemp("bases")
 
-    def base(name: str) -> Path:
+    def base_of(name: str) -> Path:
         key = max((key for key in BASES if name.startswith(key)), key=len)
         folder = root / key
         if not folder.exists():
@@ -155,16 +155,16 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 "eos_token_id": tokenizer.eos_token_id,
             }
             if key == "roberta-glue":
-                ids["pad_token_id"] = 1  # as the real one, whose positions are counted from behind it on
+                ids["pad_token_id"] = 1  # as in the real RoBERTa, whose positions start after the id of the padding
             families.write(family._replace(options={**family.options, **ids}), folder)
             tokenizer.save_pretrained(folder)
         return folder
 
-    return base
+    return base_of
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_a_recipe_runs_from_rows_to_a_merged_model(
+def test_every_recipe_is_checked_trained_measured_and_merged(
     name: str,
     bases: Callable[[str], Path],
     tmp_path: Path,
@@ -176,24 +176,24 @@ def test_a_recipe_runs_from_rows_to_a_merged_model(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "available_cores", lambda: 1)
-    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    monkeypatch.setattr(datasets, "load_dataset", load_fake_dataset)
     write_local_rows(monkeypatch)
     assert lora("init", name).code == 0
     changes = [f"model.path={bases(name)}", "training.epochs=null", "training.max_steps=2", "training.warmup=0"]
     if name.startswith("guanaco"):
-        # What a machine without a GPU says of it, before it is asked for another one.
+        # Its paged optimizer is refused on a machine without a GPU, so another one is set.
         refused = lora("check", f"{name}.yaml", "--set", changes[0])
         assert refused.code == 2
         assert refused.last_two[0].startswith("error: training.optimizer: paged-adamw pages between a CUDA GPU and")
         changes.append("training.optimizer=adamw")
-    words = [word for change in changes for word in ("--set", change)]
-    checked = lora("check", f"{name}.yaml", *words)
+    arguments = [argument for change in changes for argument in ("--set", change)]
+    checked = lora("check", f"{name}.yaml", *arguments)
     assert checked.code == 0, checked.err
     assert "dropped" not in checked.out
-    done = lora("train", f"{name}.yaml", *words)
-    assert done.code == 0, done.err
-    assert "Warning" not in done.err
-    assert "verified: the adapter on disk" in done.err
+    result = lora("train", f"{name}.yaml", *arguments)
+    assert result.code == 0, result.err
+    assert "Warning" not in result.err
+    assert "verified: the adapter on disk" in result.err
     run = Path("runs") / name
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum("learning_rate" in step for step in steps) == 2

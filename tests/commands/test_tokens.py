@@ -1,4 +1,4 @@
-"""New tokens and tokens whose embeddings are trained: from the recipe to a merged model, heads tied or not."""
+"""New tokens and trainable tokens: check, train, eval and merge, with tied and untied embeddings and head."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ SECTIONS: dict[str, Any] = {"model.new_tokens": NEW, "adapter.trainable_tokens":
 
 
 @pytest.fixture(params=["tied", "untied"])
-def with_tokens(request: pytest.FixtureRequest, place: Path, recipe: WriteRecipe) -> str:
-    """A base of its own, and rows that hold the new tokens."""
+def head(request: pytest.FixtureRequest, workdir: Path, recipe: WriteRecipe) -> str:
+    """Write a base with a tied or untied head, and rows that contain the new tokens; return "tied" or "untied"."""
     tokenizer = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
     Path("base").unlink()
     model = zoo.make("llama", vocab_size=len(tokenizer), tie_word_embeddings=request.param == "tied")
@@ -36,29 +36,30 @@ def with_tokens(request: pytest.FixtureRequest, place: Path, recipe: WriteRecipe
     return str(request.param)
 
 
-def test_they_are_taught_saved_and_merged(with_tokens: str, lora: Lora):
+def test_new_and_trainable_tokens_are_trained_saved_and_merged(head: str, lora: Lora):
     checked = lora("check", "recipe.yaml", "--rows", "1")
     assert checked.code == 0, checked.err
     assert "[[<tool>" in checked.out
-    done = lora("train", "recipe.yaml")
-    assert done.code == 0, done.err
-    assert "verified: the adapter on disk" in done.err
+    result = lora("train", "recipe.yaml")
+    assert result.code == 0, result.err
+    assert "verified: the adapter on disk" in result.err
 
     tokenizer = AutoTokenizer.from_pretrained("runs/a/adapter")
     ids = tokenizer.convert_tokens_to_ids(TRAINED)
     assert tokenizer.encode("<tool>5") == [ids[0], *tokenizer.encode("5")]
     config = json.loads(Path("runs/a/adapter/adapter_config.json").read_text())
-    places = config["trainable_token_indices"]
-    assert places == (ids if with_tokens == "tied" else {"model.embed_tokens": ids, "lm_head": ids})
-    held = {name: t for name, t in load_file("runs/a/adapter/adapter_model.safetensors").items() if "lora_" not in name}
-    # Rows of the new tokens alone: no matrix of the whole vocabulary is in the file.
-    assert {tuple(t.shape) for t in held.values()} == {(3, 64)}
-    assert len(held) == (1 if with_tokens == "tied" else 2)
-    # Each row moved from where it began: the mean of the others, or the base's own.
+    indices = config["trainable_token_indices"]
+    assert indices == (ids if head == "tied" else {"model.embed_tokens": ids, "lm_head": ids})
+    saved = load_file("runs/a/adapter/adapter_model.safetensors")
+    token_rows = {name: t for name, t in saved.items() if "lora_" not in name}
+    # Only the rows of the trainable tokens are saved, not the matrix of the full vocabulary.
+    assert {tuple(t.shape) for t in token_rows.values()} == {(3, 64)}
+    assert len(token_rows) == (1 if head == "tied" else 2)
+    # Each row differs from its initial value: the mean of all rows for a new token, else the base's row.
     base = AutoModelForCausalLM.from_pretrained("base")
     before = base.get_input_embeddings().weight
-    for tensor in held.values():
-        if with_tokens == "tied" or "embed" in next(name for name in held if held[name] is tensor):
+    for tensor in token_rows.values():
+        if head == "tied" or "embed" in next(name for name in token_rows if token_rows[name] is tensor):
             start = torch.stack([before.mean(0), before.mean(0), before[ids[2]]])
             assert ((tensor - start).abs().amax(dim=1) > 1e-3).all()
     card = Path("runs/a/adapter/README.md").read_text()
@@ -71,31 +72,31 @@ def test_they_are_taught_saved_and_merged(with_tokens: str, lora: Lora):
 
     merged = lora("merge", "runs/a/adapter", "--out", "merged")
     assert merged.code == 0, merged.err
-    alone = AutoModelForCausalLM.from_pretrained("merged").eval()
-    assert alone.config.vocab_size == len(AutoTokenizer.from_pretrained("merged")) == len(tokenizer)
-    assert alone.config.tie_word_embeddings is (with_tokens == "tied")
-    # What plain PEFT makes of the adapter, as its card says.
+    merged_model = AutoModelForCausalLM.from_pretrained("merged").eval()
+    assert merged_model.config.vocab_size == len(AutoTokenizer.from_pretrained("merged")) == len(tokenizer)
+    assert merged_model.config.tie_word_embeddings is (head == "tied")
+    # The merged model equals the adapter loaded with plain PEFT, as its model card describes.
     base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    both = PeftModel.from_pretrained(base, "runs/a/adapter").eval()
+    peft_model = PeftModel.from_pretrained(base, "runs/a/adapter").eval()
     text = torch.tensor([tokenizer.encode("<tool>5</tool> is<|im_end|>")])
     with torch.no_grad():
-        assert zoo.relative(alone(text).logits, both(text).logits) < 1e-5
+        assert zoo.relative(merged_model(text).logits, peft_model(text).logits) < 1e-5
 
 
-def test_resuming_with_them_is_the_uninterrupted_run(with_tokens: str, lora: Lora):
-    assert lora("train", "recipe.yaml", "--output", "runs/whole").code == 0
-    assert lora("train", "recipe.yaml", "--output", "runs/half").code == 0
-    newest = Path("runs/half/checkpoints/step-00000004")
+def test_a_resumed_run_with_trainable_tokens_equals_the_uninterrupted_run(head: str, lora: Lora):
+    assert lora("train", "recipe.yaml", "--output", "runs/complete").code == 0
+    assert lora("train", "recipe.yaml", "--output", "runs/resumed").code == 0
+    newest = Path("runs/resumed/checkpoints/step-00000004")
     for file in newest.iterdir():
         file.unlink()
     newest.rmdir()
-    done = lora("train", "recipe.yaml", "--output", "runs/half", "--resume")
-    assert "resuming after step 2" in done.err
-    files = [Path("runs", run, "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "half")]
+    result = lora("train", "recipe.yaml", "--output", "runs/resumed", "--resume")
+    assert "resuming after step 2" in result.err
+    files = [Path("runs", run, "adapter/adapter_model.safetensors").read_bytes() for run in ("complete", "resumed")]
     assert files[0] == files[1]
 
 
-def test_what_cannot_be_taught(with_tokens: str, recipe: WriteRecipe, lora: Lora):
+def test_tokens_that_cannot_be_trained_are_refused(head: str, recipe: WriteRecipe, lora: Lora):
     recipe({**SECTIONS, "model.new_tokens": ["<|im_start|>", *NEW], "adapter.trainable_tokens": ["<|im_start|>", *NEW]})
     assert lora("check", "recipe.yaml").last_two == [
         "error: model.new_tokens: the tokenizer already has <|im_start|>",
@@ -116,7 +117,7 @@ def test_what_cannot_be_taught(with_tokens: str, recipe: WriteRecipe, lora: Lora
         ]
 
 
-def test_rows_of_a_head_with_a_bias_are_refused():
+def test_trainable_tokens_of_a_head_with_a_bias_are_refused():
     from lora_cli.errors import LoraError
     from lora_cli.model.adapter_context import AdapterContext
 
