@@ -1,5 +1,5 @@
-"""The same furnished folder and the same way to type commands as in the tests of the commands."""
+"""The fixtures of the command tests: a working folder with inputs, a finished run, and `lora` to run commands."""
 
-from tests.commands.conftest import finished, lora, place, recipe, trained
+from tests.commands.conftest import finished_run, lora, recipe, trained_run, workdir
 
-__all__ = ["finished", "lora", "place", "recipe", "trained"]
+__all__ = ["finished_run", "lora", "recipe", "trained_run", "workdir"]

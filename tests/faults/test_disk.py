@@ -1,4 +1,4 @@
-"""A full disk, or one that cannot be written, is told in two lines, and leaves what was there before."""
+"""A full or read-only disk gives an error and a hint, and keeps the existing files."""
 
 import resource
 import signal
@@ -14,8 +14,8 @@ Limit = Callable[[int], AbstractContextManager[None]]
 
 
 @contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """Writing more than `size` bytes to a file fails, as it does on a full disk."""
+def limit_file_size(size: int) -> Iterator[None]:
+    """Make writing more than `size` bytes to a file fail, as on a full disk."""
     before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -26,43 +26,43 @@ def no_file_above(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_the_checkpoint_before_stays_and_resume_goes_on(trained: Path, lora: Lora):
-    kept = {p: p.read_bytes() for p in (trained / "checkpoints").rglob("*") if p.is_file()}
-    longer = ("train", "recipe.yaml", "--output", "runs/b", "--set", "training.max_steps=4")
-    with no_file_above(45_000):  # the adapter is 31 KB, the optimizer 62 KB
-        done = lora(*longer)
-    assert (done.code, done.out) == (1, "")
-    assert "Traceback" not in done.err
-    assert done.last_two[0] == "error: runs/b: File too large"
-    assert done.last_two[1].endswith("files written before are complete, and a run continues with --resume")
+def test_a_full_disk_keeps_earlier_checkpoints_and_resume_continues(trained_run: Path, lora: Lora):
+    before = {p: p.read_bytes() for p in (trained_run / "checkpoints").rglob("*") if p.is_file()}
+    arguments = ("train", "recipe.yaml", "--output", "runs/b", "--set", "training.max_steps=4")
+    with limit_file_size(45_000):  # the adapter is 31 KB, the optimizer 62 KB
+        result = lora(*arguments)
+    assert (result.code, result.out) == (1, "")
+    assert "Traceback" not in result.err
+    assert result.last_two[0] == "error: runs/b: File too large"
+    assert result.last_two[1].endswith("files written before are complete, and a run continues with --resume")
     assert list(Path("runs/b/checkpoints").iterdir()) == []
-    resumed = lora(*longer, "--resume")
+    resumed = lora(*arguments, "--resume")
     assert resumed.code == 0, resumed.err
-    assert {p: p.read_bytes() for p in (trained / "checkpoints").rglob("*") if p.is_file()} == kept
+    assert {p: p.read_bytes() for p in (trained_run / "checkpoints").rglob("*") if p.is_file()} == before
     name = "adapter/adapter_model.safetensors"
-    assert (Path("runs/b") / name).read_bytes() == (trained / name).read_bytes()
+    assert (Path("runs/b") / name).read_bytes() == (trained_run / name).read_bytes()
 
 
-def test_a_folder_that_cannot_be_written(recipe: WriteRecipe, lora: Lora):
-    done = lora("train", recipe(), "--output", "/proc/run")
-    assert (done.code, done.out) == (2, "")
-    assert done.last_two == [
+def test_an_output_folder_that_cannot_be_created_is_refused(recipe: WriteRecipe, lora: Lora):
+    result = lora("train", recipe(), "--output", "/proc/run")
+    assert (result.code, result.out) == (2, "")
+    assert result.last_two == [
         "error: /proc/run cannot be written: No such file or directory",
         "hint: set output to another folder",
     ]
 
 
-def test_a_permission_that_is_taken_away(trained: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_without_write_permission_is_an_error(trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
     from lora_cli.run import atomic
 
     def denied(path: Path, data: bytes) -> None:
-        raise PermissionError(13, "Permission denied", str(path))  # root may do everything
+        raise PermissionError(13, "Permission denied", str(path))  # file permissions do not stop root
 
     monkeypatch.setattr(atomic, "write_bytes", denied)
-    done = lora("eval", "runs/a", "--json", "figures.json")
-    assert done.code == 1
-    assert done.last_two == [
+    result = lora("eval", "runs/a", "--json", "figures.json")
+    assert result.code == 1
+    assert result.last_two == [
         "error: figures.json: Permission denied",
         "hint: check its permissions, or choose another path; files written before are complete",
     ]
-    assert "Traceback" not in done.err
+    assert "Traceback" not in result.err

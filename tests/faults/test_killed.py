@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on from its last checkpoint, to the same end."""
+"""A run killed with SIGKILL resumes from its last checkpoint, and its result equals that of the uninterrupted run."""
 
 import json
 import signal
@@ -9,9 +9,9 @@ from pathlib import Path
 from tests.commands.conftest import LORA_ON_ONE_CORE, Lora, WriteRecipe
 
 
-def test_kill_minus_nine_then_resume(recipe: WriteRecipe, lora: Lora):
+def test_a_run_resumed_after_sigkill_equals_the_uninterrupted_run(recipe: WriteRecipe, lora: Lora):
     recipe({"training.max_steps": 40, "training.save_every": 5, "training.eval_every": None})
-    assert lora("train", "recipe.yaml", "--output", "runs/whole").code == 0
+    assert lora("train", "recipe.yaml", "--output", "runs/complete").code == 0
     first = Path("runs/a/checkpoints/step-00000005")
     with subprocess.Popen(
         [*LORA_ON_ONE_CORE, "train", "recipe.yaml"],
@@ -27,8 +27,8 @@ def test_kill_minus_nine_then_resume(recipe: WriteRecipe, lora: Lora):
     assert resumed.code == 0, resumed.err
     assert "resuming after step " in resumed.err
     records = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
-    # Every step once, although the killed process was ahead of its checkpoint.
+    # Every step occurs once, although the killed process had logged steps after its last checkpoint.
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 41))
     name = "adapter/adapter_model.safetensors"
-    assert (Path("runs/a") / name).read_bytes() == (Path("runs/whole") / name).read_bytes()
+    assert (Path("runs/a") / name).read_bytes() == (Path("runs/complete") / name).read_bytes()
     assert [p.name for p in Path("runs/a").rglob(".*-*") if p.name != ".lora-lock"] == []

@@ -1,4 +1,4 @@
-"""A merge that is killed, runs out of disk, or has half a base leaves nothing in the model's place."""
+"""A merge that is killed, fills the disk, or reads an incomplete base leaves no output."""
 
 import json
 import os
@@ -7,75 +7,74 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.commands.conftest import LORA_ON_ONE_CORE, Lora
-from tests.faults.test_disk import no_file_above
+from tests.faults.test_disk import limit_file_size
 from tests.support.peak_memory import peak_memory_of
 
-SPARE = 64 << 20  # bytes that a merge may hold beyond the libraries, whatever the model
+MEMORY_LIMIT = 64 << 20  # bytes that a merge may use in addition to the libraries, for any model
 
 
-def hidden() -> list[str]:
+def temporary_files() -> list[str]:
     return [entry.name for entry in Path().iterdir() if entry.name.startswith(".tmp")]
 
 
-def test_killed_on_the_way(trained: Path, lora: Lora):
-    command = [*LORA_ON_ONE_CORE, "merge", str(trained / "adapter"), "--out", "merged"]
+def test_sigkill_leaves_no_output_and_the_next_merge_cleans_up(trained_run: Path, lora: Lora):
+    command = [*LORA_ON_ONE_CORE, "merge", str(trained_run / "adapter"), "--out", "merged"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while not hidden() and run.poll() is None:
+        while not temporary_files() and run.poll() is None:
             time.sleep(0.001)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL
     assert not Path("merged").exists()
-    assert hidden(), "what was being written lies beside, under a name that nobody takes for a model"
-    done = lora("merge", trained / "adapter", "--out", "merged")
-    assert done.code == 0, done.err
-    assert hidden() == []
+    assert temporary_files(), "the incomplete output stays under a temporary name"
+    result = lora("merge", trained_run / "adapter", "--out", "merged")
+    assert result.code == 0, result.err
+    assert temporary_files() == []
 
 
-def test_interrupted_by_the_user(trained: Path):
-    command = [*LORA_ON_ONE_CORE, "merge", str(trained / "adapter"), "--out", "merged"]
+def test_sigint_leaves_no_output(trained_run: Path):
+    command = [*LORA_ON_ONE_CORE, "merge", str(trained_run / "adapter"), "--out", "merged"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        while not hidden() and run.poll() is None:
+        while not temporary_files() and run.poll() is None:
             time.sleep(0.001)
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate()
-    assert run.returncode == 130, said
-    assert "Traceback" not in said
+        _, stderr = run.communicate()
+    assert run.returncode == 130, stderr
+    assert "Traceback" not in stderr
     assert not Path("merged").exists()
-    assert hidden() == []
+    assert temporary_files() == []
 
 
-def test_a_full_disk(trained: Path, lora: Lora):
-    with no_file_above(100_000):
-        done = lora("merge", trained / "adapter", "--out", "merged")
-    assert (done.code, done.out) == (1, "")
-    assert "Traceback" not in done.err
-    assert done.last_two[0].endswith("File too large")
+def test_a_full_disk_leaves_no_output(trained_run: Path, lora: Lora):
+    with limit_file_size(100_000):
+        result = lora("merge", trained_run / "adapter", "--out", "merged")
+    assert (result.code, result.out) == (1, "")
+    assert "Traceback" not in result.err
+    assert result.last_two[0].endswith("File too large")
     assert not Path("merged").exists()
-    assert hidden() == []
+    assert temporary_files() == []
 
 
-def test_a_disk_that_has_too_little_room(trained: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_free_disk_space_is_refused_before_writing(
+    trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
     from lora_cli.merging import stream
 
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: Usage())
-    done = lora("merge", trained / "adapter", "--out", "merged")
-    assert done.code == 1
-    assert re.fullmatch(r"error: .*: the model needs [\d.]+ GB, and 0\.0 GB are free", done.last_two[0])
-    assert hidden() == []
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    result = lora("merge", trained_run / "adapter", "--out", "merged")
+    assert result.code == 1
+    assert re.fullmatch(r"error: .*: the model needs [\d.]+ GB, and 0\.0 GB are free", result.last_two[0])
+    assert temporary_files() == []
 
 
-class Usage:
-    free = 1000
-
-
-def in_shards() -> None:
-    """The base of the run, in several files under the name that the adapter knows."""
+def shard_base() -> None:
+    """Replace the base of the run by the same model in several shards."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained("base"), AutoTokenizer.from_pretrained("base")
     Path("base").unlink()
     model.save_pretrained("base", max_shard_size="60KB")
@@ -83,38 +82,38 @@ def in_shards() -> None:
     Path("runs/a/adapter/trained_on.json").unlink()
 
 
-def test_a_shard_that_is_missing(trained: Path, lora: Lora):
-    in_shards()
+def test_a_missing_shard_is_refused(trained_run: Path, lora: Lora):
+    shard_base()
     name = sorted(Path("base").glob("*.safetensors"))[1].name
     (Path("base") / name).unlink()
-    done = lora("merge", trained / "adapter", "--out", "merged")
-    assert done.code == 2
-    assert re.fullmatch(rf"error: base: shard {name} is missing; the index lists \d+ shards", done.last_two[0])
+    result = lora("merge", trained_run / "adapter", "--out", "merged")
+    assert result.code == 2
+    assert re.fullmatch(rf"error: base: shard {name} is missing; the index lists \d+ shards", result.last_two[0])
     assert not Path("merged").exists()
 
 
-@pytest.mark.parametrize("left", [0.9, 0.0])
-def test_a_shard_that_is_cut_short(left: float, trained: Path, lora: Lora):
-    in_shards()
+@pytest.mark.parametrize("share", [0.9, 0.0])
+def test_a_truncated_shard_is_refused(share: float, trained_run: Path, lora: Lora):
+    shard_base()
     file = sorted(Path("base").glob("*.safetensors"))[1]
-    os.truncate(file, int(file.stat().st_size * left))
-    done = lora("merge", trained / "adapter", "--out", "merged")
-    assert done.code == 2
-    assert done.last_two[0].startswith(f"error: {file}: truncated")
+    os.truncate(file, int(file.stat().st_size * share))
+    result = lora("merge", trained_run / "adapter", "--out", "merged")
+    assert result.code == 2
+    assert result.last_two[0].startswith(f"error: {file}: truncated")
     assert not Path("merged").exists()
 
 
-def test_an_index_that_tells_of_a_tensor_that_is_not_there(trained: Path, lora: Lora):
-    in_shards()
+def test_an_index_with_a_tensor_that_no_shard_contains_is_refused(trained_run: Path, lora: Lora):
+    shard_base()
     index = json.loads(Path("base/model.safetensors.index.json").read_text())
     index["weight_map"]["model.layers.7.mlp.up_proj.weight"] = next(iter(index["weight_map"].values()))
     Path("base/model.safetensors.index.json").write_text(json.dumps(index))
-    done = lora("merge", trained / "adapter", "--out", "merged")
-    assert done.last_two[0].startswith("error: base: model.layers.7.mlp.up_proj.weight is not in any shard")
+    result = lora("merge", trained_run / "adapter", "--out", "merged")
+    assert result.last_two[0].startswith("error: base: model.layers.7.mlp.up_proj.weight is not in any shard")
 
 
-def test_memory_does_not_grow_with_the_model(trained: Path, tmp_path: Path):
-    """A model of 150 MB in bf16 takes little more than one of 400 KB; in fp32 and twice it would take 600."""
+def test_memory_does_not_grow_with_the_model(trained_run: Path, tmp_path: Path):
+    """A model of 150 MB in bf16 needs little more memory than one of 400 KB; two copies in fp32 would need 600 MB."""
     config = LlamaConfig(
         vocab_size=8000, hidden_size=512, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=8,
         num_key_value_heads=8, tie_word_embeddings=True,
@@ -127,11 +126,11 @@ def test_memory_does_not_grow_with_the_model(trained: Path, tmp_path: Path):
         if "lora_B" in name:
             parameter.data += 0.02
     adapted.peft_config["default"].base_model_name_or_path = "large"
-    adapted.save_pretrained("of-large")
+    adapted.save_pretrained("adapter-of-large")
     size = Path("large/model.safetensors").stat().st_size
-    assert size > 2 * SPARE
+    assert size > 2 * MEMORY_LIMIT
     peaks = [
         peak_memory_of("merge", folder, "--out", f"m{n}", "--verify", "tensors")
-        for n, folder in enumerate([trained / "adapter", "of-large"])
+        for n, folder in enumerate([trained_run / "adapter", "adapter-of-large"])
     ]
-    assert peaks[1] - peaks[0] < SPARE
+    assert peaks[1] - peaks[0] < MEMORY_LIMIT
