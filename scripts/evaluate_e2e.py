@@ -1,10 +1,10 @@
-"""Teach the demo model to describe restaurants (E2E NLG), and score base and adapter with all references of a meaning.
+"""Fine-tune the demo model on E2E NLG (descriptions of restaurants), and score base and adapter on all references.
 
-    python scripts/evaluate_e2e.py e2e_valid.txt e2e_test.txt     # after scripts/quickstart; minutes on two cores
-    python scripts/evaluate_e2e.py e2e_valid.txt e2e_test.txt --meanings 630    # the whole test set
+    python scripts/evaluate_e2e.py e2e_valid.txt e2e_test.txt     # run scripts/quickstart first; minutes on two cores
+    python scripts/evaluate_e2e.py e2e_valid.txt e2e_test.txt --meanings 630    # the full test set
 
-The files are those of the LoRA paper's code, `meaning||reference` a line (Novikova et al., arXiv:1706.09254). A part of
-the smaller split is trained on: figures are for comparing base and adapter, not with papers.
+The files are those of the LoRA paper's code, `meaning||reference` on each line (Novikova et al., arXiv:1706.09254).
+Training uses a part of the smaller split, so the figures compare base and adapter, and not this tool with papers.
 """
 
 import argparse
@@ -15,23 +15,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ASK = "Describe this restaurant in one or two sentences.\n"
+INSTRUCTION = "Describe this restaurant in one or two sentences.\n"
 
 
-def rows(file: Path) -> list[tuple[str, str]]:
-    """Meaning and reference of each line."""
+def read_pairs(file: Path) -> list[tuple[str, str]]:
+    """Return meaning and reference of each line."""
     pairs = [line.partition("||")[::2] for line in file.read_text(encoding="utf-8").splitlines() if "||" in line]
     return [(meaning.strip(), reference.strip()) for meaning, reference in pairs]
 
 
-def write(pairs: list[tuple[str, str]], file: Path) -> None:
-    """As conversations."""
+def write_messages(pairs: list[tuple[str, str]], file: Path) -> None:
+    """Write the pairs as conversations in the `messages` format."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    turns = (
-        [{"role": "user", "content": ASK + meaning}, {"role": "assistant", "content": reference}]
+    conversations = (
+        [{"role": "user", "content": INSTRUCTION + meaning}, {"role": "assistant", "content": reference}]
         for meaning, reference in pairs
     )
-    file.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns), encoding="utf-8")
+    file.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations), encoding="utf-8")
 
 
 def main() -> None:
@@ -39,28 +39,28 @@ def main() -> None:
     parser.add_argument("train", type=Path)
     parser.add_argument("test", type=Path)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--meanings", type=int, default=60, help="of the test set, spread over it")
-    given = parser.parse_args()
+    parser.add_argument("--meanings", type=int, default=60, help="number of meanings, evenly spaced in the test set")
+    arguments = parser.parse_args()
     folder = ROOT / "data" / "e2e"
-    write(rows(given.train), folder / "train.jsonl")
-    test = rows(given.test)
+    write_messages(read_pairs(arguments.train), folder / "train.jsonl")
+    test = read_pairs(arguments.test)
     meanings = list(dict.fromkeys(meaning for meaning, _ in test))
-    chosen = set(meanings[:: max(1, len(meanings) // given.meanings)][: given.meanings])
-    write([pair for pair in test if pair[0] in chosen], folder / "test.jsonl")
+    chosen = set(meanings[:: max(1, len(meanings) // arguments.meanings)][: arguments.meanings])
+    write_messages([pair for pair in test if pair[0] in chosen], folder / "test.jsonl")
     print(f"{len(chosen)} of {len(meanings)} meanings, {sum(m in chosen for m, _ in test)} references", flush=True)
-    settings = {
+    overrides = {
         "data.train": "data/e2e/train.jsonl",
-        "training.max_steps": given.steps,
+        "training.max_steps": arguments.steps,
         "output": "runs/e2e",
     }
     lora = [sys.executable, "-m", "lora_cli"]
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    scores = [word for name in ("bleu", "rouge", "chrf") for word in ("--metric", name)]
-    told = ["--data", "data/e2e/test.jsonl", "--answers", str(given.meanings), *scores]
+    set_options = [option for key, value in overrides.items() for option in ("--set", f"{key}={value}")]
+    metric_options = [option for name in ("bleu", "rouge", "chrf") for option in ("--metric", name)]
+    data = ["--data", "data/e2e/test.jsonl", "--answers", str(arguments.meanings)]
     files = ["--predictions", "runs/e2e/predictions.jsonl", "--json", "runs/e2e/eval.json"]
     for command in (
-        ["train", "configs/quickstart.yaml", "--fresh", *words],
-        ["eval", "runs/e2e", *told, *files],
+        ["train", "configs/quickstart.yaml", "--fresh", *set_options],
+        ["eval", "runs/e2e", *data, *metric_options, *files],
     ):
         subprocess.run([*lora, *command], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)
 

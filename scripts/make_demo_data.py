@@ -1,8 +1,8 @@
-"""Make demo rows: questions and answers about the standard library, out of this Python's own docstrings.
+"""Make the demo dataset: questions and answers about the standard library, from the docstrings of this Python.
 
     python scripts/make_demo_data.py data/quickstart.jsonl
 
-About 2,000 rows in the `messages` format, the same for the same Python version. Needs the standard library alone.
+About 2,000 rows in the `messages` format, the same for the same Python version. Needs only the standard library.
 """
 
 import importlib
@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-NAMES = """
+MODULES = """
 abc argparse array ast asyncio base64 bisect builtins calendar cmath cmd code codecs collections colorsys compileall
 concurrent.futures configparser contextlib copy copyreg csv ctypes dataclasses datetime decimal difflib dis doctest
 email.message email.utils enum errno fileinput filecmp fnmatch fractions functools gc getopt glob graphlib gzip
@@ -29,33 +29,33 @@ warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree xmlrpc.cl
 zoneinfo
 """
 
-LONGEST = 300  # characters of an answer; longer docstrings are manuals, not answers
-SHORTEST = 30
+MAX_ANSWER = 300  # characters; longer docstrings are manuals, not answers
+MIN_ANSWER = 30
 
 
 def rows() -> Iterator[dict[str, object]]:
-    """Each documented name once, in the order of NAMES and of the alphabet."""
+    """Yield a row for each documented name, in the order of MODULES, then alphabetically; each answer occurs once."""
     seen: set[str] = set()
-    for module_name in NAMES.split():
+    for module_name in MODULES.split():
         try:
             module = importlib.import_module(module_name)
         except ImportError:  # optional in some builds of Python
             continue
-        for name, thing in documented(module_name, module):
-            answer = first_paragraphs(inspect.getdoc(thing) or "")
+        for name, member in documented_members(module_name, module):
+            answer = first_paragraphs(inspect.getdoc(member) or "")
             if answer is None or answer in seen:
                 continue
             seen.add(answer)
             yield {
                 "messages": [
-                    {"role": "user", "content": question(name, thing, number=len(seen))},
+                    {"role": "user", "content": question(name, member, number=len(seen))},
                     {"role": "assistant", "content": answer},
                 ]
             }
 
 
-def documented(module_name: str, module: types.ModuleType) -> Iterator[tuple[str, object]]:
-    """The module, its public functions and classes, and the public methods that the classes define themselves."""
+def documented_members(module_name: str, module: types.ModuleType) -> Iterator[tuple[str, object]]:
+    """Yield the module, its public functions and classes, and the public methods that the classes define themselves."""
     yield module_name, module
     for name, member in sorted(vars(module).items()):
         if name.startswith("_") or getattr(member, "__module__", None) != module.__name__:
@@ -70,25 +70,25 @@ def documented(module_name: str, module: types.ModuleType) -> Iterator[tuple[str
 
 
 def first_paragraphs(doc: str) -> str | None:
-    """The docstring up to where an answer gets long, without signature line; None if nothing fit is left."""
+    """Return the first paragraphs that fit, without the signature line; None if they do not make a good answer."""
     paragraphs = [p for p in re.split(r"\n\s*\n", doc.strip()) if p.strip()]
     if paragraphs and re.fullmatch(r"[\w.]+\(.*\)(\s*->.*)?", paragraphs[0].strip(), flags=re.DOTALL):
         paragraphs = paragraphs[1:]
     answer = ""
     for paragraph in paragraphs:
         longer = f"{answer}\n\n{paragraph}".strip()
-        if len(longer) > LONGEST:
+        if len(longer) > MAX_ANSWER:
             break
         answer = longer
-    # Addresses differ from run to run.
-    return answer if len(answer) >= SHORTEST and " at 0x" not in answer else None
+    # Memory addresses differ from run to run.
+    return answer if len(answer) >= MIN_ANSWER and " at 0x" not in answer else None
 
 
-def question(name: str, thing: object, *, number: int) -> str:
-    """One of a few ways to ask, in turn."""
-    if inspect.ismodule(thing):
+def question(name: str, member: object, *, number: int) -> str:
+    """Return a question about `name`; `number` selects one of a few wordings."""
+    if inspect.ismodule(member):
         forms = ("What is the Python module `{}` for?", "Describe the standard library module `{}`.")
-    elif inspect.isclass(thing):
+    elif inspect.isclass(member):
         forms = ("What is the Python class `{}`?", "Explain `{}` from the Python standard library.")
     else:
         forms = (
@@ -105,11 +105,11 @@ def main() -> None:
     path = Path(sys.argv[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows()]
-    # Every name once is about three thousand rows; an even share of them keeps all modules in.
+    # All names are about 3,000 rows; evenly spaced rows keep every module.
     step = max(1.0, len(lines) / 2000)
-    chosen = [lines[int(i * step)] for i in range(min(2000, len(lines)))]
-    path.write_text("\n".join(chosen) + "\n", encoding="utf-8")
-    print(f"{path}: {len(chosen):,} rows of {len(lines):,}")
+    selected = [lines[int(i * step)] for i in range(min(2000, len(lines)))]
+    path.write_text("\n".join(selected) + "\n", encoding="utf-8")
+    print(f"{path}: {len(selected):,} of {len(lines):,} rows")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Convert the E2E rows of the LoRA paper's code (`meaning||reference`, a line each) to prompt and completion.
+"""Convert the E2E dataset of the LoRA paper's code (lines `meaning||reference`) to the prompt-completion format.
 
     python scripts/make_e2e_data.py train.txt data/e2e/train.jsonl
 
-As its gpt2_encode.py does with --add_bos and --add_eos: the meaning, <|endoftext|>, a blank and the reference; training
-adds the end token. Needs the standard library alone.
+The text is that of its gpt2_encode.py with --add_bos and --add_eos: the meaning, <|endoftext|>, a space, the reference.
+Training adds the end token. Needs only the standard library.
 """
 
 import json
@@ -11,20 +11,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-BETWEEN = "<|endoftext|>"  # GPT-2's only special token, which the code puts between meaning and reference
+SEPARATOR = "<|endoftext|>"  # GPT-2's only special token; the code puts it between meaning and reference
 
 
 def rows(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """A row for each line.
+    """Yield a row for each line.
 
     Raises:
-        ValueError: a line that is not `meaning||reference`.
+        ValueError: a line is not `meaning||reference`.
     """
     for number, line in enumerate(lines, start=1):
-        meaning, found, reference = line.strip().partition("||")
-        if not found or "||" in reference:
+        meaning, separator, reference = line.strip().partition("||")
+        if not separator or "||" in reference:
             raise ValueError(f"line {number} is not meaning||reference: {line.strip()[:60]!r}")
-        yield {"prompt": meaning + BETWEEN, "completion": f" {reference}"}
+        yield {"prompt": meaning + SEPARATOR, "completion": f" {reference}"}
 
 
 def main() -> None:
