@@ -20,11 +20,12 @@ def _key(key: str, default: Any) -> str:
 
 def _limits(facts: MethodFacts) -> str:
     if facts.needs_bits:
-        bases = f"over a {facts.needs_bits}-bit base only"
+        bases = f"on {facts.needs_bits}-bit bases only"
     elif not facts.bits:
-        bases = "over whole weights only"
+        bases = "on unquantized bases only"
     else:
-        bases = f"over whole weights and {' and '.join(f'{bits}-bit' for bits in facts.bits)} bases"
+        *first, last = "unquantized", *(f"{bits}-bit" for bits in facts.bits)
+        bases = f"on {', '.join(first)} and {last} bases"
     packs = "rows can be packed" if facts.supports_packing else "no packing"
     merges = "can be merged" if facts.mergeable else "cannot be merged"
     return f"{bases}; {packs}; {merges}"

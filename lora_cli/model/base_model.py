@@ -182,7 +182,9 @@ def _check_missing_weights(
     if missing:
         parameters = sum(model.get_parameter(key).numel() for key in missing)
         reason = " in place of one for other labels" if replaced else ""
-        notes.append(f"new head{reason}: {', '.join([*heads, *poolers])}, {parameters:,} parameters drawn by the seed")
+        notes.append(
+            f"new head{reason}: {', '.join([*heads, *poolers])}, {parameters:,} randomly initialized parameters"
+        )
     unused = sorted(loading_info["unexpected_keys"])
     if unused:
         kinds = sorted({key.partition(".")[0] for key in unused})

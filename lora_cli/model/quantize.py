@@ -75,12 +75,12 @@ def is_quantized(model: PreTrainedModel) -> bool:
 def quantized_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """Return the bytes of the 4-bit layers' codes and scales, and the number of weights that they store."""
     size = weights = 0
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+    for weight in model.parameters():  # by modules, an adapted weight would count twice: PEFT's layer shows its base's
+        state = getattr(weight, "quant_state", None)
         if state is not None:
             weights += state.shape.numel()
             nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
-            parts = [module.weight, state.absmax, *nested]  # the table of 16 code values is shared
+            parts = [weight, state.absmax, *nested]  # the table of 16 code values is shared
             size += sum(part.numel() * part.element_size() for part in parts)
     return size, weights
 

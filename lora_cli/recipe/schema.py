@@ -1,6 +1,6 @@
 """Recipe schema: the type, unit, range and default of every field, as frozen pydantic models. No torch."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -135,7 +135,7 @@ class AdapterSpec(Section):
     def _fill_options(cls, values: Any) -> Any:
         """Fill in the defaults of the method; keys that it does not support stay null (adapter_rules.py)."""
         method = values.get("method", "lora") if isinstance(values, dict) else None
-        if isinstance(method, str) and (facts := METHOD_FACTS.get(method)):
+        if isinstance(method, str) and (facts := METHOD_FACTS.get(cast(MethodName, method))):
             set_values = {key: value for key, value in values.items() if value is not None or key not in facts.options}
             return {**facts.options, **set_values}
         return values

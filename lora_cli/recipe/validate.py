@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -50,9 +51,14 @@ def validate_recipe(tree: Node, top: Location) -> tuple[Recipe | None, list[Prob
 UNKNOWN_KEY = "unknown key"
 
 
+@cache
+def _recipe_schema() -> JsonSchema:
+    return Recipe.model_json_schema()
+
+
 def _schema_problems(errors: list[ErrorDetails], tree: Node, top: Location) -> dict[KeyPath, Problem]:
     """Return one problem for each value that pydantic rejects; the message comes from the JSON Schema."""
-    schema = Recipe.model_json_schema()
+    schema = _recipe_schema()
     kinds: dict[KeyPath, str] = {}
     for error in errors:
         path = _path_in_tree(tree, error["loc"])

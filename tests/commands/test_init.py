@@ -53,7 +53,7 @@ def test_methods_are_listed_with_their_recipe_keys(lora: Lora):
     assert [line.split(":")[0] for line in result.out.splitlines()[::3]] == list(METHOD_FACTS)
     loftq = result.out[result.out.index("loftq:") : result.out.index("adalora:")]
     assert "rank (16)" in loftq
-    assert "over a 4-bit base only; rows can be packed; can be merged" in loftq
+    assert "on 4-bit bases only; rows can be packed; can be merged" in loftq
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_cli.model import target_modules
 from lora_cli.recipe.methods import METHOD_FACTS
 from tests.commands.conftest import Lora, WriteRecipe
 
@@ -135,7 +136,10 @@ def test_a_quantized_base_trains_with_auto_and_8bit_optimizers(
     assert f"its linear layers: {description}" in result.err
     size = re.search(r"([\d,]+) weights in \d+ MiB: (0\.\d+) bytes each", result.err)
     assert (size is not None) is (bits == 4)
-    assert size is None or 0.5 < float(size[2]) < 1  # in such small layers, code tables are a large part
+    if size is not None:
+        layers = target_modules.linear_layers(AutoModelForCausalLM.from_pretrained("base"))
+        assert int(size[1].replace(",", "")) == sum(layer.weight.numel() for layer in layers.values())
+        assert 0.5 < float(size[2]) < 1  # in such small layers, code tables are a large part
     assert "its linear layers: " + description in checked.out
 
 
