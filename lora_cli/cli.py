@@ -312,6 +312,9 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line; a LoraError prints its details, an `error:` and a `hint:` line, and sets the exit code."""
+    if sys.platform == "win32":
+        console.info("error: lora runs on Linux and macOS; on Windows, use it in WSL")
+        sys.exit(2)
     silence_library_warnings()
     try:
         app()

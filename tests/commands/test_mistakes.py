@@ -1,5 +1,7 @@
 """Mistakes that users make most often: a command with a wrong recipe or file, and its exact error and hint."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,14 @@ def test_unknown_commands_and_options_are_refused(command: str, message: str, lo
     assert (result.code, result.out) == (2, "")
     assert message in result.err
     assert "Traceback" not in result.err
+
+
+def test_windows_is_refused_in_one_line_before_a_posix_module_is_imported():
+    script = (
+        "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+        "from lora_cli import cli\n"
+        "sys.platform = 'win32'; sys.argv = ['lora', 'train', 'recipe.yaml']; cli.main()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: lora runs on Linux and macOS; on Windows, use it in WSL\n"
