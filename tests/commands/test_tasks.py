@@ -308,7 +308,7 @@ def test_training_a_classifier_further_keeps_its_labels(empty_workdir: Path, lor
     assert json.loads(Path("runs/a/adapter/labels.json").read_text())["names"] == ["yes", "no"]
     result = lora("train", "recipe.yaml", "--fresh", "--set", "data.labels=[no, yes, maybe]")
     assert result.code == 0, result.err
-    assert "new head in place of one for other labels: classifier, 195 parameters" in result.err
+    assert "new head in place of one for other labels: classifier, 195 randomly initialized parameters" in result.err
 
 
 def test_a_resumed_classifier_run_equals_the_uninterrupted_run(empty_workdir: Path, lora: Lora):
