@@ -88,6 +88,7 @@ def run(command: list[str], pattern: str | None = None) -> Cost:
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"{' '.join(command[:4])} failed:\n{text}")
     match = re.search(pattern, text) if pattern else None
+    # ru_maxrss of a child is never below the peak of the process that started it: this one, which imports no library.
     unit = 1 if sys.platform == "darwin" else 1024
     return Cost(float(match[1]) if match else seconds, usage.ru_maxrss * unit)
 

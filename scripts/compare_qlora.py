@@ -46,6 +46,7 @@ def train(quantization: str, steps: int, output: Path) -> Run:
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     timed = [line for line in lines if "seconds" in line]
     speed = sum(line["tokens"] for line in timed) / sum(line["seconds"] for line in timed)
+    # ru_maxrss of a child is never below the peak of the process that started it: this one, which imports no library.
     return Run(losses[0], losses[-1], usage.ru_maxrss * unit_of_maxrss(), speed)
 
 
