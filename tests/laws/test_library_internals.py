@@ -1,0 +1,280 @@
+"""Every private or undocumented name of a library that lora_cli relies on, with the files that use it and a check.
+
+If an upgrade of a library breaks a name, the test of that name fails and prints the files that use it. Other tests
+compare these tables with lora_cli: a new use of a private name, or a new import from an undocumented module, fails
+until it is listed here with a check. The names and texts of warnings that lora_cli silences are checked in
+`tests/run/test_library_warnings.py`.
+"""
+
+import ast
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import peft
+import pytest
+import transformers
+
+import lora_cli
+from tests.support import library_checks, peft_checks
+
+ROOT = Path(lora_cli.__file__).parent
+SOURCES = {str(file.relative_to(ROOT)): file.read_text() for file in sorted(ROOT.rglob("*.py"))}
+
+
+class Use(NamedTuple):
+    """What lora_cli does with a name of a library."""
+
+    files: str  # of lora_cli that use it, separated by spaces
+    check: Callable[[], None]  # fails if the name is missing or does not do what these files need
+
+
+# Attributes whose names begin with one underscore; every use in lora_cli is listed.
+PRIVATE: dict[str, Use] = {
+    # transformers
+    "_attn_implementation": Use(
+        "commands/train.py evaluation/answers.py model/loss.py setup/training_model.py", library_checks.attention_name
+    ),
+    "_can_set_experts_implementation": Use("export/onnx/model.py", library_checks.experts_models),
+    "_is_stateful": Use("export/onnx/model.py", library_checks.stateful_models),
+    "_unpack_matmul": Use("model/gguf_base.py", library_checks.packed_linear),
+    "_weight_conversions": Use("model/conversion.py", library_checks.weight_conversion),
+    # PEFT
+    "_register_custom_module": Use("model/fused_lora.py", peft_checks.custom_layers),
+    # datasets
+    "_fingerprint": Use("data/sources.py", library_checks.fingerprint),
+    # torch
+    "_modules": Use("model/fp32_weights.py", library_checks.module_dictionaries),
+    "_parameters": Use("model/empty_base.py model/fp32_weights.py", library_checks.module_dictionaries),
+    "_softmax_backward_data": Use("model/packed_attention.py", library_checks.softmax_backward),
+}
+
+# Names that peft, transformers and torch.distributed export from submodules only; every import in lora_cli is listed.
+IMPORTED: dict[str, Use] = {
+    "peft.tuners.adalora.layer.AdaLoraLayer": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "peft.tuners.boft.layer.get_fbd_cuda": Use("model/peft_config.py", peft_checks.boft_extension),
+    "peft.tuners.lora.Embedding": Use("merging/deltas.py", peft_checks.lora_embedding),
+    "peft.tuners.lora.Linear": Use(
+        "merging/deltas.py model/fused_lora.py model/gguf_base.py", peft_checks.custom_layers
+    ),
+    "peft.tuners.lora.LoraLayer": Use(
+        "export/gguf/adapter.py export/hf/vllm_adapter.py model/fp32_weights.py model/fused_lora.py "
+        "model/init_adapter.py",
+        peft_checks.lora_layer,
+    ),
+    "peft.tuners.lora.bnb.Linear4bit": Use("model/fused_lora.py", peft_checks.lora_on_a_4_bit_layer),
+    "peft.tuners.lora.config.CordaConfig": Use("model/init_adapter.py", peft_checks.corda_decomposition),
+    "peft.tuners.lora.corda.preprocess_corda": Use("model/init_adapter.py", peft_checks.corda_decomposition),
+    "peft.tuners.lora.dora.DoraLinearLayer": Use("model/init_adapter.py", peft_checks.dora_variant),
+    "peft.tuners.oft.OFTLayer": Use("model/attach_adapter.py", peft_checks.oft_layer),
+    "peft.tuners.tuners_utils.BaseTunerLayer": Use(
+        "merging/deltas.py model/attach_adapter.py model/fused_lora.py model/save_adapter.py", peft_checks.lora_layer
+    ),
+    "peft.tuners.tuners_utils.cast_adapter_dtype": Use("model/attach_adapter.py", peft_checks.cast_to_fp32),
+    "peft.utils.ModulesToSaveWrapper": Use(
+        "merging/deltas.py model/fp32_weights.py model/target_modules.py", peft_checks.modules_to_save_wrapper
+    ),
+    "peft.utils.TrainableTokensWrapper": Use(
+        "merging/deltas.py model/fp32_weights.py", peft_checks.trainable_tokens_wrapper
+    ),
+    "peft.utils.constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": Use(
+        "model/attach_adapter.py", peft_checks.ia3_table
+    ),
+    "peft.utils.integrations.dequantize_module_weight": Use("model/init_adapter.py", peft_checks.dequantized_matrix),
+    "peft.utils.merge_utils.dare_linear": Use("merging/low_rank.py", peft_checks.combined_updates),
+    "peft.utils.merge_utils.ties": Use("merging/low_rank.py", peft_checks.combined_updates),
+    "peft.utils.other.AuxiliaryTrainingWrapper": Use("model/save_adapter.py", peft_checks.modules_to_save_wrapper),
+    "peft.utils.other.get_pattern_key": Use("merging/low_rank.py", peft_checks.pattern_keys),
+    "torch.distributed.elastic.multiprocessing.SignalException": Use("training/launch.py", library_checks.launcher),
+    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError": Use(
+        "training/launch.py", library_checks.launcher
+    ),
+    "torch.distributed.run.get_args_parser": Use("training/launch.py", library_checks.launcher),
+    "torch.distributed.run.run": Use("training/launch.py", library_checks.launcher),
+    "transformers.conversion_mapping.get_model_conversion_mapping": Use(
+        "model/conversion.py", library_checks.weight_conversion
+    ),
+    "transformers.core_model_loading.WeightRenaming": Use("model/conversion.py", library_checks.weight_conversion),
+    "transformers.core_model_loading.WeightTransform": Use("model/conversion.py", library_checks.weight_conversion),
+    "transformers.core_model_loading.dot_natural_key": Use("model/conversion.py", library_checks.weight_conversion),
+    "transformers.core_model_loading.rename_source_key": Use("model/conversion.py", library_checks.weight_conversion),
+    "transformers.core_model_loading.revert_weight_conversion": Use(
+        "model/conversion.py", library_checks.weight_conversion
+    ),
+    "transformers.integrations.gguf.reader.read_gguf_metadata": Use("model/gguf_base.py", library_checks.gguf_header),
+    "transformers.integrations.gguf.utils.GgufExperts": Use("model/gguf_base.py", library_checks.packed_linear),
+    "transformers.integrations.gguf.utils.GgufLinear": Use(
+        "model/fused_lora.py model/gguf_base.py model/target_modules.py", library_checks.packed_linear
+    ),
+    "transformers.integrations.gguf.utils.is_gguf_arch_supported": Use(
+        "model/gguf_base.py", library_checks.gguf_header
+    ),
+    "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": Use(
+        "model/packed_attention.py setup/inputs.py", library_checks.attention_functions
+    ),
+    "transformers.quantizers.auto.AutoHfQuantizer": Use("model/fake_quantize.py", library_checks.quantizer),
+    "transformers.utils.chat_template_utils.render_jinja_template": Use(
+        "data/chat_templates.py", library_checks.rendered_template
+    ),
+}
+
+# Public names without a documented meaning: attributes of layers and models, class names that are compared as strings,
+# attributes that lora_cli replaces. This table is kept by hand; the last part of a name occurs in the listed files.
+UNDOCUMENTED: dict[str, Use] = {
+    "transformers.modeling_gguf_pytorch_utils.tqdm": Use("model/gguf_base.py", library_checks.gguf_progress_bar),
+    "GgufLinear.input_permutation": Use("model/gguf_base.py", library_checks.packed_linear),
+    "PreTrainedModel.hf_quantizer": Use("model/quantize.py", library_checks.loaded_model),
+    "PreTrainedModel.is_loaded_in_8bit": Use("model/select_attention.py", library_checks.loaded_model),
+    "AutoModel.from_pretrained.mismatched_keys": Use("model/base_model.py", library_checks.loaded_model),
+    "DynamicLayer.lazy_initialization": Use("export/onnx/graph.py", library_checks.cache_layer),
+    "MODEL_FOR_CAUSAL_LM_MAPPING": Use("model/tasks.py", library_checks.task_mappings),
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING": Use("model/tasks.py", library_checks.task_mappings),
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": Use("model/tasks.py", library_checks.task_mappings),
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": Use("model/tasks.py", library_checks.task_mappings),
+    "AdaLoraModel.rankallocator": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "AdaLoraModel.resize_modules_by_rank_pattern": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "AdaLoraLayer.lora_E": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "AdaLoraLayer.ranknum": Use("model/attach_adapter.py", peft_checks.adalora_allocator),
+    "RankAllocator.ipt": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "RankAllocator.exp_avg_ipt": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "RankAllocator.exp_avg_unc": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "EvaConfig.rho": Use("model/attach_adapter.py model/init_adapter.py", peft_checks.eva_factor),
+    "LoraLayer.lora_bias": Use("merging/deltas.py", peft_checks.lora_layer),
+    "LoraLayer.lora_magnitude_vector": Use("model/init_adapter.py", peft_checks.dora_variant),
+    "LoraLayer.lora_variant": Use(
+        "merging/deltas.py model/fp32_weights.py model/fused_lora.py", peft_checks.dora_variant
+    ),
+    "Linear.eigens": Use("model/init_adapter.py", peft_checks.corda_decomposition),
+    "ModulesToSaveWrapper.adapter_state_dict": Use("model/fp32_weights.py", peft_checks.modules_to_save_wrapper),
+    "ModulesToSaveWrapper.original_module": Use("model/save_adapter.py", peft_checks.modules_to_save_wrapper),
+    "TrainableTokensWrapper.token_adapter": Use("merging/deltas.py", peft_checks.trainable_tokens_wrapper),
+    "ParamWrapper": Use("model/init_adapter.py", peft_checks.param_wrapper),
+    "PeftModel.prompt_encoder": Use("model/init_adapter.py", peft_checks.prompt_learning),
+    "PeftModel.generation_config": Use("evaluation/generation.py", peft_checks.prompt_learning),
+    "Linear4bit.compute_dtype": Use(
+        "model/fp32_weights.py model/fused_lora.py model/select_attention.py", library_checks.four_bit_layer
+    ),
+    "Linear4bit.support_avx512bf16_for_cpu": Use("model/quantize.py", library_checks.four_bit_layer),
+    "Params4bit.compress_statistics": Use("model/fused_lora.py", library_checks.four_bit_layer),
+    "Params4bit.quant_state": Use(
+        "model/attach_adapter.py model/fused_lora.py model/quantize.py", library_checks.four_bit_layer
+    ),
+    "QuantState.state2": Use("export/hf/nf4.py model/quantize.py", library_checks.four_bit_layer),
+    "Linear8bitLt": Use("model/fake_quantize.py model/select_attention.py", library_checks.quantizer),
+    "bitsandbytes.functional.int8_vectorwise_quant": Use("model/fake_quantize.py", library_checks.int8_functions),
+    "bitsandbytes.functional.int8_vectorwise_dequant": Use("model/fake_quantize.py", library_checks.int8_functions),
+    "bitsandbytes.optim.Optimizer8bit.init_state": Use("training/optimizer.py", library_checks.optimizer_state),
+    "bitsandbytes.optim.Optimizer8bit.check_overrides": Use("training/optimizer.py", library_checks.optimizer_state),
+    "bitsandbytes.optim.Optimizer8bit.state.qmap": Use("training/optimizer.py", library_checks.optimizer_state),
+    "torch.nn.Module.parametrizations": Use("model/fp32_weights.py", library_checks.module_dictionaries),
+    "torch.distributed.elastic": Use("training/launch.py", library_checks.launcher),  # the name of a logger
+    "lm_eval.tasks.TaskManager.all_tasks": Use("evaluation/lm_eval_harness.py", library_checks.harness_tasks),
+    "xllamacpp.CommonParams": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
+    "xllamacpp.Server.listening_address": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
+    "onnxruntime.capi.onnxruntime_pybind11_state": Use("export/onnx/verify.py", library_checks.onnx_names),
+    "onnx.external_data_helper": Use("export/onnx/verify.py", library_checks.onnx_names),
+}
+USES = PRIVATE | IMPORTED | UNDOCUMENTED
+NAMED_TUPLE_METHODS = {"_asdict", "_fields", "_make", "_replace"}  # documented by Python
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_library_does_what_lora_cli_needs(name: str):
+    use = USES[name]
+    try:
+        use.check()
+    except Exception as reason:
+        message = f"{name} is missing or behaves differently; it is used by lora_cli/: {use.files}"
+        raise AssertionError(f"{message}\n{type(reason).__name__}: {reason}") from reason
+
+
+def own_private_names(tree: ast.AST) -> set[str]:
+    """Return the private attributes that the classes of a file define: methods, fields, and `self._x = ...`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            names |= {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
+            names |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            names.add(node.attr)
+    return names
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def private_names(source: str) -> set[str]:
+    """Return the private names in `source` that are neither its own classes' nor imported from lora_cli."""
+    tree = ast.parse(source)
+    own, found = own_private_names(tree), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not (is_self(node.value) and node.attr in own):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lora_cli"):
+            found |= {part for alias in node.names for part in (*(node.module or "").split("."), alias.name)}
+        elif isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            found |= {str(part.value) for part in node.args if isinstance(part, ast.Constant)}  # getattr(x, "_name")
+    return {name for name in found - NAMED_TUPLE_METHODS if name.startswith("_") and not name.startswith("__")}
+
+
+def undocumented_imports(source: str) -> set[str]:
+    """Return what `source` imports from submodules of these libraries and cannot import from their top module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        for alias in node.names:
+            library = {"peft": peft, "transformers": transformers}.get(node.module.partition(".")[0])
+            if node.module.startswith("torch.distributed") or (library and not hasattr(library, alias.name)):
+                found.add(f"{node.module}.{alias.name}")
+    return found - DOCUMENTED
+
+
+DOCUMENTED = {f"transformers.utils.is_flash_attn_{version}_available" for version in (2, 3, 4)}
+
+
+def uses_by_name(find: Callable[[str], set[str]]) -> dict[str, list[str]]:
+    files: defaultdict[str, list[str]] = defaultdict(list)
+    for file, source in SOURCES.items():
+        for name in find(source):
+            files[name].append(file)
+    return dict(files)
+
+
+@pytest.mark.parametrize(("table", "find"), [(PRIVATE, private_names), (IMPORTED, undocumented_imports)])
+def test_every_use_in_lora_cli_is_listed(table: dict[str, Use], find: Callable[[str], set[str]]):
+    listed = {name: use.files.split() for name, use in table.items()}
+    assert uses_by_name(find) == listed, "list each name with its files in this test, and write a check for it"
+
+
+@pytest.mark.parametrize("name", UNDOCUMENTED)
+def test_the_listed_files_use_the_name(name: str):
+    last = name if name == "torch.distributed.elastic" else name.rpartition(".")[2]
+    assert [file for file in UNDOCUMENTED[name].files.split() if last not in SOURCES[file]] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("x = model.config._attn_implementation", {"_attn_implementation"}),
+        ("module._parameters['weight'] = x", {"_parameters"}),
+        ("self._cache = self._inherited", {"_inherited"}),  # no class of the file defines the second
+        ("x = self._model._secret", {"_model", "_secret"}),
+        ("x = getattr(model, '_hidden', None)", {"_hidden"}),
+        ("from torch._C import _functions", {"_C", "_functions"}),
+        ("import torch._dynamo", {"_dynamo"}),
+        ("from lora_cli.model.loss import _own", set()),
+        ("x = row._replace(a=1).__class__", set()),
+    ],
+)
+def test_the_scan_itself(line: str, names: set[str]):
+    assert private_names(line) == names
+
+
+def test_the_scan_of_imports_itself():
+    assert undocumented_imports("from peft.utils.other import get_pattern_key") == {"peft.utils.other.get_pattern_key"}
+    assert undocumented_imports("from peft.tuners.lora import LoraConfig") == set()  # `peft.LoraConfig` exists

@@ -1,0 +1,316 @@
+"""Checks of what lora_cli needs from private and undocumented names of libraries other than PEFT, on tiny objects.
+
+Each check fails if a name is missing or behaves differently. `tests/laws/test_library_internals.py` lists the names.
+"""
+
+import logging
+import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as bnbf
+import datasets
+import gguf
+import numpy as np
+import onnx
+import torch
+import transformers
+import xllamacpp
+from lm_eval.tasks import TaskManager
+from onnx import external_data_helper, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state
+from torch import nn
+from torch.distributed import run as torchrun
+from torch.distributed.elastic import multiprocessing
+from torch.distributed.elastic.multiprocessing import errors
+from torch.nn.utils import parametrize
+from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.gguf import reader
+from transformers.integrations.gguf import utils as gguf_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import chat_template_utils
+
+from tests.model import zoo
+
+IDS = torch.arange(3, 15)[None]
+
+
+def four_bit() -> Any:
+    """Return a 4-bit layer with double quantization, [out, in] = [32, 64]."""
+    return bnb.nn.Linear4bit(64, 32, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4").to("cpu")
+
+
+# --- transformers ---
+
+
+def attention_name() -> None:
+    model = zoo.make("llama", attention="eager")
+    assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def attention_functions() -> None:
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        calls.append((query.shape, key.shape, mask, options))
+        return query.transpose(1, 2), None
+
+    calls: list[Any] = []
+    before = dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
+    ALL_ATTENTION_FUNCTIONS.register("test_attention", attention)
+    try:
+        assert "test_attention" in ALL_ATTENTION_FUNCTIONS.valid_keys()
+        zoo.make("llama", attention="test_attention")(IDS, use_cache=False, row_plan="passed through")
+    finally:
+        del type(ALL_ATTENTION_FUNCTIONS)._global_mapping["test_attention"]
+    assert before.keys() == set(ALL_ATTENTION_FUNCTIONS.valid_keys())
+    query, key, mask, options = calls[0]
+    assert (query, key, mask) == ((1, 4, 12, 16), (1, 2, 12, 16), None)
+    assert options["row_plan"] == "passed through"
+    assert options["scaling"] == 16**-0.5
+
+
+def task_mappings() -> None:
+    for task, model_type, class_name in (
+        ("CAUSAL_LM", "llama", "LlamaForCausalLM"),
+        ("SEQ_TO_SEQ_CAUSAL_LM", "t5", "T5ForConditionalGeneration"),
+        ("SEQUENCE_CLASSIFICATION", "bert", "BertForSequenceClassification"),
+        ("TOKEN_CLASSIFICATION", "bert", "BertForTokenClassification"),
+    ):
+        mapping = getattr(transformers, f"MODEL_FOR_{task}_MAPPING")
+        config_class = type(transformers.AutoConfig.for_model(model_type))
+        assert config_class in mapping
+        assert mapping[config_class].__name__ == class_name
+        assert transformers.CLIPConfig not in mapping
+
+
+def stateful_models() -> None:
+    assert zoo.make("mamba")._is_stateful is True
+    assert zoo.make("llama")._is_stateful is False
+
+
+def mixtral() -> Any:
+    config = transformers.AutoConfig.for_model("mixtral", **zoo.COMMON, num_local_experts=2)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def experts_models() -> None:
+    assert mixtral()._can_set_experts_implementation() is True
+    assert zoo.make("llama")._can_set_experts_implementation() is False
+
+
+def weight_conversion() -> None:
+    model, keys = mixtral(), [f"model.layers.0.block_sparse_moe.experts.{n}.w2.weight" for n in (10, 2)]
+    name = "model.layers.0.mlp.experts.down_proj"
+    rules = conversion_mapping.get_model_conversion_mapping(model)
+    assert all(isinstance(rule, core_model_loading.WeightTransform) for rule in rules)
+    converters = [rule for rule in rules if isinstance(rule, transformers.WeightConverter)]
+    renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+    assert sorted(keys, key=core_model_loading.dot_natural_key) == keys[::-1]
+    key = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+    known = model.state_dict()
+    found, pattern = core_model_loading.rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+    assert found == name
+    rule = next(rule for rule in converters if pattern in rule.source_patterns)
+    for number in range(2):
+        rule.add_tensor(name, key.replace(".0.w2", f".{number}.w2"), pattern, torch.full((64, 128), float(number)))
+    (value,) = rule.convert(name, model=model, config=model.config).values()
+    joined = value[0] if isinstance(value, list) else value
+    assert joined.shape == (2, 64, 128)
+    model._weight_conversions = []  # no rules: nothing is split
+    assert core_model_loading.revert_weight_conversion(model, {name: joined}).keys() == {name}
+    model._weight_conversions = conversion_mapping.get_model_conversion_mapping(model)
+    split = core_model_loading.revert_weight_conversion(model, {name: joined})
+    assert {key: float(tensor.mean()) for key, tensor in split.items()} == {key: 0, key.replace(".0.w2", ".1.w2"): 1}
+
+
+def packed_linear() -> None:
+    weight = torch.randn(32, 64)
+    blocks = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    layer = gguf_utils.GgufLinear(64, 32, int(gguf.GGMLQuantizationType.Q8_0))
+    layer.weight.data = torch.tensor(blocks)
+    assert (layer.in_features, layer.out_features, layer.bias, layer.input_permutation) == (64, 32, None, None)
+    x = torch.randn(3, 64, requires_grad=True)
+    product = layer._unpack_matmul(x)
+    assert (
+        zoo.relative(
+            product.detach(), x.detach() @ torch.tensor(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0)).T
+        )
+        < 1e-5
+    )
+    product.sum().backward()
+    assert x.grad is not None
+    assert issubclass(gguf_utils.GgufExperts, nn.Module)
+
+
+def gguf_header() -> None:
+    with TemporaryDirectory() as folder:
+        writer = gguf.GGUFWriter(Path(folder) / "a.gguf", "llama")
+        writer.add_tensor("a", np.zeros(32, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert reader.read_gguf_metadata(str(Path(folder) / "a.gguf"))[0]["general.architecture"] == "llama"
+    assert gguf_utils.is_gguf_arch_supported("lfm2")
+    assert not gguf_utils.is_gguf_arch_supported("no-such-architecture")
+
+
+def gguf_progress_bar() -> None:
+    assert list(modeling_gguf_pytorch_utils.tqdm([1, 2], disable=True)) == [1, 2]
+    assert "tqdm" in modeling_gguf_pytorch_utils.load_gguf_checkpoint.__code__.co_names
+
+
+def quantizer() -> None:
+    for bits, kind in ((4, "Linear4bit"), (8, "Linear8bitLt")):
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(zoo.make("llama").config)
+        found = AutoHfQuantizer.from_config(transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
+        found.preprocess_model(model=model, device_map={"": "cpu"})
+        assert type(model.model.layers[0].self_attn.q_proj).__name__ == kind
+
+
+def loaded_model() -> None:
+    with TemporaryDirectory() as folder:
+        zoo.make("llama").save_pretrained(folder)
+        load = transformers.AutoModelForSequenceClassification.from_pretrained
+        options = {"output_loading_info": True, "num_labels": 3}
+        model, info = load(folder, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), **options)
+        assert model.hf_quantizer is not None
+        assert model.is_loaded_in_8bit is True
+        assert list(info["missing_keys"]) == ["score.weight"]
+        assert list(info["unexpected_keys"]) == ["lm_head.weight"]
+        model.save_pretrained(folder)
+        model, info = load(folder, ignore_mismatched_sizes=True, **{**options, "num_labels": 5})
+        assert [entry[0] for entry in info["mismatched_keys"]] == ["score.weight"]
+        del model
+        assert getattr(zoo.make("llama"), "hf_quantizer", None) is None
+
+
+def rendered_template() -> None:
+    source = "{% for m in messages %}{{ eos }}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    texts, blocks = chat_template_utils.render_jinja_template(
+        conversations=[[{"role": "user", "content": "ab"}]], tools=None, chat_template=source,
+        return_assistant_tokens_mask=True, add_generation_prompt=False, eos="!",
+    )  # fmt: skip
+    assert (texts, [[tuple(block) for block in each] for each in blocks]) == (["!ab"], [[(1, 3)]])
+
+
+def cache_layer() -> None:
+    key = torch.zeros(1, 2, 3, 16)
+    layer = DynamicLayer()
+    layer.lazy_initialization(key, key)
+    layer.keys, layer.values = key, key
+    cache = DynamicCache()
+    cache.layers.append(layer)
+    cache.update(key, key, 0)
+    assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (1, 2, 6, 16)
+    assert all(isinstance(layer, DynamicLayer) for layer in DynamicCache(config=zoo.make("llama").config).layers)
+
+
+# --- bitsandbytes, datasets, torch and others ---
+
+
+def four_bit_layer() -> None:
+    layer = four_bit()
+    assert layer.support_avx512bf16_for_cpu in (True, False)
+    assert "support_avx512bf16_for_cpu" in type(layer).forward.__code__.co_names
+    assert layer.compute_dtype == torch.bfloat16
+    assert (layer.weight.compress_statistics, layer.weight.quant_type) == (True, "nf4")
+    state = layer.weight.quant_state
+    assert (state.nested, state.shape, len(state.code)) == (True, (32, 64), 16)
+    assert (state.absmax.numel(), state.state2.absmax.numel(), state.offset.numel()) == (32, 1, 1)
+    assert len(state.state2.code) == 256
+    tensors = state.as_dict(packed=True)
+    assert "quant_state.bitsandbytes__nf4" in tensors
+    loaded = bnbf.QuantState.from_dict(dict(tensors), device=torch.device("cpu"))
+    assert torch.equal(bnbf.dequantize_4bit(layer.weight.data, loaded), bnbf.dequantize_4bit(layer.weight.data, state))
+
+
+def int8_functions() -> None:
+    weight = torch.randn(8, 16, dtype=torch.float16)
+    codes, scales, _ = bnbf.int8_vectorwise_quant(weight)
+    assert (codes.dtype, scales.shape) == (torch.int8, (8,))
+    assert zoo.relative(bnbf.int8_vectorwise_dequant(codes, scales), weight.float()) < 0.01
+
+
+def optimizer_state() -> None:
+    parameter = nn.Parameter(torch.zeros(4096))
+    optimizer = bnb.optim.AdamW8bit([parameter])
+    optimizer.check_overrides()
+    optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)
+    state = optimizer.state[parameter]
+    assert {key for key in state if not key.startswith("qmap")} == {"step", "state1", "state2", "absmax1", "absmax2"}
+    assert (state["step"], state["state1"].dtype) == (0, torch.uint8)
+
+
+def fingerprint() -> None:
+    first, same, changed = (datasets.Dataset.from_dict({"a": [n]})._fingerprint for n in (1, 1, 2))
+    assert first == same != changed
+
+
+def module_dictionaries() -> None:
+    module = nn.Linear(2, 3)
+    module._parameters["weight"] = nn.Parameter(torch.ones(3, 2))
+    assert torch.equal(module.weight, torch.ones(3, 2))
+    assert list(module._parameters) == ["weight", "bias"]
+    parametrize.register_parametrization(module, "weight", nn.Identity(), unsafe=True)
+    assert module._modules["parametrizations"]["weight"].original is module.parametrizations.weight.original
+    assert "parametrizations.weight.original" in module.state_dict()
+
+
+def softmax_backward() -> None:
+    x, grad = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5)
+    weights = torch.softmax(x, dim=-1)
+    (expected,) = torch.autograd.grad(weights, x, grad)
+    assert torch.allclose(torch._softmax_backward_data(grad, weights.detach(), -1, torch.float32), expected)
+
+
+def launcher() -> None:
+    arguments = ["--standalone", "--nproc-per-node=2", "--shutdown-timeout=9", "-m", "lora_cli", "train", "a.yaml"]
+    options = torchrun.get_args_parser().parse_args(arguments)
+    assert (options.nproc_per_node, int(options.shutdown_timeout), options.module) == ("2", 9, True)
+    assert (options.training_script, options.training_script_args) == ("lora_cli", ["train", "a.yaml"])
+    assert callable(torchrun.run)
+    assert multiprocessing.SignalException("", signal.SIGTERM).sigval == signal.SIGTERM
+    with TemporaryDirectory() as folder:
+        failure = errors.ProcessFailure(local_rank=1, pid=7, exitcode=-9, error_file=f"{folder}/none")
+    found = errors.ChildFailedError("lora", {1: failure}).failures[1]
+    assert (found.local_rank, found.exitcode, found.timestamp > 0) == (1, -9, True)
+    # The launcher's lines come from loggers below these two.
+    assert {
+        "torch.distributed.elastic.agent.server.api",
+        "torch.distributed.run",
+    } <= logging.root.manager.loggerDict.keys()
+
+
+def harness_tasks() -> None:
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "own.yaml").write_text("task: own_task\ndataset_path: json\noutput_type: generate_until\n")
+        assert "own_task" in TaskManager(include_path=folder, include_defaults=False).all_tasks
+
+
+def llama_cpp_parameters() -> None:
+    params = xllamacpp.CommonParams()
+    for name in ("n_ctx", "n_parallel", "warmup", "fit_params", "use_jinja", "cache_type_k", "flash_attn_type"):
+        assert hasattr(params, name), name
+    params.model.path = "a.gguf"
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo("b.gguf", 1.0)]
+    assert hasattr(xllamacpp.Server, "listening_address")
+
+
+def onnx_names() -> None:
+    tensor = numpy_helper.from_array(np.zeros(3, np.float32), "a")
+    assert external_data_helper.uses_external_data(tensor) is False
+    assert callable(external_data_helper.load_external_data_for_tensor)
+    assert issubclass(onnx.checker.ValidationError, Exception)
+    for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NotImplemented", "NoSuchFile"):
+        assert issubclass(getattr(onnxruntime_pybind11_state, name), Exception), name
+    assert issubclass(onnxruntime_pybind11_state.RuntimeException, Exception)
