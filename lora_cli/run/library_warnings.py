@@ -15,15 +15,15 @@ def silence_library_warnings() -> None:
     warnings.filterwarnings("ignore", r"fan_in_fan_out is set to False but the target module is `Conv1D`", UserWarning)
     # AdaLoRA's rank_pattern has keys for the lora_E of each layer, but PEFT's check expects names of layers.
     warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match any targeted", RuntimeWarning)
-    # EVA's options are checked in model/target_modules.py; its advice is for models too large for one device.
-    warnings.filterwarnings("ignore", r"`init_lora_weights='eva'`|.*low_cpu_mem_usage=False", UserWarning)
+    # EVA's advice is for models too large for one device.
+    warnings.filterwarnings("ignore", r".*eva initialization used with low_cpu_mem_usage=False", UserWarning)
     # BOFT without its CUDA extension supports one butterfly factor; more in a recipe are an error.
-    warnings.filterwarnings("ignore", r"Failed to load the CUDA extension", UserWarning)
+    boft = r"Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1"
+    warnings.filterwarnings("ignore", boft, UserWarning)
     # scikit-learn's Matthews correlation is 0 if all labels and predictions are the same class.
     warnings.filterwarnings("ignore", r"A single label was found in 'y_true' and 'y_pred'", UserWarning)
     # The int8 matrix product of bitsandbytes casts its inputs to fp16, and warns at every layer.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_not_int8_cast)
-    warnings.filterwarnings("ignore", r"MatMul8bitLt: inputs will be cast from", UserWarning)
     # model/base_model.py counts and reports missing and unexpected tensors of a checkpoint, or raises an error.
     logging.getLogger("transformers.modeling_utils").addFilter(_is_not_load_report)
     # On import, bitsandbytes 0.50 looks for a 4-bit kernel that only generation on some CPUs uses, in a package that
