@@ -141,8 +141,10 @@ def _padding_attention(model: PreTrainedModel) -> Iterator[None]:
     before = model.config._attn_implementation
     if before == packed_attention.PACKED_ATTENTION:
         model.set_attn_implementation("sdpa")
-    yield
-    model.set_attn_implementation(before)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def run_lm_eval(

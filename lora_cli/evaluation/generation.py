@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.dataset import IGNORE_INDEX, Row
+from lora_cli.data.dataset import Row
+from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 
@@ -141,6 +142,8 @@ def _generate_batch(
         output = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     finally:
         base.generation_config = own_config
+        if is_prompt_learning:
+            del model.generation_config  # a PeftModel has none of its own, but reads the base's
         model.train(training)
     answers = []
     for tokens in output[:, 1 if is_encoder_decoder else longest :].tolist():

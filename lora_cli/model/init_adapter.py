@@ -153,9 +153,11 @@ def _check_enough_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch,
         return count
 
     hooks = [layer.register_forward_pre_hook(counter(name)) for name, layer in lora_layers(model)]
-    loss_fn(batch)
-    for hook in hooks:
-        hook.remove()
+    try:
+        loss_fn(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
     few = {name: count for name, count in seen.items() if count < least}
     if few:
         name, count = next(iter(few.items()))

@@ -43,6 +43,21 @@ def test_a_batch_answers_as_each_prompt_alone(family: str, training: bool):
     assert model.training is training
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_generation_config_is_the_models_own_again(family: str, fails: bool, method: str):
+    model = zoo.attached(zoo.make(family, vocab_size=len(TOKENIZER), attention="sdpa"), method=method)
+    own = model.get_base_model().generation_config
+    prompts = [[len(TOKENIZER) if fails else 5, 6, 7]]  # a token id beyond the embeddings
+    try:
+        generate(model, TOKENIZER, prompts, spec=GREEDY, max_new_tokens=3, stop=[])
+    except IndexError:
+        assert fails
+    assert model.get_base_model().generation_config is own
+    assert model.generation_config is own
+
+
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 3.0])
 def test_beam_search_equals_transformers_for_each_prompt_alone(penalty: float):
     model = zoo.make("llama", vocab_size=len(TOKENIZER), attention="sdpa")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -301,6 +302,11 @@ def test_other_classifiers_equal_their_models(family: str, task: str, tmp_path: 
     assert inputs == ["input_ids", "attention_mask"]
 
 
+def output_state() -> tuple[object, ...]:
+    """Return what the exporter's silence changes: disabled log levels, warning filters, the two streams."""
+    return logging.root.manager.disable, list(warnings.filters), sys.stdout, sys.stderr
+
+
 def test_the_exporter_prints_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ):
@@ -308,7 +314,9 @@ def test_the_exporter_prints_nothing(
     capfd.readouterr()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
+        before = output_state()
         assert all(check.passed for check in export(source, tmp_path / "out").checks().values())
+        assert output_state() == before
     assert capfd.readouterr() == ("", "")
     assert not warned
     assert not [record for record in caplog.records if record.name != "torch.__trace"]  # internal to torch
@@ -323,8 +331,10 @@ def test_an_untraceable_model_gives_a_one_line_error(tmp_path: Path):
             return output
 
     model = DataDependent(LlamaConfig(**{**zoo.COMMON, "num_hidden_layers": 1}))
+    before = output_state()
     with pytest.raises(LoraError, match=r"trace this llama model: .*data-dependent") as caught:
         graph.trace(model, graph.graph_signature(model, "causal-lm"), tmp_path / "model.onnx")
+    assert output_state() == before
     assert "\n" not in caught.value.message
 
 

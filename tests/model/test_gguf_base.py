@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeli
 
 from lora_cli.data.encode import CausalLMEncoder
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, prequantized, save_adapter
+from lora_cli.model import attach_adapter, gguf_base, prequantized, save_adapter
 from lora_cli.model.gguf_base import (
     GgufExperts,
     GgufLinear,
@@ -148,6 +148,9 @@ def test_the_progress_bar_is_disabled_during_the_read_only(
 ):
     unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output)
     assert "GGUF tensors" not in capsys.readouterr().err
+    assert modeling_gguf_pytorch_utils.tqdm is tqdm
+    with pytest.raises(ValueError, match="unreadable"), gguf_base._no_progress_bar():
+        raise ValueError("unreadable")
     assert modeling_gguf_pytorch_utils.tqdm is tqdm
 
 

@@ -129,6 +129,30 @@ def test_eva_starts_at_the_principal_components_of_the_inputs(packing: bool):
         assert float(norm_in_span[: max(1, len(a) - 1)].min()) > 0.97, name
 
 
+@pytest.mark.parametrize("method", ["eva", "corda"])
+@pytest.mark.parametrize("training", [True, False])
+def test_initialization_from_rows_leaves_no_hook_no_statistics_and_the_mode(method: str, training: bool):
+    base = zoo.make("llama").train(training)
+    before = {name: set(vars(module)) for name, module in base.named_modules()}
+    model = zoo.attached(base, method=method, rank=RANK)
+    assert not hooks_of(model)
+    for name, layer in init_adapter.lora_layers(model):
+        assert layer.get_base_layer().training is training
+        assert set(vars(layer.get_base_layer())) == before[name], name
+
+
+def test_an_error_in_evas_count_of_vectors_leaves_no_hook():
+    base = zoo.make("llama")
+    plan = BatchPlan(zoo.rows_of([60], vocabulary=500), packing=True, size=60, batches_per_step=1, seed=0)
+    with pytest.raises(IndexError):  # token ids beyond the embeddings
+        zoo.attached(base, method="eva", rank=RANK, context=AdapterContext(total_steps=10, plan=plan))
+    assert not hooks_of(base)
+
+
+def hooks_of(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
 def test_eva_needs_batches_of_enough_tokens():
     context = AdapterContext(total_steps=10, plan=plan_of([5, 6, 7], size=7))
     with pytest.raises(LoraError, match="eva needs batches of at least 8 tokens, twice the rank") as caught:

@@ -205,6 +205,17 @@ def test_neftune_noise_is_uniform_and_scaled_by_the_row_length(packing: bool):
         assert abs(float(row.mean())) < bound / 5
 
 
+def test_close_removes_the_neftune_noise():
+    model = zoo.adapted(zoo.make("llama")).train()
+    rows = zoo.rows_of([12, 5])
+    batch = collate_padded([rows[0], rows[1]], range(2), 0)
+    loss_fn = LossFunction(model, neftune_alpha=5.0)
+    assert loss_fn(batch).loss != LossFunction(model)(batch).loss
+    loss_fn.close()
+    assert not model.get_base_model().get_input_embeddings()._forward_hooks
+    assert loss_fn(batch).loss == LossFunction(model)(batch).loss
+
+
 def test_neftune_noise_is_added_in_classifiers_too(tmp_path: Path):
     family = families.FAMILIES["bert"]
     model = families.load(family, families.write(family, tmp_path / "bert")).model

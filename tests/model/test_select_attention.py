@@ -116,6 +116,14 @@ def test_choosing_the_attention_does_not_change_the_mode():
         assert model.training is training
 
 
+def test_choosing_the_attention_does_not_change_the_random_numbers():
+    model = zoo.make("llama", attention_dropout=0.1)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    choose_attention(model, "auto", packing=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(("family", "key"), [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")])
 def test_attention_dropout_selects_an_attention_that_supports_it(family: str, key: str):
     model = zoo.make(family, **{key: 0.1})

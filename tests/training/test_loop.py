@@ -141,6 +141,26 @@ def _and_more(rows: list[str]) -> str:
     return f" and {len(rows) - 5} more" if len(rows) > 5 else ""
 
 
+@pytest.mark.parametrize("ending", ["last step", "the loop is left", "an error"])
+def test_the_neftune_noise_is_removed_when_training_ends(ending: str):
+    model, spec = make_model(), TrainingSpec.model_validate({"neftune_alpha": 5.0})
+    embeddings = model.get_base_model().get_input_embeddings()
+    steps = fit(
+        model, plan_of(), spec=spec, optimizer=make_optimizer(model, spec), accelerator=Accelerator(cpu=True), total=2
+    )
+    next(steps)
+    assert len(embeddings._forward_hooks) == 1
+    if ending == "last step":
+        assert len(list(steps)) == 1
+    elif ending == "the loop is left":
+        steps.close()  # as Python does when a `for` over it is left and nothing else refers to it
+    else:
+        make_a_weight_infinite(model)
+        with pytest.raises(LoraError, match="not finite"):
+            next(steps)
+    assert not embeddings._forward_hooks
+
+
 def test_batches_without_a_label_are_skipped():
     rows = zoo.rows_of([20, 20, 20])
     rows[1].labels[:] = -100
