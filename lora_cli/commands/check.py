@@ -4,8 +4,9 @@ from pathlib import Path
 
 from rich.text import Text
 
-from lora_cli.data.dataset import IGNORE_INDEX, Row, show_mask
+from lora_cli.data.dataset import Row, show_mask
 from lora_cli.data.examples import check_rows
+from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.model import attach_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
 from lora_cli.recipe.schema import Recipe, SourceSpec

@@ -28,7 +28,8 @@ from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.training_model import Info, TrainableModel, build_model
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.disk_full import disk_full_as_os_error
-from lora_cli.training.loop import Step, broadcast_adapter, fit
+from lora_cli.training.distributed import broadcast_adapter
+from lora_cli.training.loop import Step, fit
 from lora_cli.training.model_card import render_model_card
 from lora_cli.training.optimizer import make_optimizer
 from lora_cli.training.signals import StopRequest, stop_after_step

@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.encode import EncodedRow
 from lora_cli.data.encode_classes import NO_VALUES, LabeledRow, LabelValues
-
-IGNORE_INDEX = -100  # label of a token without loss, as in torch and transformers
+from lora_cli.data.label_mask import IGNORE_INDEX, labels_of_spans
 
 SCHEMA = pa.schema(
     [
@@ -118,11 +117,8 @@ class _RecordBatch:
         values = self._values[self._value_offsets[index] : self._value_offsets[index + 1]]
         if len(values):
             return Row(ids, values, where, int(self._pair_tokens[index]))
-        labels = np.full_like(ids, IGNORE_INDEX)
         spans = self._spans[self._span_offsets[index] : self._span_offsets[index + 1]]
-        for start, stop in spans.reshape(-1, 2):
-            labels[start:stop] = ids[start:stop]
-        return Row(ids, labels, where)
+        return Row(ids, labels_of_spans(ids, spans.reshape(-1, 2)), where)
 
 
 class EncodedDataset:

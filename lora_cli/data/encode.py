@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
@@ -16,12 +15,11 @@ from lora_cli.data.assistant_spans import AssistantFormat, Span, infer_template_
 from lora_cli.data.chat_templates import Template, resolve_template
 from lora_cli.data.conversation import Conversation
 from lora_cli.data.formats import Document, Example, PromptCompletion, TokenIds
+from lora_cli.data.label_mask import Ints, predicted_spans, spans_of_labels, token_positions
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
-
-Ints = npt.NDArray[np.int32]
 
 
 class EncodedRow(NamedTuple):
@@ -160,13 +158,13 @@ class CausalLMEncoder:
                 problem = f"is {token}, but the ids of this tokenizer are 0 to {self._vocab_size - 1}"
                 raise BadRow("id outside the vocabulary", problem, field=f"input_ids[{index}]")
         self._check_single_bos(ids)
-        mask = [label != -100 for label in labels] if labels is not None else [True] * len(ids)
-        return _make_row(ids, _spans_of_mask(mask), answers=())
+        spans = spans_of_labels(labels) if labels is not None else [Span(0, len(ids))]
+        return _make_row(ids, spans, answers=())
 
     def _to_row(self, row: _UntokenizedRow, encoding: Encoding) -> EncodedRow | BadRow:
         ids = encoding.ids
         borders = [border for span in row.answers for border in span]
-        token_borders = _tokens_at(encoding, borders, len(row.text))
+        token_borders = token_positions(encoding, borders, length=len(row.text))
         split = token_borders is None
         try:
             if token_borders is None:
@@ -242,34 +240,10 @@ def _make_row(
     split: bool = False,
     rewritten: int = 0,
 ) -> EncodedRow:
-    # The first token never carries loss, because no token before it predicts it.
-    supervised = tuple(Span(max(1, start), stop) for start, stop in spans if stop > max(1, start))
+    supervised = predicted_spans(spans)
     if not supervised:
         raise BadRow("nothing to learn", "no token of the row carries loss")
     return EncodedRow(np.array(ids, dtype=np.int32), supervised, answers, split, rewritten)
-
-
-def _spans_of_mask(mask: Sequence[bool]) -> list[Span]:
-    edges = np.flatnonzero(np.diff([False, *mask, False]))
-    return [Span(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-
-
-def _tokens_at(encoding: Encoding, borders: list[int], length: int) -> list[int] | None:
-    """Return the positions of the tokens that start at the character borders, None if a token crosses a border."""
-    positions = []
-    offsets = encoding.offsets
-    for border in borders:
-        if border == length:
-            positions.append(len(encoding.ids))
-            continue
-        token = encoding.char_to_token(border)
-        if token is None or offsets[token][0] != border:
-            return None
-        # If several byte tokens form one character, all have its offsets: the previous token must end at the border.
-        if token > 0 and offsets[token - 1][1] > border:
-            return None
-        positions.append(token)
-    return positions
 
 
 def _backend_without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.encode import CausalLMEncoder, EncodedRow, Ints, require_fast_tokenizer
+from lora_cli.data.encode import CausalLMEncoder, EncodedRow, require_fast_tokenizer
 from lora_cli.data.formats import ClassificationExample, Example, Label, PromptCompletion, TaggingExample
+from lora_cli.data.label_mask import Ints
 from lora_cli.data.records import BadRow
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName

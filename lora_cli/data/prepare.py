@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data import class_labels
@@ -16,6 +15,7 @@ from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.encode_classes import make_encoder
 from lora_cli.data.ledger import Entry, Ledger, Totals, check_dropped_share
 from lora_cli.data.sources import eval_sources, train_sources
+from lora_cli.data.split import Index, apply_weight, held_out_masks
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
@@ -26,9 +26,6 @@ SUPERVISED_UNITS = {
     "token-cls": "labels",
     "seq2seq-lm": "target tokens",
 }
-
-Index = npt.NDArray[np.int64]  # [rows]
-Hashes = npt.NDArray[np.uint64]  # [rows]
 
 
 class PreparedData(NamedTuple):
@@ -79,15 +76,18 @@ def prepare_data(
     encoder = make_encoder(task, spec, tokenizer)
     train = [encode_source(source, spec, encoder, cache=cache, info=info) for source in train_sources(spec)]
     separate_eval = [encode_source(source, spec, encoder, cache=cache, info=info) for source in eval_sources(spec)]
-    held_out = _held_out_masks(train, spec.eval if isinstance(spec.eval, float) else 0.0, seed)
+    share = spec.eval if isinstance(spec.eval, float) else 0.0
+    held_out = held_out_masks([item.rows.keys for item in train], share=share, seed=seed)
     train_parts, entries = [], []
     for number, (item, mask) in enumerate(zip(train, held_out, strict=True)):
-        index = _apply_weight(np.flatnonzero(~mask), item.source.spec.weight, salt=_salt(seed, "train", number))
+        weight = item.source.spec.weight
+        index = apply_weight(np.flatnonzero(~mask), weight, seed=seed, split="train", number=number)
         train_parts.append((item.rows, index))
         entries.append(_entry(item, "train", index, held_out=int(mask.sum())))
     eval_parts = [(item.rows, np.flatnonzero(mask)) for item, mask in zip(train, held_out, strict=True)]
     for number, item in enumerate(separate_eval):
-        index = _apply_weight(np.arange(len(item.rows)), item.source.spec.weight, salt=_salt(seed, "eval", number))
+        weight = item.source.spec.weight
+        index = apply_weight(np.arange(len(item.rows)), weight, seed=seed, split="eval", number=number)
         eval_parts.append((item.rows, index))
         entries.append(_entry(item, "eval", index, held_out=0))
     check_dropped_share(entries, limit=_max_dropped_share(spec))
@@ -140,44 +140,3 @@ def _entry(item: EncodedSource, split: str, index: Index, *, held_out: int) -> E
         left_out=left_out,
         repeated=len(index) - (available - left_out),
     )
-
-
-def _held_out_masks(items: Sequence[EncodedSource], share: float, seed: int) -> list[npt.NDArray[np.bool_]]:
-    """Return a mask of the rows held out for evaluation for each source, bool [rows].
-
-    Rows are selected by a hash of their content, so that identical rows are in the same split. Adding or removing rows
-    does not move other rows, except to keep at least one row in each split.
-    """
-    scores = [_hash(item.rows.keys, _salt(seed, "eval", 0)) for item in items]
-    distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *scores]))
-    if not share or sum(map(len, scores)) < 2:
-        return [np.zeros(len(score), bool) for score in scores]
-    if len(distinct) < 2:
-        raise LoraError(
-            "data.eval: all rows are identical, so none can be held out for evaluation",
-            hint="set data.eval to null, or to a separate dataset",
-        )
-    limit = min(max(int(share * 2**64), int(distinct[0]) + 1), int(distinct[-1]))
-    return [score < np.uint64(limit) for score in scores]
-
-
-def _apply_weight(index: Index, weight: float, *, salt: int) -> Index:
-    """Repeat all rows by the integer part of the weight, and a seeded selection of rows once for its fraction."""
-    repeats, fraction = divmod(weight, 1.0)
-    count = round(fraction * len(index))
-    # By a hash of the index, not of the content, so that identical rows are selected independently.
-    order = np.argsort(_hash(index.astype(np.uint64), salt), kind="stable")
-    return np.concatenate([np.tile(index, int(repeats)), np.sort(index[order[:count]])])
-
-
-def _salt(seed: int, purpose: str, number: int) -> int:
-    digest = hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _hash(values: Hashes, salt: int) -> Hashes:
-    """Return a hash of each value (SplitMix64) that does not depend on the machine or the NumPy version."""
-    mixed = values + np.uint64(salt)  # unsigned arrays wrap around on overflow, as the algorithm requires
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))

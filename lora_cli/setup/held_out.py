@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.data.collate import Batch
-from lora_cli.data.dataset import IGNORE_INDEX, EncodedDataset
+from lora_cli.data.dataset import EncodedDataset
+from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.merging.verify import Probes
 from lora_cli.model.tasks import TASKS

@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.model.adalora import AdaLoraRankAllocator
-from lora_cli.model.fp32_weights import ConcatFrozen
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.recipe.tasks import TaskName
+from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
 
 
@@ -67,9 +67,10 @@ def fit(
             counts = torch.tensor(
                 [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
             )
-            supervised, tokens = (int(n) for n in _all_reduce_sum(accelerator, counts))
+            supervised, tokens = (int(n) for n in all_reduce_sum(accelerator, counts))
             loss_sum = torch.zeros((), device=accelerator.device)
             losses: list[tuple[Batch, Tensor]] = []
+            # Gradient accumulation: the gradients of all batches of the step add up before one optimizer step.
             for place, batch in batches:
                 if len(batch.targets) == 0:
                     continue
@@ -79,11 +80,11 @@ def fit(
                 loss.backward()
                 losses.append((batch, loss.detach()))
                 loss_sum += loss.detach()
-            _reduce_gradients(trained, accelerator, share=max(1, supervised))
+            all_reduce_gradients(trained, accelerator, share=max(1, supervised))
             if rank_allocator is not None:
                 rank_allocator.orthogonality_loss().backward()
             grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            loss_sum = _all_reduce_sum(accelerator, loss_sum)
+            loss_sum = all_reduce_sum(accelerator, loss_sum)
             if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
                 raise _not_finite_error(number + 1, losses, plan)
             rate = learning_rate(number, spec=spec, total=total)
@@ -106,44 +107,9 @@ def fit(
             )
 
 
-def broadcast_adapter(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the adapter of the first, in place.
-
-    An adapter that is initialized from a decomposition of the weights may differ between two GPUs, and afterwards
-    only gradients are shared.
-    """
-    if accelerator.num_processes == 1:
-        return
-    constant = [module.constant for module in model.modules() if isinstance(module, ConcatFrozen)]
-    for tensor in [*(p.data for p in model.parameters() if p.requires_grad), *constant]:
-        broadcast(tensor, from_process=0)
-
-
 def _seed(run: int, step: int, place: int) -> int:
     # Large odd multipliers give neighboring steps and batches different seeds.
     return (run * 1_000_003 + step * 8191 + place) % (1 << 63)
-
-
-def _all_reduce_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
-    reduced: Tensor = accelerator.reduce(value, reduction="sum")
-    return reduced
-
-
-def _reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: int) -> None:
-    """Sum the gradients of all processes in one message and divide them by `share`.
-
-    An adapter is small: one flat all-reduce costs less than DDP's buckets and hooks, and processes may have different
-    numbers of batches, which DDP does not allow.
-    """
-    if accelerator.num_processes > 1:
-        # Whether a parameter has a gradient can differ between processes: a missing one counts as zero.
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
-        flat = _all_reduce_sum(accelerator, flat)
-        for parameter, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-            parameter.grad = part.view_as(parameter)
-    for parameter in trained:
-        if parameter.grad is not None:
-            parameter.grad.div_(share)
 
 
 def _not_finite_error(number: int, losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> LoraError:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.data.class_labels import ClassLabels, SourceLabels, resolve_labels
-from lora_cli.data.dataset import IGNORE_INDEX
 from lora_cli.data.encode_classes import LabeledRowEncoder
 from lora_cli.data.formats import ClassificationExample, TaggingExample
+from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec

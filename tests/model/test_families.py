@@ -25,7 +25,8 @@ from lora_cli.data.collate import (
     collate_sequence_classification,
     collate_token_classification,
 )
-from lora_cli.data.dataset import IGNORE_INDEX, Row
+from lora_cli.data.dataset import Row
+from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, fp32_weights, save_adapter, select_attention, target_modules
 from lora_cli.model.adapter_context import AdapterContext
