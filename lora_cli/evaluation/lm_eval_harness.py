@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,13 @@ def run_tasks(
 
 
 def _task_manager(folder: Path | None) -> Any:
+    return _index_tasks(folder.resolve() if folder else None)
+
+
+@cache
+def _index_tasks(folder: Path | None) -> Any:
+    # Reading the thousands of task files of the harness takes seconds: once, not for each model.
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs each default that it uses
-    return TaskManager(include_path=str(folder) if folder else None, verbosity="ERROR")
+    return TaskManager(include_path=str(folder) if folder else None)
