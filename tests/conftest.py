@@ -18,11 +18,12 @@ from tests.model import zoo
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread, because tests share the machine; a command in this process may have requested all its cores."""
+def same_start() -> Iterator[None]:
+    """Seed torch, so that the order of tests does not matter, and use one thread, because tests share the machine."""
+    torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a command in this process may have requested all cores
 
 
 @pytest.fixture(scope="session")

@@ -41,11 +41,6 @@ ROPE_SCALING = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def max_difference(source: ExportSource, file: Path, *, lengths: tuple[int, ...] = (1, 2, 9, 33)) -> float:
     """Return the largest difference of log-probabilities, relative to the largest logit."""
     model = AutoModelForCausalLM.from_pretrained(source.folder).eval()

@@ -5,7 +5,6 @@ from typing import Any
 
 import gguf
 import pytest
-import torch
 
 from lora_cli.errors import LoraError
 from lora_cli.export.gguf import adapter as gguf_adapter
@@ -13,11 +12,6 @@ from lora_cli.export.gguf import model as gguf_model
 from lora_cli.export.source import Check, ExportSource
 from tests.export.sources import options, tiny_model, tiny_source
 from tests.model import zoo
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 def with_adapter(source: ExportSource, folder: Path, **adapter_options: Any) -> ExportSource:

@@ -186,9 +186,7 @@ def test_a_step_without_any_label_changes_no_parameter():
 
 def test_fp16_gradients_of_a_large_step_do_not_vanish(monkeypatch: pytest.MonkeyPatch):
     """In a step of 10,000 batches, the gradient of one batch is 10,000 times smaller; it must stay as exact."""
-    monkeypatch.setattr(
-        loop, "all_reduce_sum", lambda _, value: value if value.is_floating_point() else 10_000 * value
-    )
+    monkeypatch.setattr(loop, "all_reduce_sum", lambda _, value: value if value.is_floating_point() else 10_000 * value)
     gradients = []
     for dtype in (torch.float16, torch.float32):
         fp16_model = zoo.make("llama", dtype=torch.float16, attention="sdpa", initializer_range=0.05)
