@@ -64,6 +64,8 @@ make_environment() {
   dependencies=$(cat pyproject.toml "$2" | cksum)
   if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$dependencies" ]; then return; fi
   [ -x "$1/bin/python" ] || "$python" -m venv "$1"
-  pip_install "$1" --constraint "$2" --editable ".[$3]"
+  pip_install "$1" --no-compile --constraint "$2" --editable ".[$3]"
+  # On all cores, and without the packages' own tests: pip takes twice as long.
+  "$1/bin/python" -m compileall -q -j 0 -x '/(tests?|testing)/' "$1/lib" >/dev/null 2>&1 || true
   echo "$dependencies" >"$stamp"
 }

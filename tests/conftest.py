@@ -1,25 +1,27 @@
-"""Fixtures for all tests: a tiny random llama with a tokenizer, in memory or as a folder, and the demo model."""
+"""Fixtures for all tests: a tiny random llama with a tokenizer, in memory or as a folder, and the demo model.
+
+Libraries are imported in the fixtures: with several test processes, pytest loads this file before it starts them.
+"""
 
 import os
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_cli.model import gguf_base, model_source
-from tests.inputs.tiny_tokenizers import CHATML
-from tests.inputs.tiny_tokenizers import build as build_tokenizer
-from tests.model import zoo
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Seed torch, so that the order of tests does not matter, and use one thread, because tests share the machine."""
+    import torch
+
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
@@ -29,16 +31,21 @@ def same_start() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama (grouped-query attention) in fp32 with a ChatML tokenizer, as a folder for `model.path`."""
+    from tests.inputs.tiny_tokenizers import CHATML, build
+    from tests.model import zoo
+
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    tokenizer = build_tokenizer("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
+    tokenizer = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
     zoo.make("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def tiny() -> PreTrainedModel:
+def tiny() -> "PreTrainedModel":
     """A random llama in fp32 and eval mode, frozen; a fresh one for each test."""
+    from tests.model import zoo
+
     return zoo.make("llama")
 
 
@@ -55,12 +62,19 @@ def demo_gguf() -> Path:
 @pytest.fixture(scope="session")
 def demo_folder(demo_gguf: Path) -> Path:
     """The demo model dequantized to fp32, in the user's cache, so that later test runs on this machine reuse it."""
+    import torch
+
+    from lora_cli.model import gguf_base, model_source
+
     return gguf_base.unpack_gguf(
         demo_gguf, dtype=torch.float32, cache=model_source.cache_folder(), info=lambda line: None
     )
 
 
 @pytest.fixture(scope="session")
-def demo(demo_folder: Path) -> PreTrainedModel:
+def demo(demo_folder: Path) -> "PreTrainedModel":
     """The demo model in fp32, frozen, in eval mode. Tests share it: they may change only its attention."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32).requires_grad_(False).eval()

@@ -1,9 +1,7 @@
 """Fixtures of the command tests: a working folder with rows, a recipe and a tiny model; `lora` runs a command in it."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,8 @@ import pytest
 import yaml
 
 from lora_cli import cli
+from lora_cli.commands.train import train
+from lora_cli.recipe.load import load_recipe
 from lora_cli.training import cpu
 
 
@@ -124,34 +124,23 @@ def lora(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     return run
 
 
-class FinishedRun(NamedTuple):
-    """A complete run of `lora train recipe.yaml` in a separate process."""
-
-    folder: Path
-    result: CommandResult
-
-
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> FinishedRun:
-    """One complete run, shared by all tests that only read it."""
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """The folder of one complete run of `lora train recipe.yaml`, shared by all tests that only read it."""
     folder = tmp_path_factory.mktemp("finished")
     write_inputs(folder, tiny_folder)
     write_recipe(folder / "recipe.yaml")
-    run = subprocess.run(
-        [*LORA_ON_ONE_CORE, "train", "recipe.yaml"],
-        cwd=folder,
-        env={**os.environ, "LORA_CACHE": str(tiny_folder.parent / "cache")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return FinishedRun(folder / "runs" / "a", CommandResult(run.returncode, run.stdout, run.stderr))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LORA_CACHE", str(tiny_folder.parent / "cache"))
+        patch.setattr(cpu, "available_cores", lambda: 1)
+        assert train(load_recipe(Path("recipe.yaml")), resume=False, fresh=False, arguments=[]) == 0
+    return folder / "runs" / "a"
 
 
 @pytest.fixture
-def trained_run(finished_run: FinishedRun, recipe: WriteRecipe) -> Path:
+def trained_run(finished_run: Path, recipe: WriteRecipe) -> Path:
     """A copy of the finished run at runs/a, with its recipe.yaml in the working folder, which tests may change."""
     recipe()
-    shutil.copytree(finished_run.folder, "runs/a")
+    shutil.copytree(finished_run, "runs/a")
     return Path("runs/a")

@@ -41,6 +41,7 @@ def two_adapters(trained_run: Path, recipe: WriteRecipe, lora: Lora) -> None:
     assert lora("train", "recipe.yaml", "--output", "runs/b").code == 0
 
 
+@pytest.mark.slow
 def test_inspect_prints_the_norm_and_effective_rank_of_each_module(trained_run: Path, lora: Lora):
     result = lora("adapter", "inspect", "runs/a/adapter", "--json", "a.json", "--plot", "a.png")
     assert result.code == 0, result.err

@@ -35,6 +35,7 @@ def three_adapters(recipe: WriteRecipe, lora: Lora) -> None:
         assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_use_base_and_compare_switch_between_adapters(
     three_adapters: None, lora: Lora, monkeypatch: pytest.MonkeyPatch
 ):
@@ -73,6 +74,7 @@ def test_use_base_and_compare_switch_between_adapters(
     assert saved[-1]["content"] == ANSWERS["lines"]
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_a_chat_target(three_adapters: None, lora: Lora, monkeypatch: pytest.MonkeyPatch):
     assert lora("merge", "runs/sums/adapter", "--out", "merged").code == 0
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTIONS[0]}\n"))

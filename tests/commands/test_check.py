@@ -11,7 +11,7 @@ import pytest
 
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import all_keys
-from tests.commands.conftest import FinishedRun, Lora, WriteRecipe
+from tests.commands.conftest import Lora, WriteRecipe
 from tests.model.test_gguf_base import write_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,8 @@ def test_check_shows_rows_labels_targets_and_memory(recipe: WriteRecipe, lora: L
     assert not Path("runs").exists()
 
 
-def test_check_counts_what_train_trains(finished_run: FinishedRun, recipe: WriteRecipe, lora: Lora):
-    count = json.loads((finished_run.folder / "manifest.json").read_text())["trainable_parameters"]
+def test_check_counts_what_train_trains(finished_run: Path, recipe: WriteRecipe, lora: Lora):
+    count = json.loads((finished_run / "manifest.json").read_text())["trainable_parameters"]
     assert f"{count:,} trainable parameters in total" in lora("check", recipe()).out
 
 
@@ -109,6 +109,7 @@ def cpu_seconds(*command: str) -> tuple[float, int]:
     return usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "limit"),
     [

@@ -147,6 +147,7 @@ metric_list: [{metric: acc}]
 """
 
 
+@pytest.mark.slow
 def test_an_lm_eval_task_from_a_yaml_file_is_measured(trained_run: Path, lora: Lora):
     choices = ["Paris is the capital.", "line two", "I am fine."]
     documents = [{"question": f"What is {i}?", "choices": choices, "answer": i % 3} for i in range(6)]

@@ -30,6 +30,7 @@ def test_the_list_of_formats_shows_missing_packages(lora: Lora, monkeypatch: pyt
     assert "not installed: gguf, xllamacpp" in lora("export", "--to", "list").out
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_to_gguf_and_verified(trained_run: Path, lora: Lora):
     result = lora("export", trained_run, "--to", "gguf", "--quantize", "f32", "--out", "a.gguf")
     assert (result.code, result.out) == (0, "a.gguf\n"), result.err
@@ -52,6 +53,7 @@ def test_an_adapter_is_exported_to_a_folder_for_ollama(trained_run: Path, lora: 
     assert "ollama create" in result.err
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_to_onnx_and_verified(trained_run: Path, lora: Lora):
     result = lora("export", trained_run, "--to", "onnx", "--out", "o")
     assert result.code == 0, result.err

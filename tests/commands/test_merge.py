@@ -29,6 +29,7 @@ def scale_b(factor: float) -> None:
     save_file({name: t * factor if "lora_B" in name else t for name, t in tensors.items()}, WEIGHTS, {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_plain_transformers_loads_the_merged_model_in_the_requested_dtype(dtype: str, trained_run: Path, lora: Lora):
     result = lora("merge", trained_run / "adapter", "--out", "merged", "--dtype", dtype)
@@ -228,6 +229,7 @@ def kl_divergence(text: str, name: str) -> float:
     return float(match[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "loftq"])
 def test_merging_a_qlora_adapter_chooses_the_weights_closer_to_the_trained_model(
     method: str, recipe: WriteRecipe, lora: Lora

@@ -16,6 +16,8 @@ from lora_cli.model import target_modules
 from lora_cli.recipe.methods import METHOD_FACTS
 from tests.commands.conftest import Lora, WriteRecipe
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8, "final_rank": 2, "rotation_size": 8, "hidden_size": 32}
 
 

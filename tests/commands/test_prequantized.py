@@ -17,6 +17,8 @@ from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from tests.commands.conftest import Lora, WriteRecipe
 from tests.support import checkpoints
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

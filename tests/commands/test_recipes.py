@@ -26,6 +26,8 @@ from tests.inputs.tiny_tokenizers import (
 from tests.inputs.tiny_tokenizers import MISTRAL as MISTRAL_TEMPLATE
 from tests.model import families
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -18,6 +18,8 @@ from tests.commands.conftest import Lora
 from tests.inputs.tiny_tokenizers import build_encoder
 from tests.model import families
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "answer", "question", "France", "Paris"]
 LOADERS: dict[str, Any] = {
     "seq-cls": AutoModelForSequenceClassification,

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from lora_cli.run import console, metrics_log
 from lora_cli.run.folder import LOCK
 from lora_cli.training import launch
-from tests.commands.conftest import FinishedRun, Lora, WriteRecipe
+from tests.commands.conftest import LORA_ON_ONE_CORE, CommandResult, Lora, WriteRecipe, write_inputs, write_recipe
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -26,26 +27,44 @@ def adapter_bytes(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_stdout_has_only_the_path_of_the_adapter(finished_run: FinishedRun):
-    result = finished_run.result
-    assert (result.code, result.out) == (0, "runs/a/adapter\n")
-    assert "24 rows read = " in result.err
-    assert "q_proj" in result.err
-    assert re.search(r"^step 4/4  loss \d", result.err, re.MULTILINE)
-    assert "verified: the adapter on disk" in result.err
-    assert re.search(r"^eval loss \d+\.\d+ -> ", result.err, re.MULTILINE)
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> CommandResult:
+    """The output of `lora train recipe.yaml` in a separate process."""
+    folder = tmp_path_factory.mktemp("process")
+    write_inputs(folder, tiny_folder)
+    write_recipe(folder / "recipe.yaml")
+    run = subprocess.run(
+        [*LORA_ON_ONE_CORE, "train", "recipe.yaml"],
+        cwd=folder,
+        env={**os.environ, "LORA_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return CommandResult(run.returncode, run.stdout, run.stderr)
 
 
-def test_stderr_has_no_line_of_a_library(finished_run: FinishedRun):
+@pytest.mark.slow
+def test_stdout_has_only_the_path_of_the_adapter(output: CommandResult):
+    assert (output.code, output.out) == (0, "runs/a/adapter\n")
+    assert "24 rows read = " in output.err
+    assert "q_proj" in output.err
+    assert re.search(r"^step 4/4  loss \d", output.err, re.MULTILINE)
+    assert "verified: the adapter on disk" in output.err
+    assert re.search(r"^eval loss \d+\.\d+ -> ", output.err, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_stderr_has_no_line_of_a_library(output: CommandResult):
     our_lines = (
         r"rows\.jsonl: |  24 rows read|train: |eval: |4 steps of |base: |packing |adapter on:|  \w+_proj "
         r"|  [\d,]+ trainable|eval at step |step \d/4 |verified: |eval loss |measuring the base "
     )
-    assert [line for line in finished_run.result.err.splitlines() if not re.match(our_lines, line)] == []
+    assert [line for line in output.err.splitlines() if not re.match(our_lines, line)] == []
 
 
-def test_the_run_folder_has_exactly_the_documented_files(finished_run: FinishedRun):
-    run = finished_run.folder
+def test_the_run_folder_has_exactly_the_documented_files(finished_run: Path):
+    run = finished_run
     assert {p.name for p in run.iterdir()} == {
         LOCK,
         "recipe.yaml",
@@ -62,8 +81,8 @@ def test_the_run_folder_has_exactly_the_documented_files(finished_run: FinishedR
     assert resolved["training"]["max_steps"] == 4
 
 
-def test_the_manifest_lists_versions_base_seed_and_data(finished_run: FinishedRun):
-    run = finished_run.folder
+def test_the_manifest_lists_versions_base_seed_and_data(finished_run: Path):
+    run = finished_run
     manifest = json.loads((run / "manifest.json").read_text())
     assert {"python", "torch", "transformers", "peft", "tokenizers", "lora-cli"} <= manifest["versions"].keys()
     assert re.fullmatch(r"[0-9a-f]{64}", manifest["base"]["fingerprint"])
@@ -78,8 +97,8 @@ def test_the_manifest_lists_versions_base_seed_and_data(finished_run: FinishedRu
     assert manifest["ledger"]["train"]["rows"] + manifest["ledger"]["eval"]["rows"] == 24
 
 
-def test_metrics_have_every_step_and_the_evaluations(finished_run: FinishedRun):
-    records = metrics(finished_run.folder)
+def test_metrics_have_every_step_and_the_evaluations(finished_run: Path):
+    records = metrics(finished_run)
     assert [(r["step"], "eval_loss" in r) for r in records] == [
         (0, True),
         (1, False),
@@ -103,8 +122,8 @@ def test_the_model_card_contains_no_local_path(recipe: WriteRecipe, lora: Lora, 
     assert "| adapter |" in text
 
 
-def test_the_run_folder_contains_no_pickle(finished_run: FinishedRun):
-    files = [p for p in finished_run.folder.rglob("*") if p.is_file()]
+def test_the_run_folder_contains_no_pickle(finished_run: Path):
+    files = [p for p in finished_run.rglob("*") if p.is_file()]
     kinds = {p.suffix for p in files if p.name != LOCK}
     assert kinds <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".jinja"}
     # A zip file (the format of torch.save) or a pickle begins with these bytes.

@@ -128,6 +128,7 @@ def worker(folder: Path) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.slow
 def test_two_concurrent_processes_encode_once(prepared, chatml, tmp_path):
     (tmp_path / "train.jsonl").write_text(ROWS)
     outputs = [process.communicate(timeout=60)[0].splitlines() for process in [worker(tmp_path), worker(tmp_path)]]
@@ -136,6 +137,7 @@ def test_two_concurrent_processes_encode_once(prepared, chatml, tmp_path):
     assert len(cache_entries(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_partial_entry(prepared, chatml, tmp_path):
     (tmp_path / "train.jsonl").write_text(ROWS)
     process = worker(tmp_path)
@@ -168,6 +170,7 @@ print(len(run("large.jsonl").train), (peak_resident_memory() - before) / 2**20)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path):
     """8,000 rows with 15 MB of text and 15 MB of ids need much less memory than either, because only the index grows.
 

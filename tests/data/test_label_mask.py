@@ -246,6 +246,7 @@ def test_an_omitted_system_message_is_a_bad_row(prepared):
     assert caught.value.details == ("train.jsonl:1: the chat template omits the system message",)
 
 
+@pytest.mark.slow
 def test_special_tokens_that_are_not_control_tokens_are_text(prepared, smollm):
     row = prepared(smollm, files=file_of({"messages": chat("cp <filename> x", "ok")})).train[0]
     assert supervised_texts(row, smollm) == ["ok<|im_end|>"]

@@ -29,6 +29,7 @@ long = st.integers(20, 60).map(lambda number: texts("x" * number))
 flawed = st.sampled_from(["nope\n", texts(None), texts(3), texts(""), '{"txt": 1}\n', '{"text": "a", "text": "b"}\n'])
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.lists(st.lists(st.one_of(fine, fine, long, flawed), min_size=1, max_size=12), min_size=1, max_size=3),

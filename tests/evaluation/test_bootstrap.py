@@ -6,6 +6,7 @@ import pytest
 from lora_cli.evaluation import bootstrap
 
 
+@pytest.mark.slow
 def test_an_interval_contains_the_true_mean_in_about_95_of_100_samples():
     rng = np.random.default_rng(1)
     covered = 0

@@ -27,6 +27,7 @@ def reference(model: torch.nn.Module) -> Likelihood:
     return Likelihood(float(total) / count, correct / count, count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize(("packing", "size"), [(True, 41), (True, 1000), (False, 1), (False, 4)])
 def test_the_likelihood_equals_the_loss_of_the_rows_one_by_one(family: str, packing: bool, size: int):

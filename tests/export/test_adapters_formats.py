@@ -85,6 +85,7 @@ def vllm_logits(source: ExportSource, out: Path) -> Tensor:
 PATTERNS = {"alpha_pattern": {"q_proj": 3.0}, "rank_pattern": {"up_proj": 6, "layers.0.mlp.down_proj": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter_options",
     [
@@ -223,6 +224,7 @@ def test_another_tokenizer_and_a_quantized_base_are_reported(llama: ExportSource
     assert any("nf4" in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_loads_every_method(method: str, llama: ExportSource, tmp_path: Path):
     source = with_adapter(llama, tmp_path / "adapter", method=method)

@@ -18,6 +18,8 @@ from lora_cli.export.gguf.tensors import GGUF_QUANTIZATIONS
 from lora_cli.export.source import Check, ExportSource
 from tests.export.sources import options, tiny_source
 
+pytestmark = pytest.mark.slow
+
 SUPPORTED = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "falcon", "falcon-40b", "gpt2", "starcoder2",
     "smollm3", "granite", "olmo2",

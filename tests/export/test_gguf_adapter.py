@@ -13,6 +13,8 @@ from lora_cli.export.source import Check, ExportSource
 from tests.export.sources import options, tiny_model, tiny_source
 from tests.model import zoo
 
+pytestmark = pytest.mark.slow
+
 
 def with_adapter(source: ExportSource, folder: Path, **adapter_options: Any) -> ExportSource:
     """Return `source` with an adapter that changes its outputs clearly."""

@@ -33,6 +33,8 @@ from tests.export.tokenizer_kinds import (
 )
 from tests.inputs.tiny_tokenizers import CHATML, build_encoder
 
+pytestmark = pytest.mark.slow
+
 # Texts that tokenizers are known to have trouble with.
 HOSTILE = [
     "", " ", "  ", "   a", "a ", "a   ", "\n", "\n\n\n", "\t", " \n \n", "\r\n\r\n", "a\n\nb", "x \n",

@@ -27,6 +27,8 @@ from tests.inputs.tiny_tokenizers import build_encoder
 from tests.model import zoo
 from tests.model.families import FAMILIES, LABELS, config_of
 
+pytestmark = pytest.mark.slow
+
 # Windows are shorter than the prompts.
 WINDOW: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},

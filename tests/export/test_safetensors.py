@@ -57,6 +57,7 @@ def load(source: ExportSource, folder: Path, **arguments: Any) -> PreTrainedMode
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "f32", "f16", "bf16"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_cast_equals_transformers_cast(quantize: str | None, tied: bool, tmp_path: Path):
@@ -75,6 +76,7 @@ def test_a_cast_equals_transformers_cast(quantize: str | None, tied: bool, tmp_p
     assert saved.chat_template == source.tokenizer.chat_template
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "t5", "bert", "bert-tokens", "llama-classifier"])
 def test_nf4_weights_are_those_of_transformers(family: str, tmp_path: Path):
     causal = FAMILIES[family].task == "causal-lm"
@@ -103,8 +105,10 @@ def test_nf4_weights_are_those_of_transformers(family: str, tmp_path: Path):
     assert section == json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
 
 
+@pytest.mark.slow
 def test_the_demo_model_in_four_bits(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(verify, "MAX_POSITIONS", 6)  # bitsandbytes multiplies slowly on a CPU
+    monkeypatch.setattr(verify, "MAX_NEW_TOKENS", 6)
     tokenizer = AutoTokenizer.from_pretrained(demo_folder)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_dict=False
@@ -184,6 +188,7 @@ def test_any_difference_fails_the_check(quantize: str | None, llama: ExportSourc
     assert not checks(llama, tmp_path / "out", quantize, runtime=False)["tensors"].passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantize", "key", "value"),
     [

@@ -10,6 +10,8 @@ import pytest
 
 from tests.commands.conftest import Lora, WriteRecipe
 
+pytestmark = pytest.mark.slow
+
 Limit = Callable[[int], AbstractContextManager[None]]
 
 

@@ -6,7 +6,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.commands.conftest import LORA_ON_ONE_CORE, Lora, WriteRecipe
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_run_resumed_after_sigkill_equals_the_uninterrupted_run(recipe: WriteRecipe, lora: Lora):

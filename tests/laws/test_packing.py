@@ -87,6 +87,7 @@ def test_no_gradient_flows_from_row_to_row(family: str, implementation: str):
         assert reached == [other == number for other in range(len(lengths))]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_demo_model_isolates_rows_of_real_text(demo: PreTrainedModel, demo_folder: Path):
     # Text, because with random ids eager and sdpa differ by 1.4e-5 even on a single row.
@@ -114,6 +115,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float
     return torch.stack(heads, dim=1)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     lengths=LENGTHS,

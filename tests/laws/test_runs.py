@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -25,6 +24,8 @@ from lora_cli.commands.train import train
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.run import metrics_log
+
+pytestmark = pytest.mark.slow
 
 STEPS = 24
 ALL_CORES = os.sched_getaffinity(0)
@@ -72,6 +73,13 @@ class Workspace:
         command = [sys.executable, "-m", "lora_cli", "train", str(self.recipe(run, **training)), *options]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
+    def start_two_processes(self, run: str, **training: Any) -> subprocess.Popen[str]:
+        one_core = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, ALL_CORES)  # inherited by the process that is started
+        process = self.start(run, "--processes", "2", **training)
+        os.sched_setaffinity(0, one_core)
+        return process
+
 
 def weights(run: Path) -> dict[str, Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
@@ -101,7 +109,8 @@ def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Use a separate cache and one core, because threads that wait for each other are slow on a busy machine."""
-    os.sched_setaffinity(0, {random.choice(sorted(ALL_CORES))})
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(ALL_CORES)[worker % len(ALL_CORES)]})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -190,10 +199,7 @@ def test_a_changed_recipe_is_not_resumed(workspace: Workspace, uninterrupted: Pa
 
 
 def test_two_processes_equal_one(workspace: Workspace, uninterrupted: Path):
-    one_core = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, ALL_CORES)  # inherited by the process that is started
-    process = workspace.start("two", "--processes", "2", gradient_accumulation=1)
-    os.sched_setaffinity(0, one_core)
+    process = workspace.start_two_processes("two", gradient_accumulation=1)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     two = workspace.folder / "two"
@@ -210,7 +216,7 @@ def test_two_processes_equal_one(workspace: Workspace, uninterrupted: Path):
 
 
 def test_two_processes_stopped_by_sigint_save_one_checkpoint_and_report_it_once(workspace: Workspace):
-    process = workspace.start("pair", "--processes", "2", max_steps=2000, eval_every=None)
+    process = workspace.start_two_processes("pair", max_steps=2000, eval_every=None)
     file = workspace.folder / "pair" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (file.exists() and losses(file.parent)):

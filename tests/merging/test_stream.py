@@ -81,6 +81,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Family]:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_merge_of_every_family_equals_pefts(family: Family, tmp_path: Path):
     folder = families.write(family, tmp_path / "base")
     convert_to_bf16(folder)
@@ -107,6 +108,7 @@ def load_causal_lm(path: str) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", zoo.METHODS)
 def test_the_merge_of_every_method_equals_pefts(method: str, tmp_path: Path):
     zoo.make("qwen2").save_pretrained(tmp_path / "base")
@@ -143,6 +145,7 @@ UNTIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_merge_of_every_lora_option_equals_pefts(name: str, tied: bool, tmp_path: Path):

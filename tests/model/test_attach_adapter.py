@@ -47,12 +47,14 @@ def assert_plain_peft_loads(model: PeftModel, folder: Path, family: str = "qwen2
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", zoo.METHODS)
 def test_plain_peft_loads_the_trained_model(tmp_path: Path, method: str, dtype: torch.dtype):
     assert_plain_peft_loads(zoo.adapted(zoo.make("qwen2", dtype=dtype), method=method), tmp_path, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
@@ -131,6 +133,7 @@ def test_a_depends_on_the_seed_and_b_is_zero():
         assert bool((parameter == 0).all()) == ("lora_B" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": ["word"]}])
 @pytest.mark.parametrize("method", zoo.METHODS)
 def test_trained_weights_are_fp32_on_a_bf16_base(method: str, options: dict[str, Any]):

@@ -102,6 +102,7 @@ def logits(model: Any, family: Family) -> Tensor:
     return LossFunction(model, task=family.task).logits(batch)
 
 
+@pytest.mark.slow
 def test_one_step_changes_only_the_adapter_and_saving_and_merging_are_exact(
     family: Family, folder: Path, tmp_path: Path
 ):
@@ -161,6 +162,7 @@ def test_a_layer_that_the_model_bypasses_raises(tmp_path: Path):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_separate_rows_or_raise_with_the_reason(family: Family, folder: Path):
     if family.task != "causal-lm":
         pytest.skip("only rows of causal-lm are packed: the recipe's rules refuse the rest")

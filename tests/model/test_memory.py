@@ -47,6 +47,7 @@ for tokens in sizes:
 """
 
 
+@pytest.mark.slow
 def test_the_estimate_is_close_to_the_measured_peak_of_a_step(demo_folder: Path):
     done = subprocess.run(
         [sys.executable, "-c", STEPS, str(demo_folder), str(LONGEST), *map(str, SIZES)],

@@ -28,6 +28,8 @@ from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
 from tests.support import checkpoints
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("section", "expected"),

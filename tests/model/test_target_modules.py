@@ -51,6 +51,7 @@ def check_adapted_layers(model: PreTrainedModel, kinds: set[str], count: int, **
     assert {n.removeprefix("base_model.model.") for n in adapted.targeted_module_names} == adapted_layers.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("requested", "kinds", "count"),
     [

@@ -179,6 +179,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return Recipe.model_validate(values)
 
 
+@pytest.mark.slow
 @RELAXED
 @given(recipe=recipes())
 def test_a_resolved_recipe_loads_as_itself(recipe: Recipe, write):

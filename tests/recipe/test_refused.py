@@ -111,6 +111,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_large_texts_take_little_time_and_memory(name: str, write):
     path = write(LONG[name])

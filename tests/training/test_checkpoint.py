@@ -69,6 +69,7 @@ def assert_resumed_equals_uninterrupted(tmp_path: Path, **spec: object) -> None:
     assert all(torch.equal(a, b) for a, b in zip(parameters(model), parameters(resumed), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", zoo.METHODS)
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str):
     assert_resumed_equals_uninterrupted(tmp_path, method=method)

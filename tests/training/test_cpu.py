@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from lora_cli.training import cpu
+
+pytestmark = pytest.mark.slow
 
 OWN_PEAK = "from lora_cli.training.cpu import peak_resident_memory; print(peak_resident_memory())"
 LARGE = 1 << 30  # bytes
