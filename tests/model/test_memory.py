@@ -11,8 +11,8 @@ from lora_cli.model import memory
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import zoo
 
-LONGEST = 128  # tokens of a row
-SIZES = (128, 384)  # tokens of a batch
+LONGEST = 64  # tokens of a row
+SIZES = (64, 256)  # tokens of a batch
 # Steps of the demo model in a separate process, as in `lora train`.
 STEPS = """
 import os, sys, torch
