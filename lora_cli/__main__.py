@@ -1,4 +1,4 @@
-"""`python -m lora_cli`, as the launcher of several processes starts it."""
+"""Entry point of `python -m lora_cli`, which the launcher uses to start several processes."""
 
 from lora_cli.cli import main
 

@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.library_warnings import silence_library_warnings
 
-# A full disk or missing permissions are for the user to fix; any other OSError is a bug, and keeps its traceback.
+# The user can fix a full disk or missing permissions; any other OSError is a bug, and keeps its traceback.
 DISK_HINTS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space, or ask for a larger quota",
@@ -266,7 +266,7 @@ def combine(
     out: Out,
     method: Annotated[str, typer.Option(help="concat (exact), svd, linear, ties or dare.")] = "concat",
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of svd, ties, dare; default: the largest given.")
+        int | None, typer.Option(min=1, help="Rank of svd, ties, dare; default: the largest of the adapters.")
     ] = None,
     density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of entries that ties and dare keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of dare's random selection.")] = 42,
@@ -320,7 +320,8 @@ def main() -> None:
         app()
     except LoraError as mistake:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
-            # One of several processes: the first one of this machine prints it, if it has time before this one exits.
+            # With several processes, the first one of this machine prints the error. When this one exits, the launcher
+            # ends the others, so it waits.
             time.sleep(1)
             sys.exit(mistake.exit_code)
         for line in mistake.details:

@@ -7,8 +7,8 @@ class LoraError(Exception):
     """An error that the user can fix; printed as one `error:` and one `hint:` line without a traceback.
 
     Attributes:
-        message: what was found, in one line.
-        hint: what would fit and what to do, in one line; None if the message is enough.
+        message: the problem, in one line.
+        hint: how to fix it, in one line; None if the message is enough.
         details: further one-line messages, printed before the error, such as all problems of a recipe.
         exit_code: 2 for a bad recipe, data, model or argument; 1 for a run that failed.
     """

@@ -1,1 +1,1 @@
-"""One file a subcommand: its whole story, readable from top to bottom."""
+"""The subcommands of `lora`: one file each, readable from top to bottom."""

@@ -36,7 +36,7 @@ COPIED_FILES = (
 
 
 class ModuleStats(NamedTuple):
-    """Statistics of one adapted module; written to JSON as they are."""
+    """Statistics of one adapted module; the field names are the keys of the JSON output."""
 
     module: str
     rank: int
@@ -63,7 +63,8 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         plot: PNG file for spectra and sizes.
 
     Raises:
-        LoraError: `folder` is not a LoRA adapter, or it was never trained.
+        LoraError: `folder` is not a LoRA adapter or was never trained, the folder of an output file does not exist, or
+            matplotlib is not installed.
     """
     for option, file in (("--json", json_file), ("--plot", plot)):
         if file is not None and not file.absolute().parent.is_dir():
@@ -138,6 +139,7 @@ def _base_norms(folder: Path, base_path: str | None, adapter: LoraWeights) -> di
 
 
 def _kind(module: str) -> str:
+    """Return the last part of a module's name: `q_proj`."""
     return module.rpartition(".")[2]
 
 
@@ -203,8 +205,8 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     Args:
         folder: of a LoRA adapter.
         out: folder of the new adapter.
-        rank: components of each module, at most; or
-        energy: share of each update's energy to keep, 0 to 1.
+        rank: largest rank of a module; None if `energy` is set.
+        energy: share of each update's energy to keep, 0 to 1; None if `rank` is set.
         force: replace `out` if it exists.
 
     Raises:
@@ -300,7 +302,8 @@ def _check_combinable(adapters: list[LoraWeights]) -> None:
             other = first.factors.get(module)
             if other and (other.a.shape[1], other.b.shape[0]) != (factors.a.shape[1], factors.b.shape[0]):
                 raise LoraError(
-                    f"{adapter.folder}: {module} has another shape than in {first.folder}", hint="see their bases"
+                    f"{adapter.folder}: {module} has another shape than in {first.folder}",
+                    hint="combine adapters of the same base only",
                 )
 
 

@@ -33,7 +33,7 @@ HELP = """\
 
 
 class ChatOptions(NamedTuple):
-    """How answers are generated."""
+    """Options of answer generation."""
 
     temperature: float
     max_new_tokens: int
@@ -92,7 +92,7 @@ class Chat:
 
     def _use(self, name: str) -> None:
         if name not in (BASE, *self._names):
-            console.info(f"there is no adapter {name!r}; known are {', '.join([BASE, *self._names])}")
+            console.info(f"there is no adapter {name!r}; available: {', '.join([BASE, *self._names])}")
             return
         start = time.perf_counter()
         if name != BASE:
@@ -155,7 +155,7 @@ class Chat:
         return ids
 
     def _template_endings(self) -> list[list[int]]:
-        """Return how the chat template ends an answer, up to the first special token, as a reference for `stop_ids`."""
+        """Return the token ids with which the chat template ends an answer, up to the first special token."""
         if self._tokenizer.chat_template is None:
             return []
         question = [{"role": "user", "content": "a"}]
@@ -189,10 +189,10 @@ def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, option
         target: a run, adapter or model folder, or a .gguf file.
         adapters: further adapters of the same base, `DIR` or `NAME=DIR`.
         base_path: base in place of the one that the adapter names.
-        options: of the answers.
+        options: of answer generation.
 
     Raises:
-        LoraError: there is no such adapter or model, or it is not a language model.
+        LoraError: an adapter or model does not exist, does not fit its base, or is not a language model.
     """
     model, tokenizer, names = _load(target, adapters, base_path)
     conversation = Chat(model.eval(), tokenizer, names, options)
@@ -219,7 +219,7 @@ def _lines(conversation: Chat) -> Iterator[str]:
 
 
 def _load(
-    target: Path, named: Sequence[str], base_path: str | None
+    target: Path, adapters: Sequence[str], base_path: str | None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, list[str]]:
     """Load the base of the first adapter with all adapters on it, or a model without adapters."""
     device = pick_device()
@@ -227,7 +227,7 @@ def _load(
         cpu.set_up_cpu()
     if (target / "adapter" / "adapter_config.json").is_file():
         target = target / "adapter"
-    folders = _adapter_folders(target, named)
+    folders = _adapter_folders(target, adapters)
     if not folders:
         base = _open_model(target, device)
         return base.load(device).model, base.tokenizer, []
@@ -255,16 +255,16 @@ def _open_model(target: Path, device: torch.device) -> BaseCheckpoint:
     return BaseCheckpoint(str(target), source, config, tokenizer, task="causal-lm", dtype=dtype)
 
 
-def _adapter_folders(target: Path, named: Sequence[str]) -> dict[str, Path]:
+def _adapter_folders(target: Path, adapters: Sequence[str]) -> dict[str, Path]:
     """Return the adapter folders by the names that /use accepts."""
     folders: dict[str, Path] = {}
     if (target / "adapter_config.json").is_file():
         folders["adapter"] = target
     elif not (target / "config.json").is_file() and target.suffix != ".gguf":
         raise LoraError(f"{target} is not a run, adapter or model", hint="give a folder of lora train or lora merge")
-    elif named:
-        raise LoraError("--adapter needs an adapter or a run as target", hint="name one of the adapters first")
-    for item in named:
+    elif adapters:
+        raise LoraError("--adapter needs an adapter or a run as target", hint="write one of the adapters as the target")
+    for item in adapters:
         name, _, path = item.rpartition("=")
         folder = Path(path)
         read_adapter_config(folder)

@@ -31,7 +31,7 @@ from lora_cli.training import cpu
 
 
 class Target(NamedTuple):
-    """What the command line names."""
+    """The recipe, adapters and models that the command line names."""
 
     recipe: Recipe
     adapters: dict[str, Path]  # by the displayed name
@@ -51,25 +51,25 @@ def evaluate(
         options: of generated answers and lm-eval tasks.
 
     Raises:
-        LoraError: what is named does not exist or does not fit together.
+        LoraError: a recipe, run, adapter, model or folder does not exist, or they do not fit together.
     """
     for option, file in (("--json", json_file), ("--predictions", options.file)):
         if file is not None and not file.absolute().parent.is_dir():
             raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
     options.check()
-    found = _find_target(Path(target), adapters)
-    recipe = found.recipe
+    resolved = _resolve_target(Path(target), adapters)
+    recipe = resolved.recipe
     if options.tasks and TASKS[recipe.task].is_classification:
         raise LoraError(f"--tasks: the harness needs language models, not {recipe.task}", hint="leave it out")
-    _check_single_bias(found.adapters)
-    trained_labels = _common_labels(found.adapters)
+    _check_single_bias(resolved.adapters)
+    trained_labels = _common_labels(resolved.adapters)
     spec = _data_spec(recipe, data, trained_labels)
     train_key = "data.train" if data is None else data
     inputs = load_inputs(recipe, info=console.info, data=spec, train_key=train_key)
     rows = inputs.data.train if data is not None else inputs.data.eval
     if rows is None:
         raise LoraError(
-            f"{target}: its recipe holds no rows out (data.eval is null)", hint="name rows with --data FILE"
+            f"{target}: its recipe has no evaluation rows (data.eval is null)", hint="name rows with --data FILE"
         )
     if inputs.device.type == "cpu":
         cpu.set_up_cpu()
@@ -77,16 +77,16 @@ def evaluate(
     evaluation = Evaluation(recipe, inputs, rows, options)
     base = load_base(recipe, inputs, info=console.info).model
     base.eval()
-    # Before any adapter is loaded: biases that an adapter has trained stay in the base when it is switched off.
+    # Before any adapter is loaded: an adapter's trained biases stay in the base when the adapter is disabled.
     evaluation.measure(BASE, base)
-    if found.adapters:
-        adapted = _load_adapters(base, found.adapters, base_path=recipe.model.path)
-        for name in found.adapters:
+    if resolved.adapters:
+        adapted = _load_adapters(base, resolved.adapters, base_path=recipe.model.path)
+        for name in resolved.adapters:
             adapted.set_adapter(name)
             evaluation.measure(name, adapted)
         del adapted
     del base
-    for name, folder in found.models.items():
+    for name, folder in resolved.models.items():
         evaluation.measure(name, _load_full_model(recipe, inputs, folder))
     evaluation.print_results()
     if json_file is not None:
@@ -158,11 +158,15 @@ class Evaluation:
         return answers.score_answers(self.options.metrics, self.prompts, self._answers())
 
 
-def _find_target(target: Path, named: Sequence[str]) -> Target:
-    """Find the recipe and adapters that `target`, a recipe, run folder or adapter folder, and `named` stand for.
+def _resolve_target(target: Path, options: Sequence[str]) -> Target:
+    """Return the recipe, adapters and models to measure.
+
+    Args:
+        target: a recipe, run folder or adapter folder.
+        options: values of --adapter, `DIR` or `NAME=DIR`.
 
     Raises:
-        LoraError: there is no such recipe, run or adapter.
+        LoraError: a recipe, run or adapter does not exist, or a name is used twice.
     """
     adapters = {}
     if target.is_file():
@@ -189,7 +193,7 @@ def _find_target(target: Path, named: Sequence[str]) -> Target:
             f"{target} is not a recipe, run or adapter folder", hint="give a YAML file, or a folder of lora train"
         )
     models: dict[str, Path] = {}
-    for item in named:
+    for item in options:
         name, _, path = item.rpartition("=")
         folder = Path(path)
         is_model = (folder / "config.json").is_file()
@@ -219,7 +223,7 @@ def _common_labels(adapters: dict[str, Path]) -> ClassLabels | None:
     """Return the labels of the adapters' heads.
 
     Raises:
-        LoraError: the heads differ in their labels or the order of them: one number would mean two labels.
+        LoraError: the heads have other labels or another order of labels, so that one id would mean two labels.
     """
     by_folder = {folder: labels for folder in adapters.values() if (labels := load_labels(folder))}
     first = next(iter(by_folder.items()), None)
@@ -243,9 +247,9 @@ def _check_labels(labels: ClassLabels | None, trained: ClassLabels | None, name:
 
 
 def _check_single_bias(adapters: dict[str, Path]) -> None:
-    """Raise if one of several adapters has biases: it puts them into the base, where the others would use them."""
+    """Raise if one of several adapters has biases: PEFT sets them in the base, where the others would use them."""
     for folder in adapters.values():
-        # Methods of PEFT that have no such option train no biases.
+        # PEFT methods whose config has no `bias` field train no biases.
         if len(adapters) > 1 and getattr(PeftConfig.from_pretrained(str(folder)), "bias", "none") != "none":
             raise LoraError(
                 f"{folder}: this adapter trained biases of the base too, and cannot be measured with others",
@@ -267,7 +271,7 @@ def _load_adapters(model: PreTrainedModel, adapters: dict[str, Path], *, base_pa
 
 
 def _load_full_model(recipe: Recipe, inputs: RunInputs, folder: Path) -> PreTrainedModel:
-    """Load a merged model in the place of the base, in the dtype of the run, unquantized."""
+    """Load a merged model in place of the base, in the dtype of the run, unquantized."""
     spec = recipe.model.model_copy(update={"path": str(folder), "revision": None})
     source = find_model(spec, dtype=inputs.base.dtype, device=inputs.device, info=console.info)
     unquantized = recipe.model_copy(update={"quantization": None})

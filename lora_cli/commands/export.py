@@ -112,7 +112,7 @@ def _check_paths(out: Path, target: Path, adapter: Path | None, exporter: Export
 
 
 def _open_model(target: str, request: ExportRequest) -> ExportSource:
-    """Open a model; its task is that of its architecture."""
+    """Open a model; the task follows from its architecture."""
     spec = ModelSpec(path=target, gguf="dequantized", trust_remote_code=request.trust_remote_code)
     source = find_model(spec, dtype=torch.float32, device=CPU, info=console.info)
     config = load_config(source)
@@ -161,7 +161,7 @@ def _adapter_source(adapter: SavedAdapter, held_out: HeldOutRows) -> ExportSourc
     folder, base = adapter.folder, adapter.base
     config = base.skeleton().config  # with the adapter's labels and vocabulary
     if (quantization := getattr(base.config, "quantization_config", None)) is not None:
-        config.quantization_config = quantization  # a skeleton has none
+        config.quantization_config = quantization  # the skeleton's config lacks it
     local = ModelSource(str(local_folder(base.source, fetch=True)), base.source.trust_remote_code)
     name = folder.parent.name if folder.name == "adapter" else folder.name
     return ExportSource(name, base._replace(config=config, source=local), held_out.prompts(), adapter=folder)
@@ -198,7 +198,7 @@ def _merge_options(source: ExportSource, request: ExportRequest) -> MergeOptions
 
 @contextmanager
 def _output(out: Path, exporter: Exporter, request: ExportRequest) -> Iterator[tuple[Path, Path]]:
-    """Give the path that the export is written to before it is put in place, and the path of the verdict."""
+    """Yield the temporary path that the export is written to, and the path of the verdict (export.json)."""
     if exporter.suffix:
         with atomic.file(out, replace=request.force) as partial:
             yield partial, out.with_suffix(f".{VERDICT}")
@@ -208,18 +208,20 @@ def _output(out: Path, exporter: Exporter, request: ExportRequest) -> Iterator[t
 
 
 def _run_checks(module: ModuleType, source: ExportSource, partial: Path, options: ExportOptions) -> list[Check]:
-    """Print every check of the format as it is done.
+    """Run the checks of the format, and print the result of each.
 
     Raises:
         LoraError: a check failed.
     """
     checks: list[Check] = []
     for check in module.verify(source, partial, options):
-        kind = "note" if check.name == "note" else f"{check.name}: verified" if check.passed else f"{check.name}: WRONG"
-        console.info(f"{kind}: {check.found}")
+        status = (
+            "note" if check.name == "note" else f"{check.name}: verified" if check.passed else f"{check.name}: WRONG"
+        )
+        console.info(f"{status}: {check.found}")
         checks.append(check)
     if failed := [check for check in checks if not check.passed]:
-        # If the base's weights lie on a grid of few values, such a format can round an adapter's update away.
+        # If the base's weights have few distinct values, such a format can round an adapter's update away.
         lossy = options.quantize is not None and failed[0].name == "distribution"
         advice = "so few bits may round the adapter away: try --quantize q8_0" if lossy else "please report the model"
         raise LoraError(

@@ -1,4 +1,4 @@
-"""`lora init`: the recipes that come with the package, and a copy of one to start from. No torch."""
+"""`lora init`: list the example recipes of the package, or copy one as a starting point. No torch."""
 
 from difflib import get_close_matches
 from importlib.resources import files
@@ -9,7 +9,7 @@ from lora_cli.run import atomic, console
 
 
 def recipes() -> dict[str, str]:
-    """The text of each recipe by its name."""
+    """Return the text of each recipe by name."""
     folder = files("lora_cli") / "configs"
     texts = {file.name.removesuffix(".yaml"): file.read_text("utf-8") for file in folder.iterdir()}
     return dict(sorted(texts.items()))
@@ -28,7 +28,7 @@ def write_recipe(name: str) -> None:
     """Write the recipe `name` into the working folder.
 
     Raises:
-        LoraError: there is no such recipe, or a file of its name is there.
+        LoraError: the recipe does not exist, or the working folder contains a file with its name.
     """
     texts = recipes()
     name = name.removesuffix(".yaml")
@@ -40,7 +40,7 @@ def write_recipe(name: str) -> None:
         )
     path = Path(f"{name}.yaml")
     if path.exists():
-        raise LoraError(f"{path} exists", hint="move it away, or work on it as it is")
+        raise LoraError(f"{path} exists", hint="move it away, or edit it")
     atomic.write_text(path, texts[name])
     console.out.print(str(path))
     console.info(f"next: put your model and rows into it; lora check {path}; lora train {path}")

@@ -1,4 +1,4 @@
-"""`lora methods`: every adapter method, what it does, which keys it takes and what it goes with. No torch."""
+"""`lora methods`: print each adapter method with its summary, recipe keys, supported bases and limits. No torch."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`lora train`: from a recipe to a verified adapter."""
+"""`lora train`: fine-tune an adapter as a recipe describes, and verify the written adapter."""
 
 import math
 import platform
@@ -46,7 +46,11 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         recipe: of the run.
         resume: continue from the newest checkpoint.
         fresh: replace an existing run.
-        arguments: of the command line, for the processes that are started to share the work.
+        arguments: of the command line, passed on to the worker processes.
+
+    Raises:
+        LoraError: the recipe does not fit rows, model or machine, the run folder cannot be used, the loss is not
+            finite, memory is too small, or the written adapter differs from the trained one.
     """
     if not launch.is_worker():
         processes = launch.resolve_processes(recipe.distributed)
@@ -138,7 +142,11 @@ class Training:
         self.eval_loss = LossFunction(self.model, task=recipe.task)
 
     def resume(self) -> int:
-        """Load the newest checkpoint; return the number of steps done."""
+        """Load the newest checkpoint; return the number of steps done.
+
+        Raises:
+            LoraError: the checkpoint belongs to a different recipe, base or data.
+        """
         folder = Path(self.recipe.output) / "checkpoints"
         done = checkpoint.load_checkpoint(
             folder, self.model, self.optimizer, state=self.resume_state, rank_allocator=self.rank_allocator
@@ -154,11 +162,15 @@ class Training:
         self.run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
         atomic.write_json(self.run.manifest, self._manifest())
-        # A start from step 0 evaluates the base again, so the record of step 0 goes too.
+        # A start from step 0 evaluates the base again, so the record of step 0 is removed too.
         metrics_log.truncate_after(self.run.metrics, done or -1)
 
     def take_steps(self, done: int) -> int:
-        """Train from step `done` to the last; return the exit code if a signal stopped it, else 0."""
+        """Train from step `done` to the last; return the exit code if a signal stopped it, else 0.
+
+        Raises:
+            LoraError: a loss or gradient is not finite.
+        """
         metrics = metrics_log.MetricsLog(self.run.metrics) if self.run else None
         if done == 0 and self.eval_plan:
             self.info(f"measuring the base on {len(self.eval_plan.rows):,} held-out rows")
@@ -246,7 +258,7 @@ class Training:
             save_labels(base.labels, folder)
 
     def write_adapter(self) -> None:
-        """Write the adapter, load it back, compare it, and only then put it in its place.
+        """Write the adapter to a temporary folder, load it back, compare it, then move it to its place.
 
         Raises:
             LoraError: the written adapter differs from the trained one.
@@ -270,7 +282,7 @@ class Training:
             self._write_adapter_files(partial)
             (partial / "README.md").write_text(model_card, encoding="utf-8")
             difference = compare_reloaded(self.model, partial, self._probe_logits)
-            if not difference.is_none(self.inputs.base.dtype):
+            if not difference.is_negligible(self.inputs.base.dtype):
                 raise LoraError(
                     "the written adapter differs from the trained one: "
                     f"its tensors by {difference.tensors:.3g}, logits by {difference.logits:.3g} of their size",
@@ -302,7 +314,7 @@ class Training:
         )
 
     def _resume_state(self) -> dict[str, Any]:
-        """Return what must not change for a resumed run to equal the uninterrupted one."""
+        """Return the settings that must be unchanged, so that a resumed run equals the uninterrupted one."""
         recipe, base, data = self.recipe, self.inputs.base, self.inputs.data
         return {
             "total_steps": self.total,

@@ -22,8 +22,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """Return the tensors of the PEFT adapter file by PEFT's names: detached, in the shape and dtype that is saved."""
-    # Embeddings are saved if they carry an adapter. PEFT's default would also look the base up on the hub, to find out
-    # whether the vocabulary was resized: new tokens are saved as trained tokens here.
+    # Embeddings are saved if they carry an adapter. PEFT's default would also query the hub for the base, to check
+    # whether the vocabulary was resized; here new tokens are saved as trained tokens.
     tensors = get_peft_model_state_dict(
         model, state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False
     )
@@ -31,7 +31,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
-    """Write the adapter into `folder` by PEFT, with the base's name as the recipe has it."""
+    """Write the adapter into `folder` by PEFT, with the base's name in the recipe."""
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = base
     config.revision = revision
@@ -42,8 +42,8 @@ def save_adapter(model: PeftModel, folder: Path, *, base: str, revision: str | N
 def saved_names(model: PeftModel) -> dict[str, str | None]:
     """Return the adapter's parameters with their names in the adapter file; None where the file lacks the tensor.
 
-    The file lacks factors that were multiplied into another tensor, and what was pruned. Of parameters that are not
-    trained, only those in the file are listed.
+    The file lacks factors that were multiplied into another tensor, and pruned components. Frozen parameters are listed
+    only if the file contains them.
     """
     files = {(t.data_ptr(), t.shape, t.dtype): name for name, t in adapter_tensors(model).items() if t.numel()}
     names = {name: (files.get((p.data_ptr(), p.shape, p.dtype)), p) for name, p in model.named_parameters()}
@@ -56,7 +56,7 @@ class ReloadDifference(NamedTuple):
     tensors: float  # largest, over the adapter's tensors as written and as loaded; infinite if one is missing
     logits: float  # largest, relative to the largest logit
 
-    def is_none(self, dtype: torch.dtype) -> bool:
+    def is_negligible(self, dtype: torch.dtype) -> bool:
         """Return whether the tensors are equal, and the logits equal within rounding in `dtype`.
 
         Logits are equal to the bit, except for models whose kernels sum in an order that depends on memory alignment.
@@ -69,12 +69,12 @@ def compare_reloaded(model: PeftModel, folder: Path, logits: Callable[[PeftModel
     """Load `folder` by PEFT onto the base, and compare tensors and logits with those of the trained model.
 
     The trained adapter is destroyed: its tensors are overwritten with NaN before the folder is loaded, so that a tensor
-    that the folder lacks is noticed.
+    that the folder lacks is detected.
 
     Args:
         model: the trained model.
         folder: that `save_adapter` wrote.
-        logits: computes the logits of some rows, of any shape and floating dtype, with the model that it is given.
+        logits: returns the logits of some rows for a model, in any shape and floating dtype.
 
     Raises:
         LoraError: the folder's configuration differs from the trained adapter's.
@@ -99,9 +99,11 @@ def compare_reloaded(model: PeftModel, folder: Path, logits: Callable[[PeftModel
     reloaded = PeftModel.from_pretrained(_unwrap_base(model), str(folder), config=config)
     adalora.restore_fp32_tensors(reloaded, load_file(folder / ADAPTER_WEIGHTS))
     fp32_weights.upcast_trainable_params(reloaded)
-    found = adapter_tensors(reloaded)
+    loaded = adapter_tensors(reloaded)
     # Fully trained modules are loaded in the base's dtype, in which they were computed.
-    as_loaded = _max_difference({name: t.to(found[name].dtype) for name, t in expected.items() if name in found}, found)
+    as_loaded = _max_difference(
+        {name: t.to(loaded[name].dtype) for name, t in expected.items() if name in loaded}, loaded
+    )
     size = reference.abs().max()
     in_logits = _max_difference({"": reference / size.clamp_min(1e-12)}, {"": logits(reloaded) / size})
     return ReloadDifference(max(as_written, as_loaded), in_logits)

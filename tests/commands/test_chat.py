@@ -67,7 +67,7 @@ def test_use_base_and_compare_switch_between_adapters(
     switch_times = [int(number) for number in re.findall(r"switched in (\d+) ms", result.err)]
     assert len(switch_times) == 3
     assert max(switch_times) < 50
-    assert "there is no adapter 'nobody'; known are base, adapter, sums, lines" in result.err
+    assert "there is no adapter 'nobody'; available: base, adapter, sums, lines" in result.err
     assert "/what is not a command" in result.err
     saved = json.loads(Path("chat.json").read_text())["messages"]
     assert [message["role"] for message in saved] == ["user", "assistant"] * 3
@@ -90,7 +90,7 @@ def test_a_merged_model_is_a_chat_target(three_adapters: None, lora: Lora, monke
         (["runs/a", "--adapter", "base=runs/a/adapter"],
          ["error: --adapter base=runs/a/adapter: the name base is taken", "hint: give another: --adapter NAME=DIR"]),
         (["base", "--adapter", "runs/a/adapter"],
-         ["error: --adapter needs an adapter or a run as target", "hint: name one of the adapters first"]),
+         ["error: --adapter needs an adapter or a run as target", "hint: write one of the adapters as the target"]),
     ],
 )  # fmt: skip
 def test_wrong_arguments_give_an_error_and_a_hint(
