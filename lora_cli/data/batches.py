@@ -1,7 +1,7 @@
 """Batch sampler: assign rows to the batches of each optimizer step, with packing or padding, for each rank.
 
 The plan is a pure function of (lengths, seed, epoch), identical on every process and after every restart, so the
-position in the data is given by the number of the last step.
+position in the data follows from the number of the last step.
 """
 
 import math
@@ -104,7 +104,7 @@ class BatchPlan:
             yield position, self.make_batch(batches[position])
 
     def make_batch(self, indices: Sequence[int]) -> Batch:
-        """Return the tensors of one batch of the rows `indices`."""
+        """Return the tensors of one batch of the rows `indices`; `Batch` gives shapes and dtypes."""
         return self._collate([self.rows[i] for i in indices], indices, self.pad_id)
 
     def all_batches(self, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

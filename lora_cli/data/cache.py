@@ -58,7 +58,7 @@ def encode_source(
     with _locked(folder.with_name(f".lock-{folder.name}"), info):
         if (cached := _load(folder, source, content)) is not None:
             return cached
-        # Only those of this key: other machines may be writing other keys.
+        # Leftovers of this key only: other machines may be writing other keys.
         atomic.remove_leftovers(folder.parent, folder.name)
         with atomic.folder(folder, replace=True) as new:
             tally = _encode(source, spec, encoder, new / "rows.arrow", info)

@@ -33,7 +33,7 @@ def check_conversation(messages: Sequence[Any], *, field: str, tools: object = N
     """Validate `messages` and remove their null fields, as transformers does before rendering.
 
     Raises:
-        BadRow: a message or the order of roles is invalid, or no answer is at the end.
+        BadRow: a message or the order of roles is invalid, or the last message is not an answer.
     """
     if not messages:
         raise BadRow("empty conversation", "contains no messages", field=field)

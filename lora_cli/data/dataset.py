@@ -1,4 +1,4 @@
-"""Dataset of encoded rows (input_ids, labels) in memory-mapped Arrow files: memory holds only an index. No models."""
+"""Dataset of encoded rows (input_ids, labels) in memory-mapped Arrow files; only an index is in memory. No models."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -67,13 +67,19 @@ def _flat_spans(row: EncodedRow | LabeledRow) -> npt.NDArray[np.int32]:
     return np.array(row.supervised_spans if isinstance(row, EncodedRow) else (), dtype=np.int32).ravel()
 
 
-def _list_array(arrays: list[npt.NDArray[Any]], kind: pa.DataType | None = None) -> pa.Array:
+def _list_array(arrays: list[npt.NDArray[Any]], value_type: pa.DataType | None = None) -> pa.Array:
     offsets = np.cumsum([0, *(len(array) for array in arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays), kind or pa.int32()))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays), value_type or pa.int32()))
 
 
 class EncodedFile:
-    """A memory-mapped Arrow file of encoded rows: a row is read from disk when it is accessed."""
+    """A memory-mapped Arrow file of encoded rows: a row is read from disk when it is accessed.
+
+    Attributes:
+        lengths: int32 [rows], tokens of each row.
+        supervised: int32 [rows], tokens or labels of each row that carry loss.
+        keys: uint64 [rows], a hash of each row's ids and labels.
+    """
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
         self._names = tuple(names)
@@ -122,7 +128,10 @@ class _RecordBatch:
 
 
 class EncodedDataset:
-    """The train or eval split: selected rows of encoded files in a fixed order, file by file. Immutable."""
+    """The train or eval split: selected rows of encoded files in a fixed order, file by file. Immutable.
+
+    `lengths` (int32), `supervised` (int32) and `keys` (uint64) are [rows], as in `EncodedFile`.
+    """
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ def labels_of_spans(ids: Ints, spans: npt.NDArray[np.int32]) -> Ints:
 
 
 def predicted_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Return the spans without the first token of the row, which no token before it predicts; none is empty."""
+    """Return the spans without the row's first token, which no earlier token predicts; empty spans are dropped."""
     return tuple(Span(max(1, start), stop) for start, stop in spans if stop > max(1, start))
 
 

@@ -93,9 +93,10 @@ def prepare_data(
     check_dropped_share(entries, limit=_max_dropped_share(spec))
     labels, mappers = None, []
     if task in ("seq-cls", "token-cls"):
-        found = [_source_labels(item) for item in [*train, *separate_eval]]
-        labels = class_labels.resolve_labels(spec.labels, found[: len(train)], found[len(train) :], base=base_labels)
-        mappers = [class_labels.label_mapper(labels, source) for source in found]
+        by_source = [_source_labels(item) for item in [*train, *separate_eval]]
+        in_train, in_eval = by_source[: len(train)], by_source[len(train) :]
+        labels = class_labels.resolve_labels(spec.labels, in_train, in_eval, base=base_labels)
+        mappers = [class_labels.label_mapper(labels, source) for source in by_source]
     train_set, eval_set = EncodedDataset(train_parts, mappers[: len(train)]), EncodedDataset(eval_parts, mappers)
     for split, name in ((train_set, train_key), (eval_set, "data.eval")):
         if not len(split) and (split is train_set or separate_eval):

@@ -13,7 +13,6 @@ from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
 
 CHUNK = 1 << 20  # bytes of a .json file that are read at a time
-
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 # A 1-based line number, and the row of that line or the reason why it cannot be used.
@@ -157,7 +156,11 @@ def json_type(value: object) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[Line]:
-    """Yield the rows of a file with one JSON object per line."""
+    """Yield the rows of a file with one JSON object per line.
+
+    Raises:
+        LoraError: the file is UTF-16.
+    """
     for number, raw in read_lines(path):
         try:
             text = decode_utf8(raw).strip()
@@ -168,8 +171,7 @@ def read_jsonl(path: Path) -> Iterator[Line]:
         except BadRow as bad:
             yield number, bad
         except json.JSONDecodeError as error:
-            problem = f"malformed JSON at column {error.colno}: {_shorten(error.msg)}"
-            yield number, BadRow("malformed JSON", problem)
+            yield number, BadRow("malformed JSON", f"malformed JSON at column {error.colno}: {_shorten(error.msg)}")
 
 
 def _shorten(message: str) -> str:
@@ -377,7 +379,11 @@ def read_parquet(path: Path) -> Iterator[Line]:
 
 
 def read_txt(path: Path) -> Iterator[Line]:
-    """Yield one row with the field `text` for each line that is not blank, as `datasets` reads text files."""
+    """Yield one row with the field `text` for each line that is not blank, as `datasets` reads text files.
+
+    Raises:
+        LoraError: the file is UTF-16.
+    """
     for number, raw in read_lines(path):
         try:
             yield number, {"text": decode_utf8(raw)}

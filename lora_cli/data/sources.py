@@ -66,7 +66,7 @@ def read_records(source: DataSource) -> Iterator[Record]:
     """Yield every row of a source in a deterministic order: files sorted by name, rows in file order.
 
     Raises:
-        LoraError: a file has no rows or cannot be read.
+        LoraError: a file contains no rows or cannot be read.
     """
     for index, read in enumerate(source.readers):
         line = 0
@@ -89,7 +89,7 @@ def content_hash(source: DataSource) -> str:
 
 
 def find_source(spec: SourceSpec, *, splits: tuple[str, ...]) -> DataSource:
-    """Locate `spec.path`; if a dataset has several splits and the recipe sets none, use the first of `splits` it has.
+    """Locate `spec.path`; if the recipe does not set the split of a dataset, use the first of `splits` that exists.
 
     Raises:
         LoraError: the source does not exist, has an unknown file type, or lacks the requested split.
@@ -116,7 +116,9 @@ def _from_files(spec: SourceSpec, paths: list[Path]) -> DataSource:
     unknown = [path for path in paths if path.suffix.lower() not in READERS]
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise LoraError(f"data: cannot read {unknown[0]}{more}: unknown file type", hint=f"supported are {SUFFIXES}")
+        raise LoraError(
+            f"data: cannot read {unknown[0]}{more}: unknown file type", hint=f"supported file types: {SUFFIXES}"
+        )
     if unreadable := [path for path in paths if not os.access(path, os.R_OK)]:
         raise LoraError(f"data: no permission to read {unreadable[0]}", hint="change its permissions")
     readers = tuple(partial(READERS[path.suffix.lower()], path) for path in paths)
@@ -128,7 +130,7 @@ def _list_folder(folder: Path) -> list[Path]:
     hidden = [path for path in files if any(part.startswith(".") for part in path.relative_to(folder).parts)]
     visible = [path for path in files if path not in hidden]
     if not visible:
-        raise LoraError(f"data: the folder {folder} contains no data files", hint=f"supported are {SUFFIXES}")
+        raise LoraError(f"data: the folder {folder} contains no data files", hint=f"supported file types: {SUFFIXES}")
     return visible
 
 

@@ -19,7 +19,7 @@ def held_out_masks(keys: Sequence[Hashes], *, share: float, seed: int) -> list[n
     does not move other rows, except to keep at least one row in each split.
 
     Raises:
-        LoraError: rows are to be held out, but all are identical.
+        LoraError: `share` is not 0, but all rows are identical.
     """
     scores = [_hash(source, _salt(seed, "eval", 0)) for source in keys]
     distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *scores]))

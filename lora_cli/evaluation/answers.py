@@ -24,7 +24,7 @@ from lora_cli.run import console
 MAX_PRINTED = 10  # prompts whose answers are printed
 MIN_PROMPT_TOKENS = 2  # a single token is BOS alone
 
-Answers = Mapping[str, Sequence[Answer]]  # of each model by its name, one for each prompt
+Answers = Mapping[str, Sequence[Answer]]  # by the model's name: one answer for each prompt
 
 
 class GenerationOptions(NamedTuple):
@@ -75,10 +75,10 @@ def select_prompts(
     if not count:
         return []
     if TASKS[task].is_classification:
-        console.info(f"--answers: none, since a model for {task} does not generate text")
+        console.info(f"--answers: none, because a model for {task} does not generate text")
         return []
     if task == "causal-lm" and loss_on == "all":
-        console.info("--answers: none, since with data.loss_on: all no row has a prompt")
+        console.info("--answers: none, because rows have no prompt with data.loss_on: all")
         return []
     prompts: dict[tuple[int, ...], Prompt] = {}
     skipped = 0
@@ -107,8 +107,8 @@ def score_answers(metrics: Sequence[str], prompts: Sequence[Prompt], answers: An
     """Return the text metrics of each model's answers, by the model's name."""
     references = [prompt.references for prompt in prompts]
     return {
-        name: text_metrics.compute_text_metrics(metrics, [answer.text for answer in of_model], references)
-        for name, of_model in answers.items()
+        name: text_metrics.compute_text_metrics(metrics, [answer.text for answer in model_answers], references)
+        for name, model_answers in answers.items()
     }
 
 
@@ -178,21 +178,21 @@ def score_table(scores: Mapping[str, Mapping[str, float]], count: int) -> Table:
 def prediction_lines(prompts: Sequence[Prompt], answers: Answers) -> Iterator[str]:
     """Yield a line of JSON for each prompt."""
     for number, prompt in enumerate(prompts):
-        of_models = {name: of_model[number]._asdict() for name, of_model in answers.items()}
+        by_model = {name: model_answers[number]._asdict() for name, model_answers in answers.items()}
         record = {"where": prompt.where, "prompt": prompt.text, "references": prompt.references}
-        yield json.dumps({**record, "answers": of_models}, ensure_ascii=False) + "\n"
+        yield json.dumps({**record, "answers": by_model}, ensure_ascii=False) + "\n"
 
 
 def print_answers(prompts: Sequence[Prompt], answers: Answers, file: Path | None) -> None:
-    """Print the first answers side by side; `file`, if given, has all of them."""
+    """Print the first answers side by side, and where all answers are: `file`, or None if they are not written."""
     for number, prompt in enumerate(prompts[:MAX_PRINTED]):
         console.out.print(f"\n--- {prompt.where}")
         console.out.print(prompt.text)
         for reference in prompt.references:
             console.out.print(f"[reference] {reference}")
-        for name, of_model in answers.items():
-            unfinished = "" if of_model[number].finished else " ... (not finished)"
-            console.out.print(f"[{name}] {of_model[number].text}{unfinished}")
+        for name, model_answers in answers.items():
+            unfinished = "" if model_answers[number].finished else " ... (not finished)"
+            console.out.print(f"[{name}] {model_answers[number].text}{unfinished}")
     if len(prompts) > MAX_PRINTED:
-        place = f"in {file}" if file else "written with --predictions FILE"
-        console.out.print(f"\n{len(prompts) - MAX_PRINTED:,} more: {place}")
+        location = f"in {file}" if file else "written with --predictions FILE"
+        console.out.print(f"\n{len(prompts) - MAX_PRINTED:,} more: {location}")

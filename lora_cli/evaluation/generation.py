@@ -72,7 +72,7 @@ def generate(
     Prompts of similar length share a batch. They are padded on the right for an encoder, on the left for a decoder.
 
     Args:
-        model: with an attention implementation that transformers makes padding masks for.
+        model: with an attention implementation that supports padding masks.
         tokenizer: decodes the answers.
         prompts: token ids of each prompt.
         spec: temperature, beams and penalties.
@@ -143,7 +143,7 @@ def _generate_batch(
     finally:
         base.generation_config = own_config
         if is_prompt_learning:
-            del model.generation_config  # a PeftModel has none of its own, but reads the base's
+            del model.generation_config  # a PeftModel without its own config reads the base's
         model.train(training)
     answers = []
     for tokens in output[:, 1 if is_encoder_decoder else longest :].tolist():

@@ -50,7 +50,7 @@ def run_tasks(
     """Evaluate `model` with the harness and return every metric, by `task metric`.
 
     Args:
-        model: a language model, with or without an adapter, whose attention transformers makes padding masks for.
+        model: a language model, with or without an adapter, whose attention supports padding masks.
         tokenizer: of the model.
         tasks: names of tasks in the harness.
         folder: of further tasks, as YAML files.
@@ -82,7 +82,7 @@ def _task_manager(folder: Path | None) -> Any:
 
 @cache
 def _index_tasks(folder: Path | None) -> Any:
-    # Reading the thousands of task files of the harness takes seconds: once, not for each model.
+    # Cached, because reading the thousands of task files of the harness takes seconds for each model.
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs each default that it uses

@@ -27,7 +27,7 @@ class ModelResult(NamedTuple):
 
 
 def results_table(results: Mapping[str, ModelResult], task: TaskName) -> Table:
-    """Return a table with a line for each model: loss, perplexity, accuracy and metrics, as the task has them."""
+    """Return a table with a line for each model: loss, and the perplexity, accuracy and metrics of the task."""
     first = next(iter(results.values()))
     likelihood = first.rows.overall
     columns = ["mse" if likelihood.accuracy is None else "loss"]
@@ -50,7 +50,7 @@ def results_table(results: Mapping[str, ModelResult], task: TaskName) -> Table:
 
 
 def interval_lines(results: Mapping[str, ModelResult], task: TaskName) -> list[str]:
-    """Return lines with the confidence interval of each loss, and of each difference from the base, row by row."""
+    """Return lines with the confidence intervals of each loss and of its difference from the base, paired by row."""
     base = results[BASE].rows
     if len(base.units) < MIN_ROWS or base.units.sum() == 0:
         return []

@@ -196,7 +196,7 @@ def test_metric_without_answers_is_refused(trained_run: Path, lora: Lora):
 @pytest.mark.parametrize(
     ("arguments", "changes", "message"),
     [
-        (["--data", "long.jsonl"], {"data.loss_on": "all"}, "with data.loss_on: all no row has a prompt"),
+        (["--data", "long.jsonl"], {"data.loss_on": "all"}, "rows have no prompt with data.loss_on: all"),
         (["--data", "text.txt"], {}, "--answers: 2 rows skipped, without a prompt before"),
     ],
     ids=["loss_on all", "texts"],
@@ -294,7 +294,7 @@ def test_a_recipe_without_held_out_rows_needs_data(trained_run: Path, lora: Lora
     result = lora("eval", "recipe.yaml")
     assert result.code == 2
     assert result.last_two == [
-        "error: recipe.yaml: its recipe holds no rows out (data.eval is null)",
+        "error: recipe.yaml: its recipe has no evaluation rows (data.eval is null)",
         "hint: name rows with --data FILE",
     ]
 

@@ -176,11 +176,11 @@ BAD_FILES = [
         file="train.txt"),
     bad("unknown suffix", 'a',
         "error: data: cannot read train.xlsx: unknown file type",
-        "hint: supported are .jsonl .json .csv .parquet .txt",
+        "hint: supported file types: .jsonl .json .csv .parquet .txt",
         file="train.xlsx"),
     bad("compressed", 'a',
         "error: data: cannot read train.jsonl.gz: unknown file type",
-        "hint: supported are .jsonl .json .csv .parquet .txt",
+        "hint: supported file types: .jsonl .json .csv .parquet .txt",
         file="train.jsonl.gz"),
 ]
 # fmt: on

@@ -84,7 +84,10 @@ DATA_MISTAKES = {
     ),
     "a folder without rows": Mistake(
         {"data.train": "empty"},
-        ["error: data: the folder empty contains no data files", "hint: supported are .jsonl .json .csv .parquet .txt"],
+        [
+            "error: data: the folder empty contains no data files",
+            "hint: supported file types: .jsonl .json .csv .parquet .txt",
+        ],
         setup=folder_writer("empty"),
     ),
     "conversations for a model without chat template": Mistake(
