@@ -1,4 +1,4 @@
-"""Export formats: what each accepts, and the packages it needs, as `lora export --to list` prints them. No torch."""
+"""Table of the export formats, with their inputs and packages, as `lora export --to list` prints it. No torch."""
 
 from collections.abc import Mapping
 from importlib import import_module

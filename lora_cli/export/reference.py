@@ -43,7 +43,7 @@ class ReferenceModel:
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int], *, last: int = 1) -> NDArray[np.float64]:
-        """Return log-probabilities, `[last, vocab]` in nats, of the token after each of the last `last` tokens."""
+        """Return log-probabilities (nats, `[last, vocab]` fp64) of the token after each of the last `last` tokens."""
         logits = self._model(input_ids=torch.tensor([list(tokens)], device=CPU)).logits[0, -last:]
         logprobs: NDArray[np.float64] = logits.double().log_softmax(dim=-1).numpy()
         return logprobs

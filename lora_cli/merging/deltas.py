@@ -44,12 +44,12 @@ class Deltas(NamedTuple):
     """All differences between the base and the base with the adapter."""
 
     layers: tuple[AdaptedLayer, ...]
-    replaced: dict[str, Tensor]  # parameters and buffers that the adapter file has in full, by name in the base
+    replaced: dict[str, Tensor]  # parameters and buffers that the adapter file contains in full, by name in the base
     changed_together: frozenset[str]  # tied parameters that the adapter changes in the same way as their tied partners
 
 
 def find_deltas(empty: EmptyModel) -> Deltas:
-    """List what the adapter on `empty` changes in the base."""
+    """Return the layers and tensors of the base that the adapter on `empty` changes, in the adapter's dtype (fp32)."""
     layers: list[AdaptedLayer] = []
     replaced: dict[str, Tensor] = {}
     changed_together: set[str] = set()
@@ -99,6 +99,12 @@ def merged_parameters(model: PeftModel) -> dict[str, Tensor]:
     """Merge `model` in place by PEFT, and return every parameter of the base by its name in the base.
 
     PEFT's `merge_and_unload` does the same, but fails for some methods on fully trained modules (`modules_to_save`).
+
+    Returns:
+        The merged parameters, in their shapes and dtypes in `model`; they share memory with it.
+
+    Raises:
+        ValueError: a merged weight is not finite.
     """
     merged: dict[str, Tensor] = {}
     peft_prefixes: list[str] = []
@@ -119,7 +125,7 @@ def merged_parameters(model: PeftModel) -> dict[str, Tensor]:
 
 
 def low_rank_delta(layer: AdaptedLayer) -> LowRankDelta | None:
-    """Return the factors of a layer whose weight is changed by plain LoRA only; None for all other layers."""
+    """Return the fp32 factors of a layer that only plain LoRA on its weight changes; None for all other layers."""
     if len(layer.tuners) != 1 or "weight" in layer.from_adapter:
         return None
     tuner = layer.tuners[0]

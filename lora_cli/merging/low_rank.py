@@ -203,11 +203,11 @@ def combine_dense(
     torch.manual_seed(seed)
     combined = {}
     for module in {module: None for adapter in adapters for module in adapter.factors}:
-        like = next(adapter.factors[module] for adapter in adapters if module in adapter.factors)
+        example = next(adapter.factors[module] for adapter in adapters if module in adapter.factors)
         updates = [
             (adapter.factors[module].b @ adapter.factors[module].a).float()
             if module in adapter.factors
-            else torch.zeros(like.b.shape[0], like.a.shape[1])
+            else torch.zeros(example.b.shape[0], example.a.shape[1])
             for adapter in adapters
         ]
         scales = torch.tensor(list(weights))
@@ -248,7 +248,7 @@ def lora_config_for(factors: Mapping[str, LowRankFactors], like: LoraConfig) -> 
 
 
 def to_peft_tensors(factors: Mapping[str, LowRankFactors]) -> dict[str, Tensor]:
-    """Return the factors as the tensors of a PEFT adapter file, by PEFT's names, fp32."""
+    """Return the factors as tensors of a PEFT adapter file, fp32 A [rank, in] and B [out, rank], by PEFT's names."""
     tensors = {}
     for module, each in factors.items():
         for letter, factor in (("A", each.a), ("B", each.b)):

@@ -1,7 +1,7 @@
 """Merge tensors: W + ΔW in fp32, rounded to the output dtype; measure how much of ΔW is left after rounding.
 
-Memory does not depend on the size of the model: it holds the adapter and, for each thread, one block of one tensor if
-the update is of low rank, or one full tensor if PEFT has to compute it.
+Memory use does not depend on the size of the model: it is the adapter and, for each thread, one block of one tensor if
+the update has low rank, or one full tensor if PEFT has to compute it.
 """
 
 import math

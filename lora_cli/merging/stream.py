@@ -153,7 +153,7 @@ def write_merged(
         plan: of the merged model.
         folder: of the merged model.
         max_shard_size: bytes of a file; a larger tensor has a file of its own.
-        transforms: by parameter name, a function for the base's weight before the update is added.
+        transforms: by parameter name, a function for the base's weight before the update is added; it keeps the shape.
         sign: 1 to merge, -1 to unmerge (subtract the low-rank updates).
 
     Raises:

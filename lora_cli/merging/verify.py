@@ -25,7 +25,7 @@ from lora_cli.run import console
 
 MIN_RETAINED = 0.5  # of the adapter's effect on the logits
 
-Transforms = dict[str, Callable[[Tensor], Tensor]]  # by parameter name, what is done to the base's weight first
+Transforms = dict[str, Callable[[Tensor], Tensor]]  # by parameter name: applied to the base's weight before merging
 
 
 class Probes(NamedTuple):
@@ -36,12 +36,12 @@ class Probes(NamedTuple):
 
 
 def fits_in_memory(parameters: int) -> bool:
-    """Return whether two models of so many parameters fit into memory in fp32, with room for computing."""
+    """Return whether two models of `parameters` parameters each fit into memory in fp32, with room for computing."""
     return 2 * 4 * parameters * 1.2 + memory.PROCESS_BYTES < memory.available_memory(CPU)
 
 
 def should_verify(verify: str, parameters: int) -> bool:
-    """Return whether to compare the models in memory; a message reports if that is left out.
+    """Return whether to compare the models in memory; print a message if `auto` decides against it.
 
     Args:
         verify: auto, tensors or logits.
@@ -56,8 +56,8 @@ def should_verify(verify: str, parameters: int) -> bool:
         return True
     need, free = console.format_bytes(8 * parameters), console.format_bytes(memory.available_memory(CPU))
     if verify == "logits":
-        raise LoraError(f"--verify logits: two models take {need}, and {free} are free", hint="write --verify tensors")
-    console.info(f"verified by tensors alone: two models take {need} in fp32, and {free} are free")
+        raise LoraError(f"--verify logits: two models need {need}, but {free} are free", hint="write --verify tensors")
+    console.info(f"verified by tensors alone: two models need {need} in fp32, but {free} are free")
     return False
 
 
@@ -109,7 +109,7 @@ def verify_merge(
     """Load the merged model from `written`, and compare it with base and adapter.
 
     Raises:
-        LoraError: a weight is not PEFT's merge, or too little of the adapter's effect is left.
+        LoraError: a weight differs from PEFT's merge, or too little of the adapter's effect is left.
     """
     adapted = _load(adapter, plan, transforms)
     expected = _logits(adapted, probes, adapter)

@@ -299,7 +299,7 @@ def test_the_only_eos_may_be_the_models(tmp_path: Path):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (("<a>", "<b>", "<c>"), "the model has 4 EOS tokens; GGUF has no place for <c>"),
+        (("<a>", "<b>", "<c>"), "the model has 4 EOS tokens; GGUF cannot store <c>"),
         (
             ("<|end|>", "<|return|>", "<|call|>"),
             "<.end.> is an EOS token of this model, but llama.cpp does not stop at it",

@@ -72,7 +72,7 @@ def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the GGUF file `out`.
 
     Raises:
-        LoraError: a layer is adapted that llama.cpp does not support.
+        LoraError: llama.cpp does not support LoRA on an adapted layer.
     """
     tensors, alpha = _tensors(source, GGUF_QUANTIZATIONS[options.quantize or DEFAULT_QUANTIZATION])
 
@@ -136,7 +136,7 @@ def _tensors(source: ExportSource, quantization: GGUFQuantization) -> tuple[list
     """Return the tensors of the file, and its alpha.
 
     Raises:
-        LoraError: a layer is adapted that llama.cpp does not support.
+        LoraError: llama.cpp does not support LoRA on an adapted layer.
     """
     architecture = architectures.find_architecture(source.config)
     text_config = source.config.get_text_config()
@@ -206,10 +206,10 @@ def _check_over(source: ExportSource, over: Path, quantization: GGUFQuantization
     except ValueError as reason:
         raise LoraError(f"--over {over}: not a GGUF file: {reason}", hint="give the base's GGUF file") from reason
     arch = gguf.MODEL_ARCH_NAMES[architectures.find_architecture(source.config).arch]
-    found_arch = file.fields[gguf.Keys.General.ARCHITECTURE].contents()
+    file_arch = file.fields[gguf.Keys.General.ARCHITECTURE].contents()
     shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in file.tensors}
-    if found_arch != arch:
-        raise LoraError(f"--over {over}: its architecture is {found_arch}, but the adapter's base is {arch}")
+    if file_arch != arch:
+        raise LoraError(f"--over {over}: its architecture is {file_arch}, but the adapter's base is {arch}")
     for a, b in _a_b_pairs(_tensors(source, quantization)[0]):
         name, shape = a.name.removesuffix(".lora_a"), (b.shape[0], a.shape[1])
         if shapes.get(name) != shape:

@@ -33,7 +33,9 @@ class Architecture(NamedTuple):
     always_tied: bool = False  # llama.cpp supports only a head that is tied to the embeddings
     extra_hyperparameters: Callable[[PretrainedConfig], Iterator[Hyperparameter]] | None = None
     unsupported: Callable[[PretrainedConfig], Iterator[UnsupportedSetting]] | None = None
-    notes: Callable[[PretrainedConfig], Iterator[str]] | None = None  # differences that are reported, not refused
+    notes: Callable[[PretrainedConfig], Iterator[str]] | None = (
+        None  # differences that are reported, but are not errors
+    )
 
 
 def find_architecture(config: PretrainedConfig) -> Architecture:
@@ -133,15 +135,15 @@ def _rope_hyperparameters(text_config: PretrainedConfig, head_dim: int) -> Itera
         return
     yield "rope_freq_base", rope["rope_theta"]
     yield "rope_dimension_count", int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
+    rope_type = rope.get("rope_type", "default")
+    if rope_type == "linear":
         yield "rope_scaling_type", RopeScalingType.LINEAR
         yield "rope_scaling_factor", rope["factor"]
-    elif kind == "yarn":
+    elif rope_type == "yarn":
         yield "rope_scaling_type", RopeScalingType.YARN
         yield "rope_scaling_factor", rope["factor"]
         yield "rope_scaling_orig_ctx_len", rope["original_max_position_embeddings"]
-    elif kind == "longrope":
+    elif rope_type == "longrope":
         original = rope.get("original_max_position_embeddings") or text_config.original_max_position_embeddings
         extension = text_config.max_position_embeddings / original
         yield "rope_scaling_orig_ctx_len", original

@@ -116,7 +116,7 @@ class LlamaCpp:
 def run_llama_cpp(
     model: Path, *, vocab_size: int, context_length: int = 2048, adapter: Path | None = None
 ) -> Iterator[LlamaCpp]:
-    """Load the GGUF file `model` in a llama.cpp server; the server ends with the context.
+    """Load the GGUF file `model` in a llama.cpp server, which ends at the end of the `with` block.
 
     Args:
         model: GGUF file of a full model.

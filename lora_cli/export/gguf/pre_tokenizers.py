@@ -112,7 +112,7 @@ def find_pre_tokenizer(tokenizer_json: Mapping[str, Any]) -> str:
     """Return llama.cpp's name of the tokenizer's pre-tokenizer.
 
     Raises:
-        LoraError: llama.cpp is not known to have this pre-tokenizer.
+        LoraError: PRE_TOKENIZERS has no entry for this pre-tokenizer.
     """
     expressions = tuple(_expressions(tokenizer_json))
     names = PRE_TOKENIZERS.get(expressions)
@@ -130,7 +130,7 @@ def find_pre_tokenizer(tokenizer_json: Mapping[str, Any]) -> str:
 
 
 def merges_make_every_token(tokenizer_json: Mapping[str, Any]) -> bool:
-    """Return whether merging the characters of each token of the BPE vocabulary gives that token; not of added ones."""
+    """Return whether merging its characters reproduces each token of the BPE vocabulary, except added tokens."""
     model = tokenizer_json["model"]
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     bpe = models.BPE(vocab=model["vocab"], merges=[(left, right) for left, right in merges], cache_capacity=0)

@@ -221,26 +221,26 @@ def _quantize(tensor: GGUFTensor, values: Array) -> NDArray[Any]:
 
 
 def mismatched_tensors(file: gguf.GGUFReader, tensors: list[GGUFTensor]) -> Iterator[tuple[str, str]]:
-    """Yield (name, difference) of each tensor that is not its source within the rounding error of its type."""
+    """Yield (name, difference) of each tensor that differs from its source by more than its type's rounding error."""
     stored: Mapping[str, gguf.ReaderTensor] = {tensor.name: tensor for tensor in file.tensors}
     for name in stored.keys() ^ {tensor.name for tensor in tensors}:
         yield name, "is in only one of the file and the model"
     with safetensors_io.ShardFiles(writable=False) as files:
         for tensor in tensors:
-            found = stored.get(tensor.name)
-            if found is None:
+            written = stored.get(tensor.name)
+            if written is None:
                 continue
-            if found.tensor_type != tensor.type or tuple(found.shape.tolist()[::-1]) != tensor.shape:
-                yield tensor.name, f"has shape {tuple(found.shape.tolist()[::-1])} of {found.tensor_type.name}"
+            if written.tensor_type != tensor.type or tuple(written.shape.tolist()[::-1]) != tensor.shape:
+                yield tensor.name, f"has shape {tuple(written.shape.tolist()[::-1])} of {written.tensor_type.name}"
                 continue
             values = tensor.values(files)
-            dequantized = gguf.dequantize(found.data, tensor.type).reshape(tensor.shape)
+            dequantized = gguf.dequantize(written.data, tensor.type).reshape(tensor.shape)
             ratio = np.abs(dequantized - values) / max_rounding_error(values, tensor.type)
             if not (worst := float(ratio.max(initial=0))) <= 1:
                 yield tensor.name, f"has an error of {worst:.3g} times the largest rounding error of {tensor.type.name}"
 
 
-def max_rounding_error(values: Array, kind: GGMLQuantizationType) -> Array:
+def max_rounding_error(values: Array, quant_type: GGMLQuantizationType) -> Array:
     """Return the largest allowed rounding error of each of `values`, in the same shape, fp32.
 
     A block format stores its step d in fp16. The error of a value is at most half a step, plus the rounding of the
@@ -248,17 +248,17 @@ def max_rounding_error(values: Array, kind: GGMLQuantizationType) -> Array:
     with a minimum m store that in fp16 too.
     """
     tiny = np.float32(1e-30)
-    if kind == Q.F32:
+    if quant_type == Q.F32:
         return np.full_like(values, tiny)
-    if kind in (Q.F16, Q.BF16):
-        bits, smallest = (11, 2.0**-25) if kind == Q.F16 else (8, 2.0**-134)
+    if quant_type in (Q.F16, Q.BF16):
+        bits, smallest = (11, 2.0**-25) if quant_type == Q.F16 else (8, 2.0**-134)
         return np.maximum(np.abs(values) * np.float32(2.0**-bits), np.float32(smallest))
     blocks = values.reshape(-1, BLOCK_SIZE)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
     fp16_error = np.float32(2.0**-11)  # relative
-    steps, error_steps, multiple = BLOCK_STEPS[kind]
+    steps, error_steps, multiple = BLOCK_STEPS[quant_type]
     minimum_error, span = np.zeros_like(largest), largest
-    if kind in (Q.Q5_1, Q.Q4_1):
+    if quant_type in (Q.Q5_1, Q.Q4_1):
         span = blocks.max(axis=1, keepdims=True) - blocks.min(axis=1, keepdims=True)
         minimum_error = largest * fp16_error
     step = span / np.float32(steps)

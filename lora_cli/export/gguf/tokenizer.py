@@ -21,7 +21,7 @@ from lora_cli.export.gguf.pre_tokenizers import USE_CONVERTER_HINT
 
 METASPACE = "\u2581"  # SentencePiece's character for a space
 BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))
-# llama.cpp stops generation at tokens with these texts (EOG: end of generation), and has done so for years.
+# llama.cpp stops generation at tokens with these texts (EOG: end of generation), in old versions too.
 EOG_TEXTS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "<|end_of_text|>",
 })  # fmt: skip
@@ -82,7 +82,7 @@ def convert_tokenizer(
         metadata |= _byte_level(tokenizer_json, notes)
     else:
         metadata |= _sentencepiece(tokenizer_json, tokenizer, table, notes)
-    metadata |= {"token_list": table.texts, "token_types": [int(kind) for kind in table.types]}
+    metadata |= {"token_list": table.texts, "token_types": [int(token_type) for token_type in table.types]}
     eos_ids = tuple(dict.fromkeys(number for number in (*generation_eos, tokenizer.eos_token_id) if number is not None))
     metadata |= _bos_and_eos(tokenizer) | _special_ids(tokenizer) | _eog_keys(tokenizer, eos_ids, table)
     extra_eog = [
@@ -159,10 +159,10 @@ def _token_table(tokenizer_json: Mapping[str, Any], rows: int) -> TokenTable:
         while name in taken:
             name = f"[{name}]"
         table.texts.append(texts.get(number, name))
-        kind = TokenType.NORMAL if number in texts else TokenType.UNUSED
+        token_type = TokenType.NORMAL if number in texts else TokenType.UNUSED
         if number in added:
-            kind = TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED
-        table.types.append(kind)
+            token_type = TokenType.CONTROL if added[number]["special"] else TokenType.USER_DEFINED
+        table.types.append(token_type)
     return table
 
 
@@ -338,7 +338,8 @@ def _eog_keys(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], table:
     """Return the three metadata keys for EOS ids; llama.cpp must find any others by their texts.
 
     Raises:
-        LoraError: it cannot find one, one is not a token, or there is no EOS at all (llama.cpp would use token 11).
+        LoraError: llama.cpp cannot find an EOS id, an EOS id is not a token, or the model has no EOS (llama.cpp would
+            use token 11).
     """
     if not eos_ids:
         raise LoraError(
@@ -363,7 +364,7 @@ def _eog_keys(tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], table:
     rest = sorted((eos_id for eos_id in eos_ids if eos_id != eos), key=lambda eos_id: table.texts[eos_id] in EOG_TEXTS)
     if lost := [table.texts[eos_id] for eos_id in rest[2:] if table.texts[eos_id] not in EOG_TEXTS]:
         raise LoraError(
-            f"--to gguf: the model has {len(eos_ids)} EOS tokens; GGUF has no place for {', '.join(lost)}",
+            f"--to gguf: the model has {len(eos_ids)} EOS tokens; GGUF cannot store {', '.join(lost)}",
             hint="list fewer in generation_config.json: eos_token_id",
         )
     return {"eos_token_id": eos, **dict(zip(("eot_token_id", "eom_token_id"), rest, strict=False))}

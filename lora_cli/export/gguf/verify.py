@@ -139,11 +139,11 @@ def check_tokens(source: ExportSource, runtime: LlamaCpp, eos_ids: Sequence[int]
 def _check_chats(source: ExportSource, runtime: LlamaCpp) -> Check:
     same, composed, rejected, different = 0, 0, 0, []
     for number, chat in enumerate(probe_chats.PROBE_CHATS):
-        expected, found = _prompt_ids(source, runtime, chat)
+        expected, actual = _prompt_ids(source, runtime, chat)
         nfc_chat = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in chat]
-        if expected is None and found is None:
+        if expected is None and actual is None:
             rejected += 1
-        elif expected == found:
+        elif expected == actual:
             same += 1
         elif nfc_chat != list(chat) and len(set(map(str, _prompt_ids(source, runtime, nfc_chat)))) == 1:
             composed += 1
@@ -164,7 +164,7 @@ def _prompt_ids(
     """Return a chat's token ids from the tokenizer and from the file; None where the template rejects the chat."""
     text = probe_chats.render_prompt(source.tokenizer, chat)
     try:
-        found = runtime.tokenize(runtime.chat_prompt(chat), add_special=True)
+        actual = runtime.tokenize(runtime.chat_prompt(chat), add_special=True)
     except LoraError:
-        found = None
-    return None if text is None else probe_chats.prompt_ids(source.tokenizer, text), found
+        actual = None
+    return None if text is None else probe_chats.prompt_ids(source.tokenizer, text), actual

@@ -204,7 +204,7 @@ def _write_config_and_tokenizer(source: ExportSource, out: Path, options: Export
 
 
 def _replace_dtype(section: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a section of config.json with another dtype wherever it names one, by its new or its old key."""
+    """Return a section of config.json with `dtype` in place of each dtype, under the key `dtype` or `torch_dtype`."""
     result = {key: _replace_dtype(value, dtype) if isinstance(value, dict) else value for key, value in section.items()}
     if "torch_dtype" in result or "dtype" in result:
         result.pop("torch_dtype", None)
@@ -213,19 +213,19 @@ def _replace_dtype(section: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _check_tensors(outputs: list[OutputTensor], out: Path) -> Check:
-    """Compare names, shapes, dtypes and values: cast tensors by rounding error, NF4 tensors with bitsandbytes' own."""
+    """Compare names, shapes, dtypes and values: casts by rounding error, NF4 tensors with bitsandbytes' result."""
     stored = safetensors_io.list_tensors(out)
     mismatched = sorted(stored.keys() ^ {name for output in outputs for name in output.output_shapes()})
     max_error, worst, count, packed, unpacked = 0.0, "", 0, 0, 0
     with ShardFiles(writable=False) as files:
         for output in outputs:
             shapes = output.output_shapes()
-            found = {name: stored[name] for name in shapes if name in stored}
-            if {name: (tensor.dtype, tensor.shape) for name, tensor in found.items()} != shapes:
+            written = {name: stored[name] for name in shapes if name in stored}
+            if {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} != shapes:
                 mismatched.append(output.key)
                 continue
             count += 1
-            values = {name: read_tensor(tensor, files) for name, tensor in found.items()}
+            values = {name: read_tensor(tensor, files) for name, tensor in written.items()}
             original = read_tensor(output.source, files)
             if output.packed:
                 packed += original.numel()
@@ -250,15 +250,15 @@ def _check_tensors(outputs: list[OutputTensor], out: Path) -> Check:
     return Check("tensors", passed, text, figures)
 
 
-def _rounding_error(original: Tensor, found: Tensor) -> float:
-    """Return the largest difference, in units in the last place of `found`'s dtype; infinite if one is NaN."""
+def _rounding_error(original: Tensor, written: Tensor) -> float:
+    """Return the largest difference, in units in the last place of `written`'s dtype; infinite if one is NaN."""
     if not original.numel():
         return 0.0
-    if not found.is_floating_point() or found.dtype.itemsize == 1 or original.dtype == found.dtype:
-        return 0.0 if bits_equal(original, found) else math.inf
-    limits = torch.finfo(found.dtype)
+    if not written.is_floating_point() or written.dtype.itemsize == 1 or original.dtype == written.dtype:
+        return 0.0 if bits_equal(original, written) else math.inf
+    limits = torch.finfo(written.dtype)
     # The unit in the last place of a value in [2^e, 2^(e+1)) is 2^e · eps; below the smallest normal number it is
     # constant.
     exponent = original.double().abs().clamp_min(limits.tiny).log2().floor()
-    difference = ((original.double() - found.double()).abs() / (exponent.exp2() * limits.eps)).max()
+    difference = ((original.double() - written.double()).abs() / (exponent.exp2() * limits.eps)).max()
     return float(difference) if bool(difference.isfinite()) else math.inf

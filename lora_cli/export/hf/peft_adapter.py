@@ -115,16 +115,16 @@ def adapter_folder(source: ExportSource) -> Path:
 
 
 def quantization_note(source: ExportSource) -> list[str]:
-    """Return a line on the base's quantization in training, which PEFT's files do not record; [] if it had none."""
+    """Return a line on the base's quantization in training, which PEFT's files do not record; [] if unquantized."""
     record = trained_on.read_trained_on(adapter_folder(source))
     if record is None or record.quantization is None:
         return []
-    kind = record.quantization.get("type") or "int8"
-    return [f"note: trained on a {kind} base (bitsandbytes); on other weights its outputs differ slightly"]
+    quant_type = record.quantization.get("type") or "int8"
+    return [f"note: trained on a {quant_type} base (bitsandbytes); on other weights its outputs differ slightly"]
 
 
 def copy_adapter(source: ExportSource, out: Path) -> None:
-    """Copy the adapter's files into the folder `out`, and save the source's tokenizer if the adapter has none."""
+    """Copy the adapter's files into the folder `out`, and save the source's tokenizer if `folder` has none."""
     folder = adapter_folder(source)
     out.mkdir(exist_ok=True)
     for name in (*ADAPTER_FILES, *TOKENIZER_FILES):
@@ -154,15 +154,15 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def check_equal_files(original: Path, out: Path) -> Check:
     """Compare every tensor of the adapter folders `original` and `out`, and check that `out` has a PEFT config."""
-    kind = PeftConfig.from_pretrained(str(out)).peft_type.value
-    expected, found = dict(iterate_tensors(original)), dict(iterate_tensors(out))
-    mismatched = sorted(expected.keys() ^ found.keys()) + [
-        key for key in sorted(expected.keys() & found.keys()) if not bits_equal(expected[key], found[key])
+    method = PeftConfig.from_pretrained(str(out)).peft_type.value
+    expected, written = dict(iterate_tensors(original)), dict(iterate_tensors(out))
+    mismatched = sorted(expected.keys() ^ written.keys()) + [
+        key for key in sorted(expected.keys() & written.keys()) if not bits_equal(expected[key], written[key])
     ]
-    text = f"{len(found)} tensors of {kind} read back, each equal to the adapter's bit for bit"
+    text = f"{len(written)} tensors of {method} read back, each equal to the adapter's bit for bit"
     if mismatched:
         text = f"{len(mismatched)} of {len(expected)} tensors differ: {mismatched[0]}"
-    return Check("tensors", not mismatched, text, {"tensors": len(found), "strayed": len(mismatched)})
+    return Check("tensors", not mismatched, text, {"tensors": len(written), "strayed": len(mismatched)})
 
 
 def bits_equal(a: Tensor, b: Tensor) -> bool:

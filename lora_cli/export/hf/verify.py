@@ -57,19 +57,19 @@ def compare_with_source(source: ExportSource, out: Path, rounding: Rounding) -> 
     export = source.at(out)
     prompts = source.prompts or _random_prompts(source)
     original = _run(source, prompts)
-    found = _run(export, prompts, inputs=original.inputs)
+    exported = _run(export, prompts, inputs=original.inputs)
     rounded = original
     if rounding.dtype is not None:
         rounded = _run(source, prompts, inputs=original.inputs, rounding=rounding)
-    check = _compare_distributions(rounded, found, source)
+    check = _compare_distributions(rounded, exported, source)
     reference = "the source in fp32" + (" with weights rounded in the same way" if rounding.dtype is not None else "")
     yield check._replace(found=f"compared with {reference}: {check.found}")
     if original.texts:
-        yield _compare_texts(source, prompts, rounded, found)
+        yield _compare_texts(source, prompts, rounded, exported)
     if rounding.dtype is not None:
-        cost = _compare_distributions(original, found, source)
+        cost = _compare_distributions(original, exported, source)
         text = f"cost of the rounding, compared with the original source: {cost.found}"
-        same = sum(a.tokens == b.tokens for a, b in zip(original.texts, found.texts, strict=True))
+        same = sum(a.tokens == b.tokens for a, b in zip(original.texts, exported.texts, strict=True))
         text += f"; {same} of {len(prompts)} prompts have the same greedy continuation" if original.texts else ""
         yield Check("note", True, text, {**cost.figures, "same": same})
 
@@ -153,7 +153,7 @@ def _logprobs(model: Any, source: ExportSource, tokens: Sequence[int]) -> NDArra
     """
     inputs = {"input_ids": torch.tensor([list(tokens)], device=CPU)}
     if source.task == "seq2seq-lm":
-        inputs["decoder_input_ids"] = inputs["input_ids"]  # any text serves, as long as both models get the same
+        inputs["decoder_input_ids"] = inputs["input_ids"]  # any text works if both models get the same one
     values: Tensor = model(**inputs).logits[0].double()
     values = values.reshape(-1, values.shape[-1])[-MAX_POSITIONS:]
     kind = source.labels.kind if source.labels else "single"
@@ -165,8 +165,8 @@ def _logprobs(model: Any, source: ExportSource, tokens: Sequence[int]) -> NDArra
     return result
 
 
-def _compare_distributions(expected: ModelOutputs, found: ModelOutputs, source: ExportSource) -> Check:
-    ours, theirs = expected.logprobs, found.logprobs
+def _compare_distributions(expected: ModelOutputs, actual: ModelOutputs, source: ExportSource) -> Check:
+    ours, theirs = expected.logprobs, actual.logprobs
     if source.labels is not None and source.labels.kind == "regression":
         # A shift of one logit by d costs about d²/2 nats, so the bound of the shift follows from MAX_KL.
         difference = float(np.abs(ours - theirs).max() / max(np.abs(ours).max(), 1e-30))
@@ -180,11 +180,11 @@ def _compare_distributions(expected: ModelOutputs, found: ModelOutputs, source: 
 
 
 def _compare_texts(
-    source: ExportSource, prompts: Sequence[tuple[int, ...]], expected: ModelOutputs, found: ModelOutputs
+    source: ExportSource, prompts: Sequence[tuple[int, ...]], expected: ModelOutputs, actual: ModelOutputs
 ) -> Check:
     """Compare greedy continuations token by token; they may differ after a tie."""
     same, ties, first_difference = 0, 0, ""
-    for number, (ours, theirs) in enumerate(zip(expected.texts, found.texts, strict=True), start=1):
+    for number, (ours, theirs) in enumerate(zip(expected.texts, actual.texts, strict=True), start=1):
         pairs = zip(ours.tokens, theirs.tokens, strict=False)
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         if at is None:

@@ -1,4 +1,4 @@
-"""`--to vllm`: the adapter as vLLM serves it on its base, with the command to do so.
+"""`--to vllm`: the adapter in the form that vLLM serves, and the command that serves it on its base.
 
 Facts about vLLM are from its source code and its list of supported models (2025 and 2026). This project has never run
 vLLM, which needs a GPU. vLLM scales every update by one alpha/rank (or alpha/sqrt(rank)) of the configuration; it
@@ -85,22 +85,22 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
         )
     peft_adapter.check_supported(source, options)
     folder = peft_adapter.adapter_folder(source)
-    kind = type(peft_adapter.attach_to_empty_base(source, folder).model.get_base_model()).__name__
-    if kind not in LORA_CLASSES:
+    class_name = type(peft_adapter.attach_to_empty_base(source, folder).model.get_base_model()).__name__
+    if class_name not in LORA_CLASSES:
         raise LoraError(
-            f"--to vllm: {kind} is not among the text models that vLLM lists as supporting LoRA",
+            f"--to vllm: {class_name} is not among the text models that vLLM lists as supporting LoRA",
             hint=f"{EXPORT_MERGED_HINT}; if your version of vLLM supports it, export the folder unchanged: --to peft",
         )
     for key, _ in peft_adapter.iterate_tensors(folder):
         match = FACTOR_KEY.fullmatch(key)
         if match is None:
             raise LoraError(
-                f"--to vllm: vLLM has no place for {key}: it loads only LoRA's A and B of each layer",
+                f"--to vllm: vLLM does not load {key}, only LoRA's A and B of each layer",
                 hint=EXPORT_MERGED_HINT,
             )
-        if match["layer"].endswith(EMBEDDINGS_AND_HEAD) and kind not in LORA_EMBEDDING_CLASSES:
+        if match["layer"].endswith(EMBEDDINGS_AND_HEAD) and class_name not in LORA_EMBEDDING_CLASSES:
             raise LoraError(
-                f"--to vllm: {match['layer']} is adapted, which vLLM is not known to support in a {kind}",
+                f"--to vllm: {match['layer']} is adapted, which vLLM is not known to support in a {class_name}",
                 hint=EXPORT_MERGED_HINT,
             )
     if (rank := _max_rank(folder)) > ALLOWED_RANKS[-1]:
@@ -111,7 +111,7 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
 
 
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
-    """Write the folder `out`: a copy, or if vLLM's scale would differ from PEFT's, one with a common rank and scale."""
+    """Write the folder `out`: a copy, or if vLLM's scale differs from PEFT's, tensors with a common rank and scale."""
     folder = peft_adapter.adapter_folder(source)
     peft_adapter.copy_adapter(source, out)
     updates = _scaled_factors(source, folder)

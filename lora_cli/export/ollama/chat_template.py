@@ -59,7 +59,7 @@ class TemplateParts(NamedTuple):
     after_assistant: str
     generation_prompt: str
     stop: str  # ends an answer: the text of a token, or plain text
-    system: SystemMessage | None  # None: the template refuses system messages, or leaves them out
+    system: SystemMessage | None  # None: the template rejects system messages, or omits them
     trims: Mapping[str, str]  # by role, the whitespace that the template trims from contents (a key of `_TRIMS`)
 
     def trimmed(self, chat: Messages) -> list[dict[str, str]]:
@@ -157,7 +157,7 @@ def _infer_system(
         before_user: the text before a user content.
 
     Returns:
-        None if the template refuses system messages, or leaves them out.
+        None if the template rejects system messages, or omits them.
     """
     long, short = _split_at_contents(tokenizer, "suauau"), _split_at_contents(tokenizer, "su")
     if long is None or short is None:
@@ -192,14 +192,14 @@ def _infer_system(
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], contents: Sequence[str]) -> str | None:
-    """Return the prompt of messages with these roles and contents, None if the template refuses them."""
+    """Return the prompt of messages with these roles and contents, None if the template rejects them."""
     return render_prompt(
         tokenizer, [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
     )
 
 
 def _split_at_contents(tokenizer: PreTrainedTokenizerBase, roles: str, *, prompt: bool = True) -> _Split | None:
-    """Render a chat with these roles and split it at the contents; None if the template refuses it."""
+    """Render a chat with these roles and split it at the contents; None if the template rejects it."""
     try:
         text = str(tokenizer.apply_chat_template(marker_chat(roles), tokenize=False, add_generation_prompt=prompt))
     except TemplateError:

@@ -5,7 +5,7 @@ is built here from the output of the tokenizer's (see `chat_template`), and comp
 from Ollama's template/template.go and server/: it merges consecutive messages of one role; it puts SYSTEM in front of
 chats that do not begin with a system message; if a chat is longer than num_ctx, it drops the oldest messages except
 system messages; it adds BOS if the GGUF file requests it. Tools and reasoning are not covered. This project has never
-run Ollama itself: an interpreter of Go's template language takes its place.
+run Ollama itself: the checks use an interpreter of Go's template language (see `go_template`).
 """
 
 import re
@@ -51,14 +51,22 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
 
 
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
-    """Write the GGUF file and the Modelfile to the folder `out`."""
+    """Write the GGUF file and the Modelfile to the folder `out`.
+
+    Raises:
+        LoraError: a weight or text cannot be written in these formats.
+    """
     out.mkdir(exist_ok=True)
     gguf_format.write(source, out / WEIGHTS_FILE, options)
     (out / MODELFILE_NAME).write_text(make_modelfile(source, infer_parts(source)), encoding="utf-8", newline="")
 
 
 def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
-    """Yield the checks of the GGUF file, and of the Modelfile as Ollama parses it."""
+    """Yield the checks of the GGUF file, and of the Modelfile as Ollama parses it.
+
+    Raises:
+        LoraError: llama.cpp cannot load the GGUF file, or the Modelfile is not valid.
+    """
     yield from gguf_format.verify(source, out / WEIGHTS_FILE, options)
     instructions = modelfile.parse_modelfile((out / MODELFILE_NAME).read_bytes().decode("utf-8"))
     parts = infer_parts(source)

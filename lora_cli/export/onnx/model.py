@@ -40,9 +40,9 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
             f"--to onnx: {source.config.model_type} is an encoder-decoder model, which does not fit in one graph",
             hint="use --to safetensors",
         )
-    if (already := prequantized.detect_prequantized(source.config)) is not None:
+    if (quantized := prequantized.detect_prequantized(source.config)) is not None:
         raise LoraError(
-            f"--to onnx: {source.name} is quantized ({already.method})",
+            f"--to onnx: {source.name} is quantized ({quantized.method})",
             hint="export the 16-bit model it was made from; for an adapter, run lora merge --weights dequantized first",
         )
     if (reason := _unsupported(source)) is not None:
@@ -51,24 +51,26 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
 
 def _unsupported(source: ExportSource) -> str | None:
     """Return why a graph of this architecture would be wrong, as far as its config shows; None if it is supported."""
-    config, kind = source.config, source.config.model_type
+    config, model_type = source.config, source.config.model_type
     if config.get_text_config() is not config:
-        return f"{kind} has other inputs than text, and a graph for text alone would leave out part of its weights"
-    if kind == "falcon" and config.alibi:
+        return (
+            f"{model_type} has other inputs than text, and a graph for text alone would leave out part of its weights"
+        )
+    if model_type == "falcon" and config.alibi:
         return "this falcon uses ALiBi, which transformers computes in bfloat16, and onnxruntime cannot on the CPU"
     rope = getattr(config, "rope_parameters", None) or {}
     # One entry for all layers, or one for each type of layer.
     ropes = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]
     if any(entry.get("rope_type") == "dynamic" for entry in ropes):
-        return f"this {kind} model recomputes its rotary frequencies as a text grows (rope_type dynamic)"
+        return f"this {model_type} model recomputes its rotary frequencies as a text grows (rope_type dynamic)"
     model = source.base.skeleton()
     layers = DynamicCache(config=config).layers if source.task == "causal-lm" else []
     if model._is_stateful or not all(isinstance(layer, DynamicLayer) for layer in layers):
-        return f"the state of a {kind} model does not consist of the keys and values of each layer"
+        return f"the state of a {model_type} model does not consist of the keys and values of each layer"
     if any(
         isinstance(module, PreTrainedModel) and module._can_set_experts_implementation() for module in model.modules()
     ):
-        return f"{kind} is a mixture of experts, and ONNX has no operator for their selection"
+        return f"{model_type} is a mixture of experts, and ONNX has no operator for their selection"
     return None
 
 

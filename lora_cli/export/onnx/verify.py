@@ -160,7 +160,7 @@ class LogitDifference:
         """Include logits `[positions, classes]` fp32 of the graph, and the expected ones of the same shape."""
         worst, largest = float(np.abs(logits - expected).max()), max(float(np.abs(expected).max()), 1e-30)
         self.relative = max(self.relative, worst / largest if np.isfinite(worst) else np.inf)
-        # Only a difference that a different order of sums explains excuses the choice of another token.
+        # Bounded: only a difference that another order of summation can cause makes the choice of another token a tie.
         self.tie = max(self.tie, 2 * min(worst, MAX_DIFFERENCE * largest))
         self.positions += len(expected)
 
@@ -250,7 +250,7 @@ def _compare_padded(
     next_logits, _ = graph.run(next_ids, np.concatenate([mask, np.ones_like(next_ids)], axis=1), past)
     for row, run in enumerate(separate):
         difference.add(logits[row, width - len(rows[row]) :], run.prefill)
-        if len(run.steps) > 1:  # otherwise the first token ended the answer
+        if len(run.steps) > 1:  # else the first token ended the answer
             difference.add(next_logits[row], run.steps[1][None])
 
 
