@@ -41,13 +41,13 @@ class AdaLoraRankAllocator:
         self._model.base_model.update_and_allocate(number)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the scores (fp32), and for each layer which components are kept (bool)."""
+        """Return the scores, fp32 in their parameter's shape, and for each layer the kept components, bool [rank]."""
         scores = {f"{kind}|{name}": t for kind in SCORE_KINDS for name, t in getattr(self._allocator, kind).items()}
         pattern = self._config.rank_pattern or {}
         return scores | {f"kept|{name}": torch.tensor(kept, dtype=torch.bool) for name, kept in pattern.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the state that `state_dict` returned."""
+        """Restore the scores (fp32) and the kept components (bool [rank]) that `state_dict` returned."""
         device = next(self._model.parameters()).device
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*SCORE_KINDS, "kept")}
         for key, tensor in state.items():
@@ -80,9 +80,10 @@ class AdaLoraRankAllocator:
 
 
 def restore_fp32_tensors(model: PeftModel, tensors: dict[str, Tensor], *, name: str = ADAPTER_NAME) -> None:
-    """Replace the factors of a loaded AdaLoRA adapter by the fp32 `tensors` of its file; other adapters stay unchanged.
+    """Replace the factors of a loaded AdaLoRA adapter by those of its file; do nothing for other methods.
 
-    PEFT rounds them to the base's dtype when it loads them.
+    PEFT rounds them to the base's dtype when it loads them. `tensors` are A [rank, in], B [out, rank] and E [rank, 1],
+    fp32, by their names in the file.
     """
     if not isinstance(model.peft_config[name], AdaLoraConfig):
         return

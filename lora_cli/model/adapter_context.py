@@ -1,4 +1,4 @@
-"""What adapter initialization may need to know about the run, in addition to base model and adapter section."""
+"""Facts of the run that adapter initialization needs, in addition to base model and adapter section."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -12,7 +12,7 @@ StateDict = Mapping[str, Tensor]  # full name of a tensor → the tensor
 
 
 class AdapterContext(NamedTuple):
-    """The run that an adapter is created for; the defaults suit a causal LM of which only the shapes are needed."""
+    """The run that an adapter is created for; the defaults fit a causal LM if only shapes are needed."""
 
     task: TaskName = "causal-lm"
     heads: tuple[str, ...] = ()  # newly initialized modules, which are fully trained

@@ -28,7 +28,7 @@ OTHER_TARGETS = "choose other adapter.target_modules or another adapter.method"
 
 
 def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: AdapterContext | None = None) -> PeftModel:
-    """Freeze `model` and add the trainable adapter that `spec` describes, drawn from `seed`.
+    """Freeze `model` and add the trainable adapter that `spec` describes, initialized from `seed`.
 
     A fresh adapter does not change the outputs (B = 0, or the neutral values of other methods); with pissa, olora and
     corda this holds within rounding; loftq, prefix, prompt and p-tuning change them by design.
@@ -84,31 +84,31 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
 
 
 def _check_method_supported(model: PreTrainedModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """Raise for combinations that PEFT reports late, or in terms that no recipe has."""
-    kind = model.config.model_type
-    known = kind in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    """Raise a LoraError for combinations that PEFT would report late, or in terms that are not keys of a recipe."""
+    model_type = model.config.model_type
+    known = model_type in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     if spec.method == "ia3" and spec.target_modules is None and not known:
         raise LoraError(
-            f"adapter.target_modules: PEFT has no default of ia3 for {kind}",
+            f"adapter.target_modules: PEFT has no default of ia3 for {model_type}",
             hint="list them, and the last layers of the MLP in feedforward_modules too; "
             f"{target_modules.describe_linear_layers(model)}",
         )
     parts = (model, model.base_model)
     if spec.method == "prefix" and not any("past_key_values" in signature(p.forward).parameters for p in parts):
         raise LoraError(
-            f"adapter.method: prefix tuning needs a key/value cache, which {kind} models do not have",
+            f"adapter.method: prefix tuning needs a key/value cache, which {model_type} models do not have",
             hint="write method: prompt or lora",
         )
     virtual = "virtual_tokens" in METHOD_FACTS[spec.method].options
     if virtual and model.config.is_encoder_decoder and TASKS[context.task].is_classification:
         raise LoraError(
-            f"adapter.method: {spec.method} adds virtual tokens, which {kind} models for classification do not accept",
+            f"adapter.method: {spec.method} adds virtual tokens, which {model_type} classifiers do not accept",
             hint="write method: lora",
         )
 
 
 def _set_model_sizes(config: PeftConfig, model: PreTrainedModel) -> None:
-    """Set the sizes of models whose config has them under names that PEFT does not look for."""
+    """Set the sizes in `config` if the model's own config has them under names that PEFT does not read."""
     if not {"hidden_size", "n_embd", "d_model"} & model.config.to_dict().keys():
         config.token_dim = model.config.hidden_size
         config.num_layers = model.config.num_hidden_layers
@@ -124,7 +124,7 @@ def _first_line(text: str) -> str:
 
 
 def _check_rotation_size(model: PeftModel, spec: AdapterSpec) -> None:
-    """Raise if a block size does not divide a layer: PEFT would use the next that does, and save the other."""
+    """Raise if the block size does not divide a layer's inputs: PEFT would use another size, and save this one."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, OFTLayer) and module.in_features % (spec.rotation_size or 1):
             raise LoraError(
@@ -152,10 +152,10 @@ def check_gradients_reach(model: PeftModel, loss: Callable[[], Tensor]) -> None:
 
     Args:
         model: with the adapter.
-        loss: computes a scalar loss of `model`.
+        loss: computes a loss of `model`, a scalar fp32 tensor.
 
     Raises:
-        LoraError: layers that would never learn.
+        LoraError: an adapted layer gets no gradient, so that it would not be trained.
     """
     loss().backward()
     bypassed = []
@@ -196,7 +196,7 @@ def _token_ids(tokens: Sequence[str], context: AdapterContext) -> list[int]:
     Raises:
         LoraError: a text that is not one token of the tokenizer.
     """
-    found = []
+    token_ids = []
     for token in tokens:
         ids = context.encode(token) if context.encode else []
         if len(ids) != 1:
@@ -204,8 +204,8 @@ def _token_ids(tokens: Sequence[str], context: AdapterContext) -> list[int]:
                 f"adapter.trainable_tokens: {token!r} is {len(ids)} tokens to this tokenizer, not one",
                 hint="list it in model.new_tokens too, so that it becomes one, or write one of its tokens",
             )
-        found += ids
-    return found
+        token_ids += ids
+    return token_ids
 
 
 def adapted_layers(model: PeftModel) -> dict[str, int]:

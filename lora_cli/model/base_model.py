@@ -1,4 +1,4 @@
-"""The base model: one record of what was found (config, tokenizer, task, labels, dtype), which loads its weights.
+"""The base model: one record of its source, config, tokenizer, task, labels and dtype, which loads its weights.
 
 `BaseCheckpoint.load` gives the frozen model, in 16 or 32 bits or quantized; `BaseCheckpoint.skeleton` gives its modules
 on the meta device.
@@ -41,7 +41,7 @@ class LoadedBase(NamedTuple):
 
 
 class BaseCheckpoint(NamedTuple):
-    """A base model as it was found, before any weight is loaded. Made once, and passed on as one record."""
+    """A base model before its weights are loaded. A command creates it once and passes it on."""
 
     name: str  # the user's name for it
     source: ModelSource
@@ -113,7 +113,7 @@ class BaseCheckpoint(NamedTuple):
         return LoadedBase(model.requires_grad_(False), heads, notes)
 
     def skeleton(self) -> PreTrainedModel:
-        """Return the model's modules on the meta device: shapes and names without weights, as they are unquantized."""
+        """Return the modules of the unquantized model on the meta device: names and shapes without weights."""
         config = deepcopy(self.config)
         if self.labels is not None:
             config.id2label = dict(enumerate(self.labels.names))  # num_labels is their number
@@ -129,12 +129,16 @@ class BaseCheckpoint(NamedTuple):
         return model
 
     def at(self, source: ModelSource) -> "BaseCheckpoint":
-        """Return the same record with the weights and the config of another source: a merged model, for instance."""
+        """Return the same record with the weights and the config of another source, such as a merged model.
+
+        Raises:
+            LoraError: the config of `source` cannot be loaded.
+        """
         return self._replace(source=source, config=load_config(source))
 
 
 def head_labels(config: PretrainedConfig, task: TaskName) -> tuple[str, ...]:
-    """Return the label names of the checkpoint's own classification head; none if it has no such head."""
+    """Return the label names of the checkpoint's own classification head; empty if it has no such head."""
     suffix = {"seq-cls": "ForSequenceClassification", "token-cls": "ForTokenClassification"}.get(task)
     if suffix is None or not any(name.endswith(suffix) for name in config.architectures or ()):
         return ()
@@ -162,10 +166,10 @@ def _head_arguments(labels: ClassLabels) -> dict[str, Any]:
 def _check_missing_weights(
     model: PreTrainedModel, loading_info: dict[str, Any], task: TaskName
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the modules that are new or the task's own, and notes on what checkpoint and model do not share.
+    """Return the new and task-specific modules, and notes on tensors that only the checkpoint or only the model has.
 
     Raises:
-        LoraError: weights are missing that no task adds: a part of the model would be random.
+        LoraError: weights outside the task's head are missing, so that a part of the model would be random.
     """
     replaced = {entry[0] for entry in loading_info["mismatched_keys"]}
     missing = set(loading_info["missing_keys"]) | replaced

@@ -89,7 +89,7 @@ class CheckpointMapping:
         return joined
 
     def to_checkpoint(self, name: str, value: Tensor) -> dict[str, Tensor]:
-        """Return the tensors of the checkpoint, by name, that store `value` of the parameter `name`."""
+        """Return the tensors of the checkpoint, by name, that store `value` of the parameter `name`, in its dtype."""
         if not self.is_joined(name):
             return {self.parts[name][0].key if name in self.parts else name: value}
         # A private attribute: from_pretrained sets it and revert_weight_conversion reads it. This model was not loaded

@@ -29,9 +29,10 @@ class EmptyModel(NamedTuple):
 
 
 def init_empty_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace each parameter of a model on the meta device by one expanded number of its shape: zero, fp32, on the CPU.
+    """Replace each parameter of a model on the meta device by zeros of its shape: fp32 on the CPU, without memory.
 
-    PEFT creates its layers on the device and in the dtype of the base's; on the meta device they would have no values.
+    The zeros are one number, expanded. PEFT creates its layers on the device and in the dtype of the base's layers;
+    on the meta device they would have no values.
     """
     created: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -54,17 +55,17 @@ def attach_saved_adapter(model: PreTrainedModel, folder: Path, config: PeftConfi
         base: the user's name for the base.
 
     Raises:
-        LoraError: adapter and base do not fit: a tensor is missing, has no place, or has another shape.
+        LoraError: adapter and base do not fit: a tensor is missing, unknown or of another shape.
     """
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(BASE_CHANGING_INITS):
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise LoraError(
-            f"{folder}: PEFT changed the base weights before this adapter was trained (init_lora_weights: {start})",
+            f"{folder}: PEFT changed the base weights before this adapter was trained (init_lora_weights: {init})",
             hint="save it as plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     if isinstance(config, LoraConfig):
         config.init_lora_weights = (
-            True  # the file has the trained values; another initialization may cost a decomposition
+            True  # the file has the trained values; another initialization may compute a decomposition
         )
     saved = tensor_names(folder)
     names = dict(model.named_parameters(remove_duplicate=False))
@@ -79,7 +80,7 @@ def attach_saved_adapter(model: PreTrainedModel, folder: Path, config: PeftConfi
 
 
 def embedding_rows(folder: Path, model: PreTrainedModel) -> int:
-    """Return the rows of the embeddings, or of the head, that the adapter in `folder` contains; 0 if it has none."""
+    """Return the rows of the embeddings, or of the head, that the adapter in `folder` contains; 0 without them."""
     owners = {model.get_input_embeddings(), model.get_output_embeddings()}
     names = [f"{PREFIX}{name}." for name, module in model.named_modules() if module in owners]
     with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
@@ -102,7 +103,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def drop_weights(module: nn.Module, names: Sequence[str]) -> None:
-    """Replace parameters that `load_weights` has set by numbers without memory again."""
+    """Replace parameters that `load_weights` has set by zeros without memory, as in `init_empty_weights`."""
     for name in names:
         parameter = module._parameters[name]
         assert parameter is not None

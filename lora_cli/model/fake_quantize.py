@@ -28,7 +28,9 @@ def quantized_weights(skeleton: PreTrainedModel, spec: QuantizationSpec) -> dict
 
 
 def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, transposed: bool) -> Callable[[Tensor], Tensor]:
-    """Return a function from a stored weight to the weight that training computed with: same shape, in `dtype`.
+    """Return a function from a stored weight to the weight that training computed with.
+
+    The function takes a 2-D floating-point weight of any dtype, and returns the same shape in `dtype`.
 
     Args:
         spec: the recipe's quantization section.
@@ -37,6 +39,7 @@ def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, transpose
     """
 
     def apply(weight: Tensor) -> Tensor:
+        """Return `weight` [out, in], or [in, out] if transposed, after quantization: the same shape, in `dtype`."""
         weight = weight.to(dtype)
         weight = weight.T.contiguous() if transposed else weight.contiguous()
         value = _fake_quantize_int8(weight) if spec.bits == 8 else _fake_quantize_4bit(weight, spec)

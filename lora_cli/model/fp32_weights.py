@@ -62,8 +62,8 @@ def parametrize(module: nn.Module, name: str, through: nn.Module) -> None:
 def upcast_trainable_params(model: nn.Module, *, for_inference: bool = False) -> None:
     """Keep every trained tensor in fp32, and have LoRA's A and B computed in the dtype of their layer.
 
-    Call it after all adapters are loaded. Fused LoRA layers cast by themselves while gradients are enabled, and so do
-    the layers of PEFT's other methods; `for_inference` casts in fused layers too, which then run PEFT's forward.
+    Call it after all adapters are loaded. Fused LoRA layers (while gradients are enabled) and the layers of PEFT's
+    other methods cast in their forward. `for_inference` casts in fused layers too, which then run PEFT's forward.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and (for_inference or not is_fusable(module)):
@@ -72,7 +72,8 @@ def upcast_trainable_params(model: nn.Module, *, for_inference: bool = False) ->
             for part in list(module.modules()):
                 _upcast_own(part)
             if isinstance(module, ModulesToSaveWrapper):
-                # PEFT's own would look for the names that parametrizations have. There is no official hook for this.
+                # PEFT's own method needs the parametrizations' names, which `saved_state_dict` replaces. PEFT has no
+                # official hook for this.
                 module.adapter_state_dict = partial(_adapter_state_dict, module)
     for module in model.modules():
         bias = module._parameters.get("bias")
@@ -82,7 +83,7 @@ def upcast_trainable_params(model: nn.Module, *, for_inference: bool = False) ->
 
 def _cast_lora(layer: LoraLayer) -> None:
     dtype = compute_dtype(layer.get_base_layer())
-    if layer.lora_variant:  # DoRA: PEFT takes its row norms in the dtype of A and B, and bf16 has too few digits
+    if layer.lora_variant:  # DoRA: PEFT computes its row norms in the dtype of A and B, and bf16 has too few digits
         return
     if dtype in (None, torch.float32, torch.float64):
         return
@@ -120,7 +121,7 @@ def compute_dtype(layer: nn.Module) -> torch.dtype | None:
 
 
 def saved_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return `model.state_dict()` under the names of a model without parametrizations, each tensor as it is saved.
+    """Return `model.state_dict()` under the names of a model without parametrizations, for saving.
 
     A tensor with a CastTo is the fp32 tensor itself, sharing memory with the parameter; row factors and constant parts
     are computed into their tensor. Shapes are those of the layers, dtypes those of the stored tensors.
@@ -145,7 +146,7 @@ def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parametrizations(module: nn.Module) -> dict[str, Any]:
-    """Return the module's own parametrizations; attribute access would reach into what PEFT's wrappers wrap."""
+    """Return the module's own parametrizations; attribute access would also find those inside PEFT's wrappers."""
     return dict(cast(nn.ModuleDict, module._modules.get("parametrizations") or {}).items())
 
 

@@ -43,7 +43,7 @@ class FusedLora4bit(LoraLinear4bit):  # type: ignore[misc]  # PEFT has no types
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return W·x + b + scale·B·A·x for x [..., in], as [..., out] in the dtype of x."""
         base = self.base_layer
-        # In another dtype than the layer's, PEFT and the base layer cast: that stays theirs.
+        # If x has another dtype than the layer, PEFT and the base layer cast it: run PEFT's forward.
         same_dtype = base.compute_dtype == x.dtype and (base.bias is None or base.bias.dtype == x.dtype)
         if args or kwargs or not same_dtype or not _runs_fused(self):
             output: Tensor = super().forward(x, *args, **kwargs)
@@ -52,7 +52,7 @@ class FusedLora4bit(LoraLinear4bit):  # type: ignore[misc]  # PEFT has no types
 
 
 def register_custom_layers(config: LoraConfig) -> None:
-    """Have PEFT use our LoRA layers: over packed GGUF layers, which it does not know, and the fused ones.
+    """Have PEFT use our LoRA layers: those over packed GGUF layers, which PEFT does not support, and the fused ones.
 
     Call it before an adapter is attached or loaded with `config`. PEFT marks the hook as experimental.
     """
@@ -63,7 +63,7 @@ def register_custom_layers(config: LoraConfig) -> None:
 def _fused_layer(
     target: nn.Module, adapter_name: str, *, config: LoraConfig, parameter_name: str | None = None, **options: Any
 ) -> LoraLayer | None:
-    """Return the fused layer over `target`, or None where PEFT is to choose the layer."""
+    """Return the fused layer over `target`, or None to let PEFT choose the layer."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if parameter_name is not None or config.fan_in_fan_out:
         return None
@@ -118,8 +118,8 @@ def draw_dropout_positions(count: int, p: float) -> Tensor:
     """Return the positions out of `count` that dropout with probability `p` zeroes: int64 [dropped], ascending.
 
     Each position is dropped independently. The gaps between dropped positions are geometric,
-    floor(log(1-u)/log(1-p)) + 1 for uniform u, so that p·count numbers are drawn instead of count: drawing is the cost
-    of dropout on the CPU. The numbers come from torch's default generator.
+    floor(log(1-u)/log(1-p)) + 1 for uniform u, so that p·count numbers are drawn instead of count: drawing is the
+    expensive part of dropout on the CPU. The numbers come from torch's default generator.
     """
     # Six standard deviations more than expected: a second round is drawn once in a billion calls.
     size = int(count * p + 6 * math.sqrt(count * p) + 16)
@@ -169,11 +169,11 @@ class FusedLoraFunction(torch.autograd.Function):
         """
         flat, w = x.reshape(-1, x.shape[-1]), weight()
         y = nn.functional.linear(flat, w, bias)
-        seen = _zero_positions(flat, dropped)
+        masked = _zero_positions(flat, dropped)
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
-        inner = seen @ a_cast.T
+        inner = masked @ a_cast.T
         y.addmm_(inner, b_cast.T, alpha=scale)
-        # A frozen A (LoRA-FA) needs no input for its gradient, which is most of what a layer keeps.
+        # A frozen A (LoRA-FA) has no gradient, so its input, the largest saved tensor, is not saved.
         kept = flat if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(kept, a_cast, b_cast, inner, dropped)
         ctx.scale, ctx.a_dtype, ctx.b_dtype, ctx.weight = scale, a.dtype, b.dtype, weight
@@ -189,7 +189,7 @@ class FusedLoraFunction(torch.autograd.Function):
         grad_b = (grad.T @ inner).to(ctx.b_dtype).mul_(ctx.scale)
         grad_a = None
         if flat is not None:
-            # x is masked again rather than its masked copy being kept through the forward pass.
+            # Mask x again: saving its masked copy in the forward pass would need more memory.
             grad_a = (grad_inner.T @ _zero_positions(flat, dropped)).to(ctx.a_dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:

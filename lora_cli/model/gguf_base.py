@@ -32,8 +32,8 @@ def unpack_gguf(
 ) -> Path:
     """Return a folder with the model, config and tokenizer of `file`, weights dequantized to `dtype`.
 
-    The folder is created in `cache` on the first call. If `weights` is False and no full folder exists, the folder has
-    only config and tokenizer, and no tensor is read.
+    The folder is created in `cache` on the first call. If `weights` is False and no folder with weights exists, the
+    folder contains only config and tokenizer, and no tensor is read.
 
     Raises:
         LoraError: the `gguf` package is missing, or the file is not a GGUF that transformers can read.
@@ -61,7 +61,7 @@ def unpack_gguf(
 
 
 def check_gguf_file(file: Path) -> None:
-    """Raise a LoraError early if `file` cannot be read as GGUF.
+    """Check early that `file` can be read as GGUF.
 
     Raises:
         LoraError: the `gguf` package is missing, or the file does not start with GGUF's magic bytes.
@@ -149,9 +149,9 @@ def _packed_forward(layer: GgufLinear, x: Tensor) -> Tensor:
     return product.reshape(*x.shape[:-1], layer.out_features).to(x.dtype)
 
 
-def _cache_folder(file: Path, kind: str, cache: Path) -> Path:
+def _cache_folder(file: Path, content: str, cache: Path) -> Path:
     stat = file.stat()
-    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{kind}|{version('transformers')}"
+    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{content}|{version('transformers')}"
     return cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 

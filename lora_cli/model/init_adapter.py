@@ -30,11 +30,15 @@ from lora_cli.recipe.schema import AdapterSpec
 
 ADAPTER_NAME = "default"  # PEFT's name for the one adapter
 STATISTICS_BATCHES = 16  # batches of training rows whose activations are used
-CORDA_ROWS = 256  # rows of CorDA's statistics: what PEFT recommends for a hidden size of 4,096
+CORDA_ROWS = 256  # rows of CorDA's statistics: PEFT's recommendation for a hidden size of 4,096
 
 
 def add_row_scale(model: PeftModel) -> None:
-    """Add a trained factor s for each output row, initially 1: W + diag(s)·BA."""
+    """Add a trained factor s for each output row, initially 1: W + diag(s)·BA.
+
+    Raises:
+        LoraError: an adapted layer is not linear.
+    """
     for _, layer in lora_layers(model):
         fp32_weights.parametrize(layer.lora_B[ADAPTER_NAME], "weight", fp32_weights.RowScale(layer.out_features))
 
@@ -43,6 +47,9 @@ def init_pissa(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> 
     """Start from the `rank` largest components of W: A₀ = √S·Vᵀ, B₀ = U·√S.
 
     Meng et al., arXiv:2404.02948, section 3.
+
+    Raises:
+        LoraError: an adapted layer is not linear.
     """
     for _, layer in lora_layers(model):
         u, s, vh = torch.linalg.svd(_base_weight(layer), full_matrices=False)
@@ -51,7 +58,11 @@ def init_pissa(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> 
 
 
 def init_olora(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """Start from W = QR: B₀ = first columns of Q, A₀ = first rows of R (Büyükakyüz, arXiv:2406.01775, section 3)."""
+    """Start from W = QR: B₀ = first columns of Q, A₀ = first rows of R (Büyükakyüz, arXiv:2406.01775, section 3).
+
+    Raises:
+        LoraError: an adapted layer is not linear.
+    """
     for _, layer in lora_layers(model):
         q, r = torch.linalg.qr(_base_weight(layer))
         rank = layer.r[ADAPTER_NAME]
@@ -89,20 +100,26 @@ def collect_corda_statistics(model: PreTrainedModel, config: LoraConfig, context
         ) from reason
     except IndexError as reason:
         raise LoraError(
-            "adapter.method: corda needs layers that see every token, and one of them sees one vector a row: a pooler",
+            "adapter.method: corda needs layers with every token as input, but one gets one vector per row: a pooler",
             hint="leave it out: adapter.exclude_modules: [pooler.dense]",
         ) from reason
     model.train(training)
 
 
 def init_corda(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """Start from the components that matter most to the training rows (Yang et al., arXiv:2406.05223, section 3.2)."""
+    """Start from the components that matter most to the training rows (Yang et al., arXiv:2406.05223, section 3.2).
+
+    Raises:
+        LoraError: an adapted layer is not linear.
+    """
     for _, layer in lora_layers(model):
         base = layer.get_base_layer()
-        found = base.eigens  # set by collect_corda_statistics
+        eigens = base.eigens  # set by collect_corda_statistics
         _start_from(
             layer,
-            *_scaled_factors(found.U_WC, found.S_WC, found.V_WC.T, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]),
+            *_scaled_factors(
+                eigens.U_WC, eigens.S_WC, eigens.V_WC.T, layer.r[ADAPTER_NAME], layer.scaling[ADAPTER_NAME]
+            ),
         )
         del base.eigens
     _double_ranks(model)
@@ -123,11 +140,11 @@ def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> No
     batches = [batch for batch in _batches(context.plan) if batch.tokens >= needed]
     if not batches:
         raise LoraError(
-            f"adapter.method: eva needs batches of at least {needed} tokens, twice the rank; no batch has so many",
+            f"adapter.method: eva needs batches of at least {needed} tokens, twice the rank; all batches have fewer",
             hint="lower adapter.rank, or raise training.tokens_per_batch or batch_size",
         )
     loss_fn = LossFunction(model, task=context.task)
-    _check_enough_vectors(model, loss_fn, batches[0], least=needed)
+    _check_enough_vectors(model, loss_fn, batches[0], min_vectors=needed)
     base, training = model.get_base_model(), model.get_base_model().training
     initialize_lora_eva_weights(
         model,
@@ -142,13 +159,13 @@ def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> No
 
 
 @torch.no_grad()
-def _check_enough_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch, *, least: int) -> None:
-    """Raise if a layer sees fewer than `least` vectors in a batch: PEFT would read the rows without end."""
-    seen: dict[str, int] = {}
+def _check_enough_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch, *, min_vectors: int) -> None:
+    """Raise if a layer gets fewer than `min_vectors` input vectors in a batch: PEFT's loop would never end."""
+    counts: dict[str, int] = {}
 
     def counter(name: str) -> Any:
         def count(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[name] = inputs[0].numel() // inputs[0].shape[-1]
+            counts[name] = inputs[0].numel() // inputs[0].shape[-1]
 
         return count
 
@@ -158,18 +175,18 @@ def _check_enough_vectors(model: PeftModel, loss_fn: LossFunction, batch: Batch,
     finally:
         for hook in hooks:
             hook.remove()
-    few = {name: count for name, count in seen.items() if count < least}
+    few = {name: count for name, count in counts.items() if count < min_vectors}
     if few:
         name, count = next(iter(few.items()))
         raise LoraError(
-            f"adapter.method: eva needs {least} vectors of a batch, twice the rank, and {name} sees {count}",
+            f"adapter.method: eva needs {min_vectors} vectors of a batch, twice the rank, but {name} gets {count}",
             hint=f"leave it out: adapter.exclude_modules: [{'.'.join(name.split('.')[-2:])}], or raise "
             "training.batch_size",
         )
 
 
 class _EvaBatch:
-    """A batch in PEFT's loop, which calls `to(device)` on it."""
+    """A batch for PEFT's EVA loop, which calls `to(device)` on it; `real` is bool [positions], False at padding."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -180,14 +197,19 @@ class _EvaBatch:
         return self
 
 
-def _real_tokens(given: Any, real: Tensor, name: str) -> Tensor:
-    inputs: Tensor = given[0] if isinstance(given, tuple) else given
+def _real_tokens(layer_inputs: Any, real: Tensor, name: str) -> Tensor:
+    """Return the input vectors of a layer without those of padding, [tokens, in] fp32."""
+    inputs: Tensor = layer_inputs[0] if isinstance(layer_inputs, tuple) else layer_inputs
     flat = inputs.flatten(0, -2).float().contiguous()  # a pooler's input is a slice
     return flat[real.to(flat.device)] if len(flat) == len(real) else flat
 
 
 def init_loftq(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> None:
-    """Start A and B as the best rank-r fit of W - Q: one step of LoftQ over bitsandbytes' codes (arXiv:2310.08659)."""
+    """Start A and B as the best rank-r fit of W - Q: one step of LoftQ over bitsandbytes' codes (arXiv:2310.08659).
+
+    Raises:
+        LoraError: an adapted layer is not linear.
+    """
     assert context.unquantized_weights is not None
     weights = context.unquantized_weights()
     for name, layer in lora_layers(model):
@@ -209,7 +231,7 @@ def init_prompt(model: PeftModel, spec: AdapterSpec, context: AdapterContext) ->
     assert context.encode is not None
     ids = context.encode(spec.init_text)
     if not ids:
-        raise LoraError("adapter.init_text: it has no token", hint="write some words, or remove the key")
+        raise LoraError("adapter.init_text: it has no token", hint="write a text, or remove the key")
     weight = model.prompt_encoder[ADAPTER_NAME].embedding.weight
     rows = torch.tensor([ids[i % len(ids)] for i in range(len(weight))], device=weight.device)
     embeddings = model.get_base_model().get_input_embeddings()
@@ -221,7 +243,7 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     """Yield every adapted linear layer: its name in the base, and PEFT's LoRA layer.
 
     Raises:
-        LoraError: an adapted layer that is not linear: nothing can be initialized from its weights.
+        LoraError: an adapted layer is not linear, so that nothing can be initialized from its weights.
     """
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):

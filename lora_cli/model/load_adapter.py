@@ -1,4 +1,4 @@
-"""Load a saved adapter onto a model by plain PEFT, and check that every tensor of its file has a place there."""
+"""Load a saved adapter onto a model by plain PEFT, and check that every tensor of its file is used by the model."""
 
 from collections.abc import Set
 from pathlib import Path
@@ -25,7 +25,7 @@ def load_adapter(
     name: str = "default",
     config: PeftConfig | None = None,
 ) -> PeftModel:
-    """Load the adapter in `folder` onto `model`, next to adapters that it has; for use, not for training.
+    """Load the adapter in `folder` onto `model`, in addition to its adapters; for inference only.
 
     Args:
         model: the base, or the base with other adapters.
@@ -35,7 +35,7 @@ def load_adapter(
         config: its configuration, if not to be read from `folder`.
 
     Raises:
-        LoraError: adapter and base do not fit: a tensor is missing, has no place, or has another shape.
+        LoraError: adapter and base do not fit: a tensor is missing, unknown or of another shape.
     """
     config = config or PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
@@ -75,10 +75,10 @@ def check_adapter_keys(folder: Path, expected: Set[str], base_keys: Set[str], *,
     PEFT loads the tensors that fit, and ignores the others silently.
 
     Raises:
-        LoraError: a tensor is missing, or has no place.
+        LoraError: a tensor is missing or unknown.
     """
-    found = tensor_names(folder)
-    for names, verb in ((expected - found, "lacks"), (found - expected - base_keys, "has")):
+    in_file = tensor_names(folder)
+    for names, verb in ((expected - in_file, "lacks"), (in_file - expected - base_keys, "has")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise LoraError(

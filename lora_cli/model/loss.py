@@ -1,7 +1,7 @@
 """The loss where there is a label, and nowhere else: logits of unsupervised tokens are never computed.
 
 Output head and cross-entropy are one step, over a few hundred tokens at a time: the [tokens, vocabulary] logits, often
-the largest tensor of a training step, never exist as a whole, and their gradient overwrites them in place.
+the largest tensor of a training step, never exist in full, and their gradient overwrites them in place.
 """
 
 import inspect
@@ -31,8 +31,8 @@ class BatchLoss(NamedTuple):
 class LossFunction:
     """Loss and correct predictions of batches under one model.
 
-    Differentiable in the adapter if gradients are enabled. It uses the adapter that is active at the call. Whether the
-    model's head is a plain linear layer is found out once.
+    Differentiable in the adapter if gradients are enabled. It uses the adapter that is active at the call. It tests
+    once, when it is created, whether the model's head is a plain linear layer.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class LossFunction:
             self._noise.remove()
 
     def __call__(self, batch: Batch) -> BatchLoss:
-        """Return sums over the units of `batch`; all zero if it has none."""
+        """Return sums over the units of `batch`; zeros if it has no units."""
         if self._noise:
             self._noise.lengths = batch.lengths
         targets = batch.targets.to(self.device)
@@ -111,8 +111,8 @@ class LossFunction:
         if self.task == "seq-cls":
             return logits
         # Virtual tokens before the row have outputs too: they are cut off.
-        read = inputs.get("decoder_input_ids", inputs["input_ids"])
-        return logits[:, -read.shape[1] :].flatten(0, 1)[label_positions]
+        tokens = inputs.get("decoder_input_ids", inputs["input_ids"])
+        return logits[:, -tokens.shape[1] :].flatten(0, 1)[label_positions]
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward for `batch`, row boundaries included."""
@@ -234,11 +234,13 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
             top, best = logits.max(dim=1, keepdim=True)
             correct += (best == target).sum()
             # The expected logit under the target distribution: the loss is log-sum-exp minus this.
-            aim = picked if not smoothing else (1 - smoothing) * picked + smoothing * logits.mean(dim=1, keepdim=True)
+            expected = (
+                picked if not smoothing else (1 - smoothing) * picked + smoothing * logits.mean(dim=1, keepdim=True)
+            )
             # One exponential serves both the sum and the gradient: softmax = exp(z - max) / sum.
             weights = logits.sub_(top).exp_()
             total = weights.sum(dim=1, keepdim=True)
-            loss += (total.log() + top - aim).sum()
+            loss += (total.log() + top - expected).sum()
             if grad is not None:
                 weights.div_(total)
                 if smoothing:
@@ -251,7 +253,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of `hidden`; `grad_loss` is the scalar factor of the summed loss."""
+        """Return the gradient [n, h] of `hidden`, in its dtype; `grad_loss` is the scalar factor of the summed loss."""
         (grad,) = ctx.saved_tensors
-        # A 0-dim fp32 factor: the product is made in fp32, where a bf16 factor would be off by up to 0.4 %.
+        # A 0-dim fp32 factor: the product is computed in fp32; a bf16 factor would be wrong by up to 0.4 %.
         return grad * grad_loss, None, None, None, None

@@ -47,7 +47,7 @@ def find_model(
     """Find the base model. A GGUF file is unpacked, without its tensors if `weights` is False.
 
     Raises:
-        LoraError: a local path that does not exist or is not a model.
+        LoraError: a local path does not exist or is not a model, or a GGUF file cannot be read or stay packed.
     """
     trust = spec.trust_remote_code
     path = Path(spec.path).expanduser()
@@ -62,7 +62,7 @@ def find_model(
         return ModelSource(str(folder), trust, gguf_file=path, packed=packed)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            hint = "model.path takes a folder that save_pretrained wrote, a .gguf file or a hub id"
+            hint = "model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id"
             if (path / "adapter_config.json").is_file():
                 hint = "this is an adapter: give the base model it was trained on"
             raise LoraError(f"model.path: {spec.path} has no config.json", hint=hint)
@@ -74,10 +74,10 @@ def find_model(
 
 def _suggest_path(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either; model.path takes a .gguf file, a folder or a hub id"
+        return f"there is no folder {path.parent} either; model.path accepts a .gguf file, a folder or a hub id"
     names = sorted(p.name for p in path.parent.glob("*"))
     listed = ", ".join(names[:5]) or "nothing"
-    return f"{path.parent} contains {listed}; model.path takes a .gguf file, a folder or a hub id"
+    return f"{path.parent} contains {listed}; model.path accepts a .gguf file, a folder or a hub id"
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -123,8 +123,11 @@ def hub_commit(source: ModelSource) -> str | None:
 def fingerprint(source: ModelSource) -> str:
     """Return the identity of the base's weights: SHA-256 (hex) over size, first and last MiB of each weight file.
 
-    A hub model is read from the local cache. A few megabytes tell models apart; hashing all of a large model would
-    cost minutes at every start.
+    A hub model is read from the local cache. A few megabytes are enough to distinguish models; hashing all of a large
+    model would take minutes at every start.
+
+    Raises:
+        LoraError: a hub model is not in the cache.
     """
     digest = hashlib.sha256()
     for file in [source.gguf_file] if source.gguf_file else weight_files(source):
@@ -138,13 +141,17 @@ def fingerprint(source: ModelSource) -> str:
 
 
 def weight_files(source: ModelSource) -> list[Path]:
-    """Return the files that contain the model's weights; for a hub model, those in the local cache."""
+    """Return the files that contain the model's weights; for a hub model, those in the local cache.
+
+    Raises:
+        LoraError: a hub model is not in the cache.
+    """
     folder = local_folder(source, fetch=False)
     return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
 
 
 def local_folder(source: ModelSource, *, fetch: bool) -> Path:
-    """Return the folder of the model's files; for a hub model in the cache, where `fetch` downloads what is missing.
+    """Return the folder of the model's files; for a hub model in the cache, where `fetch` downloads missing files.
 
     Raises:
         LoraError: the model is not in the cache, or cannot be downloaded.
@@ -167,7 +174,7 @@ def local_folder(source: ModelSource, *, fetch: bool) -> Path:
 
 
 class library_errors:  # used like a function: `with library_errors(source):`
-    """Convert what transformers raises for a wrong model into a LoraError; any other exception passes."""
+    """Context manager that converts transformers' errors about a wrong model into a LoraError; others pass."""
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
@@ -175,7 +182,7 @@ class library_errors:  # used like a function: `with library_errors(source):`
     def __enter__(self) -> None:
         return
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, LoraError) or not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
             return
         if isinstance(error, RuntimeError) and "loading state_dict" not in str(error) and "mismatch" not in str(error):
@@ -197,7 +204,7 @@ class library_errors:  # used like a function: `with library_errors(source):`
             first = "the shapes of its weights differ from its config.json"
             hint = "download the model again, or give another one"
         elif Path(path).is_dir():
-            hint = "model.path takes a folder that save_pretrained wrote, a .gguf file or a hub id"
+            hint = "model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id"
         elif offline:
             hint = "HF_HUB_OFFLINE is set and this model is not in the cache; unset it, or give a local path"
         raise LoraError(f"model.path: {path} cannot be loaded: {first}", hint=hint) from error

@@ -179,7 +179,7 @@ def packed_attention_forward(
         The output [1, T, H, E] in the dtype of the query, and None for the attention weights.
 
     Raises:
-        NotImplementedError: the model requests something that changes the result and is not implemented here.
+        NotImplementedError: the model requests an option that changes the result and is not implemented here.
     """
     unsupported = [name for name, value in kwargs.items() if value is not None and name not in IGNORED_KEYWORDS]
     if is_causal is False:

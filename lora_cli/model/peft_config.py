@@ -108,7 +108,7 @@ def _adalora(spec: AdapterSpec, targets: Targets, context: AdapterContext) -> Ad
 
 
 def _vera(spec: AdapterSpec, targets: Targets, context: AdapterContext) -> VeraConfig:
-    # The projections are saved with the adapter: another torch version may draw other numbers from the same key.
+    # The projections are saved with the adapter: another torch version may generate other numbers from the same seed.
     bias = "vera_only" if spec.bias == "lora_only" else spec.bias
     return VeraConfig(
         **_target_kwargs(spec, targets, context),
@@ -190,7 +190,7 @@ METHODS: dict[MethodName, Method] = {
     "lora": Method(_lora),
     "rslora": Method(_rslora),
     "dora": Method(_dora, post_attach=init_adapter.init_dora_magnitudes),
-    "lora+": Method(_lora),  # the optimizer has its learning rates
+    "lora+": Method(_lora),  # the optimizer sets its two learning rates
     "scaled": Method(_lora, post_attach=init_adapter.add_row_scale),
     "pissa": Method(_lora, init=init_adapter.init_pissa),
     "olora": Method(_lora, init=init_adapter.init_olora),

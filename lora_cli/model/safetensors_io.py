@@ -43,7 +43,7 @@ SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB
 
 
 class TensorInfo(NamedTuple):
-    """The place of one tensor in a safetensors file."""
+    """The location, dtype and shape of one tensor in a safetensors file."""
 
     file: Path
     dtype: torch.dtype
@@ -124,7 +124,7 @@ class ShardFiles:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
@@ -205,7 +205,10 @@ def plan_shards(
         max_size: bytes of tensors per shard. A larger tensor gets a shard of its own.
 
     Returns:
-        The place of each tensor, by name.
+        The location of each tensor, by name.
+
+    Raises:
+        OSError: the disk has too little space.
     """
     groups: list[dict[str, int]] = [{}]
     for name, (dtype, shape) in tensors.items():

@@ -69,7 +69,7 @@ def open_saved_adapter(
     trained_on = read_trained_on(folder)
     path = base_path or str(config.base_model_name_or_path)
     revision = None if base_path else config.revision or (trained_on.commit if trained_on else None)
-    # Merging needs unpacked weights; they are the same numbers as the packed ones.
+    # Merging needs unpacked weights; they have the same values as the packed ones.
     spec = ModelSpec(path=path, revision=revision, gguf="dequantized", trust_remote_code=trust_remote_code)
     dtype = getattr(torch, trained_on.dtype) if trained_on else torch.bfloat16
     source = find_model(spec, dtype=dtype, device=CPU, info=console.info)
@@ -116,23 +116,23 @@ def trained_tokens(config: PeftConfig) -> list[int]:
 
 
 def check_same_base(adapter: SavedAdapter, *, allowed: bool) -> None:
-    """Compare the base's weights with those that the adapter was trained on; if `allowed`, a note reports others.
+    """Compare the base's weights with those that the adapter was trained on; if `allowed`, only print a note.
 
     Raises:
-        LoraError: the weights differ.
+        LoraError: the weights differ, and `allowed` is False.
     """
     trained_on, name = adapter.trained_on, adapter.base.name
-    if trained_on is None or (here := fingerprint(adapter.base.source)) == trained_on.fingerprint:
+    if trained_on is None or (own_fingerprint := fingerprint(adapter.base.source)) == trained_on.fingerprint:
         return
     trained_name = adapter.config.base_model_name_or_path
     if allowed:
         console.info(
             f"note: the weights of {name} differ from those of {trained_name}, which this adapter was trained on; "
-            "what it learned to correct there (quantization error, for example) does not apply here"
+            "corrections that it learned there (of quantization errors, for example) do not apply here"
         )
         return
     raise LoraError(
-        f"{name} (fingerprint {here[:12]}) is not the base that {adapter.folder} was trained on: "
+        f"{name} (fingerprint {own_fingerprint[:12]}) is not the base that {adapter.folder} was trained on: "
         f"{trained_name}, {trained_on.architecture} (fingerprint {trained_on.fingerprint[:12]})",
-        hint="name that one with --base; if this one is the same model in another form, add --other-base",
+        hint="name the right one with --base; if this is the same model in another form, add --other-base",
     )

@@ -30,7 +30,7 @@ COMPARED_TOKENS = 16  # last tokens of each row whose logits are compared
 
 
 class LeakCheck(NamedTuple):
-    """The chosen attention, and what was measured with it on a few packed rows."""
+    """The chosen attention, and measurements with it on a few packed rows."""
 
     attention: str
     leak: float  # largest change of one row's logits when another row's tokens change, relative to the largest logit
@@ -38,9 +38,9 @@ class LeakCheck(NamedTuple):
 
 
 def candidates(requested: str, *, packing: bool, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Return the attention implementations to try, best first, by their names in transformers; `dtype` is the matmuls'.
+    """Return the attention implementations to try, best first, by their names in transformers.
 
-    `requested` is the recipe's `model.attention`.
+    `requested` is the recipe's `model.attention`, `dtype` the dtype of matrix products.
     """
     if requested != "auto":
         return [requested]
@@ -62,7 +62,7 @@ def choose_attention(model: PreTrainedModel, requested: str, *, packing: bool, c
         causal: whether to check also that no token's prediction depends on later tokens.
 
     Returns:
-        What was measured; None without packing.
+        The measurements; None without packing.
 
     Raises:
         LoraError: no attention works or isolates packed rows in this model, or the model is not causal.

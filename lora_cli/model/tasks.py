@@ -19,7 +19,7 @@ from lora_cli.recipe.tasks import TaskName
 
 
 class TaskInfo(NamedTuple):
-    """How a base is loaded for one task, and what its loss is averaged over."""
+    """How a base is loaded for one task, and the unit that its loss is averaged over."""
 
     auto_class: Any  # transformers' Auto class that loads the model
     architectures: Any  # transformers' mapping from config classes to the model classes of the task

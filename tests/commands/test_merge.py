@@ -107,7 +107,7 @@ def test_another_base_is_refused_by_its_fingerprint_and_by_its_shapes(trained_ru
         r"LlamaForCausalLM \(fingerprint \w{12}\)",
         result.last_two[0],
     )
-    assert result.last_two[1].endswith("if this one is the same model in another form, add --other-base")
+    assert result.last_two[1].endswith("if this is the same model in another form, add --other-base")
     again = lora("merge", trained_run / "adapter", "--out", "x", "--base", "other", "--other-base")
     assert again.code == 0, again.err
     assert "note: the weights of other differ from those of base, which this adapter was trained on" in again.err

@@ -249,11 +249,11 @@ def test_eva_and_corda_refuse_a_pooler_until_it_is_excluded(method: str, empty_w
     result = lora("train", "recipe.yaml", "--set", f"adapter.method={method}")
     lines = {
         "eva": [
-            "error: adapter.method: eva needs 8 vectors of a batch, twice the rank, and bert.pooler.dense sees 4",
+            "error: adapter.method: eva needs 8 vectors of a batch, twice the rank, but bert.pooler.dense gets 4",
             "hint: leave it out: adapter.exclude_modules: [pooler.dense], or raise training.batch_size",
         ],
         "corda": [
-            "error: adapter.method: corda needs layers that see every token, and one of them sees one vector a row: "
+            "error: adapter.method: corda needs layers with every token as input, but one gets one vector per row: "
             "a pooler",
             "hint: leave it out: adapter.exclude_modules: [pooler.dense]",
         ],
