@@ -14,9 +14,9 @@ def check_method(recipe: Recipe) -> Iterator[Conflict]:
     by = f"method {spec.method}"
     for name in AdapterSpec.model_fields:
         if name != "method" and name not in facts.options and getattr(spec, name) is not None:
-            methods = [other for other, its in METHOD_FACTS.items() if name in its.options]
-            few = f"remove it; it is an option of {join_words(list(methods), 'and')}"
-            fix = few if len(methods) < 4 else "remove it"
+            methods = [other for other, other_facts in METHOD_FACTS.items() if name in other_facts.options]
+            named_fix = f"remove it; it is an option of {join_words(list(methods), 'and')}"
+            fix = named_fix if len(methods) < 4 else "remove it"
             yield Conflict(f"adapter.{name}", f"has no effect with {by}", fix, ("adapter.method",))
     if recipe.task not in facts.tasks:
         fix = f"write another method, or task {join_words(list(facts.tasks))}"
@@ -71,7 +71,7 @@ def _check_ia3(spec: AdapterSpec) -> Iterator[Conflict]:
 
 
 def check_list(key: str, items: list[str] | list[int] | None) -> Iterator[Conflict]:
-    """Yield an empty list, and repeated and empty entries."""
+    """Yield conflicts for an empty list, and for repeated and empty entries."""
     if items == []:
         yield Conflict(key, "an empty list", "remove it")
     for index, item in enumerate(items or []):
@@ -82,7 +82,7 @@ def check_list(key: str, items: list[str] | list[int] | None) -> Iterator[Confli
 
 
 def check_patterns(recipe: Recipe) -> Iterator[Conflict]:
-    """Yield invalid regexes over module names, except target_modules."""
+    """Yield conflicts for invalid regexes over module names, except target_modules."""
     spec = recipe.adapter
     for key in ("rank_pattern", "alpha_pattern"):
         if getattr(spec, key) == {}:
@@ -104,7 +104,7 @@ def _check_regex(key: str, pattern: str) -> Iterator[Conflict]:
 
 
 def check_target_modules(recipe: Recipe) -> Iterator[Conflict]:
-    """Yield target modules that are wrong for any model; `model/target_modules.py` checks what they match."""
+    """Yield conflicts for targets that are wrong for any model; `model/target_modules.py` checks them on the model."""
     key = "adapter.target_modules"
     targets = recipe.adapter.target_modules
     if targets is None:

@@ -1,4 +1,4 @@
-"""Explain why a value does not match its field's type or range, and what would, from the JSON Schema. No torch."""
+"""Explain why a value does not match its field's type or range, and how to fix it, from the JSON Schema. No torch."""
 
 import re
 from difflib import get_close_matches

@@ -29,12 +29,12 @@ MethodName = Literal[
 
 
 class MethodFacts(NamedTuple):
-    """Facts of one adapter method, without PEFT; its PEFT configuration is in `model/attach_adapter.py: METHODS`."""
+    """Facts of one adapter method, without PEFT; its PEFT configuration is in `model/peft_config.py: METHODS`."""
 
     summary: str  # one line, printed by `lora methods`
     options: dict[str, Any]  # keys of the adapter section that it supports, with their defaults
     bits: tuple[int, ...] = (4, 8)  # bits of the bitsandbytes bases that it can train on
-    needs_bits: int | None = None  # bits of the only kind of base that it can train on
+    needs_bits: int | None = None  # bits of the quantized base that it requires
     no_quantization_reason: str = ""  # why `bits` is empty
     tasks: tuple[TaskName, ...] = EVERY_TASK
     supports_packing: bool = True

@@ -28,7 +28,7 @@ def apply_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem
             problems.append(Problem(location, "", "missing `=`", "write it like training.learning_rate=1e-4"))
             continue
         if len(steps) > MAX_DEPTH or not all(re.fullmatch(r"[^\s\[\]]+", step) for step in steps):
-            fix = "write section.key, such as training.learning_rate; set a list as a whole, not by index"
+            fix = "write section.key, such as training.learning_rate; set the entire list, not an entry by index"
             problems.append(Problem(location, "", f"'{shorten(key)}' is not a key", fix))
             continue
         if key in seen:
@@ -51,7 +51,7 @@ def _set_value(node: Node, steps: list[str], value: Node, parent: str) -> Node:
     entries = {} if node.is_empty else node.value
     if not isinstance(entries, dict):
         message = f"{parent} is a {'list' if isinstance(entries, list) else 'single value'}, not a section"
-        raise UnreadableRecipe(Problem(value.location, "", message, f"set it as a whole: --set {parent}=..."))
+        raise UnreadableRecipe(Problem(value.location, "", message, f"set all of it: --set {parent}=..."))
     first, *rest = steps
     if rest:
         # A section of the file keeps its line; a new one has the location of the override that adds it.

@@ -1,4 +1,4 @@
-"""Validation errors of a recipe: the location in the file, what was found, and how to fix it. No torch."""
+"""Validation errors of a recipe: the location in the file, the problem, and how to fix it. No torch."""
 
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ class Problem(NamedTuple):
     """An error at a location of the recipe."""
 
     location: Location
-    key: str  # dotted, such as "data.train[0].path"; empty for an error of the whole file
-    message: str  # what was found
+    key: str  # dotted, such as "data.train[0].path"; empty for an error of the entire file
+    message: str  # the problem
     fix: str
 
     def line(self) -> str:
@@ -28,7 +28,7 @@ class Conflict(NamedTuple):
     """Values of a recipe that cannot be combined."""
 
     key: str  # the dotted key at which it is reported
-    message: str  # what was found
+    message: str  # the problem
     fix: str
     depends_on: tuple[str, ...] = ()  # the other keys of the conflict, dotted
 

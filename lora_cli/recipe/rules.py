@@ -1,4 +1,4 @@
-"""Rules between the fields of a recipe: a value without effect is an error, never ignored. No torch."""
+"""Rules between the fields of a recipe: a value that has no effect is an error, and not ignored. No torch."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ def _check_model(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _check_new_tokens_trainable(recipe: Recipe) -> Iterator[Conflict]:
-    """Yield new tokens whose embeddings would keep their initial value, the mean of all embeddings."""
+    """Yield conflicts for new tokens whose embeddings would keep their initial value, the mean of all embeddings."""
     adapter = recipe.adapter
     if adapter.modules_to_save:  # may be the embeddings: only the model knows their name
         return
@@ -71,9 +71,7 @@ def _check_quantization(recipe: Recipe) -> Iterator[Conflict]:
     if spec and spec.bits == 8:
         fix, depends_on = "remove it, or write bits: 4", ("quantization.bits",)
         if recipe.data.packing:
-            message = (
-                "LLM.int8 chooses outlier columns over the whole batch, so packed rows change each other's results"
-            )
+            message = "LLM.int8 chooses outlier columns over the full batch, so packed rows change each other's results"
             yield Conflict("data.packing", message, "write packing: false, or bits: 4", depends_on)
         for name in ("type", "double_quant", "storage_dtype"):
             if getattr(spec, name) is not None:
@@ -93,10 +91,10 @@ def _check_sources(recipe: Recipe) -> Iterator[Conflict]:
             fix = "for several sources, write a list of {path: ...}"
             yield Conflict(key, f"'{shorten(value)}' is read as a single path", fix)
         if isinstance(value, list):
-            for (_, one), (index, two) in combinations(enumerate(value), 2):
-                if one.model_copy(update={"weight": two.weight}) == two:
+            for (_, first), (index, second) in combinations(enumerate(value), 2):
+                if first.model_copy(update={"weight": second.weight}) == second:
                     fix = "remove it; to repeat its rows, raise the weight of the first"
-                    yield Conflict(f"{key}[{index}]", f"'{shorten(two.path)}' is listed twice", fix)
+                    yield Conflict(f"{key}[{index}]", f"'{shorten(second.path)}' is listed twice", fix)
 
 
 def _check_eval(recipe: Recipe) -> Iterator[Conflict]:
@@ -108,13 +106,17 @@ def _check_eval(recipe: Recipe) -> Iterator[Conflict]:
         elif isinstance(number := parse_scalar(text.removesuffix("%")), int | float):
             fix = f"write {number / 100:g}" if text.endswith("%") else "remove the quotes"
             yield Conflict(key, f"'{shorten(data.eval)}' is read as a path", fix)
-    for one in _as_sources(data.train):
-        for two in _as_sources(data.eval):
+    for source in _as_sources(data.train):
+        for eval_source in _as_sources(data.eval):
             # Without splits, the same hub id is not a conflict: train and eval default to different splits of it.
-            same_part = one.split == two.split if one.split and two.split else one.path.endswith(DATA_SUFFIXES)
-            if normpath(one.path) == normpath(two.path) and same_part:
+            same_part = (
+                source.split == eval_source.split
+                if source.split and eval_source.split
+                else source.path.endswith(DATA_SUFFIXES)
+            )
+            if normpath(source.path) == normpath(eval_source.path) and same_part:
                 fix = "write other rows, or a held-out fraction such as 0.05"
-                yield Conflict(key, f"'{shorten(two.path)}' is in data.train too", fix, ("data.train",))
+                yield Conflict(key, f"'{shorten(eval_source.path)}' is in data.train too", fix, ("data.train",))
 
 
 def _as_sources(value: str | float | list[SourceSpec] | None) -> list[SourceSpec]:
@@ -140,7 +142,7 @@ def _check_formats(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _check_task(recipe: Recipe) -> Iterator[Conflict]:
-    """Yield row formats that the task does not support, and keys that have no effect with it."""
+    """Yield conflicts for row formats that the task does not support, and for keys that have no effect with it."""
     task, data = recipe.task, recipe.data
     supported = TASK_FORMATS[task]
     formats = [("data.format", data.format)]

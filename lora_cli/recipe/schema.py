@@ -212,7 +212,7 @@ class TrainingSpec(Section):
     """Linear warmup of the learning rate from 0: a fraction of all steps if below 1, else a number of steps.
     At least 0. Default 0.03."""
     optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
-    """adamw (default): the fused one of torch; -8bit: moments in 8 bits; paged-: moments that move to CPU memory when
+    """adamw (default): torch's fused AdamW; -8bit: moments in 8 bits; paged-: moments that move to CPU memory when
     the GPU is full; auto: paged-adamw on a GPU with a quantized base, else adamw, and prints the choice."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's decay rate of the first moment (mean of the gradients). From 0 to below 1. Default 0.9."""
@@ -236,7 +236,7 @@ class TrainingSpec(Section):
     """Optimizer steps between evaluations. One before the first and one after the last step always run; null: only
     these. At least 1. Default 100."""
     save_every: Count | None = 100
-    """Optimizer steps between checkpoints. The last step is always saved; null: nothing else is.
+    """Optimizer steps between checkpoints. The last step is always saved; null: only the last step.
     At least 1. Default 100."""
     keep_checkpoints: Count = 2
     """Number of newest checkpoints to keep; older ones are deleted. At least 1. Default 2."""
@@ -314,7 +314,7 @@ class Recipe(Section):
         """Fill in packing and the batch size that applies with or without it, so that a resolved recipe shows them."""
         training = self.training
         if self.data.packing is None:
-            # LLM.int8 chooses outlier columns over the whole batch, so packed rows would change each other's results.
+            # LLM.int8 chooses outlier columns over the full batch, so packed rows would change each other's results.
             int8 = self.quantization is not None and self.quantization.bits == 8
             packing = self.task == "causal-lm" and METHOD_FACTS[self.adapter.method].supports_packing and not int8
             object.__setattr__(self, "data", self.data.model_copy(update={"packing": packing}))

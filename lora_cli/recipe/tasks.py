@@ -1,4 +1,4 @@
-"""The tasks a model can be trained for, and the row formats of each. No torch."""
+"""The tasks that a model can be trained for, and the dataset formats of each. No torch."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ FormatName = Literal[
 ]
 
 EVERY_TASK: tuple[TaskName, ...] = ("causal-lm", "seq-cls", "token-cls", "seq2seq-lm")
-# The row formats that a task can be trained on.
+# The dataset formats that each task can be trained on.
 TASK_FORMATS: dict[TaskName, tuple[FormatName, ...]] = {
     "causal-lm": ("messages", "sharegpt", "alpaca", "prompt-completion", "text", "tokens"),
     "seq-cls": ("classification",),

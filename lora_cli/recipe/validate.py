@@ -22,7 +22,7 @@ def validate_recipe(tree: Node, top: Location) -> tuple[Recipe | None, list[Prob
 
     Args:
         tree: the recipe as parsed.
-        top: the location of a problem that is at no key.
+        top: the location of problems that belong to no key.
     """
     by_path: dict[KeyPath, Problem] = {}
     try:
@@ -110,7 +110,7 @@ def _path_in_tree(node: Node, location: tuple[str | int, ...]) -> KeyPath:
 
 
 def _node_at(node: Node, path: KeyPath) -> Node | None:
-    """Return the value at `path`, or None if the tree does not have it."""
+    """Return the value at `path`, or None if the tree has no such path."""
     for step in path:
         match node.value, step:
             case dict(entries), str(key) if key in entries:
@@ -136,7 +136,7 @@ def _schema_at(path: KeyPath, recipe: JsonSchema) -> JsonSchema:
 
 
 def _empty_values(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Node]]:
-    """Yield keys without a value: YAML reads them as null, which often means `never`, but was not written."""
+    """Yield keys without a value: YAML reads them as null, which some keys accept, but it was not written."""
     match node.value:
         case dict(entries):
             for key, inner in entries.items():

@@ -1,4 +1,4 @@
-"""The run folder: created or reopened, locked against other processes, kept free of foreign files. No torch."""
+"""The run folder: created or reopened, locked against other processes, without files of other programs. No torch."""
 
 import fcntl
 import os
@@ -49,7 +49,7 @@ class RunFolder:
         return self.path / "adapter"
 
     def clear(self) -> None:
-        """Remove the earlier run. Call it right before training, so that an error in setup costs no finished run."""
+        """Remove the earlier run. Call it right before training, so that an error before it does not delete a run."""
         for name in self.stale:
             _remove(self.path / name)
         self.stale = []
@@ -64,7 +64,7 @@ class RunFolder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -78,8 +78,8 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
         fresh: let `clear` remove the files of an existing run, and nothing else.
 
     Raises:
-        LoraError: the folder cannot be written, is locked, has files that are not of a run, has a run without `resume`
-            or `fresh`, or has no run to resume.
+        LoraError: the folder cannot be written, is locked, contains files of something else, contains a run without
+            `resume` or `fresh`, or contains no run to resume.
     """
     if resume and fresh:
         raise LoraError("--resume and --fresh are both set", hint="keep one")

@@ -26,7 +26,7 @@ class MetricsLog:
             ValueError: a number in it is not finite, which JSON cannot represent; nothing is written.
         """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        while line:  # on a disk that gets full, a call writes a part, and the next call fails
+        while line:  # if the disk gets full, a call writes only a part, and the next call fails
             line = line[self._file.write(line) :]
 
     def close(self) -> None:
@@ -37,16 +37,16 @@ class MetricsLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all records, without an incomplete last line; none if the file does not exist.
+    """Return all records, without an incomplete last line; empty if the file does not exist.
 
     Raises:
-        LoraError: a line that is not a JSON object.
+        LoraError: a line is not a JSON object.
     """
     return [_record(line, path, number) for number, line in enumerate(_complete_lines(path), 1)]
 
@@ -55,7 +55,7 @@ def truncate_after(path: Path, step: int) -> None:
     """Remove the records of steps after `step`, which a run that resumes after `step` writes again.
 
     Raises:
-        LoraError: a line that is not a JSON object.
+        LoraError: a line is not a JSON object.
     """
     lines = _complete_lines(path)
     kept = [line for number, line in enumerate(lines, 1) if int(_record(line, path, number).get("step", 0)) <= step]

@@ -1,1 +1,1 @@
-"""What commands share: the inputs of a run, and the model built for training."""
+"""Setup that commands share: inputs of a run, the model built for training, the merged model, held-out rows."""

@@ -31,7 +31,7 @@ class RunRows(NamedTuple):
 
 
 class HeldOutRows:
-    """Rows that the run of an adapter held out. A class: they are loaded when first needed, and kept."""
+    """Rows that the run of an adapter held out, loaded on first use and cached."""
 
     def __init__(self, adapter: Path) -> None:
         """`adapter` is the adapter folder of a run."""
@@ -45,13 +45,17 @@ class HeldOutRows:
             recipe = load_recipe(self._recipe_file)
             inputs = load_inputs(recipe, info=console.no_output, weights=False)
         except LoraError as reason:
-            console.info(f"cannot load the run's held-out rows ({reason.message}); using made-up rows")
+            console.info(f"cannot load the run's held-out rows ({reason.message}); using synthetic rows")
             return None
         held_out = inputs.data.eval is not None
         return RunRows(recipe, inputs, inputs.data.eval or inputs.data.train, held_out)
 
     def probes(self) -> Probes | None:
-        """Return batches of the first rows, one row each; None if the run's rows cannot be loaded."""
+        """Return batches of the first rows, one row each; None if the run's rows cannot be loaded.
+
+        Raises:
+            LoraError: the config of a seq2seq model has no decoder_start_token_id.
+        """
         if self._run is None:
             return None
         recipe, inputs, rows, held_out = self._run
@@ -66,7 +70,7 @@ class HeldOutRows:
         return Probes(batches, f"{len(batches)} {kind} rows ({outputs} {TASKS[recipe.task].unit}s)")
 
     def prompts(self) -> tuple[tuple[int, ...], ...]:
-        """Return the token ids of the first rows, up to where the answer begins; empty if there are no such rows."""
+        """Return the token ids of the first rows up to their answer; empty if no row has a prompt or can be loaded."""
         if self._run is None or self._run.recipe.task != "causal-lm":
             return ()
         prompts: list[tuple[int, ...]] = []

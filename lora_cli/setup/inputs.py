@@ -36,7 +36,7 @@ FLASH_AVAILABLE: dict[str, Callable[[], bool]] = {
     "flash_attention_3": partial(is_flash_attn_3_available, kernels_fallback_ok=True),
     "flash_attention_4": partial(is_flash_attn_4_available, kernels_fallback_ok=True),
 }
-# These models count positions from behind the padding id, so that they never reach the last entries of their table.
+# These models start counting positions after the padding id, so that the first pad_id + 1 positions are not available.
 MODELS_WITH_POSITION_OFFSET = (
     "roberta",
     "xlm-roberta",
@@ -75,13 +75,13 @@ def load_inputs(
         train_key: name of `data.train` in messages.
 
     Raises:
-        LoraError: the model's path, its tokenizer or the rows are wrong.
+        LoraError: the model, its tokenizer or the rows cannot be used, or do not fit the recipe.
     """
     model, data, task = recipe.model, data or recipe.data, recipe.task
     device = pick_device()
     dtype = pick_dtype(model.dtype, device, recipe.quantization)
     source = find_model(model, dtype=dtype, device=device, info=info, weights=weights)
-    # Whatever can reject the model within a second comes before the rows, which can take minutes.
+    # The fast checks of the model come before the rows are encoded, which can take minutes.
     config = load_config(source)
     _check_task(config, recipe)
     quantized_before = prequantized.detect_prequantized(config)
@@ -125,7 +125,7 @@ def load_inputs(
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return a token id to pad with: the tokenizer's own if it has one.
 
-    Any id would do, since padding is masked and carries no loss.
+    Any id works, because padding is masked and carries no loss.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(candidate, int):
@@ -180,7 +180,7 @@ def _check_attention(name: str) -> None:
     )
     # A name with a slash is a kernel of the hub, which is looked up when the model is loaded.
     if name not in ("auto", "eager", *known) and "/" not in name:
-        raise LoraError(f"model.attention: {name} is not known", hint=f"known are auto, eager, {', '.join(known)}")
+        raise LoraError(f"model.attention: {name} is not known", hint=f"use one of auto, eager, {', '.join(known)}")
     if not FLASH_AVAILABLE.get(name, lambda: True)():
         raise LoraError(
             f"model.attention: {name} needs its package, which is not installed or does not work here",

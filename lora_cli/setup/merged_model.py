@@ -24,7 +24,7 @@ from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.run import atomic, console
 from lora_cli.setup.held_out import HeldOutRows
 
-MIN_RETAINED = 0.5  # of each update, after rounding: below, the written model has lost more of it than it kept
+MIN_RETAINED = 0.5  # of each update, after rounding: below, more of it is lost than kept
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -52,7 +52,7 @@ def check_method_merges(folder: Path, config: PeftConfig) -> None:
 
 
 def check_base_merges(adapter: SavedAdapter) -> None:
-    """Raise if the base cannot take an update.
+    """Raise if an adapter cannot be merged into the base.
 
     Raises:
         LoraError: the base is quantized.
@@ -79,7 +79,7 @@ def plan_merge(adapter: SavedAdapter, dtype: torch.dtype | None) -> MergePlan:
 
 
 def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOptions, held_out: HeldOutRows) -> None:
-    """Write the merged model to the folder `out`, verify it, and only then put it in place.
+    """Write the merged model to the folder `out`, verify it, then move it to its place.
 
     Args:
         adapter: opened with its base.
@@ -134,7 +134,7 @@ def _quantization(adapter: SavedAdapter, weights: str) -> QuantizationSpec | Non
 def _transforms(
     adapter: SavedAdapter, plan: MergePlan, spec: QuantizationSpec | None, probes: Probes | None, weights: str
 ) -> Transforms:
-    """Return what is done to the base's weights before the update is added: nothing, or quantize and dequantize."""
+    """Return functions for the base's weights before the update is added: none, or quantize and dequantize."""
     if spec is None or weights == "original":
         return {}
     names = fake_quantize.quantized_weights(adapter.base.skeleton(), spec)
@@ -176,11 +176,11 @@ def write_other_files(adapter: SavedAdapter, plan: MergePlan, folder: Path, *, d
     """Write config, generation config, Python code, tokenizer and model card of the merged model.
 
     Args:
-        adapter: that was merged.
+        adapter: the adapter that was merged or unmerged.
         plan: of the merge.
         folder: of the merged model.
         dtype: auto, bfloat16, float16 or float32.
-        what: was done to the adapter, for the model card.
+        what: merged or unmerged, for the model card.
     """
     base = adapter.base
     model, is_classifier = base.skeleton(), TASKS[base.task].is_classification
@@ -226,9 +226,11 @@ def _report(merged: list[MergedTensor], plan: MergePlan, seconds: float) -> list
         f"{plan.dtype_name(worst.name)} keeps at least {worst.retained:.1%} of each update ({worst.name})"
     ]
     if plan.untied:
-        lines.append(f"no longer tied, as the adapter changed one of them: {', '.join(sorted(plan.untied))}")
+        lines.append(f"no longer tied, because the adapter changed one of them: {', '.join(sorted(plan.untied))}")
     if plan.dropped:
-        lines.append(f"left out, as the task does not use them: {len(plan.dropped)} tensors ({plan.dropped[0]}, ...)")
+        lines.append(
+            f"left out, because the task does not use them: {len(plan.dropped)} tensors ({plan.dropped[0]}, ...)"
+        )
     return lines
 
 
@@ -239,6 +241,6 @@ def _describe_agreement(agreement: Agreement, probes: Probes, adapter: SavedAdap
     if agreement.retained is not None:
         figures.append(f"effect retained {agreement.retained:.1%}")
     return [
-        "verified: every weight, read back, is PEFT's merge, rounded once",
+        "verified: every weight, read back, equals PEFT's merge, rounded once",
         f"verified: compared with base and adapter on {probes.description}: {', '.join(figures)}",
     ]

@@ -1,4 +1,4 @@
-"""Build the model that a recipe describes: base, attention, adapter and how they compute; print what was chosen."""
+"""Build the model that a recipe describes: base, attention, adapter, dtypes, checkpointing; print the choices."""
 
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +31,7 @@ class BaseForTraining(NamedTuple):
 
     model: PreTrainedModel
     heads: tuple[str, ...]  # modules that are fully trained with any adapter
-    leak_check: select_attention.LeakCheck | None  # with packing: that rows do not see each other
+    leak_check: select_attention.LeakCheck | None  # with packing: result of the check for leaks between packed rows
 
 
 class TrainableModel(NamedTuple):
@@ -55,7 +55,11 @@ def load_base(recipe: Recipe, inputs: RunInputs, *, info: Info = console.no_outp
 def prepare_base(
     base: BaseCheckpoint, recipe: Recipe, device: torch.device, *, info: Info = console.no_output
 ) -> BaseForTraining:
-    """Do the same for a checkpoint in the place of the run's base, such as a merged model."""
+    """Load a checkpoint as `load_base` does, in place of the run's base; a merged model, for example.
+
+    Raises:
+        LoraError: it cannot be loaded, or no attention works on it.
+    """
     loaded = base.load(
         device,
         attention=None if recipe.model.attention == "auto" else recipe.model.attention,
@@ -73,7 +77,7 @@ def prepare_base(
 def adapter_context(
     recipe: Recipe, inputs: RunInputs, *, heads: tuple[str, ...], plan: BatchPlan | None, total: int
 ) -> AdapterContext:
-    """Return the context that the adapter is created in; without `plan`, only shapes count."""
+    """Return the context that the adapter is created in; `plan` is None if only shapes are needed."""
     return AdapterContext(
         task=recipe.task,
         heads=heads,
@@ -96,10 +100,10 @@ def _unquantized_weights(base: BaseCheckpoint, seed: int) -> StateDict:
 
 
 def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, info: Info) -> TrainableModel:
-    """Load the base, choose its attention, attach the adapter, and print what was done.
+    """Load the base, choose its attention, attach the adapter, and print the choices.
 
     Raises:
-        LoraError: whatever of the recipe does not fit the model or this machine.
+        LoraError: a part of the recipe does not fit the model or this machine.
     """
     optimizer = resolve_optimizer(recipe, inputs)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
@@ -111,9 +115,9 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     info(f"{redact_path(recipe.model.path)}: {device}, attention {base.config._attn_implementation}")
     for line in describe_quantization(recipe, inputs):
         info(line)
-    taken, weights = quantized_bytes(base)
+    size, weights = quantized_bytes(base)
     if weights:
-        info(f"  {weights:,} weights in {console.format_bytes(taken)}: {taken / weights:.3f} bytes each")
+        info(f"  {weights:,} weights in {console.format_bytes(size)}: {size / weights:.3f} bytes each")
     if leak_check:
         leak = f"{leak_check.leak:.0e} of their size" if leak_check.leak else "0"
         info(f"packing check: no leakage between packed rows (largest logit change: {leak})")
@@ -160,7 +164,11 @@ def _check_padding(model: PeftModel, recipe: Recipe, inputs: RunInputs, plan: Ba
 
 
 def check_new_tokens_trainable(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Raise if the embedding of a new token is not trained; the recipe's rules check single trained tokens."""
+    """Check that the embeddings of new tokens are trained; the recipe's rules check adapter.trainable_tokens alone.
+
+    Raises:
+        LoraError: the embedding of a new token would not be trained.
+    """
     spec = recipe.adapter
     untrained = [token for token in recipe.model.new_tokens if token not in (spec.trainable_tokens or ())]
     embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
@@ -183,7 +191,7 @@ def resolve_optimizer(recipe: Recipe, inputs: RunInputs) -> str:
 
 
 def describe_quantization(recipe: Recipe, inputs: RunInputs) -> list[str]:
-    """Return lines on how the base's weights are stored in memory, if not simply in the dtype of the run."""
+    """Return lines on how the base's weights are stored in memory; empty if in the dtype of the run."""
     spec = recipe.quantization
     if inputs.prequantized is not None:
         return [f"  its weights were quantized before: {inputs.prequantized.method}"]

@@ -138,7 +138,7 @@ def load_checkpoint(
 
 
 def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that share memory with an earlier one, because safetensors refuses shared memory."""
+    """Return the tensors, with copies of those that share memory with an earlier one: safetensors rejects sharing."""
     seen: set[int] = set()
     copies = {}
     for name, tensor in tensors.items():

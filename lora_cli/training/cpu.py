@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
-CACHED_KERNELS = 64  # compiled matrix products; more than the products of one batch have shapes
+CACHED_KERNELS = 64  # compiled matrix products to keep; one batch has fewer shapes of products
 
 
 def available_cores() -> int:
@@ -19,7 +19,7 @@ def available_cores() -> int:
 
 
 def set_up_cpu(processes: int = 1) -> None:
-    """Share the cores among `processes` of this machine, and keep glibc from returning large blocks to the system.
+    """Share the cores among the `processes` on this machine, and keep glibc from returning large blocks to the system.
 
     By default glibc maps and unmaps every tensor of more than 32 MiB, and trims its heap, so that each step has page
     faults for all its memory: about a sixth of a step's time on a small model. And oneDNN keeps 1,024 compiled products

@@ -1,4 +1,4 @@
-"""Disk full: turn the SafetensorError of a failed safetensors write into the OSError that other writes raise."""
+"""Disk full: convert the SafetensorError of a failed safetensors write into the OSError that other writes raise."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def disk_full_as_os_error(folder: Path) -> Iterator[None]:
-    """Within the block, turn I/O errors of safetensors into an OSError about `folder`.
+    """Within the block, convert I/O errors of safetensors into an OSError about `folder`.
 
     Raises:
         OSError: safetensors could not write, for example because the disk is full.

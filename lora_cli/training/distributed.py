@@ -9,10 +9,10 @@ from lora_cli.model.fp32_weights import ConcatFrozen
 
 
 def broadcast_adapter(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process the adapter of the first, in place.
+    """Broadcast the adapter of the first process to all others, in place.
 
     An adapter that is initialized from a decomposition of the weights may differ between two GPUs, and afterwards
-    only gradients are shared.
+    only gradients are exchanged.
     """
     if accelerator.num_processes == 1:
         return

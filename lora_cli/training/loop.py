@@ -49,7 +49,7 @@ def fit(
     """Take optimizer steps `start`+1 to `total`, and yield after each.
 
     The loss of a step is the mean over the supervised tokens of all its batches on all processes, whatever the shapes
-    of the batches. Every random number comes from a seed made of (run seed, step, place of the batch in the step): a
+    of the batches. Every random number comes from a seed made of (run seed, step, position of the batch in the step): a
     resumed run draws the same numbers as an uninterrupted one, and two processes the same as one. AdaLoRA's
     `rank_allocator` acts around the optimizer step; its penalty is part of the gradient, not of the reported loss.
 
@@ -71,10 +71,10 @@ def fit(
             loss_sum = torch.zeros((), device=accelerator.device)
             losses: list[tuple[Batch, Tensor]] = []
             # Gradient accumulation: the gradients of all batches of the step add up before one optimizer step.
-            for place, batch in batches:
+            for position, batch in batches:
                 if len(batch.targets) == 0:
                     continue
-                torch.manual_seed(_seed(spec.seed, number, place))
+                torch.manual_seed(_seed(spec.seed, number, position))
                 loss = loss_fn(batch).loss
                 # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
                 loss.backward()
@@ -107,9 +107,9 @@ def fit(
             )
 
 
-def _seed(run: int, step: int, place: int) -> int:
+def _seed(run_seed: int, step: int, position: int) -> int:
     # Large odd multipliers give neighboring steps and batches different seeds.
-    return (run * 1_000_003 + step * 8191 + place) % (1 << 63)
+    return (run_seed * 1_000_003 + step * 8191 + position) % (1 << 63)
 
 
 def _not_finite_error(number: int, losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> LoraError:
@@ -121,10 +121,10 @@ def _not_finite_error(number: int, losses: list[tuple[Batch, Tensor]], plan: Bat
         for finite in (False, True)
     }
     not_finite, finite = gather_object(rows[False]), gather_object(rows[True])
-    what, named = ("loss", not_finite) if not_finite else ("gradient", finite)
-    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    quantity, affected = ("loss", not_finite) if not_finite else ("gradient", finite)
+    more = f" and {len(affected) - 5} more" if len(affected) > 5 else ""
     return LoraError(
-        f"step {number}: the {what} is not finite; its rows: {', '.join(named[:5])}{more}",
+        f"step {number}: the {quantity} is not finite; its rows: {', '.join(affected[:5])}{more}",
         hint="try a lower training.learning_rate or a longer training.warmup, and inspect these rows; "
         "the last checkpoint is from before this step",
         exit_code=1,

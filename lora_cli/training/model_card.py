@@ -92,7 +92,7 @@ def _redact_paths(recipe: Recipe, text: str) -> str:
     sources = [s for s in (data.train, data.eval) if isinstance(s, str)]
     sources += [spec.path for specs in (data.train, data.eval) if isinstance(specs, list) for spec in specs]
     paths = [recipe.model.path, recipe.output, *sources, data.chat_template or ""]
-    for path in sorted(paths, key=len, reverse=True):  # the longest first, as one path can contain another
+    for path in sorted(paths, key=len, reverse=True):  # the longest first, because one path can contain another
         if path != redact_path(path):
             text = text.replace(path, redact_path(path))
     return text

@@ -89,7 +89,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -
 def restore_optimizer_state(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]
 ) -> None:
-    """Load the state of one parameter, as returned by `optimizer_state`."""
+    """Load the state of one parameter, with the keys, shapes and dtypes that `optimizer_state` returns."""
     if isinstance(optimizer, torch.optim.AdamW):
         # torch's fused kernel needs its step count on the parameter's device.
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}

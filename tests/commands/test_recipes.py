@@ -204,4 +204,4 @@ def test_every_recipe_is_checked_trained_measured_and_merged(
     assert re.search(r"^ *adapter +[\d.]+", measured.out, re.MULTILINE), measured.out
     merged = lora("merge", run / "adapter", "--out", "merged")
     assert (merged.code, merged.out) == (0, "merged\n"), merged.err
-    assert "verified: every weight, read back, is PEFT's merge" in merged.err
+    assert "verified: every weight, read back, equals PEFT's merge" in merged.err

@@ -164,14 +164,14 @@ MODEL_MISTAKES = {
         {"model.path": "./bse"},
         [
             "error: model.path: there is no folder ./bse",
-            "hint: . contains base, recipe.yaml, rows.jsonl, runs; model.path takes a .gguf file, a folder or a hub id",
+            "hint: . contains base, recipe.yaml, rows.jsonl, runs; model.path accepts a .gguf file, a folder or a hub id",
         ],
     ),
     "no gguf file": Mistake(
         {"model.path": "models/x.gguf"},
         [
             "error: model.path: there is no file models/x.gguf",
-            "hint: there is no folder models either; model.path takes a .gguf file, a folder or a hub id",
+            "hint: there is no folder models either; model.path accepts a .gguf file, a folder or a hub id",
         ],
     ),
     "a gguf file with other content": Mistake(
@@ -199,7 +199,7 @@ MODEL_MISTAKES = {
         {"model.path": "x"},
         [
             "error: model.path: x has no config.json",
-            "hint: model.path takes a folder that save_pretrained wrote, a .gguf file or a hub id",
+            "hint: model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id",
         ],
         setup=folder_writer("x", "notes.txt"),
     ),
@@ -222,7 +222,7 @@ MODEL_MISTAKES = {
         {"model.attention": "flsh"},
         [
             "error: model.attention: flsh is not known",
-            "hint: known are auto, eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa",
+            "hint: use one of auto, eager, flash_attention_2, flash_attention_3, flash_attention_4, flex_attention, sdpa",
         ],
     ),
     "an attention without its package": Mistake(
