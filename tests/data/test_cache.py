@@ -142,8 +142,8 @@ def test_a_killed_process_leaves_no_partial_entry(prepared, chatml, tmp_path):
     (tmp_path / "train.jsonl").write_text(ROWS)
     process = worker(tmp_path)
     assert process.stdout is not None
-    while process.stdout.readline() != "batch\n":
-        pass
+    while (line := process.stdout.readline()) != "batch\n":
+        assert line, "the process ended before the first batch"
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [name.startswith(".tmp-") for name in cache_entries(tmp_path)] == [True]
