@@ -18,7 +18,7 @@ from lora_cli.merging.merge_tensors import ReadWrite
 from lora_cli.model import safetensors_io
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
-from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, TOKENIZER_FILES
 from lora_cli.model.saved_adapter import open_saved_adapter, read_adapter_config
 from lora_cli.model.target_modules import layer_index
 from lora_cli.model.trained_on import TRAINED_ON_FILE, read_trained_on
@@ -28,10 +28,7 @@ ENERGY_SHARES = (0.9, 0.95, 0.99)
 COPIED_FILES = (
     TRAINED_ON_FILE,
     LABELS_FILE,
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *TOKENIZER_FILES,
 )
 
 
@@ -331,6 +328,9 @@ def _write_adapter(factors: dict[str, LowRankFactors], like: LoraWeights, out: P
 def _print_energy_kept(original: dict[str, LowRankFactors], written: dict[str, LowRankFactors]) -> None:
     shares = low_rank.energy_kept(original, written)
     total = sum(factors.energy for factors in original.values())
+    if not total:  # an untrained adapter, or weights that cancel out
+        console.info("note: every update is zero")
+        return
     kept = sum(shares[module] * factors.energy for module, factors in original.items()) / total
     worst = min(shares, key=lambda module: shares[module])
     console.info(

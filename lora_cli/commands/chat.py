@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lora_cli.data.chat_templates import TEMPLATE_ERRORS
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import stop_ids
 from lora_cli.model.base_model import BaseCheckpoint
@@ -86,8 +87,13 @@ class Chat:
             case _ if word.startswith("/"):
                 console.info(f"{word} is not a command\n{HELP}")
             case _:
-                self.messages.append({"role": "user", "content": line.strip()})
-                self.messages.append({"role": "assistant", "content": self._answer(self.active, self.messages)})
+                question = {"role": "user", "content": line.strip()}
+                try:
+                    answer = self._answer(self.active, [*self.messages, question])
+                except LoraError as error:
+                    console.info(f"{error.message}; {error.hint}")
+                else:
+                    self.messages += [question, {"role": "assistant", "content": answer}]
         return True
 
     def _use(self, name: str) -> None:
@@ -151,7 +157,13 @@ class Chat:
             text = "\n".join(message["content"] for message in messages)
             plain: list[int] = self._tokenizer(text)["input_ids"]
             return plain
-        ids: list[int] = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)["input_ids"]
+        try:
+            encoded = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        except TEMPLATE_ERRORS as error:
+            raise LoraError(
+                f"the chat template rejects this conversation: {error}", hint="change it with /system or /reset"
+            ) from None
+        ids: list[int] = encoded["input_ids"]
         return ids
 
     def _template_endings(self) -> list[list[int]]:

@@ -18,6 +18,18 @@ from lora_cli.model import adalora, fp32_weights
 from lora_cli.model.fused_lora import register_custom_layers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Files of a tokenizer, also those that only other tools write next to an adapter.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:

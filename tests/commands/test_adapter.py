@@ -81,6 +81,16 @@ def test_resize_to_a_rank_and_to_an_energy(trained_run: Path, lora: Lora):
     assert lora("merge", "small", "--out", "merged").code == 0
 
 
+def test_updates_that_cancel_out_are_written_with_a_note(trained_run: Path, lora: Lora):
+    result = lora("adapter", "combine", "runs/a/adapter", "--out", "zero", "--", "-1*runs/a/adapter")
+    assert result.code == 0, result.err
+    assert "note: every update is zero" in result.err
+    assert relative(logits(("zero", 1.0)), logits(("runs/a/adapter", 0.0))) < 1e-5
+    resized = lora("adapter", "resize", "zero", "--rank", "2", "--out", "small")
+    assert resized.code == 0, resized.err
+    assert "note: every update is zero" in resized.err
+
+
 def test_combine_writes_the_weighted_sum_of_two_adapters(two_adapters: None, lora: Lora):
     parts = [("runs/a/adapter", 0.5), ("runs/b/adapter", -1.0)]
     arguments = [f"{weight}*{path}" for path, weight in parts]

@@ -25,17 +25,6 @@ ADAPTER_FILES = (
     class_labels.LABELS_FILE,
     trained_on.TRAINED_ON_FILE,
 )
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 AUTO_CLASSES = {
     "causal-lm": "AutoPeftModelForCausalLM",
     "seq2seq-lm": "AutoPeftModelForSeq2SeqLM",
@@ -127,7 +116,7 @@ def copy_adapter(source: ExportSource, out: Path) -> None:
     """Copy the adapter's files into the folder `out`, and save the source's tokenizer if `folder` has none."""
     folder = adapter_folder(source)
     out.mkdir(exist_ok=True)
-    for name in (*ADAPTER_FILES, *TOKENIZER_FILES):
+    for name in (*ADAPTER_FILES, *save_adapter.TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
     if not (out / "tokenizer_config.json").is_file():
