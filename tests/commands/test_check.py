@@ -109,22 +109,30 @@ def cpu_seconds(*command: str) -> tuple[float, int]:
     return usage.ru_utime + usage.ru_stime, os.waitstatus_to_exitcode(status)
 
 
+@pytest.fixture(scope="module")
+def light_imports() -> float:
+    """Processor time that the light libraries take to import: torch takes ten times as long on any machine."""
+    script = "import typer, rich.console, pydantic, yaml"
+    return min(cpu_seconds(sys.executable, "-c", script)[0] for _ in range(5))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "limit"),
     [
-        (["--help"], 0, 0.4),
-        (["train", "--help"], 0, 0.4),
-        (["init"], 0, 0.4),
-        (["methods"], 0, 0.4),
-        (["train", "bad.yaml"], 2, 0.6),
-        (["eval", "bad.yaml"], 2, 0.6),
+        (["--help"], 0, 3),
+        (["train", "--help"], 0, 3),
+        (["init"], 0, 3),
+        (["methods"], 0, 3),
+        (["train", "bad.yaml"], 2, 5),
+        (["eval", "bad.yaml"], 2, 5),
     ],
     ids=["help", "train --help", "init", "methods", "rejected by train", "rejected by eval"],
 )
 def test_light_commands_import_no_heavy_library_and_take_little_time(
-    arguments: list[str], code: int, limit: float, workdir: Path
+    arguments: list[str], code: int, limit: float, light_imports: float, workdir: Path
 ):
+    """`limit` is in multiples of the time of the light imports, so that it holds on slow machines, too."""
     Path("bad.yaml").write_text("base_model: x\nlora_r: 8\n")
     command = [sys.executable, "-c", LORA_THAT_LISTS_HEAVY_IMPORTS, *arguments]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -137,6 +145,6 @@ def test_light_commands_import_no_heavy_library_and_take_little_time(
         seconds, exit_code = cpu_seconds(sys.executable, "-m", "lora_cli", *arguments)
         assert exit_code == code
         times.append(seconds)
-        if seconds < limit:
+        if seconds < limit * light_imports:
             break
-    assert min(times) < limit
+    assert min(times) < limit * light_imports
