@@ -173,7 +173,6 @@ UNDOCUMENTED: dict[str, Use] = {
     "xllamacpp.CommonParams": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
     "xllamacpp.Server.listening_address": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
     "onnxruntime.capi.onnxruntime_pybind11_state": Use("export/onnx/verify.py", library_checks.onnx_names),
-    "onnx.external_data_helper": Use("export/onnx/verify.py", library_checks.onnx_names),
 }
 USES = PRIVATE | IMPORTED | UNDOCUMENTED
 NAMED_TUPLE_METHODS = {"_asdict", "_fields", "_make", "_replace"}  # documented by Python

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import external_data_helper, numpy_helper
+from onnx import numpy_helper
 from transformers import PreTrainedModel
 
 from lora_cli.export.onnx.graph import BATCH, PAST, GraphSignature, GraphValue
@@ -40,13 +40,12 @@ def check_tensors(model: PreTrainedModel, signature: GraphSignature, file: Path)
         if tensor.name not in tensors:
             constants += int(np.prod(tensor.dims)) >= LARGE_CONSTANT
             continue
-        if external_data_helper.uses_external_data(tensor):
-            try:
-                external_data_helper.load_external_data_for_tensor(tensor, str(file.parent))
-            except (ValueError, OSError) as reason:
-                return Check("tensors", False, f"{tensor.name} cannot be read: {' '.join(str(reason).split())}")
+        try:
+            values = numpy_helper.to_array(tensor, base_dir=str(file.parent))
+        except (ValueError, OSError, onnx.checker.ValidationError) as reason:
+            return Check("tensors", False, f"{tensor.name} cannot be read: {' '.join(str(reason).split())}")
         expected = tensors[tensor.name].detach().numpy()
-        if np.array_equal(numpy_helper.to_array(tensor), expected, equal_nan=True):
+        if np.array_equal(values, expected, equal_nan=True):
             equal.add(id(tensors[tensor.name]))
         else:
             different.append(tensor.name)
