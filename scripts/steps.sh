@@ -65,7 +65,8 @@ make_environment() {
   if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$dependencies" ]; then return; fi
   [ -x "$1/bin/python" ] || "$python" -m venv "$1"
   pip_install "$1" --no-compile --constraint "$2" --editable ".[$3]"
-  # On all cores, and without the packages' own tests: pip takes twice as long.
+  # On all cores, and without the packages' own tests: pip takes twice as long. Some packages have files for other
+  # Python versions, which do not compile: that is no failure, and pip ignores it, too.
   "$1/bin/python" -m compileall -q -j 0 -x '/(tests?|testing)/' "$1/lib" >/dev/null 2>&1 || true
   echo "$dependencies" >"$stamp"
 }

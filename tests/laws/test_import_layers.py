@@ -1,6 +1,7 @@
 """Imports go down the list of folders only; folders side by side do not import each other; there are no cycles."""
 
 import ast
+import importlib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def test_imports_go_down():
 
 def test_no_file_is_in_a_cycle():
     TopologicalSorter(GRAPH).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("script", sorted((ROOT.parent / "scripts").glob("*.py")), ids=lambda script: script.name)
+def test_scripts_import_names_that_exist(script: Path):
+    """Nothing else runs the comparisons, so a moved name would be noticed by their next user."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_cli"):
+            module = importlib.import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @pytest.mark.parametrize(
