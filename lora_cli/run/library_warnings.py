@@ -20,6 +20,9 @@ def silence_library_warnings() -> None:
     # BOFT without its CUDA extension supports one butterfly factor; more in a recipe are an error.
     boft = r"Failed to load the CUDA extension|Setting boft_n_butterfly_factor to 1"
     warnings.filterwarnings("ignore", boft, UserWarning)
+    # merging/ writes embeddings and head as two tensors if an adapter changes one of two that were tied.
+    tied = r"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter"
+    warnings.filterwarnings("ignore", tied, UserWarning)
     # scikit-learn's Matthews correlation is 0 if all labels and predictions are the same class.
     warnings.filterwarnings("ignore", r"A single label was found in 'y_true' and 'y_pred'", UserWarning)
     # The int8 matrix product of bitsandbytes casts its inputs to fp16, and warns at every layer.

@@ -39,6 +39,11 @@ def load_a_pruned_adalora() -> None:
         peft.PeftModel.from_pretrained(zoo.make("llama"), folder)
 
 
+def attach_to_a_tied_head() -> None:
+    model = zoo.make("llama", tie_word_embeddings=True)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+
 def attach_boft() -> None:
     boft_layer._FBD_CUDA = None
     config = peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=8)
@@ -58,6 +63,10 @@ WARNINGS: dict[str, tuple[Callable[[], object], type[Warning]]] = {
     ),
     "Failed to load the CUDA extension": (attach_boft, UserWarning),
     "Setting boft_n_butterfly_factor to 1": (attach_boft, UserWarning),
+    "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter": (
+        attach_to_a_tied_head,
+        UserWarning,
+    ),
     "A single label was found in 'y_true' and 'y_pred'": (lambda: matthews_corrcoef([1, 1], [1, 1]), UserWarning),
 }
 
