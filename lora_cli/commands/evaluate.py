@@ -133,6 +133,8 @@ class Evaluation:
         scores = self._scores()
         if self.options.metrics and scores:
             console.out.print(answers.score_table(scores, len(self.prompts)))
+            for name, signature in answers.metric_signatures(self.options.metrics, self.prompts).items():
+                console.out.print(f"{name}: {signature}")
         if self.options.tasks:
             console.out.print(answers.task_table({name: result.tasks for name, result in self.results.items()}))
         answers.print_answers(self.prompts, self._answers(), self.options.file)
@@ -142,9 +144,11 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Return all figures for JSON."""
         base, scores = self.results[BASE], self._scores()
+        signatures = answers.metric_signatures(self.options.metrics, self.prompts) if scores else {}
         return {
             "rows": len(self.rows),
             "data": self.rows.fingerprint,
+            **({"metrics": signatures} if signatures else {}),
             "results": {
                 name: report.result_record(result, base, self.recipe.task) | scores.get(name, {}) | dict(result.tasks)
                 for name, result in self.results.items()

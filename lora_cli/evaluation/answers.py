@@ -112,6 +112,11 @@ def score_answers(metrics: Sequence[str], prompts: Sequence[Prompt], answers: An
     }
 
 
+def metric_signatures(metrics: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Return the tokenizer and version of each metric that has one, by the metric's name."""
+    return text_metrics.metric_signatures(metrics, [prompt.references for prompt in prompts])
+
+
 def generate_answers(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
