@@ -19,10 +19,11 @@ from lora_cli.model import safetensors_io
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, TOKENIZER_FILES
-from lora_cli.model.saved_adapter import open_saved_adapter, read_adapter_config
+from lora_cli.model.saved_adapter import open_saved_adapter
 from lora_cli.model.target_modules import layer_index
 from lora_cli.model.trained_on import TRAINED_ON_FILE, read_trained_on
 from lora_cli.run import atomic, console
+from lora_cli.setup.adapter_folders import find_adapter
 
 ENERGY_SHARES = (0.9, 0.95, 0.99)
 COPIED_FILES = (
@@ -54,7 +55,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
     """Print the size of the updates for each kind of module, and how much of the rank they use.
 
     Args:
-        folder: of a LoRA adapter.
+        folder: of a run or a LoRA adapter.
         base_path: base in place of the one that the adapter names.
         json_file: for the statistics of every module.
         plot: PNG file for spectra and sizes.
@@ -66,7 +67,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
     for option, file in (("--json", json_file), ("--plot", plot)):
         if file is not None and not file.absolute().parent.is_dir():
             raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
-    read_adapter_config(folder)
+    folder = find_adapter(folder)
     adapter = low_rank.read_lora(folder)
     norms = _base_norms(folder, base_path, adapter)
     stats = [_module_stats(module, factors, norms.get(module)) for module, factors in adapter.factors.items()]
@@ -200,7 +201,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     """Write the adapter in `folder` with fewer components for each module.
 
     Args:
-        folder: of a LoRA adapter.
+        folder: of a run or a LoRA adapter.
         out: folder of the new adapter.
         rank: largest rank of a module; None if `energy` is set.
         energy: share of each update's energy to keep, 0 to 1; None if `rank` is set.
@@ -211,7 +212,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     """
     if (rank is None) == (energy is None):
         raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
-    read_adapter_config(folder)
+    folder = find_adapter(folder)
     adapter = low_rank.read_lora(folder)
     if adapter.config.use_dora:
         raise LoraError(
@@ -251,8 +252,7 @@ def combine(
             weights.append(float(weight) if star else 1.0)
         except ValueError:
             raise LoraError(f"{item}: {weight} is not a weight", hint="write 0.5*runs/a/adapter") from None
-        read_adapter_config(Path(path))
-        adapters.append(low_rank.read_lora(Path(path)))
+        adapters.append(low_rank.read_lora(find_adapter(Path(path))))
     if len(adapters) < 2:
         raise LoraError("combine: there is only one adapter", hint="name two or more")
     _check_combinable(adapters)

@@ -5,32 +5,28 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.chat_templates import TEMPLATE_ERRORS
+from lora_cli.data.encode import prefix_tokens
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import stop_ids
-from lora_cli.model.base_model import BaseCheckpoint
-from lora_cli.model.device import pick_device, pick_dtype
-from lora_cli.model.fp32_weights import upcast_trainable_params
-from lora_cli.model.load_adapter import load_adapter
-from lora_cli.model.model_source import find_model, load_config, load_tokenizer
-from lora_cli.model.saved_adapter import open_saved_adapter, read_adapter_config
-from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
+from lora_cli.evaluation.report import BASE
 from lora_cli.run import atomic, console
-from lora_cli.training import cpu
+from lora_cli.setup.chat_model import DESCRIPTIONS, PROMPT_KINDS, LoadedChat, Prompting, PromptKind, load_chat
 
-BASE = "base"
 HELP = """\
 /use NAME    answer with an adapter          /base        answer with the base alone
-/compare     base and adapter answer the last question
+/compare     base and adapter answer the last question; /compare TEXT: they answer TEXT
+/prompt KIND chat (the chat template) or text (each line is the whole prompt)
 /reset       clear the conversation          /system TEXT  set the system message, and clear
 /save FILE   write the conversation          /quit        leave"""
+WITHOUT_TEXT = ("/base", "/reset", "/help", "/quit", "/exit")  # commands that take no text
 
 
 class ChatOptions(NamedTuple):
@@ -45,16 +41,17 @@ class ChatOptions(NamedTuple):
 class Chat:
     """A conversation with one loaded base and its adapters."""
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], options: ChatOptions
-    ) -> None:
-        """`names` are the adapters of `model`; the first one answers."""
-        self._model, self._tokenizer, self._names, self._options = model, tokenizer, list(names), options
-        self.active = names[0] if names else BASE
+    def __init__(self, loaded: LoadedChat, options: ChatOptions) -> None:
+        """The first adapter of `loaded` answers."""
+        self._model: Any = loaded.model
+        self._tokenizer, self._adapters, self._options = loaded.tokenizer, loaded.adapters, options
+        self._names = list(loaded.prompting)
+        self._prompting, self._chosen = loaded.prompting, cast(PromptKind | None, None)
+        self.active = self._names[0] if self._names else BASE
         self._system = options.system
         self.messages: list[dict[str, str]] = []
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._stop_ids = stop_ids(tokenizer, base, self._template_endings())
+        base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+        self._stop_ids = stop_ids(self._tokenizer, base, self._template_endings())
         self.reset()
 
     def reset(self) -> None:
@@ -63,7 +60,11 @@ class Chat:
 
     def handle_line(self, line: str) -> bool:
         """Handle one input line, a command or a question; return False to quit."""
-        word, _, rest = line.strip().partition(" ")
+        word, *others = line.split(maxsplit=1) or [""]
+        rest = others[0].strip() if others else ""
+        if rest and word in WITHOUT_TEXT:
+            console.info(f"{word} takes no text, and was not done: {rest!r} is left over")
+            return True
         match word:
             case "":
                 return True
@@ -74,20 +75,23 @@ class Chat:
             case "/base":
                 self._use(BASE)
             case "/use":
-                self._use(rest.strip())
+                self._use(rest)
+            case "/prompt":
+                self._choose_prompts(rest)
             case "/reset":
                 self.reset()
             case "/system":
-                self._system = rest.strip() or None
-                self.reset()
+                self._set_system(rest or None)
             case "/save":
-                self._save(rest.strip())
+                self._save(rest)
             case "/compare":
-                self._compare()
+                self._compare(rest)
             case _ if word.startswith("/"):
                 console.info(f"{word} is not a command\n{HELP}")
             case _:
-                question = {"role": "user", "content": line.strip()}
+                # Of a literal prompt, spaces at its ends are a part.
+                text = line.strip() if self._kind() == "chat" else line.rstrip("\n")
+                question = {"role": "user", "content": text}
                 try:
                     answer = self._answer(self.active, [*self.messages, question])
                 except LoraError as error:
@@ -96,26 +100,61 @@ class Chat:
                     self.messages += [question, {"role": "assistant", "content": answer}]
         return True
 
+    def _kind(self) -> PromptKind:
+        """Return how lines are prompts: as chosen by /prompt, else as the active adapter was trained."""
+        if self._chosen is not None:
+            return self._chosen
+        return self._prompting_of(self.active).kind
+
+    def _prompting_of(self, name: str) -> Prompting:
+        """Return how an adapter is prompted; the base is prompted as the first adapter."""
+        if not self._names:
+            return Prompting("chat" if self._tokenizer.chat_template else "text")
+        return self._prompting.get(name, self._prompting[self._names[0]])
+
+    def _choose_prompts(self, kind: str) -> None:
+        if kind and kind not in PROMPT_KINDS:
+            console.info(f"/prompt {kind}: write /prompt chat or /prompt text")
+        elif kind == "chat" and not self._tokenizer.chat_template:
+            console.info("/prompt chat: the tokenizer has no chat template")
+        else:
+            self._chosen = PROMPT_KINDS[kind] if kind else self._chosen
+            console.info(DESCRIPTIONS[self._kind()])
+
+    def _set_system(self, text: str | None) -> None:
+        if text and self._kind() == "text":
+            console.info("/system: literal prompts have no system message; /prompt chat uses the chat template")
+            return
+        self._system = text
+        self.reset()
+
     def _use(self, name: str) -> None:
         if name not in (BASE, *self._names):
-            console.info(f"there is no adapter {name!r}; available: {', '.join([BASE, *self._names])}")
+            found = f"there is no adapter {name!r}" if name else "/use needs a name"
+            console.info(f"{found}; available: {', '.join([BASE, *self._names])}")
             return
+        before = self._kind()
         start = time.perf_counter()
-        if name != BASE:
-            self._model.set_adapter(name)
+        if name != BASE and self._adapters is not None:
+            self._adapters.activate(name)
         self.active = name
-        console.info(f"{name} answers now (switched in {(time.perf_counter() - start) * 1000:.0f} ms)")
+        changed = f"; {DESCRIPTIONS[self._kind()]}" if self._kind() != before else ""
+        console.info(f"{name} answers now (switched in {(time.perf_counter() - start) * 1000:.0f} ms{changed})")
 
-    def _compare(self) -> None:
-        """Answer the last question with the base and with the adapter; the conversation does not change."""
+    def _compare(self, text: str) -> None:
+        """Answer `text`, or the last question, with the base and with the adapter; the conversation does not change."""
         questions = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
-        if not questions:
+        if not questions and not text:
             console.info("there is no question yet")
             return
+        messages = [*self.messages, {"role": "user", "content": text}] if text else self.messages[: questions[-1] + 1]
         adapter = self.active if self.active != BASE else next(iter(self._names), None)
-        for name in (BASE, *([adapter] if adapter else [])):
-            sys.stdout.write(f"[{name}] ")
-            self._answer(name, self.messages[: questions[-1] + 1])
+        try:
+            for name in (BASE, *([adapter] if adapter else [])):
+                sys.stdout.write(f"[{name}] ")
+                self._answer(name, messages)
+        except LoraError as error:
+            console.info(f"{error.message}; {error.hint}")
 
     def _save(self, file: str) -> None:
         if not file or not Path(file).absolute().parent.is_dir():
@@ -127,7 +166,10 @@ class Chat:
     @torch.no_grad()
     def _answer(self, name: str, messages: Sequence[dict[str, str]]) -> str:
         """Write the answer to stdout while it is generated, and return it. Ctrl-C ends it."""
-        ids = torch.tensor([self._prompt_ids(messages)], device=next(self._model.parameters()).device)
+        prompting = self._prompting_of(self.active if name == BASE else name)
+        ids = torch.tensor(
+            [self._prompt_ids(messages, self._kind(), prompting.template)], device=next(self._model.parameters()).device
+        )
         streamer = CollectingStreamer(self._tokenizer)
         options = self._options
         config = GenerationConfig(
@@ -138,8 +180,8 @@ class Chat:
             pad_token_id=self._stop_ids[0] if self._stop_ids else 0,
         )
         model: Any = self._model
-        if isinstance(model, PeftModel) and name not in (BASE, model.active_adapter):
-            model.set_adapter(name)
+        if name != BASE and self._adapters is not None:
+            self._adapters.activate(name)
         adapter_off = model.disable_adapter() if isinstance(model, PeftModel) and name == BASE else nullcontext()
         try:
             with adapter_off:
@@ -152,13 +194,17 @@ class Chat:
         sys.stdout.flush()
         return "".join(streamer.parts).strip()
 
-    def _prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        if self._tokenizer.chat_template is None:
-            text = "\n".join(message["content"] for message in messages)
-            plain: list[int] = self._tokenizer(text)["input_ids"]
-            return plain
+    def _prompt_ids(
+        self, messages: Sequence[dict[str, str]], kind: PromptKind = "chat", template: str | None = None
+    ) -> list[int]:
+        if kind == "text":
+            text: list[int] = self._tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+            prefix = prefix_tokens(self._tokenizer)
+            return text if text[: len(prefix)] == prefix and prefix else [*prefix, *text]
         try:
-            encoded = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+            encoded = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, chat_template=template
+            )
         except TEMPLATE_ERRORS as error:
             raise LoraError(
                 f"the chat template rejects this conversation: {error}", hint="change it with /system or /reset"
@@ -206,9 +252,14 @@ def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, option
     Raises:
         LoraError: an adapter or model does not exist, does not fit its base, or is not a language model.
     """
-    model, tokenizer, names = _load(target, adapters, base_path)
-    conversation = Chat(model.eval(), tokenizer, names, options)
+    loaded = load_chat(target, adapters, base_path)
+    loaded.model.eval()
+    conversation = Chat(loaded, options)
     torch.manual_seed(options.seed)
+    for note in loaded.notes:
+        console.info(note)
+    if options.system and loaded.kinds == {"text"}:
+        console.info("--system has no effect: literal prompts have no system message")
     if sys.stdin.isatty():
         console.info(f"{conversation.active} answers; /help lists the commands")
     for line in _lines(conversation):
@@ -228,60 +279,3 @@ def _lines(conversation: Chat) -> Iterator[str]:
         except EOFError:
             console.info("")
             return
-
-
-def _load(
-    target: Path, adapters: Sequence[str], base_path: str | None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, list[str]]:
-    """Load the base of the first adapter with all adapters on it, or a model without adapters."""
-    device = pick_device()
-    if device.type == "cpu":
-        cpu.set_up_cpu()
-    if (target / "adapter" / "adapter_config.json").is_file():
-        target = target / "adapter"
-    folders = _adapter_folders(target, adapters)
-    if not folders:
-        base = _open_model(target, device)
-        return base.load(device).model, base.tokenizer, []
-    first = next(iter(folders.values()))
-    adapter = open_saved_adapter(first, read_adapter_config(first), base_path=base_path, trust_remote_code=False)
-    base = adapter.base
-    if base.task != "causal-lm":
-        raise LoraError(f"{first}: a model for {base.task} does not chat", hint="measure it with lora eval")
-    section = adapter.trained_on.quantization if adapter.trained_on else None
-    quantization = QuantizationSpec.model_validate(section) if section else None
-    dtype = pick_dtype("auto", device, quantization) if adapter.trained_on is None else base.dtype
-    loaded: PreTrainedModel | PeftModel = base.load(device, dtype=dtype, quantization=quantization).model
-    for name, folder in folders.items():
-        loaded = load_adapter(loaded, folder, base=base.name, name=name)
-    upcast_trainable_params(loaded, for_inference=True)
-    assert isinstance(loaded, PeftModel)
-    loaded.set_adapter(next(iter(folders)))
-    return loaded, base.tokenizer, list(folders)
-
-
-def _open_model(target: Path, device: torch.device) -> BaseCheckpoint:
-    dtype = pick_dtype("auto", device)
-    source = find_model(ModelSpec(path=str(target)), dtype=dtype, device=device, info=console.info)
-    config, tokenizer = load_config(source), load_tokenizer(source)
-    return BaseCheckpoint(str(target), source, config, tokenizer, task="causal-lm", dtype=dtype)
-
-
-def _adapter_folders(target: Path, adapters: Sequence[str]) -> dict[str, Path]:
-    """Return the adapter folders by the names that /use accepts."""
-    folders: dict[str, Path] = {}
-    if (target / "adapter_config.json").is_file():
-        folders["adapter"] = target
-    elif not (target / "config.json").is_file() and target.suffix != ".gguf":
-        raise LoraError(f"{target} is not a run, adapter or model", hint="give a folder of lora train or lora merge")
-    elif adapters:
-        raise LoraError("--adapter needs an adapter or a run as target", hint="write one of the adapters as the target")
-    for item in adapters:
-        name, _, path = item.rpartition("=")
-        folder = Path(path)
-        read_adapter_config(folder)
-        name = name or folder.resolve().parent.name
-        if name in (BASE, *folders):
-            raise LoraError(f"--adapter {item}: the name {name} is taken", hint="give another: --adapter NAME=DIR")
-        folders[name] = folder
-    return folders

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.data.class_labels import ClassLabels, load_labels
+from lora_cli.data.class_labels import LABELS_FILE, ClassLabels, load_labels
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import answers, report
@@ -17,14 +18,18 @@ from lora_cli.evaluation.classification_metrics import compute_classification_me
 from lora_cli.evaluation.likelihood import measure_row_likelihoods
 from lora_cli.evaluation.predict import predict
 from lora_cli.evaluation.report import BASE, ModelResult
+from lora_cli.model.adapter_config import CONFIG_FILE, read_adapter_config
+from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.fp32_weights import upcast_trainable_params
-from lora_cli.model.load_adapter import load_adapter
+from lora_cli.model.load_adapter import NamedAdapters, load_adapters
 from lora_cli.model.loss import LossFunction
-from lora_cli.model.model_source import find_model
+from lora_cli.model.model_source import find_model, load_config, load_tokenizer
+from lora_cli.model.saved_adapter import CPU, labels_of_head
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
+from lora_cli.setup.adapter_folders import parse_named_folder
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.training_model import load_base, prepare_base
 from lora_cli.training import cpu
@@ -62,7 +67,7 @@ def evaluate(
     if options.tasks and TASKS[recipe.task].is_classification:
         raise LoraError(f"--tasks: the harness needs language models, not {recipe.task}", hint="leave it out")
     _check_single_bias(resolved.adapters)
-    trained_labels = _common_labels(resolved.adapters)
+    trained_labels = _common_labels(resolved.adapters, recipe)
     spec = _data_spec(recipe, data, trained_labels)
     train_key = "data.train" if data is None else data
     inputs = load_inputs(recipe, info=console.info, data=spec, train_key=train_key)
@@ -82,8 +87,8 @@ def evaluate(
     if resolved.adapters:
         adapted = _load_adapters(base, resolved.adapters, base_path=recipe.model.path)
         for name in resolved.adapters:
-            adapted.set_adapter(name)
-            evaluation.measure(name, adapted)
+            adapted.activate(name)
+            evaluation.measure(name, adapted.model)
         del adapted
     del base
     for name, folder in resolved.models.items():
@@ -177,7 +182,7 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
         recipe = load_recipe(target)
         if (Path(recipe.output) / "adapter").is_dir():
             adapters["adapter"] = Path(recipe.output) / "adapter"
-    elif (target / "adapter_config.json").is_file():
+    elif (target / CONFIG_FILE).is_file():
         recipe_file = target.parent / "recipe.yaml"
         if not recipe_file.is_file():
             raise LoraError(
@@ -198,18 +203,8 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
         )
     models: dict[str, Path] = {}
     for item in options:
-        name, _, path = item.rpartition("=")
-        folder = Path(path)
-        is_model = (folder / "config.json").is_file()
-        if not is_model and not (folder / "adapter_config.json").is_file():
-            raise LoraError(
-                f"--adapter {item}: {folder} has no adapter_config.json",
-                hint="give an adapter folder, or that of a merged model",
-            )
-        name = name or (folder.resolve().name if is_model else folder.resolve().parent.name)
-        if name in (BASE, *adapters, *models):
-            raise LoraError(f"--adapter {item}: the name {name} is taken", hint="give another: --adapter NAME=DIR")
-        (models if is_model else adapters)[name] = folder
+        name, folder = parse_named_folder(item, taken=[*adapters, *models], accepts_models=True)
+        (adapters if (folder / CONFIG_FILE).is_file() else models)[name] = folder
     return Target(recipe, adapters, models)
 
 
@@ -223,13 +218,15 @@ def _data_spec(recipe: Recipe, data: str | None, labels: ClassLabels | None) -> 
     return spec
 
 
-def _common_labels(adapters: dict[str, Path]) -> ClassLabels | None:
+def _common_labels(adapters: dict[str, Path], recipe: Recipe) -> ClassLabels | None:
     """Return the labels of the adapters' heads.
 
     Raises:
         LoraError: the heads have other labels or another order of labels, so that one id would mean two labels.
     """
-    by_folder = {folder: labels for folder in adapters.values() if (labels := load_labels(folder))}
+    if not TASKS[recipe.task].is_classification:
+        return None
+    by_folder = {folder: load_labels(folder) or _unnamed_labels(folder, recipe) for folder in adapters.values()}
     first = next(iter(by_folder.items()), None)
     for folder, labels in by_folder.items():
         if first and labels != first[1]:
@@ -238,6 +235,31 @@ def _common_labels(adapters: dict[str, Path]) -> ClassLabels | None:
                 hint="measure each adapter separately",
             )
     return first[1] if first else None
+
+
+def _unnamed_labels(folder: Path, recipe: Recipe) -> ClassLabels:
+    """Return the labels of an adapter of another tool: as many as its head has, by the names in the recipe if it has.
+
+    Raises:
+        LoraError: the adapter has no head, or data.labels has another number of names.
+    """
+    source = find_model(recipe.model, dtype=torch.float32, device=CPU, info=console.info, weights=False)
+    tokenizer = load_tokenizer(source)
+    base = BaseCheckpoint(recipe.model.path, source, load_config(source), tokenizer, task=recipe.task)
+    labels = labels_of_head(folder, base)
+    names = recipe.data.labels
+    if not isinstance(names, str) and labels.kind != "regression":
+        if len(names) != len(labels.names):
+            raise LoraError(
+                f"{folder}: its head has {len(labels.names)} outputs, but data.labels lists {len(names)}",
+                hint="list the labels in the order of the head",
+            )
+        labels = labels._replace(names=tuple(names))
+    else:
+        console.info(
+            f"{folder} has no {LABELS_FILE}: its head has {labels.describe()}; data.labels can name them in its order"
+        )
+    return labels
 
 
 def _check_labels(labels: ClassLabels | None, trained: ClassLabels | None, name: str) -> None:
@@ -254,23 +276,21 @@ def _check_single_bias(adapters: dict[str, Path]) -> None:
     """Raise if one of several adapters has biases: PEFT sets them in the base, where the others would use them."""
     for folder in adapters.values():
         # PEFT methods whose config has no `bias` field train no biases.
-        if len(adapters) > 1 and getattr(PeftConfig.from_pretrained(str(folder)), "bias", "none") != "none":
+        if len(adapters) > 1 and getattr(read_adapter_config(folder), "bias", "none") != "none":
             raise LoraError(
                 f"{folder}: this adapter trained biases of the base too, and cannot be measured with others",
                 hint="measure each adapter separately",
             )
 
 
-def _load_adapters(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) -> PeftModel:
-    loaded: PeftModel | PreTrainedModel = model
-    for name, folder in adapters.items():
-        trained_base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+def _load_adapters(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) -> NamedAdapters:
+    for folder in adapters.values():
+        trained_base = read_adapter_config(folder).base_model_name_or_path
         if trained_base != base_path:
             # One model has many names (hub id, folder, GGUF), so this may be right: a note, not an error.
             console.info(f"note: {folder} names its base {trained_base}, and is measured on {base_path}")
-        loaded = load_adapter(loaded, folder, base=base_path, name=name)
-    assert isinstance(loaded, PeftModel)
-    upcast_trainable_params(loaded)
+    loaded = load_adapters(model, adapters, base=base_path)
+    upcast_trainable_params(loaded.model)
     return loaded
 
 

@@ -8,10 +8,12 @@ from peft import PeftConfig
 from lora_cli.errors import LoraError
 from lora_cli.merging import stream
 from lora_cli.model import safetensors_io
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.model_source import find_model, local_folder
-from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter, read_adapter_config
+from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run import atomic, console
+from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import (
     DTYPES,
@@ -41,11 +43,12 @@ class MergeRequest(NamedTuple):
 
 
 def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
-    """Write the adapter in `folder`, merged into its base, to `out`, and print that path.
+    """Write the adapter of the run or in the folder `folder`, merged into its base, to `out`, and print that path.
 
     Raises:
         LoraError: adapter, base and options do not fit, the method cannot be merged, or the merged model is wrong.
     """
+    folder = find_adapter(folder)
     max_shard_bytes = safetensors_io.parse_size(request.max_shard_size)
     config = read_adapter_config(folder)
     check_method_merges(folder, config)

@@ -311,6 +311,7 @@ class Training:
             architecture=type(self.model.get_base_model()).__name__,
             dtype=str(base.dtype).removeprefix("torch."),
             quantization=spec.model_dump(mode="json") if spec else None,
+            prompts=self.inputs.data.ledger.prompt_kind() if self.recipe.task == "causal-lm" else None,
         )
 
     def _resume_state(self) -> dict[str, Any]:

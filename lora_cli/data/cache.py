@@ -25,7 +25,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CACHE_VERSION = 2  # increase it if identical rows and options would encode differently than before
+CACHE_VERSION = 3  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
 PROGRESS_EVERY_S = 10.0  # seconds between progress messages
 
@@ -122,6 +122,7 @@ def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path,
                     fitting = _apply_max_length(row, spec, tally)
                     if fitting is not None:
                         kept.append(_with_source(item, fitting, encoder, table, location))
+                        tally.templated += isinstance(fitting, EncodedRow) and fitting.templated
                     elif len(overlong) < MAX_FINDINGS:
                         overlong.append(f"{location}: {row.length:,} tokens")
                 except BadRow as error:

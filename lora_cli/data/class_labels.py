@@ -192,6 +192,9 @@ def resolve_labels(
         names = tuple(setting)
     labels = ClassLabels(kind, names)
     for source in sources:
+        # Class numbers in evaluation rows would be guesses where the training rows have names.
+        if source in evaluation and source.numbered and not numbered:
+            source = source._replace(numbered=False)
         _check_labels_known(labels, source)
     if len(names) < 2 and kind == "single":
         raise LoraError(
@@ -210,18 +213,47 @@ def _check_labels_known(labels: ClassLabels, source: SourceLabels) -> None:
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         listed = ", ".join(labels.names[:MAX_SHOWN]) + (", ..." if len(labels.names) > MAX_SHOWN else "")
+        similar = [name for name in labels.names if _folded(name) == _folded(unknown[0])]
         raise LoraError(
             f"{source.first[unknown[0]]}: label {unknown[0]}{more}: not one of the model's {len(labels.names)} labels",
-            hint=f"these are {listed}: fix the row, or add the label to data.labels",
+            hint=f"did you mean {similar[0]}? Upper case and spaces count"
+            if similar
+            else f"these are {listed}: fix the row, or add the label to data.labels",
         )
 
 
 def label_numbers(labels: ClassLabels, source: SourceLabels) -> dict[str, int]:
-    """Return the number of each spelling: for a name, its index; for an integer that is not a name, the integer."""
+    """Return the number of each spelling: for a name, its index; for an integer, the integer, if no name is one."""
     known = {name: number for number, name in enumerate(labels.names)}
-    if source.numbered:
-        known |= {str(number): number for number in range(len(labels.names)) if str(number) not in known}
+    if source.numbered and not any(map(str.isdecimal, labels.names)):
+        known |= {str(number): number for number in range(len(labels.names))}
     return known
+
+
+def label_notes(labels: ClassLabels, sources: Sequence[SourceLabels]) -> list[str]:
+    """Return what the user should know of the spelling of labels: class numbers, names that differ only in case."""
+    notes: list[str] = []
+    if labels.kind == "regression":
+        return notes
+    numbered = next((source for source in sources if source.numbered and source.counts), None)
+    if numbered and not any(map(str.isdecimal, labels.names)):
+        listed = ", ".join(f"{number} is {name}" for number, name in enumerate(labels.names[:MAX_SHOWN]))
+        more = ", ..." if len(labels.names) > MAX_SHOWN else ""
+        location = next(iter(numbered.first.values()))
+        notes.append(f"{location}: its integer labels are class numbers: {listed}{more}")
+    by_folded: dict[str, list[str]] = {}
+    for name in labels.names:
+        by_folded.setdefault(_folded(name), []).append(name)
+    notes += [
+        f"labels {' and '.join(map(repr, names))} are different classes: they differ only in case or spaces"
+        for names in by_folded.values()
+        if len(names) > 1
+    ]
+    return notes
+
+
+def _folded(label: str) -> str:
+    return " ".join(label.casefold().split())
 
 
 def label_mapper(labels: ClassLabels, source: SourceLabels) -> Callable[[Row], Row]:

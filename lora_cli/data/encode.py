@@ -30,6 +30,7 @@ class EncodedRow(NamedTuple):
     answer_spans: tuple[Span, ...]  # token ranges of the full answers, end-of-turn token included
     split: bool = False  # an answer began inside a token, so that its text was tokenized separately
     rewritten: int = 0  # answers that the chat template changed
+    templated: bool = False  # a conversation, rendered by the chat template
 
     @property
     def supervised(self) -> int:
@@ -74,7 +75,7 @@ class CausalLMEncoder:
         self._spec = spec
         self._formats: dict[bool, AssistantFormat] = {}
         self._backend = _backend_without_special_tokens(tokenizer)
-        self._prefix = _prefix_tokens(tokenizer)
+        self._prefix = prefix_tokens(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
         self._vocab_size = len(tokenizer)
@@ -175,7 +176,8 @@ class CausalLMEncoder:
             self._check_single_bos(ids)
             selected = answers[-1:] if self._spec.loss_on == "last-turn" else answers
             spans = [Span(0, len(ids))] if row.all_tokens else selected
-            return _make_row(ids, spans, tuple(answers), split=split, rewritten=row.rewritten)
+            encoded = _make_row(ids, spans, tuple(answers), split=split, rewritten=row.rewritten)
+            return encoded._replace(templated=not row.plain)
         except BadRow as bad:
             return bad
 
@@ -256,7 +258,7 @@ def _backend_without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Token
     return backend
 
 
-def _prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the special tokens, usually BOS, that the tokenizer adds before a text."""
     without: list[int] = tokenizer("x", add_special_tokens=False)["input_ids"]
     with_special: list[int] = tokenizer("x")["input_ids"]

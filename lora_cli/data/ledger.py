@@ -27,6 +27,7 @@ class Tally:
     rewritten: int = 0  # answers that the chat template changed, for example by omitting reasoning
     labels_cut: int = 0  # labels or target tokens that were lost by truncation
     ignored: dict[str, int] = field(default_factory=dict)  # rows by column that the format does not use
+    templated: int = 0  # kept rows that are conversations, rendered by the chat template
     labels: dict[str, Any] | None = None  # classification: the fields of `class_labels.SourceLabels`
 
     def check(self) -> None:
@@ -41,6 +42,9 @@ class Tally:
     def from_json(cls, stored: dict[str, Any]) -> "Tally":
         """Return the tally of a `tally.json`."""
         return cls(**{**stored, "dropped": Counter(stored["dropped"])})
+
+
+PromptKind = Literal["chat", "text", "both"]
 
 
 class Entry(NamedTuple):
@@ -116,6 +120,17 @@ class Ledger(NamedTuple):
             "eval": self.eval._asdict() if self.eval else None,
             "leaked": self.leaked,
         }
+
+    def prompt_kind(self) -> PromptKind | None:
+        """Return how the training rows prompt a language model: by its chat template, as literal text, or both ways.
+
+        None: unknown, because rows are token ids.
+        """
+        tallies = [entry.tally for entry in self.entries if entry.split == "train" and entry.rows]
+        if any(tally.format == "tokens" for tally in tallies):
+            return None
+        templated, kept = sum(tally.templated for tally in tallies), sum(tally.kept for tally in tallies)
+        return "text" if not templated else "chat" if templated == kept else "both"
 
     def table(self) -> list[str]:
         """Return the lines of the ledger for messages."""

@@ -96,6 +96,8 @@ def prepare_data(
         by_source = [_source_labels(item) for item in [*train, *separate_eval]]
         in_train, in_eval = by_source[: len(train)], by_source[len(train) :]
         labels = class_labels.resolve_labels(spec.labels, in_train, in_eval, base=base_labels)
+        for note in class_labels.label_notes(labels, by_source):
+            info(note)
         mappers = [class_labels.label_mapper(labels, source) for source in by_source]
     train_set, eval_set = EncodedDataset(train_parts, mappers[: len(train)]), EncodedDataset(eval_parts, mappers)
     for split, name in ((train_set, train_key), (eval_set, "data.eval")):

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftConfig
 from transformers import GenerationConfig
 
 from lora_cli.export.source import Continuation, ExportSource
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import load_adapter
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ class ReferenceModel:
         self._pad_id = source.tokenizer.pad_token_id
         self._model = model
         if source.adapter is not None:
-            config = PeftConfig.from_pretrained(str(source.adapter))
+            config = read_adapter_config(source.adapter)
             self._model = load_adapter(model, source.adapter, base=source.name, config=config).float().eval()
 
     @torch.inference_mode()

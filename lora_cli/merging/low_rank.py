@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, ties
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.errors import LoraError
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
@@ -65,7 +66,7 @@ def read_lora(folder: Path) -> LoraWeights:
     Raises:
         LoraError: the adapter is not LoRA, or it adapts the stacked weights of experts.
     """
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_adapter_config(folder)
     if type(config) is not LoraConfig:
         raise LoraError(
             f"{folder} is {str(config.peft_type.value).lower()}, which has no factors A and B",

@@ -11,12 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.errors import LoraError
 from lora_cli.model.load_adapter import PREFIX, load_adapter, tensor_names
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
-
-# Initializations of PEFT that change the base weights: an adapter saved without conversion needs those weights.
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 class EmptyModel(NamedTuple):
@@ -57,12 +53,6 @@ def attach_saved_adapter(model: PreTrainedModel, folder: Path, config: PeftConfi
     Raises:
         LoraError: adapter and base do not fit: a tensor is missing, unknown or of another shape.
     """
-    init = getattr(config, "init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise LoraError(
-            f"{folder}: PEFT changed the base weights before this adapter was trained (init_lora_weights: {init})",
-            hint="save it as plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
     if isinstance(config, LoraConfig):
         config.init_lora_weights = (
             True  # the file has the trained values; another initialization may compute a decomposition

@@ -1,7 +1,8 @@
 """Load a saved adapter onto a model by plain PEFT, and check that every tensor of its file is used by the model."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
+from typing import NamedTuple
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -10,11 +11,42 @@ from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
 from lora_cli.model import adalora
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
 PREFIX = "base_model.model."  # of the base's parameter names in PEFT's files
 WRONG_BASE_HINT = "an adapter fits only the base it was trained on; see its adapter_config.json"
+
+
+class NamedAdapters(NamedTuple):
+    """Adapters on one base."""
+
+    model: PeftModel
+    keys: dict[str, str]  # PEFT's name of each adapter, by the user's
+
+    def activate(self, name: str) -> None:
+        """Let the adapter `name` of the user answer."""
+        self.model.set_adapter(self.keys[name])
+
+
+def load_adapters(model: PreTrainedModel, folders: Mapping[str, Path], *, base: str) -> NamedAdapters:
+    """Load the adapters of `folders`, by the user's names, onto `model`; the first one is active.
+
+    PEFT uses its names as keys of module dictionaries, which reject points and the names of methods (`keys`). Its names
+    here are therefore numbers.
+
+    Raises:
+        LoraError: an adapter does not fit the base, or its configuration cannot be honored.
+    """
+    keys = {name: f"adapter_{number:03}" for number, name in enumerate(folders)}
+    loaded: PreTrainedModel | PeftModel = model
+    for name, folder in folders.items():
+        loaded = load_adapter(loaded, folder, base=base, name=keys[name])
+    assert isinstance(loaded, PeftModel)
+    adapters = NamedAdapters(loaded, keys)
+    adapters.activate(next(iter(folders)))
+    return adapters
 
 
 def load_adapter(
@@ -31,13 +63,13 @@ def load_adapter(
         model: the base, or the base with other adapters.
         folder: of a PEFT adapter.
         base: the user's name for the base.
-        name: of the adapter among others.
+        name: of the adapter among others, for PEFT.
         config: its configuration, if not to be read from `folder`.
 
     Raises:
         LoraError: adapter and base do not fit: a tensor is missing, unknown or of another shape.
     """
-    config = config or PeftConfig.from_pretrained(str(folder))
+    config = config or read_adapter_config(folder)
     if isinstance(config, LoraConfig):
         register_custom_layers(config)
     adapted: PeftModel

@@ -8,13 +8,16 @@ from typing import NamedTuple
 
 import torch
 from peft import PeftConfig
+from safetensors import safe_open
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.class_labels import load_labels
+from lora_cli.data.class_labels import LABELS_FILE, ClassLabels, LabelKind, load_labels
 from lora_cli.errors import LoraError
 from lora_cli.model import empty_base
-from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.base_model import BaseCheckpoint, head_labels
+from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.model_source import ModelSource, find_model, fingerprint, load_config, load_tokenizer, local_folder
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 from lora_cli.model.tasks import TASKS
 from lora_cli.model.trained_on import TrainedOn, read_trained_on
 from lora_cli.recipe.schema import ModelSpec
@@ -43,20 +46,6 @@ def method_name(config: PeftConfig) -> str:
     return str(config.peft_type.value).lower().replace("_", " ")
 
 
-def read_adapter_config(folder: Path) -> PeftConfig:
-    """Read the PEFT configuration of the adapter in `folder`.
-
-    Raises:
-        LoraError: `folder` is not an adapter.
-    """
-    if (folder / "adapter_config.json").is_file():
-        return PeftConfig.from_pretrained(str(folder))
-    hint = "give the adapter folder of a run: runs/NAME/adapter"
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        hint = f"did you mean {folder / 'adapter'}?"
-    raise LoraError(f"{folder} has no adapter_config.json", hint=hint)
-
-
 def open_saved_adapter(
     folder: Path, config: PeftConfig, *, base_path: str | None, trust_remote_code: bool
 ) -> SavedAdapter:
@@ -67,7 +56,9 @@ def open_saved_adapter(
     """
     tasks: dict[str, TaskName] = {task.task_type: name for name, task in TASKS.items()}
     trained_on = read_trained_on(folder)
-    path = base_path or str(config.base_model_name_or_path)
+    path = base_path or config.base_model_name_or_path
+    if not path:
+        raise LoraError(f"{folder}: adapter_config.json names no base", hint="name it with --base")
     revision = None if base_path else config.revision or (trained_on.commit if trained_on else None)
     # Merging needs unpacked weights; they have the same values as the packed ones.
     spec = ModelSpec(path=path, revision=revision, gguf="dequantized", trust_remote_code=trust_remote_code)
@@ -84,15 +75,52 @@ def open_saved_adapter(
         config=base_config,
         tokenizer=tokenizer,
         task=tasks.get(str(config.task_type or ""), "causal-lm"),
-        labels=load_labels(folder),
+        labels=load_labels(folder),  # else read off the head below
         dtype=dtype,
         pad_id=tokenizer.pad_token_id,
     )
+    if base.labels is None and TASKS[base.task].is_classification:
+        base = base._replace(labels=labels_of_head(folder, base))
+        assert base.labels is not None
+        console.info(f"{folder} has no {LABELS_FILE}: its head has {base.labels.describe()}")
     skeleton = base.skeleton()
     # A tokenizer may have more tokens than the base has embeddings; new rows are added only where they are trained.
     has_new_tokens = max(trained_tokens(config), default=-1) >= skeleton.get_input_embeddings().weight.shape[0]
     rows = max(empty_base.embedding_rows(folder, skeleton), len(tokenizer) if has_new_tokens else 0)
     return SavedAdapter(folder, config, base._replace(vocabulary=rows), trained_on)
+
+
+def labels_of_head(folder: Path, base: BaseCheckpoint) -> ClassLabels:
+    """Return labels for the classification head in the adapter file, which has no names: LABEL_0, as transformers does.
+
+    If the base's own head is of the same size, its names are kept, as transformers does too. The names of `base` are
+    not used.
+
+    Raises:
+        LoraError: the file contains no head.
+    """
+    two, three = (
+        {
+            name: tuple(parameter.shape)
+            for name, parameter in base._replace(labels=ClassLabels("single", names)).skeleton().named_parameters()
+        }
+        for names in (("0", "1"), ("0", "1", "2"))
+    )
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        keys = {key.replace(".modules_to_save.", "."): key for key in file.keys()}  # noqa: SIM118 - not a dictionary
+        for name in two:
+            if two[name] != three[name] and PREFIX + name in keys:
+                size = int(file.get_slice(keys[PREFIX + name]).get_shape()[0])
+                break
+        else:
+            raise LoraError(
+                f"{folder}: its file has no classification head", hint="save it with modules_to_save: the head's name"
+            )
+    if size == 1:
+        return ClassLabels("regression", ("value",))
+    kind: LabelKind = "multi" if base.config.problem_type == "multi_label_classification" else "single"
+    own = head_labels(base.config, base.task)
+    return ClassLabels(kind, own if len(own) == size else tuple(f"LABEL_{number}" for number in range(size)))
 
 
 def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, path: str, source: ModelSource) -> None:

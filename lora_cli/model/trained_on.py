@@ -18,6 +18,8 @@ class TrainedOn(NamedTuple):
     architecture: str  # class of the model
     dtype: str  # of weights and compute
     quantization: dict[str, Any] | None  # the recipe's section with all defaults
+    # How the training rows prompt a language model: chat (by the chat template), text (literal) or both. None: unknown.
+    prompts: str | None = None
 
 
 def write_trained_on(trained_on: TrainedOn, folder: Path) -> None:

@@ -139,6 +139,16 @@ def _lock(path: Path) -> int:
     return lock
 
 
+def user_of_run(path: Path) -> str | None:
+    """Return the id of the process that has locked the run folder `path`; None if no process uses it."""
+    with (path / LOCK).open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read(20).strip() or "another"
+    return None
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

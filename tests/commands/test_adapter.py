@@ -111,14 +111,14 @@ def test_combine_writes_the_weighted_sum_of_two_adapters(two_adapters: None, lor
     [
         (["resize", "runs/a/adapter", "--out", "x"], "--rank and --energy: exactly one is needed"),
         (["resize", "runs/a/adapter", "--rank", "2", "--out", "runs/a/adapter"], "--out runs/a/adapter exists"),
-        (["resize", "base", "--rank", "2", "--out", "x"], "base has no adapter_config.json"),
+        (["resize", "base", "--rank", "2", "--out", "x"], "base is a model, not an adapter"),
         (["combine", "runs/a/adapter", "--out", "x"], "combine: there is only one adapter"),
         (["combine", "half*runs/a/adapter", "runs/a/adapter", "--out", "x"],
          "half*runs/a/adapter: half is not a weight"),
         (["combine", "runs/a/adapter", "runs/a/adapter", "--out", "x", "--method", "sum"], "--method sum is not known"),
         (["combine", "runs/a/adapter", "runs/a/adapter", "--out", "x", "--rank", "2"],
          "--rank has no effect with --method concat"),
-        (["inspect", "runs/a"], "runs/a has no adapter_config.json"),
+        (["inspect", "runs"], "runs has no adapter_config.json"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_give_an_error_and_write_nothing(

@@ -100,7 +100,7 @@ def test_a_merged_model_is_a_chat_target(three_adapters: None, lora: Lora, monke
     ("arguments", "lines"),
     [
         (["nothing"],
-         ["error: nothing is not a run, adapter or model", "hint: give a folder of lora train or lora merge"]),
+         ["error: nothing does not exist", "hint: give a run of lora train, an adapter folder or a model"]),
         (["runs/a", "--adapter", "base=runs/a/adapter"],
          ["error: --adapter base=runs/a/adapter: the name base is taken", "hint: give another: --adapter NAME=DIR"]),
         (["base", "--adapter", "runs/a/adapter"],

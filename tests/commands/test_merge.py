@@ -71,8 +71,9 @@ def test_an_existing_folder_is_replaced_only_with_force(trained_run: Path, lora:
     ("arguments", "lines"),
     [
         (["runs/a/adapter", "--out", "base"], ["error: --out base is an input of the merge", "hint: name another folder"]),
-        (["runs/a", "--out", "x"], ["error: runs/a has no adapter_config.json", "hint: did you mean runs/a/adapter?"]),
-        (["base", "--out", "x"], ["error: base has no adapter_config.json", "hint: give the adapter folder of a run: runs/NAME/adapter"]),
+        (["runs", "--out", "x"], ["error: runs has no adapter_config.json", "hint: give a run of lora train, or an adapter folder"]),
+        (["none", "--out", "x"], ["error: none does not exist", "hint: give a run of lora train, or an adapter folder"]),
+        (["base", "--out", "x"], ["error: base is a model, not an adapter", "hint: give a run of lora train, or an adapter folder"]),
         (["runs/a/adapter", "--out", "no/x"], ["error: --out no/x: there is no folder no", "hint: make it first"]),
         (["runs/a/adapter", "--out", "x", "--dtype", "bf16"], ["error: --dtype bf16 is not known", "hint: write auto, bfloat16, float16 or float32"]),
         (["runs/a/adapter", "--out", "x", "--base", "./none"], ["error: model.path: there is no folder ./none", None]),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.class_labels import ClassLabels, SourceLabels, resolve_labels
+from lora_cli.data.class_labels import ClassLabels, SourceLabels, label_notes, label_numbers, resolve_labels
 from lora_cli.data.encode_classes import LabeledRowEncoder
 from lora_cli.data.formats import ClassificationExample, TaggingExample
 from lora_cli.data.label_mask import IGNORE_INDEX
@@ -281,6 +281,18 @@ def test_label_names_are_resolved(
             [],
             "f.jsonl:2: label 7: not one of the model's 2 labels",
         ),
+        (  # the training rows have names, so that class numbers in the evaluation rows would be guesses
+            "auto",
+            [source_labels("single", "no", "yes")],
+            [source_labels("single", "0", "1", numbered=True)],
+            "f.jsonl:1: label 0 and 1 more: not one of the model's 2 labels",
+        ),
+        (  # labels that count from 1: 0 is none of them
+            ["1", "2", "3"],
+            [source_labels("single", "1", "3", numbered=True)],
+            [source_labels("single", "0", numbered=True)],
+            "f.jsonl:1: label 0: not one of the model's 3 labels",
+        ),
         ("auto", [source_labels("single", "0.5", "1.5")], [], "labels such as 0.5 look like regression values"),
         ("auto", [source_labels("single", "1", "123456", numbered=True)], [], "look like regression values"),
         ("auto", [source_labels("multi")], [], "no training row has a label"),
@@ -393,3 +405,24 @@ def test_a_regression_with_text_labels_is_rejected(prepared: Prepare):
     with pytest.raises(LoraError) as caught:
         prepared(build_encoder("bert"), files={"train.jsonl": rows}, task="seq-cls", labels="regression")
     assert list(caught.value.details) == ["train.jsonl:1: label: is 'good', but a regression needs numbers"]
+
+
+def test_integers_are_class_numbers_only_where_no_name_is_an_integer():
+    numbers = source_labels("single", "0", "1", numbered=True)
+    names = ClassLabels("single", ("no", "yes"))
+    assert label_numbers(names, numbers) == {"no": 0, "yes": 1, "0": 0, "1": 1}
+    assert label_notes(names, [numbers]) == ["f.jsonl:1: its integer labels are class numbers: 0 is no, 1 is yes"]
+    shifted = ClassLabels("single", ("1", "2"))
+    assert label_numbers(shifted, source_labels("single", "1", numbered=True)) == {"1": 0, "2": 1}
+    assert label_notes(shifted, [source_labels("single", "1", numbered=True)]) == []
+
+
+def test_labels_that_differ_only_in_case_or_spaces_are_told():
+    train = [source_labels("single", "Yes", "yes ", "no")]
+    labels = resolve_labels("auto", train, [])
+    assert label_notes(labels, train) == [
+        "labels 'Yes' and 'yes ' are different classes: they differ only in case or spaces"
+    ]
+    with pytest.raises(LoraError, match="label NO: not one of") as caught:
+        resolve_labels(["yes", "no"], [source_labels("single", "yes", "NO")], [])
+    assert caught.value.hint == "did you mean no? Upper case and spaces count"

@@ -28,6 +28,7 @@ from lora_cli.export.gguf.tensors import (
 from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
 
 DEFAULT_QUANTIZATION = "f32"
@@ -115,7 +116,7 @@ def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
 
 def _config(source: ExportSource) -> PeftConfig:
     assert source.adapter is not None
-    return PeftConfig.from_pretrained(str(source.adapter))
+    return read_adapter_config(source.adapter)
 
 
 def _attach(source: ExportSource) -> PeftModel:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from safetensors import safe_open
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from lora_cli.data import class_labels
 from lora_cli.errors import LoraError
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base, save_adapter, trained_on
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.tasks import TASKS
 
@@ -70,7 +70,7 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return lines of Python that load the adapter, and notes on the base that it needs."""
-    config = PeftConfig.from_pretrained(str(adapter_folder(source)))
+    config = read_adapter_config(adapter_folder(source))
     base_path = str(config.base_model_name_or_path)
     arguments = f", num_labels={len(source.labels.names)}" if source.labels else ""
     arguments += ", trust_remote_code=True" if source.trust_remote_code else ""
@@ -129,7 +129,7 @@ def attach_to_empty_base(source: ExportSource, folder: Path) -> empty_base.Empty
     Raises:
         LoraError: adapter and base do not fit.
     """
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_adapter_config(folder)
     model = empty_base.init_empty_weights(source.base.skeleton())
     return empty_base.attach_saved_adapter(model, folder, config, base=source.name)
 
@@ -143,7 +143,7 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def check_equal_files(original: Path, out: Path) -> Check:
     """Compare every tensor of the adapter folders `original` and `out`, and check that `out` has a PEFT config."""
-    method = PeftConfig.from_pretrained(str(out)).peft_type.value
+    method = read_adapter_config(out).peft_type.value
     expected, written = dict(iterate_tensors(original)), dict(iterate_tensors(out))
     mismatched = sorted(expected.keys() ^ written.keys()) + [
         key for key in sorted(expected.keys() & written.keys()) if not bits_equal(expected[key], written[key])

@@ -26,6 +26,7 @@ from lora_cli.errors import LoraError
 from lora_cli.export.hf import peft_adapter
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import save_adapter
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.model_source import load_tokenizer
 
@@ -148,7 +149,7 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
             "note", True, f"scales differ between layers: written with rank {common.rank}, scales multiplied into B"
         )
         yield _check_updates(expected, found)
-    yield _check_scales(found, PeftConfig.from_pretrained(str(out)))
+    yield _check_scales(found, read_adapter_config(out))
 
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
@@ -177,7 +178,7 @@ def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
 
 
 def _config(source: ExportSource) -> PeftConfig:
-    return PeftConfig.from_pretrained(str(peft_adapter.adapter_folder(source)))
+    return read_adapter_config(peft_adapter.adapter_folder(source))
 
 
 def _unsupported_feature(config: PeftConfig) -> str | None:

@@ -1,0 +1,97 @@
+"""Find the adapters that a command line names: a run, a checkpoint or an adapter folder, `DIR` or `NAME=DIR`."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_cli.errors import LoraError
+from lora_cli.evaluation.report import BASE
+from lora_cli.model.adapter_config import CONFIG_FILE
+from lora_cli.run.folder import LOCK, user_of_run
+from lora_cli.training.checkpoint import list_checkpoints
+
+HINT = "give a run of lora train, or an adapter folder"
+
+
+def find_adapter(target: Path, *, hint: str = HINT) -> Path:
+    """Return the adapter folder that `target` is, or that the run in `target` has; `hint` says what would fit.
+
+    Raises:
+        LoraError: `target` is neither, or a run that has no adapter yet.
+    """
+    for folder in (target, target / "adapter"):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    check_not_unfinished(target)
+    if not target.exists():
+        raise LoraError(f"{target} does not exist", hint=hint)
+    if (target / "config.json").is_file():
+        raise LoraError(f"{target} is a model, not an adapter", hint=hint)
+    raise LoraError(f"{target} has no {CONFIG_FILE}", hint=hint)
+
+
+def check_not_unfinished(target: Path) -> None:
+    """Raise if `target` is the folder of a run that has no adapter.
+
+    Raises:
+        LoraError: the run is in training, or ended before its adapter was written.
+    """
+    if not (target / LOCK).is_file() or (target / "adapter" / CONFIG_FILE).is_file():
+        return
+    checkpoints = list_checkpoints(target / "checkpoints")
+    newest = f"use its newest checkpoint, {checkpoints[-1]}" if checkpoints else ""
+    if (process := user_of_run(target)) is not None:
+        raise LoraError(
+            f"{target} has no adapter yet: process {process} is training it",
+            hint="wait for it" + (f", or {newest}" if newest else ""),
+        )
+    resume = f"lora train {target / 'recipe.yaml'} --resume"
+    raise LoraError(
+        f"{target} has no adapter: its training did not finish",
+        hint=f"continue it with {resume}, or {newest}" if newest else f"train it again: {resume[:-9]} --fresh",
+    )
+
+
+class NamedFolder(NamedTuple):
+    """A folder and the name that the user sees."""
+
+    name: str
+    folder: Path
+
+
+def parse_named_folder(item: str, *, taken: Collection[str], accepts_models: bool = False) -> NamedFolder:
+    """Return the folder and the name of `DIR` or `NAME=DIR`; of a run, the folder of its adapter.
+
+    Args:
+        item: a value of --adapter. An existing path is a path, even if it contains an equals sign.
+        taken: names in use.
+        accepts_models: whether the folder of a merged model is allowed.
+
+    Raises:
+        LoraError: the folder is not an adapter, or the name is empty or taken.
+    """
+    name, path = _split(item)
+    folder = Path(path).expanduser()
+    is_model = (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
+    if not (accepts_models and is_model):
+        try:
+            folder = find_adapter(folder)
+        except LoraError as error:
+            raise LoraError(f"--adapter {item}: {error.message}", hint=error.hint) from None
+    if name is None:
+        resolved = folder.resolve()
+        name = resolved.parent.name if resolved.name == "adapter" else resolved.name
+    if not name or not name.isprintable():
+        raise LoraError(f"--adapter {item}: the name is empty or not printable", hint="write --adapter NAME=DIR")
+    if name in (BASE, *taken):
+        raise LoraError(f"--adapter {item}: the name {name} is taken", hint="give another: --adapter NAME=DIR")
+    return NamedFolder(name, folder)
+
+
+def _split(item: str) -> tuple[str | None, str]:
+    """Split at the first equals sign behind which an existing path begins, if the whole is not a path."""
+    if "=" not in item or Path(item).expanduser().exists():
+        return None, item
+    signs = [position for position, character in enumerate(item) if character == "="]
+    splits = [(item[:position].strip(), item[position + 1 :]) for position in signs]
+    return next((split for split in splits if split[1] and Path(split[1]).expanduser().exists()), splits[0])
