@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import islice
@@ -13,11 +13,14 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from lora_cli.data.chunks import split_document
 from lora_cli.data.class_labels import LabelTable
+from lora_cli.data.conversation import Conversation
 from lora_cli.data.dataset import SCHEMA, EncodedFile, RowWithSource, to_record_batch
 from lora_cli.data.encode import EncodedRow, truncate_row
 from lora_cli.data.encode_classes import LabeledRow, RowEncoder
-from lora_cli.data.examples import BadRows, ParsedRow, open_source, row_location
+from lora_cli.data.examples import SPLIT_HINT, BadRows, ParsedRow, open_source, row_location, turn_options
+from lora_cli.data.formats import Document
 from lora_cli.data.ledger import Tally
 from lora_cli.data.records import MAX_FINDINGS, BadRow, findings_error
 from lora_cli.data.sources import DataSource, content_hash
@@ -73,7 +76,7 @@ def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) 
         CACHE_VERSION,
         content,
         encoder.identity(),
-        [source.spec.format, source.spec.columns, spec.on_bad_row],
+        [source.spec.format, source.spec.columns, spec.on_bad_row, spec.merge_turns],
         # Both libraries affect how a template is rendered and a text is tokenized.
         [version("transformers"), version("tokenizers")],
     ]
@@ -103,7 +106,7 @@ def _locked(path: Path, info: Callable[[str], None]) -> Iterator[None]:
 
 
 def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
-    reader = open_source(source, encoder.task)
+    reader = open_source(source, encoder.task, turn_options(spec))
     info(f"{source.name}: encoding, format {reader.format.name} ({reader.format.why})")
     tally = Tally(format=reader.format.name, why=reader.format.why)
     bad = BadRows()
@@ -119,11 +122,12 @@ def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path,
                 try:
                     if isinstance(row, BadRow):
                         raise row
-                    fitting = _apply_max_length(row, spec, tally)
-                    if fitting is not None:
-                        kept.append(_with_source(item, fitting, encoder, table, location))
-                        tally.templated += isinstance(fitting, EncodedRow) and fitting.templated
-                    elif len(overlong) < MAX_FINDINGS:
+                    fitting = _apply_max_length(row, spec, tally, document=isinstance(item.example, Document))
+                    kept += [_with_source(item, part, encoder, table, location) for part in fitting]
+                    tally.templated += sum(isinstance(part, EncodedRow) and part.templated for part in fitting)
+                    if isinstance(item.example, Conversation) and fitting:
+                        tally.add_conversation(item.example)
+                    if not fitting and len(overlong) < MAX_FINDINGS:
                         overlong.append(f"{location}: {row.length:,} tokens")
                 except BadRow as error:
                     bad.add(location, error)
@@ -136,7 +140,7 @@ def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path,
                 info(f"{source.name}: {tally.read:,} rows, {tally.read / (reported - started):,.0f} rows/s")
     if bad.first and spec.on_bad_row == "error":
         raise bad.error(source, encoder.task, read=tally.read)
-    if overlong and spec.overlong == "error":
+    if overlong and spec.overlong in ("error", "split"):
         raise _overlong_error(source, spec, overlong, tally)
     for finding in bad.first:
         info(f"skipped {finding}")
@@ -170,15 +174,23 @@ def _results(
 
 
 TOO_LONG = "longer than data.max_length"
+OVERLONG_HINT = "raise data.max_length, or set data.overlong to drop or truncate"
 
 
-def _apply_max_length(row: EncodedRow | LabeledRow, spec: DataSpec, tally: Tally) -> EncodedRow | LabeledRow | None:
-    """Apply `data.overlong` to a row: return it, its truncated form, or None if it is dropped; update the tally."""
+def _apply_max_length(
+    row: EncodedRow | LabeledRow, spec: DataSpec, tally: Tally, *, document: bool
+) -> Sequence[EncodedRow | LabeledRow]:
+    """Apply `data.overlong` to a row: return it, its truncated form, its chunks, or nothing; update the tally."""
     if row.length <= spec.max_length:
         if isinstance(row, EncodedRow):
             tally.splits += row.split
             tally.rewritten += row.rewritten
-        return row
+        return [row]
+    if spec.overlong == "split" and isinstance(row, EncodedRow) and document:
+        chunks = split_document(row, length=spec.max_length, stride=spec.stride)
+        tally.documents_split += 1
+        tally.added += len(chunks) - 1
+        return chunks
     if isinstance(row, LabeledRow):
         kept: EncodedRow | LabeledRow | None = row.truncated
         lost = row.supervised - (row.truncated.supervised if row.truncated else 0)
@@ -187,7 +199,7 @@ def _apply_max_length(row: EncodedRow | LabeledRow, spec: DataSpec, tally: Tally
         lost = 0
     if spec.overlong != "truncate" or not kept or not kept.supervised:
         tally.dropped[TOO_LONG if spec.overlong != "truncate" else "nothing to learn after truncation"] += 1
-        return None
+        return []
     tally.cut += 1
     if isinstance(row, LabeledRow):
         tally.labels_cut += lost
@@ -196,7 +208,7 @@ def _apply_max_length(row: EncodedRow | LabeledRow, spec: DataSpec, tally: Tally
         tally.rewritten += row.rewritten
         tally.answers_cut += sum(start < spec.max_length < stop for start, stop in row.answer_spans)
         tally.ends_lost += sum(stop > spec.max_length for _, stop in row.answer_spans)
-    return kept
+    return [kept]
 
 
 def _overlong_error(source: DataSource, spec: DataSpec, first: list[str], tally: Tally) -> LoraError:
@@ -206,5 +218,5 @@ def _overlong_error(source: DataSource, spec: DataSpec, first: list[str], tally:
         f"data.max_length ({spec.max_length:,} tokens)",
         first,
         total,
-        hint="raise data.max_length, or set data.overlong to drop or truncate",
+        hint=SPLIT_HINT if spec.overlong == "split" else OVERLONG_HINT,
     )

@@ -1,9 +1,10 @@
-"""Validate the messages of a conversation: roles, their order, content, tool calls. Pure: no tokenizer, no torch."""
+"""Validate the messages of a conversation: roles, content, tool calls, loss flags. Pure: no tokenizer, no torch."""
 
 import difflib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lora_cli.data.loss_flags import TurnLoss, take_flags, turn_loss
 from lora_cli.data.readers import json_type, parse_json_field, quote
 from lora_cli.data.records import BadRow
 
@@ -11,60 +12,44 @@ Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Roles that may follow each role; None is the start. A system message is only allowed first.
-FOLLOWS: dict[str | None, tuple[str, ...]] = {
-    None: ("system", "developer", "user", "assistant"),
-    "system": ("user", "assistant"),
-    "developer": ("user", "assistant"),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("tool", "assistant", "user"),
-}
-
 
 class Conversation(NamedTuple):
     """Messages and tool schemas in the form that chat templates expect."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None  # JSON schemas
+    loss: tuple[TurnLoss | None, ...] = ()  # which parts of each message carry loss; empty: no flag takes loss away
+    field: str = "messages"  # its column, for messages
+    joined: int = 0  # turns that were joined with the turn before
+    cut: bool = False  # turns behind its last answer were cut
 
 
 def check_conversation(messages: Sequence[Any], *, field: str, tools: object = None) -> Conversation:
-    """Validate `messages` and remove their null fields, as transformers does before rendering.
+    """Validate each of `messages`, and remove its null fields, as transformers does, and its loss flags.
+
+    The order of the turns is not checked: `turns.arrange_turns` does that.
 
     Raises:
-        BadRow: a message or the order of roles is invalid, or the last message is not an answer.
+        BadRow: a message is invalid.
     """
     if not messages:
         raise BadRow("empty conversation", "contains no messages", field=field)
     checked: list[Message] = []
-    previous: str | None = None
+    losses: list[TurnLoss | None] = []
     for index, value in enumerate(messages):
         location = f"{field}[{index}]"
-        message = _check_message(value, location)
-        role = message["role"]
-        if role not in FOLLOWS[previous]:
-            problem = f"{role} cannot follow {previous}"
-            if previous is None:
-                problem = f"a conversation cannot start with {role}"
-            elif role in {"system", "developer"}:
-                problem = f"{role} must be the first message"
-            raise BadRow("wrong role order", problem, field=f"{location}.role")
-        if role == "tool" and previous == "assistant" and "tool_calls" not in checked[-1]:
-            problem = "tool can only follow an assistant message with tool_calls"
-            raise BadRow("wrong role order", problem, field=f"{location}.role")
-        checked.append(message)
-        previous = role
-    if previous != "assistant":
-        problem = f"ends with {previous}: there is no answer to learn from"
-        raise BadRow("no answer at the end", problem, field=field)
-    return Conversation(checked, tool_schemas(tools))
+        if not isinstance(value, dict):
+            problem = f"is {json_type(value)}, not an object with role and content"
+            raise BadRow("message is not an object", problem, field=location)
+        message = dict(value)
+        flags = take_flags(message, location)
+        checked.append(_check_message(message, location))
+        losses.append(turn_loss(flags, checked[-1], location))
+    flagged = any(loss is not None for loss in losses)
+    return Conversation(checked, tool_schemas(tools), tuple(losses) if flagged else (), field)
 
 
-def _check_message(raw: object, location: str) -> Message:
-    if not isinstance(raw, dict):
-        problem = f"is {json_type(raw)}, not an object with role and content"
-        raise BadRow("message is not an object", problem, field=location)
+def _check_message(raw: dict[str, Any], location: str) -> Message:
     message = {key: value for key, value in raw.items() if value is not None}
     role = message.get("role")
     if role is None:
@@ -75,9 +60,6 @@ def _check_message(raw: object, location: str) -> Message:
             f"did you mean {close[0]}?" if close else f"known roles are {', '.join(ROLES)}"
         )
         raise BadRow("unknown role", problem, field=f"{location}.role")
-    if message.get("weight", 1) != 1:
-        problem = "message weights are not supported: data.loss_on selects the turns that carry loss"
-        raise BadRow("message weight", problem, field=f"{location}.weight")
     if message.get("tool_calls") == []:
         del message["tool_calls"]
     if "tool_calls" in message:

@@ -94,6 +94,13 @@ class EncodedFile:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def document_keys(self) -> npt.NDArray[np.uint64]:
+        """Return for each row the key of the first row from the same line, uint64 [rows]: a document can be several."""
+        places = [np.stack([batch.files, batch.lines], axis=1) for batch in self._batches]
+        changes = np.diff(np.concatenate(places), axis=0).any(axis=1) if places else np.zeros(0, bool)
+        first = np.concatenate([np.ones(min(len(self), 1), bool), changes])
+        return self.keys[np.maximum.accumulate(np.where(first, np.arange(len(self)), 0))]
+
     def __getitem__(self, index: int) -> Row:
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._batches[number].row(index - int(self._starts[number]), self._names)
@@ -114,12 +121,12 @@ class _RecordBatch:
         self._pair_tokens: npt.NDArray[np.int32] = batch.column("second").to_numpy()
         self.supervised: npt.NDArray[np.int32] = batch.column("supervised").to_numpy()
         self.keys: npt.NDArray[np.uint64] = batch.column("key").to_numpy()
-        self._files: npt.NDArray[np.int32] = batch.column("file").to_numpy()
-        self._lines: npt.NDArray[np.int64] = batch.column("line").to_numpy()
+        self.files: npt.NDArray[np.int32] = batch.column("file").to_numpy()
+        self.lines: npt.NDArray[np.int64] = batch.column("line").to_numpy()
 
     def row(self, index: int, names: Sequence[str]) -> Row:
         ids = self._ids[self.offsets[index] : self.offsets[index + 1]]
-        where = f"{names[self._files[index]]}:{self._lines[index]}"
+        where = f"{names[self.files[index]]}:{self.lines[index]}"
         values = self._values[self._value_offsets[index] : self._value_offsets[index + 1]]
         if len(values):
             return Row(ids, values, where, int(self._pair_tokens[index]))

@@ -14,9 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data.assistant_spans import AssistantFormat, Span, infer_template_format, render_with_spans
 from lora_cli.data.chat_templates import Template, resolve_template
 from lora_cli.data.conversation import Conversation
+from lora_cli.data.flagged_spans import (
+    check_flags_of_answers_only,
+    spans_of_segments,
+    spans_without_loss,
+    subtract_spans,
+)
 from lora_cli.data.formats import Document, Example, PromptCompletion, TokenIds
 from lora_cli.data.label_mask import Ints, predicted_spans, spans_of_labels, token_positions
 from lora_cli.data.records import BadRow
+from lora_cli.data.segments import Segments
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
@@ -31,6 +38,7 @@ class EncodedRow(NamedTuple):
     split: bool = False  # an answer began inside a token, so that its text was tokenized separately
     rewritten: int = 0  # answers that the chat template changed
     templated: bool = False  # a conversation, rendered by the chat template
+    prefix: int = 0  # a text's first tokens that the tokenizer adds to every text: BOS
 
     @property
     def supervised(self) -> int:
@@ -59,6 +67,8 @@ class _UntokenizedRow(NamedTuple):
     plain: bool  # no chat template: BOS and EOS have to be added
     all_tokens: bool  # every token carries loss
     rewritten: int = 0
+    silent: Sequence[Span] = ()  # in characters: within the answers, without loss
+    labeled: bool = False  # segments: labels are the only mask, and EOS is not added behind another special token
 
 
 class CausalLMEncoder:
@@ -79,6 +89,7 @@ class CausalLMEncoder:
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
         self._vocab_size = len(tokenizer)
+        self._special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def identity(self) -> str:
         """Return a hash of everything that determines ids and labels: tokenizer, templates, options."""
@@ -89,6 +100,8 @@ class CausalLMEncoder:
             [self._prefix, self._eos, self._bos],
             [self._spec.loss_on, self._spec.max_length, self._spec.overlong],
         ]
+        if self._spec.overlong == "split":
+            options.append(self._spec.stride)
         digest = hashlib.blake2b(self._backend.to_str().encode(), digest_size=16)
         digest.update(json.dumps(options, sort_keys=True, default=str).encode())
         return digest.hexdigest()
@@ -116,12 +129,20 @@ class CausalLMEncoder:
                 case Conversation():
                     format_ = self._format_of(example)
                     text, turns, rewritten = render_with_spans(format_, example)
-                    return _UntokenizedRow(text, turns, plain=False, all_tokens=all_tokens, rewritten=rewritten)
+                    silent = spans_without_loss(example, text, turns, format_.end_tokens)
+                    if all_tokens:
+                        check_flags_of_answers_only(example)
+                    return _UntokenizedRow(
+                        text, turns, plain=False, all_tokens=all_tokens, rewritten=rewritten, silent=silent
+                    )
                 case PromptCompletion(prompt, completion):
                     text = prompt + completion
                     return _UntokenizedRow(text, [Span(len(prompt), len(text))], plain=True, all_tokens=all_tokens)
                 case Document(text):
                     return _UntokenizedRow(text, [Span(0, len(text))], plain=True, all_tokens=True)
+                case Segments():
+                    spans = spans_of_segments(example)
+                    return _UntokenizedRow(example.text, spans, plain=True, all_tokens=False, labeled=True)
                 case TokenIds():
                     return self._from_token_ids(example)
                 case _:
@@ -164,32 +185,46 @@ class CausalLMEncoder:
 
     def _to_row(self, row: _UntokenizedRow, encoding: Encoding) -> EncodedRow | BadRow:
         ids = encoding.ids
-        borders = [border for span in row.answers for border in span]
+        borders = sorted(border for span in (*row.answers, *row.silent) for border in span)
         token_borders = token_positions(encoding, borders, length=len(row.text))
         split = token_borders is None
         try:
             if token_borders is None:
-                ids, token_borders = self._encode_parts(row.text, borders, full=ids)
-            answers = [Span(start, stop) for start, stop in zip(token_borders[::2], token_borders[1::2], strict=True)]
+                ids, token_borders = self._encode_parts(row.text, borders, full=ids, flagged=bool(row.silent))
+            position = dict(zip(borders, token_borders, strict=True))
+            answers, silent = (
+                [Span(position[start], position[stop]) for start, stop in spans] for spans in (row.answers, row.silent)
+            )
             if row.plain:
-                ids, answers = self._add_bos_eos(ids, answers)
+                ids, answers = self._add_bos_eos(ids, answers, any_end=row.labeled)
             self._check_single_bos(ids)
-            selected = answers[-1:] if self._spec.loss_on == "last-turn" else answers
-            spans = [Span(0, len(ids))] if row.all_tokens else selected
+            selected = answers[-1:] if self._spec.loss_on == "last-turn" and not row.labeled else answers
+            spans = subtract_spans([Span(0, len(ids))] if row.all_tokens else selected, silent)
+            if silent and not spans:
+                problem = "no token of the row carries loss: its loss flags leave none of what data.loss_on selects"
+                raise BadRow("nothing to learn", problem)
             encoded = _make_row(ids, spans, tuple(answers), split=split, rewritten=row.rewritten)
-            return encoded._replace(templated=not row.plain)
+            return encoded._replace(templated=not row.plain, prefix=len(self._prefix) if row.plain else 0)
         except BadRow as bad:
             return bad
 
-    def _encode_parts(self, text: str, borders: list[int], *, full: list[int]) -> tuple[list[int], list[int]]:
+    def _encode_parts(
+        self, text: str, borders: list[int], *, full: list[int], flagged: bool
+    ) -> tuple[list[int], list[int]]:
         """Tokenize the parts between borders separately, for texts in which a token crosses a border.
 
-        Returns the ids and the border positions in tokens; `full` are the ids of the undivided text.
+        Returns the ids and the border positions in tokens; `full` are the ids of the undivided text, and `flagged` says
+        that some borders are those of parts with loss flags.
         """
         cuts = [0, *borders, len(text)]
         parts = [self._backend.encode(text[a:b], add_special_tokens=False).ids for a, b in pairwise(cuts)]
         ids = [token for part in parts for token in part]
         if self._decode(ids) != self._decode(full):
+            if flagged:
+                problem = (
+                    "a part with a loss flag begins inside a token, and tokenized separately it decodes to other text"
+                )
+                raise BadRow("loss flag inside a token", problem)
             raise BadRow("answer begins inside a token", "an answer tokenized separately decodes to different text")
         ends = np.cumsum([len(part) for part in parts]).tolist()
         return ids, ends[:-1]
@@ -197,18 +232,23 @@ class CausalLMEncoder:
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
 
-    def _add_bos_eos(self, ids: list[int], answers: list[Span]) -> tuple[list[int], list[Span]]:
-        """Prepend BOS if the tokenizer adds it, and append EOS, unless the text has them; shift the spans."""
+    def _add_bos_eos(self, ids: list[int], answers: list[Span], *, any_end: bool) -> tuple[list[int], list[Span]]:
+        """Prepend BOS if the tokenizer adds it, and append EOS, unless the text has them; shift the spans.
+
+        With `any_end`, any special token ends the text. EOS belongs to the last answer if that ends the text.
+        """
         if self._eos is None:
             raise LoraError(
                 "model: the tokenizer has no EOS token, so the model cannot learn where a text ends",
                 hint="set eos_token in the model's tokenizer_config.json",
             )
         prefix = [] if ids[: len(self._prefix)] == self._prefix else self._prefix
-        end = [] if ids[-1:] == [self._eos] else [self._eos]
+        ends = ids[-1:] == [self._eos] or (any_end and ids[-1] in self._special)
+        end = [] if ends else [self._eos]
         shifted = [Span(start + len(prefix), stop + len(prefix)) for start, stop in answers]
-        with_end = [*shifted[:-1], Span(shifted[-1].start, shifted[-1].stop + len(end))]
-        return [*prefix, *ids, *end], with_end
+        if shifted[-1].stop == len(prefix) + len(ids):
+            shifted[-1] = Span(shifted[-1].start, shifted[-1].stop + len(end))
+        return [*prefix, *ids, *end], shifted
 
     def _check_single_bos(self, ids: Sequence[int]) -> None:
         if self._bos is not None and list(ids[:2]) == [self._bos, self._bos]:

@@ -1,7 +1,7 @@
 """Parse the rows of a dataset source, for encoding and for `lora check --no-model`. No tokenizer, no torch."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -10,10 +10,12 @@ from lora_cli.data import formats, sources
 from lora_cli.data.formats import DETECTION_ROWS, FORMATS, DetectedFormat, Example
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
 from lora_cli.data.sources import DataSource
+from lora_cli.data.turns import TurnOptions
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TASK_FORMATS, TaskName
 
+SPLIT_HINT = "only rows of format text can be split: set data.overlong to drop or truncate, or raise data.max_length"
 MAX_DETECTION_ROWS = 1024  # largest number of rows, valid or not, that are read to detect the format
 
 
@@ -33,8 +35,10 @@ class SourceReader(NamedTuple):
     ignored: Counter[str]  # rows by column that the format does not use; counted while reading
 
 
-def open_source(source: DataSource, task: TaskName) -> SourceReader:
+def open_source(source: DataSource, task: TaskName, turns: TurnOptions) -> SourceReader:
     """Open a source for reading, and choose its format and columns from its first rows.
+
+    `turns` says how turns that are not in the usual order are handled.
 
     Raises:
         LoraError: the source has no rows, no known format, or lacks columns that data.columns names.
@@ -50,7 +54,12 @@ def open_source(source: DataSource, task: TaskName) -> SourceReader:
                 break
     format_ = _resolve_format(source, valid, task)
     ignored: Counter[str] = Counter()
-    return SourceReader(format_, _parsed_rows(chain(first, stream), format_, ignored), ignored)
+    return SourceReader(format_, _parsed_rows(chain(first, stream), format_, turns, ignored), ignored)
+
+
+def turn_options(spec: DataSpec) -> TurnOptions:
+    """Return how a recipe handles turns that are not in the usual order."""
+    return TurnOptions(join=spec.merge_turns, cut_end=spec.on_bad_row == "skip")
 
 
 def row_location(source: DataSource, row: Record | ParsedRow) -> str:
@@ -85,7 +94,9 @@ def _resolve_format(source: DataSource, valid: list[tuple[str, dict[str, Any]]],
     return DetectedFormat(name, "set in the recipe", columns)
 
 
-def _parsed_rows(records: Iterator[Record], format_: DetectedFormat, ignored: Counter[str]) -> Iterator[ParsedRow]:
+def _parsed_rows(
+    records: Iterator[Record], format_: DetectedFormat, turns: TurnOptions, ignored: Counter[str]
+) -> Iterator[ParsedRow]:
     known = {*FORMATS[format_.name].required, *FORMATS[format_.name].optional}
     for file, line, row in records:
         if isinstance(row, BadRow):
@@ -94,7 +105,7 @@ def _parsed_rows(records: Iterator[Record], format_: DetectedFormat, ignored: Co
         renamed = formats.rename_columns(row, format_.columns)
         ignored.update(renamed.keys() - known)
         try:
-            yield ParsedRow(file, line, formats.parse_row(renamed, format_.name))
+            yield ParsedRow(file, line, formats.parse_row(renamed, format_.name, turns))
         except BadRow as bad:
             yield ParsedRow(file, line, bad)
 
@@ -105,16 +116,20 @@ class BadRows:
     def __init__(self) -> None:
         self.first: list[Finding] = []
         self.reasons: Counter[str] = Counter()
+        self._hints: dict[str, str] = {}  # by reason
 
     def add(self, location: str, bad: BadRow) -> None:
         if len(self.first) < MAX_FINDINGS:
             self.first.append(Finding(location, bad))
         self.reasons[bad.reason] += 1
+        if bad.hint is not None:
+            self._hints.setdefault(bad.reason, bad.hint)
 
     def error(self, source: DataSource, task: TaskName, *, read: int) -> LoraError:
         """Return the error for a source with bad rows; `read` is the number of all its rows."""
         total = self.reasons.total()
-        hint = "fix them, or set data.on_bad_row: skip to drop and count them"
+        [(reason, _)] = self.reasons.most_common(1)
+        hint = self._hints.get(reason, "fix them, or set data.on_bad_row: skip to drop and count them")
         if self.reasons.keys() == {"missing field"} and total == read:
             hint = f"map the columns with data.columns, for example {formats.COLUMN_EXAMPLES[task]}"
             if (other := _detected_name(source, task)) not in (None, source.spec.format):
@@ -127,10 +142,27 @@ class BadRows:
         )
 
 
+def check_documents(found: Sequence[DataSource], spec: DataSpec, task: TaskName) -> None:
+    """Check that data.overlong: split has documents to split.
+
+    Raises:
+        LoraError: no source has rows of format text, or a source cannot be read.
+    """
+    if spec.overlong != "split":
+        return
+    names = [open_source(source, task, TurnOptions()).format.name for source in found]
+    if "text" not in names:
+        raise LoraError(
+            f"data.overlong: split is for documents, but {found[0].name} has rows of format {names[0]}", hint=SPLIT_HINT
+        )
+
+
 def _detected_name(source: DataSource, task: TaskName) -> str | None:
     """Return the name of the format that `auto` detects, None if it detects none."""
     with suppress(LoraError):
-        return open_source(source._replace(spec=source.spec.model_copy(update={"format": "auto"})), task).format.name
+        return open_source(
+            source._replace(spec=source.spec.model_copy(update={"format": "auto"})), task, TurnOptions()
+        ).format.name
     return None
 
 
@@ -150,8 +182,10 @@ def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> l
         LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error.
     """
     results = []
-    for source in [*sources.train_sources(spec), *sources.eval_sources(spec)]:
-        reader = open_source(source, task)
+    found = [*sources.train_sources(spec), *sources.eval_sources(spec)]
+    check_documents(found, spec, task)
+    for source in found:
+        reader = open_source(source, task, turn_options(spec))
         info(f"{source.name}: format {reader.format.name} ({reader.format.why})")
         read, bad = 0, BadRows()
         for row in reader.rows:

@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.data.conversation import Conversation, Message, check_conversation
+from lora_cli.data.loss_flags import flags_of
 from lora_cli.data.readers import json_type, parse_json_field, quote
 from lora_cli.data.records import BadRow
+from lora_cli.data.segments import SEGMENTS_SUMMARY, Segments, parse_segments
+from lora_cli.data.turns import TurnOptions, arrange_turns
 from lora_cli.errors import LoraError
 from lora_cli.recipe.tasks import TASK_FORMATS, FormatName, TaskName
 
@@ -50,7 +53,7 @@ class TaggingExample(NamedTuple):
     tags: list[Label]
 
 
-Example = Conversation | PromptCompletion | Document | TokenIds | ClassificationExample | TaggingExample
+Example = Conversation | PromptCompletion | Document | Segments | TokenIds | ClassificationExample | TaggingExample
 RawRow = Mapping[str, Any]
 
 
@@ -110,12 +113,13 @@ def _sharegpt_turn(turn: object, location: str) -> Message:
     if speaker not in SHAREGPT_ROLES:
         problem = f"{quote(speaker)} is not a role: known roles are human, gpt, system, ..."
         raise BadRow("unknown role", "is missing" if speaker is None else problem, field=f"{location}.from")
-    if not isinstance(value, str):
+    if not isinstance(value, str | list):
         raise BadRow("content is not text", f"is {json_type(value)}, not a string", field=f"{location}.value")
+    message = {**flags_of(turn), "role": SHAREGPT_ROLES[speaker], "content": value}
     if speaker not in {"function_call", "tool_call"}:
-        return {"role": SHAREGPT_ROLES[speaker], "content": value}
-    calls = parse_json_field(value, field=f"{location}.value")
-    return {"role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+        return message
+    calls = parse_json_field(value, field=f"{location}.value") if isinstance(value, str) else value
+    return {**message, "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
 
 
 def parse_alpaca(row: RawRow) -> Conversation:
@@ -260,6 +264,7 @@ FORMATS: dict[FormatName, Format] = {
     "sharegpt": Format(("conversations",), ("system", "tools"), parse_sharegpt, "conversations of from and value"),
     "tokens": Format(("input_ids",), ("labels", "attention_mask"), parse_tokens, "input_ids, optional labels"),
     "text": Format(("text",), (), parse_text, "a document: every token carries loss, EOS at its end"),
+    "segments": Format(("segments",), (), lambda row: parse_segments(_list(row, "segments")), SEGMENTS_SUMMARY),
     "classification": Format(
         ("text", "label"),
         ("text_pair",),
@@ -288,17 +293,18 @@ def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str,
     return {**kept, **{name: row[column] for name, column in columns.items() if column in row}}
 
 
-def parse_row(row: RawRow, name: FormatName) -> Example:
+def parse_row(row: RawRow, name: FormatName, turns: TurnOptions) -> Example:
     """Parse `row` as the format `name`.
 
     Raises:
-        BadRow: a required column is missing, or its content is invalid.
+        BadRow: a required column is missing, its content is invalid, or its turns are in a wrong order.
     """
     format_ = FORMATS[name]
     for column in format_.required:
         if column not in row:
             raise BadRow("missing field", f"is missing; the row has {column_names(row)}", field=column)
-    return format_.parse(row)
+    example = format_.parse(row)
+    return arrange_turns(example, turns) if isinstance(example, Conversation) else example
 
 
 class DetectedFormat(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lora_cli.data.conversation import Conversation
 from lora_cli.errors import LoraError
 
 
@@ -25,6 +26,12 @@ class Tally:
     ends_lost: int = 0  # answers that lost their end-of-turn token, completely lost answers included
     splits: int = 0  # rows in which an answer began inside a token and was tokenized separately
     rewritten: int = 0  # answers that the chat template changed, for example by omitting reasoning
+    documents_split: int = 0  # documents that were split at data.max_length
+    added: int = 0  # rows that splitting added to those that were read
+    answers_masked: int = 0  # answers that loss flags of the row take all loss from
+    parts_masked: int = 0  # parts of other answers that loss flags take loss from
+    turns_joined: int = 0  # turns that data.merge_turns joined with the turn before
+    ends_cut: int = 0  # conversations that were cut to their last answer
     labels_cut: int = 0  # labels or target tokens that were lost by truncation
     ignored: dict[str, int] = field(default_factory=dict)  # rows by column that the format does not use
     templated: int = 0  # kept rows that are conversations, rendered by the chat template
@@ -32,7 +39,16 @@ class Tally:
 
     def check(self) -> None:
         """Assert that every row is either kept or dropped for one reason; a violation is a bug, not a user error."""
-        assert self.read == self.kept + self.dropped.total(), self
+        assert self.read + self.added == self.kept + self.dropped.total(), self
+
+    def add_conversation(self, chat: Conversation) -> None:
+        """Count what was changed in a conversation that is kept."""
+        self.turns_joined += chat.joined
+        self.ends_cut += chat.cut
+        for message, loss in zip(chat.messages, chat.loss, strict=False):  # no flags: `loss` is empty
+            if loss is not None and message["role"] == "assistant":
+                self.answers_masked += loss.none
+                self.parts_masked += 0 if loss.none else loss.parts
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `tally.json`."""
@@ -157,9 +173,10 @@ def _entry_lines(entry: Entry) -> list[str]:
     if dropped := tally.dropped.total():
         parts.append(f"{dropped:,} dropped")
     repeated = f" - {entry.repeated:,} repeated by weight" if entry.repeated else ""
+    added = f" + {tally.added:,} by splitting" if tally.added else ""
     lines = [
         f"{entry.source}: {tally.format} ({tally.why})",
-        f"  {tally.read:,} {_rows(tally.read)} read = {' + '.join(parts)}{repeated}",
+        f"  {tally.read:,} {_rows(tally.read)} read{added} = {' + '.join(parts)}{repeated}",
     ]
     lines += [f"  dropped {count:,}: {reason}" for reason, count in tally.dropped.most_common()]
     end_tokens = "end-of-turn token" if tally.ends_lost == 1 else "end-of-turn tokens"
@@ -167,8 +184,14 @@ def _entry_lines(entry: Entry) -> list[str]:
         f"{_rows(tally.cut)} truncated to data.max_length": tally.cut,
         f"answer{'s' * (tally.answers_cut != 1)} truncated": tally.answers_cut,
         f"{end_tokens} lost: the model cannot learn to stop from these answers": tally.ends_lost,
+        f"document{'s' * (tally.documents_split != 1)} split at data.max_length": tally.documents_split,
+        f"answer{'s' * (tally.answers_masked != 1)} without loss, by their loss flags": tally.answers_masked,
+        f"part{'s' * (tally.parts_masked != 1)} of answers without loss, by their loss flags": tally.parts_masked,
+        f"turn{'s' * (tally.turns_joined != 1)} joined with the turn before, of the same role": tally.turns_joined,
+        f"{_rows(tally.ends_cut)} cut to the last answer: other turns followed it": tally.ends_cut,
         "labels or target tokens lost by truncation": tally.labels_cut,
-        f"{_rows(tally.splits)} with an answer that began inside a token and was tokenized separately": tally.splits,
+        f"{_rows(tally.splits)} with an answer, or a part of one, that began inside a token and was tokenized "
+        "separately": tally.splits,
         "answers changed by the chat template (for example, reasoning omitted)": tally.rewritten,
     }
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]

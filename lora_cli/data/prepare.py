@@ -13,6 +13,7 @@ from lora_cli.data.cache import EncodedSource, encode_source
 from lora_cli.data.class_labels import ClassLabels, SourceLabels
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.encode_classes import make_encoder
+from lora_cli.data.examples import check_documents
 from lora_cli.data.ledger import Entry, Ledger, Totals, check_dropped_share
 from lora_cli.data.sources import eval_sources, train_sources
 from lora_cli.data.split import Index, apply_weight, held_out_masks
@@ -74,10 +75,15 @@ def prepare_data(
             overlong or dropped than the recipe allows.
     """
     encoder = make_encoder(task, spec, tokenizer)
-    train = [encode_source(source, spec, encoder, cache=cache, info=info) for source in train_sources(spec)]
-    separate_eval = [encode_source(source, spec, encoder, cache=cache, info=info) for source in eval_sources(spec)]
+    found = [train_sources(spec), eval_sources(spec)]
+    check_documents([*found[0], *found[1]], spec, task)
+    train, separate_eval = (
+        [encode_source(source, spec, encoder, cache=cache, info=info) for source in sources] for sources in found
+    )
     share = spec.eval if isinstance(spec.eval, float) else 0.0
-    held_out = held_out_masks([item.rows.keys for item in train], share=share, seed=seed)
+    # The chunks of a document are held out together.
+    keys = [item.rows.document_keys() if item.tally.added else item.rows.keys for item in train]
+    held_out = held_out_masks(keys, share=share, seed=seed)
     train_parts, entries = [], []
     for number, (item, mask) in enumerate(zip(train, held_out, strict=True)):
         weight = item.source.spec.weight
@@ -128,7 +134,7 @@ def _source_labels(item: EncodedSource) -> SourceLabels:
 def _max_dropped_share(spec: DataSpec) -> float:
     if spec.max_loss is not None:
         return spec.max_loss
-    return 0.0 if spec.overlong == "error" and spec.on_bad_row == "error" else 0.1
+    return 0.0 if spec.overlong in ("error", "split") and spec.on_bad_row == "error" else 0.1
 
 
 def _entry(item: EncodedSource, split: str, index: Index, *, held_out: int) -> Entry:

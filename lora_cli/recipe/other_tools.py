@@ -326,7 +326,7 @@ VALUES: dict[str, str] = {
     "openai": "messages",
     "completion": "text",
     "raw": "text",
-    "input_output": "prompt-completion",
+    "input_output": "segments",
     "qlora": "lora",
     "loraplus": "lora+",
     "lora_plus": "lora+",

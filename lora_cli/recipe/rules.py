@@ -14,7 +14,7 @@ from lora_cli.recipe.tasks import TASK_FORMATS
 from lora_cli.recipe.yaml_scalars import parse_scalar
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-FORMATS_WITHOUT_CONVERSATION = {"text", "tokens", "classification", "tagging"}
+FORMATS_WITHOUT_CONVERSATION = {"text", "segments", "tokens", "classification", "tagging"}
 
 
 def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
@@ -139,6 +139,25 @@ def _check_formats(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("data.chat_template", message, "remove it", depends_on)
     if data.loss_on == "last-turn":
         yield Conflict("data.loss_on", message, "remove it: they have no turns", depends_on)
+    if data.merge_turns:
+        yield Conflict("data.merge_turns", message, "remove it: they have no turns", depends_on)
+
+
+def _check_split(recipe: Recipe) -> Iterator[Conflict]:
+    data = recipe.data
+    if data.overlong != "split":
+        if data.stride:
+            message = "has no effect without overlong: split"
+            yield Conflict("data.stride", message, "remove it, or write overlong: split", ("data.overlong",))
+        return
+    if data.stride >= data.max_length:
+        message = f"{data.stride} tokens of overlap leave no room in data.max_length, {data.max_length}"
+        yield Conflict("data.stride", message, "write fewer, such as an eighth of max_length", ("data.max_length",))
+    sources = [*_as_sources(data.train), *_as_sources(data.eval)]
+    formats = {source.format or data.format for source in sources}
+    if recipe.task == "causal-lm" and formats and not formats & {"auto", "text"}:
+        message = f"split is for documents (format text), not for rows of format {' and '.join(sorted(formats))}"
+        yield Conflict("data.overlong", message, "write drop or truncate", ("data.format", "data.train"))
 
 
 def _check_task(recipe: Recipe) -> Iterator[Conflict]:
@@ -167,8 +186,12 @@ def _check_task(recipe: Recipe) -> Iterator[Conflict]:
     if data.packing:
         message = f"rows of task {task} cannot be packed: each is a separate sequence"
         yield Conflict("data.packing", message, "write packing: false, or remove it", ("task",))
-    for key, value, default in (("chat_template", data.chat_template, None), ("loss_on", data.loss_on, "assistant")):
-        if value != default:
+    if data.overlong == "split":
+        message = f"split is for documents (format text), not for task {task}"
+        yield Conflict("data.overlong", message, "write drop or truncate", ("task",))
+    unused = {"chat_template": data.chat_template, "loss_on": data.loss_on, "merge_turns": data.merge_turns}
+    for key, value in unused.items():
+        if value not in (None, "assistant", False):
             yield Conflict(f"data.{key}", f"has no effect with task {task}", "remove it", ("task",))
     if recipe.training.neftune_alpha and task == "seq2seq-lm":
         message = f"NEFTune is defined for the embeddings of one sequence, and {task} has two"
@@ -193,7 +216,7 @@ def _check_generation(recipe: Recipe) -> Iterator[Conflict]:
 
 def _check_max_loss(recipe: Recipe) -> Iterator[Conflict]:
     data = recipe.data
-    if data.max_loss and data.overlong == data.on_bad_row == "error":
+    if data.max_loss and data.overlong in ("error", "split") and data.on_bad_row == "error":
         message = "has no effect when the first lost row stops the run"
         fix = "write overlong: drop or on_bad_row: skip, or remove it"
         yield Conflict("data.max_loss", message, fix, ("data.overlong", "data.on_bad_row"))
@@ -267,6 +290,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     _check_sources,
     _check_eval,
     _check_formats,
+    _check_split,
     _check_max_loss,
     _check_steps,
     _check_batches,

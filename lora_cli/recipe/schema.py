@@ -173,14 +173,22 @@ class DataSpec(Section):
     chat_template: str | None = None
     """Chat template: a named template (chatml, ...), a path, or inline Jinja. Default: the tokenizer's own."""
     loss_on: Literal["assistant", "last-turn", "all"] = "assistant"
-    """Tokens with loss (label mask): all assistant turns (default), the last assistant turn, or the full row."""
+    """Tokens with loss (label mask): all assistant turns (default), the last assistant turn, or the full row. Flags in
+    the rows (weight: 0, train: false, ... of a turn or content part) only take loss away from these tokens."""
     max_length: Count = 1024
     """Longest row, in tokens. At least 1. Default 1024."""
-    overlong: Literal["error", "drop", "truncate"] = "error"
-    """Rows longer than max_length: stop with an error (default), drop them, or truncate their end. They are always
-    counted and reported."""
+    overlong: Literal["error", "drop", "truncate", "split"] = "error"
+    """Rows longer than max_length: stop with an error (default), drop them, truncate their end, or split them (format
+    text only) into rows in which every token carries loss once. They are always counted and reported."""
+    stride: Annotated[int, Field(ge=0), BeforeValidator(_parse_integer)] = 0
+    """overlong: split only: tokens at the end of a chunk that the next one repeats as context, without loss. From 0 to
+    below max_length. Default 0."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """Rows that cannot be parsed: stop with an error that lists them (default), or skip them, counted and reported."""
+    """Rows that cannot be parsed: stop with an error that lists them (default), or skip them, counted and reported.
+    skip also cuts conversations that end with another turn to their last answer."""
+    merge_turns: Switch = False
+    """Join consecutive turns of one role, with an empty line between them, and count them. Default false: such rows are
+    bad."""
     max_loss: Fraction | None = None
     """Largest share of rows that may be lost, from 0 to 1. Default 0 if overlong and on_bad_row are error, else 0.1."""
     packing: Switch | None = None
