@@ -100,6 +100,8 @@ def check_without_model(recipe: Recipe) -> None:
         for source in check_rows(data, recipe.task, console.info):
             bad = "".join(f", {count:,} skipped: {reason}" for reason, count in source.bad.items())
             console.out.print(f"{source.source}: {source.read:,} rows of format {source.format}{bad}")
+            for note in source.notes:
+                console.out.print(f"  {note}")
     console.out.print("ok: the recipe is valid; model, labels and memory were not checked")
 
 

@@ -7,7 +7,9 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from lora_cli.data import formats, sources
+from lora_cli.data.conversation import Conversation
 from lora_cli.data.formats import DETECTION_ROWS, FORMATS, DetectedFormat, Example
+from lora_cli.data.ledger import Tally, conversation_notes
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
 from lora_cli.data.sources import DataSource
 from lora_cli.data.turns import TurnOptions
@@ -173,6 +175,7 @@ class SourceCheck(NamedTuple):
     format: str
     read: int
     bad: dict[str, int]  # by reason
+    notes: list[str]  # what was changed in conversations
 
 
 def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> list[SourceCheck]:
@@ -187,14 +190,17 @@ def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> l
     for source in found:
         reader = open_source(source, task, turn_options(spec))
         info(f"{source.name}: format {reader.format.name} ({reader.format.why})")
-        read, bad = 0, BadRows()
+        read, bad, tally = 0, BadRows(), Tally()
         for row in reader.rows:
             read += 1
             if isinstance(row.example, BadRow):
                 bad.add(row_location(source, row), row.example)
+            elif isinstance(row.example, Conversation):
+                tally.add_conversation(row.example)
         if bad.first and spec.on_bad_row == "error":
             raise bad.error(source, task, read=read)
         for finding in bad.first:
             info(f"skipped {finding}")
-        results.append(SourceCheck(source.name, reader.format.name, read, dict(bad.reasons)))
+        notes = [f"{count:,} {note}" for note, count in conversation_notes(tally).items() if count]
+        results.append(SourceCheck(source.name, reader.format.name, read, dict(bad.reasons), notes))
     return results

@@ -180,15 +180,11 @@ def _entry_lines(entry: Entry) -> list[str]:
     ]
     lines += [f"  dropped {count:,}: {reason}" for reason, count in tally.dropped.most_common()]
     end_tokens = "end-of-turn token" if tally.ends_lost == 1 else "end-of-turn tokens"
-    notes = {
+    notes = conversation_notes(tally) | {
         f"{_rows(tally.cut)} truncated to data.max_length": tally.cut,
         f"answer{'s' * (tally.answers_cut != 1)} truncated": tally.answers_cut,
         f"{end_tokens} lost: the model cannot learn to stop from these answers": tally.ends_lost,
         f"document{'s' * (tally.documents_split != 1)} split at data.max_length": tally.documents_split,
-        f"answer{'s' * (tally.answers_masked != 1)} without loss, by their loss flags": tally.answers_masked,
-        f"part{'s' * (tally.parts_masked != 1)} of answers without loss, by their loss flags": tally.parts_masked,
-        f"turn{'s' * (tally.turns_joined != 1)} joined with the turn before, of the same role": tally.turns_joined,
-        f"{_rows(tally.ends_cut)} cut to the last answer: other turns followed it": tally.ends_cut,
         "labels or target tokens lost by truncation": tally.labels_cut,
         f"{_rows(tally.splits)} with an answer, or a part of one, that began inside a token and was tokenized "
         "separately": tally.splits,
@@ -200,6 +196,16 @@ def _entry_lines(entry: Entry) -> list[str]:
     if tally.ignored:
         lines.append(f"  columns not used: {', '.join(tally.ignored)}")
     return lines
+
+
+def conversation_notes(tally: Tally) -> dict[str, int]:
+    """Return what was changed in conversations, with its count."""
+    return {
+        f"answer{'s' * (tally.answers_masked != 1)} without loss, by their loss flags": tally.answers_masked,
+        f"part{'s' * (tally.parts_masked != 1)} of answers without loss, by their loss flags": tally.parts_masked,
+        f"turn{'s' * (tally.turns_joined != 1)} joined with the turn before, of the same role": tally.turns_joined,
+        f"{_rows(tally.ends_cut)} cut to the last answer: other turns followed it": tally.ends_cut,
+    }
 
 
 LABELS_SHOWN = 12  # labels listed with their counts

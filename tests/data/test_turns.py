@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_cli.data.examples import check_rows
 from lora_cli.data.formats import parse_row
 from lora_cli.data.records import BadRow
 from lora_cli.data.turns import SEPARATOR, TurnOptions
 from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import DataSpec
 from tests.inputs.tiny_tokenizers import supervised_texts
 
 JOIN = TurnOptions(join=True)
@@ -130,13 +132,15 @@ ANSWERED = [say("user", "Hello"), say("assistant", "Hi")]
 )
 def test_turns_behind_the_last_answer_are_cut_where_bad_rows_are_skipped(prepared, chatml, rest: list[Any]):
     rows = lines({"messages": [*ANSWERED, *rest]}, {"messages": [*ANSWERED, say("user", "a"), say("assistant", "b")]})
-    data = prepared(chatml, files=rows, on_bad_row="skip")
     alone = prepared(chatml, files=lines({"messages": ANSWERED}))
+    data = prepared(chatml, files=rows, on_bad_row="skip")
     assert data.train[0].input_ids.tolist() == alone.train[0].input_ids.tolist()
     assert data.ledger.table()[1:3] == [
         "  2 rows read = 2 for train",
         "  1 row cut to the last answer: other turns followed it",
     ]
+    (checked,) = check_rows(DataSpec(train="train.jsonl", eval=None, on_bad_row="skip"), "causal-lm", print)
+    assert checked.notes == ["1 row cut to the last answer: other turns followed it"]
     with pytest.raises(LoraError, match="1 of 2 rows is bad"):
         prepared(chatml, files=rows)
 
