@@ -43,6 +43,18 @@ def test_eval_of_a_recipe_without_a_run_measures_the_base(recipe: WriteRecipe, l
     assert list(table(lora("eval", recipe()).out)) == ["base"]
 
 
+def test_loss_flags_of_evaluation_rows_are_followed(recipe: WriteRecipe, lora: Lora):
+    def measured(name: str, messages: list[dict[str, object]]) -> str:
+        Path(name).write_text(json.dumps({"messages": messages}) + "\n")
+        return table(lora("eval", recipe(), "--data", name).out)["base"][-1]
+
+    question, answer = rows(1)[0]["messages"]
+    alone = measured("alone.jsonl", [question, answer])
+    parts = [{"type": "text", "text": "Well. ", "loss": False}, {"type": "text", "text": answer["content"]}]
+    assert measured("turn.jsonl", [question, {**answer, "weight": 0}, question, answer]) == alone
+    assert measured("part.jsonl", [question, {**answer, "content": parts}]) == alone
+
+
 def test_eval_of_a_moved_run_is_the_same(trained_run: Path, lora: Lora):
     before = lora("eval", trained_run).out
     shutil.move("runs/a", "kept")
