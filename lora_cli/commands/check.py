@@ -31,6 +31,7 @@ def check(recipe: Recipe, *, rows: int) -> None:
     """
     out = console.out.print
     inputs = load_inputs(recipe, info=console.info, weights=False)
+    recipe = inputs.recipe
     optimizer = resolve_optimizer(recipe, inputs)
     for line in inputs.data.ledger.table():
         out(line)

@@ -71,6 +71,7 @@ def evaluate(
     spec = _data_spec(recipe, data, trained_labels)
     train_key = "data.train" if data is None else data
     inputs = load_inputs(recipe, info=console.info, data=spec, train_key=train_key)
+    recipe = inputs.recipe
     rows = inputs.data.train if data is not None else inputs.data.eval
     if rows is None:
         raise LoraError(

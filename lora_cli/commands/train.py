@@ -79,6 +79,7 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     info: Info = console.info if run else console.no_output
     with accelerator.main_process_first():  # the main process encodes the rows, the others find them in the cache
         inputs = load_inputs(recipe, info=info)
+    recipe = inputs.recipe
     for line in inputs.data.ledger.table():
         info(line)
     batches_per_step = accelerator.num_processes * recipe.training.gradient_accumulation

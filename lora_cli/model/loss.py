@@ -6,6 +6,7 @@ the largest tensor of a training step, never exist in full, and their gradient o
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
 from lora_cli.model import packed_attention
+from lora_cli.model.packing_support import stateful_layers
 from lora_cli.recipe.tasks import TaskName
 
 CHUNK_TOKENS = 256  # supervised tokens whose logits exist at the same time
@@ -184,7 +186,31 @@ def model_inputs(model: PreTrainedModel, batch: Batch, *, task: TaskName = "caus
         inputs["attention_mask"] = mask if task == "causal-lm" else mask.long()
     elif model.config._attn_implementation == packed_attention.PACKED_ATTENTION:
         inputs["row_plan"] = packed_attention.plan_rows(batch.lengths)
+    if (
+        task == "causal-lm"
+        and len(batch.lengths) > 1
+        and batch.attention_mask is None
+        and stateful_layers(model.config)
+    ):
+        inputs |= _row_boundaries(batch.lengths, device)
     return inputs
+
+
+def _row_boundaries(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Return the borders of packed rows for the kernels of state-space, linear-attention and convolution layers.
+
+    `seq_idx` is int32 [1, tokens], the number of each token's row; `cu_seq_lens_q` and `cu_seq_lens_k` are int32
+    [rows + 1], the position of each row's first token and the total; the largest length is a Python int.
+    """
+    rows = torch.tensor(lengths)
+    starts = torch.cat([torch.zeros(1, dtype=rows.dtype), rows.cumsum(0)]).to(device, torch.int32)
+    return {
+        "seq_idx": torch.repeat_interleave(torch.arange(len(rows)), rows)[None].to(device, torch.int32),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
 
 
 def logits_at(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor) -> Tensor:

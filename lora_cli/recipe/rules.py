@@ -238,10 +238,10 @@ def _check_steps(recipe: Recipe) -> Iterator[Conflict]:
 
 def _check_batches(recipe: Recipe) -> Iterator[Conflict]:
     training, data = recipe.training, recipe.data
-    if not data.packing and training.tokens_per_batch is not None:
+    if data.packing is False and training.tokens_per_batch is not None:
         fix = "write batch_size, or packing: true"
         yield Conflict("training.tokens_per_batch", "has no effect without packing", fix, ("data.packing",))
-    if data.packing and training.batch_size is not None:
+    if data.packing is not False and training.batch_size is not None:
         fix = "write tokens_per_batch, or `data: {packing: false}`"
         yield Conflict("training.batch_size", "has no effect with packing", fix, ("data.packing",))
     if data.packing and training.tokens_per_batch and training.tokens_per_batch < data.max_length:

@@ -193,7 +193,7 @@ class DataSpec(Section):
     """Largest share of rows that may be lost, from 0 to 1. Default 0 if overlong and on_bad_row are error, else 0.1."""
     packing: Switch | None = None
     """Concatenate several rows in one sequence instead of padding, without attention between rows. Default: true for
-    causal-lm, except with 8-bit quantization or an adapter method that does not support it."""
+    causal-lm, except with 8-bit quantization, or an adapter method or a base that does not support it."""
     labels: Literal["auto", "regression"] | list[str] = "auto"
     """seq-cls and token-cls: the label names in the order of their ids. auto: collected from the training rows.
     regression (seq-cls): the rows have numbers as targets, and the loss is the mean squared error."""
@@ -319,17 +319,29 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fill_batch(self) -> Self:
-        """Fill in packing and the batch size that applies with or without it, so that a resolved recipe shows them."""
-        training = self.training
-        if self.data.packing is None:
+        """Fill in packing where it does not depend on the base, and the batch size: a written recipe shows them.
+
+        Packing stays null where only the base can tell whether it is possible: `with_packing` fills it in.
+        """
+        packing, tokens = self.data.packing, self.training.tokens_per_batch
+        if packing is None:
             # LLM.int8 chooses outlier columns over the full batch, so packed rows would change each other's results.
             int8 = self.quantization is not None and self.quantization.bits == 8
-            packing = self.task == "causal-lm" and METHOD_FACTS[self.adapter.method].supports_packing and not int8
-            object.__setattr__(self, "data", self.data.model_copy(update={"packing": packing}))
-        if self.data.packing and training.tokens_per_batch is None:
-            training = training.model_copy(update={"tokens_per_batch": self.data.max_length})
-        if not self.data.packing and training.batch_size is None:
-            training = training.model_copy(update={"batch_size": 4})
-        # The model is frozen, but validation is still building it here.
-        object.__setattr__(self, "training", training)
+            possible = self.task == "causal-lm" and METHOD_FACTS[self.adapter.method].supports_packing and not int8
+            packing = possible if tokens is not None or not possible else None
+        if packing is not None:
+            filled = self.with_packing(packing)
+            # The model is frozen, but validation is still building it here.
+            object.__setattr__(self, "data", filled.data)
+            object.__setattr__(self, "training", filled.training)
         return self
+
+    def with_packing(self, packing: bool) -> Self:
+        """Return the recipe with this packing, and the batch size that applies with or without it."""
+        training = self.training
+        if packing and training.tokens_per_batch is None:
+            training = training.model_copy(update={"tokens_per_batch": self.data.max_length})
+        if not packing and training.batch_size is None:
+            training = training.model_copy(update={"batch_size": 4})
+        data = self.data.model_copy(update={"packing": packing})
+        return self.model_copy(update={"data": data, "training": training})

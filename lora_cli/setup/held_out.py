@@ -48,7 +48,7 @@ class HeldOutRows:
             console.info(f"cannot load the run's held-out rows ({reason.message}); using synthetic rows")
             return None
         held_out = inputs.data.eval is not None
-        return RunRows(recipe, inputs, inputs.data.eval or inputs.data.train, held_out)
+        return RunRows(inputs.recipe, inputs, inputs.data.eval or inputs.data.train, held_out)
 
     def probes(self) -> Probes | None:
         """Return batches of the first rows, one row each; None if the run's rows cannot be loaded.

@@ -27,6 +27,7 @@ from lora_cli.model import packed_attention, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
 from lora_cli.model.device import pick_device, pick_dtype
 from lora_cli.model.model_source import cache_folder, find_model, load_config, load_tokenizer
+from lora_cli.model.packing_support import packing_obstacle
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import DataSpec, Recipe
 
@@ -51,6 +52,7 @@ MODELS_WITH_POSITION_OFFSET = (
 class RunInputs(NamedTuple):
     """Everything that a run needs except the weights."""
 
+    recipe: Recipe  # with the packing that the base supports
     device: torch.device
     base: BaseCheckpoint
     data: PreparedData
@@ -84,6 +86,7 @@ def load_inputs(
     # The fast checks of the model come before the rows are encoded, which can take minutes.
     config = load_config(source)
     _check_task(config, recipe)
+    recipe = _resolve_packing(recipe, config, device, info)
     quantized_before = prequantized.detect_prequantized(config)
     if source.packed:
         quantized_before = prequantized.Prequantized("gguf", None)
@@ -119,7 +122,19 @@ def load_inputs(
         vocabulary=len(tokenizer) if model.new_tokens else 0,
         pad_id=_pad_id(tokenizer),
     )
-    return RunInputs(device, base, prepared, quantized_before)
+    return RunInputs(recipe, device, base, prepared, quantized_before)
+
+
+def _resolve_packing(
+    recipe: Recipe, config: PretrainedConfig, device: torch.device, info: Callable[[str], None]
+) -> Recipe:
+    """Fill in packing, if the recipe leaves it open: on, unless the base mixes packed rows."""
+    if recipe.data.packing is not None:
+        return recipe
+    obstacle = packing_obstacle(config, device)
+    if obstacle is not None:
+        info(f"packing: off, because rows of a {config.model_type} model would not stay separate: {obstacle}")
+    return recipe.with_packing(obstacle is None)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -189,7 +204,7 @@ def _check_attention(name: str) -> None:
 
 
 def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, batches_per_step: int) -> BatchPlan:
-    """Plan the batches of `rows` with the recipe's packing and batch size.
+    """Plan the batches of `rows` with the packing and batch size of the recipe, which is `inputs.recipe`.
 
     Raises:
         LoraError: the config of a seq2seq model has no decoder_start_token_id.
