@@ -22,14 +22,31 @@ STATELESS_LAYERS = {
     "dense",
     "sparse",
 }
-# Architectures with attention alone whose rows are mixed all the same, and how. Their `forward` takes position_ids.
+# Architectures with attention alone whose rows mix all the same, though their `forward` takes position_ids.
+FULL_MASK = "its attention mask is made without the positions, and covers all rows"
 MIXES_ROWS = {
-    "falcon": "it makes its attention mask from the padding alone",
     "big_bird": "its attention reads random blocks of the sequence",
-    "cpmant": "its attention mask is that of the full sequence",
-    "openai-gpt": "its attention mask is that of the full sequence",
-    "bert": "its attention mask is that of the full sequence",
-    "roberta": "its attention mask is that of the full sequence",
+    "biogpt": FULL_MASK,
+    "cpmant": FULL_MASK,
+    "falcon": FULL_MASK,
+    "gpt_oss": FULL_MASK,
+    "openai-gpt": FULL_MASK,
+    "xglm": FULL_MASK,
+}
+# Architectures with stateful layers that hand the borders of the rows to their kernels.
+ROW_KERNELS = {
+    "bailing_hybrid",
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
 }
 CONVOLUTION_KERNELS = ("causal_conv1d",)
 STATE_KERNELS = ("fla", "mamba_ssm")  # flash-linear-attention and mamba-ssm: one of them
@@ -51,6 +68,8 @@ def packing_obstacle(config: PretrainedConfig, device: torch.device) -> str | No
     """
     if kinds := stateful_layers(config):
         layers = f"its {' and '.join(kinds)} layers carry state from one row into the next"
+        if config.get_text_config().model_type not in ROW_KERNELS:
+            return layers
         if device.type != "cuda":
             return f"{layers}; the kernels that keep rows apart run on a GPU"
         missing = [name for name in CONVOLUTION_KERNELS if find_spec(name) is None]

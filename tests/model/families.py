@@ -35,6 +35,8 @@ class Family(NamedTuple):
 
 
 MOE = {"num_experts_per_tok": 2}
+# Multi-head latent attention, as in DeepSeek V2.
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", GATED, packs=True),
     "mistral": Family("mistral", GATED, {"sliding_window": 8}, packs=True),
@@ -84,6 +86,116 @@ FAMILIES: dict[str, Family] = {
     # It uses the weights of the two excluded layers directly and bypasses an adapter on them.
     "mamba": Family(
         "mamba", {"in_proj", "x_proj"}, {"state_size": 8}, adapter={"exclude_modules": ["out_proj", "dt_proj"]}
+    ),
+    "gemma": Family("gemma", GATED, {"head_dim": 16}, packs=True),
+    "gpt-neo": Family(
+        "gpt_neo",
+        {"q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"},
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+        packs=True,
+    ),
+    "gpt-bigcode": Family(
+        "gpt_bigcode",
+        {"c_attn", "c_proj", "c_fc"},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 2048},
+        packs=True,
+    ),
+    "codegen": Family(
+        "codegen",
+        {"qkv_proj", "out_proj", "fc_in", "fc_out"},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 2048},
+        packs=True,
+    ),
+    "mpt": Family("mpt", {"Wqkv", "out_proj", "up_proj", "down_proj"}, {"d_model": 64, "n_heads": 4, "n_layers": 2}),
+    "olmo": Family("olmo", GATED, packs=True),
+    "olmo3": Family("olmo3", GATED, {"sliding_window": 8}, packs=True),
+    "cohere2": Family("cohere2", GATED, {"logit_scale": 0.25, "sliding_window": 8}, packs=True),
+    "nemotron": Family("nemotron", GATED - {"gate_proj"}, packs=True),
+    "glm": Family(
+        "glm", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}, {"head_dim": 16}, packs=True
+    ),
+    "glm4": Family(
+        "glm4", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}, {"head_dim": 16}, packs=True
+    ),
+    "exaone4": Family("exaone4", GATED, {"sliding_window": 8}, packs=True),
+    "ernie4.5": Family("ernie4_5", GATED, {"head_dim": 16}, packs=True),
+    "seed-oss": Family("seed_oss", GATED, {"head_dim": 16}, packs=True),
+    "hunyuan": Family("hunyuan_v1_dense", GATED, {"head_dim": 16}, packs=True),
+    "minicpm3": Family(
+        "minicpm3",
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        {"num_key_value_heads": 4, **MLA},
+        packs=True,
+    ),
+    "apertus": Family("apertus", GATED - {"gate_proj"}, packs=True),
+    "arcee": Family("arcee", GATED - {"gate_proj"}, packs=True),
+    "helium": Family("helium", GATED, {"head_dim": 16}, packs=True),
+    "gemma4": Family(
+        "gemma4_text",
+        {*GATED, "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"},
+        {
+            "head_dim": 16,
+            "global_head_dim": 16,
+            "sliding_window": 8,
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 16,
+        },
+        packs=True,
+    ),
+    # Hybrids: attention in some layers, a state or a convolution along the sequence in the others.
+    "qwen3.5": Family(
+        "qwen3_5_text",
+        {*GATED, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"},
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 16,
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "jamba": Family(
+        "jamba",
+        {*GATED, "in_proj", "x_proj", "out_proj"},
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        adapter={"exclude_modules": ["dt_proj"]},
+    ),
+    "falcon-h1": Family(
+        "falcon_h1",
+        {*GATED, "in_proj"},
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "head_dim": 16},
+        adapter={"exclude_modules": ["out_proj"]},
+    ),
+    "bamba": Family(
+        "bamba",
+        {*GATED, "in_proj", "out_proj"},
+        {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    ),
+    "lfm2": Family(
+        "lfm2",
+        {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"},
+        {"layer_types": ["conv", "full_attention"], "block_ff_dim": 128},
+    ),
+    "falcon-mamba": Family(
+        "falcon_mamba",
+        {"in_proj", "x_proj"},
+        {"state_size": 8},
+        adapter={"exclude_modules": ["out_proj", "dt_proj"]},
+    ),
+    "mamba2": Family(
+        "mamba2",
+        {"in_proj"},
+        {"num_heads": 8, "head_dim": 16, "state_size": 8},
+        adapter={"exclude_modules": ["out_proj"]},
+    ),
+    "recurrent-gemma": Family(
+        "recurrent_gemma",
+        {*GATED, "linear_x", "linear_y", "linear_out"},
+        {"block_types": ["recurrent", "attention"], "lru_width": 64, "attention_window_size": 8},
+    ),
+    "olmo-hybrid": Family(
+        "olmo_hybrid", {*GATED, "a_proj", "b_proj", "g_proj"}, {"layer_types": ["linear_attention", "full_attention"]}
     ),
     "t5": Family(
         "t5",
@@ -144,7 +256,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 # Families with their own names for some options of COMMON, which would misread the common names.
-OWN_NAMES = {"gpt2", "gptj", "t5", "bart", "distilbert", "falcon", "bloom"}
+OWN_NAMES = {"gpt2", "gpt_bigcode", "gpt_neo", "codegen", "mpt", "gptj", "t5", "bart", "distilbert", "falcon", "bloom"}
 
 
 def config_of(family: Family) -> Any:

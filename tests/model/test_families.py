@@ -31,11 +31,13 @@ from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, fp32_weights, save_adapter, select_attention, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.loss import LossFunction
+from lora_cli.model.packing_support import packing_obstacle
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training.loop import fit
 from lora_cli.training.optimizer import make_optimizer
 from tests.model import families, zoo
 from tests.model.families import FAMILIES, Family
+from tests.support.checkpoints import CPU
 
 LENGTHS = [12, 30, 7, 21]
 
@@ -146,7 +148,7 @@ def test_one_step_changes_only_the_adapter_and_saving_and_merging_are_exact(
     expected = logits(model, family)
     save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     loaded = PeftModel.from_pretrained(reloaded, str(tmp_path / "adapter"))
-    assert zoo.relative(logits(loaded, family), expected) < 1e-6
+    assert zoo.relative(logits(loaded, family), expected) < 1e-5
     assert zoo.relative(logits(loaded.merge_and_unload(), family), expected) < 1e-5
 
 
@@ -167,6 +169,8 @@ def test_a_layer_that_the_model_bypasses_raises(tmp_path: Path):
 def test_packed_rows_equal_separate_rows_or_raise_with_the_reason(family: Family, folder: Path):
     """Only rows of causal-lm are packed: the recipe's rules refuse packing for the other tasks."""
     model = families.load(family, folder).model
+    obstacle = packing_obstacle(model.config, CPU)
+    assert (obstacle is None) is family.packs  # what the config says before the load
     if not family.packs:
         with pytest.raises(LoraError, match=r"data\.packing: \w+ does not isolate packed rows; tried .*\(") as refused:
             select_attention.choose_attention(model, "auto", packing=True)

@@ -43,8 +43,13 @@ def test_unquoted_scalars(text: str, value: object):
 def test_defaults_of_the_smallest_recipe(write):
     recipe = load_recipe(write(GOOD))
     assert recipe.training.epochs == 1
-    assert recipe.training.tokens_per_batch == recipe.data.max_length
     assert recipe.quantization is None
+    assert recipe.data.packing is None  # the base decides
+    packed, padded = recipe.with_packing(True), recipe.with_packing(False)
+    assert (packed.training.tokens_per_batch, packed.training.batch_size) == (recipe.data.max_length, None)
+    assert (padded.training.tokens_per_batch, padded.training.batch_size) == (None, 4)
+    for written in (packed, padded):
+        assert load_recipe(write(dump_recipe(written))) == written
 
 
 @pytest.mark.parametrize(
@@ -196,14 +201,14 @@ def test_method_options_default_to_those_of_the_method(method: str, write):
     recipe = load_recipe(write(f"{GOOD}adapter: {{method: {method}}}\n{quantization}"))
     options = {name: getattr(recipe.adapter, name) for name in AdapterSpec.model_fields if name != "method"}
     assert options == dict.fromkeys(options) | facts.options
-    assert recipe.data.packing is facts.supports_packing
+    assert recipe.data.packing is (None if facts.supports_packing else False)  # None: the base decides
     assert load_recipe(write(dump_recipe(recipe))) == recipe
 
 
 def test_a_resolved_recipe_shows_every_key(write):
     text = dump_recipe(load_recipe(write(GOOD)))
     assert load_recipe(write(text)) == load_recipe(write(GOOD))
-    for line in ("learning_rate: 0.0002", "revision: null", "tokens_per_batch: 1024", "quantization: null"):
+    for line in ("learning_rate: 0.0002", "revision: null", "packing: null", "quantization: null"):
         assert line in text
 
 

@@ -1,0 +1,48 @@
+"""`lora check` and `lora train` on a base whose layers carry state along the sequence."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from tests.commands.conftest import Lora, WriteRecipe
+from tests.model import families
+from tests.model.families import FAMILIES
+
+OFF = (
+    "packing: off, because rows of a lfm2 model would not stay separate: its conv layers carry state from one row into "
+    "the next; the kernels that keep rows apart run on a GPU"
+)
+
+
+@pytest.fixture
+def hybrid(workdir: Path) -> str:
+    """A base with a convolution and an attention layer, and the tokenizer of the tiny base."""
+    tokenizer = AutoTokenizer.from_pretrained("base")
+    family = FAMILIES["lfm2"]
+    families.write(family._replace(options={**family.options, "vocab_size": len(tokenizer)}), Path("hybrid"))
+    tokenizer.save_pretrained("hybrid")
+    return "hybrid"
+
+
+@pytest.mark.slow
+def test_packing_is_off_by_default_and_told_before_the_load(recipe: WriteRecipe, lora: Lora, hybrid: str):
+    path = recipe({"model.path": hybrid})
+    checked = lora("check", path)
+    assert (checked.code, checked.err.count(OFF)) == (0, 1), checked.err
+    trained = lora("train", path)
+    assert (trained.code, trained.err.count(OFF)) == (0, 1), trained.err
+    written = yaml.safe_load(Path("runs/a/recipe.yaml").read_text())
+    assert written["data"]["packing"] is False
+    assert (written["training"]["batch_size"], written["training"]["tokens_per_batch"]) == (4, None)
+    assert lora("eval", "runs/a").code == 0
+
+
+def test_packing_that_is_asked_for_and_impossible_is_an_error(recipe: WriteRecipe, lora: Lora, hybrid: str):
+    failed = lora("train", recipe({"model.path": hybrid, "data.packing": True}))
+    assert failed.code == 2
+    error, hint = failed.last_two
+    assert error.startswith("error: data.packing: Lfm2ForCausalLM does not isolate packed rows; tried lora_rows (")
+    assert "Install `causal_conv1d` to train on packed sequences" in error
+    assert hint == "hint: set data.packing: false"
