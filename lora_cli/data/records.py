@@ -15,13 +15,15 @@ class BadRow(Exception):
         reason: fixed words that the ledger counts rows by: `unknown role`.
         problem: one line about this row: `'asistant' is not a role: did you mean assistant?`.
         field: the field with the problem, `messages[1].role`, or None for the full row.
+        hint: what to do, if it is not to fix the row or to skip it.
     """
 
-    def __init__(self, reason: str, problem: str, *, field: str | None = None) -> None:
+    def __init__(self, reason: str, problem: str, *, field: str | None = None, hint: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.problem = problem
         self.field = field
+        self.hint = hint
 
 
 class Record(NamedTuple):
