@@ -35,6 +35,11 @@ RENAMED: dict[str, str] = {
     "lora_attn_modules": "adapter.target_modules",
     "lora_bias": "adapter.bias",
     "peft_type": "adapter.method",
+    "finetuning_type": "adapter.method",
+    "train_type": "adapter.method",
+    "tuner_type": "adapter.method",
+    "sft_type": "adapter.method",
+    "tuning_type": "adapter.method",
     "lora_modules_to_save": "adapter.modules_to_save",
     "additional_target": "adapter.modules_to_save",
     "layers_to_transform": "adapter.layers",
@@ -54,6 +59,7 @@ RENAMED: dict[str, str] = {
     "bnb_config": "quantization",
     "quantization_config": "quantization",
     "quantization_bit": "quantization.bits",
+    "quant_bits": "quantization.bits",
     "quantization_type": "quantization.type",
     "bnb_4bit_quant_type": "quantization.type",
     "double_quantization": "quantization.double_quant",
@@ -75,6 +81,8 @@ RENAMED: dict[str, str] = {
     "validation_file": "data.eval",
     "val_size": "data.eval",
     "val_set_size": "data.eval",
+    "split_dataset_ratio": "data.eval",
+    "validation_split": "data.eval",
     "template": "data.chat_template",
     "chat_template_path": "data.chat_template",
     "chat_template_jinja": "data.chat_template",
@@ -140,9 +148,6 @@ RENAMED: dict[str, str] = {
 
 # Another tool's key: how to replace it, where no single recipe key has the same value.
 REPLACED: dict[str, str] = {
-    "load_in_4bit": "write `quantization: {bits: 4}`",
-    "load_in_8bit": "write `quantization: {bits: 8}`",
-    "finetuning_type": "write `adapter: {method: lora}`; full fine-tuning is not supported",
     "full_finetuning": "remove it: full fine-tuning is not supported",
     "use_dora": "write `adapter: {method: dora}`",
     "peft_use_dora": "write `adapter: {method: dora}`",
@@ -160,14 +165,6 @@ REPLACED: dict[str, str] = {
     "use_flash_attention_2": "write `model: {attention: flash_attention_2}`",
     "sdp_attention": "write `model: {attention: sdpa}`",
     "eager_attention": "write `model: {attention: eager}`",
-    "train_on_inputs": "for true write `data: {loss_on: all}`; for false remove it",
-    "train_on_prompt": "for true write `data: {loss_on: all}`; for false remove it",
-    "mask_prompt": "for false write `data: {loss_on: all}`; for true remove it",
-    "mask_history": "for true write `data: {loss_on: last-turn}`; for false remove it",
-    "assistant_only_loss": "for false write `data: {loss_on: all}`; for true remove it",
-    "completion_only_loss": "for false write `data: {loss_on: all}`; for true remove it",
-    "train_on_responses_only": "remove it: this is the default of data.loss_on",
-    "dataset_text_field": "write `data: {format: text, columns: {text: THEIR_COLUMN}}`",
     "dataset_prepared_path": "remove it: encoded rows are cached automatically",
     "dataset_dir": "write the folder in the paths of data.train",
     "dataset_num_proc": "remove it: rows are encoded once and cached",
@@ -201,7 +198,6 @@ REPLACED: dict[str, str] = {
     "loss": "remove it: the loss is the cross-entropy of the tokens that data.loss_on selects",
     "metric_logger": "remove it: metrics.jsonl in the run folder records every step",
     "data_seed": "write training.seed, which sets the row order too",
-    "stage": "remove it: the only stage is supervised fine-tuning",
     "do_train": "remove it: `lora train` trains",
     "do_eval": "remove it: data.eval turns evaluation on or off",
     "resume_from_checkpoint": "start with `lora train RECIPE --resume`",
@@ -254,6 +250,28 @@ REPLACED: dict[str, str] = {
         "list the tokens in model.new_tokens",
     ),
     **dict.fromkeys(
+        (
+            "beta",
+            "dpo_beta",
+            "pref_beta",
+            "pref_loss",
+            "pref_ftx",
+            "kto_chosen_weight",
+            "kto_rejected_weight",
+            "simpo_gamma",
+            "orpo_alpha",
+            "rl_beta",
+            "ref_model",
+            "reward_model",
+        ),
+        "preference training is another task: `lora train` does supervised fine-tuning on good answers only",
+    ),
+    **dict.fromkeys(("field_messages", "field"), "write `columns: {messages: NAME}`, or the column of your format"),
+    **dict.fromkeys(
+        ("message_property_mappings", "message_field_role", "message_field_content", "tags"),
+        "write `message_fields: {role: NAME, content: NAME}`, and `roles: {NAME: user}` for other roles",
+    ),
+    **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"),
         "remove it: nothing is uploaded; the adapter is in the run folder",
     ),
@@ -279,22 +297,6 @@ REPLACED: dict[str, str] = {
         ("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
         "remove it: the adapter of the last step is kept; training.keep_checkpoints sets how many checkpoints are",
     ),
-}
-
-# Another tool's key of a dataset source: the key in an item of data.train or data.eval.
-RENAMED_IN_SOURCE: dict[str, str] = {
-    "type": "format",
-    "formatting": "format",
-    "data_files": "path",
-    "file_name": "path",
-    "hf_hub_url": "path",
-    "name": "subset",
-    "config_name": "subset",
-    "subset_name": "subset",
-    "dataset": "path",
-    "prob": "weight",
-    "ratio": "weight",
-    "repeat": "weight",
 }
 
 # Another tool's value: the recipe's value.
