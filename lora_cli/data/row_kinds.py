@@ -4,6 +4,7 @@ A row of another kind that is read as a plain example would teach what it was no
 about an image that the model never sees. No tokenizer, no torch.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -217,7 +218,9 @@ def check_row_kind(
     for name in filled:
         for kind in _BY_NAME.get(_normalized(name), ()):
             if (kind.formats is None or format_ in kind.formats) and kind.changes(row[name]):
-                problem = kind.problem.format(value=quote(row[name]))
+                value = row[name]
+                written = json.dumps(value) if isinstance(value, bool) else quote(value)
+                problem = kind.problem.format(value=written)
                 raise BadRow(kind.reason, problem, field=name, hint=kind.hint.format(column=name))
     if format_ is not None and format_ not in ANSWER_FORMATS:
         return

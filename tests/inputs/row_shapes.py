@@ -440,7 +440,8 @@ def media(column: str, value: object, medium: str) -> Refused:
 
 def kto(column: str, value: object, row: dict[str, Any] | None = None, **section: Any) -> Refused:
     as_in = " (as in KTO)" if value in {False, "False", "false"} else ""
-    problem = f"{column}: is {value!r}: the answer is marked as a bad one{as_in}"
+    written = repr(value).lower() if isinstance(value, bool) else repr(value)
+    problem = f"{column}: is {written}: the answer is marked as a bad one{as_in}"
     return Refused(
         {**(row or {"messages": CHAT}), column: value},
         problem,
