@@ -90,11 +90,12 @@ def normalize_messages(values: Sequence[Any], *, field: str, names: MessageNames
     """
     result = NormalizedMessages([], [], Counter())
     for index, value in enumerate(values):
-        location = f"{field}[{index}]"
-        if not isinstance(value, dict):
+        # Most messages have this form already, and the rest of this loop takes longer than to parse and validate them.
+        if not isinstance(value, dict) or (not any(names) and _is_standard(value)):
             result.messages.append(value)
             result.origins.append(Origin(index, {}))
             continue
+        location = f"{field}[{index}]"
         message, keys = _with_standard_keys(value, names.fields)
         # With {content: value}, a `content` of the file is not read.
         result.unread.update(
@@ -116,6 +117,17 @@ def normalize_messages(values: Sequence[Any], *, field: str, names: MessageNames
             result.messages.append(part)
             result.origins.append(Origin(index, keys))
     return result
+
+
+def _is_standard(message: Message) -> bool:
+    role = message.get("role")
+    return (
+        isinstance(role, str)
+        and role in ROLES
+        and isinstance(message.get("content"), str)
+        and "tool_calls" not in message
+        and "function_call" not in message
+    )
 
 
 def _with_standard_keys(value: Message, fields: Mapping[str, str]) -> tuple[Message, dict[str, str]]:
@@ -193,7 +205,7 @@ def _extend_answer(messages: list[Any], call: Message) -> bool:
     answer_keys = {"role", "content", "tool_calls", "reasoning_content", "reasoning", "thinking"}
     if not isinstance(before, list) or {*_filled(call), *_filled(last)} - answer_keys:
         return False
-    last["tool_calls"] = [*before, *call["tool_calls"]]
+    messages[-1] = {**last, "tool_calls": [*before, *call["tool_calls"]]}
     return True
 
 

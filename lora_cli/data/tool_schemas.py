@@ -50,7 +50,7 @@ def _schemas_of(tool: object, field: str) -> list[ToolSchema]:
                 ]
         function = tool.get("function")
         if isinstance(function, dict) and _first(function, NAMES):
-            if tool.get("type") == "function" and "name" in function:
+            if tool.get("type") == "function" and isinstance(function.get("name"), str):
                 return [tool]
             return [{"type": "function", "function": _function(function, field)}]
         if _first(tool, NAMES):
@@ -69,19 +69,24 @@ def _function(values: dict[str, Any], field: str) -> dict[str, Any]:
     name, description, parameters = (_first(values, keys) for keys in (NAMES, DESCRIPTIONS, PARAMETERS))
     if not name or not isinstance(values[name], str):
         raise BadRow("wrong tools", "is not a tool schema: its name is not a string", field=field)
-    listed = [each for key in PARAMETER_LISTS for each in values.get(key) or []]
+    listed = [each for key in PARAMETER_LISTS if isinstance(values.get(key), list) for each in values[key]]
     used = {name, description, parameters, *PARAMETER_LISTS}
     schema: object = values[parameters] if parameters else listed
     if isinstance(schema, str):
         schema = parse_json_field(schema, field=f"{field}.{parameters}")
     if isinstance(schema, list):
-        schema = _properties_of_list(schema, required=values.get("required_parameters") or [], field=field)
+        schema = _properties_of_list(schema, required=_required(values), field=field)
     return {
         "name": values[name],
         **({"description": values[description]} if description else {}),
         "parameters": _object_schema(schema, field),
         **{key: value for key, value in values.items() if key not in used and value is not None},
     }
+
+
+def _required(values: dict[str, Any]) -> list[Any]:
+    required = values.get("required_parameters")
+    return required if isinstance(required, list) else []
 
 
 def _properties_of_list(parameters: list[Any], *, required: list[Any], field: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -143,3 +144,61 @@ def test_messages_in_the_form_of_chat_templates_are_unchanged(messages):
     ]
     names = MessageNames({"role": "who", "content": "said"}, {"USER": "user"})
     assert normalize_messages(renamed, field="messages", names=names).messages == messages
+
+
+KEYS = st.sampled_from(
+    [
+        *("role", "from", "content", "value", "text", "parts", "type"),
+        *("tool_calls", "function_call", "function", "name", "arguments", "input", "id"),
+        *(
+            "tool_use_id",
+            "thinking",
+            "functionCall",
+            "functionResponse",
+            "function_declarations",
+            "parameters",
+            "input_schema",
+        ),
+        *("properties", "required_parameters", "api_name", "weight", "label", "images", "rejected"),
+        *("chosen", "labels", "loss_mask"),
+    ]
+)
+WORDS = st.sampled_from(
+    [
+        "user",
+        "assistant",
+        "tool",
+        "tool_call",
+        "gpt",
+        "text",
+        "tool_use",
+        "tool_result",
+        "function",
+        "thinking",
+        "x",
+        "",
+    ]
+)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-100, 2) | WORDS | st.just('{"name": "f"}'),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+messages_like = st.lists(st.dictionaries(KEYS, anything, max_size=4) | anything, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    row=st.dictionaries(KEYS, anything, max_size=2),
+    messages=messages_like,
+    tools=anything,
+    name=st.sampled_from(["messages", "sharegpt", "query-response", "prompt-completion", "alpaca"]),
+)
+def test_no_row_is_a_traceback(tmp_path_factory, row, messages, tools, name):
+    columns = {"messages": messages, "conversations": messages, "history": messages, "prompt": messages[:1]}
+    texts = {"completion": messages[1:], "query": "q", "response": "r", "instruction": "i", "output": "o"}
+    path = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    path.write_text(json.dumps({**row, **columns, **texts, "tools": tools}))
+    spec = DataSpec.model_validate({"train": str(path), "eval": None, "format": name})
+    with suppress(LoraError):
+        check_rows(spec, "causal-lm", lambda line: None)
