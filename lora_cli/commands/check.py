@@ -7,6 +7,7 @@ from rich.text import Text
 from lora_cli.data.dataset import Row, show_mask
 from lora_cli.data.examples import check_rows
 from lora_cli.data.label_mask import IGNORE_INDEX
+from lora_cli.data.ledger import unread_lines
 from lora_cli.model import attach_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
 from lora_cli.recipe.schema import Recipe, SourceSpec
@@ -103,6 +104,8 @@ def check_without_model(recipe: Recipe) -> None:
             console.out.print(f"{source.source}: {source.read:,} rows of format {source.format}{bad}")
             for note in source.notes:
                 console.out.print(f"  {note}")
+            for line in unread_lines(source.unread_columns, source.unread_keys):
+                console.out.print(f"  {line}")
     console.out.print("ok: the recipe is valid; model, labels and memory were not checked")
 
 

@@ -28,7 +28,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CACHE_VERSION = 3  # increase it if identical rows and options would encode or be counted differently than before
+CACHE_VERSION = 5  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
 PROGRESS_EVERY_S = 10.0  # seconds between progress messages
 
@@ -76,7 +76,8 @@ def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) 
         CACHE_VERSION,
         content,
         encoder.identity(),
-        [source.spec.format, source.spec.columns, spec.on_bad_row, spec.merge_turns],
+        [source.spec.format, source.spec.columns, source.spec.message_fields, source.spec.roles],
+        [spec.on_bad_row, spec.merge_turns],
         # Both libraries affect how a template is rendered and a text is tokenized.
         [version("transformers"), version("tokenizers")],
     ]
@@ -106,7 +107,7 @@ def _locked(path: Path, info: Callable[[str], None]) -> Iterator[None]:
 
 
 def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
-    reader = open_source(source, encoder.task, turn_options(spec))
+    reader = open_source(source, encoder.task, turn_options(spec), has_template=encoder.has_template)
     info(f"{source.name}: encoding, format {reader.format.name} ({reader.format.why})")
     tally = Tally(format=reader.format.name, why=reader.format.why)
     bad = BadRows()
@@ -145,7 +146,10 @@ def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path,
     for finding in bad.first:
         info(f"skipped {finding}")
     tally.labels = table.to_dict()
-    tally.ignored = dict(sorted(reader.ignored.items()))
+    tally.ignored = dict(sorted(reader.unread.columns.items()))
+    tally.unread_keys = {
+        key: count for key, count in sorted(reader.unread.keys.items()) if not encoder.template_reads(key)
+    }
     tally.check()
     return tally
 

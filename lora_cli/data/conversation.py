@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from lora_cli.data.loss_flags import TurnLoss, take_flags, turn_loss
 from lora_cli.data.readers import json_type, parse_json_field, quote
 from lora_cli.data.records import BadRow
+from lora_cli.data.tool_schemas import tool_schemas
+from lora_cli.recipe.message_names import ROLES
 
 Message = dict[str, Any]
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Conversation(NamedTuple):
@@ -97,9 +97,16 @@ def _join_text_parts(content: object, field: str) -> str:
 
 
 def _check_tool_calls(calls: object, field: str) -> list[dict[str, Any]]:
+    if isinstance(calls, str):  # tables store lists as JSON text
+        calls = parse_json_field(calls, field=field)
+    if isinstance(calls, dict):
+        calls = [calls]
     if not isinstance(calls, list):
         raise BadRow("wrong tool call", f"is {json_type(calls)}, not a list", field=field)
     return [_check_tool_call(call, f"{field}[{index}]") for index, call in enumerate(calls)]
+
+
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # names of a call's arguments, the first that it has
 
 
 def _check_tool_call(call: object, field: str) -> dict[str, Any]:
@@ -108,32 +115,14 @@ def _check_tool_call(call: object, field: str) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow("wrong tool call", "has no function name", field=field)
-    arguments = function.get("arguments", {})
+    given = [key for key in ARGUMENTS if function.get(key) is not None]
+    arguments = function[given[0]] if given else {}
     if isinstance(arguments, str):
         # OpenAI's files store them as JSON text; templates expect the object, and would quote the text again.
-        arguments = parse_json_field(arguments, field=f"{field}.function.arguments")
+        arguments = parse_json_field(arguments, field=f"{field}.function.arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise BadRow(
             "wrong tool call", f"is {json_type(arguments)}, not an object", field=f"{field}.function.arguments"
         )
     extra = {key: value for key, value in call.items() if key in {"id", "type"} and value is not None}
     return {"type": "function", **extra, "function": {"name": function["name"], "arguments": arguments}}
-
-
-def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
-    """Return the JSON schemas of a `tools` column, which is a list or its JSON text; None if it is empty.
-
-    Raises:
-        BadRow: the column is not a list of schemas with names.
-    """
-    if isinstance(tools, str) and tools.strip():
-        tools = parse_json_field(tools, field="tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise BadRow("wrong tools", f"is {json_type(tools)}, not a list of tool schemas", field="tools")
-    for index, tool in enumerate(tools):
-        schema = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(schema, dict) or not isinstance(schema.get("name"), str):
-            raise BadRow("wrong tools", "is not a tool schema: it has no name", field=f"tools[{index}]")
-    return tools

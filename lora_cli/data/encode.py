@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.assistant_spans import AssistantFormat, Span, infer_template_format, render_with_spans
-from lora_cli.data.chat_templates import Template, resolve_template
-from lora_cli.data.conversation import Conversation
+from lora_cli.data.chat_templates import Template, render_template, resolve_template
+from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.flagged_spans import (
     check_flags_of_answers_only,
     spans_of_segments,
@@ -24,6 +25,7 @@ from lora_cli.data.formats import Document, Example, PromptCompletion, TokenIds
 from lora_cli.data.label_mask import Ints, predicted_spans, spans_of_labels, token_positions
 from lora_cli.data.records import BadRow
 from lora_cli.data.segments import Segments
+from lora_cli.data.tool_schemas import ToolSchema, check_tools_rendered
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
@@ -90,6 +92,7 @@ class CausalLMEncoder:
         self._bos: int | None = tokenizer.bos_token_id
         self._vocab_size = len(tokenizer)
         self._special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.has_template = spec.chat_template is not None or tokenizer.chat_template is not None
 
     def identity(self) -> str:
         """Return a hash of everything that determines ids and labels: tokenizer, templates, options."""
@@ -105,6 +108,11 @@ class CausalLMEncoder:
         digest = hashlib.blake2b(self._backend.to_str().encode(), digest_size=16)
         digest.update(json.dumps(options, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+    def template_reads(self, key: str) -> bool:
+        """Return whether the chat template, of the conversations so far, names a key of messages."""
+        name = re.compile(rf"(?<!\w){re.escape(key)}(?!\w)")
+        return any(name.search(format_.template.source) for format_ in self._formats.values())
 
     def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | BadRow]:
         """Yield one result for each example, in order.
@@ -129,6 +137,8 @@ class CausalLMEncoder:
                 case Conversation():
                     format_ = self._format_of(example)
                     text, turns, rewritten = render_with_spans(format_, example)
+                    if example.tools:
+                        self._check_tools(format_, example.messages, example.tools, text)
                     silent = spans_without_loss(example, text, turns, format_.end_tokens)
                     if all_tokens:
                         check_flags_of_answers_only(example)
@@ -167,6 +177,15 @@ class CausalLMEncoder:
                 hint="use a chat template that supports tools, or remove the tools column from the data",
             )
         return format_
+
+    def _check_tools(
+        self, format_: AssistantFormat, messages: list[Message], tools: list[ToolSchema], text: str
+    ) -> None:
+        try:
+            without_tools = render_template(format_.template, messages)
+        except BadRow:
+            without_tools = ""  # the template accepts tool calls only together with tools
+        check_tools_rendered(tools, text, without_tools=without_tools)
 
     def _infer_format(self, template: Template) -> AssistantFormat:
         tokens = self.tokenizer.added_tokens_decoder.values()

@@ -56,7 +56,9 @@ class RowEncoder(Protocol):
     """Encodes the rows of a task."""
 
     task: TaskName
+    has_template: bool  # whether there is a chat template
 
+    def template_reads(self, key: str) -> bool: ...
     def identity(self) -> str: ...
     def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | LabeledRow | BadRow]: ...
 
@@ -75,6 +77,8 @@ def make_encoder(task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerB
 class LabeledRowEncoder:
     """Encodes examples with labels, with a tokenizer and the options of a recipe."""
 
+    has_template = False
+
     def __init__(self, task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
         require_fast_tokenizer(tokenizer)
         self.task = task
@@ -91,6 +95,10 @@ class LabeledRowEncoder:
         digest = hashlib.blake2b(self._full.to_str().encode(), digest_size=16)
         digest.update(json.dumps(options).encode())
         return digest.hexdigest()
+
+    def template_reads(self, key: str) -> bool:
+        """Return whether a chat template reads a key of messages: there is none."""
+        return False
 
     def encode(self, examples: Sequence[Example]) -> Iterator[LabeledRow | BadRow]:
         """Yield one result for each example, in order."""

@@ -1,24 +1,30 @@
 """Parse the rows of a dataset source, for encoding and for `lora check --no-model`. No tokenizer, no torch."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from lora_cli.data import formats, sources
+from lora_cli.data.column_hints import missing_column_hint
 from lora_cli.data.conversation import Conversation
-from lora_cli.data.formats import DETECTION_ROWS, FORMATS, DetectedFormat, Example
+from lora_cli.data.detect_format import DETECTION_ROWS, DetectedFormat, detect_format
+from lora_cli.data.formats import FORMATS, MISSING, Example, RawRow
 from lora_cli.data.ledger import Tally, conversation_notes
+from lora_cli.data.message_shapes import MessageNames, NormalizedMessages, normalize_messages, unread_keys
+from lora_cli.data.readers import parse_json_field
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
+from lora_cli.data.row_kinds import check_placeholders, check_row_kind, is_empty
 from lora_cli.data.sources import DataSource
 from lora_cli.data.turns import TurnOptions
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
-from lora_cli.recipe.tasks import TASK_FORMATS, TaskName
+from lora_cli.recipe.tasks import TASK_FORMATS, FormatName, TaskName
 
 SPLIT_HINT = "only rows of format text can be split: set data.overlong to drop or truncate, or raise data.max_length"
 MAX_DETECTION_ROWS = 1024  # largest number of rows, valid or not, that are read to detect the format
+TEMPLATE_KEYS = {"name"}  # keys of messages that chat templates may read: they are not listed without a model
 
 
 class ParsedRow(NamedTuple):
@@ -34,13 +40,26 @@ class SourceReader(NamedTuple):
 
     format: DetectedFormat
     rows: Iterator[ParsedRow]
-    ignored: Counter[str]  # rows by column that the format does not use; counted while reading
+    unread: "Unread"  # counted while reading
 
 
-def open_source(source: DataSource, task: TaskName, turns: TurnOptions) -> SourceReader:
+class Unread(NamedTuple):
+    """What the rows of a source have and nothing reads; columns and keys without a value are not counted."""
+
+    columns: Counter[str]  # rows by column
+    keys: Counter[str]  # messages by key; a chat template may read it
+
+
+def open_source(
+    source: DataSource, task: TaskName, turns: TurnOptions, *, has_template: bool | None = None
+) -> SourceReader:
     """Open a source for reading, and choose its format and columns from its first rows.
 
-    `turns` says how turns that are not in the usual order are handled.
+    Args:
+        source: of the recipe.
+        task: of the recipe.
+        turns: how turns that are not in the usual order are handled.
+        has_template: whether the tokenizer has a chat template, for hints; None if it is not known.
 
     Raises:
         LoraError: the source has no rows, no known format, or lacks columns that data.columns names.
@@ -54,9 +73,10 @@ def open_source(source: DataSource, task: TaskName, turns: TurnOptions) -> Sourc
             valid.append((row_location(source, record), record.row))
             if len(valid) == DETECTION_ROWS:
                 break
-    format_ = _resolve_format(source, valid, task)
-    ignored: Counter[str] = Counter()
-    return SourceReader(format_, _parsed_rows(chain(first, stream), format_, turns, ignored), ignored)
+    format_ = _resolve_format(source, valid, task, has_template)
+    names = MessageNames(source.spec.message_fields, source.spec.roles)
+    unread = Unread(Counter(), Counter())
+    return SourceReader(format_, _parsed_rows(chain(first, stream), format_, names, turns, unread), unread)
 
 
 def turn_options(spec: DataSpec) -> TurnOptions:
@@ -69,10 +89,13 @@ def row_location(source: DataSource, row: Record | ParsedRow) -> str:
     return f"{source.names[row.file]}:{row.line}"
 
 
-def _resolve_format(source: DataSource, valid: list[tuple[str, dict[str, Any]]], task: TaskName) -> DetectedFormat:
+def _resolve_format(
+    source: DataSource, valid: list[tuple[str, dict[str, Any]]], task: TaskName, has_template: bool | None
+) -> DetectedFormat:
     columns = source.spec.columns
     rows = [row for _, row in valid]
-    if missing := [column for column in columns.values() if rows and not any(column in row for row in rows)]:
+    mapped = [column for column in columns.values() if column is not None]
+    if missing := [column for column in mapped if rows and not any(column in row for row in rows)]:
         raise LoraError(
             f"data.columns: {source.name} has no column {missing[0]}",
             hint=f"its columns are {formats.column_names(rows[0])}",
@@ -81,14 +104,18 @@ def _resolve_format(source: DataSource, valid: list[tuple[str, dict[str, Any]]],
     if name is None or name == "auto":
         if not rows:  # every row is bad and will be reported, so that the format does not matter
             return DetectedFormat(TASK_FORMATS[task][0], "no readable rows", columns)
-        detected = formats.detect_format(
-            [location for location, _ in valid], [formats.rename_columns(row, columns) for row in rows], task
+        detected = detect_format(
+            [location for location, _ in valid],
+            [rename_columns(row, columns) for row in rows],
+            task,
+            columns=columns,
+            has_template=has_template,
         )
         why = "each line of a .txt file is a row" if source.names[0].endswith(".txt") else detected.why
         return detected._replace(why=why, columns={**columns, **detected.columns})
     known = FORMATS[name]
     names = (*known.required, *known.optional)
-    if unknown := [column for column in columns if column not in names]:
+    if unknown := [column for column, mapped_to in columns.items() if column not in names and mapped_to is not None]:
         raise LoraError(
             f"data.columns: format {name} has no column {unknown[0]}",
             hint=f"its columns are {', '.join(names)}; data.columns maps format columns to file columns",
@@ -96,20 +123,82 @@ def _resolve_format(source: DataSource, valid: list[tuple[str, dict[str, Any]]],
     return DetectedFormat(name, "set in the recipe", columns)
 
 
+def rename_columns(row: dict[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return `row` with its columns renamed to those of the format.
+
+    `columns` maps a column of the format to one of the file, or a column of the file to None: it is left out.
+    """
+    if not columns:
+        return row
+    taken = {*columns, *columns.values()}
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return {**kept, **{name: row[column] for name, column in columns.items() if column is not None and column in row}}
+
+
+class NormalizedRow(NamedTuple):
+    """A row whose messages have the form of chat templates."""
+
+    row: RawRow
+    lists: dict[str, NormalizedMessages]  # by column
+
+    def field_in_file(self, field: str | None) -> str | None:
+        """Return a field of the row with the index and key that the file has."""
+        for column, messages in self.lists.items():
+            field = messages.field_in_file(field, column) if field else None
+        return field
+
+
+def normalize_row(row: RawRow, name: FormatName, names: MessageNames) -> NormalizedRow:
+    """Return `row` with the messages of its format normalized.
+
+    Raises:
+        BadRow: a role is unknown, or a tool call cannot be read.
+    """
+    lists: dict[str, NormalizedMessages] = {}
+    for column in FORMATS[name].messages:
+        value = row.get(column)
+        if isinstance(value, str) and column not in {"prompt", "completion"} and value.strip():
+            value = parse_json_field(value, field=column)
+        if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            lists[column] = normalize_messages(value, field=column, names=names)
+    return NormalizedRow({**row, **{column: each.messages for column, each in lists.items()}}, lists)
+
+
 def _parsed_rows(
-    records: Iterator[Record], format_: DetectedFormat, turns: TurnOptions, ignored: Counter[str]
+    records: Iterator[Record], format_: DetectedFormat, names: MessageNames, turns: TurnOptions, unread: Unread
 ) -> Iterator[ParsedRow]:
     known = {*FORMATS[format_.name].required, *FORMATS[format_.name].optional}
     for file, line, row in records:
         if isinstance(row, BadRow):
             yield ParsedRow(file, line, row)
             continue
-        renamed = formats.rename_columns(row, format_.columns)
-        ignored.update(renamed.keys() - known)
+        renamed = rename_columns(row, format_.columns)
+        others = renamed.keys() - known
+        unread.columns.update(name for name in others if not is_empty(renamed[name]))
         try:
-            yield ParsedRow(file, line, formats.parse_row(renamed, format_.name, turns))
+            check_row_kind(renamed, unread=others, format_=format_.name, columns=format_.columns)
+            example, keys = _parse(renamed, format_.name, names, turns)
+            check_placeholders(example, columns=format_.columns)
+            unread.keys.update(keys)
+            yield ParsedRow(file, line, example)
         except BadRow as bad:
             yield ParsedRow(file, line, bad)
+
+
+def _parse(row: RawRow, name: FormatName, names: MessageNames, turns: TurnOptions) -> tuple[Example, Counter[str]]:
+    """Return the example of a row, and the number of its messages by key that nothing reads."""
+    normalized = normalize_row(row, name, names)
+    try:
+        example = formats.parse_row(normalized.row, name, turns)
+    except BadRow as bad:
+        bad.field = normalized.field_in_file(bad.field)
+        if bad.reason == MISSING:
+            bad.hint = missing_column_hint(row, name)
+        raise
+    keys = unread_keys(example.messages) if isinstance(example, Conversation) else Counter()
+    for messages in normalized.lists.values():
+        keys.update(messages.unread)
+    return example, keys
 
 
 class BadRows:
@@ -125,17 +214,16 @@ class BadRows:
             self.first.append(Finding(location, bad))
         self.reasons[bad.reason] += 1
         if bad.hint is not None:
-            self._hints.setdefault(bad.reason, bad.hint)
+            self._hints.setdefault(bad.reason, bad.hint)  # the first: a hint about columns names those of its row
 
     def error(self, source: DataSource, task: TaskName, *, read: int) -> LoraError:
         """Return the error for a source with bad rows; `read` is the number of all its rows."""
         total = self.reasons.total()
         [(reason, _)] = self.reasons.most_common(1)
         hint = self._hints.get(reason, "fix them, or set data.on_bad_row: skip to drop and count them")
-        if self.reasons.keys() == {"missing field"} and total == read:
-            hint = f"map the columns with data.columns, for example {formats.COLUMN_EXAMPLES[task]}"
-            if (other := _detected_name(source, task)) not in (None, source.spec.format):
-                hint = f"the rows look like {other}: set format: auto"
+        other = _detected_name(source, task) if reason == MISSING and total == read else None
+        if other not in (None, source.spec.format):
+            hint = f"the rows look like {other}: set format: auto"
         return findings_error(
             f"{source.name}: {total:,} of {read:,} rows {'is' if total == 1 else 'are'} bad",
             self.first,
@@ -176,6 +264,8 @@ class SourceCheck(NamedTuple):
     read: int
     bad: dict[str, int]  # by reason
     notes: list[str]  # what was changed in conversations
+    unread_columns: dict[str, int]  # rows by column
+    unread_keys: dict[str, int]  # messages by key
 
 
 def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> list[SourceCheck]:
@@ -202,5 +292,7 @@ def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> l
         for finding in bad.first:
             info(f"skipped {finding}")
         notes = [f"{count:,} {note}" for note, count in conversation_notes(tally).items() if count]
-        results.append(SourceCheck(source.name, reader.format.name, read, dict(bad.reasons), notes))
+        keys = {key: count for key, count in sorted(reader.unread.keys.items()) if key not in TEMPLATE_KEYS}
+        columns = dict(sorted(reader.unread.columns.items()))
+        results.append(SourceCheck(source.name, reader.format.name, read, dict(bad.reasons), notes, columns, keys))
     return results

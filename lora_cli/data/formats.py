@@ -1,18 +1,16 @@
 """Dataset formats (alpaca, sharegpt, messages, ...): parse one row of each. Pure: no tokenizer, no torch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lora_cli.data.conversation import Conversation, Message, check_conversation
-from lora_cli.data.loss_flags import flags_of
 from lora_cli.data.readers import json_type, parse_json_field, quote
 from lora_cli.data.records import BadRow
 from lora_cli.data.segments import SEGMENTS_SUMMARY, Segments, parse_segments
 from lora_cli.data.turns import TurnOptions, arrange_turns
-from lora_cli.errors import LoraError
-from lora_cli.recipe.tasks import TASK_FORMATS, FormatName, TaskName
+from lora_cli.recipe.tasks import FormatName
 
-DETECTION_ROWS = 32  # valid rows from which `format: auto` detects the format
+MISSING = "missing field"  # the reason for a row without a column of its format
 
 
 class PromptCompletion(NamedTuple):
@@ -64,6 +62,7 @@ class Format(NamedTuple):
     optional: tuple[str, ...]
     parse: Callable[[RawRow], Example]
     summary: str
+    messages: tuple[str, ...] = ()  # columns that contain messages, which are normalized before they are parsed
 
 
 def parse_messages(row: RawRow) -> Conversation:
@@ -72,25 +71,7 @@ def parse_messages(row: RawRow) -> Conversation:
     Raises:
         BadRow: the conversation is invalid.
     """
-    return check_conversation(_list(row, "messages"), field="messages", tools=row.get("tools"))
-
-
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-}
+    return _parse_turns(row, "messages")
 
 
 def parse_sharegpt(row: RawRow) -> Conversation:
@@ -99,27 +80,27 @@ def parse_sharegpt(row: RawRow) -> Conversation:
     Raises:
         BadRow: the conversation is invalid.
     """
-    turns = [_sharegpt_turn(turn, f"conversations[{i}]") for i, turn in enumerate(_list(row, "conversations"))]
+    return _parse_turns(row, "conversations")
+
+
+def _parse_turns(row: RawRow, column: str) -> Conversation:
+    """Parse a column of messages, which are normalized (message_shapes.py), with optional columns system and tools."""
+    turns = _list(row, column)
     if system := _optional_text(row, "system"):
-        turns.insert(0, {"role": "system", "content": system})
-    return check_conversation(turns, field="conversations", tools=row.get("tools"))
+        if turns and isinstance(turns[0], dict) and turns[0].get("role") in {"system", "developer"}:
+            if turns[0].get("content") != system:
+                problem = "differs from the system message that the conversation starts with"
+                raise BadRow("two system messages", problem, field="system")
+        else:
+            turns = [{"role": "system", "content": system}, *turns]
+    return check_conversation(turns, field=column, tools=_tools(row))
 
 
-def _sharegpt_turn(turn: object, location: str) -> Message:
-    if not isinstance(turn, dict):
-        problem = f"is {json_type(turn)}, not an object with from and value"
-        raise BadRow("message is not an object", problem, field=location)
-    speaker, value = turn.get("from"), turn.get("value")
-    if speaker not in SHAREGPT_ROLES:
-        problem = f"{quote(speaker)} is not a role: known roles are human, gpt, system, ..."
-        raise BadRow("unknown role", "is missing" if speaker is None else problem, field=f"{location}.from")
-    if not isinstance(value, str | list):
-        raise BadRow("content is not text", f"is {json_type(value)}, not a string", field=f"{location}.value")
-    message = {**flags_of(turn), "role": SHAREGPT_ROLES[speaker], "content": value}
-    if speaker not in {"function_call", "tool_call"}:
-        return message
-    calls = parse_json_field(value, field=f"{location}.value") if isinstance(value, str) else value
-    return {**message, "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+def _tools(row: RawRow) -> object:
+    """Return the tool schemas of a row; `functions` is their older name."""
+    if row.get("tools") and row.get("functions"):
+        raise BadRow("wrong tools", "the row has tools and functions", field="functions")
+    return row.get("tools") or row.get("functions")
 
 
 def parse_alpaca(row: RawRow) -> Conversation:
@@ -130,19 +111,36 @@ def parse_alpaca(row: RawRow) -> Conversation:
     """
     # Instruction and input are joined by one line break, as in LLaMA-Factory.
     instruction = [_text(row, "instruction"), _optional_text(row, "input")]
+    return _parse_question(row, "\n".join(part for part in instruction if part), answer="output")
+
+
+def parse_query_response(row: RawRow) -> Conversation:
+    """Parse a query and its response with optional system message and earlier turns, as in ms-swift and ModelScope.
+
+    Raises:
+        BadRow: a field is missing or invalid, or the response is empty.
+    """
+    return _parse_question(row, _text(row, "query"), answer="response")
+
+
+def _parse_question(row: RawRow, question: str, *, answer: str) -> Conversation:
+    """Return the conversation of a question and its answer after the optional columns system and history."""
     turns: list[Message] = []
     if system := _optional_text(row, "system"):
         turns.append({"role": "system", "content": system})
-    for index, pair in enumerate(_list(row, "history") if row.get("history") else []):
-        if not isinstance(pair, list) or len(pair) != 2:
+    for index, turn in enumerate(_list(row, "history") if row.get("history") else []):
+        if isinstance(turn, dict):
+            turns.append(turn)
+        elif isinstance(turn, list) and len(turn) == 2:
+            turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        else:
             raise BadRow("wrong history", "is not a pair of question and answer", field=f"history[{index}]")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    output = _text(row, "output")
+    output = _text(row, answer)
     if not output.strip():
-        raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field="output")
-    turns.append({"role": "user", "content": "\n".join(part for part in instruction if part)})
+        raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field=answer)
+    turns.append({"role": "user", "content": question})
     turns.append({"role": "assistant", "content": output})
-    return check_conversation(turns, field="history")
+    return check_conversation(turns, field="history", tools=_tools(row))
 
 
 def parse_prompt_completion(row: RawRow) -> PromptCompletion | Conversation:
@@ -155,7 +153,11 @@ def parse_prompt_completion(row: RawRow) -> PromptCompletion | Conversation:
     if isinstance(prompt, list) and isinstance(completion, list):
         if any(isinstance(turn, dict) and turn.get("role") != "assistant" for turn in completion[:1]):
             raise BadRow("wrong role order", "does not start with the role assistant", field="completion")
-        return check_conversation([*prompt, *completion], field="prompt + completion", tools=row.get("tools"))
+        return check_conversation([*prompt, *completion], field="prompt + completion", tools=_tools(row))
+    if _tools(row):
+        raise BadRow(
+            "wrong tools", "are for conversations: write prompt and completion as lists of messages", field="tools"
+        )
     literal = PromptCompletion(_text(row, "prompt"), _text(row, "completion"))
     if not literal.completion.strip():
         raise BadRow("nothing to learn", "is empty: there is nothing to learn from", field="completion")
@@ -246,24 +248,47 @@ def _check_label(value: object, field: str) -> None:
         raise BadRow("no label", "is empty", field=field)
 
 
+TOOLS = ("tools", "functions")
+
 # `format: auto` tries them in this order: a match of more columns is more certain.
 FORMATS: dict[FormatName, Format] = {
     "alpaca": Format(
         ("instruction", "output"),
-        ("input", "system", "history"),
+        ("input", "system", "history", *TOOLS),
         parse_alpaca,
         "instruction, optional input, output; becomes a conversation",
+        messages=("history",),
     ),
     "prompt-completion": Format(
         ("prompt", "completion"),
-        ("tools",),
+        TOOLS,
         parse_prompt_completion,
         "strings: literal text and EOS, no chat template; lists of messages: a conversation",
+        messages=("prompt", "completion"),
     ),
-    "messages": Format(("messages",), ("tools",), parse_messages, "messages with role and content, optional tools"),
-    "sharegpt": Format(("conversations",), ("system", "tools"), parse_sharegpt, "conversations of from and value"),
+    "messages": Format(
+        ("messages",),
+        ("system", *TOOLS),
+        parse_messages,
+        "messages with role and content, optional tools",
+        messages=("messages",),
+    ),
+    "sharegpt": Format(
+        ("conversations",),
+        ("system", *TOOLS),
+        parse_sharegpt,
+        "conversations of from and value",
+        messages=("conversations",),
+    ),
     "tokens": Format(("input_ids",), ("labels", "attention_mask"), parse_tokens, "input_ids, optional labels"),
     "text": Format(("text",), (), parse_text, "a document: every token carries loss, EOS at its end"),
+    "query-response": Format(
+        ("query", "response"),
+        ("system", "history", *TOOLS),
+        parse_query_response,
+        "query, response, optional history of earlier turns; becomes a conversation",
+        messages=("history",),
+    ),
     "segments": Format(("segments",), (), lambda row: parse_segments(_list(row, "segments")), SEGMENTS_SUMMARY),
     "classification": Format(
         ("text", "label"),
@@ -275,24 +300,6 @@ FORMATS: dict[FormatName, Format] = {
 }
 
 
-# Examples of `data.columns`, for messages.
-COLUMN_EXAMPLES: dict[TaskName, str] = {
-    "causal-lm": "{prompt: question, completion: answer}",
-    "seq-cls": "{text: sentence, label: class}",
-    "token-cls": "{tokens: words, tags: ner_tags}",
-    "seq2seq-lm": "{prompt: document, completion: summary}",
-}
-
-
-def rename_columns(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return `row` with its columns renamed to those of the format; `columns` maps format column to file column."""
-    if not columns:
-        return row
-    taken = {*columns, *columns.values()}
-    kept = {name: value for name, value in row.items() if name not in taken}
-    return {**kept, **{name: row[column] for name, column in columns.items() if column in row}}
-
-
 def parse_row(row: RawRow, name: FormatName, turns: TurnOptions) -> Example:
     """Parse `row` as the format `name`.
 
@@ -302,59 +309,9 @@ def parse_row(row: RawRow, name: FormatName, turns: TurnOptions) -> Example:
     format_ = FORMATS[name]
     for column in format_.required:
         if column not in row:
-            raise BadRow("missing field", f"is missing; the row has {column_names(row)}", field=column)
+            raise BadRow(MISSING, f"is missing; the row has {column_names(row)}", field=column)
     example = format_.parse(row)
     return arrange_turns(example, turns) if isinstance(example, Conversation) else example
-
-
-class DetectedFormat(NamedTuple):
-    """The format of a source and the reason for it."""
-
-    name: FormatName
-    why: str
-    columns: dict[str, str]  # column names to change, in the form of data.columns
-
-
-def detect_format(locations: Sequence[str], rows: Sequence[RawRow], task: TaskName = "causal-lm") -> DetectedFormat:
-    """Return the one format of the task that fits the first rows of a source; `locations` names the rows in messages.
-
-    Raises:
-        LoraError: no format fits, or the rows have different formats.
-    """
-    detected = [
-        (location, row, _detect_one(location, row, task)) for location, row in zip(locations, rows, strict=True)
-    ]
-    # Rows without a known format are ignored here: they are reported as bad rows when they are parsed.
-    known = [(location, row, name) for location, row, name in detected if name is not None]
-    if not known:
-        raise LoraError(
-            f"{locations[0]}: no known format has these columns: {column_names(rows[0])}",
-            hint=f"map them with data.columns, for example {COLUMN_EXAMPLES[task]}",
-        )
-    first_location, row, first = known[0]
-    for location, _, name in known:
-        if name != first:
-            raise LoraError(
-                f"data: rows have different formats: {first_location} looks like {first}, {location} like {name}",
-                hint="set data.format, or list the rows of each format as a separate source",
-            )
-    if first == "messages" and "messages" not in row:
-        return DetectedFormat("messages", "role and content in column conversations", {"messages": "conversations"})
-    present = [column for column in (*FORMATS[first].required, *FORMATS[first].optional) if column in row]
-    return DetectedFormat(first, f"its rows have {' + '.join(present)}", {})
-
-
-def _detect_one(location: str, row: RawRow, task: TaskName) -> FormatName | None:
-    if task == "causal-lm" and "chosen" in row and "rejected" in row:
-        raise LoraError(
-            f"{location}: is a preference row (chosen and rejected answers), which `task: causal-lm` does not support",
-            hint="to train on the chosen answers: format: prompt-completion, columns: {completion: chosen}",
-        )
-    turns = row.get("conversations") if task == "causal-lm" else None
-    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
-        return "messages"
-    candidates = (name for name in FORMATS if name in TASK_FORMATS[task])
-    return next((name for name in candidates if all(c in row for c in FORMATS[name].required)), None)
 
 
 def column_names(row: RawRow) -> str:

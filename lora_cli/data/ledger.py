@@ -1,7 +1,7 @@
 """Dataset statistics: count every row that is read, kept, truncated or dropped. Pure: no tokenizer, no torch."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +35,7 @@ class Tally:
     labels_cut: int = 0  # labels or target tokens that were lost by truncation
     ignored: dict[str, int] = field(default_factory=dict)  # rows by column that the format does not use
     templated: int = 0  # kept rows that are conversations, rendered by the chat template
+    unread_keys: dict[str, int] = field(default_factory=dict)  # messages by key that nothing reads
     labels: dict[str, Any] | None = None  # classification: the fields of `class_labels.SourceLabels`
 
     def check(self) -> None:
@@ -193,8 +194,17 @@ def _entry_lines(entry: Entry) -> list[str]:
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
     if tally.labels and tally.labels["counts"]:
         lines.append(f"  labels: {_label_counts(tally.labels['counts'])}")
-    if tally.ignored:
-        lines.append(f"  columns not used: {', '.join(tally.ignored)}")
+    lines += [f"  {line}" for line in unread_lines(tally.ignored, tally.unread_keys)]
+    return lines
+
+
+def unread_lines(columns: Mapping[str, int], keys: Mapping[str, int]) -> list[str]:
+    """Return the lines that list columns of rows and keys of messages that nothing reads, with their numbers."""
+    lines = []
+    for name, unit, counts in (("columns", "row", columns), ("message keys", "message", keys)):
+        if counts:
+            listed = (f"{key} ({count:,} {unit}{'s' * (count != 1)})" for key, count in counts.items())
+            lines.append(f"{name} not used: {', '.join(listed)}")
     return lines
 
 

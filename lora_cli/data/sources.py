@@ -56,7 +56,12 @@ def _specs(spec: DataSpec, paths: str | list[SourceSpec]) -> list[SourceSpec]:
     sources = [SourceSpec(path=paths)] if isinstance(paths, str) else paths
     return [
         source.model_copy(
-            update={"format": source.format or spec.format, "columns": {**spec.columns, **source.columns}}
+            update={
+                "format": source.format or spec.format,
+                "columns": {**spec.columns, **source.columns},
+                "message_fields": {**spec.message_fields, **source.message_fields},
+                "roles": {**spec.roles, **source.roles},
+            }
         )
         for source in sources
     ]

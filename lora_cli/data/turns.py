@@ -16,6 +16,8 @@ FOLLOWS: dict[str | None, tuple[str, ...]] = {
     "tool": ("tool", "assistant", "user"),
 }
 
+# Tool calls that some datasets write into the text of an answer, in the words of a model family.
+CALLS_IN_TEXT = ("<tool_call>", "<functioncall>", "<function_call>", "<function=")
 SINGLE_FIELDS = ("name", "reasoning_content", "reasoning", "thinking")  # that templates write once for a turn
 SEPARATOR = "\n\n"  # between joined turns: a new paragraph
 CUT_HINT = "fix them, or set data.on_bad_row: skip to cut them to their last answer, and count them"
@@ -83,10 +85,14 @@ def _check_order(turns: list[_Turn], field: str, *, joining: bool) -> None:
             if role == before and not joining:
                 reason, hint = "two turns of one role", JOIN_HINT
             raise BadRow(reason, problem, field=f"{field}[{position}].role", hint=hint)
-        if role == "tool" and before == "assistant" and "tool_calls" not in (previous or {}):
+        if role == "tool" and before == "assistant" and previous is not None and not _calls_a_tool(previous):
             problem = "tool can only follow an assistant message with tool_calls"
             raise BadRow("wrong role order", problem, field=f"{field}[{position}].role")
         previous = message
+
+
+def _calls_a_tool(answer: Message) -> bool:
+    return "tool_calls" in answer or any(mark in answer["content"] for mark in CALLS_IN_TEXT)
 
 
 def _join_turns(turns: list[_Turn]) -> list[_Turn]:

@@ -7,9 +7,10 @@ from os.path import exists, expanduser, isdir, normpath
 from pathlib import PurePath
 
 from lora_cli.recipe.adapter_rules import check_list, check_method, check_patterns, check_target_modules
+from lora_cli.recipe.message_names import MESSAGE_FIELDS, ROLE_TARGETS
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.problem import Conflict, join_words, shorten
-from lora_cli.recipe.schema import QuantizationSpec, Recipe, SourceSpec
+from lora_cli.recipe.schema import DataSpec, QuantizationSpec, Recipe, SourceSpec
 from lora_cli.recipe.tasks import TASK_FORMATS
 from lora_cli.recipe.yaml_scalars import parse_scalar
 
@@ -160,6 +161,27 @@ def _check_split(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("data.overlong", message, "write drop or truncate", ("data.format", "data.train"))
 
 
+def _check_message_names(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield conflicts for names of message keys and roles that do not exist, for example in the other direction."""
+    data = recipe.data
+    sections: list[tuple[str, DataSpec | SourceSpec]] = [("data", data)]
+    for side, sources in (("train", data.train), ("eval", data.eval)):
+        if isinstance(sources, list):
+            sections += [(f"data.{side}[{index}]", source) for index, source in enumerate(sources)]
+    for section, spec in sections:
+        for key in sorted(spec.message_fields.keys() - set(MESSAGE_FIELDS)):
+            fix = f"write one of {join_words(list(MESSAGE_FIELDS))}, and after it the name in the file"
+            if spec.message_fields[key] in MESSAGE_FIELDS:
+                fix = f"write {{{spec.message_fields[key]}: {shorten(key)}}}: the name in the file comes second"
+            yield Conflict(f"{section}.message_fields", f"'{shorten(key)}' is not a key of messages", fix)
+        for name, role in spec.roles.items():
+            if role not in ROLE_TARGETS:
+                fix = f"write one of {join_words(list(ROLE_TARGETS))}"
+                if name in ROLE_TARGETS:
+                    fix = f"write {{{shorten(role)}: {name}}}: the name in the file comes first"
+                yield Conflict(f"{section}.roles", f"'{shorten(role)}' is not a role", fix)
+
+
 def _check_task(recipe: Recipe) -> Iterator[Conflict]:
     """Yield conflicts for row formats that the task does not support, and for keys that have no effect with it."""
     task, data = recipe.task, recipe.data
@@ -291,6 +313,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     _check_eval,
     _check_formats,
     _check_split,
+    _check_message_names,
     _check_max_loss,
     _check_steps,
     _check_batches,

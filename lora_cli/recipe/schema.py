@@ -154,8 +154,12 @@ class SourceSpec(Section):
     """Row format of this source. Default: data.format."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Times that each row is used per epoch: 2 repeats every row, 0.5 uses a random half. Above 0, at most 1000."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str | None] = {}
     """Column mapping: {prompt: question} reads the format's `prompt` from column `question`. Added to data.columns."""
+    message_fields: dict[str, str] = {}
+    """Keys of messages: {role: from, content: value}. Added to data.message_fields."""
+    roles: dict[str, str] = {}
+    """Roles of messages: {narrator: user}. Added to data.roles."""
 
 
 class DataSpec(Section):
@@ -168,8 +172,13 @@ class DataSpec(Section):
     train, or null for none. Default 0.05."""
     format: Literal["auto"] | FormatName = "auto"
     """Row format. auto: detected from the columns and printed; rows of different formats are an error."""
-    columns: dict[str, str] = {}
-    """Column mapping for every source: {prompt: question} reads the format's `prompt` from column `question`."""
+    columns: dict[str, str | None] = {}
+    """Column mapping for every source: {prompt: question} reads the format's `prompt` from column `question`.
+    {images: null} leaves out a column of the file on purpose, for example one that would change a row's meaning."""
+    message_fields: dict[str, str] = {}
+    """Keys of messages: {role: from, content: value} reads the role from `from`. Common names need no mapping."""
+    roles: dict[str, str] = {}
+    """Roles of messages: {narrator: user} reads the role narrator as user. Common names need no mapping."""
     chat_template: str | None = None
     """Chat template: a named template (chatml, ...), a path, or inline Jinja. Default: the tokenizer's own."""
     loss_on: Literal["assistant", "last-turn", "all"] = "assistant"

@@ -73,7 +73,7 @@ def _schema_problems(errors: list[ErrorDetails], tree: Node, top: Location) -> d
         if kinds[path] == "extra_forbidden" and (node := _node_at(tree, path)):
             section = _schema_at(path[:-1], schema)
             keys = [key for option in alternatives(section, schema) for key in option.get("properties", ())]
-            suggestions.append(suggest(str(path[-1]), _format_key(path[:-1]), keys=keys, recipe=schema))
+            suggestions.append(_suggest(path, node, keys, schema))
             problems[path] = _problem(path, node.location, UNKNOWN_KEY, suggestions[-1].fix)
     for path in innermost:
         if kinds[path] == "missing":
@@ -88,6 +88,10 @@ def _schema_problems(errors: list[ErrorDetails], tree: Node, top: Location) -> d
         elif kinds[path] != "extra_forbidden" and (node := _node_at(tree, path)):
             problems[path] = _problem(path, node.location, *explain(node, _schema_at(path, schema), schema))
     return problems
+
+
+def _suggest(path: KeyPath, node: Node, keys: list[str], schema: JsonSchema) -> Suggestion:
+    return suggest(str(path[-1]), _format_key(path[:-1]), value=node.plain(), keys=keys, recipe=schema)
 
 
 def _how_to_add(path: KeyPath, schema: JsonSchema) -> str:

@@ -132,7 +132,7 @@ def test_the_table_lists_all_counts(prepared: Prepare, chatml):
         "  9 rows truncated to data.max_length",
         "  9 answers truncated",
         "  9 end-of-turn tokens lost: the model cannot learn to stop from these answers",
-        "  columns not used: id",
+        "  columns not used: id (18 rows)",
         *data.ledger.table()[-2:],
     ]
     assert data.ledger.table()[-1].startswith(f"eval: {len(data.eval or [])} row")

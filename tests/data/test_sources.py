@@ -203,7 +203,7 @@ def test_columns_are_renamed_and_unused_columns_are_listed(prepared, chatml):
         ]
     )  # fmt: skip
     assert data.fingerprint == prepared(chatml, files={"train.jsonl": jsonl(ROWS)}).fingerprint
-    assert "  columns not used: id" in data.ledger.table()
+    assert "  columns not used: id (5 rows)" in data.ledger.table()
 
 
 def test_check_without_tokenizer_counts_rows(tmp_path, monkeypatch):

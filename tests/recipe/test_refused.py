@@ -12,7 +12,9 @@ import pytest
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import MAX_BYTES, load_recipe
-from lora_cli.recipe.other_tools import RENAMED, RENAMED_IN_SOURCE
+from lora_cli.recipe.other_tool_sources import RENAMED_IN_SOURCE, REPLACED_IN_SOURCE
+from lora_cli.recipe.other_tool_values import BY_VALUE
+from lora_cli.recipe.other_tools import RENAMED, REPLACED
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.recipe.suggest import all_keys
 
@@ -130,7 +132,8 @@ def test_keys_of_other_tools_map_to_recipe_keys():
     assert {name: key for name, key in RENAMED.items() if key not in keys} == {}
     assert {name: key for name, key in RENAMED_IN_SOURCE.items() if key not in SourceSpec.model_fields} == {}
     leaves = {key.rpartition(".")[2] for key in keys}
-    assert RENAMED.keys() & leaves == set()
+    assert (RENAMED | REPLACED | BY_VALUE).keys() & leaves == set()
+    assert (RENAMED_IN_SOURCE | REPLACED_IN_SOURCE).keys() & SourceSpec.model_fields.keys() == set()
 
 
 def test_errors_need_no_heavy_import(write):
