@@ -21,7 +21,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.setup import run_records
-from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers
+from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.training_model import Info, TrainableModel, build_model
 from lora_cli.training import checkpoint, cpu, launch
@@ -293,7 +293,7 @@ class Training:
             return
         step, best = self.done, self.evaluations.history.best
         if self.spec.keep == "best" and best is not None:
-            for line in self.evaluations.describe_choice(step):
+            for line in describe_choice(self.evaluations.history, step=step, source=self.recipe.adapter.source):
                 self.info(line)
             step = best.step
         if step == self.done:

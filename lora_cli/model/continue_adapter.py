@@ -13,7 +13,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.model_source import fingerprint
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, adapter_tensors, saved_names
-from lora_cli.model.saved_adapter import method_name, read_adapter_config
+from lora_cli.model.saved_adapter import method_name, read_adapter_config, trained_tokens
 from lora_cli.model.trained_on import Origin, origins_of, read_trained_on
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from lora_cli.recipe.source_adapter import disagreements, find_source, keys_of_config
@@ -128,11 +128,11 @@ def check_base(source: SourceAdapter, base: BaseCheckpoint, *, quantization: Qua
         LoraError: they differ, so that the adapter would compute something else than it was trained to.
     """
     folder, config = source.folder, source.config
-    trained_on, name = read_trained_on(folder), str(config.base_model_name_or_path)
+    trained_on, name = read_trained_on(folder), config.base_model_name_or_path or "(not at all)"
     notes = []
     if trained_on is None:
         if name != base.name:
-            notes.append(f"note: {folder} names its base {name}, and is trained on {base.name}")
+            notes.append(f"note: {folder} names its base {name}, and is now trained on {base.name}")
     elif (own := fingerprint(base.source)) != trained_on.fingerprint:
         raise LoraError(
             f"{KEY}: {folder} was trained on {name}, {trained_on.architecture} (fingerprint "
@@ -179,10 +179,10 @@ def check_fits(model: PeftModel, source: SourceAdapter) -> dict[str, Tensor]:
                 f"{KEY}: {folder} has {key}: {_text(theirs[key])}, this recipe's adapter has {_text(ours.get(key))}",
                 hint="such an adapter cannot be trained on; train a new one",
             )
-    tokens, own_tokens = (_text(config.get("trainable_token_indices")) for config in (theirs, ours))
-    if tokens != own_tokens:
+    if _text(theirs.get("trainable_token_indices")) != _text(ours.get("trainable_token_indices")):
+        ids = (", ".join(map(str, trained_tokens(config))) for config in (source.config, model.active_peft_config))
         raise LoraError(
-            f"{KEY}: {folder} trained the embeddings of token ids {tokens}, this recipe {own_tokens}",
+            f"{KEY}: the trained token ids of {folder} are {next(ids) or 'none'}, of this recipe {next(ids) or 'none'}",
             hint="list the same tokens in adapter.trainable_tokens, in the same order",
         )
     tensors, expected = load_file(folder / ADAPTER_WEIGHTS), adapter_tensors(model)
@@ -211,14 +211,16 @@ def _is_equal(tensor: Tensor, parameter: Tensor) -> bool:
 
 
 def _targets_hint(source: SourceAdapter) -> str:
-    named = source.config.base_model_name_or_path
-    return f"write its base as model.path ({named}), and leave target_modules out: they are read from the adapter"
+    named = f" ({source.config.base_model_name_or_path})" if source.config.base_model_name_or_path else ""
+    return f"write its base as model.path{named}, and leave target_modules out: they are read from the adapter"
 
 
 def _text(value: object) -> str:
     """Return a value of a configuration for comparison and messages; empty ones are equal."""
     if value in (None, [], {}, ()):
         return "null"
+    if isinstance(value, float):
+        return f"{value:g}"  # 4.0 and 4 are equal
     return str(getattr(value, "value", sorted(value) if isinstance(value, (set, list)) else value))
 
 

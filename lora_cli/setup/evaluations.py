@@ -117,32 +117,39 @@ class Evaluations:
             f"{lowest.loss:.4f} of step {lowest.step}; the learning rate followed the schedule of {total:,} steps"
         )
 
-    def describe_choice(self, step: int) -> list[str]:
-        """Return lines on the step that was kept as the best of a run that ended after `step`, against chance."""
-        history, best, start = self.history, self.history.best, self.history.start
-        assert best is not None, "the rules require evaluation rows"
-        count = sum(e.step > 0 for e in history.evaluations)
-        lines = [f"kept: the adapter of step {best.step}, the best of {count} evaluations: loss {best.loss:.4f}"]
-        if best.step != step:
-            lines.append(f"  versus the last step ({step}): loss {self._compare(best.step, step)}")
-        if start is None or best.step == 0:
-            if best.step == 0:
-                lines.append("warning: no step is better than the adapter that training went on from: it is kept as is")
-            return lines
-        source = self.recipe.adapter.source
-        before = f"the adapter it went on from ({source})" if source else "the base"
-        lines.append(f"  versus {before}: loss {self._compare(best.step, 0)}")
-        if best.loss >= start.loss:
-            lines.append(
-                f"warning: the base without adapter is better than every evaluated step: loss {start.loss:.4f}; "
-                f"the adapter of step {best.step} is the best trained one, but do not use it: "
-                "try a lower training.learning_rate"
-            )
-        return lines
 
-    def _compare(self, step: int, other: int) -> str:
-        first, second = self.history.rows[step], self.history.rows[other]
-        return report.describe_loss_difference(first.loss, second.loss, first.units)
+def describe_choice(history: EvaluationHistory, *, step: int, source: str | None) -> list[str]:
+    """Return lines on the best step of a run that ended after `step`, compared with the last one and with the start.
+
+    Args:
+        history: with the losses of rows at the start, the best and the last step.
+        step: the last one.
+        source: the adapter that training went on from; None if the start is the base.
+    """
+    best, start = history.best, history.start
+    assert best is not None, "a run that keeps the best step has evaluations"
+    count = sum(e.step > 0 for e in history.evaluations)
+    lines = [f"kept: the adapter of step {best.step}, the best of {count} evaluations: loss {best.loss:.4f}"]
+    if best.step != step:
+        lines.append(f"  versus the last step ({step}): loss {_compare(history, best.step, step)}")
+    if best.step == 0:
+        return [*lines, f"warning: no step is better than the adapter in {source}, which is kept as it was"]
+    if start is None:
+        return lines
+    before = f"the adapter in {source}" if source else "the base"
+    lines.append(f"  versus {before}: loss {_compare(history, best.step, 0)}")
+    if best.loss >= start.loss:
+        lines.append(
+            "warning: the base without adapter is better than every evaluated step: "
+            f"loss {start.loss:.4f}. The adapter of step {best.step} is written, because an untrained one is the base, "
+            "but do not use it: try a lower training.learning_rate"
+        )
+    return lines
+
+
+def _compare(history: EvaluationHistory, step: int, other: int) -> str:
+    first, second = history.rows[step], history.rows[other]
+    return report.describe_loss_difference(first.loss, second.loss, first.units)
 
 
 class HeldOutAnswers:
