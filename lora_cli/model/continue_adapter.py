@@ -10,17 +10,16 @@ from torch import Tensor
 
 from lora_cli.data.class_labels import load_labels
 from lora_cli.errors import LoraError
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.model_source import fingerprint
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, adapter_tensors, saved_names
-from lora_cli.model.saved_adapter import method_name, read_adapter_config, trained_tokens
+from lora_cli.model.saved_adapter import method_name, trained_tokens
 from lora_cli.model.trained_on import Origin, origins_of, read_trained_on
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from lora_cli.recipe.source_adapter import disagreements, find_source, keys_of_config
 
 KEY = "adapter.from"
-# Initializations that replace the base's weights: the adapter does not fit the original base.
-CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 UNSUPPORTED = {
     "adalora": "its ranks were pruned, and AdaLoRA starts from full ranks",
     "p tuning": "its file has the embeddings, and not the network that computes them",
@@ -79,11 +78,6 @@ def open_source_adapter(spec: AdapterSpec) -> SourceAdapter | None:
             hint = f"this run has no adapter yet; give one of its checkpoints: {spec.source}/checkpoints/step-..."
         raise LoraError(f"{KEY}: {spec.source} {kind}", hint=hint)
     config = read_adapter_config(folder)
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise LoraError(
-            f"{KEY}: {folder} has no {ADAPTER_WEIGHTS}",
-            hint="load the adapter with PEFT and save it again: save_pretrained writes safetensors",
-        )
     _check_kind(folder, config)
     source = keys_of_config({**config.to_dict(), "peft_type": config.peft_type.value})
     differing = disagreements(spec.model_dump(), source)
@@ -108,17 +102,11 @@ def _show(value: object) -> str:
 
 
 def _check_kind(folder: Path, config: PeftConfig) -> None:
-    """Raise if the adapter's method or initialization cannot be continued."""
+    """Raise if the adapter's method cannot be continued."""
     name = method_name(config)
     if not keys_of_config({"peft_type": config.peft_type.value}):
         reason = UNSUPPORTED.get(name, "it is not one of the methods of `lora methods`")
         raise LoraError(f"{KEY}: {folder} is {name}, which cannot be trained on: {reason}", hint="train a new adapter")
-    init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and init.lower().startswith(CHANGED_BASE_INITS):
-        raise LoraError(
-            f"{KEY}: {folder} has init_lora_weights: {init}, which changes the base's weights; it fits no other base",
-            hint="convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
 
 
 def check_base(source: SourceAdapter, base: BaseCheckpoint, *, quantization: QuantizationSpec | None) -> list[str]:
