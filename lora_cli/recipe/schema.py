@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from lora_cli.recipe.field_types import Count, Fraction, LayerNumber, Section, Switch
+from lora_cli.recipe.field_types import Count, Fraction, LayerNumber, Section, Switch, parse_integer
 from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.source_adapter import is_same_method, source_keys
 from lora_cli.recipe.tasks import FormatName, TaskName
@@ -167,7 +167,7 @@ class DataSpec(Section):
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """Rows longer than max_length: stop with an error (default), drop them, truncate their end, or split them (format
     text only) into rows in which every token carries loss once. They are always counted and reported."""
-    stride: Annotated[int, Field(ge=0), BeforeValidator(_parse_integer)] = 0
+    stride: Annotated[int, Field(ge=0), BeforeValidator(parse_integer)] = 0
     """overlong: split only: tokens at the end of a chunk that the next one repeats as context, without loss. From 0 to
     below max_length. Default 0."""
     on_bad_row: Literal["error", "skip"] = "error"
