@@ -8,7 +8,7 @@ from lora_cli.data.dataset import Row, show_mask
 from lora_cli.data.examples import check_rows
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.data.ledger import unread_lines
-from lora_cli.model import attach_adapter, memory, target_modules
+from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
@@ -18,10 +18,12 @@ from lora_cli.setup.training_model import (
     check_new_tokens_trainable,
     coverage_table,
     describe_quantization,
+    open_source,
     resolve_optimizer,
 )
+from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.model_card import redact_path
-from lora_cli.training.optimizer import moment_bytes
+from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 
 def check(recipe: Recipe, *, rows: int) -> None:
@@ -48,6 +50,9 @@ def check(recipe: Recipe, *, rows: int) -> None:
     )
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
+    check_schedule_fits(recipe.training, total)
+    for line in describe_schedule(recipe.training, total):
+        out(line)
     _print_sizes(recipe, inputs, tokens=plan.max_tokens, total=total, optimizer=optimizer)
     out(f"ok: lora train would train {redact_path(recipe.model.path)} on these rows")
 
@@ -60,6 +65,9 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     check_new_tokens_trainable(recipe, model)
     context = adapter_context(recipe, inputs, heads=heads, plan=None, total=total)
     adapted = attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
+    source = open_source(recipe, inputs, info=console.info)
+    if source is not None and not source.config.is_prompt_learning:  # whose tensors are computed, not stored
+        continue_adapter.check_fits(adapted, source)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable)]:
         console.out.print(line)
@@ -72,7 +80,7 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
         checkpointing=recipe.training.gradient_checkpointing is True,
         quantization=recipe.quantization,
         on_cpu=inputs.device.type == "cpu",
-        moment_bytes=moment_bytes(optimizer),
+        optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
     )
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
     free = memory.available_memory(inputs.device)

@@ -1,8 +1,6 @@
 """`lora train`: fine-tune an adapter as a recipe describes, and verify the written adapter."""
 
-import math
-import platform
-from importlib.metadata import version
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +11,27 @@ from peft import PeftModel
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.class_labels import save_labels
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.likelihood import describe_likelihood, measure_likelihood
 from lora_cli.model import adalora
 from lora_cli.model.device import pick_device
 from lora_cli.model.loss import LossFunction
-from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.save_adapter import compare_reloaded, save_adapter
-from lora_cli.model.trained_on import TrainedOn, write_trained_on
+from lora_cli.model.trained_on import write_trained_on
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.folder import RunFolder, open_run
+from lora_cli.setup import run_records
+from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.training_model import Info, TrainableModel, build_model
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.disk_full import disk_full_as_os_error
 from lora_cli.training.distributed import broadcast_adapter
 from lora_cli.training.loop import Step, fit
+from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.model_card import render_model_card
-from lora_cli.training.optimizer import make_optimizer
+from lora_cli.training.optimizer import averaged_weights, make_optimizer
 from lora_cli.training.signals import StopRequest, stop_after_step
-
-# Keys of the training section that a resumed run may change.
-NO_EFFECT_ON_RESULT = {"eval_every", "save_every", "keep_checkpoints", "log_every", "gradient_accumulation"}
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "lora-cli")
 
 
 def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) -> int:
@@ -89,6 +84,9 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
         f"{total:,} step{'s' * (total > 1)} of {batches_per_step} batch{'es' * (batches_per_step > 1)}, "
         f"{plan.steps_per_epoch:,} per epoch; {plan.token_share:.1%} of each batch is tokens"
     )
+    check_schedule_fits(recipe.training, total)
+    for line in describe_schedule(recipe.training, total):
+        info(line)
     try:
         model = build_model(recipe, inputs, plan, total=total, info=info)
         training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run)
@@ -137,10 +135,13 @@ class Training:
         lr_ratio = recipe.adapter.lr_ratio
         self.optimizer = make_optimizer(self.model, self.spec, name=built.optimizer, lr_ratio=lr_ratio)
         self.rank_allocator = adalora.rank_allocator(self.model)
-        self.resume_state = self._resume_state()
-        held_out = inputs.data.eval
-        self.eval_plan = batch_plan(recipe, inputs, held_out, batches_per_step=1) if held_out else None
-        self.eval_loss = LossFunction(self.model, task=recipe.task)
+        self.resume_state = run_records.resume_state(recipe, inputs, plan, built, total=total)
+        self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
+        self.evaluations.check(total, self.info)
+        wanted = run is not None and self.spec.answer_every is not None
+        self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
+        self.done = 0  # optimizer steps
+        self.stopped_early = False
 
     def resume(self) -> int:
         """Load the newest checkpoint; return the number of steps done.
@@ -150,21 +151,28 @@ class Training:
         """
         folder = Path(self.recipe.output) / "checkpoints"
         done = checkpoint.load_checkpoint(
-            folder, self.model, self.optimizer, state=self.resume_state, rank_allocator=self.rank_allocator
+            folder,
+            self.model,
+            self.optimizer,
+            state=self.resume_state,
+            rank_allocator=self.rank_allocator,
+            history=self.evaluations.history,
         )
         self.info(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
         return done
 
     def prepare_run_folder(self, done: int) -> None:
-        """Write recipe and manifest, and cut the metrics log to the `done` steps."""
+        """Write recipe and manifest, and cut the logs to the `done` steps."""
         if self.run is None:
             return
         self.run.clear()
         self.run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
-        atomic.write_json(self.run.manifest, self._manifest())
-        # A start from step 0 evaluates the base again, so the record of step 0 is removed too.
-        metrics_log.truncate_after(self.run.metrics, done or -1)
+        manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
+        atomic.write_json(self.run.manifest, manifest)
+        for log in (self.run.metrics, self.run.answers):
+            # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
+            metrics_log.truncate_after(log, done or -1)
 
     def take_steps(self, done: int) -> int:
         """Train from step `done` to the last; return the exit code if a signal stopped it, else 0.
@@ -172,10 +180,18 @@ class Training:
         Raises:
             LoraError: a loss or gradient is not finite.
         """
+        self.done = done
         metrics = metrics_log.MetricsLog(self.run.metrics) if self.run else None
-        if done == 0 and self.eval_plan:
-            self.info(f"measuring the base on {len(self.eval_plan.rows):,} held-out rows")
-            self._evaluate(0, metrics, self.info)
+        answer_log = metrics_log.MetricsLog(self.run.answers) if self.run and self.answers else None
+        if done == 0:
+            self._evaluate_start(metrics, answer_log)
+        elif done < self.total and self.evaluations.should_stop:
+            self.stopped_early = True
+            self.info(
+                f"this run is finished: it stopped early after step {done}; to go on, raise or remove "
+                f"training.stop_after: {self.spec.stop_after}"
+            )
+            return 0
         with (
             stop_after_step() as stop_request,
             console.step_progress(
@@ -194,39 +210,46 @@ class Training:
                 task=self.recipe.task,
                 rank_allocator=self.rank_allocator,
             ):
+                self.done = step.number
                 if metrics:
                     metrics.write(_record(step))
                     progress.step(step.number, _figures(step, self.inputs.device))
                 last = step.number == self.total
-                stopping = not last and self._any_stop_request(stop_request)
                 # Before the checkpoint: a resumed run continues after both.
-                if last or _is_due(step.number, self.spec.eval_every):
-                    self._evaluate(step.number, metrics, info)
-                if last or stopping or _is_due(step.number, self.spec.save_every):
+                if evaluated := last or self.evaluations.is_due(step.number):
+                    self.evaluations.measure(step.number, metrics, info)
+                self.stopped_early = evaluated and not last and self.evaluations.should_stop
+                last = last or self.stopped_early
+                if self.answers and answer_log and (last or self.answers.is_due(step.number)):
+                    self.answers.answer(step.number, answer_log, info)
+                stopping = not last and self._any_stop_request(stop_request)
+                new_best = evaluated and self.evaluations.is_new_best(step.number)
+                if last or stopping or new_best or _is_due(step.number, self.spec.save_every):
                     self._save_checkpoint(step.number)
                 if stopping:
                     info(f"stopped after step {step.number}, which is saved; --resume continues from there")
                     return stop_request.exit_code or 1
-        if metrics:
-            metrics.close()
+                if self.stopped_early:
+                    info(self.evaluations.describe_stop(step.number, self.total))
+                    break
+        for log in (metrics, answer_log):
+            if log:
+                log.close()
         return 0
 
-    def _evaluate(self, step: int, metrics: metrics_log.MetricsLog | None, info: Info) -> None:
-        """Measure the likelihood of the held-out rows, print it and log it."""
-        if self.eval_plan is None:
+    def _evaluate_start(self, metrics: metrics_log.MetricsLog | None, answers: metrics_log.MetricsLog | None) -> None:
+        """Evaluate the untrained model: the base, or the base with the adapter that training goes on from."""
+        evaluations, source = self.evaluations, self.recipe.adapter.source
+        evaluations.history.clear()
+        if evaluations.plan is None:
             return
-        likelihood = measure_likelihood(self.eval_loss, self.eval_plan, accelerator=self.accelerator)
-        if not math.isfinite(likelihood.loss):
-            raise LoraError(
-                f"the loss on the held-out rows is not finite at step {step}",
-                hint="the base model causes it: see model.path and model.dtype"
-                if step == 0
-                else "the last checkpoint is from before it; try a lower training.learning_rate",
-                exit_code=1,
-            )
-        info(f"eval at step {step}: {describe_likelihood(likelihood, self.recipe.task)}")
-        if metrics:
-            metrics.write({"step": step, "eval_loss": likelihood.loss, "eval_accuracy": likelihood.accuracy})
+        measured = f"the base with the adapter in {source}" if source else "the base"
+        self.info(f"measuring {measured} on {len(evaluations.plan.rows):,} held-out rows")
+        evaluations.measure(0, metrics, self.info)
+        if self.answers and answers:
+            self.answers.answer(0, answers, self.info)
+        if evaluations.is_new_best(0):
+            self._save_checkpoint(0)
 
     def _save_checkpoint(self, step: int) -> None:
         if self.run:
@@ -237,8 +260,10 @@ class Training:
                 step=step,
                 state=self.resume_state,
                 keep=self.spec.keep_checkpoints,
-                write_adapter=self._write_adapter_files,
+                write_adapter=lambda folder: self._write_adapter_files(folder, step),
                 rank_allocator=self.rank_allocator,
+                history=self.evaluations.history,
+                keep_best=self.spec.keep == "best",
             )
         self.accelerator.wait_for_everyone()
 
@@ -249,38 +274,68 @@ class Training:
         own = torch.tensor(int(stop_request.signal is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(own, reduction="sum"))
 
-    def _write_adapter_files(self, folder: Path) -> None:
+    def _write_adapter_files(self, folder: Path, step: int) -> None:
         """Write a plain PEFT adapter, with the tokenizer that it was trained with."""
         spec, base = self.recipe.model, self.inputs.base
         save_adapter(self.model, folder, base=spec.path, revision=spec.revision)
         base.tokenizer.save_pretrained(str(folder))
-        write_trained_on(self._trained_on(), folder)
+        write_trained_on(run_records.trained_on(self.recipe, self.inputs, self.model, self.built, step=step), folder)
         if base.labels is not None:
             save_labels(base.labels, folder)
 
     def write_adapter(self) -> None:
-        """Write the adapter to a temporary folder, load it back, compare it, then move it to its place.
+        """Write the adapter of the last or the best step, and complete the manifest.
 
         Raises:
-            LoraError: the written adapter differs from the trained one.
+            LoraError: the written adapter differs from the trained one, or the best checkpoint is missing.
         """
         if self.run is None:
             return
-        records = [record for record in metrics_log.read_metrics(self.run.metrics) if "eval_loss" in record]
-        results = {
-            name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
-            for name, record in zip(("base", "adapter"), (*records[:1], *records[1:][-1:]), strict=False)
+        step, best = self.done, self.evaluations.history.best
+        if self.spec.keep == "best" and best is not None:
+            for line in describe_choice(self.evaluations.history, step=step, source=self.recipe.adapter.source):
+                self.info(line)
+            step = best.step
+        if step == self.done:
+            with averaged_weights(self.optimizer):
+                self._write_verified(self.run, step)
+        else:
+            self._load_best(self.run, step)
+            self._write_verified(self.run, step)
+        manifest = json.loads(self.run.manifest.read_text(encoding="utf-8"))
+        result = {
+            "steps_done": self.done,
+            "stopped_early": self.stopped_early,
+            "adapter_step": step,
+            "keep": self.spec.keep,
+            "evaluations": self.evaluations.history.to_json(),
         }
+        atomic.write_json(self.run.manifest, {**manifest, "result": result})
+        self._print_results(step)
+
+    def _load_best(self, run: RunFolder, step: int) -> None:
+        folder = checkpoint.checkpoint_folder(run.checkpoints, step)
+        if not folder.is_dir():
+            raise LoraError(
+                f"{folder} is missing: it has the adapter of the best step",
+                hint="restore the folder, or start over with --fresh",
+            )
+        checkpoint.load_weights(folder, self.model, rank_allocator=self.rank_allocator)
+
+    def _write_verified(self, run: RunFolder, step: int) -> None:
+        """Write the model's adapter to a temporary folder, load it back, compare it, then move it to its place."""
         model_card = render_model_card(
             self.recipe,
             recipe_text=dump_recipe(self.recipe),
             ledger=self.inputs.data.ledger.to_json(),
-            results=results,
+            results=self._results(step),
+            step=step,
+            steps_done=self.done,
         )
         if self.rank_allocator is not None:
             self.rank_allocator.prune()
-        with atomic.folder(self.run.adapter, replace=True) as partial:
-            self._write_adapter_files(partial)
+        with atomic.folder(run.adapter, replace=True) as partial:
+            self._write_adapter_files(partial, step)
             (partial / "README.md").write_text(model_card, encoding="utf-8")
             difference = compare_reloaded(self.model, partial, self._probe_logits)
             if not difference.is_negligible(self.inputs.base.dtype):
@@ -292,8 +347,23 @@ class Training:
                 )
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
+
+    def _results(self, step: int) -> dict[str, dict[str, Any]]:
+        """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows."""
+        assert self.run is not None
+        records = [record for record in metrics_log.read_metrics(self.run.metrics) if "eval_loss" in record]
+        before = "before" if self.recipe.adapter.source else "base"
+        return {
+            name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
+            for name, number in ((before, 0), ("adapter", step))
+            for record in records
+            if record["step"] == number
+        }
+
+    def _print_results(self, step: int) -> None:
+        results = list(self._results(step).values())
         if len(results) == 2:
-            before, after = results["base"]["loss"], results["adapter"]["loss"]
+            before, after = (result["loss"] for result in results)
             self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")
         console.out.print(f"{self.recipe.output}/adapter")
 
@@ -303,56 +373,6 @@ class Training:
         model.eval()
         batch = self.plan.make_batch([int(self.inputs.data.train.lengths[:64].argmin())])
         return LossFunction(model, task=self.recipe.task).logits(batch).double()
-
-    def _trained_on(self) -> TrainedOn:
-        spec, base = self.recipe.quantization, self.inputs.base
-        return TrainedOn(
-            commit=hub_commit(base.source),
-            fingerprint=fingerprint(base.source),
-            architecture=type(self.model.get_base_model()).__name__,
-            dtype=str(base.dtype).removeprefix("torch."),
-            quantization=spec.model_dump(mode="json") if spec else None,
-            prompts=self.inputs.data.ledger.prompt_kind() if self.recipe.task == "causal-lm" else None,
-        )
-
-    def _resume_state(self) -> dict[str, Any]:
-        """Return the settings that must be unchanged, so that a resumed run equals the uninterrupted one."""
-        recipe, base, data = self.recipe, self.inputs.base, self.inputs.data
-        return {
-            "total_steps": self.total,
-            "batches_per_step": self.plan.batches_per_step,
-            "data": data.fingerprint,
-            "model": fingerprint(base.source),
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "attention": self.model.get_base_model().config._attn_implementation,
-            "training": self.spec.model_dump(mode="json", exclude=NO_EFFECT_ON_RESULT),
-            "task": recipe.task,
-            "labels": data.labels and list(data.labels.names),
-            "optimizer": self.built.optimizer,
-            "adapter": recipe.adapter.model_dump(mode="json"),
-            "quantization": recipe.quantization and recipe.quantization.model_dump(mode="json"),
-        }
-
-    def _manifest(self) -> dict[str, Any]:
-        recipe, data = self.recipe, self.inputs.data
-        return {
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "base": {
-                "path": recipe.model.path,
-                "revision": recipe.model.revision,
-                **self._trained_on()._asdict(),
-            },
-            "device": self.inputs.device.type,
-            "seed": self.spec.seed,
-            "steps": self.total,
-            "trainable_parameters": self.built.trainable,
-            "task": recipe.task,
-            "labels": data.labels and data.labels._asdict(),
-            "optimizer": self.built.optimizer,
-            "packing_proof": self.built.leak_check._asdict() if self.built.leak_check else None,
-            "data_fingerprint": data.fingerprint,
-            "ledger": data.ledger.to_json(),
-        }
 
 
 def _record(step: Step) -> dict[str, float]:

@@ -44,13 +44,19 @@ class RowLikelihoods(NamedTuple):
 
 
 @torch.no_grad()
-def measure_row_likelihoods(loss_fn: LossFunction, plan: BatchPlan) -> RowLikelihoods:
-    """Compute the loss of every row of `plan` once, in eval mode, separately for each row."""
+def measure_row_likelihoods(
+    loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None
+) -> RowLikelihoods:
+    """Compute the loss of every row of `plan` once, in eval mode, separately for each row.
+
+    The batches are divided among the processes of `accelerator`; each process returns all rows.
+    """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     training = loss_fn.base.training
     loss_fn.base.eval()
     count = len(plan.rows)
     loss, correct, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
-    for batch in plan.all_batches():
+    for batch in plan.all_batches(rank=rank, world_size=world):
         losses, is_correct = loss_fn.per_token(batch)
         within_batch = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
         rows = np.array(batch.rows)[within_batch]  # [units]
@@ -58,6 +64,11 @@ def measure_row_likelihoods(loss_fn: LossFunction, plan: BatchPlan) -> RowLikeli
         np.add.at(correct, rows, is_correct.double().cpu().numpy())
         np.add.at(units, rows, 1)
     loss_fn.base.train(training)
+    if accelerator is not None and world > 1:
+        # A row is in the batch of one process, and zero in all others.
+        own = torch.from_numpy(np.stack([loss, correct, units])).to(loss_fn.device)
+        loss, correct, counts = accelerator.reduce(own, reduction="sum").cpu().numpy()
+        units = counts.astype(np.int64)
     return RowLikelihoods(loss, correct, units, not _is_regression(loss_fn))
 
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from lora_cli.evaluation import bootstrap
@@ -67,6 +69,22 @@ def interval_lines(results: Mapping[str, ModelResult], task: TaskName) -> list[s
                 line += f", {metric} {_verdict(points, '.1f', ' points')}"
         lines.append(line)
     return lines
+
+
+def describe_loss_difference(first: NDArray[np.float64], second: NDArray[np.float64], units: NDArray[np.int64]) -> str:
+    """Return whether the losses of `first` are better than those of `second`, with the paired 95% interval.
+
+    Args:
+        first: [rows] fp64, sums over the units of each row.
+        second: [rows] fp64, the same of the other model, on the same rows.
+        units: [rows] int64, the number of units of each row.
+    """
+    if len(units) < MIN_ROWS:
+        difference = float((second - first).sum() / units.sum())
+        verb = "better" if difference > 0 else "worse"
+        return f"{verb} by {abs(difference):.4f}, but {len(units)} rows are too few to tell this from chance"
+    verdict = _verdict(bootstrap.difference_interval(first, second, units), ".4f")
+    return f"{verdict} (95% interval over {len(units):,} rows, paired)"
 
 
 def _verdict(improvement: Interval, digits: str, unit: str = "") -> str:

@@ -55,8 +55,8 @@ class AdaLoraRankAllocator:
             parts[kind][name] = tensor.to(device)
         for kind in SCORE_KINDS:
             setattr(self._allocator, kind, parts[kind])
-        if parts["kept"]:
-            self._config.rank_pattern = {name: kept.tolist() for name, kept in parts["kept"].items()}
+        # Without kept components, the state is from before the first pruning.
+        self._config.rank_pattern = {name: kept.tolist() for name, kept in parts["kept"].items()} or None
 
     def prune(self) -> None:
         """Remove the masked components from the layers, as PEFT removes them from the saved adapter.

@@ -19,7 +19,7 @@ class MemoryPlan(NamedTuple):
     """Bytes of each part at the peak of a training step on one device; an estimate for decoder models."""
 
     weights: int
-    adapter: int  # fp32 weights and gradients, and AdamW's two moments
+    adapter: int  # fp32 weights and gradients, and the state of the optimizer
     activations: int
     logits: int
     process: int  # Python and its libraries; 0 on a GPU
@@ -40,7 +40,7 @@ def plan_memory(
     checkpointing: bool,
     quantization: QuantizationSpec | None,
     on_cpu: bool,
-    moment_bytes: int = 4,
+    optimizer_bytes: int | None = None,
 ) -> MemoryPlan:
     """Estimate the bytes of a training step at its peak.
 
@@ -58,7 +58,7 @@ def plan_memory(
         checkpointing: whether gradient checkpointing is on.
         quantization: the recipe's section; None for a 16-bit or fp32 base.
         on_cpu: whether training runs on the CPU.
-        moment_bytes: bytes per parameter of each of AdamW's two moments.
+        optimizer_bytes: state of the optimizer; None for AdamW's two fp32 moments.
     """
     itemsize = dtype.itemsize
     config: PretrainedConfig = model.config.get_text_config()
@@ -72,7 +72,7 @@ def plan_memory(
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return MemoryPlan(
         weights=_weight_bytes(model, dtype, quantization),
-        adapter=trainable * (4 + 4 + 2 * moment_bytes),
+        adapter=trainable * (4 + 4) + (8 * trainable if optimizer_bytes is None else optimizer_bytes),
         activations=saved * tokens,
         logits=vocabulary * LOGITS_BYTES_PER_ID,
         process=PROCESS_BYTES if on_cpu else 0,

@@ -85,7 +85,8 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
     if unmatched := [entry for entry, names_of_entry in matches.items() if not names_of_entry]:
         raise _no_match(unmatched, linear, regex=regex, hint=layer_hint)
     matched = [name for name in candidates if any(name in names_of_entry for names_of_entry in matches.values())]
-    _check_all_layers_match(matched, [name for name in candidates if name in linear or name in experts], layer_hint)
+    if spec.source is None:  # an adapter that training goes on from may list the layers that `layers` selected
+        _check_all_layers_match(matched, [name for name in candidates if name in linear or name in experts], layer_hint)
     inside_heads = [name for name, _ in model.named_modules() if name and _is_inside(name, heads)]
     ambiguous = any(_matching(entry, inside_heads, regex=regex) for entry in _entries(requested))
     narrowed = spec.layers is not None or spec.exclude_modules is not None

@@ -13,7 +13,7 @@ def check_method(recipe: Recipe) -> Iterator[Conflict]:
     spec, facts = recipe.adapter, METHOD_FACTS[recipe.adapter.method]
     by = f"method {spec.method}"
     for name in AdapterSpec.model_fields:
-        if name != "method" and name not in facts.options and getattr(spec, name) is not None:
+        if name not in ("method", "source") and name not in facts.options and getattr(spec, name) is not None:
             methods = [other for other, other_facts in METHOD_FACTS.items() if name in other_facts.options]
             named_fix = f"remove it; it is an option of {join_words(list(methods), 'and')}"
             fix = named_fix if len(methods) < 4 else "remove it"

@@ -12,6 +12,13 @@ from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.problem import Conflict, join_words, shorten
 from lora_cli.recipe.schema import DataSpec, QuantizationSpec, Recipe, SourceSpec
 from lora_cli.recipe.tasks import TASK_FORMATS
+from lora_cli.recipe.training_rules import (
+    check_batches,
+    check_evaluations,
+    check_optimizer,
+    check_schedule,
+    check_steps,
+)
 from lora_cli.recipe.yaml_scalars import parse_scalar
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -244,34 +251,6 @@ def _check_max_loss(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict("data.max_loss", message, fix, ("data.overlong", "data.on_bad_row"))
 
 
-def _check_steps(recipe: Recipe) -> Iterator[Conflict]:
-    training = recipe.training
-    if training.epochs is not None and training.max_steps is not None:
-        message = "epochs and max_steps are both set"
-        yield Conflict("training.max_steps", message, "keep one", ("training.epochs",))
-    if training.warmup >= 1 and not training.warmup.is_integer():
-        message = f"{training.warmup:g} is neither a fraction below 1 nor a whole number of steps"
-        yield Conflict("training.warmup", message, f"write {training.warmup:.0f} for steps")
-    elif training.warmup >= 1 and training.max_steps and training.warmup > training.max_steps:
-        message = f"{training.warmup:g} warmup steps are more than max_steps, {training.max_steps}"
-        fix = "write fewer, or a fraction such as 0.03"
-        yield Conflict("training.warmup", message, fix, ("training.max_steps",))
-
-
-def _check_batches(recipe: Recipe) -> Iterator[Conflict]:
-    training, data = recipe.training, recipe.data
-    if data.packing is False and training.tokens_per_batch is not None:
-        fix = "write batch_size, or packing: true"
-        yield Conflict("training.tokens_per_batch", "has no effect without packing", fix, ("data.packing",))
-    if data.packing is not False and training.batch_size is not None:
-        fix = "write tokens_per_batch, or `data: {packing: false}`"
-        yield Conflict("training.batch_size", "has no effect with packing", fix, ("data.packing",))
-    if data.packing and training.tokens_per_batch and training.tokens_per_batch < data.max_length:
-        message = f"{training.tokens_per_batch} is less than data.max_length, {data.max_length}"
-        fix = "raise it, or lower data.max_length: a batch must have room for the longest row"
-        yield Conflict("training.tokens_per_batch", message, fix, ("data.packing", "data.max_length"))
-
-
 def _check_paths(recipe: Recipe) -> Iterator[Conflict]:
     for key, path in _all_paths(recipe):
         if path.startswith("~"):
@@ -293,6 +272,8 @@ def _all_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield from ((f"{key}[{index}].path", source.path) for index, source in enumerate(value))
         elif isinstance(value, str):
             yield key, value
+    if recipe.adapter.source is not None:
+        yield "adapter.from", recipe.adapter.source
     yield "output", recipe.output
 
 
@@ -315,7 +296,10 @@ RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     _check_split,
     _check_message_names,
     _check_max_loss,
-    _check_steps,
-    _check_batches,
+    check_steps,
+    check_batches,
+    check_schedule,
+    check_optimizer,
+    check_evaluations,
     _check_paths,
 )

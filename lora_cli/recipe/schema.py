@@ -2,36 +2,13 @@
 
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from lora_cli.recipe.field_types import Count, Fraction, LayerNumber, Section, Switch, parse_integer
 from lora_cli.recipe.methods import METHOD_FACTS, MethodName
+from lora_cli.recipe.source_adapter import is_same_method, source_keys
 from lora_cli.recipe.tasks import FormatName, TaskName
-
-
-def _parse_switch(value: object) -> object:
-    # YAML 1.1 reads `no` and `off` as booleans everywhere; here they are booleans in boolean fields only.
-    booleans = {"yes": True, "on": True, "no": False, "off": False}
-    return booleans.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _parse_integer(value: object) -> object:
-    # YAML reads `1e3` as a float, but the user means an integer.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Switch = Annotated[bool, BeforeValidator(_parse_switch)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_parse_integer)]
-LayerNumber = Annotated[int, Field(ge=0), BeforeValidator(_parse_integer)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1), BeforeValidator(_parse_integer)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe; unknown keys, type coercion, NaN and infinity are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from lora_cli.recipe.training_section import TrainingSpec
 
 
 class ModelSpec(Section):
@@ -84,6 +61,9 @@ class AdapterSpec(Section):
 
     method: MethodName = "lora"
     """Adapter method: lora, rslora, dora, lora+, pissa, adalora, ...; `lora methods` describes each with its keys."""
+    source: str | None = Field(default=None, alias="from", min_length=1)
+    """Adapter to go on training: its folder, written by any tool that uses PEFT, or a run folder. Keys of this section
+    that are left out are read from it, the others must agree with it. Default null: a new adapter."""
     rank: Count | None = None
     """Inner dimension r of B·A. At least 1. Default 16 (vera: 256). Adapter size and memory grow linearly with it."""
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -133,7 +113,14 @@ class AdapterSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_options(cls, values: Any) -> Any:
-        """Fill in the defaults of the method; keys that it does not support stay null (adapter_rules.py)."""
+        """Fill in the keys of the adapter to train on, then the defaults of the method.
+
+        Keys that the method does not support stay null (adapter_rules.py).
+        """
+        if isinstance(values, dict) and isinstance(values.get("from"), str):
+            found = source_keys(values["from"])
+            if found and is_same_method(values.get("method", found["method"]), found["method"]):
+                values = {**found, **{key: value for key, value in values.items() if value is not None}}
         method = values.get("method", "lora") if isinstance(values, dict) else None
         if isinstance(method, str) and (facts := METHOD_FACTS.get(cast(MethodName, method))):
             set_values = {key: value for key, value in values.items() if value is not None or key not in facts.options}
@@ -189,7 +176,7 @@ class DataSpec(Section):
     overlong: Literal["error", "drop", "truncate", "split"] = "error"
     """Rows longer than max_length: stop with an error (default), drop them, truncate their end, or split them (format
     text only) into rows in which every token carries loss once. They are always counted and reported."""
-    stride: Annotated[int, Field(ge=0), BeforeValidator(_parse_integer)] = 0
+    stride: Annotated[int, Field(ge=0), BeforeValidator(parse_integer)] = 0
     """overlong: split only: tokens at the end of a chunk that the next one repeats as context, without loss. From 0 to
     below max_length. Default 0."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -206,66 +193,6 @@ class DataSpec(Section):
     labels: Literal["auto", "regression"] | list[str] = "auto"
     """seq-cls and token-cls: the label names in the order of their ids. auto: collected from the training rows.
     regression (seq-cls): the rows have numbers as targets, and the loss is the mean squared error."""
-
-
-class TrainingSpec(Section):
-    """Optimization: steps, batches, learning rate, optimizer, evaluation and checkpoints."""
-
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over the training rows; fractions are allowed. Above 0. Default 1. Not together with max_steps."""
-    max_steps: Count | None = None
-    """Optimizer steps to train for, instead of epochs. At least 1."""
-    tokens_per_batch: Count | None = None
-    """With packing: tokens per device batch. At least data.max_length, which is the default."""
-    batch_size: Count | None = None
-    """Without packing: rows per device batch. At least 1. Default 4."""
-    gradient_accumulation: Count = 1
-    """Device batches per optimizer step; the loss is the mean over their supervised tokens. At least 1. Default 1."""
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
-    """Peak learning rate. Above 0, at most 10. Default 2e-4."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate schedule after the warmup: constant, or linear or cosine (default) decay to 0."""
-    warmup: Annotated[float, Field(ge=0)] = 0.03
-    """Linear warmup of the learning rate from 0: a fraction of all steps if below 1, else a number of steps.
-    At least 0. Default 0.03."""
-    optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
-    """adamw (default): torch's fused AdamW; -8bit: moments in 8 bits; paged-: moments that move to CPU memory when
-    the GPU is full; auto: paged-adamw on a GPU with a quantized base, else adamw, and prints the choice."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's decay rate of the first moment (mean of the gradients). From 0 to below 1. Default 0.9."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """AdamW's decay rate of the second moment (mean of the squared gradients). From 0 to below 1. Default 0.999."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Decoupled weight decay of the trained parameters: per step, learning rate times this. From 0 to 1. Default 0."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradient clipping: a gradient with a larger L2 norm is scaled down to this norm. Above 0; null disables it.
-    Default 1."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each label's probability spread over all classes, in training only. From 0 to below 1. Default 0."""
-    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """NEFTune (arXiv:2310.05914): uniform noise of size alpha/sqrt(tokens·hidden size) on the embeddings of each row,
-    in training only. Above 0. Default null: no noise."""
-    gradient_checkpointing: Literal["auto"] | Switch = "auto"
-    """Recompute activations in the backward pass: less memory, a third more time. auto: only if memory requires it."""
-    seed: Seed = 42
-    """Seed of adapter initialization, dropout, row order and held-out rows. From 0 to 4294967295. Default 42."""
-    eval_every: Count | None = 100
-    """Optimizer steps between evaluations. One before the first and one after the last step always run; null: only
-    these. At least 1. Default 100."""
-    save_every: Count | None = 100
-    """Optimizer steps between checkpoints. The last step is always saved; null: only the last step.
-    At least 1. Default 100."""
-    keep_checkpoints: Count = 2
-    """Number of newest checkpoints to keep; older ones are deleted. At least 1. Default 2."""
-    log_every: Count = 1
-    """Optimizer steps between progress lines; metrics.jsonl records every step. At least 1. Default 1."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_epochs(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("epochs") is None and values.get("max_steps") is None:
-            return {**values, "epochs": 1.0}
-        return values
 
 
 class GenerationSpec(Section):

@@ -12,7 +12,7 @@ from lora_cli.run import atomic
 
 LOCK = ".lora-lock"
 # Files and folders of a run, in the order in which --fresh removes them.
-RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "logs", "manifest.json", "recipe.yaml")
+RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "answers.jsonl", "logs", "manifest.json", "recipe.yaml")
 
 
 class RunFolder:
@@ -37,6 +37,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Path of the metrics log: a line for each step and evaluation."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """Path of the answers to held-out prompts during training, if `training.answer_every` is set."""
+        return self.path / "answers.jsonl"
 
     @property
     def checkpoints(self) -> Path:

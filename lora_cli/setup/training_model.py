@@ -10,17 +10,19 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, memory, select_attention, target_modules
+from lora_cli.model import attach_adapter, continue_adapter, memory, select_attention, target_modules
 from lora_cli.model.adapter_context import AdapterContext, StateDict
 from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.continue_adapter import SourceAdapter
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
+from lora_cli.model.trained_on import Origin
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.training.model_card import redact_path
-from lora_cli.training.optimizer import choose_optimizer, moment_bytes
+from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_shapes
 
 Info = Callable[[str], None]
 MAX_PADDING_EFFECT = 0.05  # relative change of a row's logits next to a longer row; rounding in bf16 is well below
@@ -41,6 +43,7 @@ class TrainableModel(NamedTuple):
     trainable: int  # parameters
     leak_check: select_attention.LeakCheck | None
     optimizer: str  # name that training.optimizer resolves to
+    origins: list[Origin]  # adapters that training goes on from, the oldest first; empty for a new adapter
 
 
 def load_base(recipe: Recipe, inputs: RunInputs, *, info: Info = console.no_output) -> BaseForTraining:
@@ -106,11 +109,15 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
         LoraError: a part of the recipe does not fit the model or this machine.
     """
     optimizer = resolve_optimizer(recipe, inputs)
+    source = open_source(recipe, inputs, info=info)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
     layers = target_modules.linear_layers(base, heads)
     check_new_tokens_trainable(recipe, base)
     context = adapter_context(recipe, inputs, heads=heads, plan=plan, total=total)
     model = attach_adapter.attach(base, recipe.adapter, seed=recipe.training.seed, context=context)
+    tensors = continue_adapter.check_fits(model, source) if source else {}
+    if source:
+        continue_adapter.load_source_tensors(model, tensors)
     device = f"{str(inputs.base.dtype).removeprefix('torch.')} on {inputs.device}"
     info(f"{redact_path(recipe.model.path)}: {device}, attention {base.config._attn_implementation}")
     for line in describe_quantization(recipe, inputs):
@@ -126,15 +133,35 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     trainable = _count_trainable(model)
     for line in coverage_table(model, layers, trainable):
         info(line)
-    if _use_gradient_checkpointing(recipe, inputs, base, trainable, plan.max_tokens, info):
+    optimizer_bytes = state_bytes(optimizer, trained_shapes(model))
+    if _use_gradient_checkpointing(recipe, inputs, base, trainable, optimizer_bytes, plan.max_tokens, info):
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     upcast_trainable_params(model)
+    origins = []
+    if source:
+        continue_adapter.load_exact_tensors(model, source, tensors)
+        origins = source.origins(redact_path(str(recipe.adapter.source)))
+        step = "" if source.step is None else f", step {source.step}"
+        info(f"adapter: goes on from {source.folder}{step}, {len(origins)} in its chain; the optimizer starts anew")
     probe = plan.make_batch([int(inputs.data.train.lengths[:64].argmin())])
     attach_adapter.check_gradients_reach(model, lambda: LossFunction(model, task=recipe.task)(probe).loss)
     if recipe.task == "seq-cls" and model.active_peft_config.is_prompt_learning:
         _check_padding(model, recipe, inputs, plan)
-    return TrainableModel(model, _count_trainable(model), leak_check, optimizer)
+    return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins)
+
+
+def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> SourceAdapter | None:
+    """Open the adapter that the recipe goes on from, checked against recipe and base; None for a new adapter.
+
+    Raises:
+        LoraError: it cannot be trained on with this recipe and base.
+    """
+    source = continue_adapter.open_source_adapter(recipe.adapter)
+    if source:
+        for note in continue_adapter.check_base(source, inputs.base, quantization=recipe.quantization):
+            info(note)
+    return source
 
 
 def _count_trainable(model: PeftModel) -> int:
@@ -220,7 +247,7 @@ def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainab
 
 
 def _use_gradient_checkpointing(
-    recipe: Recipe, inputs: RunInputs, model: Any, trainable: int, tokens: int, info: Info
+    recipe: Recipe, inputs: RunInputs, model: Any, trainable: int, optimizer_bytes: int, tokens: int, info: Info
 ) -> bool:
     """Return whether to recompute activations; with `auto`, if the memory plan does not fit without it."""
     setting = recipe.training.gradient_checkpointing
@@ -237,7 +264,7 @@ def _use_gradient_checkpointing(
         checkpointing=False,
         quantization=recipe.quantization,
         on_cpu=inputs.device.type == "cpu",
-        moment_bytes=moment_bytes(resolve_optimizer(recipe, inputs)),
+        optimizer_bytes=optimizer_bytes,
     )
     # The weights are loaded already, so the free memory has to fit everything else.
     rest, free = estimate.total - estimate.weights - estimate.process, memory.available_memory(inputs.device)

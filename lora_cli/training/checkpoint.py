@@ -19,7 +19,8 @@ from lora_cli.errors import LoraError
 from lora_cli.model import save_adapter
 from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.run import atomic
-from lora_cli.training.optimizer import optimizer_state, restore_optimizer_state
+from lora_cli.training.best_step import EvaluationHistory
+from lora_cli.training.optimizer import averaged_weights, optimizer_state, restore_optimizer_state
 
 EXTRA_TENSORS = "trained.safetensors"  # trainable parameters that the adapter file lacks, AdaLoRA's scores
 OPTIMIZER_STATE = "optimizer.safetensors"
@@ -36,8 +37,13 @@ def save_checkpoint(
     keep: int,
     write_adapter: Callable[[Path], None],
     rank_allocator: AdaLoraRankAllocator | None = None,
+    history: EvaluationHistory | None = None,
+    keep_best: bool = False,
 ) -> Path:
     """Write the checkpoint `folder`/step-NNNNNNNN atomically, prune older ones, and return its path.
+
+    With a schedule-free optimizer, the adapter is the average of the weights, and the training weights are saved with
+    the optimizer's state.
 
     Args:
         folder: of all checkpoints of the run.
@@ -49,33 +55,44 @@ def save_checkpoint(
         keep: number of checkpoints to keep, this one included.
         write_adapter: writes the adapter into a folder.
         rank_allocator: of AdaLoRA, whose state is saved too.
+        history: evaluations so far, which are saved too.
+        keep_best: whether the checkpoint of the best step of `history` is kept in addition.
     """
-    target = folder / f"step-{step:08d}"
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moments = {
-        f"{key}|{name}": value.contiguous()
-        for name, p in trainable.items()
-        for key, value in optimizer_state(optimizer, p).items()
-    }
-    saved_names = save_adapter.saved_names(model)
-    extra = {name: trainable[name].detach() for name, saved_name in saved_names.items() if saved_name is None}
-    if rank_allocator:
-        extra |= {f"{ALLOCATOR_PREFIX}{key}": value for key, value in rank_allocator.state_dict().items()}
-    with atomic.folder(target, replace=True) as partial:
+    target = checkpoint_folder(folder, step)
+    history = history or EvaluationHistory(start_is_candidate=False)
+    with averaged_weights(optimizer), atomic.folder(target, replace=True) as partial:
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        moments = {
+            f"{key}|{name}": value.contiguous()
+            for name, p in trainable.items()
+            for key, value in optimizer_state(optimizer, p).items()
+        }
+        saved_names = save_adapter.saved_names(model)
+        extra = {name: trainable[name].detach() for name, saved_name in saved_names.items() if saved_name is None}
+        if rank_allocator:
+            extra |= {f"{ALLOCATOR_PREFIX}{key}": value for key, value in rank_allocator.state_dict().items()}
         write_adapter(partial)
         save_file(_without_shared_memory(moments), partial / OPTIMIZER_STATE)
         if extra:
             save_file(_without_shared_memory(extra), partial / EXTRA_TENSORS)
-        text = json.dumps({"step": step, "trained": len(trainable), **state}, indent=2) + "\n"
-        (partial / "state.json").write_text(text, encoding="utf-8")
-    prune_checkpoints(folder, keep)
+        history.save_rows(partial)
+        values = {"step": step, "trained": len(trainable), "evaluations": history.to_json(), **state}
+        (partial / "state.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    best = history.best.step if keep_best and history.best else None
+    prune_checkpoints(folder, keep, best=best)
     return target
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all checkpoints in `folder` except the `keep` newest ones."""
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of `step`."""
+    return folder / f"step-{step:08d}"
+
+
+def prune_checkpoints(folder: Path, keep: int, *, best: int | None = None) -> None:
+    """Delete all checkpoints in `folder` except the `keep` newest ones, and that of step `best`."""
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if best is None or old != checkpoint_folder(folder, best):
+            shutil.rmtree(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -90,8 +107,9 @@ def load_checkpoint(
     *,
     state: dict[str, Any],
     rank_allocator: AdaLoraRankAllocator | None = None,
+    history: EvaluationHistory | None = None,
 ) -> int:
-    """Load the newest checkpoint of `folder` into model and optimizer.
+    """Load the newest checkpoint of `folder` into model, optimizer and history.
 
     Returns:
         The step number of the checkpoint; 0 if no checkpoint exists.
@@ -111,8 +129,26 @@ def load_checkpoint(
             f"{newest}: cannot resume, changed since this checkpoint: {', '.join(changed)}",
             hint="use the recipe and data that the run was started with, or start over with --fresh",
         )
-    adapter = load_file(newest / save_adapter.ADAPTER_WEIGHTS)
-    extra = load_file(newest / EXTRA_TENSORS) if (newest / EXTRA_TENSORS).is_file() else {}
+    load_weights(newest, model, rank_allocator=rank_allocator)
+    moments = load_file(newest / OPTIMIZER_STATE)
+    for name, parameter in model.named_parameters():
+        own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
+        if own:
+            restore_optimizer_state(optimizer, parameter, own)
+    if history is not None:
+        history.restore(saved_state, newest)
+    return int(saved_state["step"])
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, model: PeftModel, *, rank_allocator: AdaLoraRankAllocator | None = None) -> None:
+    """Load the trained parameters of one checkpoint into `model`, without the state of the optimizer.
+
+    Raises:
+        LoraError: the checkpoint's adapter has other tensors than `model`.
+    """
+    adapter = load_file(checkpoint / save_adapter.ADAPTER_WEIGHTS)
+    extra = load_file(checkpoint / EXTRA_TENSORS) if (checkpoint / EXTRA_TENSORS).is_file() else {}
     if rank_allocator is not None:
         prefixed = {key: value for key, value in extra.items() if key.startswith(ALLOCATOR_PREFIX)}
         rank_allocator.load_state_dict({key.removeprefix(ALLOCATOR_PREFIX): value for key, value in prefixed.items()})
@@ -124,17 +160,11 @@ def load_checkpoint(
     shapes_match = all(value is not None and value.shape == parameters[name].shape for name, value in values.items())
     if not shapes_match or adapter.keys() != save_adapter.adapter_tensors(model).keys():
         raise LoraError(
-            f"{newest}: its adapter has other tensors than this recipe's",
+            f"{checkpoint}: its adapter has other tensors than this recipe's",
             hint="use the recipe that the run was started with, or start over with --fresh",
         )
-    moments = load_file(newest / OPTIMIZER_STATE)
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
-            own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
-            if own:
-                restore_optimizer_state(optimizer, parameters[name], own)
-    return int(saved_state["step"])
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
 
 def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

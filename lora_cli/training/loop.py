@@ -15,8 +15,8 @@ from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.model.loss import LossFunction
-from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.recipe.tasks import TaskName
+from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
 

@@ -7,7 +7,13 @@ from lora_cli.recipe.schema import Recipe
 
 
 def render_model_card(
-    recipe: Recipe, *, recipe_text: str, ledger: dict[str, Any], results: dict[str, dict[str, Any]]
+    recipe: Recipe,
+    *,
+    recipe_text: str,
+    ledger: dict[str, Any],
+    results: dict[str, dict[str, Any]],
+    step: int,
+    steps_done: int,
 ) -> str:
     """Return the model card as Markdown with YAML front matter.
 
@@ -16,6 +22,8 @@ def render_model_card(
         recipe_text: the resolved recipe as YAML.
         ledger: `Ledger.to_json()`.
         results: evaluation loss and accuracy by name ("base", "adapter"); empty if no rows were held out.
+        step: of the adapter.
+        steps_done: of the run.
     """
     base = redact_path(recipe.model.path)
     lines = [
@@ -53,6 +61,8 @@ def render_model_card(
         lines += ["", "## Held-out rows", "", "| | loss | accuracy |", "|---|---|---|"]
         accuracies = {name: "" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for name, r in results.items()}
         lines += [f"| {name} | {r['loss']:.4f} | {accuracies[name]} |" for name, r in results.items()]
+    if recipe.training.keep == "best":
+        lines += ["", f"The adapter is that of step {step} of {steps_done}, with the lowest loss of all evaluations."]
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", _redact_paths(recipe, recipe_text).rstrip(), "```", ""])
 
 
@@ -75,7 +85,7 @@ def _new_tokens(recipe: Recipe) -> list[str]:
 
 def _describe_options(recipe: Recipe) -> str:
     """Return the options of the adapter, such as `Rank 16, alpha 32, target modules all-linear`."""
-    options = recipe.adapter.model_dump(exclude={"method"}, exclude_none=True)
+    options = recipe.adapter.model_dump(exclude={"method", "source"}, exclude_none=True)
     parts = [f"{key.replace('_', ' ')} {_format_value(value)}" for key, value in options.items() if value is not False]
     return ", ".join(parts)[:1].upper() + ", ".join(parts)[1:]
 
@@ -91,7 +101,7 @@ def _redact_paths(recipe: Recipe, text: str) -> str:
     data = recipe.data
     sources = [s for s in (data.train, data.eval) if isinstance(s, str)]
     sources += [spec.path for specs in (data.train, data.eval) if isinstance(specs, list) for spec in specs]
-    paths = [recipe.model.path, recipe.output, *sources, data.chat_template or ""]
+    paths = [recipe.model.path, recipe.output, *sources, data.chat_template or "", recipe.adapter.source or ""]
     for path in sorted(paths, key=len, reverse=True):  # the longest first, because one path can contain another
         if path != redact_path(path):
             text = text.replace(path, redact_path(path))

@@ -34,7 +34,8 @@ class Use(NamedTuple):
 PRIVATE: dict[str, Use] = {
     # transformers
     "_attn_implementation": Use(
-        "commands/train.py evaluation/answers.py model/loss.py setup/training_model.py", library_checks.attention_name
+        "evaluation/answers.py model/loss.py setup/run_records.py setup/training_model.py",
+        library_checks.attention_name,
     ),
     "_can_set_experts_implementation": Use("export/onnx/model.py", library_checks.experts_models),
     "_is_stateful": Use("export/onnx/model.py", library_checks.stateful_models),

@@ -77,7 +77,7 @@ def test_weights_and_adapter_are_counted_exactly():
     assert plan_of().weights == 2 * total
     assert plan_of(dtype=torch.float32).weights == 4 * total
     assert plan_of().adapter == 16 * 1000  # weight, gradient and two moments in fp32
-    assert plan_of(moment_bytes=1).adapter == 10 * 1000
+    assert plan_of(optimizer_bytes=2 * 1000).adapter == 10 * 1000
     linear = sum(layer.weight.numel() for layer in memory.linear_layers(model).values())
     assert plan_of(quantization=QuantizationSpec(bits=8)).weights == linear + 2 * (total - linear)
     in_4_bits = plan_of(quantization=QuantizationSpec.model_validate({})).weights - 2 * (total - linear)

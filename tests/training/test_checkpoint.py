@@ -12,7 +12,8 @@ from lora_cli.errors import LoraError
 from lora_cli.model import adalora, save_adapter
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import checkpoint
-from lora_cli.training.optimizer import make_optimizer
+from lora_cli.training.best_step import EvaluationHistory
+from lora_cli.training.optimizer import averaged_weights, make_optimizer
 from tests.model import zoo
 
 STATE = {"total_steps": 9, "data": "abc", "training": {"seed": 1, "epochs": 1.0}, "quantization": None}
@@ -85,12 +86,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, method: str):
         {"modules_to_save": ["lm_head"], "trainable_tokens": ["word"]},
         {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3.0}},
         {"optimizer": "adamw-8bit", "rank": 64},  # matrices of more than 4,096 values: moments in 8 bits
+        {"optimizer": "lion-8bit", "rank": 64},
+        {"optimizer": "adafactor"},
+        {"optimizer": "muon", "method": "dora"},
+        {"optimizer": "schedule-free-adamw", "method": "pissa"},
     ],
 )
 def test_a_resumed_run_with_other_trained_parameters_equals_an_uninterrupted_one(
     tmp_path: Path, options: dict[str, object]
 ):
     assert_resumed_equals_uninterrupted(tmp_path, **options)
+
+
+def test_a_checkpoint_of_a_schedule_free_optimizer_has_the_average_as_its_adapter(tmp_path: Path):
+    model, optimizer = make_model_and_optimizer(optimizer="schedule-free-adamw")
+    train(model, optimizer, 3)
+    training_weights = parameters(model)
+    folder = save(tmp_path, model, optimizer, step=3)
+    assert all(torch.equal(a, b) for a, b in zip(training_weights, parameters(model), strict=True))
+    with averaged_weights(optimizer):
+        average = parameters(model)
+    checkpoint.load_weights(folder, model)
+    assert all(torch.equal(a, b) for a, b in zip(average, parameters(model), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(average, training_weights, strict=True))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -124,6 +142,29 @@ def test_without_a_checkpoint_the_step_is_zero_and_the_model_unchanged(tmp_path:
     before = parameters(model)
     assert checkpoint.load_checkpoint(tmp_path, model, optimizer, state=STATE) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(model), strict=True))
+
+
+def test_the_checkpoint_of_the_best_step_is_kept_beside_the_newest(tmp_path: Path):
+    model, optimizer = make_model_and_optimizer()
+    train(model, optimizer, 1)
+    history = EvaluationHistory(start_is_candidate=False)
+    for step, loss in ((0, 3.0), (2, 1.0), (4, 2.0), (6, 2.0), (8, 2.0)):
+        history.add(step, loss)
+        checkpoint.save_checkpoint(
+            tmp_path,
+            model,
+            optimizer,
+            step=step,
+            state=STATE,
+            keep=1,
+            write_adapter=lambda target: save_adapter.save_adapter(model, target, base="org/base", revision=None),
+            history=history,
+            keep_best=True,
+        )
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000008"]
+    restored = EvaluationHistory(start_is_candidate=False)
+    assert checkpoint.load_checkpoint(tmp_path, model, optimizer, state=STATE, history=restored) == 8
+    assert restored.evaluations == history.evaluations
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,234 @@
+"""Go on training a saved adapter: check it against recipe and base, and load its tensors into the attached adapter."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_cli.data.class_labels import load_labels
+from lora_cli.errors import LoraError
+from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.model_source import fingerprint
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, adapter_tensors, saved_names
+from lora_cli.model.saved_adapter import method_name, trained_tokens
+from lora_cli.model.trained_on import Origin, origins_of, read_trained_on
+from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
+from lora_cli.recipe.source_adapter import disagreements, find_source, keys_of_config
+
+KEY = "adapter.from"
+UNSUPPORTED = {
+    "adalora": "its ranks were pruned, and AdaLoRA starts from full ranks",
+    "p tuning": "its file has the embeddings, and not the network that computes them",
+}
+# Keys of PEFT's configuration that are compared elsewhere (as tensors, by the recipe's keys), or have no effect on what
+# a saved adapter computes. Every other key must be equal.
+NOT_COMPARED = {
+    *("base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"),
+    *("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "feedforward_modules"),
+    *("layers_to_transform", "layers_pattern", "fan_in_fan_out", "trainable_token_indices", "bias"),
+    *("lora_dropout", "rank_dropout", "module_dropout", "vera_dropout", "boft_dropout"),
+    *("init_lora_weights", "init_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
+    *(
+        "runtime_config",
+        "megatron_config",
+        "megatron_core",
+        "ensure_weight_tying",
+        "init_ia3_weights",
+        "save_projection",
+    ),
+}
+
+
+class SourceAdapter(NamedTuple):
+    """The saved adapter that training goes on from."""
+
+    folder: Path
+    config: PeftConfig
+
+    @property
+    def step(self) -> int | None:
+        """The optimizer step that it was saved after; None for adapters of other tools."""
+        trained_on = read_trained_on(self.folder)
+        return trained_on.step if trained_on else None
+
+    def origins(self, name: str) -> list[Origin]:
+        """Return the chain of adapters up to this one, shown as `name`, the oldest first."""
+        return origins_of(self.folder, name=name, weights=ADAPTER_WEIGHTS)
+
+
+def open_source_adapter(spec: AdapterSpec) -> SourceAdapter | None:
+    """Open the adapter that `spec` goes on from, and compare it with the other keys of `spec`; None for a new adapter.
+
+    Raises:
+        LoraError: there is no adapter, its method cannot be continued, or a key of the recipe disagrees with it:
+            `details` has a line for each if there are several.
+    """
+    if spec.source is None:
+        return None
+    folder = find_source(spec.source)
+    if folder is None:
+        kind = "has no adapter_config.json" if Path(spec.source).exists() else "does not exist"
+        hint = "give the folder of an adapter, or of a run of lora train"
+        if (Path(spec.source) / "checkpoints").is_dir():
+            hint = f"this run has no adapter yet; give one of its checkpoints: {spec.source}/checkpoints/step-..."
+        raise LoraError(f"{KEY}: {spec.source} {kind}", hint=hint)
+    config = read_adapter_config(folder)
+    _check_kind(folder, config)
+    source = keys_of_config({**config.to_dict(), "peft_type": config.peft_type.value})
+    differing = disagreements(spec.model_dump(), source)
+    lines = [
+        f"adapter.{key}: {_show(ours)}, but the adapter in {folder} has {_show(theirs)}"
+        for key, ours, theirs in differing
+    ]
+    if spec.init_text is not None:
+        lines.append(f"adapter.init_text: no effect, because the virtual tokens are those of {folder}")
+    if lines:
+        hint = "remove the key, which is then read from the adapter, or write its value"
+        if len(lines) == 1:
+            raise LoraError(lines[0], hint=hint)
+        raise LoraError(f"{KEY}: {len(lines)} keys disagree with {folder}", hint=hint, details=lines)
+    return SourceAdapter(folder, config)
+
+
+def _show(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _check_kind(folder: Path, config: PeftConfig) -> None:
+    """Raise if the adapter's method cannot be continued."""
+    name = method_name(config)
+    if not keys_of_config({"peft_type": config.peft_type.value}):
+        reason = UNSUPPORTED.get(name, "it is not one of the methods of `lora methods`")
+        raise LoraError(f"{KEY}: {folder} is {name}, which cannot be trained on: {reason}", hint="train a new adapter")
+
+
+def check_base(source: SourceAdapter, base: BaseCheckpoint, *, quantization: QuantizationSpec | None) -> list[str]:
+    """Compare base, task and labels with those that the adapter was trained on; return notes for the user.
+
+    Raises:
+        LoraError: they differ, so that the adapter would compute something else than it was trained to.
+    """
+    folder, config = source.folder, source.config
+    trained_on, name = read_trained_on(folder), config.base_model_name_or_path or "(not at all)"
+    notes = []
+    if trained_on is None:
+        if name != base.name:
+            notes.append(f"note: {folder} names its base {name}, and is now trained on {base.name}")
+    elif (own := fingerprint(base.source)) != trained_on.fingerprint:
+        raise LoraError(
+            f"{KEY}: {folder} was trained on {name}, {trained_on.architecture} (fingerprint "
+            f"{trained_on.fingerprint[:12]}), not on {base.name} (fingerprint {own[:12]})",
+            hint="write its base as model.path; if this is the same model in another form, remove trained_on.json "
+            "from a copy of the adapter",
+        )
+    else:
+        before, now = trained_on.quantization, quantization.model_dump(mode="json") if quantization else None
+        if before != now:
+            notes.append(f"note: {folder} was trained on a base {_bits(before)}, and is trained on one {_bits(now)}")
+    labels = load_labels(folder)
+    if labels is not None and base.labels is not None and labels != base.labels:
+        raise LoraError(
+            f"{KEY}: the head of {folder} has {labels.describe()}; the rows have {base.labels.describe()}",
+            hint=f"write data.labels: [{', '.join(labels.names)}]",
+        )
+    template = folder / "chat_template.jinja"
+    if template.is_file() and template.read_text(encoding="utf-8") != (base.tokenizer.chat_template or ""):
+        notes.append(f"note: the chat template of this run differs from that of {folder}: it was prompted otherwise")
+    return notes
+
+
+def _bits(quantization: dict[str, Any] | None) -> str:
+    return f"in {quantization['bits']} bits" if quantization else "that is not quantized"
+
+
+def check_fits(model: PeftModel, source: SourceAdapter) -> dict[str, Tensor]:
+    """Compare configuration, names and shapes with the adapter attached to `model`; return the tensors of the file.
+
+    Raises:
+        LoraError: the adapter has an option that no recipe has, or other tensors.
+    """
+    folder = source.folder
+    ours, theirs = model.active_peft_config.to_dict(), source.config.to_dict()
+    if theirs.get("task_type") not in (None, ours.get("task_type")):
+        raise LoraError(
+            f"{KEY}: {folder} has task_type: {_text(theirs['task_type'])}, this recipe {_text(ours['task_type'])}",
+            hint="write the task that it was trained for",
+        )
+    for key in theirs.keys() - NOT_COMPARED:
+        if _text(theirs[key]) != _text(ours.get(key)):
+            raise LoraError(
+                f"{KEY}: {folder} has {key}: {_text(theirs[key])}, this recipe's adapter has {_text(ours.get(key))}",
+                hint="such an adapter cannot be trained on; train a new one",
+            )
+    if _text(theirs.get("trainable_token_indices")) != _text(ours.get("trainable_token_indices")):
+        ids = (", ".join(map(str, trained_tokens(config))) for config in (source.config, model.active_peft_config))
+        raise LoraError(
+            f"{KEY}: the trained token ids of {folder} are {next(ids) or 'none'}, of this recipe {next(ids) or 'none'}",
+            hint="list the same tokens in adapter.trainable_tokens, in the same order",
+        )
+    tensors, expected = load_file(folder / ADAPTER_WEIGHTS), adapter_tensors(model)
+    base = {f"base_model.model.{name}": p for name, p in model.get_base_model().named_parameters()}
+    for name in sorted(tensors.keys() - expected.keys()):
+        # PEFT writes embeddings too where it is not sure that the base has them.
+        if name not in base or not _is_equal(tensors[name], base[name]):
+            raise LoraError(f"{KEY}: {folder} has {name}, which this recipe does not train", hint=_targets_hint(source))
+        del tensors[name]
+    for name, tensor in expected.items():
+        if name not in tensors:
+            raise LoraError(f"{KEY}: {folder} lacks {name}, which this recipe trains", hint=_targets_hint(source))
+        if tensors[name].shape != tensor.shape:
+            shapes = (" x ".join(map(str, t.shape)) for t in (tensors[name], tensor))
+            raise LoraError(
+                f"{KEY}: {name} of {folder} is {next(shapes)}, on this base it is {next(shapes)}",
+                hint="write the base that it was trained on as model.path",
+            )
+    return tensors
+
+
+def _is_equal(tensor: Tensor, parameter: Tensor) -> bool:
+    return tensor.shape == parameter.shape and (
+        parameter.is_meta or bool(torch.equal(tensor.to(parameter.device, parameter.dtype), parameter))
+    )
+
+
+def _targets_hint(source: SourceAdapter) -> str:
+    named = f" ({source.config.base_model_name_or_path})" if source.config.base_model_name_or_path else ""
+    return f"write its base as model.path{named}, and leave target_modules out: they are read from the adapter"
+
+
+def _text(value: object) -> str:
+    """Return a value of a configuration for comparison and messages; empty ones are equal."""
+    if value in (None, [], {}, ()):
+        return "null"
+    if isinstance(value, float):
+        return f"{value:g}"  # 4.0 and 4 are equal
+    return str(getattr(value, "value", sorted(value) if isinstance(value, (set, list)) else value))
+
+
+def load_source_tensors(model: PeftModel, tensors: dict[str, Tensor]) -> None:
+    """Load the tensors of the file into a freshly attached adapter, by PEFT."""
+    set_peft_model_state_dict(model, tensors, adapter_name="default")
+
+
+@torch.no_grad()
+def load_exact_tensors(model: PeftModel, source: SourceAdapter, tensors: dict[str, Tensor]) -> None:
+    """Load the tensors once more, when trained parameters are fp32: PEFT rounds some to the base's dtype.
+
+    Raises:
+        LoraError: a tensor of the file is not in the model.
+    """
+    parameters = dict(model.named_parameters())
+    for name, saved_name in saved_names(model).items():
+        if saved_name is not None:
+            parameters[name].copy_(tensors[saved_name])
+    loaded = adapter_tensors(model)
+    for name, tensor in tensors.items():
+        if not torch.equal(tensor.to(loaded[name].device, loaded[name].dtype), loaded[name]):
+            raise LoraError(f"{KEY}: {name} of {source.folder} cannot be loaded into this model", exit_code=1)
