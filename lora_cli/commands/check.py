@@ -60,7 +60,7 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     context = adapter_context(recipe, inputs, heads=heads, plan=None, total=total)
     adapted = attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable)]:
+    for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable, recipe.adapter)]:
         console.out.print(line)
     plan = memory.plan_memory(
         inputs.base.skeleton(),  # the other one has the adapter's layers now
