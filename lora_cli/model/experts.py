@@ -64,11 +64,11 @@ class PackedWeight(nn.Module):
             code=state.code,
             blocksize=state.blocksize,
             quant_type=state.quant_type,
-            dtype=self.compute_dtype,
+            dtype=state.dtype,
         )
         codes = self.codes.data.view(torch.uint8).view(-1, 1)[index * size // 2 : (index + 1) * size // 2]
         weight: Tensor = bnbf.dequantize_4bit(codes, part)
-        return weight.view(self.shape[1:])
+        return weight.view(self.shape[1:]).to(self.compute_dtype)  # rounded as when it was read, like a linear layer
 
     def dense(self) -> Tensor:
         """Return the weights of all experts, [experts, rows, columns] in the compute dtype."""

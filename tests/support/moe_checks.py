@@ -98,5 +98,5 @@ def four_bit_parts() -> None:
             absmax=scales[2:4].float(), shape=torch.Size((128,)), code=state.code, blocksize=state.blocksize,
             quant_type=state.quant_type, dtype=torch.float32,
         )  # fmt: skip
-        full = bnb.functional.dequantize_4bit(codes, state)
-        assert torch.equal(bnb.functional.dequantize_4bit(codes.view(-1, 1)[64:128], part), full[128:256])
+        full = bnb.functional.dequantize_4bit(codes, state).flatten()
+        assert torch.equal(bnb.functional.dequantize_4bit(codes.view(-1, 1)[64:128], part).flatten(), full[128:256])
