@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors.torch import save_file
 
 from lora_cli.data.class_labels import LABELS_FILE
@@ -157,7 +157,18 @@ def _by_kind(stats: list[ModuleStats]) -> dict[str, list[ModuleStats]]:
 
 def _table(stats: list[ModuleStats]) -> Table:
     shares = [f"{share:.0%}" for share in ENERGY_SHARES]
-    table = Table("", "modules", "rank", "|ΔW|", "|ΔW|/|W|", "most in", "eff. rank", *shares, box=None)
+    width = max(len(_kind(module.module)) for module in stats)
+    table = Table(
+        Column(min_width=width, no_wrap=True),
+        "modules",
+        "rank",
+        "|ΔW|",
+        "|ΔW|/|W|",
+        "most in",
+        "eff. rank",
+        *shares,
+        box=None,
+    )
     for kind, group in _by_kind(stats).items():
         largest = max(group, key=lambda module: module.relative or module.norm)
         relative = [module.relative for module in group if module.relative is not None]
