@@ -37,7 +37,7 @@ PRIVATE: dict[str, Use] = {
         "commands/train.py evaluation/answers.py model/loss.py setup/training_model.py", library_checks.attention_name
     ),
     "_can_set_experts_implementation": Use("export/onnx/model.py", library_checks.experts_models),
-    "_is_stateful": Use("export/onnx/model.py", library_checks.stateful_models),
+    "_is_stateful": Use("export/onnx/model.py model/packing_support.py", library_checks.stateful_models),
     "_apply_gate": Use("model/experts_lora.py", moe_checks.experts_module),
     "_process_model_after_weight_loading": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
     "_process_model_before_weight_loading": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
