@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors.torch import save_file
 
 from lora_cli.data.class_labels import LABELS_FILE
 from lora_cli.errors import LoraError
 from lora_cli.merging import low_rank
+from lora_cli.merging.expert_factors import group_experts, stacked_name
 from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
 from lora_cli.merging.merge_tensors import ReadWrite
 from lora_cli.model import safetensors_io
@@ -71,6 +72,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
     adapter = low_rank.read_lora(folder)
     norms = _base_norms(folder, base_path, adapter)
     stats = [_module_stats(module, factors, norms.get(module)) for module, factors in adapter.factors.items()]
+    untrained = [module.module for module in stats if module.norm == 0]
     stats = [module for module in stats if module.norm > 0]
     if not stats:
         raise LoraError(f"{folder}: every update is zero: it was never trained", hint="train it first")
@@ -85,6 +87,8 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
     if adapter.other_tensors:
         names = sorted(adapter.other_tensors)
         console.out.print(f"and {len(names)} other tensors: {names[0]}, ...")
+    if untrained:
+        console.out.print(f"and {len(untrained):,} modules whose update is zero: {untrained[0]}, ...")
     if config.use_dora:
         console.out.print("these figures are of DoRA's B·A alone: its magnitudes scale W too")
     for share in ENERGY_SHARES:
@@ -126,18 +130,21 @@ def _base_norms(folder: Path, base_path: str | None, adapter: LoraWeights) -> di
         console.info(f"without the norms of the base: {reason.message}")
         return {}
     mapping = CheckpointMapping(base.skeleton(), tensors)
-    norms = {}
+    norms: dict[str, float] = {}
     with safetensors_io.ShardFiles(writable=False) as files:
-        for module in adapter.factors:
-            name = f"{module}.weight"
-            if name in mapping.parts and not mapping.is_joined(name):
-                weight = ReadWrite(files, files).read(tensors[mapping.key(name)])
-                norms[module] = float(weight.float().norm())
+        for target, group in group_experts(adapter.factors).items():
+            name = target if target in adapter.wrappers else f"{target}.weight"
+            if name in mapping.parts and (len(group) > 1 or not mapping.is_joined(name)):
+                weight = mapping.to_parameter(name, lambda key: ReadWrite(files, files).read(tensors[key]))
+                parts = weight if len(group) > 1 else [weight]
+                norms |= {module: float(part.float().norm()) for module, part in zip(group, parts, strict=True)}
     return norms
 
 
 def _kind(module: str) -> str:
-    """Return the last part of a module's name: `q_proj`."""
+    """Return the last part of a module's name: `q_proj`, and for an expert its parameter: `experts.down_proj`."""
+    if module.endswith(("]", ".weight")):  # of a parameter
+        return ".".join(stacked_name(module).split(".")[-2:])
     return module.rpartition(".")[2]
 
 
@@ -150,7 +157,18 @@ def _by_kind(stats: list[ModuleStats]) -> dict[str, list[ModuleStats]]:
 
 def _table(stats: list[ModuleStats]) -> Table:
     shares = [f"{share:.0%}" for share in ENERGY_SHARES]
-    table = Table("", "modules", "rank", "|ΔW|", "|ΔW|/|W|", "most in", "eff. rank", *shares, box=None)
+    width = max(len(_kind(module.module)) for module in stats)
+    table = Table(
+        Column(min_width=width, no_wrap=True),
+        "modules",
+        "rank",
+        "|ΔW|",
+        "|ΔW|/|W|",
+        "most in",
+        "eff. rank",
+        *shares,
+        box=None,
+    )
     for kind, group in _by_kind(stats).items():
         largest = max(group, key=lambda module: module.relative or module.norm)
         relative = [module.relative for module in group if module.relative is not None]
@@ -258,6 +276,12 @@ def combine(
     _check_combinable(adapters)
     if method == "concat" and rank is not None:
         raise LoraError("--rank has no effect with --method concat", hint="write --method svd, or remove it")
+    wrappers = adapters[0].wrappers
+    if any(adapter.wrappers != wrappers for adapter in adapters):
+        raise LoraError(
+            "combine: the adapters adapt different expert weights, which PEFT cannot nest into one adapter",
+            hint="merge the adapters one after the other with lora merge",
+        )
     exact = low_rank.concatenate_factors(adapters, weights)
     max_rank = rank or max(factors.rank for adapter in adapters for factors in adapter.factors.values())
     match method:
@@ -312,9 +336,10 @@ def _write_adapter(factors: dict[str, LowRankFactors], like: LoraWeights, out: P
     if out.resolve() == like.folder.resolve():
         raise LoraError(f"--out {out} is an input", hint="name another folder")
     factors = {module: each for module, each in factors.items() if each.rank}
-    config: LoraConfig = low_rank.lora_config_for(factors, like.config)
+    wrappers = like.wrappers
+    config: LoraConfig = low_rank.lora_config_for(factors, like.config, parameters=wrappers)
     with atomic.folder(out, replace=force) as partial:
-        tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors), **like.other_tensors}
+        tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))
         for name in COPIED_FILES:

@@ -69,7 +69,7 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     if source is not None and not source.config.is_prompt_learning:  # whose tensors are computed, not stored
         continue_adapter.check_fits(adapted, source)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable)]:
+    for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable, recipe.adapter)]:
         console.out.print(line)
     plan = memory.plan_memory(
         inputs.base.skeleton(),  # the other one has the adapter's layers now

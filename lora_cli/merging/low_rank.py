@@ -5,7 +5,7 @@ QR decompositions B = Q₁R₁ and Aᵀ = Q₂R₂ give ΔW = Q₁(R₁R₂ᵀ)Q
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.errors import LoraError
+from lora_cli.merging import expert_factors
 from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
@@ -56,15 +57,16 @@ class LoraWeights(NamedTuple):
 
     folder: Path
     config: LoraConfig
-    factors: dict[str, LowRankFactors]  # by the module's name in the base
+    factors: dict[str, LowRankFactors]  # by the module's name in the base; `NAME[3]` for expert 3 of a stacked weight
     other_tensors: dict[str, Tensor]  # by PEFT's name: modules_to_save, biases, trained tokens, DoRA magnitudes
+    wrappers: dict[str, str]  # PEFT's name of the layer over each adapted parameter (stacked experts), by full name
 
 
 def read_lora(folder: Path) -> LoraWeights:
     """Read the LoRA adapter in `folder`; its factors become fp64.
 
     Raises:
-        LoraError: the adapter is not LoRA, or it adapts the stacked weights of experts.
+        LoraError: the adapter is not LoRA, or its file does not fit its configuration.
     """
     config = read_adapter_config(folder)
     if type(config) is not LoraConfig:
@@ -72,33 +74,52 @@ def read_lora(folder: Path) -> LoraWeights:
             f"{folder} is {str(config.peft_type.value).lower()}, which has no factors A and B",
             hint="use a LoRA adapter",
         )
-    if config.target_parameters:
-        raise LoraError(
-            f"{folder} adapts stacked expert weights ({config.target_parameters[0]}), which have factors per expert",
-            hint="use an adapter of linear layers and embeddings",
-        )
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     other_tensors = {}
     for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
-        match = FACTOR_NAME.fullmatch(name.replace(".base_layer.", "."))
+        match = FACTOR_NAME.fullmatch(name)
         if match is None:
             other_tensors[name] = tensor
             continue
         tensors_by_module.setdefault(match["module"], {})[match["factor"]] = tensor.double()
         if match["embedding"]:
             embeddings.add(match["module"])
-    factors = {}
-    for module, tensors in sorted(tensors_by_module.items(), key=lambda each: _natural_sort_key(each[0])):
+    factors: dict[str, LowRankFactors] = {}
+    wrappers = {}
+    targets = sorted(config.target_parameters or ())
+    for wrapper, tensors in sorted(tensors_by_module.items(), key=lambda each: _natural_sort_key(each[0])):
         a, b = tensors["A"], tensors["B"]
-        root = _scale(config, module, len(a)) ** 0.5
-        factors[module] = LowRankFactors(a * root, b * root, module in embeddings)
-    return LoraWeights(folder, config, factors, other_tensors)
+        parameter = expert_factors.parameter_of(wrapper, tensors_by_module, targets) if targets else None
+        if parameter is None:
+            module = wrapper.replace(expert_factors.WRAPPED, "")
+            root = _scale(config, module, len(a)) ** 0.5
+            factors[module] = LowRankFactors(a * root, b * root, wrapper in embeddings)
+            continue
+        rank = _rank(config, parameter)
+        if len(a) % rank or len(a) != b.shape[1]:
+            raise LoraError(
+                f"{folder}: {parameter} has factors of {len(a)} rows, which rank {rank} does not divide",
+                hint="adapter_config.json and adapter_model.safetensors do not belong together",
+            )
+        wrappers[parameter] = wrapper
+        root = _scale(config, parameter, rank) ** 0.5
+        pairs = expert_factors.unstack(a * root, b * root, rank)
+        for expert, (own_a, own_b) in enumerate(pairs):
+            name = expert_factors.expert_name(parameter, expert) if len(pairs) > 1 else parameter
+            factors[name] = LowRankFactors(own_a, own_b, is_embedding=False)
+    return LoraWeights(folder, config, factors, other_tensors, wrappers)
 
 
 def _natural_sort_key(module: str) -> list[tuple[bool, int, str]]:
     """Return a key that sorts layer 2 before layer 10, unlike the order of names in the file."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in module.split(".")]
+
+
+def _rank(config: LoraConfig, module: str) -> int:
+    """Return the rank of a module by the configuration."""
+    patterns = config.rank_pattern or {}
+    return int(patterns.get(get_pattern_key(patterns.keys(), module), config.r))
 
 
 def _scale(config: LoraConfig, module: str, rank: int) -> float:
@@ -233,26 +254,44 @@ def factorize(updates: Mapping[str, Tensor], rank: int, embeddings: Mapping[str,
     return factors
 
 
-def lora_config_for(factors: Mapping[str, LowRankFactors], like: LoraConfig) -> LoraConfig:
-    """Return a LoraConfig for these factors, based on `like`; alpha equals the rank, so that the scale is 1."""
-    ranks = {module: each.rank for module, each in factors.items()}
+def lora_config_for(
+    factors: Mapping[str, LowRankFactors], like: LoraConfig, *, parameters: Collection[str] = ()
+) -> LoraConfig:
+    """Return a LoraConfig for these factors, based on `like`; alpha equals the rank, so that the scale is 1.
+
+    `parameters` are the full names of adapted parameters; all other names are modules.
+    """
+    groups = expert_factors.group_experts(factors)
+    ranks = {name: max(factors[each].rank for each in group) for name, group in groups.items()}
     max_rank = max(ranks.values())
-    lower_ranks = {module: rank for module, rank in ranks.items() if rank != max_rank}
+    lower_ranks = {name: rank for name, rank in ranks.items() if rank != max_rank}
     config: LoraConfig = LoraConfig.from_peft_type(**like.to_dict())
     config.r = config.lora_alpha = max_rank
     config.use_rslora = False
     config.rank_pattern, config.alpha_pattern = dict(lower_ranks), dict(lower_ranks)
-    config.target_modules = sorted(factors)
+    config.target_modules = sorted(groups.keys() - set(parameters))
+    config.target_parameters = sorted(groups.keys() & set(parameters)) or None
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.init_lora_weights = True
     return config
 
 
-def to_peft_tensors(factors: Mapping[str, LowRankFactors]) -> dict[str, Tensor]:
-    """Return the factors as tensors of a PEFT adapter file, fp32 A [rank, in] and B [out, rank], by PEFT's names."""
+def to_peft_tensors(
+    factors: Mapping[str, LowRankFactors], wrappers: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Return the factors as tensors of a PEFT adapter file, fp32, by PEFT's names.
+
+    These are A [rank, in] and B [out, rank] of a module, and A [experts·rank, in] and B [out, rank·experts] of the
+    stacked weight of experts. `wrappers` are PEFT's names of the layers over adapted parameters, by full name.
+    """
     tensors = {}
-    for module, each in factors.items():
-        for letter, factor in (("A", each.a), ("B", each.b)):
-            name = f"lora_embedding_{letter}" if each.is_embedding else f"lora_{letter}.weight"
-            tensors[f"{PREFIX}{module}.{name}"] = factor.float().contiguous()
+    for name, group in expert_factors.group_experts(factors).items():
+        first = factors[group[0]]
+        if len(group) > 1:
+            a, b = expert_factors.stack([(factors[each].a, factors[each].b) for each in group])
+        else:
+            a, b = first.a, first.b
+        for letter, factor in (("A", a), ("B", b)):
+            last = f"lora_embedding_{letter}" if first.is_embedding else f"lora_{letter}.weight"
+            tensors[f"{PREFIX}{(wrappers or {}).get(name, name)}.{last}"] = factor.float().contiguous()
     return tensors

@@ -210,6 +210,10 @@ class _MergeJobs:
         for name, value in self.plan.deltas.replaced.items():
             if name in self.plan.output_keys:
                 add([self.plan.output_keys[name]], partial(self._replace, name, value))
+        for name in self.transforms:  # parameters that only change by quantization, from several tensors each
+            keys = self._keys(name) if self.plan.mapping.is_joined(name) else []
+            if keys and done.isdisjoint(keys):
+                add(keys, partial(self._transform_joined, name))
         names_by_key = {key: name for name, key in self.plan.base_keys.items()}
         for key, target in self.outputs.items():
             if key not in done:
@@ -256,6 +260,10 @@ class _MergeJobs:
 
     def _transform(self, name: str, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
         self.files.write(self.transforms[name](self.files.read(source)), target)
+        return []
+
+    def _transform_joined(self, name: str) -> list[MergedTensor]:
+        self._write(name, self._read(name))
         return []
 
     def _read(self, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import init_adapter, target_modules
+from lora_cli.model import expert_targets, experts, init_adapter, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.peft_config import METHODS
@@ -43,6 +43,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
     targets = Targets([])
     if "target_modules" in facts.options and spec.target_modules is not None:
         targets = target_modules.resolve_target_modules(model, spec, heads=heads)
+    if targets.parameters:
+        spec = spec.model_copy(update={"dropout": expert_targets.expert_dropout(spec)})
     tokens = _token_ids(spec.trainable_tokens or (), context)
     targets = targets._replace(tokens=target_modules.resolve_trainable_tokens(model, tokens, modules_to_save=heads))
     _check_trainable(model, heads)
@@ -57,13 +59,12 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
     torch.manual_seed(seed)
     try:
         # fp32 master weights: AdamW's small updates would be rounded away in bf16.
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
+        with experts.placeholders(model):
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError) as reason:
         first = _first_line(str(reason)) or type(reason).__name__
         hint = OTHER_TARGETS
-        if "lora_dropout" in first:  # experts whose weights are one parameter
-            hint = "set adapter.dropout: 0, or choose other adapter.target_modules"
-        elif "Mamba" in first:  # its kernels multiply with the weights directly and bypass the adapter
+        if "Mamba" in first:  # its kernels multiply with the weights directly and bypass the adapter
             hint = "leave it out: adapter.exclude_modules: [out_proj, conv1d]"
         raise LoraError(f"adapter: PEFT rejects it: {first}", hint=hint) from reason
     target_modules.check_patterns(spec, adapted_layers(adapted))
@@ -209,18 +210,34 @@ def _token_ids(tokens: Sequence[str], context: AdapterContext) -> list[int]:
 
 
 def adapted_layers(model: PeftModel) -> dict[str, int]:
-    """Return the trainable parameters of each layer that carries the adapter, by its full name in the base model."""
+    """Return the trainable parameters of each layer that carries the adapter, by its full name in the base model.
+
+    A stacked weight of experts counts as a layer, with the full name of the parameter.
+    """
     counts: Counter[str] = Counter()
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, BaseTunerLayer):
-            # Experts with two adapted parameters are a wrapper in a wrapper: one layer, each parameter counted once.
+            # Experts with two adapted parameters are a wrapper in a wrapper: each parameter counted once.
             inner = (m for m in module.modules() if m is not module and isinstance(m, BaseTunerLayer))
             others = {id(p) for m in inner for p in m.parameters()}
             own = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) not in others)
-            counts[re.sub(r"(\.base_layer)+$", "", name)] += own
+            layer = re.sub(r"(\.base_layer)+$", "", name)
+            counts[f"{layer}.{module.parameter_name}" if hasattr(module, "parameter_name") else layer] += own
     return dict(counts)
 
 
 def coverage(model: PeftModel, layers: dict[str, nn.Module]) -> list[target_modules.Coverage]:
-    """Return how much of each kind of the base's linear `layers` (listed before `attach`) carries the adapter."""
-    return target_modules.coverage(layers, adapted_layers(model))
+    """Return how much of each kind of layer carries the adapter.
+
+    Args:
+        model: with the adapter.
+        layers: the linear layers of the base by full name, listed before `attach`; experts and routers are added.
+    """
+    base = model.get_base_model()
+    stacked = experts.expert_weights(base)
+    kinds = {name: name.rpartition(".")[2] for name in layers}
+    kinds |= {name: ".".join(name.split(".")[-2:]) for name in stacked}
+    kinds |= {
+        name: f"{name.removesuffix('.weight').rpartition('.')[2]} (router)" for name in experts.router_names(base)
+    }
+    return target_modules.coverage(kinds, adapted_layers(model), {name: w.shape[0] for name, w in stacked.items()})

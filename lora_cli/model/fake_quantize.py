@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from lora_cli.model.quantize import bnb_config
+from lora_cli.model.quantize_experts import packable_weights
 from lora_cli.recipe.schema import QuantizationSpec
 
 
@@ -20,17 +21,19 @@ def quantized_weights(skeleton: PreTrainedModel, spec: QuantizationSpec) -> dict
     `skeleton` is on the meta device. Do not use it afterwards: its linear layers are replaced.
     """
     transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+    stacked = packable_weights(skeleton) if spec.bits == 4 else []
     quantizer = AutoHfQuantizer.from_config(bnb_config(spec))
     quantizer.preprocess_model(model=skeleton, device_map={"": "cpu"})
     layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     quantized = (name for name, module in skeleton.named_modules() if isinstance(module, layers))
-    return {f"{name}.weight": name in transposed for name in quantized}
+    return {f"{name}.weight": name in transposed for name in quantized} | dict.fromkeys(stacked, False)
 
 
 def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, transposed: bool) -> Callable[[Tensor], Tensor]:
     """Return a function from a stored weight to the weight that training computed with.
 
-    The function takes a 2-D floating-point weight of any dtype, and returns the same shape in `dtype`.
+    The function takes a floating-point weight of any dtype, 2-D or of stacked experts (3-D), and returns the same shape
+    in `dtype`.
 
     Args:
         spec: the recipe's quantization section.

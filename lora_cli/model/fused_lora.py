@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.integrations.gguf.utils import GgufLinear
 
+from lora_cli.model.experts_lora import experts_layer
 from lora_cli.model.gguf_base import PackedLora
 
 
@@ -52,12 +53,13 @@ class FusedLora4bit(LoraLinear4bit):  # type: ignore[misc]  # PEFT has no types
 
 
 def register_custom_layers(config: LoraConfig) -> None:
-    """Have PEFT use our LoRA layers: those over packed GGUF layers, which PEFT does not support, and the fused ones.
+    """Have PEFT use our LoRA layers: those over packed GGUF layers and packed experts, which PEFT does not support, and
+    the fused ones.
 
     Call it before an adapter is attached or loaded with `config`. PEFT marks the hook as experimental.
     """
     # The order counts: the first entry whose type fits a layer is used.
-    config._register_custom_module({GgufLinear: PackedLora, nn.Linear: _fused_layer})
+    config._register_custom_module({GgufLinear: PackedLora, nn.Linear: _fused_layer, nn.Module: experts_layer})
 
 
 def _fused_layer(
@@ -168,7 +170,13 @@ class FusedLoraFunction(torch.autograd.Function):
             dropped: int64 positions in the flattened x that are zeroed for the adapter, or None.
         """
         flat, w = x.reshape(-1, x.shape[-1]), weight()
-        y = nn.functional.linear(flat, w, bias)
+        # The result is no view of another tensor: models may add to it in place, which autograd forbids on a view.
+        result = x.new_empty(*x.shape[:-1], w.shape[0])
+        y = result.view(-1, w.shape[0])
+        if bias is None:
+            torch.mm(flat, w.T, out=y)
+        else:
+            torch.addmm(bias, flat, w.T, out=y)
         masked = _zero_positions(flat, dropped)
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         inner = masked @ a_cast.T
@@ -177,7 +185,7 @@ class FusedLoraFunction(torch.autograd.Function):
         kept = flat if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(kept, a_cast, b_cast, inner, dropped)
         ctx.scale, ctx.a_dtype, ctx.b_dtype, ctx.weight = scale, a.dtype, b.dtype, weight
-        return y.view(*x.shape[:-1], w.shape[0])
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lora_cli.errors import LoraError
 from lora_cli.model import adalora
 from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.experts import placeholders
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 
@@ -76,12 +77,13 @@ def load_adapter(
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     base_keys = {PREFIX + key for key, _ in inner.named_parameters(remove_duplicate=False)}
     try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-            model.load_adapter(str(folder), adapter_name=name)
-            adapted = model
-        else:
-            adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
+        with placeholders(inner):
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                model.load_adapter(str(folder), adapter_name=name)
+                adapted = model
+            else:
+                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
     except (ValueError, RuntimeError) as reason:
         raise LoraError(f"{folder} does not fit {base}: {_first_mismatch(reason)}", hint=WRONG_BASE_HINT) from reason
     adalora.restore_fp32_tensors(adapted, load_file(folder / ADAPTER_WEIGHTS), name=name)

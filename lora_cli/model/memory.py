@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lora_cli.model.experts import expert_weights, is_packable
 from lora_cli.model.target_modules import linear_layers
 from lora_cli.recipe.schema import QuantizationSpec
 
@@ -68,12 +69,13 @@ def plan_memory(
     per_layer = 2 * 4 * hidden + itemsize * (7 * hidden + 4 * intermediate)
     if on_cpu:  # attention saves the probabilities of short rows, see model/packed_attention.py
         per_layer += itemsize * heads * min(longest, 320)
+    per_layer += itemsize * _expert_values(model, config)
     saved = itemsize * hidden * layers + per_layer if checkpointing else per_layer * layers
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return MemoryPlan(
         weights=_weight_bytes(model, dtype, quantization),
         adapter=trainable * (4 + 4) + (8 * trainable if optimizer_bytes is None else optimizer_bytes),
-        activations=saved * tokens,
+        activations=saved * tokens + _dense_expert_bytes(model, itemsize),
         logits=vocabulary * LOGITS_BYTES_PER_ID,
         process=PROCESS_BYTES if on_cpu else 0,
     )
@@ -83,11 +85,47 @@ def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype, quantization: Quan
     total: int = sum(p.numel() for p in model.parameters())
     if quantization is None:
         return total * int(dtype.itemsize)
-    quantized: int = sum(m.weight.numel() for m in linear_layers(model).values() if isinstance(m, nn.Linear))
+    quantized = sum(quantized_sizes(model, quantization).values())
     # Scales: one fp32 per 64 weights, or about 0.127 bits per weight if they are quantized too (QLoRA, section 3).
     scales = 0.127 / 8 if quantization.double_quant else 4 / 64
     per_weight = 1.0 if quantization.bits == 8 else 0.5 + scales
     return int(quantized * per_weight) + (total - quantized) * int(dtype.itemsize)
+
+
+def quantized_sizes(model: PreTrainedModel, quantization: QuantizationSpec) -> dict[str, int]:
+    """Return the number of weights of each parameter that loading with `quantization` quantizes, by full name.
+
+    These are the linear layers without the output head, and with 4 bits the stacked weights of experts.
+    """
+    layers = linear_layers(model).items()
+    sizes = {f"{name}.weight": layer.weight.numel() for name, layer in layers if isinstance(layer, nn.Linear)}
+    if quantization.bits == 4:
+        weights = expert_weights(model).items()
+        sizes |= {name: weight.shape.numel() for name, weight in weights if is_packable(weight.shape)}
+    return sizes
+
+
+def _expert_values(model: PreTrainedModel, config: PretrainedConfig) -> int:
+    """Return the values that the experts of one layer save for each token, in addition to those of a dense MLP.
+
+    Each of the k experts of a token saves a copy of its input and its output (2h), and four times the values between
+    its two products (4i), as the dense MLP does that the estimate counts already.
+    """
+    if not expert_weights(model):
+        return 0
+    k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    dense: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner: int = getattr(config, "moe_intermediate_size", None) or dense
+    return max(0, int(k) * (2 * int(config.hidden_size) + 4 * inner) - 4 * dense)
+
+
+def _dense_expert_bytes(model: PreTrainedModel, itemsize: int) -> int:
+    """Return the bytes of W + scale·BA in fp32 and in the compute dtype, and of its gradient.
+
+    Only experts with a forward function of their own need them, one layer at a time: see `experts_lora.py`.
+    """
+    own = [w.shape.numel() for w in expert_weights(model).values() if not hasattr(w.module, "has_gate")]
+    return max(own, default=0) * (4 + 4 + 2 * itemsize)
 
 
 def available_memory(device: torch.device) -> int:

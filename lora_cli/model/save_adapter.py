@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, fp32_weights
+from lora_cli.model import adalora, experts, fp32_weights
 from lora_cli.model.fused_lora import register_custom_layers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -108,7 +108,9 @@ def compare_reloaded(model: PeftModel, folder: Path, logits: Callable[[PeftModel
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
         register_custom_layers(config)
-    reloaded = PeftModel.from_pretrained(_unwrap_base(model), str(folder), config=config)
+    base = _unwrap_base(model)
+    with experts.placeholders(base):
+        reloaded = PeftModel.from_pretrained(base, str(folder), config=config)
     adalora.restore_fp32_tensors(reloaded, load_file(folder / ADAPTER_WEIGHTS))
     fp32_weights.upcast_trainable_params(reloaded)
     loaded = adapter_tensors(reloaded)

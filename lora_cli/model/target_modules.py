@@ -13,6 +13,8 @@ from transformers.integrations.gguf.utils import GgufLinear
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import LoraError
+from lora_cli.model import expert_targets
+from lora_cli.model.experts import expert_weights, routers
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import AdapterSpec
 
@@ -27,6 +29,7 @@ class Coverage(NamedTuple):
     matched: int  # layers of this kind with an adapter
     layers: int  # layers of this kind
     parameters: int  # trainable ones in all of them
+    experts: int = 0  # experts that one of these layers stacks; 0 for other layers
 
 
 class Targets(NamedTuple):
@@ -38,9 +41,9 @@ class Targets(NamedTuple):
 
 
 def linear_layers(model: PreTrainedModel, heads: Iterable[str] = ()) -> dict[str, nn.Module]:
-    """Return the linear layers by full name, as PEFT's `all-linear`: without the output head, and without `heads`."""
+    """Return the linear layers by full name, without the output head, `heads`, and the routers of experts."""
     head = model.get_output_embeddings()
-    excluded = tuple(heads)
+    excluded = (*heads, *routers(model))
     return {
         name: module
         for name, module in model.named_modules()
@@ -63,10 +66,16 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         LoraError: a name or regex matches no layer, or without `layers` matches only some of the layers whose names
             differ only in their numbers. The hint lists the model's linear layers.
     """
-    linear, experts = linear_layers(model, heads), expert_parameters(model)
-    layer_hint = f"its linear layers are: {_kinds([*linear, *experts])}"
+    linear = linear_layers(model, heads)
+    experts, router_weights = expert_targets.adaptable(model, spec)
+    parameters = [*experts, *router_weights]
+    layer_hint = f"its linear layers are: {_kinds([*linear, *parameters])}"
     requested = spec.target_modules
     assert requested is not None, "a method with targets has a default for them"
+    narrowed = spec.layers is not None or spec.exclude_modules is not None
+    # By the names alone, PEFT leaves out the experts of some families, and adapts the routers of others.
+    misread = expert_targets.misread_names(model, spec)
+    moe = bool(expert_weights(model) or misread)
     if requested == ALL_LINEAR:
         names = [*linear, *experts]
         if not names:
@@ -75,43 +84,51 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         # The keyword all-linear keeps adapter_config.json short. But PEFT does not expand it to packed layers, and
         # expands it to linear layers inside fully trained modules too.
         linear_inside_heads = len(linear_layers(model)) > len(linear)
-        if spec.layers is None and spec.exclude_modules is None and not packed and not linear_inside_heads:
+        if not (narrowed or packed or linear_inside_heads or moe):
             return Targets(ALL_LINEAR)
-        return _by_full_name(_select(spec, names, layer_hint), experts)
-    names = [name for name, _ in model.named_modules() if name and not _is_inside(name, heads)] + experts
-    candidates = _select(spec, names, layer_hint)
+        selected = expert_targets.without_misread(_select(spec, names, parameters, layer_hint), parameters, misread)
+        return _by_full_name(selected, parameters)
+    modules = [name for name, _ in model.named_modules() if name and not _is_inside(name, heads)]
+    names = [name for name in modules if f"{name}.weight" not in router_weights] + parameters
+    candidates = _select(spec, names, parameters, layer_hint)
     regex = _is_regex(requested)
-    matches = {entry: _matching(entry, candidates, regex=regex) for entry in _entries(requested)}
+    entries = _entries(requested)
+    if not regex:
+        expert_targets.check_method(entries, model, spec, linear)
+        entries = expert_targets.expand_names(entries, parameters, linear)
+    matches = {entry: _matching(entry, candidates, regex=regex) for entry in entries}
     if unmatched := [entry for entry, names_of_entry in matches.items() if not names_of_entry]:
         raise _no_match(unmatched, linear, regex=regex, hint=layer_hint)
     matched = [name for name in candidates if any(name in names_of_entry for names_of_entry in matches.values())]
     if spec.source is None:  # an adapter that training goes on from may list the layers that `layers` selected
         _check_all_layers_match(matched, [name for name in candidates if name in linear or name in experts], layer_hint)
     inside_heads = [name for name, _ in model.named_modules() if name and _is_inside(name, heads)]
-    ambiguous = any(_matching(entry, inside_heads, regex=regex) for entry in _entries(requested))
-    narrowed = spec.layers is not None or spec.exclude_modules is not None
-    if narrowed or ambiguous or any(name in experts for name in matched):
-        return _by_full_name(matched, experts)
+    ambiguous = any(_matching(entry, inside_heads, regex=regex) for entry in entries)
+    if narrowed or ambiguous or moe:
+        return _by_full_name(expert_targets.without_misread(matched, parameters, misread), parameters)
     return Targets(requested if isinstance(requested, str) and regex else list(matches))
 
 
 def describe_linear_layers(model: PreTrainedModel) -> str:
     """Return a hint that lists the kinds of linear layers of the model."""
-    return f"its linear layers are: {_kinds([*linear_layers(model), *expert_parameters(model)])}"
+    return f"its linear layers are: {_kinds([*linear_layers(model), *expert_weights(model)])}"
 
 
 def _entries(patterns: str | Sequence[str]) -> Sequence[str]:
     return [patterns] if isinstance(patterns, str) else patterns
 
 
-def _by_full_name(names: Sequence[str], experts: Sequence[str]) -> Targets:
+def _by_full_name(names: Sequence[str], parameters: Sequence[str]) -> Targets:
     """Return targets that list every layer by its full name, which all of PEFT's methods match in the same way."""
-    return Targets([n for n in names if n not in experts], tuple(n for n in names if n in experts))
+    return Targets([n for n in names if n not in parameters], tuple(n for n in names if n in parameters))
 
 
-def _select(spec: AdapterSpec, names: Sequence[str], hint: str) -> list[str]:
-    """Return the `names` that `exclude_modules` and `layers` leave."""
-    selected = _exclude(spec.exclude_modules, names, hint=hint)
+def _select(spec: AdapterSpec, names: Sequence[str], parameters: Sequence[str], hint: str) -> list[str]:
+    """Return the `names` that `exclude_modules` and `layers` leave; `parameters` are those of experts and routers."""
+    excluded = spec.exclude_modules
+    if isinstance(excluded, list):
+        excluded = expert_targets.expand_names(excluded, parameters)
+    selected = _exclude(excluded, names, hint=hint)
     if spec.layers is not None:
         selected = _in_layers(spec.layers, selected)
     if not selected:
@@ -150,11 +167,6 @@ def resolve_trainable_tokens(
             hint=f"train both fully: adapter.modules_to_save: [{names[id(embeddings)]}, {names[id(head)]}]",
         )
     return {names[id(embeddings)]: ids, names[id(head)]: ids}
-
-
-def expert_parameters(model: PreTrainedModel) -> list[str]:
-    """Return the full names of parameters that stack the weights of all experts of a layer."""
-    return [name for name, parameter in model.named_parameters() if parameter.ndim > 2 and "experts" in name]
 
 
 def _is_regex(patterns: str | Sequence[str]) -> bool:
@@ -298,15 +310,18 @@ def _children(model: PreTrainedModel) -> list[str]:
     return [*inner, *(name for name, _ in model.named_children())]
 
 
-def coverage(layers: Mapping[str, nn.Module], adapted: Mapping[str, int]) -> list[Coverage]:
-    """Count for each kind of layer how many of `layers` have an adapter, most trainable parameters first.
+def coverage(kinds: Mapping[str, str], adapted: Mapping[str, int], experts: Mapping[str, int]) -> list[Coverage]:
+    """Count for each kind of layer how many layers have an adapter, most trainable parameters first.
 
-    `adapted` maps the full name of a layer with an adapter to its number of trainable parameters.
+    Args:
+        kinds: the kind of each layer that could have an adapter, by full name.
+        adapted: trainable parameters of each layer with an adapter, by full name.
+        experts: number of experts of each stacked weight, by full name.
     """
-    total = Counter(name.rpartition(".")[2] for name in layers)
-    matched = Counter(name.rpartition(".")[2] for name in adapted)
-    parameters: Counter[str] = Counter()
+    kinds = {**{name: name.rpartition(".")[2] for name in adapted}, **kinds}
+    total, matched, parameters = Counter(kinds.values()), Counter(kinds[name] for name in adapted), Counter[str]()
     for name, count in adapted.items():
-        parameters[name.rpartition(".")[2]] += count
-    kinds = sorted(total | matched, key=lambda kind: (-parameters[kind], kind))
-    return [Coverage(kind, matched[kind], max(total[kind], matched[kind]), parameters[kind]) for kind in kinds]
+        parameters[kinds[name]] += count
+    stacked = {kinds[name]: count for name, count in experts.items()}
+    order = sorted(total, key=lambda kind: (-parameters[kind], kind))
+    return [Coverage(kind, matched[kind], total[kind], parameters[kind], stacked.get(kind, 0)) for kind in order]

@@ -39,6 +39,8 @@ class MethodFacts(NamedTuple):
     tasks: tuple[TaskName, ...] = EVERY_TASK
     supports_packing: bool = True
     mergeable: bool = True  # into the weights of the base
+    lora_config: bool = False  # whether it is PEFT's LoraConfig
+    adapts_experts: bool = False  # whether it can adapt the stacked weights of experts, which are no linear layers
 
 
 TARGET_OPTIONS: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": None, "layers": None}
@@ -64,47 +66,64 @@ INIT_FROM_FULL_WEIGHTS = "it is initialized from unquantized weights; loftq is t
 FULL_WEIGHTS_ONLY = "PEFT supports it on unquantized weights only"
 
 METHOD_FACTS: dict[MethodName, MethodFacts] = {
-    "lora": MethodFacts("low-rank update: W + alpha/rank·BA (arXiv:2106.09685)", LORA_OPTIONS),
+    "lora": MethodFacts(
+        "low-rank update: W + alpha/rank·BA (arXiv:2106.09685)", LORA_OPTIONS, lora_config=True, adapts_experts=True
+    ),
     "rslora": MethodFacts(
-        "LoRA scaled by alpha/sqrt(rank), so that large ranks still train well (arXiv:2312.03732)", LORA_OPTIONS
+        "LoRA scaled by alpha/sqrt(rank), so that large ranks still train well (arXiv:2312.03732)",
+        LORA_OPTIONS,
+        lora_config=True,
+        adapts_experts=True,
     ),
     "dora": MethodFacts(
-        "LoRA on the direction of W, with a separately trained magnitude (arXiv:2402.09353)", LORA_OPTIONS, bits=(4,)
+        "LoRA on the direction of W, with a separately trained magnitude (arXiv:2402.09353)",
+        LORA_OPTIONS,
+        bits=(4,),
+        lora_config=True,
     ),
     "lora+": MethodFacts(
         "LoRA with a learning rate for B of lr_ratio times that of A (arXiv:2402.12354)",
         {**LORA_OPTIONS, "lr_ratio": 16.0},
+        lora_config=True,
+        adapts_experts=True,
     ),
     "scaled": MethodFacts(
-        "LoRA with a trained factor s for each output row: W + diag(s)·BA; s is saved merged into B", LORA_OPTIONS
+        "LoRA with a trained factor s for each output row: W + diag(s)·BA; s is saved merged into B",
+        LORA_OPTIONS,
+        lora_config=True,
     ),
     "pissa": MethodFacts(
         "LoRA with A and B initialized to the principal components of W (arXiv:2404.02948)",
         WEIGHT_INIT_OPTIONS,
         bits=(),
         no_quantization_reason=INIT_FROM_FULL_WEIGHTS,
+        lora_config=True,
     ),
     "olora": MethodFacts(
         "LoRA with A and B initialized from the QR decomposition of W (arXiv:2406.01775)",
         WEIGHT_INIT_OPTIONS,
         bits=(),
         no_quantization_reason=INIT_FROM_FULL_WEIGHTS,
+        lora_config=True,
     ),
     "corda": MethodFacts(
         "LoRA with A and B initialized to the components of W most important for the training rows (arXiv:2406.05223)",
         WEIGHT_INIT_OPTIONS,
         bits=(),
         no_quantization_reason=INIT_FROM_FULL_WEIGHTS,
+        lora_config=True,
     ),
     "eva": MethodFacts(
         "LoRA with A initialized to the principal components of the layer inputs on training rows (arXiv:2410.07170)",
         {key: value for key, value in WEIGHT_INIT_OPTIONS.items() if key not in ("rank_pattern", "alpha_pattern")},
+        lora_config=True,
     ),
     "loftq": MethodFacts(
         "LoRA with A and B initialized to the best low-rank fit of the quantization error (arXiv:2310.08659)",
         WEIGHT_INIT_OPTIONS,
         bits=(4,),
         needs_bits=4,
+        lora_config=True,
     ),
     "adalora": MethodFacts(
         "LoRA that starts at rank and drops the least important components to a mean of final_rank (arXiv:2303.10512)",

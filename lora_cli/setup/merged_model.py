@@ -221,8 +221,9 @@ def _check_retained(merged: list[MergedTensor], plan: MergePlan) -> None:
 
 def _report(merged: list[MergedTensor], plan: MergePlan, seconds: float) -> list[str]:
     worst = min(merged, key=lambda tensor: tensor.retained)
+    changed = sum(len(plan.mapping.parts[t.name]) if plan.mapping.is_joined(t.name) else 1 for t in merged)
     lines = [
-        f"{len(merged):,} of {len(plan.tensors):,} tensors changed, in {seconds:.2f} s; rounding to "
+        f"{changed:,} of {len(plan.tensors):,} tensors changed, in {seconds:.2f} s; rounding to "
         f"{plan.dtype_name(worst.name)} keeps at least {worst.retained:.1%} of each update ({worst.name})"
     ]
     if plan.untied:

@@ -10,7 +10,15 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, continue_adapter, memory, select_attention, target_modules
+from lora_cli.model import (
+    attach_adapter,
+    continue_adapter,
+    expert_targets,
+    memory,
+    quantization_report,
+    select_attention,
+    target_modules,
+)
 from lora_cli.model.adapter_context import AdapterContext, StateDict
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.continue_adapter import SourceAdapter
@@ -18,7 +26,7 @@ from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
 from lora_cli.model.trained_on import Origin
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.training.model_card import redact_path
@@ -131,7 +139,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     if recipe.training.optimizer == "auto":
         info(f"optimizer: {optimizer} (auto)")
     trainable = _count_trainable(model)
-    for line in coverage_table(model, layers, trainable):
+    for line in coverage_table(model, layers, trainable, recipe.adapter):
         info(line)
     optimizer_bytes = state_bytes(optimizer, trained_shapes(model))
     if _use_gradient_checkpointing(recipe, inputs, base, trainable, optimizer_bytes, plan.max_tokens, info):
@@ -219,18 +227,17 @@ def resolve_optimizer(recipe: Recipe, inputs: RunInputs) -> str:
 
 def describe_quantization(recipe: Recipe, inputs: RunInputs) -> list[str]:
     """Return lines on how the base's weights are stored in memory; empty if in the dtype of the run."""
-    spec = recipe.quantization
-    if inputs.prequantized is not None:
-        return [f"  its weights were quantized before: {inputs.prequantized.method}"]
-    if spec is None:
+    if recipe.quantization is None and inputs.prequantized is None:
         return []
-    if spec.bits == 8:
-        return ["  its linear layers: int8 (LLM.int8)"]
-    double = ", double quantization" if spec.double_quant else ""
-    return [f"  its linear layers: 4-bit {spec.type}{double}, computed in {spec.compute_dtype}"]
+    base = inputs.base
+    return quantization_report.describe_quantization(
+        base.skeleton(), recipe.quantization, existing=inputs.prequantized, dtype=base.dtype
+    )
 
 
-def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainable: int) -> list[str]:
+def coverage_table(
+    model: PeftModel, layers: dict[str, torch.nn.Module], trainable: int, spec: AdapterSpec
+) -> list[str]:
     """Return lines on the kinds of layers that carry the adapter, and on all other trained parameters."""
     if model.active_peft_config.is_prompt_learning:
         count = model.active_peft_config.num_virtual_tokens
@@ -238,11 +245,14 @@ def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainab
     rows = attach_adapter.coverage(model, layers)
     width = max((len(row.kind) for row in rows), default=0)
     lines = [
-        f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters" for row in rows
+        f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters"
+        + (f", {row.experts:,} experts each" if row.experts else "")
+        for row in rows
     ]
     others = trainable - sum(row.parameters for row in rows)
     if others:
         lines.append(f"  {others:,} other trainable parameters (heads, token embeddings, biases, vectors)")
+    lines += expert_targets.describe_experts(model, spec)
     return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]
 
 

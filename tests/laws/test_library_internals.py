@@ -17,7 +17,7 @@ import pytest
 import transformers
 
 import lora_cli
-from tests.support import library_checks, peft_checks
+from tests.support import library_checks, moe_checks, peft_checks
 
 ROOT = Path(lora_cli.__file__).parent
 SOURCES = {str(file.relative_to(ROOT)): file.read_text() for file in sorted(ROOT.rglob("*.py"))}
@@ -38,16 +38,26 @@ PRIVATE: dict[str, Use] = {
         library_checks.attention_name,
     ),
     "_can_set_experts_implementation": Use("export/onnx/model.py", library_checks.experts_models),
-    "_is_stateful": Use("export/onnx/model.py", library_checks.stateful_models),
+    "_is_stateful": Use("export/onnx/model.py model/packing_support.py", library_checks.stateful_models),
+    "_apply_gate": Use("model/experts_lora.py", moe_checks.experts_module),
+    "_process_model_after_weight_loading": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
+    "_process_model_before_weight_loading": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
     "_unpack_matmul": Use("model/gguf_base.py", library_checks.packed_linear),
     "_weight_conversions": Use("model/conversion.py", library_checks.weight_conversion),
     # PEFT
+    "_MODEL_TO_CONVERSION_PATTERN": Use("model/expert_targets.py", moe_checks.names_read_as_experts),
+    "_MOE_FUSED_TARGETS": Use("model/expert_targets.py", moe_checks.names_read_as_experts),
+    "_MOE_TARGET_MODULE_MAPPING": Use("model/expert_targets.py", moe_checks.names_read_as_experts),
+    "_did_swap_in_out_features": Use("model/experts_lora.py", moe_checks.parameter_layer),
     "_register_custom_module": Use("model/fused_lora.py", peft_checks.custom_layers),
     # datasets
     "_fingerprint": Use("data/sources.py", library_checks.fingerprint),
     # torch
-    "_modules": Use("model/fp32_weights.py", library_checks.module_dictionaries),
-    "_parameters": Use("model/empty_base.py model/fp32_weights.py", library_checks.module_dictionaries),
+    "_modules": Use("model/experts.py model/fp32_weights.py", library_checks.module_dictionaries),
+    "_parameters": Use(
+        "model/empty_base.py model/experts.py model/experts_lora.py model/fp32_weights.py model/quantize_experts.py",
+        library_checks.module_dictionaries,
+    ),
     "_softmax_backward_data": Use("model/packed_attention.py", library_checks.softmax_backward),
 }
 
@@ -68,9 +78,11 @@ IMPORTED: dict[str, Use] = {
     "peft.tuners.lora.config.CordaConfig": Use("model/init_adapter.py", peft_checks.corda_decomposition),
     "peft.tuners.lora.corda.preprocess_corda": Use("model/init_adapter.py", peft_checks.corda_decomposition),
     "peft.tuners.lora.dora.DoraLinearLayer": Use("model/init_adapter.py", peft_checks.dora_variant),
+    "peft.tuners.lora.layer.ParamWrapper": Use("model/experts_lora.py", moe_checks.parameter_layer),
     "peft.tuners.oft.OFTLayer": Use("model/attach_adapter.py", peft_checks.oft_layer),
     "peft.tuners.tuners_utils.BaseTunerLayer": Use(
-        "merging/deltas.py model/attach_adapter.py model/fused_lora.py model/save_adapter.py", peft_checks.lora_layer
+        "merging/deltas.py model/attach_adapter.py model/experts_lora.py model/fused_lora.py model/save_adapter.py",
+        peft_checks.lora_layer,
     ),
     "peft.tuners.tuners_utils.cast_adapter_dtype": Use("model/attach_adapter.py", peft_checks.cast_to_fp32),
     "peft.utils.ModulesToSaveWrapper": Use(
@@ -87,6 +99,15 @@ IMPORTED: dict[str, Use] = {
     "peft.utils.merge_utils.ties": Use("merging/low_rank.py", peft_checks.combined_updates),
     "peft.utils.other.AuxiliaryTrainingWrapper": Use("model/save_adapter.py", peft_checks.modules_to_save_wrapper),
     "peft.utils.other.get_pattern_key": Use("merging/low_rank.py", peft_checks.pattern_keys),
+    "peft.utils.transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN": Use(
+        "model/expert_targets.py", moe_checks.names_read_as_experts
+    ),
+    "peft.utils.transformers_weight_conversion._MOE_FUSED_TARGETS": Use(
+        "model/expert_targets.py", moe_checks.names_read_as_experts
+    ),
+    "peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING": Use(
+        "model/expert_targets.py", moe_checks.names_read_as_experts
+    ),
     "torch.distributed.elastic.multiprocessing.SignalException": Use("training/launch.py", library_checks.launcher),
     "torch.distributed.elastic.multiprocessing.errors.ChildFailedError": Use(
         "training/launch.py", library_checks.launcher
@@ -111,8 +132,15 @@ IMPORTED: dict[str, Use] = {
     "transformers.integrations.gguf.utils.is_gguf_arch_supported": Use(
         "model/gguf_base.py", library_checks.gguf_header
     ),
+    "transformers.integrations.bitsandbytes.Bnb4bitQuantize": Use(
+        "model/quantize_experts.py", moe_checks.four_bit_loader
+    ),
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": Use(
         "model/packed_attention.py setup/inputs.py", library_checks.attention_functions
+    ),
+    "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
+    "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer": Use(
+        "model/quantize_experts.py", moe_checks.four_bit_loader
     ),
     "transformers.quantizers.auto.AutoHfQuantizer": Use("model/fake_quantize.py", library_checks.quantizer),
     "transformers.utils.chat_template_utils.render_jinja_template": Use(
@@ -162,6 +190,10 @@ UNDOCUMENTED: dict[str, Use] = {
         "model/attach_adapter.py model/fused_lora.py model/quantize.py", library_checks.four_bit_layer
     ),
     "QuantState.state2": Use("export/hf/nf4.py model/quantize.py", library_checks.four_bit_layer),
+    "QuantState.absmax": Use("model/experts.py", moe_checks.four_bit_parts),
+    "ParamWrapper.parameter_name": Use("model/attach_adapter.py model/experts_lora.py", moe_checks.parameter_layer),
+    "Experts.is_transposed": Use("model/experts_lora.py", moe_checks.experts_module),
+    "Experts.has_gate": Use("model/experts_lora.py model/memory.py", moe_checks.experts_module),
     "Linear8bitLt": Use("model/fake_quantize.py model/select_attention.py", library_checks.quantizer),
     "bitsandbytes.functional.int8_vectorwise_quant": Use("model/fake_quantize.py", library_checks.int8_functions),
     "bitsandbytes.functional.int8_vectorwise_dequant": Use("model/fake_quantize.py", library_checks.int8_functions),

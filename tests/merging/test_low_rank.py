@@ -11,11 +11,14 @@ from peft import PeftModel
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
+from lora_cli.commands import adapter
 from lora_cli.errors import LoraError
 from lora_cli.merging import low_rank
 from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
 from lora_cli.model import save_adapter
-from tests.model import zoo
+from lora_cli.model.load_adapter import load_adapter
+from tests.model import families, zoo
+from tests.support import checkpoints
 
 
 def save_and_read(folder: Path, *, seed: int = 0, **options: Any) -> tuple[LoraWeights, dict[str, Tensor]]:
@@ -49,6 +52,46 @@ def test_the_factors_equal_pefts_updates(options: dict[str, Any], tmp_path: Path
     for module, factors in adapter.factors.items():
         assert zoo.relative(dense(factors).float(), expected[module]) < 1e-6
         assert factors.energy == pytest.approx(float(expected[module].double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gpt-oss"])
+def test_the_factors_of_experts_equal_pefts_updates_and_are_written_back(kind: str, tmp_path: Path):
+    """One pair of factors for each expert; gpt-oss stores its weights as [experts, in, out]."""
+    families.write(families.FAMILIES[kind], tmp_path / "base")
+
+    def updates(folder: Path) -> dict[str, Tensor]:
+        model = load_adapter(checkpoints.load(tmp_path / "base"), folder, base="base")
+        found = {}
+        for name, layer in model.get_base_model().named_modules():
+            if hasattr(layer, "parameter_name"):
+                delta = layer.get_delta_weight("default").detach()
+                owner = name.replace(".base_layer", "")
+                found |= {f"{owner}.{layer.parameter_name}[{e}]": each for e, each in enumerate(delta)}
+        return found
+
+    folders = []
+    for seed in range(2):
+        model = zoo.adapted(checkpoints.load(tmp_path / "base"), seed=seed, rank_pattern={"gate_up_proj": 6})
+        folders.append(tmp_path / f"adapter-{seed}")
+        save_adapter.save_adapter(model, folders[-1], base="base", revision=None)
+    adapters = [low_rank.read_lora(folder) for folder in folders]
+    expected = [updates(folder) for folder in folders]
+    for found, each in zip(adapters, expected, strict=True):
+        stacked = {name: factors for name, factors in found.factors.items() if name.endswith("]")}
+        assert stacked.keys() == each.keys()
+        for name, factors in stacked.items():
+            update = (factors.b @ factors.a).float()
+            assert zoo.relative(update.T if kind == "gpt-oss" else update, each[name]) < 1e-6
+    adapter.resize(folders[0], out=tmp_path / "same", rank=6, energy=None, force=False)
+    adapter.resize(folders[0], out=tmp_path / "small", rank=None, energy=0.9, force=False)
+    items = [str(folders[0]), f"-0.5*{folders[1]}"]
+    adapter.combine(items, out=tmp_path / "sum", method="concat", rank=None, density=1.0, seed=0, force=False)
+    same, small, total = (updates(tmp_path / name) for name in ("same", "small", "sum"))
+    for name, update in expected[0].items():
+        assert zoo.relative(same[name], update) < 1e-5
+        assert float((small[name] - update).square().sum() / update.square().sum()) < 0.1 + 1e-5
+        assert zoo.relative(total[name], update - 0.5 * expected[1][name]) < 1e-5
 
 
 @given(

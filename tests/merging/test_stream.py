@@ -19,7 +19,9 @@ from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
 from lora_cli.model import attach_adapter, empty_base, safetensors_io, save_adapter
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.fake_quantize import quantize_dequantize, quantized_weights
 from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
 from tests.model import families, zoo
 from tests.model.families import FAMILIES, Family
@@ -51,6 +53,7 @@ def merge(
     task: TaskName = "causal-lm",
     max_shard_size: int = BIG,
     dtype: torch.dtype | None = None,
+    quantization: QuantizationSpec | None = None,
     **options: Any,
 ) -> tuple[stream.MergePlan, list[MergedTensor]]:
     """Merge like `lora merge`, without its checks before and its verification after."""
@@ -62,7 +65,14 @@ def merge(
     )
     plan = stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].is_classification)
     out.mkdir()
-    merged = stream.write_merged(plan, out, max_shard_size=max_shard_size, transforms={})
+    transforms = {}
+    if quantization is not None:
+        names = quantized_weights(checkpoints.checkpoint(base_folder, task=task, **options).skeleton(), quantization)
+        transforms = {
+            name: quantize_dequantize(quantization, torch.float32, transposed=transposed)
+            for name, transposed in names.items()
+        }
+    merged = stream.write_merged(plan, out, max_shard_size=max_shard_size, transforms=transforms)
     if plan.untied:
         model.config.tie_word_embeddings = False
     model.config.save_pretrained(out)
@@ -99,8 +109,28 @@ def test_the_merge_of_every_family_equals_pefts(family: Family, tmp_path: Path):
     expected = merged_parameters(again)
     assert_equals_up_to_rounding(tmp_path / "out", expected, plan, lambda path: families.load(family, Path(path)).model)
     adapted = attach_adapter.adapted_layers(model)
-    assert {tensor.name.rpartition(".")[0] for tensor in merged} >= adapted.keys()
+    names = {tensor.name for tensor in merged}
+    assert all(name in names or f"{name}.weight" in names for name in adapted)
     assert all(0.9 < tensor.retained < 1.1 for tensor in merged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "llama4"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["experts", "attention"])
+def test_an_adapter_merged_into_dequantized_weights_equals_the_trained_4_bit_model(
+    kind: str, targets: str | list[str], tmp_path: Path
+):
+    """Experts are stored one by one, or stacked; with an adapter on attention alone they are only quantized."""
+    family = FAMILIES[kind]
+    folder = families.write(family, tmp_path / "base")
+    spec = QuantizationSpec.model_validate({"compute_dtype": "float32"})
+    model = zoo.adapted(checkpoints.load(folder, quantization=spec), target_modules=targets)
+    save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
+    merge(folder, tmp_path / "adapter", tmp_path / "out", quantization=spec)
+    ids = torch.arange(2, 96)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids).logits
+        assert zoo.relative(load_causal_lm(str(tmp_path / "out")).eval()(ids).logits, expected) < 1e-5
 
 
 def load_causal_lm(path: str) -> PreTrainedModel:

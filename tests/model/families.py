@@ -37,21 +37,59 @@ class Family(NamedTuple):
 MOE = {"num_experts_per_tok": 2}
 # Multi-head latent attention, as in DeepSeek V2.
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+EXPERTS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", GATED, packs=True),
     "mistral": Family("mistral", GATED, {"sliding_window": 8}, packs=True),
-    "mixtral": Family(
-        "mixtral",
-        {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"},
-        {"num_local_experts": 4, **MOE},
-        packs=True,
-    ),
+    "mixtral": Family("mixtral", EXPERTS, {"num_local_experts": 4, **MOE}, packs=True),
     "qwen2": Family("qwen2", GATED, packs=True),
     "qwen3": Family("qwen3", GATED, {"head_dim": 24}, packs=True),
     "qwen3-moe": Family(
-        "qwen3_moe",
-        {"q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"},
-        {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, **MOE},
+        "qwen3_moe", EXPERTS, {"num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16, **MOE}, packs=True
+    ),
+    # PEFT adapts the layers of its shared experts, unlike those of deepseek-v3.
+    "qwen2-moe": Family(
+        "qwen2_moe",
+        {*EXPERTS, "gate_proj", "up_proj", "shared_expert_gate"},
+        {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, **MOE},
+        packs=True,
+    ),
+    "olmoe": Family("olmoe", EXPERTS, {"num_experts": 4, **MOE}, packs=True),
+    "granite-moe": Family("granitemoe", EXPERTS, {"num_local_experts": 4, **MOE}, packs=True),
+    # Its experts have biases, an interleaved gate_up_proj, and weights stored as [experts, in, out].
+    "gpt-oss": Family(
+        "gpt_oss",
+        EXPERTS,
+        {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8, "rope_parameters": ROPE, **MOE},
+    ),
+    # Its experts run on all tokens, in a forward function that transformers does not exchange.
+    "llama4": Family(
+        "llama4_text",
+        {*EXPERTS, "gate_proj", "up_proj"},
+        {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
+        packs=True,
+    ),
+    "jetmoe": Family("jetmoe", {"kv_proj", "weight"}, {"num_local_experts": 4, "kv_channels": 16, **MOE}, packs=True),
+    # Its first layer is dense, and its other layers have shared experts, whose names PEFT reads as those of experts.
+    "deepseek-v3": Family(
+        "deepseek_v3",
+        {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "gate_up_proj", "down_proj"},
+        {
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            **MOE,
+        },
         packs=True,
     ),
     "gemma2": Family("gemma2", GATED, {"head_dim": 16, "sliding_window": 8}, packs=True),

@@ -1,0 +1,79 @@
+"""Quantize experts while transformers loads a checkpoint: each stacked weight is packed in 4 bits when it is read.
+
+transformers' own bitsandbytes quantizer replaces linear layers only. This one also packs the stacked weights of
+experts, one parameter at a time: a weight in 16 bits is freed before the next one is read.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+from lora_cli.model import experts, experts_lora
+
+
+class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # no types
+    """transformers' 4-bit quantizer, which packs the stacked weights of experts too."""
+
+    packable: frozenset[str] = frozenset()  # full names of the expert weights to pack
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a parameter of the model is quantized when it is read."""
+        return param_name in self.packable or bool(super().param_needs_quantization(model, param_name, **kwargs))
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
+        if not self.pre_quantized:
+            self.packable = frozenset(packable_weights(model))
+
+    def get_quantize_ops(self) -> "PackOnLoad":
+        """Return the operation that quantizes one parameter."""
+        return PackOnLoad(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        experts.remove_placeholders(model)
+        for weight in experts.expert_weights(model).values():
+            if weight.packed:
+                experts_lora.run_with_factors(weight.module)
+        loaded: PreTrainedModel = super()._process_model_after_weight_loading(model, **kwargs)
+        return loaded
+
+
+class PackOnLoad(Bnb4bitQuantize):  # type: ignore[misc]  # no types
+    """Operation of transformers' loader: quantize a linear layer as it does, and pack a stacked expert weight."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Return the quantized parameters of `input_dict`, by full name; of a packed one, its placeholder."""
+        model: nn.Module = kwargs["model"]
+        config = self.hf_quantizer.quantization_config
+        linear, converted = {}, {}
+        for name, value in input_dict.items():
+            if name not in self.hf_quantizer.packable:
+                linear[name] = value
+                continue
+            weight: Tensor = value[0] if isinstance(value, list) else value
+            owner, _, parameter = name.rpartition(".")
+            module = model.get_submodule(owner)
+            packed = experts.PackedWeight(
+                weight,
+                quant_type=config.bnb_4bit_quant_type,
+                double_quant=config.bnb_4bit_use_double_quant,
+                compute_dtype=config.bnb_4bit_compute_dtype,
+                storage=config.bnb_4bit_quant_storage,
+            )
+            experts.pack(module, parameter, packed)
+            converted[name] = module._parameters[parameter]
+        return {**converted, **super().convert(linear, **kwargs)}
+
+
+def packable_weights(model: nn.Module) -> list[str]:
+    """Return the full names of the stacked expert weights that 4-bit loading packs."""
+    return [name for name, weight in experts.expert_weights(model).items() if experts.is_packable(weight.shape)]
+
+
+def register_experts_quantizer() -> None:
+    """Have transformers load 4-bit models with `ExpertsQuantizer`."""
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = ExpertsQuantizer
