@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.data import formats, sources
@@ -27,6 +28,7 @@ class ParsedRow(NamedTuple):
     file: int  # index into the source's names
     line: int  # 1-based
     example: Example | BadRow
+    nulls: Sequence[str] = ()  # as in records.Line
 
 
 class SourceReader(NamedTuple):
@@ -37,8 +39,8 @@ class SourceReader(NamedTuple):
     ignored: Counter[str]  # rows by column that the format does not use; counted while reading
 
 
-def open_source(source: DataSource, task: TaskName, turns: TurnOptions) -> SourceReader:
-    """Open a source for reading, and choose its format and columns from its first rows.
+def open_source(source: DataSource, task: TaskName, turns: TurnOptions, *, skip: int = 0) -> SourceReader:
+    """Open a source for reading, and choose its format and columns from its first rows; leave out the first `skip`.
 
     `turns` says how turns that are not in the usual order are handled.
 
@@ -56,7 +58,8 @@ def open_source(source: DataSource, task: TaskName, turns: TurnOptions) -> Sourc
                 break
     format_ = _resolve_format(source, valid, task)
     ignored: Counter[str] = Counter()
-    return SourceReader(format_, _parsed_rows(chain(first, stream), format_, turns, ignored), ignored)
+    rows = islice(chain(first, stream), skip, None)
+    return SourceReader(format_, _parsed_rows(rows, format_, turns, ignored), ignored)
 
 
 def turn_options(spec: DataSpec) -> TurnOptions:
@@ -100,14 +103,16 @@ def _parsed_rows(
     records: Iterator[Record], format_: DetectedFormat, turns: TurnOptions, ignored: Counter[str]
 ) -> Iterator[ParsedRow]:
     known = {*FORMATS[format_.name].required, *FORMATS[format_.name].optional}
-    for file, line, row in records:
+    for file, line, row, nulls in records:
         if isinstance(row, BadRow):
             yield ParsedRow(file, line, row)
             continue
         renamed = formats.rename_columns(row, format_.columns)
         ignored.update(renamed.keys() - known)
         try:
-            yield ParsedRow(file, line, formats.parse_row(renamed, format_.name, turns))
+            if unreadable := [value for name, value in renamed.items() if name in known and isinstance(value, BadRow)]:
+                raise unreadable[0]
+            yield ParsedRow(file, line, formats.parse_row(renamed, format_.name, turns), nulls)
         except BadRow as bad:
             yield ParsedRow(file, line, bad)
 
@@ -178,14 +183,17 @@ class SourceCheck(NamedTuple):
     notes: list[str]  # what was changed in conversations
 
 
-def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> list[SourceCheck]:
-    """Parse every row of every source, without tokenizing it.
+def check_rows(
+    spec: DataSpec, task: TaskName, info: Callable[[str], None], *, cache: Path | None = None
+) -> list[SourceCheck]:
+    """Parse every row of every source, without tokenizing it. `cache`: as in `sources.train_sources`.
 
     Raises:
         LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error.
     """
     results = []
-    found = [*sources.train_sources(spec), *sources.eval_sources(spec)]
+    train = sources.train_sources(spec, cache=cache, info=info)
+    found = [*train, *sources.eval_sources(spec, train, cache=cache, info=info)]
     check_documents(found, spec, task)
     for source in found:
         reader = open_source(source, task, turn_options(spec))
