@@ -13,7 +13,7 @@ from lora_cli.recipe.schema import QuantizationSpec, Recipe, SourceSpec
 from lora_cli.recipe.tasks import TASK_FORMATS
 from lora_cli.recipe.yaml_scalars import parse_scalar
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst", ".zip")
 FORMATS_WITHOUT_CONVERSATION = {"text", "segments", "tokens", "classification", "tagging"}
 
 
@@ -95,6 +95,11 @@ def _check_sources(recipe: Recipe) -> Iterator[Conflict]:
                 if first.model_copy(update={"weight": second.weight}) == second:
                     fix = "remove it; to repeat its rows, raise the weight of the first"
                     yield Conflict(f"{key}[{index}]", f"'{shorten(second.path)}' is listed twice", fix)
+            for index, source in enumerate(value):
+                if source.delimiter is not None and (len(source.delimiter) != 1 or source.delimiter in '"\r\n'):
+                    message = f"{source.delimiter!r} cannot separate cells"
+                    fix = 'write one character in double quotes, such as ";" or "\\t"'
+                    yield Conflict(f"{key}[{index}].delimiter", message, fix)
 
 
 def _check_eval(recipe: Recipe) -> Iterator[Conflict]:
