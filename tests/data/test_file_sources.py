@@ -261,3 +261,20 @@ def test_dedup_comes_before_rows_are_held_out(prepared, chatml):
     data = prepared(chatml, files={"x.jsonl": rows(*texts)}, train="x.jsonl", eval=0.2, dedup="exact")
     assert data.fingerprint == once.fingerprint
     assert data.ledger.entries[0].duplicates == 100
+
+
+def test_check_without_a_model_reads_folders_and_globs_by_split(folder, monkeypatch, capsys):
+    import sys
+
+    from lora_cli.cli import main
+
+    folder("d/train.jsonl", "d/test.jsonl")
+    for path, names in (("d", ("d[train]", "d[test]")), ("d/*.jsonl", ("d/*.jsonl[train]", "d/*.jsonl[test]"))):
+        with open("r.yaml", "w") as file:
+            file.write(f"model: {{path: x}}\ndata: {{train: {path}, eval: {path}}}\n")
+        monkeypatch.setattr(sys, "argv", ["lora", "check", "--no-model", "r.yaml"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        printed = capsys.readouterr().out
+        assert [f"{name}: 1 rows of format text" in printed for name in names] == [True, True]
