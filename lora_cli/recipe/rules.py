@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from glob import has_magic
 from itertools import combinations
 from os.path import exists, expanduser, isdir, normpath
 from pathlib import PurePath
@@ -113,11 +114,11 @@ def _check_eval(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(key, f"'{shorten(data.eval)}' is read as a path", fix)
     for source in _as_sources(data.train):
         for eval_source in _as_sources(data.eval):
-            # Without splits, the same hub id is not a conflict: train and eval default to different splits of it.
+            # Without splits, the same hub id or glob is not a conflict: train and eval default to different splits.
             same_part = (
                 source.split == eval_source.split
                 if source.split and eval_source.split
-                else source.path.endswith(DATA_SUFFIXES)
+                else source.path.endswith(DATA_SUFFIXES) and not has_magic(source.path)
             )
             if normpath(source.path) == normpath(eval_source.path) and same_part:
                 fix = "write other rows, or a held-out fraction such as 0.05"
