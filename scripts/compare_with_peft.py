@@ -37,7 +37,7 @@ from transformers.utils import logging as transformers_logging
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.dataset import Row
 from lora_cli.model.gguf_base import unpack_gguf
-from lora_cli.model.model_source import cache_folder
+from lora_cli.run.cache_folder import cache_folder
 
 transformers_logging.disable_progress_bar()
 

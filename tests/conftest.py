@@ -64,11 +64,10 @@ def demo_folder(demo_gguf: Path) -> Path:
     """The demo model dequantized to fp32, in the user's cache, so that later test runs on this machine reuse it."""
     import torch
 
-    from lora_cli.model import gguf_base, model_source
+    from lora_cli.model import gguf_base
+    from lora_cli.run.cache_folder import cache_folder
 
-    return gguf_base.unpack_gguf(
-        demo_gguf, dtype=torch.float32, cache=model_source.cache_folder(), info=lambda line: None
-    )
+    return gguf_base.unpack_gguf(demo_gguf, dtype=torch.float32, cache=cache_folder(), info=lambda line: None)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """`lora check`: validate a recipe against rows and model (label mask, target modules, memory) without weights."""
 
+import glob
 from pathlib import Path
 
 from rich.text import Text
@@ -8,6 +9,7 @@ from lora_cli.data.dataset import Row, show_mask
 from lora_cli.data.examples import check_rows
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.data.ledger import unread_lines
+from lora_cli.data.remote import is_url
 from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
 from lora_cli.recipe.schema import Recipe, SourceSpec
@@ -99,14 +101,16 @@ def check_without_model(recipe: Recipe) -> None:
     Raises:
         LoraError: rows cannot be read.
     """
-    sides = [side for side in (recipe.data.train, recipe.data.eval) if isinstance(side, (str, list))]
-    specs = [spec for side in sides for spec in ([SourceSpec(path=side)] if isinstance(side, str) else side)]
-    local = [spec for spec in specs if Path(spec.path).exists()]
-    for spec in specs:
-        if spec not in local:
-            console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
-    if local:
-        data = recipe.data.model_copy(update={"train": local, "eval": None})
+    local: dict[str, list[SourceSpec]] = {"train": [], "eval": []}
+    for side, value in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        specs = [SourceSpec(path=value)] if isinstance(value, str) else value if isinstance(value, list) else []
+        for spec in specs:
+            if Path(spec.path).exists() or (glob.has_magic(spec.path) and not is_url(spec.path)):
+                local[side].append(spec)
+            else:
+                console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
+    if any(local.values()):
+        data = recipe.data.model_copy(update=local)
         for source in check_rows(data, recipe.task, console.info):
             bad = "".join(f", {count:,} skipped: {reason}" for reason, count in source.bad.items())
             console.out.print(f"{source.source}: {source.read:,} rows of format {source.format}{bad}")

@@ -1,11 +1,11 @@
 """Cache of tokenized rows: encode a source once to `cache/encoded/<key>/`, and memory-map it later. No tensors."""
 
-import fcntl
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -14,22 +14,24 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from lora_cli.data.chunks import split_document
-from lora_cli.data.class_labels import LabelTable
+from lora_cli.data.class_labels import LabelTable, SourceLabels
 from lora_cli.data.conversation import Conversation
-from lora_cli.data.dataset import SCHEMA, EncodedFile, RowWithSource, to_record_batch
+from lora_cli.data.dataset import SCHEMA, EncodedRows, RowWithSource, to_record_batch
 from lora_cli.data.encode import EncodedRow, truncate_row
 from lora_cli.data.encode_classes import LabeledRow, RowEncoder
-from lora_cli.data.examples import SPLIT_HINT, BadRows, ParsedRow, open_source, row_location, turn_options
+from lora_cli.data.examples import SPLIT_HINT, BadRows, ParsedRow, Unread, open_source, row_location, turn_options
 from lora_cli.data.formats import Document
 from lora_cli.data.ledger import Tally
-from lora_cli.data.records import MAX_FINDINGS, BadRow, findings_error
+from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, findings_error
 from lora_cli.data.sources import DataSource, content_hash
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CACHE_VERSION = 5  # increase it if identical rows and options would encode or be counted differently than before
+CACHE_VERSION = 6  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
+BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
+PART_NAME = "part-{:05}.arrow"
 PROGRESS_EVERY_S = 10.0  # seconds between progress messages
 
 
@@ -39,13 +41,15 @@ class EncodedSource(NamedTuple):
     source: DataSource
     content: str  # hash of the source's bytes
     tally: Tally
-    rows: EncodedFile
+    rows: EncodedRows
 
 
 def encode_source(
     source: DataSource, spec: DataSpec, encoder: RowEncoder, *, cache: Path, info: Callable[[str], None]
 ) -> EncodedSource:
     """Return the encoded rows of a source, from the cache if possible.
+
+    An encoding that is interrupted keeps its complete files, and continues after them when it is started again.
 
     Safe with concurrent processes: one encodes, the others wait and use its result.
 
@@ -58,14 +62,24 @@ def encode_source(
     folder.parent.mkdir(parents=True, exist_ok=True)
     if (cached := _load(folder, source, content)) is not None:
         return cached
-    with _locked(folder.with_name(f".lock-{folder.name}"), info):
+    with atomic.lock(
+        folder.with_name(f".lock-{folder.name}"),
+        lambda: info("waiting for another process that encodes the same rows"),
+    ):
         if (cached := _load(folder, source, content)) is not None:
             return cached
         # Leftovers of this key only: other machines may be writing other keys.
         atomic.remove_leftovers(folder.parent, folder.name)
-        with atomic.folder(folder, replace=True) as new:
-            tally = _encode(source, spec, encoder, new / "rows.arrow", info)
-            (new / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")
+        unfinished = folder.with_name(f".unfinished-{folder.name}")
+        unfinished.mkdir(exist_ok=True)
+        try:
+            tally = _encode(source, spec, encoder, unfinished, info)
+        except LoraError:
+            shutil.rmtree(unfinished)  # the rows or the options have to change
+            raise
+        (unfinished / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")
+        (unfinished / "progress.json").unlink()
+        atomic.move_folder(unfinished, folder, replace=True)
     encoded = _load(folder, source, content)
     assert encoded is not None, folder
     return encoded
@@ -77,7 +91,7 @@ def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) 
         content,
         encoder.identity(),
         [source.spec.format, source.spec.columns, source.spec.message_fields, source.spec.roles],
-        [spec.on_bad_row, spec.merge_turns],
+        [source.spec.max_rows, spec.on_bad_row, spec.merge_turns],
         # Both libraries affect how a template is rendered and a text is tokenized.
         [version("transformers"), version("tokenizers")],
     ]
@@ -87,71 +101,140 @@ def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) 
 def _load(folder: Path, source: DataSource, content: str) -> EncodedSource | None:
     try:
         tally = Tally.from_json(json.loads((folder / "tally.json").read_text(encoding="utf-8")))
-        rows = EncodedFile(folder / "rows.arrow", source.names)
+        rows = EncodedRows(sorted(folder.glob("part-*.arrow")), source.names)
     except (FileNotFoundError, ValueError, pa.ArrowInvalid):
         return None  # missing, or damaged by another program: encode again
     return EncodedSource(source, content, tally, rows) if len(rows) == tally.kept else None
 
 
-@contextmanager
-def _locked(path: Path, info: Callable[[str], None]) -> Iterator[None]:
-    # The operating system releases the lock when the process ends. The file is not deleted: a process that waits for
-    # the deleted file and one that creates a new file would both get a lock.
-    with path.open("w") as file:
+@dataclass
+class _Progress:
+    """How far the encoding of a source is: what an interrupted encoding continues with."""
+
+    tally: Tally
+    parts: int = 0  # complete files of encoded rows
+    overlong: list[str] = field(default_factory=list)  # the first rows that are too long
+    bad: BadRows = field(default_factory=BadRows)
+    table: LabelTable = field(default_factory=LabelTable)
+
+    def save(self, folder: Path, unread: Unread) -> None:
+        counts = {"ignored": dict(unread.columns), "unread_keys": dict(unread.keys)}
+        atomic.write_json(
+            folder / "progress.json",
+            {
+                "tally": {**self.tally.to_json(), "labels": self.table.to_dict(), **counts},
+                "parts": self.parts,
+                "overlong": self.overlong,
+                "bad": [[where, bad.reason, bad.problem, bad.field] for where, bad in self.bad.first],
+                "reasons": self.bad.reasons,
+                "hints": self.bad.hints,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> "_Progress | None":
+        """Return the progress in a folder, None if there is none or it does not fit the files."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            info("waiting for another process that encodes the same rows")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            stored = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+            progress = cls(Tally.from_json(stored["tally"]), stored["parts"], stored["overlong"])
+            kept = len(EncodedRows(progress.part_files(folder), ()))
+        except (FileNotFoundError, ValueError, pa.ArrowInvalid):
+            return None
+        if kept != progress.tally.kept:
+            return None
+        if progress.tally.labels is not None:
+            progress.table = LabelTable(SourceLabels(**progress.tally.labels))
+        progress.bad.reasons.update(stored["reasons"])
+        progress.bad.hints.update(stored["hints"])
+        progress.bad.first = [
+            Finding(where, BadRow(reason, problem, field=name)) for where, reason, problem, name in stored["bad"]
+        ]
+        return progress
+
+    def part_files(self, folder: Path) -> list[Path]:
+        return [folder / PART_NAME.format(number) for number in range(self.parts)]
 
 
-def _encode(source: DataSource, spec: DataSpec, encoder: RowEncoder, path: Path, info: Callable[[str], None]) -> Tally:
-    reader = open_source(source, encoder.task, turn_options(spec), has_template=encoder.has_template)
+def _encode(
+    source: DataSource, spec: DataSpec, encoder: RowEncoder, folder: Path, info: Callable[[str], None]
+) -> Tally:
+    """Encode the rows of a source to files in `folder`, where an interrupted encoding left its complete files."""
+    progress = _Progress.load(folder)
+    reader = open_source(
+        source,
+        encoder.task,
+        turn_options(spec),
+        has_template=encoder.has_template,
+        skip=progress.tally.read if progress else 0,
+    )
     info(f"{source.name}: encoding, format {reader.format.name} ({reader.format.why})")
-    tally = Tally(format=reader.format.name, why=reader.format.why)
-    bad = BadRows()
-    overlong: list[str] = []
-    table = LabelTable()
-    started = reported = time.monotonic()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        while parsed := list(islice(reader.rows, ROWS_PER_BATCH)):
-            tally.read += len(parsed)
-            kept = []
-            for item, row in _results(parsed, encoder, parse_only=bool(bad.first) and spec.on_bad_row == "error"):
-                location = row_location(source, item)
-                try:
-                    if isinstance(row, BadRow):
-                        raise row
-                    fitting = _apply_max_length(row, spec, tally, document=isinstance(item.example, Document))
-                    kept += [_with_source(item, part, encoder, table, location) for part in fitting]
-                    tally.templated += sum(isinstance(part, EncodedRow) and part.templated for part in fitting)
-                    if isinstance(item.example, Conversation) and fitting:
-                        tally.add_conversation(item.example)
-                    if not fitting and len(overlong) < MAX_FINDINGS:
-                        overlong.append(f"{location}: {row.length:,} tokens")
-                except BadRow as error:
-                    bad.add(location, error)
-                    tally.dropped[error.reason] += 1
-            if kept:
-                writer.write_batch(to_record_batch(kept))
-            tally.kept += len(kept)
-            if time.monotonic() > reported + PROGRESS_EVERY_S:
-                reported = time.monotonic()
-                info(f"{source.name}: {tally.read:,} rows, {tally.read / (reported - started):,.0f} rows/s")
-    if bad.first and spec.on_bad_row == "error":
-        raise bad.error(source, encoder.task, read=tally.read)
-    if overlong and spec.overlong in ("error", "split"):
-        raise _overlong_error(source, spec, overlong, tally)
-    for finding in bad.first:
+    if progress is None:
+        progress = _Progress(Tally(format=reader.format.name, why=reader.format.why))
+    else:
+        info(f"{source.name}: continuing after {progress.tally.read:,} rows, which were encoded before")
+        reader.unread.columns.update(progress.tally.ignored)
+        reader.unread.keys.update(progress.tally.unread_keys)
+    tally = progress.tally
+    before, started = tally.read, time.monotonic()
+    reported = started
+    complete = False
+    while not complete:
+        path = folder / PART_NAME.format(progress.parts)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for _ in range(BATCHES_PER_PART):
+                parsed = list(islice(reader.rows, ROWS_PER_BATCH))
+                if complete := not parsed:
+                    break
+                if kept := _encode_batch(parsed, source, spec, encoder, progress):
+                    writer.write_batch(to_record_batch(kept))
+                if time.monotonic() > reported + PROGRESS_EVERY_S:
+                    reported = time.monotonic()
+                    speed = (tally.read - before) / (reported - started)
+                    info(f"{source.name}: {tally.read:,} rows, {speed:,.0f} rows/s")
+        atomic.sync(path)
+        progress.parts += 1
+        progress.save(folder, reader.unread)
+    if progress.bad.first and spec.on_bad_row == "error":
+        raise progress.bad.error(source, encoder.task, read=tally.read)
+    if progress.overlong and spec.overlong in ("error", "split"):
+        raise _overlong_error(source, spec, progress.overlong, tally)
+    for finding in progress.bad.first:
         info(f"skipped {finding}")
-    tally.labels = table.to_dict()
+    tally.labels = progress.table.to_dict()
     tally.ignored = dict(sorted(reader.unread.columns.items()))
     tally.unread_keys = {
         key: count for key, count in sorted(reader.unread.keys.items()) if not encoder.template_reads(key)
     }
     tally.check()
     return tally
+
+
+def _encode_batch(
+    parsed: list[ParsedRow], source: DataSource, spec: DataSpec, encoder: RowEncoder, progress: _Progress
+) -> list[RowWithSource]:
+    """Encode some rows, count them in `progress`, and return those that are kept."""
+    tally, bad = progress.tally, progress.bad
+    tally.read += len(parsed)
+    kept = []
+    for item, row in _results(parsed, encoder, parse_only=bool(bad.first) and spec.on_bad_row == "error"):
+        location = row_location(source, item)
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            fitting = _apply_max_length(row, spec, tally, document=isinstance(item.example, Document))
+            kept += [_with_source(item, part, encoder, progress.table, location) for part in fitting]
+            tally.templated += sum(isinstance(part, EncodedRow) and part.templated for part in fitting)
+            if isinstance(item.example, Conversation) and fitting:
+                tally.add_conversation(item.example)
+            if fitting:
+                tally.nulls.update(item.nulls)
+            elif len(progress.overlong) < MAX_FINDINGS:
+                progress.overlong.append(f"{location}: {row.length:,} tokens")
+        except BadRow as error:
+            bad.add(location, error)
+            tally.dropped[error.reason] += 1
+    tally.kept += len(kept)
+    return kept
 
 
 def _with_source(

@@ -68,13 +68,15 @@ class SourceLabels(NamedTuple):
 class LabelTable:
     """Assigns numbers to the labels of one source while it is encoded."""
 
-    def __init__(self) -> None:
-        self._kind: LabelKind | None = None
-        self._numbers: dict[str, int] = {}
-        self._counts: list[int] = []
-        self._first: list[str] = []
-        self._numbered = True
-        self._width = 1
+    def __init__(self, labels: SourceLabels | None = None) -> None:
+        """`labels` are those of the rows before, to continue with them."""
+        self._kind: LabelKind | None = labels.kind if labels else None
+        counts = labels.counts if labels else {}
+        self._numbers = {label: number for number, label in enumerate(counts)}
+        self._counts = list(counts.values())
+        self._first = list(labels.first.values()) if labels else []
+        self._numbered = labels.numbered if labels else True
+        self._width = labels.width if labels else 1
 
     def to_numbers(self, row: LabeledRow, location: str) -> LabelValues:
         """Return the labels of a row as numbers of this table, float64 [labels]; for a regression, its values.

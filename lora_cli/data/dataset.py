@@ -72,8 +72,8 @@ def _list_array(arrays: list[npt.NDArray[Any]], value_type: pa.DataType | None =
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays), value_type or pa.int32()))
 
 
-class EncodedFile:
-    """A memory-mapped Arrow file of encoded rows: a row is read from disk when it is accessed.
+class EncodedRows:
+    """Memory-mapped Arrow files of the encoded rows of a source: a row is read from disk when it is accessed.
 
     Attributes:
         lengths: int32 [rows], tokens of each row.
@@ -81,10 +81,11 @@ class EncodedFile:
         keys: uint64 [rows], a hash of each row's ids and labels.
     """
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    def __init__(self, parts: Sequence[Path], names: Sequence[str]) -> None:
+        """`parts` are the files in the order of the rows, `names` the names of the source's files."""
         self._names = tuple(names)
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches = [_RecordBatch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        readers = [pa.ipc.open_file(pa.memory_map(str(path))) for path in parts]
+        self._batches = [_RecordBatch(each.get_batch(i)) for each in readers for i in range(each.num_record_batches)]
         self._starts = np.cumsum([0, *(len(batch.keys) for batch in self._batches)])
         empty = np.zeros(0, np.int32)
         self.lengths = np.concatenate([empty, *(np.diff(batch.offsets) for batch in self._batches)])
@@ -137,12 +138,12 @@ class _RecordBatch:
 class EncodedDataset:
     """The train or eval split: selected rows of encoded files in a fixed order, file by file. Immutable.
 
-    `lengths` (int32), `supervised` (int32) and `keys` (uint64) are [rows], as in `EncodedFile`.
+    `lengths` (int32), `supervised` (int32) and `keys` (uint64) are [rows], as in `EncodedRows`.
     """
 
     def __init__(
         self,
-        parts: Sequence[tuple[EncodedFile, npt.NDArray[np.int64]]],
+        parts: Sequence[tuple[EncodedRows, npt.NDArray[np.int64]]],
         label_mappers: Sequence[Callable[[Row], Row]] = (),
     ) -> None:
         """Select rows of encoded files.

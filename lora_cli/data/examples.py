@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.data import formats, sources
@@ -33,6 +34,7 @@ class ParsedRow(NamedTuple):
     file: int  # index into the source's names
     line: int  # 1-based
     example: Example | BadRow
+    nulls: Sequence[str] = ()  # as in records.Line
 
 
 class SourceReader(NamedTuple):
@@ -51,7 +53,7 @@ class Unread(NamedTuple):
 
 
 def open_source(
-    source: DataSource, task: TaskName, turns: TurnOptions, *, has_template: bool | None = None
+    source: DataSource, task: TaskName, turns: TurnOptions, *, has_template: bool | None = None, skip: int = 0
 ) -> SourceReader:
     """Open a source for reading, and choose its format and columns from its first rows.
 
@@ -60,6 +62,7 @@ def open_source(
         task: of the recipe.
         turns: how turns that are not in the usual order are handled.
         has_template: whether the tokenizer has a chat template, for hints; None if it is not known.
+        skip: rows to leave out, the first of the source.
 
     Raises:
         LoraError: the source has no rows, no known format, or lacks columns that data.columns names.
@@ -76,7 +79,8 @@ def open_source(
     format_ = _resolve_format(source, valid, task, has_template)
     names = MessageNames(source.spec.message_fields, source.spec.roles)
     unread = Unread(Counter(), Counter())
-    return SourceReader(format_, _parsed_rows(chain(first, stream), format_, names, turns, unread), unread)
+    rows = islice(chain(first, stream), skip, None)
+    return SourceReader(format_, _parsed_rows(rows, format_, names, turns, unread), unread)
 
 
 def turn_options(spec: DataSpec) -> TurnOptions:
@@ -168,7 +172,7 @@ def _parsed_rows(
     records: Iterator[Record], format_: DetectedFormat, names: MessageNames, turns: TurnOptions, unread: Unread
 ) -> Iterator[ParsedRow]:
     known = {*FORMATS[format_.name].required, *FORMATS[format_.name].optional}
-    for file, line, row in records:
+    for file, line, row, nulls in records:
         if isinstance(row, BadRow):
             yield ParsedRow(file, line, row)
             continue
@@ -176,11 +180,13 @@ def _parsed_rows(
         others = renamed.keys() - known
         unread.columns.update(name for name in others if not is_empty(renamed[name]))
         try:
+            if unreadable := [value for name, value in renamed.items() if name in known and isinstance(value, BadRow)]:
+                raise unreadable[0]
             check_row_kind(renamed, unread=others, format_=format_.name, columns=format_.columns)
             example, keys = _parse(renamed, format_.name, names, turns)
             check_placeholders(example, columns=format_.columns)
             unread.keys.update(keys)
-            yield ParsedRow(file, line, example)
+            yield ParsedRow(file, line, example, nulls)
         except BadRow as bad:
             yield ParsedRow(file, line, bad)
 
@@ -207,20 +213,20 @@ class BadRows:
     def __init__(self) -> None:
         self.first: list[Finding] = []
         self.reasons: Counter[str] = Counter()
-        self._hints: dict[str, str] = {}  # by reason
+        self.hints: dict[str, str] = {}  # by reason
 
     def add(self, location: str, bad: BadRow) -> None:
         if len(self.first) < MAX_FINDINGS:
             self.first.append(Finding(location, bad))
         self.reasons[bad.reason] += 1
         if bad.hint is not None:
-            self._hints.setdefault(bad.reason, bad.hint)  # the first: a hint about columns names those of its row
+            self.hints.setdefault(bad.reason, bad.hint)  # the first: a hint about columns names those of its row
 
     def error(self, source: DataSource, task: TaskName, *, read: int) -> LoraError:
         """Return the error for a source with bad rows; `read` is the number of all its rows."""
         total = self.reasons.total()
         [(reason, _)] = self.reasons.most_common(1)
-        hint = self._hints.get(reason, "fix them, or set data.on_bad_row: skip to drop and count them")
+        hint = self.hints.get(reason, "fix them, or set data.on_bad_row: skip to drop and count them")
         other = _detected_name(source, task) if reason == MISSING and total == read else None
         if other not in (None, source.spec.format):
             hint = f"the rows look like {other}: set format: auto"
@@ -268,14 +274,17 @@ class SourceCheck(NamedTuple):
     unread_keys: dict[str, int]  # messages by key
 
 
-def check_rows(spec: DataSpec, task: TaskName, info: Callable[[str], None]) -> list[SourceCheck]:
-    """Parse every row of every source, without tokenizing it.
+def check_rows(
+    spec: DataSpec, task: TaskName, info: Callable[[str], None], *, cache: Path | None = None
+) -> list[SourceCheck]:
+    """Parse every row of every source, without tokenizing it. `cache`: as in `sources.train_sources`.
 
     Raises:
         LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error.
     """
     results = []
-    found = [*sources.train_sources(spec), *sources.eval_sources(spec)]
+    train = sources.train_sources(spec, cache=cache, info=info)
+    found = [*train, *sources.eval_sources(spec, train, cache=cache, info=info)]
     check_documents(found, spec, task)
     for source in found:
         reader = open_source(source, task, turn_options(spec))

@@ -36,6 +36,7 @@ class Tally:
     ignored: dict[str, int] = field(default_factory=dict)  # rows by column that the format does not use
     templated: int = 0  # kept rows that are conversations, rendered by the chat template
     unread_keys: dict[str, int] = field(default_factory=dict)  # messages by key that nothing reads
+    nulls: Counter[str] = field(default_factory=Counter)  # null fields in structs of Arrow tables, dropped, by path
     labels: dict[str, Any] | None = None  # classification: the fields of `class_labels.SourceLabels`
 
     def check(self) -> None:
@@ -53,12 +54,12 @@ class Tally:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `tally.json`."""
-        return {**vars(self), "dropped": dict(self.dropped)}
+        return {**vars(self), "dropped": dict(self.dropped), "nulls": dict(self.nulls)}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> "Tally":
         """Return the tally of a `tally.json`."""
-        return cls(**{**stored, "dropped": Counter(stored["dropped"])})
+        return cls(**{**stored, "dropped": Counter(stored["dropped"]), "nulls": Counter(stored["nulls"])})
 
 
 PromptKind = Literal["chat", "text", "both"]
@@ -74,11 +75,13 @@ class Entry(NamedTuple):
     held_out: int  # rows held out for evaluation
     left_out: int  # rows that are in no epoch because of a weight below 1
     repeated: int  # repetitions of rows in an epoch because of a weight above 1
+    duplicates: int = 0  # rows left out by data.dedup
+    max_rows: int | None = None  # of the source, if it ended the reading
 
     @property
     def rows(self) -> int:
         """Rows of this source in the split, repetitions included."""
-        return self.tally.kept - self.held_out - self.left_out + self.repeated
+        return self.tally.kept - self.duplicates - self.held_out - self.left_out + self.repeated
 
 
 class Totals(NamedTuple):
@@ -126,6 +129,8 @@ class Ledger(NamedTuple):
                     "split": entry.split,
                     "content": entry.content,
                     **entry.tally.to_json(),
+                    "max_rows": entry.max_rows,
+                    "duplicates": entry.duplicates,
                     "held_out": entry.held_out,
                     "left_out_by_weight": entry.left_out,
                     "repeated_by_weight": entry.repeated,
@@ -169,6 +174,8 @@ def _entry_lines(entry: Entry) -> list[str]:
     parts = [f"{entry.rows:,} for {entry.split}"]
     if entry.held_out:
         parts.append(f"{entry.held_out:,} held out for eval")
+    if entry.duplicates:
+        parts.append(f"{entry.duplicates:,} left out as duplicates")
     if entry.left_out:
         parts.append(f"{entry.left_out:,} left out by weight")
     if dropped := tally.dropped.total():
@@ -179,6 +186,8 @@ def _entry_lines(entry: Entry) -> list[str]:
         f"{entry.source}: {tally.format} ({tally.why})",
         f"  {tally.read:,} {_rows(tally.read)} read{added} = {' + '.join(parts)}{repeated}",
     ]
+    if entry.max_rows is not None:
+        lines.append(f"  only the first {entry.max_rows:,} rows are read (max_rows)")
     lines += [f"  dropped {count:,}: {reason}" for reason, count in tally.dropped.most_common()]
     end_tokens = "end-of-turn token" if tally.ends_lost == 1 else "end-of-turn tokens"
     notes = conversation_notes(tally) | {
@@ -192,6 +201,8 @@ def _entry_lines(entry: Entry) -> list[str]:
         "answers changed by the chat template (for example, reasoning omitted)": tally.rewritten,
     }
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
+    if tally.nulls:
+        lines.append(f"  {tally.nulls.total():,} null fields of structs dropped (Arrow fills them in): {_nulls(tally)}")
     if tally.labels and tally.labels["counts"]:
         lines.append(f"  labels: {_label_counts(tally.labels['counts'])}")
     lines += [f"  {line}" for line in unread_lines(tally.ignored, tally.unread_keys)]
@@ -216,6 +227,14 @@ def conversation_notes(tally: Tally) -> dict[str, int]:
         f"turn{'s' * (tally.turns_joined != 1)} joined with the turn before, of the same role": tally.turns_joined,
         f"{_rows(tally.ends_cut)} cut to the last answer: other turns followed it": tally.ends_cut,
     }
+
+
+NULLS_SHOWN = 5  # fields listed with the number of their nulls
+
+
+def _nulls(tally: Tally) -> str:
+    listed = [f"{path} {count:,}" for path, count in tally.nulls.most_common(NULLS_SHOWN)]
+    return ", ".join(listed) + (f" and {len(tally.nulls) - NULLS_SHOWN} more" * (len(tally.nulls) > NULLS_SHOWN))
 
 
 LABELS_SHOWN = 12  # labels listed with their counts

@@ -75,33 +75,35 @@ def prepare_data(
             overlong or dropped than the recipe allows.
     """
     encoder = make_encoder(task, spec, tokenizer)
-    found = [train_sources(spec), eval_sources(spec)]
-    check_documents([*found[0], *found[1]], spec, task)
-    train, separate_eval = (
-        [encode_source(source, spec, encoder, cache=cache, info=info) for source in sources] for sources in found
-    )
+    in_train = train_sources(spec, cache=cache, info=info)
+    in_eval = eval_sources(spec, in_train, cache=cache, info=info)
+    check_documents([*in_train, *in_eval], spec, task)
+    train = [encode_source(source, spec, encoder, cache=cache, info=info) for source in in_train]
+    separate_eval = [encode_source(source, spec, encoder, cache=cache, info=info) for source in in_eval]
     share = spec.eval if isinstance(spec.eval, float) else 0.0
-    # The chunks of a document are held out together.
+    distinct = _distinct_rows(train, spec)
+    # The chunks of a document are held out together; otherwise rows by their content, all duplicates of it or none.
     keys = [item.rows.document_keys() if item.tally.added else item.rows.keys for item in train]
-    held_out = held_out_masks(keys, share=share, seed=seed)
+    kept_keys = [key[index] for key, index in zip(keys, distinct, strict=True)]
+    held_out = held_out_masks(kept_keys, share=share, seed=seed)
     train_parts, entries = [], []
-    for number, (item, mask) in enumerate(zip(train, held_out, strict=True)):
+    for number, (item, rows, mask) in enumerate(zip(train, distinct, held_out, strict=True)):
         weight = item.source.spec.weight
-        index = apply_weight(np.flatnonzero(~mask), weight, seed=seed, split="train", number=number)
+        index = apply_weight(rows[~mask], weight, seed=seed, split="train", number=number)
         train_parts.append((item.rows, index))
-        entries.append(_entry(item, "train", index, held_out=int(mask.sum())))
-    eval_parts = [(item.rows, np.flatnonzero(mask)) for item, mask in zip(train, held_out, strict=True)]
-    for number, item in enumerate(separate_eval):
+        entries.append(_entry(item, "train", index, distinct=len(rows), held_out=int(mask.sum())))
+    eval_parts = [(item.rows, rows[mask]) for item, rows, mask in zip(train, distinct, held_out, strict=True)]
+    for number, (item, rows) in enumerate(zip(separate_eval, _distinct_rows(separate_eval, spec), strict=True)):
         weight = item.source.spec.weight
-        index = apply_weight(np.arange(len(item.rows)), weight, seed=seed, split="eval", number=number)
+        index = apply_weight(rows, weight, seed=seed, split="eval", number=number)
         eval_parts.append((item.rows, index))
-        entries.append(_entry(item, "eval", index, held_out=0))
+        entries.append(_entry(item, "eval", index, distinct=len(rows), held_out=0))
     check_dropped_share(entries, limit=_max_dropped_share(spec))
     labels, mappers = None, []
     if task in ("seq-cls", "token-cls"):
         by_source = [_source_labels(item) for item in [*train, *separate_eval]]
-        in_train, in_eval = by_source[: len(train)], by_source[len(train) :]
-        labels = class_labels.resolve_labels(spec.labels, in_train, in_eval, base=base_labels)
+        train_labels, eval_labels = by_source[: len(train)], by_source[len(train) :]
+        labels = class_labels.resolve_labels(spec.labels, train_labels, eval_labels, base=base_labels)
         for note in class_labels.label_notes(labels, by_source):
             info(note)
         mappers = [class_labels.label_mapper(labels, source) for source in by_source]
@@ -124,6 +126,17 @@ def prepare_data(
     return PreparedData(train_set, eval_set if len(eval_set) else None, ledger, labels)
 
 
+def _distinct_rows(items: Sequence[EncodedSource], spec: DataSpec) -> list[Index]:
+    """Return the rows of each source that data.dedup keeps, [rows]: the first of each over all sources."""
+    if spec.dedup is None:
+        return [np.arange(len(item.rows)) for item in items]
+    keys = np.concatenate([np.zeros(0, np.uint64), *(item.rows.keys for item in items)])
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    starts = np.cumsum([0, *(len(item.rows) for item in items)])
+    return [np.flatnonzero(first[start : start + len(item.rows)]) for start, item in zip(starts, items, strict=False)]
+
+
 def _source_labels(item: EncodedSource) -> SourceLabels:
     stored = item.tally.labels
     if stored is None:
@@ -137,8 +150,9 @@ def _max_dropped_share(spec: DataSpec) -> float:
     return 0.0 if spec.overlong in ("error", "split") and spec.on_bad_row == "error" else 0.1
 
 
-def _entry(item: EncodedSource, split: str, index: Index, *, held_out: int) -> Entry:
-    available = item.tally.kept - held_out
+def _entry(item: EncodedSource, split: str, index: Index, *, distinct: int, held_out: int) -> Entry:
+    available = distinct - held_out
+    max_rows = item.source.spec.max_rows
     left_out = available - len(np.unique(index))
     return Entry(
         source=item.source.name,
@@ -148,4 +162,6 @@ def _entry(item: EncodedSource, split: str, index: Index, *, held_out: int) -> E
         held_out=held_out,
         left_out=left_out,
         repeated=len(index) - (available - left_out),
+        duplicates=item.tally.kept - distinct,
+        max_rows=max_rows if item.tally.read == max_rows else None,
     )

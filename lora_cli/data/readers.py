@@ -1,22 +1,17 @@
-"""Read dataset files (JSONL, JSON, CSV, Parquet, text) row by row, with line numbers. No tokenizer, no torch."""
+"""Read JSONL, JSON and text files row by row, with line numbers; parse JSON values. No tokenizer, no torch."""
 
 import codecs
-import csv
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.data.records import BadRow
+from lora_cli.data.data_file import DataFile
+from lora_cli.data.records import BadRow, Line
 from lora_cli.errors import LoraError
 
 CHUNK = 1 << 20  # bytes of a .json file that are read at a time
 WHITESPACE = re.compile(r"[ \t\r\n]*")
-
-# A 1-based line number, and the row of that line or the reason why it cannot be used.
-Line = tuple[int, dict[str, Any] | BadRow]
 
 
 class ParsedJson(NamedTuple):
@@ -119,20 +114,20 @@ def decode_utf8(raw: bytes) -> str:
         raise BadRow("not UTF-8", problem) from None
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file with their 1-based numbers, without BOM and line ends; skip blank lines.
 
     Raises:
         LoraError: the file is UTF-16.
     """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+    with file.open() as content:
+        for number, raw in enumerate(content, 1):
             # Not strip(): spaces at the ends of a .txt line are part of the text.
             line = raw.removesuffix(b"\n").removesuffix(b"\r")
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
                 if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise LoraError(f"{path}: is encoded as UTF-16", hint="save it as UTF-8")
+                    raise LoraError(f"{file.name}: is encoded as UTF-16", hint="save it as UTF-8")
             if line.strip():
                 yield number, line
 
@@ -155,30 +150,31 @@ def json_type(value: object) -> str:
     return names.get(type(value), number)
 
 
-def read_jsonl(path: Path) -> Iterator[Line]:
+def read_jsonl(file: DataFile) -> Iterator[Line]:
     """Yield the rows of a file with one JSON object per line.
 
     Raises:
         LoraError: the file is UTF-16.
     """
-    for number, raw in read_lines(path):
+    for number, raw in read_lines(file):
         try:
             text = decode_utf8(raw).strip()
             parsed = parse_json(text)
             if parsed.end < len(text):
                 raise BadRow("malformed JSON", f"malformed JSON: more text after column {parsed.end}")
-            yield number, parsed.flaw or require_object(parsed.value)
+            yield Line(number, parsed.flaw or require_object(parsed.value))
         except BadRow as bad:
-            yield number, bad
+            yield Line(number, bad)
         except json.JSONDecodeError as error:
-            yield number, BadRow("malformed JSON", f"malformed JSON at column {error.colno}: {_shorten(error.msg)}")
+            problem = f"malformed JSON at column {error.colno}: {_shorten(error.msg)}"
+            yield Line(number, BadRow("malformed JSON", problem))
 
 
 def _shorten(message: str) -> str:
     return message[:1].lower() + message[1:].removesuffix(" starting at")
 
 
-def read_json(path: Path) -> Iterator[Line]:
+def read_json(file: DataFile) -> Iterator[Line]:
     """Yield the rows of a file with one array of objects, with only a chunk of the file in memory.
 
     Raises:
@@ -187,17 +183,17 @@ def read_json(path: Path) -> Iterator[Line]:
 
     def malformed(line: int, problem: str) -> LoraError:
         return LoraError(
-            f"{path}:{line}: malformed JSON: {problem}",
+            f"{file.name}:{line}: malformed JSON: {problem}",
             hint="the rows after it cannot be read: fix the file (in .jsonl, a bad line affects only its own row)",
         )
 
-    window = _JsonStream(path, malformed)
+    window = _JsonStream(file, malformed)
     if window.skip_whitespace() != "[":
         if window.peek() == "":
             return
         problem = "is an object, not an array of rows" if window.peek() == "{" else "is not an array of rows"
         raise LoraError(
-            f"{path}:{window.line}: {problem}: [{{...}}, {{...}}]",
+            f"{file.name}:{window.line}: {problem}: [{{...}}, {{...}}]",
             hint="if it has one object per line, rename it to .jsonl",
         )
     window.advance(1)
@@ -209,9 +205,9 @@ def read_json(path: Path) -> Iterator[Line]:
             line = window.line
             parsed = window.decode()
             try:
-                yield line, parsed.flaw or require_object(parsed.value)
+                yield Line(line, parsed.flaw or require_object(parsed.value))
             except BadRow as bad:
-                yield line, bad
+                yield Line(line, bad)
             character = window.skip_whitespace()
             if character not in {",", "]"}:
                 raise malformed(window.line, f"expected ',' or ']' after a row, found {_describe_character(character)}")
@@ -229,17 +225,17 @@ def _describe_character(character: str) -> str:
 class _JsonStream:
     """A window over a JSON file that moves forward and counts lines."""
 
-    def __init__(self, path: Path, malformed: Callable[[int, str], LoraError]) -> None:
+    def __init__(self, file: DataFile, malformed: Callable[[int, str], LoraError]) -> None:
         self.line = 1
         self._malformed = malformed
-        self._chunks = self._read(path)
+        self._chunks = self._read(file)
         self._text = ""
         self._position = 0
 
-    def _read(self, path: Path) -> Iterator[str]:
+    def _read(self, file: DataFile) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        with path.open("rb") as file:
-            while raw := file.read(CHUNK):
+        with file.open() as content:
+            while raw := content.read(CHUNK):
                 try:
                     text = decoder.decode(raw)
                 except UnicodeDecodeError as error:
@@ -304,97 +300,14 @@ class _JsonStream:
             return parsed
 
 
-def read_csv(path: Path) -> Iterator[Line]:
-    """Yield the rows of a file of comma-separated cells with a header line.
-
-    Raises:
-        LoraError: the header or the quotes are wrong.
-    """
-    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB per cell, is too small for a long document
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        # Line ends within quoted cells become LF too, so that a file with CRLF gives the same text as one with LF.
-        text = (line.replace("\r\n", "\n") for line in file) if first.endswith("\r\n") else file
-        cells = csv.reader(text, strict=True)
-        header: list[str] = []
-        line = 1
-        try:
-            for row in cells:
-                start, line = line, cells.line_num + 1
-                if not row:
-                    continue
-                if not header:
-                    header = _header(path, row)
-                    continue
-                yield start, _csv_row(header, row)
-        except csv.Error as error:
-            raise LoraError(
-                f"{path}:{line}: malformed CSV: {error}",
-                hint='the rows after it cannot be read: fix the quotes (a quote in a quoted cell is written "")',
-            ) from None
-
-
-def _header(path: Path, names: list[str]) -> list[str]:
-    problems = [f"the column {quote(name)} occurs twice" for name in names if names.count(name) > 1]
-    problems += [f"column {i} has no name" for i, name in enumerate(names, 1) if not name.strip()]
-    problems += ["the names are not UTF-8" for name in names if re.search("[\ud800-\udfff]", name)]
-    if problems:
-        raise LoraError(f"{path}:1: {problems[0]}", hint="the first line of a .csv file must name every column once")
-    return names
-
-
-def _csv_row(header: list[str], row: list[str]) -> dict[str, Any] | BadRow:
-    if len(row) != len(header):
-        return BadRow("wrong number of cells", f"cells: {len(row)} here, {len(header)} in the header")
-    values = dict(zip(header, row, strict=True))
-    for name, cell in values.items():
-        if "\0" in cell:
-            return BadRow("NUL byte", "contains a NUL byte", field=name)
-        if match := re.search("[\ud800-\udfff]", cell):
-            return BadRow("not UTF-8", f"is not UTF-8: byte 0x{ord(match[0]) - 0xDC00:02x}", field=name)
-    return values
-
-
-def read_parquet(path: Path) -> Iterator[Line]:
-    """Yield the rows of a Parquet file, numbered from 1.
-
-    Raises:
-        LoraError: the file cannot be read.
-    """
-    # Imported here because pyarrow takes half a second to import, and most data is JSON.
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise LoraError(f"{path}: not a readable Parquet file: {first_line}", hint="write the file again") from None
-
-
-def read_txt(path: Path) -> Iterator[Line]:
+def read_txt(file: DataFile) -> Iterator[Line]:
     """Yield one row with the field `text` for each line that is not blank, as `datasets` reads text files.
 
     Raises:
         LoraError: the file is UTF-16.
     """
-    for number, raw in read_lines(path):
+    for number, raw in read_lines(file):
         try:
-            yield number, {"text": decode_utf8(raw)}
+            yield Line(number, {"text": decode_utf8(raw)})
         except BadRow as bad:
-            yield number, bad
-
-
-READERS: dict[str, Callable[[Path], Iterator[Line]]] = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
-    ".txt": read_txt,
-}
+            yield Line(number, bad)

@@ -26,12 +26,22 @@ class BadRow(Exception):
         self.hint = hint
 
 
+class Line(NamedTuple):
+    """One raw row of a data file, as its reader yields it."""
+
+    number: int  # 1-based: line of a text file, row of a table
+    # The row, or why it cannot be used. In a row of a table, the value of a column that cannot be used is a BadRow.
+    row: dict[str, Any] | BadRow
+    nulls: Sequence[str] = ()  # fields that were null in structs of an Arrow table, and dropped
+
+
 class Record(NamedTuple):
-    """One raw row of a data file."""
+    """One raw row of a source."""
 
     file: int  # index into the source's names
     line: int  # 1-based: line of a text file, row of a table
     row: dict[str, Any] | BadRow
+    nulls: Sequence[str] = ()  # as in Line
 
 
 class Finding(NamedTuple):

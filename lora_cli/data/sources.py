@@ -1,20 +1,22 @@
-"""Open the dataset sources of a recipe (file, folder, saved dataset, hub dataset) and stream their rows. No torch."""
+"""Open the dataset sources of a recipe (files, folder, URL, saved or hub dataset) and stream their rows. No torch."""
 
-import difflib
 import hashlib
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from lora_cli.data.readers import READERS, Line
-from lora_cli.data.records import Record
+from lora_cli.data.data_file import DataFile
+from lora_cli.data.file_sources import FileSet, find_files, looks_local, missing_path_error
+from lora_cli.data.file_types import READERS
+from lora_cli.data.records import BadRow, Line, Record
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec, SourceSpec
+from lora_cli.run.cache_folder import cache_folder
+from lora_cli.run.console import no_output
 
-SUFFIXES = " ".join(READERS)
+Info = Callable[[str], None]
 
 
 class DataSource(NamedTuple):
@@ -24,6 +26,7 @@ class DataSource(NamedTuple):
     names: tuple[str, ...]  # names of its files in messages
     files: tuple[Path, ...]  # files that contain its data
     readers: tuple[Callable[[], Iterator[Line]], ...]  # one for each name
+    types: tuple[str, ...] = ()  # of each file: how its bytes are read
     fingerprint: str = ""  # the fingerprint of `datasets`, for datasets whose data may be in memory only
 
     @property
@@ -32,24 +35,54 @@ class DataSource(NamedTuple):
         return _display_name(self.spec)
 
 
-def train_sources(spec: DataSpec) -> list[DataSource]:
+def train_sources(spec: DataSpec, *, cache: Path | None = None, info: Info = no_output) -> list[DataSource]:
     """Return the sources of `data.train`.
 
+    Args:
+        spec: the recipe's data section.
+        cache: folder for downloads; None for the user's cache folder.
+        info: prints which files of a folder are not read, and the progress of downloads.
+
     Raises:
-        LoraError: a source does not exist or cannot be read.
+        LoraError: a source does not exist or cannot be read, or two sources read the same file.
     """
-    return [find_source(source, splits=("train",)) for source in _specs(spec, spec.train)]
+    sources = [find_source(source, splits=("train",), cache=cache, info=info) for source in _specs(spec, spec.train)]
+    for number, source in enumerate(sources):
+        for other in sources[:number]:
+            # The same file with other columns or another format gives other rows.
+            if other.spec.format == source.spec.format and other.spec.columns == source.spec.columns:
+                _check_no_common_file(other, source, f"data.train: {source.spec.path} and {other.spec.path} both read")
+    return sources
 
 
-def eval_sources(spec: DataSpec) -> list[DataSource]:
+def eval_sources(
+    spec: DataSpec, train: Sequence[DataSource] = (), *, cache: Path | None = None, info: Info = no_output
+) -> list[DataSource]:
     """Return the sources of `data.eval`: an empty list if it is a fraction or null.
 
+    `train` are the sources of `data.train`; the other arguments are those of `train_sources`.
+
     Raises:
-        LoraError: a source does not exist or cannot be read.
+        LoraError: a source does not exist or cannot be read, or reads a file of `train`.
     """
     if spec.eval is None or isinstance(spec.eval, float):
         return []
-    return [find_source(source, splits=("validation", "test", "train")) for source in _specs(spec, spec.eval)]
+    splits = ("validation", "test", "train")
+    sources = [find_source(source, splits=splits, cache=cache, info=info) for source in _specs(spec, spec.eval)]
+    for source in sources:
+        for other in train:
+            _check_no_common_file(other, source, f"data.eval: {source.spec.path} reads a file of data.train:")
+    return sources
+
+
+def _check_no_common_file(one: DataSource, other: DataSource, problem: str) -> None:
+    if one.fingerprint or other.fingerprint:
+        return  # splits of a saved dataset can share files
+    resolved = {path.resolve(): name for path, name in zip(one.files, one.names, strict=True)}
+    common = [resolved[path.resolve()] for path in other.files if path.resolve() in resolved]
+    if common:
+        more = f" and {len(common) - 1} more" if len(common) > 1 else ""
+        raise LoraError(f"{problem} {common[0]}{more}", hint="write paths or splits of different rows")
 
 
 def _specs(spec: DataSpec, paths: str | list[SourceSpec]) -> list[SourceSpec]:
@@ -68,15 +101,21 @@ def _specs(spec: DataSpec, paths: str | list[SourceSpec]) -> list[SourceSpec]:
 
 
 def read_records(source: DataSource) -> Iterator[Record]:
-    """Yield every row of a source in a deterministic order: files sorted by name, rows in file order.
+    """Yield the rows of a source in a deterministic order: files sorted by name, rows in file order.
+
+    With `max_rows`, only the first ones.
 
     Raises:
         LoraError: a file contains no rows or cannot be read.
     """
+    return islice(_all_records(source), source.spec.max_rows)
+
+
+def _all_records(source: DataSource) -> Iterator[Record]:
     for index, read in enumerate(source.readers):
         line = 0
-        for line, row in read():
-            yield Record(index, line, row)
+        for line, row, nulls in read():
+            yield Record(index, line, row, nulls)
         if line == 0:
             raise LoraError(f"{source.names[index]}: contains no rows", hint="leave the file out, or add rows")
 
@@ -85,84 +124,52 @@ def content_hash(source: DataSource) -> str:
     """Return a hash of the source's bytes; names and locations are not included, so that a file can be moved."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{source.spec.subset} {source.spec.split} {source.fingerprint}\n".encode())
-    for path in source.files:
-        digest.update(f"{path.suffix}:{path.stat().st_size}\n".encode())
+    for path, type_ in zip(source.files, source.types or [path.suffix for path in source.files], strict=True):
+        digest.update(f"{type_}:{path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def find_source(spec: SourceSpec, *, splits: tuple[str, ...]) -> DataSource:
+def find_source(
+    spec: SourceSpec, *, splits: tuple[str, ...], cache: Path | None = None, info: Info = no_output
+) -> DataSource:
     """Locate `spec.path`; if the recipe does not set the split of a dataset, use the first of `splits` that exists.
 
     Raises:
         LoraError: the source does not exist, has an unknown file type, or lacks the requested split.
     """
     path = Path(spec.path).expanduser()
-    if path.is_file():
-        return _from_files(spec, [path])
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if not is_saved and (found := find_files(spec, splits=splits, cache=cache or cache_folder(), info=info)):
+        return _from_files(spec, found)
+    if spec.delimiter is not None:
+        raise LoraError(
+            f"data: {spec.path} is not a file of cells, which has no delimiter {spec.delimiter!r}",
+            hint="remove `delimiter`",
+        )
+    if is_saved:
         return _from_disk(spec, path, splits)
-    if path.is_dir():
-        return _from_files(spec, _list_folder(path))
-    if _looks_local(spec.path):
-        raise _missing_path_error(path)
+    if looks_local(spec.path):
+        raise missing_path_error(path)
     return _from_hub(spec, splits)
 
 
-def _from_files(spec: SourceSpec, paths: list[Path]) -> DataSource:
-    for key, value in (("split", spec.split), ("subset", spec.subset)):
-        if value is not None:
-            raise LoraError(
-                f"data: {spec.path} is a file or folder of files, which has no {key} {value!r}",
-                hint=f"remove `{key}`, or set the path to the file of that {key}",
-            )
-    unknown = [path for path in paths if path.suffix.lower() not in READERS]
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise LoraError(
-            f"data: cannot read {unknown[0]}{more}: unknown file type", hint=f"supported file types: {SUFFIXES}"
-        )
-    if unreadable := [path for path in paths if not os.access(path, os.R_OK)]:
-        raise LoraError(f"data: no permission to read {unreadable[0]}", hint="change its permissions")
-    readers = tuple(partial(READERS[path.suffix.lower()], path) for path in paths)
-    return DataSource(spec, tuple(map(str, paths)), tuple(paths), readers)
-
-
-def _list_folder(folder: Path) -> list[Path]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    hidden = [path for path in files if any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    visible = [path for path in files if path not in hidden]
-    if not visible:
-        raise LoraError(f"data: the folder {folder} contains no data files", hint=f"supported file types: {SUFFIXES}")
-    return visible
-
-
-def _looks_local(path: str) -> bool:
-    return (
-        path.startswith(("/", "./", "../", "~"))
-        or "\\" in path
-        or path.count("/") > 1  # a hub id is owner/name, or a name without owner
-        or re.search(r"\.[A-Za-z]\w*$", path) is not None
-        or ("/" in path and Path(path).parent.is_dir())
+def _from_files(spec: SourceSpec, found: FileSet) -> DataSource:
+    return DataSource(
+        spec if found.split is None else spec.model_copy(update={"split": found.split}),
+        names=tuple(file.name for file in found.files),
+        files=tuple(file.path for file in found.files),
+        readers=tuple(partial(READERS[file.suffix], file) for file in found.files),
+        types=tuple(_type_of(file) for file in found.files),
     )
 
 
-def _missing_path_error(path: Path) -> LoraError:
-    parent = path.parent
-    if not parent.is_dir():
-        return LoraError(f"data: {path} does not exist: there is no folder {parent}", hint="correct the path")
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
-    close = difflib.get_close_matches(path.name, names, n=1)
-    known = [name for name in names if Path(name).suffix.lower() in READERS]
-    if close:
-        hint = f"did you mean {parent / close[0]}?"
-    elif known:
-        hint = f"{parent} contains {', '.join(known[:5])}"
-    else:
-        hint = f"{parent} contains no data files ({SUFFIXES})"
-    return LoraError(f"data: {path} does not exist", hint=hint)
+def _type_of(file: DataFile) -> str:
+    # Plain files without delimiter as earlier versions hashed them, so that their runs can be resumed.
+    plain = PurePosixPath(file.name).suffix if not file.compression else file.suffix + file.compression
+    return f"{plain}{file.delimiter or ''}"
 
 
 def _from_disk(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> DataSource:
@@ -213,7 +220,8 @@ def _select_split(spec: SourceSpec, loaded: Any, splits: tuple[str, ...]) -> Dat
 
 def _from_dataset(spec: SourceSpec, dataset: Any) -> DataSource:
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
-    return DataSource(spec, (_display_name(spec),), files, (partial(_dataset_rows, dataset),), dataset._fingerprint)
+    readers = (partial(_dataset_rows, dataset, _display_name(spec)),)
+    return DataSource(spec, (_display_name(spec),), files, readers, fingerprint=dataset._fingerprint)
 
 
 def _display_name(spec: SourceSpec) -> str:
@@ -221,14 +229,19 @@ def _display_name(spec: SourceSpec) -> str:
     return f"{spec.path}[{', '.join(parts)}]" if parts else spec.path
 
 
-def _dataset_rows(dataset: Any) -> Iterator[Line]:
+def _dataset_rows(dataset: Any, name: str) -> Iterator[Line]:
+    from lora_cli.data.arrow_rows import ArrowRows
+
     number = 0
     classes = {column: names for column, feature in dataset.features.items() if (names := _class_names(feature))}
+    rows = ArrowRows(dataset.features.arrow_schema, name)
     # In Arrow format, because other formats decode image and audio columns, which are not needed.
     for table in dataset.with_format("arrow").iter(batch_size=1024):
-        for row in table.to_pylist():
+        for row, nulls in rows.of_batch(table):
             number += 1
-            yield number, {**row, **{column: _label_names(row[column], names) for column, names in classes.items()}}
+            if not isinstance(row, BadRow):
+                row.update({column: _label_names(row[column], names) for column, names in classes.items()})
+            yield Line(number, row, nulls)
 
 
 def _class_names(feature: Any) -> list[str] | None:

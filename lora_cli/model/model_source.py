@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base
 from lora_cli.recipe.schema import ModelSpec
+from lora_cli.run.cache_folder import cache_folder
 
 Info = Callable[[str], None]
 
@@ -34,11 +35,6 @@ class ModelSource(NamedTuple):
         """Keyword arguments of `from_pretrained`."""
         pinned = {"revision": self.revision} if self.revision is not None else {}
         return {"trust_remote_code": self.trust_remote_code, **pinned}
-
-
-def cache_folder() -> Path:
-    """Return the folder of encoded rows and unpacked GGUF files: $LORA_CACHE, else ~/.cache/lora."""
-    return Path(os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora")
 
 
 def find_model(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from glob import has_magic
 from itertools import combinations
 from os.path import exists, expanduser, isdir, normpath
 from pathlib import PurePath
@@ -21,7 +22,7 @@ from lora_cli.recipe.training_rules import (
 )
 from lora_cli.recipe.yaml_scalars import parse_scalar
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst", ".zip")
 FORMATS_WITHOUT_CONVERSATION = {"text", "segments", "tokens", "classification", "tagging"}
 
 
@@ -103,6 +104,11 @@ def _check_sources(recipe: Recipe) -> Iterator[Conflict]:
                 if first.model_copy(update={"weight": second.weight}) == second:
                     fix = "remove it; to repeat its rows, raise the weight of the first"
                     yield Conflict(f"{key}[{index}]", f"'{shorten(second.path)}' is listed twice", fix)
+            for index, source in enumerate(value):
+                if source.delimiter is not None and (len(source.delimiter) != 1 or source.delimiter in '"\r\n'):
+                    message = f"{source.delimiter!r} cannot separate cells"
+                    fix = 'write one character in double quotes, such as ";" or "\\t"'
+                    yield Conflict(f"{key}[{index}].delimiter", message, fix)
 
 
 def _check_eval(recipe: Recipe) -> Iterator[Conflict]:
@@ -116,11 +122,11 @@ def _check_eval(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(key, f"'{shorten(data.eval)}' is read as a path", fix)
     for source in _as_sources(data.train):
         for eval_source in _as_sources(data.eval):
-            # Without splits, the same hub id is not a conflict: train and eval default to different splits of it.
+            # Without splits, the same hub id or glob is not a conflict: train and eval default to different splits.
             same_part = (
                 source.split == eval_source.split
                 if source.split and eval_source.split
-                else source.path.endswith(DATA_SUFFIXES)
+                else source.path.endswith(DATA_SUFFIXES) and not has_magic(source.path)
             )
             if normpath(source.path) == normpath(eval_source.path) and same_part:
                 fix = "write other rows, or a held-out fraction such as 0.05"

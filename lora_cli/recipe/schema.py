@@ -132,15 +132,20 @@ class SourceSpec(Section):
     """One dataset source."""
 
     path: str = Field(min_length=1)
-    """File (.jsonl .json .csv .parquet .txt), folder of such files or saved by `datasets`, or hub dataset id."""
+    """File (.jsonl .json .csv .tsv .parquet .txt; text also .gz ...), folder, DIR/*.jsonl, URL, or hub dataset id."""
     subset: str | None = None
     """Subset (configuration) of a hub dataset that has several: `cola` of `nyu-mll/glue`."""
     split: str | None = None
-    """Split of a hub or saved dataset. Default: train; for data.eval, validation, else test, else train."""
+    """Split of a dataset, or of a folder whose file names tell splits. Default: train; for data.eval, validation, else
+    test, else train."""
     format: Literal["auto"] | FormatName | None = None
     """Row format of this source. Default: data.format."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """Times that each row is used per epoch: 2 repeats every row, 0.5 uses a random half. Above 0, at most 1000."""
+    max_rows: Count | None = None
+    """Read only the first rows of the source, this many. At least 1. Default null: all rows."""
+    delimiter: str | None = None
+    """Character between the cells of a .csv or .tsv file: ";". Default: a comma, in .tsv a tab."""
     columns: dict[str, str | None] = {}
     """Column mapping: {prompt: question} reads the format's `prompt` from column `question`. Added to data.columns."""
     message_fields: dict[str, str] = {}
@@ -185,6 +190,9 @@ class DataSpec(Section):
     merge_turns: Switch = False
     """Join consecutive turns of one role, with an empty line between them, and count them. Default false: such rows are
     bad."""
+    dedup: Literal["exact"] | None = None
+    """exact: of rows with the same tokens and labels (64-bit hashes), train and eval each keep the first over all
+    sources; the others are counted. Default null: all rows."""
     max_loss: Fraction | None = None
     """Largest share of rows that may be lost, from 0 to 1. Default 0 if overlong and on_bad_row are error, else 0.1."""
     packing: Switch | None = None

@@ -4,12 +4,13 @@ All results are written here. A reader finds the complete old or the complete ne
 at any point. `remove_leftovers` removes the temporary paths of killed writers.
 """
 
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,16 +62,25 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:  # includes mkdir: an interrupt may come right after it
         temporary.mkdir()
         yield temporary
-        for parent, _, names in os.walk(temporary):
-            for name in names:
-                # safetensors makes files readable by their owner only, but another user may serve the adapter.
-                Path(parent, name).chmod(0o666 & ~_umask())
-                _sync(Path(parent, name))
-            _sync(Path(parent))
-        _rename_into_place(temporary, path, replace=replace)
+        move_folder(temporary, path, replace=replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(path.parent)
+
+
+def move_folder(new: Path, path: Path, *, replace: bool = False) -> None:
+    """Flush the complete folder `new` to disk and rename it to `path`, both in one parent folder.
+
+    Raises:
+        FileExistsError: `path` exists and `replace` is False.
+    """
+    for parent, _, names in os.walk(new):
+        for name in names:
+            # safetensors makes files readable by their owner only, but another user may serve the adapter.
+            Path(parent, name).chmod(0o666 & ~_umask())
+            sync(Path(parent, name))
+        sync(Path(parent))
+    _rename_into_place(new, path, replace=replace)
+    sync(path.parent)
 
 
 @contextmanager
@@ -89,13 +99,13 @@ def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
     temporary = _temporary_path(path, "tmp")
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         if not replace and path.exists():
             raise FileExistsError(f"{path} exists")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -107,6 +117,22 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock on the file `path`, which is created; call `on_wait` if another process holds it.
+
+    The operating system releases the lock when the process ends. The file is not deleted: a process that waits for the
+    deleted file and one that creates a new file would both get a lock.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _rename_into_place(new: Path, path: Path, *, replace: bool) -> None:
@@ -175,7 +201,7 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

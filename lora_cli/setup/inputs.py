@@ -26,10 +26,11 @@ from lora_cli.errors import LoraError
 from lora_cli.model import packed_attention, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
 from lora_cli.model.device import pick_device, pick_dtype
-from lora_cli.model.model_source import cache_folder, find_model, load_config, load_tokenizer
+from lora_cli.model.model_source import find_model, load_config, load_tokenizer
 from lora_cli.model.packing_support import packing_obstacle
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import DataSpec, Recipe
+from lora_cli.run.cache_folder import cache_folder
 
 # Whether the package of an attention implementation, or its kernel from the hub, works here.
 FLASH_AVAILABLE: dict[str, Callable[[], bool]] = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_every_input_that_changes_rows_gives_a_new_entry(prepared, tmp_path):
 def test_a_damaged_entry_is_built_again(prepared, chatml, tmp_path):
     first = prepared(chatml, files={"train.jsonl": ROWS})
     (folder,) = (path for path in (tmp_path / "cache/encoded").iterdir() if not path.name.startswith("."))
-    for name, content in (("rows.arrow", b"ARROW1"), ("tally.json", b"{"), ("rows.arrow", b"")):
+    for name, content in (("part-00000.arrow", b"ARROW1"), ("tally.json", b"{"), ("part-00000.arrow", b"")):
         (folder / name).unlink()
         (folder / name).write_bytes(content)
         assert same(first, prepared(chatml))
@@ -146,7 +147,7 @@ def test_a_killed_process_leaves_no_partial_entry(prepared, chatml, tmp_path):
         assert line, "the process ended before the first batch"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [name.startswith(".tmp-") for name in cache_entries(tmp_path)] == [True]
+    assert [name.startswith(".unfinished-") for name in cache_entries(tmp_path)] == [True]
     started = time.monotonic()
     data = prepared(chatml)
     assert time.monotonic() - started < 5  # the lock of the killed process is released
@@ -194,3 +195,58 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     rows, growth = done.stdout.splitlines()[-1].split()
     assert int(rows) > 7_900
     assert float(growth) < 10, "MiB"
+
+
+@pytest.mark.parametrize("kind", ["text", "labels", "bad rows"])
+def test_an_interrupted_encoding_continues_where_it_was(prepared, chatml, monkeypatch, tmp_path, kind):
+    if kind == "labels":
+        rows = "".join(json.dumps({"text": f"text {i}", "label": f"label {i % 7}"}) + "\n" for i in range(50))
+    else:
+        rows = ROWS.replace("answer 3 ", "\\ud800") if kind == "bad rows" else ROWS
+    section = {"on_bad_row": "skip", "task": "seq-cls" if kind == "labels" else "causal-lm"}
+    whole = prepared(chatml, files={"train.jsonl": rows}, **section)
+    monkeypatch.setattr(cache, "ROWS_PER_BATCH", 5)
+    monkeypatch.setattr(cache, "BATCHES_PER_PART", 2)
+    shutil.rmtree(tmp_path / "cache")
+    batches = interrupt_after(monkeypatch, 7)
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        prepared(chatml, **section)
+    resumed = prepared(chatml, **section, info=told.append)
+    assert "train.jsonl: continuing after 30 rows, which were encoded before" in told
+    assert len(batches) == 7 + 1 + 4  # three files of two batches were complete
+    assert same(whole, resumed)
+    assert [row.where for row in resumed.train] == [row.where for row in whole.train]
+    assert [row.labels.tolist() for row in resumed.train] == [row.labels.tolist() for row in whole.train]
+    prepared(chatml, **section)
+    assert len(batches) == 12
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
+    """Let the encoding of the batch after `count` fail once; return a list that gets the rows of each batch."""
+    batches: list[int] = []
+    encode = cache._results
+
+    def interrupted(parsed, encoder, *, parse_only):
+        batches.append(len(parsed))
+        if len(batches) == count + 1:
+            raise KeyboardInterrupt
+        return encode(parsed, encoder, parse_only=parse_only)
+
+    monkeypatch.setattr(cache, "_results", interrupted)
+    return batches
+
+
+def test_a_damaged_unfinished_encoding_starts_anew(prepared, chatml, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "ROWS_PER_BATCH", 5)
+    monkeypatch.setattr(cache, "BATCHES_PER_PART", 2)
+    first = prepared(chatml, files={"train.jsonl": ROWS})
+    shutil.rmtree(tmp_path / "cache")
+    interrupt_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(chatml)
+    (unfinished,) = (tmp_path / "cache/encoded").glob(".unfinished-*")
+    (unfinished / "part-00000.arrow").write_bytes(b"ARROW1")
+    told: list[str] = []
+    assert same(first, prepared(chatml, info=told.append))
+    assert not any("continuing" in line for line in told)

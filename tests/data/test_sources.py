@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_cli.data import readers, sources
+from lora_cli.data import readers
+from lora_cli.data.data_file import data_file
 from lora_cli.data.examples import check_rows
+from lora_cli.data.file_sources import looks_local
 from lora_cli.data.formats import FORMATS
+from lora_cli.data.read_tables import read_csv
 from lora_cli.data.records import BadRow
 from lora_cli.data.sources import read_records, train_sources
 from lora_cli.errors import LoraError
@@ -65,11 +68,12 @@ def test_every_file_type_gives_the_same_tokens(prepared, chatml, name: str):
 def test_locations_are_line_numbers(tmp_path):
     text = 'prompt,completion\na,"b\nc"\n\n"d\n\ne",f\ng,h\n'
     (tmp_path / "x.csv").write_text(text)
-    assert [line for line, _ in readers.read_csv(tmp_path / "x.csv")] == [2, 5, 8]
+    assert [line.number for line in read_csv(data_file(tmp_path / "x.csv"))] == [2, 5, 8]
     (tmp_path / "x.json").write_text('\n[\n\n{"a": "b\\n"}, {"a":\n1},\n{}]\n')
-    assert [line for line, _ in readers.read_json(tmp_path / "x.json")] == [4, 4, 6]
+    assert [line.number for line in readers.read_json(data_file(tmp_path / "x.json"))] == [4, 4, 6]
     (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone \r\n\n  \n\ttwo\n")
-    assert list(readers.read_txt(tmp_path / "x.txt")) == [(1, {"text": "one "}), (4, {"text": "\ttwo"})]
+    lines = list(readers.read_txt(data_file(tmp_path / "x.txt")))
+    assert [(line.number, line.row) for line in lines] == [(1, {"text": "one "}), (4, {"text": "\ttwo"})]
 
 
 values = st.recursive(
@@ -91,13 +95,13 @@ def test_a_json_array_reads_the_same_with_any_chunk_size(tmp_path_factory, rows,
     path.write_bytes(json.dumps(rows, indent=indent, ensure_ascii=plain).encode("utf-8", "surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "CHUNK", chunk)
-        lines = list(readers.read_json(path))
+        found = [line.row for line in readers.read_json(data_file(path))]
     flawed = [readers.find_invalid_characters(row) is not None for row in rows]
-    assert [row for (_, row), bad in zip(lines, flawed, strict=True) if not bad] == [
+    assert [row for row, bad in zip(found, flawed, strict=True) if not bad] == [
         row for row, bad in zip(rows, flawed, strict=True) if not bad
     ]
     # An unescaped NUL is a control character, which JSON strings may not contain.
-    assert [isinstance(row, BadRow) for _, row in lines] == flawed
+    assert [isinstance(row, BadRow) for row in found] == flawed
 
 
 def test_a_folder_is_read_in_order_without_hidden_files(prepared, chatml):
@@ -226,5 +230,5 @@ def test_local_paths_and_hub_ids_are_distinguished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     local = ["./x", "/x", "../x", "~/x", "x.jsonl", "a/b.json", "a/b/c", "data/x"]
-    assert [name for name in local if not sources._looks_local(name)] == []
-    assert [name for name in ["gsm8k", "openai/gsm8k", "owner/rows-v1.5"] if sources._looks_local(name)] == []
+    assert [name for name in local if not looks_local(name)] == []
+    assert [name for name in ["gsm8k", "openai/gsm8k", "owner/rows-v1.5"] if looks_local(name)] == []

@@ -1,7 +1,10 @@
 """Data files that cannot be read as rows, each with its exact error message. For tests/data/test_bad_data.py."""
 # ruff: noqa: E501
 
+import gzip
+import io
 import sys
+import zipfile
 from typing import Any, NamedTuple
 
 # The reason is that of Python's json, which names trailing commas from Python 3.13 on.
@@ -10,6 +13,15 @@ TRAILING_COMMA = (
     if sys.version_info >= (3, 13)
     else "column 14: expecting property name enclosed in double quotes"
 )
+
+
+def zip_of(files: dict[str, bytes]) -> bytes:
+    """Return a .zip file with these files."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return content.getvalue()
 
 
 class Bad(NamedTuple):
@@ -148,11 +160,11 @@ BAD_FILES = [
         file="train.csv"),
     bad("csv repeated column", 'text,text\na,b\n',
         "error: train.csv:1: the column 'text' occurs twice",
-        "hint: the first line of a .csv file must name every column once",
+        "hint: the first line of the file must name every column once",
         file="train.csv"),
     bad("csv nameless column", 'text,\na,b\n',
         "error: train.csv:1: column 2 has no name",
-        "hint: the first line of a .csv file must name every column once",
+        "hint: the first line of the file must name every column once",
         file="train.csv"),
     bad("csv open quote", 'text\n"a\nb\n',
         "error: train.csv:2: malformed CSV: unexpected end of data",
@@ -184,11 +196,67 @@ BAD_FILES = [
         file="train.txt"),
     bad("unknown suffix", 'a',
         "error: data: cannot read train.xlsx: unknown file type",
-        "hint: supported file types: .jsonl .json .csv .parquet .txt",
+        "hint: supported file types: .jsonl .json .csv .tsv .parquet .txt; text files also .gz .bz2 .xz .zst .zip",
         file="train.xlsx"),
-    bad("compressed", 'a',
-        "error: data: cannot read train.jsonl.gz: unknown file type",
-        "hint: supported file types: .jsonl .json .csv .parquet .txt",
+    bad("compressed parquet", 'a',
+        "error: data: cannot read train.parquet.gz: unknown file type",
+        "hint: supported file types: .jsonl .json .csv .tsv .parquet .txt; text files also .gz .bz2 .xz .zst .zip",
+        file="train.parquet.gz"),
+    bad("tar", 'a',
+        "error: data: cannot read train.tar.gz: unknown file type",
+        "hint: supported file types: .jsonl .json .csv .tsv .parquet .txt; text files also .gz .bz2 .xz .zst .zip",
+        file="train.tar.gz"),
+    bad("not gz", '{"text": "a"}',
+        "error: train.jsonl.gz: is not a complete .gz file: Not a gzipped file (b'{\"')",
+        "hint: download or compress it again",
         file="train.jsonl.gz"),
+    bad("cut gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9],
+        "error: train.jsonl.gz: is not a complete .gz file: Compressed file ended before the end-of-stream marker was reached",
+        "hint: download or compress it again",
+        file="train.jsonl.gz"),
+    bad("gz by content only", gzip.compress(b'{"text": "a"}', mtime=0),
+        "error: train.jsonl: is compressed, but its name does not end in .gz",
+        "hint: rename it to train.jsonl.gz"),
+    bad("not zst", '{"text": "a"}',
+        "error: train.json.zst: is not a complete .zst file: ZSTD decompress failed: Unknown frame descriptor",
+        "hint: download or compress it again",
+        file="train.json.zst"),
+    bad("not xz", '{"text": "a"}',
+        "error: train.txt.xz: is not a complete .xz file: Input format not supported by decoder",
+        "hint: download or compress it again",
+        file="train.txt.xz"),
+    bad("not bz2", 'text',
+        "error: train.csv.bz2: is not a complete .bz2 file: Invalid data stream",
+        "hint: download or compress it again",
+        file="train.csv.bz2"),
+    bad("not zip", '{"text": "a"}',
+        "error: train.zip: is not a complete .zip file: File is not a zip file",
+        "hint: download or compress it again",
+        file="train.zip"),
+    bad("zip of two files", zip_of({"a.jsonl": b'{"text": "a"}', "b.jsonl": b'{"text": "b"}'}),
+        "error: train.zip: contains 2 files, not one: a.jsonl, b.jsonl",
+        "hint: unpack it, and write the folder or the files as paths",
+        file="train.zip"),
+    bad("zip of another type", zip_of({"a.docx": b"a"}),
+        "error: data: cannot read train.zip: unknown file type",
+        "hint: supported file types: .jsonl .json .csv .tsv .parquet .txt; text files also .gz .bz2 .xz .zst .zip",
+        file="train.zip"),
+    bad("csv of semicolons", "prompt;completion\na;b\n",
+        "error: train.csv:1: separated by ',', the header is one column: 'prompt;completion'",
+        'hint: set the delimiter of the source: data.train: [{path: ..., delimiter: ";"}]',
+        file="train.csv"),
+    bad("wrong delimiter", "prompt,completion\na,b\n",
+        "error: train.csv:1: separated by '|', the header is one column: 'prompt,completion'",
+        'hint: set the delimiter of the source: data.train: [{path: ..., delimiter: ","}]',
+        file="train.csv",
+        train=[{"path": "train.csv", "delimiter": "|"}]),
+    bad("delimiter of JSON", '{"text": "a"}',
+        "error: data: train.jsonl is not a file of cells, which has no delimiter ';'",
+        "hint: remove `delimiter`; it is for .csv and .tsv files",
+        train=[{"path": "train.jsonl", "delimiter": ";"}]),
+    bad("glob without a match", '{"text": "a"}',
+        "error: data: data/*.jsonl matches no file",
+        "hint: correct the pattern; ** matches folders",
+        train="data/*.jsonl"),
 ]
 # fmt: on

@@ -86,7 +86,7 @@ DATA_MISTAKES = {
         {"data.train": "empty"},
         [
             "error: data: the folder empty contains no data files",
-            "hint: supported file types: .jsonl .json .csv .parquet .txt",
+            "hint: supported file types: .jsonl .json .csv .tsv .parquet .txt; text files also .gz .bz2 .xz .zst .zip",
         ],
         setup=folder_writer("empty"),
     ),
