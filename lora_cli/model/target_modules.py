@@ -13,6 +13,7 @@ from transformers.integrations.gguf.utils import GgufLinear
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import LoraError
+from lora_cli.model.multimodal import OutsideText, is_inside, outside_text
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import AdapterSpec
 
@@ -46,7 +47,7 @@ def linear_layers(model: PreTrainedModel, heads: Iterable[str] = ()) -> dict[str
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, GgufLinear))
         and module is not head
-        and not _is_inside(name, excluded)
+        and not is_inside(name, excluded)
         and not isinstance(module, ModulesToSaveWrapper)
     }
 
@@ -59,11 +60,17 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         spec: the recipe's adapter section.
         heads: fully trained modules, which get no adapter.
 
+    Modules of a multimodal model that text does not pass through get no adapter either.
+
     Raises:
-        LoraError: a name or regex matches no layer, or without `layers` matches only some of the layers whose names
-            differ only in their numbers. The hint lists the model's linear layers.
+        LoraError: a name or regex matches no layer, only layers that text does not pass through, or without `layers`
+            only some of the layers whose names differ only in their numbers. The hint lists the model's linear layers.
     """
-    linear, experts = linear_layers(model, heads), expert_parameters(model)
+    outside = outside_text(model)
+    towers = [part.name for part in outside]
+    inside_towers = [name for name, _ in model.named_modules() if is_inside(name, towers)]
+    heads = [*heads, *towers]
+    linear, experts = linear_layers(model, heads), [n for n in expert_parameters(model) if not is_inside(n, heads)]
     layer_hint = f"its linear layers are: {_kinds([*linear, *experts])}"
     requested = spec.target_modules
     assert requested is not None, "a method with targets has a default for them"
@@ -77,16 +84,17 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         linear_inside_heads = len(linear_layers(model)) > len(linear)
         if spec.layers is None and spec.exclude_modules is None and not packed and not linear_inside_heads:
             return Targets(ALL_LINEAR)
-        return _by_full_name(_select(spec, names, layer_hint), experts)
-    names = [name for name, _ in model.named_modules() if name and not _is_inside(name, heads)] + experts
-    candidates = _select(spec, names, layer_hint)
+        return _by_full_name(_select(spec, names, layer_hint, inside_towers), experts)
+    names = [name for name, _ in model.named_modules() if name and not is_inside(name, heads)] + experts
+    candidates = _select(spec, names, layer_hint, inside_towers)
     regex = _is_regex(requested)
     matches = {entry: _matching(entry, candidates, regex=regex) for entry in _entries(requested)}
     if unmatched := [entry for entry, names_of_entry in matches.items() if not names_of_entry]:
+        _check_inside_text(unmatched, model, outside, regex=regex, hint=layer_hint)
         raise _no_match(unmatched, linear, regex=regex, hint=layer_hint)
     matched = [name for name in candidates if any(name in names_of_entry for names_of_entry in matches.values())]
     _check_all_layers_match(matched, [name for name in candidates if name in linear or name in experts], layer_hint)
-    inside_heads = [name for name, _ in model.named_modules() if name and _is_inside(name, heads)]
+    inside_heads = [name for name, _ in model.named_modules() if name and is_inside(name, heads)]
     ambiguous = any(_matching(entry, inside_heads, regex=regex) for entry in _entries(requested))
     narrowed = spec.layers is not None or spec.exclude_modules is not None
     if narrowed or ambiguous or any(name in experts for name in matched):
@@ -108,9 +116,23 @@ def _by_full_name(names: Sequence[str], experts: Sequence[str]) -> Targets:
     return Targets([n for n in names if n not in experts], tuple(n for n in names if n in experts))
 
 
-def _select(spec: AdapterSpec, names: Sequence[str], hint: str) -> list[str]:
-    """Return the `names` that `exclude_modules` and `layers` leave."""
-    selected = _exclude(spec.exclude_modules, names, hint=hint)
+def _check_inside_text(
+    entries: Sequence[str], model: PreTrainedModel, outside: Sequence[OutsideText], *, regex: bool, hint: str
+) -> None:
+    """Raise a LoraError if one of `entries` matches modules that text does not pass through."""
+    for part in outside:
+        inside = [name for name, _ in model.named_modules() if is_inside(name, [part.name])]
+        if reached := [entry for entry in entries if _matching(entry, inside, regex=regex)]:
+            raise LoraError(
+                f"adapter.target_modules: {shorten(reached[0])} matches only layers of {part.name}, the {part.kind}: "
+                "text does not pass through it",
+                hint=hint,
+            )
+
+
+def _select(spec: AdapterSpec, names: Sequence[str], hint: str, outside: Sequence[str]) -> list[str]:
+    """Return the `names` that `exclude_modules` and `layers` leave; the names `outside` are left out already."""
+    selected = _exclude(spec.exclude_modules, names, hint=hint, outside=outside)
     if spec.layers is not None:
         selected = _in_layers(spec.layers, selected)
     if not selected:
@@ -196,11 +218,13 @@ def _check_all_layers_match(matched: Sequence[str], candidates: Sequence[str], l
             )
 
 
-def _exclude(excluded: str | Sequence[str] | None, names: Iterable[str], *, hint: str) -> list[str]:
+def _exclude(
+    excluded: str | Sequence[str] | None, names: Iterable[str], *, hint: str, outside: Sequence[str]
+) -> list[str]:
     remaining = list(names)
     for entry in _entries(excluded or []):
         removed = set(_matching(entry, remaining, regex=_is_regex(excluded or [])))
-        if not removed:
+        if not removed and not _matching(entry, outside, regex=_is_regex(excluded or [])):
             raise LoraError(f"adapter.exclude_modules: {shorten(entry)} matches no layer", hint=hint)
         remaining = [name for name in remaining if name not in removed]
     return remaining
@@ -227,10 +251,6 @@ def layer_index(name: str) -> int | None:
 def _template(name: str) -> str:
     """Return the name with its numbers replaced by *, such as `model.layers.*.mlp.up_proj`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _kinds(names: Iterable[str]) -> str:
@@ -268,9 +288,11 @@ def find_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> list
     """Return the full names of the modules that the entries of `modules_to_save` match.
 
     Raises:
-        LoraError: an entry matches no module, or a module is inside another one of the list.
+        LoraError: an entry matches no module or one that text does not pass through, or a module is inside another one
+            of the list.
     """
     names = [name for name, _ in model.named_modules() if name]
+    outside = outside_text(model)
     modules: list[str] = []
     for entry in modules_to_save:
         matches = _matching(entry, names, regex=False)
@@ -280,6 +302,12 @@ def find_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> list
             raise LoraError(
                 f"adapter.modules_to_save: the model has no module {shorten(entry)}",
                 hint=f"did you mean {similar[0]}?" if similar else f"its modules are: {', '.join(_children(model))}",
+            )
+        if part := next((part for part in outside for name in matches if is_inside(name, [part.name])), None):
+            raise LoraError(
+                f"adapter.modules_to_save: {shorten(entry)} is in {part.name}, the {part.kind}: "
+                "text does not pass through it",
+                hint=f"train modules of the decoder; a full name applies to one module, such as {names[-1]}",
             )
         modules += matches
     for name in modules:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, memory, select_attention, target_modules
+from lora_cli.model import attach_adapter, memory, multimodal, select_attention, target_modules
 from lora_cli.model.adapter_context import AdapterContext, StateDict
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.fp32_weights import upcast_trainable_params
@@ -208,7 +208,10 @@ def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainab
     if model.active_peft_config.is_prompt_learning:
         count = model.active_peft_config.num_virtual_tokens
         return [f"adapter: {count} virtual tokens before each row", f"  {trainable:,} trainable parameters in total"]
-    rows = attach_adapter.coverage(model, layers)
+    outside = multimodal.outside_text(model.get_base_model())
+    towers = [part.name for part in outside]
+    text_layers = {name: layer for name, layer in layers.items() if not multimodal.is_inside(name, towers)}
+    rows = attach_adapter.coverage(model, text_layers)
     width = max((len(row.kind) for row in rows), default=0)
     lines = [
         f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters" for row in rows
@@ -216,6 +219,7 @@ def coverage_table(model: PeftModel, layers: dict[str, torch.nn.Module], trainab
     others = trainable - sum(row.parameters for row in rows)
     if others:
         lines.append(f"  {others:,} other trainable parameters (heads, token embeddings, biases, vectors)")
+    lines += multimodal.describe_outside(outside, layers)
     return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]
 
 
