@@ -78,7 +78,7 @@ def test_a_row_with_the_token_of_an_image_is_bad():
     for example in (Conversation(chat, None), Document("see <image>"), TokenIds([5, image, 6], None)):
         (row,) = encoder.encode([example])
         assert isinstance(row, BadRow)
-        assert "has <image>, which stands for an image, a video or a sound" in str(row)
+        assert "has <image>, which stands for an image, a video or a sound" in row.problem
         (unchecked,) = CausalLMEncoder(SPEC, tokenizer).encode([example])
         assert isinstance(unchecked, EncodedRow)
     (row,) = encoder.encode([Conversation(CHAT, None)])
