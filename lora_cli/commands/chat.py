@@ -12,11 +12,12 @@ from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.chat_templates import TEMPLATE_ERRORS
+from lora_cli.data.chat_templates import TEMPLATE_ERRORS, resolve_template, typed_content
 from lora_cli.data.encode import prefix_tokens
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import stop_ids
 from lora_cli.evaluation.report import BASE
+from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.run import atomic, console
 from lora_cli.setup.chat_model import DESCRIPTIONS, PROMPT_KINDS, LoadedChat, Prompting, PromptKind, load_chat
 
@@ -52,6 +53,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         self._stop_ids = stop_ids(self._tokenizer, base, self._template_endings())
+        self._placeholders = placeholder_tokens(base.config, self._tokenizer)
         self.reset()
 
     def reset(self) -> None:
@@ -178,6 +180,7 @@ class Chat:
             max_new_tokens=options.max_new_tokens,
             eos_token_id=self._stop_ids or None,
             pad_token_id=self._stop_ids[0] if self._stop_ids else 0,
+            suppress_tokens=self._placeholders or None,
         )
         model: Any = self._model
         if name != BASE and self._adapters is not None:
@@ -203,7 +206,7 @@ class Chat:
             return text if text[: len(prefix)] == prefix and prefix else [*prefix, *text]
         try:
             encoded = self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, chat_template=template
+                self._content(messages, template), add_generation_prompt=True, chat_template=template
             )
         except TEMPLATE_ERRORS as error:
             raise LoraError(
@@ -212,13 +215,19 @@ class Chat:
         ids: list[int] = encoded["input_ids"]
         return ids
 
+    def _content(self, messages: Sequence[dict[str, str]], source: str | None = None) -> list[dict[str, Any]]:
+        """Return `messages` in the form that the template `source`, else the tokenizer's, renders."""
+        template = resolve_template(source, self._tokenizer)
+        return typed_content(messages) if template is not None and template.typed else list(messages)
+
     def _template_endings(self) -> list[list[int]]:
         """Return the token ids with which the chat template ends an answer, up to the first special token."""
         if self._tokenizer.chat_template is None:
             return []
         question = [{"role": "user", "content": "a"}]
         before = self._prompt_ids(question)
-        full = self._tokenizer.apply_chat_template([*question, {"role": "assistant", "content": "b"}])["input_ids"]
+        chat = [*question, {"role": "assistant", "content": "b"}]
+        full = self._tokenizer.apply_chat_template(self._content(chat))["input_ids"]
         special = set(self._tokenizer.all_special_ids)
         special |= {id_ for id_, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         after = full[len(before) :] if full[: len(before)] == before else []

@@ -1,7 +1,7 @@
 """Choose the chat template of a run, define the named templates, and render conversations with transformers."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,12 +92,16 @@ TEMPLATE_ERRORS = (
 )
 
 
+TYPED_PROBE = "zebra"  # a word that no template writes itself
+
+
 class Template(NamedTuple):
     """A chat template and the special tokens that it can refer to by name."""
 
     name: str  # for messages: `the tokenizer's chat template`
     source: str
     variables: dict[str, Any]  # special tokens: {"eos_token": "</s>"}
+    typed: bool = False  # it renders the content of a message only as a list of parts with types
 
 
 class RenderedText(NamedTuple):
@@ -135,15 +139,46 @@ def resolve_template(
             ) from None
     template = Template(name, source, dict(tokenizer.special_tokens_map))
     try:
-        render_template(template, [{"role": "user", "content": "x"}])
+        template = template._replace(typed=_needs_typed_content(template))
     except jinja2.TemplateSyntaxError as error:
         raise LoraError(
             f"data.chat_template: {name}, line {error.lineno}: not valid Jinja: {error.message}",
             hint="fix the template",
         ) from None
-    except BadRow:
-        pass  # the template compiles; infer_template_format tests it on complete conversations
     return template
+
+
+def needs_typed_content(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer's template, such as LLaVA's, loses texts that are not in `typed_content`."""
+    template = resolve_template(None, tokenizer)
+    return template is not None and template.typed
+
+
+def typed_content(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return `messages` with each text as a list of one part, `{"type": "text", "text": ...}`."""
+    typed = []
+    for message in messages:
+        text = message.get("content")
+        content = [{"type": "text", "text": text}] if isinstance(text, str) else text
+        typed.append({**message, "content": content})
+    return typed
+
+
+def _needs_typed_content(template: Template) -> bool:
+    """Return whether a text is in the rendered chat only if it is a part of the content.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the template does not compile.
+    """
+    for typed in (False, True):
+        try:
+            if TYPED_PROBE in render_template(
+                template._replace(typed=typed), [{"role": "user", "content": TYPED_PROBE}]
+            ):
+                return typed
+        except BadRow:  # infer_template_format tests it on complete conversations
+            continue
+    return False
 
 
 def _template_of_setting(setting: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -216,7 +251,7 @@ def _render(
 ) -> RenderedText:
     try:
         texts, blocks = render_jinja_template(
-            conversations=[list(messages)],
+            conversations=[typed_content(messages) if template.typed else list(messages)],
             tools=tools,
             chat_template=template.source,
             return_assistant_tokens_mask=with_blocks,

@@ -81,9 +81,11 @@ class CausalLMEncoder:
 
     task: TaskName = "causal-lm"
 
-    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, placeholders: Sequence[int] = ()) -> None:
+        """`placeholders` are token ids that stand for an image, a video or a sound: rows with one are bad."""
         require_fast_tokenizer(tokenizer)
         self.tokenizer = tokenizer
+        self._placeholders = {number: str(tokenizer.added_tokens_decoder[number]) for number in placeholders}
         self._spec = spec
         self._formats: dict[bool, AssistantFormat] = {}
         self._backend = _backend_without_special_tokens(tokenizer)
@@ -105,6 +107,8 @@ class CausalLMEncoder:
         ]
         if self._spec.overlong == "split":
             options.append(self._spec.stride)
+        if self._placeholders:
+            options.append(sorted(self._placeholders))
         digest = hashlib.blake2b(self._backend.to_str().encode(), digest_size=16)
         digest.update(json.dumps(options, sort_keys=True, default=str).encode())
         return digest.hexdigest()
@@ -125,10 +129,16 @@ class CausalLMEncoder:
         texts = [row.text for row in rows if isinstance(row, _UntokenizedRow)]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         for row in rows:
-            if isinstance(row, _UntokenizedRow):
-                yield self._to_row(row, next(encodings))
-            else:
-                yield row
+            encoded = self._to_row(row, next(encodings)) if isinstance(row, _UntokenizedRow) else row
+            yield self._check_placeholders(encoded) if self._placeholders else encoded
+
+    def _check_placeholders(self, row: EncodedRow | BadRow) -> EncodedRow | BadRow:
+        """Return a BadRow in place of a row that has the token of an image: the model would look for the image."""
+        found = self._placeholders.keys() & set(row.ids.tolist()) if isinstance(row, EncodedRow) else set()
+        if not found:
+            return row
+        token = self._placeholders[min(found)]
+        return BadRow("token of an image or sound", f"has {token}, which stands for an image, a video or a sound")
 
     def _render(self, example: Example) -> _UntokenizedRow | EncodedRow | BadRow:
         all_tokens = self._spec.loss_on == "all"

@@ -63,14 +63,16 @@ class RowEncoder(Protocol):
     def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | LabeledRow | BadRow]: ...
 
 
-def make_encoder(task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
-    """Return the encoder for the rows of a task.
+def make_encoder(
+    task: TaskName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, placeholders: Sequence[int] = ()
+) -> RowEncoder:
+    """Return the encoder for the rows of a task; rows of causal-lm must not contain the token ids `placeholders`.
 
     Raises:
         LoraError: the tokenizer is not a fast tokenizer.
     """
     if task == "causal-lm":
-        return CausalLMEncoder(spec, tokenizer)
+        return CausalLMEncoder(spec, tokenizer, placeholders)
     return LabeledRowEncoder(task, spec, tokenizer)
 
 

@@ -56,6 +56,7 @@ def prepare_data(
     info: Callable[[str], None],
     task: TaskName = "causal-lm",
     base_labels: Sequence[str] = (),
+    placeholders: Sequence[int] = (),
     train_key: str = "data.train",
 ) -> PreparedData:
     """Read, check, encode and split the rows of a recipe.
@@ -68,13 +69,14 @@ def prepare_data(
         info: prints a progress message.
         task: the task of the model.
         base_labels: label names of the base model's classification head, if it has one.
+        placeholders: token ids that stand for an image, a video or a sound, which no row of text may contain.
         train_key: name of `spec.train` in messages: its recipe key or file name.
 
     Raises:
         LoraError: a source, the chat template or the labels cannot be used, no rows are left, or more rows are bad,
             overlong or dropped than the recipe allows.
     """
-    encoder = make_encoder(task, spec, tokenizer)
+    encoder = make_encoder(task, spec, tokenizer, placeholders)
     in_train = train_sources(spec, cache=cache, info=info)
     in_eval = eval_sources(spec, in_train, cache=cache, info=info)
     check_documents([*in_train, *in_eval], spec, task)

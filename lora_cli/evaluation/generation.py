@@ -10,6 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.dataset import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
+from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 
@@ -125,6 +126,7 @@ def _generate_batch(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop) or None,
         pad_token_id=pad,
+        suppress_tokens=placeholder_tokens(base.config, tokenizer) or None,
         decoder_start_token_id=base.config.decoder_start_token_id if is_encoder_decoder else None,
         use_cache=True,
     )

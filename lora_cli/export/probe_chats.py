@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lora_cli.data.chat_templates import needs_typed_content, typed_content
+
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -46,7 +48,8 @@ PROBE_CHATS: tuple[Messages, ...] = (
 def render_prompt(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> str | None:
     """Return `chat` rendered with the generation prompt by the tokenizer's template; None if it rejects the chat."""
     try:
-        text = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+        content = typed_content(chat) if needs_typed_content(tokenizer) else list(map(dict, chat))
+        text = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
     except TemplateError:
         return None
     assert isinstance(text, str)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import expert_targets, experts, init_adapter, target_modules
+from lora_cli.model import expert_targets, experts, init_adapter, multimodal, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.peft_config import METHODS
@@ -81,6 +81,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
         _freeze(adapted, ".lora_A.", ".lora_embedding_A.")
     # AdaLoRA's divisor: PEFT's cast to fp32 makes it trainable, but it is not saved. It is the rank, a constant.
     _freeze(adapted, ".ranknum.")
+    # `bias: all` of PEFT includes the biases of towers that text does not pass through.
+    _freeze(adapted, *(f".{part.name}." for part in multimodal.outside_text(adapted.get_base_model())))
     return adapted
 
 
@@ -110,10 +112,11 @@ def _check_method_supported(model: PreTrainedModel, spec: AdapterSpec, context: 
 
 def _set_model_sizes(config: PeftConfig, model: PreTrainedModel) -> None:
     """Set the sizes in `config` if the model's own config has them under names that PEFT does not read."""
+    text_config = model.config.get_text_config()
     if not {"hidden_size", "n_embd", "d_model"} & model.config.to_dict().keys():
-        config.token_dim = model.config.hidden_size
-        config.num_layers = model.config.num_hidden_layers
-        config.num_attention_heads = model.config.num_attention_heads
+        config.token_dim = text_config.hidden_size
+        config.num_layers = text_config.num_hidden_layers
+        config.num_attention_heads = text_config.num_attention_heads
 
 
 def _first_line(text: str) -> str:

@@ -18,7 +18,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base, prequantized
 from lora_cli.model.model_source import ModelSource, library_errors, load_config
 from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
-from lora_cli.model.tasks import TASKS
+from lora_cli.model.tasks import TASKS, auto_class
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
 
@@ -52,6 +52,11 @@ class BaseCheckpoint(NamedTuple):
     dtype: torch.dtype = torch.float32  # of weights that are not quantized
     vocabulary: int = 0  # rows of the embeddings; if the checkpoint has fewer, new rows are added
     pad_id: int | None = None  # token id of padding, for models that find the end of a row by it
+
+    @property
+    def auto_class(self) -> Any:
+        """Auto class of transformers that loads the model."""
+        return auto_class(self.config, self.task)
 
     def load(
         self,
@@ -97,8 +102,7 @@ class BaseCheckpoint(NamedTuple):
         torch.manual_seed(seed)
         with library_errors(source):
             model: PreTrainedModel
-            loader = TASKS[self.task].auto_class
-            model, loading_info = loader.from_pretrained(path, output_loading_info=True, **arguments)
+            model, loading_info = self.auto_class.from_pretrained(path, output_loading_info=True, **arguments)
         heads, notes = _check_missing_weights(model, loading_info, self.task)
         if not is_quantized(model):
             model.to(device)
@@ -113,15 +117,19 @@ class BaseCheckpoint(NamedTuple):
         return LoadedBase(model.requires_grad_(False), heads, notes)
 
     def skeleton(self) -> PreTrainedModel:
-        """Return the modules of the unquantized model on the meta device: names and shapes without weights."""
+        """Return the modules of the unquantized model on the meta device: names and shapes without weights.
+
+        Raises:
+            LoraError: its code needs a package that is not installed, or rejects its config.
+        """
         config = deepcopy(self.config)
         if self.labels is not None:
             config.id2label = dict(enumerate(self.labels.names))  # num_labels is their number
             config.problem_type = PROBLEM_TYPES[self.labels.kind]
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
-            model: PreTrainedModel = TASKS[self.task].auto_class.from_config(
+        with library_errors(self.source), torch.device("meta"):
+            model: PreTrainedModel = self.auto_class.from_config(
                 config, trust_remote_code=self.source.trust_remote_code
             )
             if self.vocabulary > model.get_input_embeddings().weight.shape[0]:

@@ -37,7 +37,8 @@ class CheckpointMapping:
 
     def __init__(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
         """Map the checkpoint's `keys` to parameters of `model`, which may be on the meta device."""
-        self._model = model
+        # A copy, because rules look parameters up by their names, which PEFT changes when it wraps layers of `model`.
+        self._model = deepcopy(model)
         self._rules: list[WeightTransform] = get_model_conversion_mapping(model)
         converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
@@ -53,6 +54,8 @@ class CheckpointMapping:
                 self.parts[name].append(CheckpointPart(key, pattern))
             else:
                 self.unknown.append(key)
+        # Renamings of older formats that this checkpoint does not have must not be reverted when it is written.
+        self._used = [rule for rule in self._rules if isinstance(rule, WeightConverter) or rule.was_used()]
 
     def is_joined(self, name: str) -> bool:
         """Return whether the parameter is built from several tensors of the checkpoint, or from a part of one."""
@@ -94,7 +97,7 @@ class CheckpointMapping:
             return {self.parts[name][0].key if name in self.parts else name: value}
         # A private attribute: from_pretrained sets it and revert_weight_conversion reads it. This model was not loaded
         # by from_pretrained, and transformers has no official way to pass the rules in.
-        self._model._weight_conversions = self._rules
+        self._model._weight_conversions = self._used
         tensors: dict[str, Tensor] = revert_weight_conversion(self._model, {name: value})
         if tensors.keys() != {part.key for part in self.parts[name]}:
             raise AssertionError(f"transformers splits {name} into {sorted(tensors)}")

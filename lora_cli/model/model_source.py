@@ -1,6 +1,7 @@
 """Find a base model on the hub, in a folder or in a GGUF file; read its config and tokenizer; identify its weights."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base
@@ -90,11 +92,15 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, and add `new_tokens` to it as special tokens.
 
+    The chat template is the tokenizer's, else that of the model's processor.
+
     Raises:
         LoraError: it cannot be loaded, or it already has one of the new tokens.
     """
     with library_errors(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processor_template(source)
     if known := [token for token in new_tokens if token in tokenizer.get_vocab()]:
         raise LoraError(
             f"model.new_tokens: the tokenizer already has {known[0]}", hint="remove it from the list: it is not new"
@@ -103,6 +109,19 @@ def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTr
         [AddedToken(token, special=True, normalized=False) for token in new_tokens], special_tokens=True
     )
     return tokenizer
+
+
+def _processor_template(source: ModelSource) -> str | None:
+    """Return the chat template in the processor's files of a multimodal model, where AutoTokenizer does not look."""
+    for name in ("chat_template.json", "processor_config.json"):
+        try:
+            file = cached_file(source.path, name, revision=source.revision)
+            template = json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template")
+        except OSError:  # there is no such file, here or on the hub
+            continue
+        if isinstance(template, str):
+            return template
+    return None
 
 
 def hub_commit(source: ModelSource) -> str | None:
@@ -196,6 +215,8 @@ class library_errors:  # used like a function: `with library_errors(source):`
         elif "Unrecognized configuration class" in str(error):
             first = f"{first.partition(' for this kind')[0]}: transformers has no such model for this task"
             hint = "give a model of another architecture, or choose another task"
+        elif isinstance(error, ImportError):
+            hint = "install the package that it names"
         elif isinstance(error, RuntimeError):
             first = "the shapes of its weights differ from its config.json"
             hint = "download the model again, or give another one"

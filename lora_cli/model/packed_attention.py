@@ -31,6 +31,7 @@ IGNORED_KEYWORDS = {
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
+    "logits_to_keep",
 }
 
 

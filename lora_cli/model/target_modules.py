@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.errors import LoraError
 from lora_cli.model import expert_targets
 from lora_cli.model.experts import expert_weights, routers
+from lora_cli.model.multimodal import OutsideText, is_inside, outside_text
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import AdapterSpec
 
@@ -49,7 +50,7 @@ def linear_layers(model: PreTrainedModel, heads: Iterable[str] = ()) -> dict[str
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, GgufLinear))
         and module is not head
-        and not _is_inside(name, excluded)
+        and not is_inside(name, excluded)
         and not isinstance(module, ModulesToSaveWrapper)
     }
 
@@ -62,12 +63,20 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         spec: the recipe's adapter section.
         heads: fully trained modules, which get no adapter.
 
+    Modules of a multimodal model that text does not pass through get no adapter either.
+
     Raises:
-        LoraError: a name or regex matches no layer, or without `layers` matches only some of the layers whose names
-            differ only in their numbers. The hint lists the model's linear layers.
+        LoraError: a name or regex matches no layer, only layers that text does not pass through, or without `layers`
+            only some of the layers whose names differ only in their numbers. The hint lists the model's linear layers.
     """
+    outside = outside_text(model)
+    towers = [part.name for part in outside]
+    inside_towers = [name for name, _ in model.named_modules() if is_inside(name, towers)]
+    heads = [*heads, *towers]
     linear = linear_layers(model, heads)
-    experts, router_weights = expert_targets.adaptable(model, spec)
+    experts, router_weights = (
+        [name for name in names if not is_inside(name, heads)] for names in expert_targets.adaptable(model, spec)
+    )
     parameters = [*experts, *router_weights]
     layer_hint = f"its linear layers are: {_kinds([*linear, *parameters])}"
     requested = spec.target_modules
@@ -86,11 +95,11 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         linear_inside_heads = len(linear_layers(model)) > len(linear)
         if not (narrowed or packed or linear_inside_heads or moe):
             return Targets(ALL_LINEAR)
-        selected = expert_targets.without_misread(_select(spec, names, parameters, layer_hint), parameters, misread)
-        return _by_full_name(selected, parameters)
-    modules = [name for name, _ in model.named_modules() if name and not _is_inside(name, heads)]
+        selected = _select(spec, names, parameters, layer_hint, inside_towers)
+        return _by_full_name(expert_targets.without_misread(selected, parameters, misread), parameters)
+    modules = [name for name, _ in model.named_modules() if name and not is_inside(name, heads)]
     names = [name for name in modules if f"{name}.weight" not in router_weights] + parameters
-    candidates = _select(spec, names, parameters, layer_hint)
+    candidates = _select(spec, names, parameters, layer_hint, inside_towers)
     regex = _is_regex(requested)
     entries = _entries(requested)
     if not regex:
@@ -98,11 +107,12 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         entries = expert_targets.expand_names(entries, parameters, linear)
     matches = {entry: _matching(entry, candidates, regex=regex) for entry in entries}
     if unmatched := [entry for entry, names_of_entry in matches.items() if not names_of_entry]:
+        _check_inside_text(unmatched, model, outside, regex=regex, hint=layer_hint)
         raise _no_match(unmatched, linear, regex=regex, hint=layer_hint)
     matched = [name for name in candidates if any(name in names_of_entry for names_of_entry in matches.values())]
     if spec.source is None:  # an adapter that training goes on from may list the layers that `layers` selected
         _check_all_layers_match(matched, [name for name in candidates if name in linear or name in experts], layer_hint)
-    inside_heads = [name for name, _ in model.named_modules() if name and _is_inside(name, heads)]
+    inside_heads = [name for name, _ in model.named_modules() if name and is_inside(name, heads)]
     ambiguous = any(_matching(entry, inside_heads, regex=regex) for entry in entries)
     if narrowed or ambiguous or moe:
         return _by_full_name(expert_targets.without_misread(matched, parameters, misread), parameters)
@@ -123,12 +133,31 @@ def _by_full_name(names: Sequence[str], parameters: Sequence[str]) -> Targets:
     return Targets([n for n in names if n not in parameters], tuple(n for n in names if n in parameters))
 
 
-def _select(spec: AdapterSpec, names: Sequence[str], parameters: Sequence[str], hint: str) -> list[str]:
-    """Return the `names` that `exclude_modules` and `layers` leave; `parameters` are those of experts and routers."""
+def _check_inside_text(
+    entries: Sequence[str], model: PreTrainedModel, outside: Sequence[OutsideText], *, regex: bool, hint: str
+) -> None:
+    """Raise a LoraError if one of `entries` matches modules that text does not pass through."""
+    for part in outside:
+        inside = [name for name, _ in model.named_modules() if is_inside(name, [part.name])]
+        if reached := [entry for entry in entries if _matching(entry, inside, regex=regex)]:
+            raise LoraError(
+                f"adapter.target_modules: {shorten(reached[0])} matches only layers of {part.name}, the {part.kind}: "
+                "text does not pass through it",
+                hint=hint,
+            )
+
+
+def _select(
+    spec: AdapterSpec, names: Sequence[str], parameters: Sequence[str], hint: str, outside: Sequence[str]
+) -> list[str]:
+    """Return the `names` that `exclude_modules` and `layers` leave.
+
+    `parameters` are those of experts and routers; the names `outside` are left out already.
+    """
     excluded = spec.exclude_modules
     if isinstance(excluded, list):
         excluded = expert_targets.expand_names(excluded, parameters)
-    selected = _exclude(excluded, names, hint=hint)
+    selected = _exclude(excluded, names, hint=hint, outside=outside)
     if spec.layers is not None:
         selected = _in_layers(spec.layers, selected)
     if not selected:
@@ -209,11 +238,13 @@ def _check_all_layers_match(matched: Sequence[str], candidates: Sequence[str], l
             )
 
 
-def _exclude(excluded: str | Sequence[str] | None, names: Iterable[str], *, hint: str) -> list[str]:
+def _exclude(
+    excluded: str | Sequence[str] | None, names: Iterable[str], *, hint: str, outside: Sequence[str]
+) -> list[str]:
     remaining = list(names)
     for entry in _entries(excluded or []):
         removed = set(_matching(entry, remaining, regex=_is_regex(excluded or [])))
-        if not removed:
+        if not removed and not _matching(entry, outside, regex=_is_regex(excluded or [])):
             raise LoraError(f"adapter.exclude_modules: {shorten(entry)} matches no layer", hint=hint)
         remaining = [name for name in remaining if name not in removed]
     return remaining
@@ -240,10 +271,6 @@ def layer_index(name: str) -> int | None:
 def _template(name: str) -> str:
     """Return the name with its numbers replaced by *, such as `model.layers.*.mlp.up_proj`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
-def _is_inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _kinds(names: Iterable[str]) -> str:
@@ -281,9 +308,11 @@ def find_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> list
     """Return the full names of the modules that the entries of `modules_to_save` match.
 
     Raises:
-        LoraError: an entry matches no module, or a module is inside another one of the list.
+        LoraError: an entry matches no module or one that text does not pass through, or a module is inside another one
+            of the list.
     """
     names = [name for name, _ in model.named_modules() if name]
+    outside = outside_text(model)
     modules: list[str] = []
     for entry in modules_to_save:
         matches = _matching(entry, names, regex=False)
@@ -293,6 +322,12 @@ def find_modules(model: PreTrainedModel, modules_to_save: Sequence[str]) -> list
             raise LoraError(
                 f"adapter.modules_to_save: the model has no module {shorten(entry)}",
                 hint=f"did you mean {similar[0]}?" if similar else f"its modules are: {', '.join(_children(model))}",
+            )
+        if part := next((part for part in outside for name in matches if is_inside(name, [part.name])), None):
+            raise LoraError(
+                f"adapter.modules_to_save: {shorten(entry)} is in {part.name}, the {part.kind}: "
+                "text does not pass through it",
+                hint=f"train modules of the decoder; a full name applies to one module, such as {names[-1]}",
             )
         modules += matches
     for name in modules:

@@ -23,12 +23,12 @@ from lora_cli.data.collate import (
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.prepare import PreparedData, prepare_data
 from lora_cli.errors import LoraError
-from lora_cli.model import packed_attention, prequantized
+from lora_cli.model import multimodal, packed_attention, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
 from lora_cli.model.device import pick_device, pick_dtype
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer
 from lora_cli.model.packing_support import packing_obstacle
-from lora_cli.model.tasks import TASKS
+from lora_cli.model.tasks import PREFIX_MODELS, TASKS, is_supported
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run.cache_folder import cache_folder
 
@@ -104,6 +104,7 @@ def load_inputs(
         info=info,
         task=task,
         base_labels=head_labels(config, task),
+        placeholders=multimodal.placeholder_tokens(config, tokenizer),
         train_key=train_key,
     )
     if task == "seq-cls" and config.is_encoder_decoder:
@@ -151,10 +152,14 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _check_task(config: PretrainedConfig, recipe: Recipe) -> None:
     """Raise if transformers has no class of this architecture for the task; the config alone shows it."""
-    supported = {name: type(config) in task.architectures for name, task in TASKS.items()}
-    if supported[recipe.task] or hasattr(config, "auto_map"):
+    if config.model_type in PREFIX_MODELS and recipe.task == "causal-lm":
+        raise LoraError(
+            f"task: {config.model_type} reads its prompt in both directions, and causal-lm trains from left to right",
+            hint="give a causal model",
+        )
+    if is_supported(config, recipe.task):
         return
-    others = [name for name, works in supported.items() if works]
+    others = [name for name in TASKS if is_supported(config, name)]
     raise LoraError(
         f"task: transformers has no {config.model_type} model for {recipe.task}",
         hint=f"write task: {' or '.join(others)}, or give another model" if others else "give another model",

@@ -15,7 +15,7 @@ from lora_cli.merging.compare_models import Agreement
 from lora_cli.merging.merge_tensors import MergedTensor
 from lora_cli.merging.stream import MergePlan
 from lora_cli.merging.verify import Probes, Transforms
-from lora_cli.model import empty_base, fake_quantize, prequantized, safetensors_io
+from lora_cli.model import empty_base, fake_quantize, multimodal, prequantized, safetensors_io
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
 from lora_cli.model.saved_adapter import SavedAdapter, method_name
@@ -173,7 +173,7 @@ def write_tensors(
 
 
 def write_other_files(adapter: SavedAdapter, plan: MergePlan, folder: Path, *, dtype: str, what: str) -> None:
-    """Write config, generation config, Python code, tokenizer and model card of the merged model.
+    """Write config, generation config, Python code, processors, tokenizer and model card of the merged model.
 
     Args:
         adapter: the adapter that was merged or unmerged.
@@ -186,7 +186,9 @@ def write_other_files(adapter: SavedAdapter, plan: MergePlan, folder: Path, *, d
     model, is_classifier = base.skeleton(), TASKS[base.task].is_classification
     config = model.config
     if dtype != "auto":
-        config.dtype = DTYPES[dtype]
+        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+            if part is not None:
+                part.dtype = DTYPES[dtype]
     if is_classifier or not config.architectures:
         config.architectures = [type(model).__name__]
     if plan.untied:
@@ -199,6 +201,7 @@ def write_other_files(adapter: SavedAdapter, plan: MergePlan, folder: Path, *, d
     for file in copied:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
+    multimodal.copy_processor_files(files, folder)
     base.tokenizer.save_pretrained(str(folder))
     (folder / "README.md").write_text(_model_card(adapter, what), encoding="utf-8")
 

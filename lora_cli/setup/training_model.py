@@ -15,6 +15,7 @@ from lora_cli.model import (
     continue_adapter,
     expert_targets,
     memory,
+    multimodal,
     quantization_report,
     select_attention,
     target_modules,
@@ -242,7 +243,10 @@ def coverage_table(
     if model.active_peft_config.is_prompt_learning:
         count = model.active_peft_config.num_virtual_tokens
         return [f"adapter: {count} virtual tokens before each row", f"  {trainable:,} trainable parameters in total"]
-    rows = attach_adapter.coverage(model, layers)
+    outside = multimodal.outside_text(model.get_base_model())
+    towers = [part.name for part in outside]
+    text_layers = {name: layer for name, layer in layers.items() if not multimodal.is_inside(name, towers)}
+    rows = attach_adapter.coverage(model, text_layers)
     width = max((len(row.kind) for row in rows), default=0)
     lines = [
         f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters"
@@ -253,6 +257,7 @@ def coverage_table(
     if others:
         lines.append(f"  {others:,} other trainable parameters (heads, token embeddings, biases, vectors)")
     lines += expert_targets.describe_experts(model, spec)
+    lines += multimodal.describe_outside(outside, layers)
     return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]
 
 

@@ -143,6 +143,7 @@ IMPORTED: dict[str, Use] = {
         "model/quantize_experts.py", moe_checks.four_bit_loader
     ),
     "transformers.quantizers.auto.AutoHfQuantizer": Use("model/fake_quantize.py", library_checks.quantizer),
+    "transformers.utils.cached_file": Use("model/model_source.py", library_checks.missing_file),
     "transformers.utils.chat_template_utils.render_jinja_template": Use(
         "data/chat_templates.py", library_checks.rendered_template
     ),

@@ -192,6 +192,20 @@ def loaded_model() -> None:
         assert getattr(zoo.make("llama"), "hf_quantizer", None) is None
 
 
+def missing_file() -> None:
+    """A file that a model folder lacks is an OSError; one that it has is found."""
+    from transformers.utils import cached_file
+
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "here.json").write_text("{}")
+        assert cached_file(folder, "here.json", revision=None) == str(Path(folder) / "here.json")
+        try:
+            cached_file(folder, "missing.json", revision=None)
+        except OSError:
+            return
+        raise AssertionError("a missing file is not an OSError")
+
+
 def rendered_template() -> None:
     source = "{% for m in messages %}{{ eos }}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
     texts, blocks = chat_template_utils.render_jinja_template(

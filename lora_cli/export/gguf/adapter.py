@@ -30,6 +30,7 @@ from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base
 from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
+from lora_cli.model.multimodal import text_names
 
 DEFAULT_QUANTIZATION = "f32"
 QUANTIZATIONS = ("f32", "f16", "bf16")
@@ -127,10 +128,12 @@ def _attach(source: ExportSource) -> PeftModel:
 
 
 def _adapted_layers(source: ExportSource) -> Iterator[tuple[str, Any]]:
-    """Yield the name of each adapted weight in the base, and its PEFT layer."""
+    """Yield the name of each adapted weight in the text model, and its PEFT layer."""
+    text = text_names(source.base.skeleton())
     for name, module in _attach(source).named_modules():
         if isinstance(module, LoraLayer) and ADAPTER_NAME in module.scaling:
-            yield name.removeprefix(PREFIX) + ".weight", module
+            weight = name.removeprefix(PREFIX) + ".weight"
+            yield text.get(weight, weight), module
 
 
 def _tensors(source: ExportSource, quantization: GGUFQuantization) -> tuple[list[GGUFTensor], float]:
@@ -149,7 +152,7 @@ def _tensors(source: ExportSource, quantization: GGUFQuantization) -> tuple[list
         if (
             name is None
             or ADAPTER_NAME not in layer.lora_A
-            or (name == "output.weight" and text_config.tie_word_embeddings)
+            or (name == "output.weight" and getattr(text_config, "tie_word_embeddings", False))
         ):
             raise LoraError(
                 f"--to gguf-adapter: {key.removesuffix('.weight')} is adapted, but llama.cpp supports no LoRA on it",

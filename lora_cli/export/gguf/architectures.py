@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import PretrainedConfig
 
 from lora_cli.errors import LoraError
+from lora_cli.model.multimodal import is_multimodal
 
 Hyperparameter = tuple[str, Any]  # name of a GGUFWriter method without `add_`, and its argument
 RowOrder = Callable[[PretrainedConfig], NDArray[np.int64]]  # row indices `[rows]` into the checkpoint's weight
@@ -39,7 +40,7 @@ class Architecture(NamedTuple):
 
 
 def find_architecture(config: PretrainedConfig) -> Architecture:
-    """Return the entry of `config`'s architecture.
+    """Return the entry of `config`'s architecture; for a multimodal model, that of its text decoder.
 
     Raises:
         LoraError: the architecture is not supported, or llama.cpp computes it differently from this config.
@@ -47,7 +48,10 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
     text_config = config.get_text_config()
     architecture = ARCHITECTURES.get(text_config.model_type)
     class_name = (config.architectures or [""])[0]
-    if architecture is None or not class_name.endswith(("ForCausalLM", "LMHeadModel")):
+    is_decoder = class_name.endswith(("ForCausalLM", "LMHeadModel")) or (
+        class_name.endswith("ForConditionalGeneration") and is_multimodal(config)
+    )
+    if architecture is None or not is_decoder:
         raise LoraError(
             f"--to gguf: {class_name or config.model_type} is not supported; supported: {', '.join(ARCHITECTURES)}",
             hint="llama.cpp's own converter may support it: python convert_hf_to_gguf.py MODEL --outfile OUT.gguf "
@@ -82,6 +86,12 @@ def hyperparameters(config: PretrainedConfig, architecture: Architecture) -> Ite
         yield "key_length", head_dim
         yield "value_length", head_dim
     yield from _rope_hyperparameters(text_config, head_dim)
+    rope = _rope_parameters(text_config)
+    if sections := rope.get("mrope_section"):  # rotary pairs of time, height, width; text has one position for all
+        yield "rope_dimension_sections", [*sections, *[0] * (4 - len(sections))]
+    vision = getattr(config, "vision_config", None)
+    if deepstack := getattr(vision, "deepstack_visual_indexes", None):  # llama.cpp sizes image embeddings by it
+        yield "num_deepstack_layers", len(deepstack)
     if architecture.extra_hyperparameters is not None:
         yield from architecture.extra_hyperparameters(text_config)
 
@@ -302,6 +312,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(MODEL_ARCH.LLAMA, SILU, INTERLEAVED_ROPE, notes=_sliding_window_note),
     "qwen2": Architecture(MODEL_ARCH.QWEN2, SILU, notes=_sliding_window_note),
     "qwen3": Architecture(MODEL_ARCH.QWEN3, SILU, notes=_sliding_window_note),
+    "qwen2_vl_text": Architecture(MODEL_ARCH.QWEN2VL, SILU, notes=_sliding_window_note),
+    "qwen2_5_vl_text": Architecture(MODEL_ARCH.QWEN2VL, SILU, notes=_sliding_window_note),
+    "qwen3_vl_text": Architecture(MODEL_ARCH.QWEN3VL, SILU),
     "gemma2": Architecture(
         MODEL_ARCH.GEMMA2,
         GELU_TANH,

@@ -20,6 +20,8 @@ from lora_cli.export.gguf import architectures
 from lora_cli.export.gguf.architectures import Architecture
 from lora_cli.model import safetensors_io
 from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.multimodal import is_multimodal, text_names
 from lora_cli.model.safetensors_io import TensorInfo
 
 Array = NDArray[np.float32]
@@ -103,9 +105,12 @@ def plan_tensors(base: BaseCheckpoint, quantization: GGUFQuantization) -> list[G
     tensors: list[GGUFTensor] = []
     for name, values in architectures.extra_tensors(config):
         tensors.append(GGUFTensor(name, values, Q.F32, values.shape))
-    tied = bool(config.get_text_config().tie_word_embeddings)
-    for key, info in stored.items():
-        if key.endswith(SKIPPED_BUFFERS) or (tied and key == "lm_head.weight"):
+    text_keys = _text_keys(base, stored)
+    # A multimodal model is tied only if its checkpoint has one of the two tensors, whatever its config says.
+    tied = text_keys is None and bool(config.get_text_config().tie_word_embeddings)
+    for stored_key, info in stored.items():
+        key = text_keys.get(stored_key) if text_keys is not None else stored_key
+        if key is None or key.endswith(SKIPPED_BUFFERS) or (tied and key == "lm_head.weight"):
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -116,6 +121,15 @@ def plan_tensors(base: BaseCheckpoint, quantization: GGUFQuantization) -> list[G
         tensors.append(_plan_tensor(name, key, info, config, architecture, quantization))
     _check_complete(tensors, base, names)
     return tensors
+
+
+def _text_keys(base: BaseCheckpoint, stored: Mapping[str, TensorInfo]) -> dict[str, str] | None:
+    """Return the names in the text model of the checkpoint's keys, without its towers; None for a text model."""
+    if not is_multimodal(base.config):
+        return None
+    model = base.skeleton()
+    parts = CheckpointMapping(model, stored).parts
+    return {parts[name][0].key: text_name for name, text_name in text_names(model).items() if name in parts}
 
 
 def tensor_names(config: PretrainedConfig, architecture: Architecture) -> gguf.TensorNameMap:
@@ -162,7 +176,11 @@ def _storage_type(name: str, shape: tuple[int, ...], quantization: GGUFQuantizat
 def _check_complete(tensors: Iterable[GGUFTensor], base: BaseCheckpoint, names: gguf.TensorNameMap) -> None:
     """Raise if a parameter of the model has no tensor: llama.cpp treats some missing tensors as optional."""
     planned = {tensor.name for tensor in tensors}
-    for key, _ in base.skeleton().named_parameters():  # lists tied parameters once
+    model = base.skeleton()
+    text = text_names(model)
+    for parameter, _ in model.named_parameters():  # lists tied parameters once
+        if (key := text.get(parameter)) is None:
+            continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name not in planned:
             raise LoraError(

@@ -16,10 +16,9 @@ from lora_cli.export.hf import nf4
 from lora_cli.export.hf.peft_adapter import bits_equal
 from lora_cli.export.hf.verify import Rounding, compare_with_source
 from lora_cli.export.source import Check, ExportOptions, ExportSource
-from lora_cli.model import prequantized, safetensors_io
+from lora_cli.model import multimodal, prequantized, safetensors_io
 from lora_cli.model.quantize import BLOCK_SIZE
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo
-from lora_cli.model.tasks import TASKS
 
 MAX_SHARD_BYTES = 2 * 10**9  # bytes of a file, unless a single tensor is larger
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -137,7 +136,7 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return lines of Python that load the model, and commands that serve it."""
-    loader = TASKS[source.task].auto_class.__name__
+    loader = source.base.auto_class.__name__
     trust = ", trust_remote_code=True" if source.trust_remote_code else ""
     lines = [
         f"from transformers import AutoTokenizer, {loader}",
@@ -200,6 +199,7 @@ def _write_config_and_tokenizer(source: ExportSource, out: Path, options: Export
     for file in (source.folder / "generation_config.json", *code):
         if file.is_file():
             shutil.copyfile(file, out / file.name)
+    multimodal.copy_processor_files(source.folder, out)
     source.tokenizer.save_pretrained(str(out))
 
 

@@ -74,9 +74,10 @@ def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     base_path = str(config.base_model_name_or_path)
     arguments = f", num_labels={len(source.labels.names)}" if source.labels else ""
     arguments += ", trust_remote_code=True" if source.trust_remote_code else ""
-    if base_path.endswith(".gguf") or config.task_type is None:
-        # PEFT's Auto classes need the task in the adapter's config, and a base that is a folder or a hub id.
-        loader = TASKS[source.task].auto_class.__name__
+    loader = source.base.auto_class.__name__
+    if base_path.endswith(".gguf") or config.task_type is None or loader != TASKS[source.task].auto_class.__name__:
+        # PEFT's Auto classes need the task in the adapter's config, a base that is a folder or a hub id, and a model
+        # that transformers loads for this task.
         path = str(source.folder) if base_path.endswith(".gguf") else base_path
         lines = [
             f"from transformers import AutoTokenizer, {loader}",

@@ -42,7 +42,15 @@ LORA_MODELS = """
     Mistral Mixtral Nemotron NemotronH OPT Olmo Olmo2 Olmo3 OlmoHybrid Phi Phi3 Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe
     Qwen3Next SeedOss SmolLM3 Starcoder2 VaultGemma
 """
-LORA_CLASSES = frozenset(f"{name}ForCausalLM" for name in LORA_MODELS.split())
+# The same for models of text and images or sound; the adapter is on their language model.
+MULTIMODAL_LORA_MODELS = """
+    AudioFlamingo3 Blip2 Emu3 Gemma3 Glm4v Glm4vMoe GlmOcr GraniteSpeech HunYuanVL Idefics3 InternVL Lfm2Vl Llama4 Llava
+    Mistral3 Qwen2VL Qwen2_5_VL Qwen3VL Qwen3VLMoe SmolVLM Voxtral
+"""
+LORA_CLASSES = frozenset(
+    [f"{name}ForCausalLM" for name in LORA_MODELS.split()]
+    + [f"{name}ForConditionalGeneration" for name in MULTIMODAL_LORA_MODELS.split()]
+)
 EMBEDDINGS_AND_HEAD = ("embed_tokens", "lm_head")
 # Classes that, by vLLM's source code, support LoRA on embeddings and head.
 LORA_EMBEDDING_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -89,7 +97,7 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
     class_name = type(peft_adapter.attach_to_empty_base(source, folder).model.get_base_model()).__name__
     if class_name not in LORA_CLASSES:
         raise LoraError(
-            f"--to vllm: {class_name} is not among the text models that vLLM lists as supporting LoRA",
+            f"--to vllm: {class_name} is not among the models that vLLM lists as supporting LoRA",
             hint=f"{EXPORT_MERGED_HINT}; if your version of vLLM supports it, export the folder unchanged: --to peft",
         )
     for key, _ in peft_adapter.iterate_tensors(folder):
