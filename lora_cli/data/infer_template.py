@@ -150,7 +150,9 @@ def _next_turn_token(rendered: list[tuple[Conversation, str]], tokens: re.Patter
             continue
         question, answer = contents[:2]
         end = tokens.match(text[text.find(answer) + len(answer) :].lstrip())
-        if end and end[0] in text[: text.find(question)]:
+        before, between = text[: text.find(question)], text[text.find(question) : text.find(answer)]
+        # A token that starts assistant turns too cannot end one.
+        if end and end[0] in before and end[0] not in between:
             return end[0]
     return ""
 
