@@ -30,7 +30,7 @@ from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
 from lora_cli.setup.adapter_folders import parse_named_folder
-from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base
 from lora_cli.training import cpu
 
@@ -180,7 +180,7 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
     """
     adapters = {}
     if target.is_file():
-        recipe = load_recipe(target)
+        recipe = with_recorded_date(load_recipe(target))
         if (Path(recipe.output) / "adapter").is_dir():
             adapters["adapter"] = Path(recipe.output) / "adapter"
     elif (target / CONFIG_FILE).is_file():

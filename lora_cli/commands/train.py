@@ -22,7 +22,7 @@ from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, describe_choice
-from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.training_model import Info, TrainableModel, build_model
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.disk_full import disk_full_as_os_error
@@ -52,7 +52,10 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         if processes > 1:
             # Errors in recipe, data or model are reported here, once, and not by every process.
             with open_run(recipe.output, resume=resume, fresh=fresh):
-                load_inputs(recipe, info=console.info)
+                inputs = load_inputs(with_recorded_date(recipe) if resume else recipe, info=console.info)
+            if inputs.template_date and recipe.data.template_date is None:
+                # All processes write the same date, also if they start at midnight.
+                arguments = [*arguments, "--set", f"data.template_date={inputs.template_date}"]
             console.info(f"starting {processes} processes")
             return launch.launch_workers(processes, arguments)
     on_cpu = pick_device().type == "cpu"
@@ -72,9 +75,11 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     Only the main process has `run` open: it alone writes and prints.
     """
     info: Info = console.info if run else console.no_output
+    if resume:
+        recipe = with_recorded_date(recipe)
     with accelerator.main_process_first():  # the main process encodes the rows, the others find them in the cache
         inputs = load_inputs(recipe, info=info)
-    recipe = inputs.recipe
+    recipe = with_date(inputs.recipe, inputs.template_date)  # the run's recipe records it
     for line in inputs.data.ledger.table():
         info(line)
     batches_per_step = accelerator.num_processes * recipe.training.gradient_accumulation

@@ -1,8 +1,8 @@
 """Find the assistant turns of a conversation rendered with a chat template, for the label mask. No tensors.
 
-The span of a turn starts after the header that `add_generation_prompt` writes, and ends after its end-of-turn token.
-A row whose spans are not certain is rejected. There are three ways to find spans, each tested on probe conversations
-before the first row:
+The span of a turn starts after the text that the server's generation prompt writes, and ends after its end-of-turn
+token. A row whose spans are not certain is rejected. There are three ways to find spans, each tested on probe
+conversations before the first row (`infer_template.py`):
 
 blocks  the `{% generation %}` blocks of the template;
 prefix  the rendering of the first messages is a prefix of the full rendering, and its length is the turn's border;
@@ -13,12 +13,16 @@ scan    for templates that write earlier turns differently from the last one: fi
 import json
 import re
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
+from lora_cli.data import reasoning
 from lora_cli.data.chat_templates import Template, render_template, render_with_generation_blocks
 from lora_cli.data.conversation import Conversation, Message
+from lora_cli.data.reasoning import Answer
 from lora_cli.data.records import BadRow
-from lora_cli.errors import LoraError
+
+# The form of reasoning that a template writes: both forms, a field, the start of the content, or none.
+ReasoningForm = Literal["as is", "field", "inline", "omitted"]
 
 
 class AssistantFormat(NamedTuple):
@@ -30,6 +34,12 @@ class AssistantFormat(NamedTuple):
     end_tokens: re.Pattern[str]  # end-of-turn tokens
     control_tokens: re.Pattern[str]  # tokens that structure a conversation, which no message may contain
     supports_tools: bool
+    prompt_extra: str = ""  # written by the generation prompt after the header: `<think>\n`
+    empty_blocks: tuple[str, ...] = ()  # the same, with other template variables: `<think>\n\n</think>\n\n`
+    switches: tuple[str, ...] = ()  # template variables that change the generation prompt
+    next_turn: str = ""  # the token of the next user turn, where it ends an answer, as in GLM-4
+    tail: str = ""  # written once at the end of a complete conversation, after its last end-of-turn token
+    reasoning: ReasoningForm = "as is"
 
 
 class Span(NamedTuple):
@@ -39,12 +49,24 @@ class Span(NamedTuple):
     stop: int
 
 
+class AnswerCounts(NamedTuple):
+    """What the chat template did to the answers of a conversation, for the ledger."""
+
+    rewritten: int = 0  # answers with changed text, reasoning not included
+    dropped: int = 0  # earlier answers whose reasoning is omitted
+    inserted: int = 0  # last answers whose reasoning the template omits, written after its generation prompt
+    unprompted: int = 0  # answers that do not follow the text that the generation prompt writes
+    empty: int = 0  # answers without reasoning after an empty block of it, which carries no loss
+    reasoned: int = 0  # 1 if the last answer has reasoning
+    answered: int = 0  # 1 if it has none
+
+
 class RenderedChat(NamedTuple):
     """A rendered conversation with the spans of its assistant turns."""
 
     text: str
     turns: list[Span]  # in characters
-    rewritten: int  # answers that the template changed
+    counts: AnswerCounts
 
 
 def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedChat:
@@ -56,24 +78,29 @@ def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedC
     if match := format_.control_tokens.search(_all_text(chat)):
         problem = f"contains the control token {match[0]}, which the model would read as the start or end of a turn"
         raise BadRow("control token in the text", problem)
+    answers = [message for message in chat.messages if message["role"] == "assistant"]
+    *earlier, last = chat.messages
+    messages = [_with_readable_reasoning(format_, message) for message in earlier]
+    chat = chat._replace(messages=[*messages, _with_readable_reasoning(format_, last, last=True)])
+    prompted = False  # whether the spans start after all of the generation prompt
     if format_.has_generation_blocks:
         text, blocks = render_with_generation_blocks(format_.template, chat.messages, chat.tools)
-        spans = [_span_with_end(format_, text, start, stop) for start, stop in blocks]
+        spans = [_span_of_block(format_, text, start, stop) for start, stop in blocks]
     else:
-        text = render_template(format_.template, chat.messages, chat.tools)
-        spans = _spans_by_prefix(format_, chat, text) or _spans_by_scan(format_, chat, text)
-    answers = [message for message in chat.messages if message["role"] == "assistant"]
+        text = _render_complete(format_, chat, len(chat.messages))
+        spans = _spans_by_prefix(format_, chat, text)
+        prompted = bool(spans)
+        spans = spans or _spans_by_scan(format_, text)
+    for message in chat.messages:
+        if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
+            raise BadRow("text omitted by the chat template", f"the chat template omits the {message['role']} message")
     if len(spans) != len(answers):
         problem = f"the chat template writes {len(spans)} answers for {len(answers)} assistant messages"
         raise BadRow("answers not found", problem)
     for before, after in pairwise(spans):
         if before.stop > after.start:
             raise BadRow("answers not found", "the answers overlap in the text that the chat template writes")
-    for message in chat.messages:
-        if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
-            raise BadRow("text omitted by the chat template", f"the chat template omits the {message['role']} message")
-    rewritten = (_is_rewritten(answer, text[a:b], text) for answer, (a, b) in zip(answers, spans, strict=True))
-    return RenderedChat(text, spans, sum(rewritten))
+    return _finish(format_, text, spans, answers, prompted=prompted)
 
 
 def _all_text(chat: Conversation) -> str:
@@ -81,6 +108,20 @@ def _all_text(chat: Conversation) -> str:
     # Tool calls, reasoning, names: other fields that a template may write.
     rest = [{k: v for k, v in m.items() if k not in {"role", "content"}} for m in chat.messages]
     return "\0".join([*parts, json.dumps([rest, chat.tools], ensure_ascii=False, default=str)])
+
+
+def _with_readable_reasoning(format_: AssistantFormat, message: Message, *, last: bool = False) -> Message:
+    if message["role"] != "assistant":
+        return message
+    match format_.reasoning:
+        case "field":
+            return reasoning.with_field(message)
+        case "inline":
+            return reasoning.with_inline(message)
+        case "omitted" if last:  # `_insert_reasoning` writes it
+            return {**message, "content": reasoning.split_reasoning(message).content}
+        case _:
+            return message
 
 
 def _spans_by_prefix(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
@@ -92,184 +133,128 @@ def _spans_by_prefix(format_: AssistantFormat, chat: Conversation, text: str) ->
         last = index + 1 == len(chat.messages)
         try:
             head = render_template(format_.template, chat.messages[:index], chat.tools, generation_prompt=True)
-            turn = text if last else render_template(format_.template, chat.messages[: index + 1], chat.tools)
+            turn = text if last else _render_complete(format_, chat, index + 1)
         except BadRow:
             return []  # the template accepts complete conversations only
+        turn = _without_tail(format_, turn)
         if not (text.startswith(head) and text.startswith(turn) and len(head) < len(turn)):
             return []
-        spans.append(_span_with_end(format_, text, len(head), len(turn)))
+        # A turn can consist of several messages of the template, as in gpt-oss: its last end token ends it.
+        ends = list(format_.end_tokens.finditer(text, len(head), len(turn)))
+        if not ends or text[ends[-1].end() : len(turn)].strip():
+            raise _no_end_token()
+        spans.append(Span(len(head), ends[-1].end()))
     return spans
 
 
-def _spans_by_scan(format_: AssistantFormat, chat: Conversation, text: str) -> list[Span]:
+def _render_complete(format_: AssistantFormat, chat: Conversation, count: int) -> str:
+    """Render the first `count` messages, with the token of the next turn where it ends the last answer."""
+    text = render_template(format_.template, chat.messages[:count], chat.tools)
+    return text + format_.next_turn
+
+
+def _without_tail(format_: AssistantFormat, text: str) -> str:
+    """Return a rendering without what the template writes once at its end: the server never generates after it."""
+    body = text.rstrip()
+    return body.removesuffix(format_.tail) if format_.tail and body.endswith(format_.tail) else text
+
+
+def _spans_by_scan(format_: AssistantFormat, text: str) -> list[Span]:
     if not format_.control_tokens.search(format_.header):
         return []
-    starts = [match.end() for match in re.finditer(re.escape(format_.header), text)]
-    return [_span_with_end(format_, text, start, None) for start in starts]
+    spans: list[Span] = []
+    for match in re.finditer(re.escape(format_.header), text):
+        end = format_.end_tokens.search(text, match.end())
+        if end is None:
+            raise _no_end_token()
+        if spans and not text[spans[-1].stop : match.start()].strip():
+            spans[-1] = Span(spans[-1].start, end.end())  # the same turn goes on in another message of the template
+        else:
+            spans.append(Span(match.end(), end.end()))
+    return spans
 
 
-def _span_with_end(format_: AssistantFormat, text: str, start: int, stop: int | None) -> Span:
-    """Return the span from `start` to its end-of-turn token; only white space may be between that token and `stop`."""
+def _span_of_block(format_: AssistantFormat, text: str, start: int, stop: int) -> Span:
+    """Return the span of a block with its end-of-turn token, which can be after the block, and without its header."""
     end = format_.end_tokens.search(text, start)
-    between = (text[end.end() : stop] or text[stop : end.start()]) if end and stop is not None else ""
+    between = (text[end.end() : stop] or text[stop : end.start()]) if end else ""
     if end is None or between.strip():
-        raise BadRow("no end-of-turn token", "the chat template writes an answer without an end-of-turn token")
-    return Span(start, end.end())
+        raise _no_end_token()
+    return Span(start + len(format_.header) * text.startswith(format_.header, start), end.end())
 
 
-def _is_rewritten(message: Message, span: str, text: str) -> bool:
+def _no_end_token() -> BadRow:
+    return BadRow("no end-of-turn token", "the chat template writes an answer without an end-of-turn token")
+
+
+def _finish(
+    format_: AssistantFormat, text: str, spans: list[Span], messages: list[Message], *, prompted: bool
+) -> RenderedChat:
+    """Move the start of each span after the text that the generation prompt writes, and prove each answer."""
+    turns: list[Span] = []
+    counts = AnswerCounts()
+    for number, (message, (start, stop)) in enumerate(zip(messages, spans, strict=True)):
+        last = number + 1 == len(messages)
+        answer = reasoning.split_reasoning(message)
+        has_reasoning = bool(answer.reasoning.strip())
+        written = text[start:stop]
+        _check_written(message, answer, written, text)
+        counts = counts._replace(rewritten=counts.rewritten + (answer.content.strip() not in written))
+        extra = format_.prompt_extra
+        follows_prompt = prompted or written.startswith(extra) or text.endswith(extra, 0, start)
+        if not prompted and written.startswith(extra):
+            start += len(extra)
+        if has_reasoning and answer.reasoning.strip() not in written:
+            if not last:
+                counts = counts._replace(dropped=counts.dropped + 1)
+            else:
+                text, start, stop = _insert_reasoning(format_, text, Span(start, stop), answer.reasoning)
+                counts, follows_prompt = counts._replace(inserted=1), True
+        elif has_reasoning and not follows_prompt and reasoning.EMPTY_BLOCK.fullmatch(extra):
+            raise _reasoning_omitted(format_, "the generation prompt ends the reasoning before the answer")
+        elif not has_reasoning and (empty := _empty_block_at(format_, text, start)):
+            start += len(empty)
+            follows_prompt = True
+            counts = counts._replace(empty=counts.empty + 1)
+        counts = counts._replace(unprompted=counts.unprompted + (not follows_prompt))
+        if last:
+            counts = counts._replace(reasoned=int(has_reasoning), answered=int(not has_reasoning))
+        turns.append(Span(start, stop))
+    return RenderedChat(text, turns, counts)
+
+
+def _empty_block_at(format_: AssistantFormat, text: str, start: int) -> str:
+    """Return the empty block of reasoning at `start` that a server's prompt writes if thinking is off; "" if none."""
+    return next((block for block in format_.empty_blocks if text.startswith(block, start)), "")
+
+
+def _insert_reasoning(format_: AssistantFormat, text: str, span: Span, thoughts: str) -> tuple[str, int, int]:
+    """Write the reasoning that the template omits after the last answer's generation prompt, which opens its block.
+
+    Returns the text with the start and stop of the answer.
+    """
+    opening = reasoning.OPEN_BLOCK.fullmatch(format_.prompt_extra)
+    if opening is None:
+        raise _reasoning_omitted(format_, "the chat template omits the reasoning of the last answer")
+    before, answer, after = text[: span.start], text[span.start : span.stop], text[span.stop :]
+    before = before if before.endswith(format_.prompt_extra) else before + format_.prompt_extra
+    close = f"</{opening['tag']}>"
+    # The line breaks around the closing tag are those of the models that write such blocks.
+    end = "" if answer.startswith(close) else f"\n{close}\n\n" if "\n" in format_.prompt_extra else close
+    answer = thoughts.strip("\n") + end + (answer.lstrip("\n") if "\n" in end else answer)
+    return before + answer + after, len(before), len(before) + len(answer)
+
+
+def _reasoning_omitted(format_: AssistantFormat, problem: str) -> BadRow:
+    names = ", ".join(format_.switches)
+    fix = f"change data.template_variables ({names})" if names else "use a chat template that writes it"
+    return BadRow("reasoning omitted by the chat template", f"has reasoning, but {problem}: {fix}, or remove it")
+
+
+def _check_written(message: Message, answer: Answer, written: str, text: str) -> None:
     for call in message.get("tool_calls", []):
-        if call["function"]["name"] not in span:
+        if call["function"]["name"] not in written:
             raise BadRow("text omitted by the chat template", "the chat template omits the assistant's tool_calls")
-    content = message["content"].strip()
-    if content not in span and content in text:
+    content = answer.content.strip()
+    if content not in written and content in text:
         raise BadRow("answers not found", "an answer is not in its assistant turn")
-    reasoning = (message.get(name) for name in ("reasoning_content", "thinking", "reasoning"))
-    return any(isinstance(part, str) and part.strip() not in span for part in (content, *reasoning))
-
-
-# --- inferring and testing the format -------------------------------------------------------------------------------
-
-
-def infer_template_format(template: Template, *, special: set[str], bos: str | None) -> AssistantFormat:
-    """Infer how a template writes assistant turns, and test the result on probe conversations.
-
-    Args:
-        template: the chat template.
-        special: texts of the tokenizer's special tokens.
-        bos: text of its BOS token, if it has one.
-
-    Raises:
-        LoraError: labels would not be exact with this template.
-    """
-    tokens = _any_of(special)
-    tools = [_tool("probe_tool")]
-    probes = _probes()
-    texts = [_try_render(template, chat) for chat in probes]
-    rendered = [(chat, text) for chat, text in zip(probes, texts, strict=True) if isinstance(text, str)]
-    if not rendered:
-        errors = [_problem(text) for text in texts if isinstance(text, BadRow)]
-        raise _unusable(template, errors[0], hint="use another template, or fix this one")
-    header = _infer_header(template, rendered[0][0])
-    ends = set()
-    for chat, text in rendered:
-        if bos and text.startswith(bos + bos):
-            raise _unusable(template, f"it writes two {bos} at the start", hint="remove one from the template")
-        ends |= {
-            _end_token(template, tokens, text, message) for message in chat.messages if message["role"] == "assistant"
-        }
-    tool_call = _try_render(template, Conversation([{"role": "user", "content": "probe"}, _call("probe_tool")], tools))
-    if isinstance(tool_call, str) and "probe_argument" in tool_call:
-        end = tokens.search(tool_call, tool_call.rindex("probe_argument"))
-        ends |= {end[0]} if end else set()  # some models end a turn with a tool call with a different token
-    with_tools = _try_render(template, Conversation(rendered[0][0].messages, tools))
-    format_ = AssistantFormat(
-        template=template,
-        has_generation_blocks=re.search(r"{%-?\s*generation\s*-?%}", template.source) is not None,
-        header=header,
-        end_tokens=_any_of(ends),
-        control_tokens=_any_of(
-            {token for token in special if token in template.source} | ends | ({bos} if bos else set())
-        ),
-        supports_tools=isinstance(with_tools, str) and "probe_tool" in with_tools,
-    )
-    for number, (chat, _) in enumerate(rendered):
-        _check_spans(format_, chat, simplest=number == 0)
-    return format_
-
-
-def _check_spans(format_: AssistantFormat, chat: Conversation, *, simplest: bool) -> None:
-    """Raise a LoraError unless every span contains its own answer and no other message.
-
-    Only the simplest conversation has to be rendered without error. If a template omits system messages, for example,
-    only the rows with a system message are rejected, and the data may have none.
-    """
-    answers = [message["content"] for message in chat.messages if message["role"] == "assistant"]
-    try:
-        rendered = render_with_spans(format_, chat)
-    except BadRow as bad:
-        if not simplest:
-            return
-        raise _unusable(format_.template, _problem(bad), hint="mark its answers with {% generation %}") from None
-    for answer, (start, stop) in zip(answers, rendered.turns, strict=True):
-        span = rendered.text[start:stop]
-        others = [m["content"] for m in chat.messages if m["content"] != answer and m["content"] in span]
-        if answer not in span or others:
-            raise _unusable(format_.template, "answers and questions cannot be separated", hint="use another template")
-        if not format_.has_generation_blocks and not format_.header and span[: span.index(answer)].strip():
-            raise _unusable(
-                format_.template,
-                "it ignores add_generation_prompt, so the start of an answer is unknown",
-                hint="write the assistant header if add_generation_prompt is set, or use {% generation %} blocks",
-            )
-
-
-def _probes() -> list[Conversation]:
-    def turns(count: int) -> list[Message]:
-        return [
-            {"role": role, "content": f"{role} probe {number} text"}
-            for number in range(count)
-            for role in ("user", "assistant")
-        ]
-
-    system: Message = {"role": "system", "content": "system probe text"}
-    return [Conversation(messages, None) for messages in (turns(1), [system, *turns(1)], turns(3), [system, *turns(3)])]
-
-
-def _call(name: str) -> Message:
-    function = {"name": name, "arguments": {"key": "probe_argument"}}
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "id": "probe0000", "function": function}],
-    }
-
-
-def _tool(name: str) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "A key."}}}
-    return {"type": "function", "function": {"name": name, "description": "A probe.", "parameters": parameters}}
-
-
-def _try_render(template: Template, chat: Conversation) -> str | BadRow:
-    try:
-        return render_template(template, chat.messages, chat.tools)
-    except BadRow as bad:
-        return bad
-
-
-def _infer_header(template: Template, chat: Conversation) -> str:
-    prompt = chat.messages[:-1]
-    try:
-        plain, with_header = (render_template(template, prompt, generation_prompt=value) for value in (False, True))
-    except BadRow:
-        return ""
-    return with_header[len(plain) :] if with_header.startswith(plain) else ""
-
-
-def _end_token(template: Template, tokens: re.Pattern[str], text: str, answer: Message) -> str:
-    position = text.find(answer["content"])
-    if position < 0:
-        raise _unusable(template, "it omits an answer", hint="use another template")
-    rest = text[position + len(answer["content"]) :]
-    end = tokens.match(rest.lstrip())
-    if end is None:
-        found = repr(rest[:20]) if rest else "nothing"
-        raise _unusable(
-            template,
-            f"expected an end-of-turn token after an answer, found {found}",
-            hint="without it the model does not learn to stop: write {{ eos_token }} after the answer",
-        )
-    return end[0]
-
-
-def _problem(bad: BadRow) -> str:
-    return bad.problem.replace("the chat template", "it", 1)
-
-
-def _unusable(template: Template, reason: str, *, hint: str) -> LoraError:
-    return LoraError(f"{template.name} cannot be used for training: {reason}", hint=hint)
-
-
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    # Longest first, as in tokenizers. For an empty set, the pattern matches nothing.
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=lambda t: (-len(t), t))) or "(?!)")

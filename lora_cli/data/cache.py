@@ -28,7 +28,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CACHE_VERSION = 6  # increase it if identical rows and options would encode or be counted differently than before
+CACHE_VERSION = 7  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
 BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
 PART_NAME = "part-{:05}.arrow"
@@ -95,6 +95,8 @@ def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) 
         # Both libraries affect how a template is rendered and a text is tokenized.
         [version("transformers"), version("tokenizers")],
     ]
+    if source.spec.template_variables:
+        parts.append(source.spec.template_variables)
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -270,8 +272,7 @@ def _apply_max_length(
     """Apply `data.overlong` to a row: return it, its truncated form, its chunks, or nothing; update the tally."""
     if row.length <= spec.max_length:
         if isinstance(row, EncodedRow):
-            tally.splits += row.split
-            tally.rewritten += row.rewritten
+            _count_answers(row, tally)
         return [row]
     if spec.overlong == "split" and isinstance(row, EncodedRow) and document:
         chunks = split_document(row, length=spec.max_length, stride=spec.stride)
@@ -291,11 +292,21 @@ def _apply_max_length(
     if isinstance(row, LabeledRow):
         tally.labels_cut += lost
     else:
-        tally.splits += row.split
-        tally.rewritten += row.rewritten
+        _count_answers(row, tally)
         tally.answers_cut += sum(start < spec.max_length < stop for start, stop in row.answer_spans)
         tally.ends_lost += sum(stop > spec.max_length for _, stop in row.answer_spans)
     return [kept]
+
+
+def _count_answers(row: EncodedRow, tally: Tally) -> None:
+    tally.splits += row.split
+    tally.rewritten += row.counts.rewritten
+    tally.dropped_reasoning += row.counts.dropped
+    tally.inserted += row.counts.inserted
+    tally.unprompted += row.counts.unprompted
+    tally.empty += row.counts.empty
+    tally.reasoned += row.counts.reasoned
+    tally.answered += row.counts.answered
 
 
 def _overlong_error(source: DataSource, spec: DataSpec, first: list[str], tally: Tally) -> LoraError:

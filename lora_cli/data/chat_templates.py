@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_cli.data.conversation import Message
 from lora_cli.data.records import BadRow
+from lora_cli.data.template_variables import check_names, uses_date, with_date, with_defaults
 from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import DataSpec
 
 
 class NamedTemplate(NamedTuple):
@@ -96,11 +99,11 @@ TYPED_PROBE = "zebra"  # a word that no template writes itself
 
 
 class Template(NamedTuple):
-    """A chat template and the special tokens that it can refer to by name."""
+    """A chat template and the variables that it can refer to by name."""
 
     name: str  # for messages: `the tokenizer's chat template`
     source: str
-    variables: dict[str, Any]  # special tokens: {"eos_token": "</s>"}
+    variables: dict[str, Any]  # special tokens and those of the recipe: {"eos_token": "</s>", "enable_thinking": False}
     typed: bool = False  # it renders the content of a message only as a list of parts with types
 
 
@@ -112,7 +115,7 @@ class RenderedText(NamedTuple):
 
 
 def resolve_template(
-    setting: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False
+    setting: str | None, tokenizer: PreTrainedTokenizerBase, *, tools: bool = False, day: date | None = None
 ) -> Template | None:
     """Return the template of `data.chat_template`, else the tokenizer's own, else None.
 
@@ -120,6 +123,7 @@ def resolve_template(
         setting: name or path of a template, inline Jinja, or None.
         tokenizer: provides its template, its special tokens and whether it adds BOS.
         tools: use the tokenizer's template for conversations with tools, if it has a separate one.
+        day: the date that the template writes in place of today's, if it writes one.
 
     Raises:
         LoraError: the template does not exist or does not compile, or the tokenizer lacks its tokens.
@@ -145,7 +149,63 @@ def resolve_template(
             f"data.chat_template: {name}, line {error.lineno}: not valid Jinja: {error.message}",
             hint="fix the template",
         ) from None
-    return template
+    return template._replace(source=with_date(source, day)) if day else template
+
+
+def writes_date(setting: str | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a template of `resolve_template` writes today's date.
+
+    Raises:
+        LoraError: as `resolve_template`.
+    """
+    templates = (resolve_template(setting, tokenizer, tools=tools) for tools in (False, True))
+    return any(template is not None and uses_date(template.source) for template in templates)
+
+
+def check_template_variables(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the chat template reads the template variables of a recipe's data section and sources.
+
+    Raises:
+        LoraError: it does not read one of them, or there is no template.
+    """
+    by_key = {"data.template_variables": spec.template_variables}
+    for key, sources in (("data.train", spec.train), ("data.eval", spec.eval)):
+        if isinstance(sources, list):
+            by_key |= {f"{key}[{i}].template_variables": source.template_variables for i, source in enumerate(sources)}
+    for key, variables in by_key.items():
+        if not variables:
+            continue
+        templates = [resolve_template(spec.chat_template, tokenizer, tools=tools) for tools in (False, True)]
+        known = [template for template in templates if template is not None]
+        if not known:
+            raise LoraError(f"{key}: the tokenizer has no chat template", hint="remove it, or set data.chat_template")
+        check_names(variables, [template.source for template in known], key=key, template=known[0].name)
+
+
+def shared_variables(spec: DataSpec) -> dict[str, Any]:
+    """Return the template variables that all training sources have in common."""
+    if isinstance(spec.train, str):
+        return dict(spec.template_variables)
+    first, *others = ({**spec.template_variables, **source.template_variables} for source in spec.train)
+    return {name: value for name, value in first.items() if all(name in o and o[name] == value for o in others)}
+
+
+def saved_template(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str] | None:
+    """Return the chat template to save with an adapter: it must prompt the adapter as in training.
+
+    The template of the recipe if it sets one, else the tokenizer's, with the template variables that all training
+    sources share as defaults.
+    """
+    shared = shared_variables(spec)
+    template: str | dict[str, str] | None = tokenizer.chat_template
+    if spec.chat_template is not None:
+        resolved = resolve_template(spec.chat_template, tokenizer)
+        template = resolved.source if resolved else None
+    if not shared or template is None:
+        return template
+    if isinstance(template, dict):
+        return {name: with_defaults(source, shared) for name, source in template.items()}
+    return with_defaults(template, shared)
 
 
 def needs_typed_content(tokenizer: PreTrainedTokenizerBase) -> bool:

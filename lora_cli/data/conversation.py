@@ -1,7 +1,7 @@
 """Validate the messages of a conversation: roles, content, tool calls, loss flags. Pure: no tokenizer, no torch."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.data.loss_flags import TurnLoss, take_flags, turn_loss
@@ -22,6 +22,7 @@ class Conversation(NamedTuple):
     field: str = "messages"  # its column, for messages
     joined: int = 0  # turns that were joined with the turn before
     cut: bool = False  # turns behind its last answer were cut
+    variables: Mapping[str, Any] = {}  # template variables: {"enable_thinking": False}
 
 
 def check_conversation(messages: Sequence[Any], *, field: str, tools: object = None) -> Conversation:

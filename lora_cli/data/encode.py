@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from datetime import date
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.assistant_spans import AssistantFormat, Span, infer_template_format, render_with_spans
+from lora_cli.data.assistant_spans import AnswerCounts, AssistantFormat, Span, render_with_spans
 from lora_cli.data.chat_templates import Template, render_template, resolve_template
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.flagged_spans import (
@@ -22,13 +23,17 @@ from lora_cli.data.flagged_spans import (
     subtract_spans,
 )
 from lora_cli.data.formats import Document, Example, PromptCompletion, TokenIds
-from lora_cli.data.label_mask import Ints, predicted_spans, spans_of_labels, token_positions
+from lora_cli.data.infer_template import infer_template_format
+from lora_cli.data.label_mask import Ints, predicted_spans, skip_stripped, spans_of_labels, token_positions
 from lora_cli.data.records import BadRow
 from lora_cli.data.segments import Segments
+from lora_cli.data.template_variables import check_row_names
 from lora_cli.data.tool_schemas import ToolSchema, check_tools_rendered
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
+
+NO_COUNTS = AnswerCounts()
 
 
 class EncodedRow(NamedTuple):
@@ -38,7 +43,7 @@ class EncodedRow(NamedTuple):
     supervised_spans: tuple[Span, ...]  # token ranges that carry loss: in order, not overlapping, not empty
     answer_spans: tuple[Span, ...]  # token ranges of the full answers, end-of-turn token included
     split: bool = False  # an answer began inside a token, so that its text was tokenized separately
-    rewritten: int = 0  # answers that the chat template changed
+    counts: AnswerCounts = NO_COUNTS  # what the chat template did to the answers
     templated: bool = False  # a conversation, rendered by the chat template
     prefix: int = 0  # a text's first tokens that the tokenizer adds to every text: BOS
 
@@ -68,7 +73,7 @@ class _UntokenizedRow(NamedTuple):
     answers: list[Span]  # in characters
     plain: bool  # no chat template: BOS and EOS have to be added
     all_tokens: bool  # every token carries loss
-    rewritten: int = 0
+    counts: AnswerCounts = NO_COUNTS
     silent: Sequence[Span] = ()  # in characters: within the answers, without loss
     labeled: bool = False  # segments: labels are the only mask, and EOS is not added behind another special token
 
@@ -87,8 +92,12 @@ class CausalLMEncoder:
         self.tokenizer = tokenizer
         self._placeholders = {number: str(tokenizer.added_tokens_decoder[number]) for number in placeholders}
         self._spec = spec
-        self._formats: dict[bool, AssistantFormat] = {}
+        self._formats: dict[tuple[bool, str], AssistantFormat] = {}  # by tools and template variables
+        self._day = date.fromisoformat(spec.template_date) if spec.template_date else date.today()
         self._backend = _backend_without_special_tokens(tokenizer)
+        added = tokenizer.added_tokens_decoder.items()
+        self._rstrip = frozenset(id_ for id_, token in added if token.rstrip)
+        self._lstrip = frozenset(id_ for id_, token in added if token.lstrip)
         self._prefix = prefix_tokens(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
         self._bos: int | None = tokenizer.bos_token_id
@@ -98,7 +107,8 @@ class CausalLMEncoder:
 
     def identity(self) -> str:
         """Return a hash of everything that determines ids and labels: tokenizer, templates, options."""
-        templates = [resolve_template(self._spec.chat_template, self.tokenizer, tools=tools) for tools in (False, True)]
+        # With the date of the run, if a template writes it: rows of different days are not mixed.
+        templates = [self._template(tools=tools) for tools in (False, True)]
         options = [
             [template.source if template else None for template in templates],
             self.tokenizer.special_tokens_map,
@@ -146,14 +156,14 @@ class CausalLMEncoder:
             match example:
                 case Conversation():
                     format_ = self._format_of(example)
-                    text, turns, rewritten = render_with_spans(format_, example)
+                    text, turns, counts = render_with_spans(format_, example)
                     if example.tools:
                         self._check_tools(format_, example.messages, example.tools, text)
                     silent = spans_without_loss(example, text, turns, format_.end_tokens)
                     if all_tokens:
                         check_flags_of_answers_only(example)
                     return _UntokenizedRow(
-                        text, turns, plain=False, all_tokens=all_tokens, rewritten=rewritten, silent=silent
+                        text, turns, plain=False, all_tokens=all_tokens, counts=counts, silent=silent
                     )
                 case PromptCompletion(prompt, completion):
                     text = prompt + completion
@@ -172,21 +182,27 @@ class CausalLMEncoder:
 
     def _format_of(self, chat: Conversation) -> AssistantFormat:
         tools = chat.tools is not None
-        if tools not in self._formats:
-            template = resolve_template(self._spec.chat_template, self.tokenizer, tools=tools)
+        key = (tools, json.dumps(chat.variables, sort_keys=True, default=str) if chat.variables else "")
+        if key not in self._formats:
+            template = self._template(tools=tools)
             if template is None:
                 raise LoraError(
                     "data: the rows are conversations, but the tokenizer has no chat template",
                     hint="set data.chat_template: a named template (chatml, alpaca, ...), a path, or inline Jinja",
                 )
-            self._formats[tools] = self._infer_format(template)
-        format_ = self._formats[tools]
+            check_row_names(chat.variables, template.source)
+            variables = {**template.variables, **chat.variables}
+            self._formats[key] = self._infer_format(template._replace(variables=variables))
+        format_ = self._formats[key]
         if tools and not format_.supports_tools:
             raise LoraError(
                 f"data: rows have tools, but {format_.template.name} ignores them",
                 hint="use a chat template that supports tools, or remove the tools column from the data",
             )
         return format_
+
+    def _template(self, *, tools: bool) -> Template | None:
+        return resolve_template(self._spec.chat_template, self.tokenizer, tools=tools, day=self._day)
 
     def _check_tools(
         self, format_: AssistantFormat, messages: list[Message], tools: list[ToolSchema], text: str
@@ -200,7 +216,11 @@ class CausalLMEncoder:
     def _infer_format(self, template: Template) -> AssistantFormat:
         tokens = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in tokens if token.special and token.content.strip()}
-        return infer_template_format(template, special=special, bos=self.tokenizer.bos_token)
+        # Like DeepSeek's <｜Assistant｜>: no special token, but a header that is one token.
+        added = {
+            token.content for token in tokens if not token.special and re.fullmatch(r"[<\[]\S+[>\]]", token.content)
+        }
+        return infer_template_format(template, special=special, added=added, bos=self.tokenizer.bos_token)
 
     def _from_token_ids(self, example: TokenIds) -> EncodedRow:
         ids, labels = example
@@ -215,11 +235,12 @@ class CausalLMEncoder:
     def _to_row(self, row: _UntokenizedRow, encoding: Encoding) -> EncodedRow | BadRow:
         ids = encoding.ids
         borders = sorted(border for span in (*row.answers, *row.silent) for border in span)
-        token_borders = token_positions(encoding, borders, length=len(row.text))
+        moved = skip_stripped(encoding, borders, row.text, self._rstrip)
+        token_borders = token_positions(encoding, moved, length=len(row.text))
         split = token_borders is None
         try:
             if token_borders is None:
-                ids, token_borders = self._encode_parts(row.text, borders, full=ids, flagged=bool(row.silent))
+                ids, token_borders = self._encode_parts(row.text, moved, full=ids, flagged=bool(row.silent))
             position = dict(zip(borders, token_borders, strict=True))
             answers, silent = (
                 [Span(position[start], position[stop]) for start, stop in spans] for spans in (row.answers, row.silent)
@@ -232,7 +253,7 @@ class CausalLMEncoder:
             if silent and not spans:
                 problem = "no token of the row carries loss: its loss flags leave none of what data.loss_on selects"
                 raise BadRow("nothing to learn", problem)
-            encoded = _make_row(ids, spans, tuple(answers), split=split, rewritten=row.rewritten)
+            encoded = _make_row(ids, spans, tuple(answers), split=split, counts=row.counts)
             return encoded._replace(templated=not row.plain, prefix=len(self._prefix) if row.plain else 0)
         except BadRow as bad:
             return bad
@@ -248,7 +269,9 @@ class CausalLMEncoder:
         cuts = [0, *borders, len(text)]
         parts = [self._backend.encode(text[a:b], add_special_tokens=False).ids for a, b in pairwise(cuts)]
         ids = [token for part in parts for token in part]
-        if self._decode(ids) != self._decode(full):
+        # A token with the flag `lstrip` swallows the end of the prompt before it, which a server's prompt contains.
+        stripped = not self._lstrip.isdisjoint(full)
+        if _without_space(self._decode(ids), stripped) != _without_space(self._decode(full), stripped):
             if flagged:
                 problem = (
                     "a part with a loss flag begins inside a token, and tokenized separately it decodes to other text"
@@ -284,6 +307,10 @@ class CausalLMEncoder:
             raise BadRow("two BOS tokens", f"starts with two BOS tokens ({self.tokenizer.bos_token})")
 
 
+def _without_space(text: str, stripped: bool) -> str:
+    return "".join(text.split()) if stripped else text
+
+
 def require_fast_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that the tokenizer can map tokens to their characters in the text.
 
@@ -309,12 +336,12 @@ def _make_row(
     answers: tuple[Span, ...],
     *,
     split: bool = False,
-    rewritten: int = 0,
+    counts: AnswerCounts = NO_COUNTS,
 ) -> EncodedRow:
     supervised = predicted_spans(spans)
     if not supervised:
         raise BadRow("nothing to learn", "no token of the row carries loss")
-    return EncodedRow(np.array(ids, dtype=np.int32), supervised, answers, split, rewritten)
+    return EncodedRow(np.array(ids, dtype=np.int32), supervised, answers, split, counts)
 
 
 def _backend_without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

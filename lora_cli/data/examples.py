@@ -18,6 +18,7 @@ from lora_cli.data.readers import parse_json_field
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
 from lora_cli.data.row_kinds import check_placeholders, check_row_kind, is_empty
 from lora_cli.data.sources import DataSource
+from lora_cli.data.template_variables import KWARGS_COLUMN, row_variables
 from lora_cli.data.turns import TurnOptions
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
@@ -80,7 +81,8 @@ def open_source(
     names = MessageNames(source.spec.message_fields, source.spec.roles)
     unread = Unread(Counter(), Counter())
     rows = islice(chain(first, stream), skip, None)
-    return SourceReader(format_, _parsed_rows(rows, format_, names, turns, unread), unread)
+    parsed = _parsed_rows(rows, format_, names, turns, unread, variables=source.spec.template_variables)
+    return SourceReader(format_, parsed, unread)
 
 
 def turn_options(spec: DataSpec) -> TurnOptions:
@@ -169,7 +171,13 @@ def normalize_row(row: RawRow, name: FormatName, names: MessageNames) -> Normali
 
 
 def _parsed_rows(
-    records: Iterator[Record], format_: DetectedFormat, names: MessageNames, turns: TurnOptions, unread: Unread
+    records: Iterator[Record],
+    format_: DetectedFormat,
+    names: MessageNames,
+    turns: TurnOptions,
+    unread: Unread,
+    *,
+    variables: Mapping[str, Any],
 ) -> Iterator[ParsedRow]:
     known = {*FORMATS[format_.name].required, *FORMATS[format_.name].optional}
     for file, line, row, nulls in records:
@@ -177,7 +185,7 @@ def _parsed_rows(
             yield ParsedRow(file, line, row)
             continue
         renamed = rename_columns(row, format_.columns)
-        others = renamed.keys() - known
+        others = renamed.keys() - known - {KWARGS_COLUMN}
         unread.columns.update(name for name in others if not is_empty(renamed[name]))
         try:
             if unreadable := [value for name, value in renamed.items() if name in known and isinstance(value, BadRow)]:
@@ -186,6 +194,12 @@ def _parsed_rows(
             example, keys = _parse(renamed, format_.name, names, turns)
             check_placeholders(example, columns=format_.columns)
             unread.keys.update(keys)
+            if isinstance(example, Conversation):
+                # A row's own variables take precedence over those of its source.
+                own = row_variables(renamed.get(KWARGS_COLUMN))
+                example = example._replace(variables={**variables, **own})
+            elif KWARGS_COLUMN in renamed:
+                unread.columns[KWARGS_COLUMN] += 1
             yield ParsedRow(file, line, example, nulls)
         except BadRow as bad:
             yield ParsedRow(file, line, bad)

@@ -1,6 +1,6 @@
 """The label mask: which tokens of a row carry loss (the others have the label -100), as spans of tokens. No models."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,25 @@ def labels_of_spans(ids: Ints, spans: npt.NDArray[np.int32]) -> Ints:
 def predicted_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
     """Return the spans without the row's first token, which no earlier token predicts; empty spans are dropped."""
     return tuple(Span(max(1, start), stop) for start, stop in spans if stop > max(1, start))
+
+
+def skip_stripped(encoding: Encoding, borders: Sequence[int], text: str, rstrip: Set[int]) -> list[int]:
+    """Return character borders, each moved behind the white space that a control token before it swallows.
+
+    Args:
+        encoding: of `text`, with offsets that include white space.
+        borders: positions in `text`, in characters.
+        text: the encoded text.
+        rstrip: ids of the added tokens with the flag `rstrip`, which swallow the white space behind them.
+    """
+    moved = []
+    for border in borders:
+        token = encoding.char_to_token(border) if rstrip and border < len(text) else None
+        if token is not None and encoding.ids[token] in rstrip:
+            start, stop = encoding.offsets[token]
+            border = stop if start < border and text[border:stop].isspace() else border
+        moved.append(border)
+    return moved
 
 
 def token_positions(encoding: Encoding, borders: Sequence[int], *, length: int) -> list[int] | None:

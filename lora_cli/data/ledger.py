@@ -25,7 +25,14 @@ class Tally:
     answers_cut: int = 0  # answers that lost a part of their tokens by truncation
     ends_lost: int = 0  # answers that lost their end-of-turn token, completely lost answers included
     splits: int = 0  # rows in which an answer began inside a token and was tokenized separately
-    rewritten: int = 0  # answers that the chat template changed, for example by omitting reasoning
+    rewritten: int = 0  # answers whose text the chat template changed
+    # Reasoning, and the text that generation prompts write before an answer: see `assistant_spans.AnswerCounts`.
+    dropped_reasoning: int = 0
+    inserted: int = 0
+    unprompted: int = 0
+    empty: int = 0
+    reasoned: int = 0
+    answered: int = 0
     documents_split: int = 0  # documents that were split at data.max_length
     added: int = 0  # rows that splitting added to those that were read
     answers_masked: int = 0  # answers that loss flags of the row take all loss from
@@ -120,6 +127,11 @@ class Ledger(NamedTuple):
         held = sum(entry.rows if entry.split == "eval" else entry.held_out for entry in self.entries)
         assert (train, held) == (self.train.rows, self.eval.rows if self.eval else 0), self
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether any row was rendered with a chat template."""
+        return any(entry.tally.templated for entry in self.entries)
+
     def to_json(self) -> dict[str, Any]:
         """Return the ledger for manifest.json."""
         return {
@@ -198,7 +210,8 @@ def _entry_lines(entry: Entry) -> list[str]:
         "labels or target tokens lost by truncation": tally.labels_cut,
         f"{_rows(tally.splits)} with an answer, or a part of one, that began inside a token and was tokenized "
         "separately": tally.splits,
-        "answers changed by the chat template (for example, reasoning omitted)": tally.rewritten,
+        "answers changed by the chat template": tally.rewritten,
+        **_reasoning_notes(tally),
     }
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
     if tally.nulls:
@@ -235,6 +248,23 @@ NULLS_SHOWN = 5  # fields listed with the number of their nulls
 def _nulls(tally: Tally) -> str:
     listed = [f"{path} {count:,}" for path, count in tally.nulls.most_common(NULLS_SHOWN)]
     return ", ".join(listed) + (f" and {len(tally.nulls) - NULLS_SHOWN} more" * (len(tally.nulls) > NULLS_SHOWN))
+
+
+def _reasoning_notes(tally: Tally) -> dict[str, int]:
+    """Return notes about reasoning and generation prompts, with their counts."""
+    mixed = tally.reasoned if tally.answered else 0
+    return {
+        f"{_rows(mixed)} with reasoning in the last answer, mixed with {tally.answered:,} without": mixed,
+        "earlier answers whose reasoning is omitted by the chat template": tally.dropped_reasoning,
+        "last answers whose reasoning, which the chat template omits, is written after its generation prompt": (
+            tally.inserted
+        ),
+        "answers without reasoning after an empty reasoning block of the chat template, which carries no loss: "
+        "a server writes it in the prompt if reasoning is off (data.template_variables)": tally.empty,
+        "answers that do not follow the text that the chat template's generation prompt writes before an answer": (
+            tally.unprompted
+        ),
+    }
 
 
 LABELS_SHOWN = 12  # labels listed with their counts

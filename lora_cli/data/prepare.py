@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data import class_labels
 from lora_cli.data.cache import EncodedSource, encode_source
+from lora_cli.data.chat_templates import check_template_variables
 from lora_cli.data.class_labels import ClassLabels, SourceLabels
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.encode_classes import make_encoder
@@ -76,6 +77,7 @@ def prepare_data(
         LoraError: a source, the chat template or the labels cannot be used, no rows are left, or more rows are bad,
             overlong or dropped than the recipe allows.
     """
+    check_template_variables(spec, tokenizer)
     encoder = make_encoder(task, spec, tokenizer, placeholders)
     in_train = train_sources(spec, cache=cache, info=info)
     in_eval = eval_sources(spec, in_train, cache=cache, info=info)

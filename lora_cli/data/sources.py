@@ -94,6 +94,7 @@ def _specs(spec: DataSpec, paths: str | list[SourceSpec]) -> list[SourceSpec]:
                 "columns": {**spec.columns, **source.columns},
                 "message_fields": {**spec.message_fields, **source.message_fields},
                 "roles": {**spec.roles, **source.roles},
+                "template_variables": {**spec.template_variables, **source.template_variables},
             }
         )
         for source in sources

@@ -24,6 +24,8 @@ class TrainedOn(NamedTuple):
     prompts: str | None = None
     step: int | None = None  # of the adapter; None in adapters of earlier versions
     origins: list[Origin] = []  # noqa: RUF012 - adapters that training went on from, the oldest first; never changed
+    template_variables: dict[str, Any] | None = None  # defaults of the saved chat template: {"enable_thinking": False}
+    template_date: str | None = None  # that the chat template wrote, as 2026-01-31; None if it writes none
 
 
 def write_trained_on(trained_on: TrainedOn, folder: Path) -> None:

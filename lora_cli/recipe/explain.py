@@ -164,7 +164,10 @@ def _kind(option: JsonSchema) -> str:
             kinds = {"string": "a list of strings", "integer": "a list of integers"}
             return kinds.get(option["items"].get("type"), "a list of sources")
         case "object":
-            number = option["additionalProperties"].get("type") in ("integer", "number")
+            values = option["additionalProperties"]
+            if not isinstance(values, dict):  # of any type
+                return "a mapping such as {enable_thinking: false}"
+            number = values.get("type") in ("integer", "number")
             return f"a mapping such as {'{down_proj: 32}' if number else '{prompt: question}'}"
         case _:
             return "a string"

@@ -88,6 +88,8 @@ RENAMED: dict[str, str] = {
     "split_dataset_ratio": "data.eval",
     "validation_split": "data.eval",
     "template": "data.chat_template",
+    "chat_template_kwargs": "data.template_variables",
+    "enable_thinking": "data.template_variables",
     "chat_template_path": "data.chat_template",
     "chat_template_jinja": "data.chat_template",
     "cutoff_len": "data.max_length",

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from datetime import date
 from glob import has_magic
 from itertools import combinations
 from os.path import exists, expanduser, isdir, normpath
@@ -144,6 +145,7 @@ def _check_formats(recipe: Recipe) -> Iterator[Conflict]:
     if data.chat_template is not None and _is_none(data.chat_template):
         message = f"'{shorten(data.chat_template)}' is read as a template"
         yield Conflict("data.chat_template", message, "write null for the tokenizer's own")
+    yield from _check_template_options(data)
     formats = {source.format or data.format for source in _as_sources(data.train)}
     if not formats or not formats <= FORMATS_WITHOUT_CONVERSATION:
         return
@@ -151,6 +153,8 @@ def _check_formats(recipe: Recipe) -> Iterator[Conflict]:
     depends_on = ("data.format", "data.train")
     if data.chat_template is not None:
         yield Conflict("data.chat_template", message, "remove it", depends_on)
+    if data.template_variables:
+        yield Conflict("data.template_variables", message, "remove it", depends_on)
     if data.loss_on == "last-turn":
         yield Conflict("data.loss_on", message, "remove it: they have no turns", depends_on)
     if data.merge_turns:
@@ -195,6 +199,25 @@ def _check_message_names(recipe: Recipe) -> Iterator[Conflict]:
                 yield Conflict(f"{section}.roles", f"'{shorten(role)}' is not a role", fix)
 
 
+def _check_template_options(data: DataSpec) -> Iterator[Conflict]:
+    by_key = {"data.template_variables": data.template_variables}
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval)):
+        if isinstance(sources, list):
+            by_key |= {f"{key}[{i}].template_variables": source.template_variables for i, source in enumerate(sources)}
+    for key, variables in by_key.items():
+        for name, value in variables.items():
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                # A template would read the text as true.
+                fix = "remove the quotes"
+                yield Conflict(key, f"{name} is the text '{value}', which a template reads as true", fix)
+    if data.template_date is not None:
+        try:
+            date.fromisoformat(data.template_date)
+        except ValueError:
+            message = f"'{shorten(data.template_date)}' is not a date"
+            yield Conflict("data.template_date", message, "write it as 2026-01-31")
+
+
 def _check_task(recipe: Recipe) -> Iterator[Conflict]:
     """Yield conflicts for row formats that the task does not support, and for keys that have no effect with it."""
     task, data = recipe.task, recipe.data
@@ -224,7 +247,13 @@ def _check_task(recipe: Recipe) -> Iterator[Conflict]:
     if data.overlong == "split":
         message = f"split is for documents (format text), not for task {task}"
         yield Conflict("data.overlong", message, "write drop or truncate", ("task",))
-    unused = {"chat_template": data.chat_template, "loss_on": data.loss_on, "merge_turns": data.merge_turns}
+    unused: dict[str, object] = {
+        "chat_template": data.chat_template,
+        "template_variables": data.template_variables or None,
+        "template_date": data.template_date,
+        "loss_on": data.loss_on,
+        "merge_turns": data.merge_turns,
+    }
     for key, value in unused.items():
         if value not in (None, "assistant", False):
             yield Conflict(f"data.{key}", f"has no effect with task {task}", "remove it", ("task",))

@@ -152,6 +152,8 @@ class SourceSpec(Section):
     """Keys of messages: {role: from, content: value}. Added to data.message_fields."""
     roles: dict[str, str] = {}
     """Roles of messages: {narrator: user}. Added to data.roles."""
+    template_variables: dict[str, Any] = {}
+    """Variables of the chat template for the rows of this source. Added to data.template_variables."""
 
 
 class DataSpec(Section):
@@ -173,6 +175,12 @@ class DataSpec(Section):
     """Roles of messages: {narrator: user} reads the role narrator as user. Common names need no mapping."""
     chat_template: str | None = None
     """Chat template: a named template (chatml, ...), a path, or inline Jinja. Default: the tokenizer's own."""
+    template_variables: dict[str, Any] = {}
+    """Variables that the chat template reads: {enable_thinking: false}. Also the defaults of the saved template; a
+    row's `chat_template_kwargs` take precedence."""
+    template_date: str | None = None
+    """Date that a chat template writes which asks for today's, as 2026-01-31. Default: the day on which the run starts,
+    also if it is resumed."""
     loss_on: Literal["assistant", "last-turn", "all"] = "assistant"
     """Tokens with loss (label mask): all assistant turns (default), the last assistant turn, or the full row. Flags in
     the rows (weight: 0, train: false, ... of a turn or content part) only take loss away from these tokens."""

@@ -1,6 +1,7 @@
 """Load what `lora chat` talks to: a base with its adapters or a model, and how each was prompted in training."""
 
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lora_cli.data.template_variables import with_date
 from lora_cli.errors import LoraError
 from lora_cli.model.adapter_config import CONFIG_FILE, read_adapter_config
 from lora_cli.model.base_model import BaseCheckpoint
@@ -93,9 +95,12 @@ def load_chat(target: Path, adapters: Sequence[str], base_path: str | None) -> L
 def _prompting(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompting, list[str]]:
     """Return how the adapter was prompted in training, and a note if that is not by the chat template."""
     trained_on = read_trained_on(folder)
+    day = trained_on.template_date if trained_on else None
     recorded = trained_on.prompts if trained_on else None
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else None
+    if day and template is not None:
+        template = with_date(template, date.fromisoformat(day))  # as in training
     if tokenizer.chat_template is None and template is None:
         return Prompting("text"), [f"{name}: no chat template: {DESCRIPTIONS['text']}"]
     match recorded:

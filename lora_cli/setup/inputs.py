@@ -1,7 +1,9 @@
 """Load the inputs of a run for train, check and eval: device, base checkpoint with tokenizer, encoded rows."""
 
 from collections.abc import Callable
+from datetime import date
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.data.chat_templates import resolve_template
+from lora_cli.data.chat_templates import saved_template, writes_date
 from lora_cli.data.collate import (
     Collate,
     collate_packed,
@@ -29,6 +31,7 @@ from lora_cli.model.device import pick_device, pick_dtype
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer
 from lora_cli.model.packing_support import packing_obstacle
 from lora_cli.model.tasks import PREFIX_MODELS, TASKS, is_supported
+from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run.cache_folder import cache_folder
 
@@ -58,6 +61,7 @@ class RunInputs(NamedTuple):
     base: BaseCheckpoint
     data: PreparedData
     prequantized: prequantized.Prequantized | None  # how the base was quantized before this run
+    template_date: str | None = None  # that the chat template writes, as 2026-01-31; None if it writes none
 
 
 def load_inputs(
@@ -109,10 +113,12 @@ def load_inputs(
     )
     if task == "seq-cls" and config.is_encoder_decoder:
         _check_text_pairs(prepared, config)
-    if data.chat_template is not None:
-        # The tokenizer is saved with the adapter: it must prompt the adapter as in training.
-        template = resolve_template(data.chat_template, tokenizer)
-        tokenizer.chat_template = template.source if template else None
+    template_date = None
+    if prepared.ledger.has_chats and writes_date(data.chat_template, tokenizer):
+        template_date = data.template_date or date.today().isoformat()
+        info(f"the chat template writes the date: {template_date} in every prompt of this run (data.template_date)")
+    # The tokenizer is saved with the adapter: it must prompt the adapter as in training.
+    tokenizer.chat_template = saved_template(data, tokenizer)
     base = BaseCheckpoint(
         name=model.path,
         source=source,
@@ -124,7 +130,7 @@ def load_inputs(
         vocabulary=len(tokenizer) if model.new_tokens else 0,
         pad_id=_pad_id(tokenizer),
     )
-    return RunInputs(recipe, device, base, prepared, quantized_before)
+    return RunInputs(recipe, device, base, prepared, quantized_before, template_date)
 
 
 def _resolve_packing(
@@ -137,6 +143,23 @@ def _resolve_packing(
     if obstacle is not None:
         info(f"packing: off, because rows of a {config.model_type} model would not stay separate: {obstacle}")
     return recipe.with_packing(obstacle is None)
+
+
+def with_recorded_date(recipe: Recipe) -> Recipe:
+    """Return the recipe with the date that its chat template wrote in the run of its output folder, if it has one."""
+    file = Path(recipe.output) / "recipe.yaml"
+    if recipe.data.template_date is not None or not file.is_file():
+        return recipe
+    try:
+        recorded = load_recipe(file).data.template_date
+    except LoraError:
+        return recipe  # of another version, which is reported where the run is read
+    return with_date(recipe, recorded)
+
+
+def with_date(recipe: Recipe, day: str | None) -> Recipe:
+    """Return the recipe with the date that its chat template writes, as 2026-01-31."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"template_date": day})})
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 
 from lora_cli.data.batches import BatchPlan
+from lora_cli.data.chat_templates import shared_variables
 from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.trained_on import TrainedOn
 from lora_cli.recipe.schema import Recipe
@@ -37,6 +38,8 @@ def trained_on(recipe: Recipe, inputs: RunInputs, model: PeftModel, built: Train
         dtype=str(base.dtype).removeprefix("torch."),
         quantization=spec.model_dump(mode="json") if spec else None,
         prompts=inputs.data.ledger.prompt_kind() if recipe.task == "causal-lm" else None,
+        template_variables=shared_variables(recipe.data),
+        template_date=inputs.template_date,
         step=step,
         origins=built.origins,
     )

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.commands.init import recipes
 from lora_cli.training import cpu
 from tests.commands.conftest import Lora
+from tests.inputs.chat_models import MODELS
 from tests.inputs.tiny_tokenizers import (
     CHATML,
     GEMMA,
     LLAMA3,
-    QWEN3,
     build,
     build_encoder,
     build_sentencepiece,
@@ -57,14 +57,14 @@ BASES: dict[str, tuple[families.Family, Build]] = {
     "llama3.1-8b": (families.FAMILIES["llama"], llama3),
     "qwen3-8b": (
         families.FAMILIES["qwen3"]._replace(options={"head_dim": 32}),
-        lambda: build("<|im_start|>", "<|endoftext|>", "<think>", "</think>", eos="<|im_end|>", template=QWEN3),
+        MODELS["qwen3"].tokenizer,
     ),
     "mistral-7b": (families.FAMILIES["mistral"], lambda: build_sentencepiece(MISTRAL_TEMPLATE)),
     "gemma3-1b": (
         families.FAMILIES["gemma3"],
         lambda: build("<start_of_turn>", "<end_of_turn>", eos="<eos>", bos="<bos>", adds_bos=True, template=GEMMA),
     ),
-    "phi3-mini": (families.FAMILIES["phi3"], chatml),
+    "phi3-mini": (families.FAMILIES["phi3"], MODELS["phi3"].tokenizer),
     "gpt2-medium-e2e": (families.FAMILIES["gpt2"], lambda: build(eos="<|endoftext|>", bos="<|endoftext|>")),
     "roberta-glue": (ROBERTA, lambda: build_encoder("roberta")),
     "smollm2": (families.FAMILIES["llama"], chatml),

@@ -72,7 +72,8 @@ def test_answers_that_the_template_rewrites_are_supervised_as_rendered(prepared)
     assert supervised_texts(data.train[0], tokenizer) == ["Hi<|im_end|>", "<think>\nso\n</think>\n\nYes<|im_end|>"]
     assert data.train[0].input_ids.tolist() == tokenizer.apply_chat_template(thinking)["input_ids"]
     # The rendering omits the reasoning of the first answer, which the ledger counts.
-    assert data.ledger.entries[0].tally.rewritten == 1
+    tally = data.ledger.entries[0].tally
+    assert (tally.dropped_reasoning, tally.rewritten) == (1, 0)
 
 
 def test_tool_calls_are_supervised_and_tool_results_are_not(prepared):
