@@ -23,6 +23,18 @@ ALL_LINEAR = "all-linear"
 MAX_LISTED = 12  # kinds of layers that a message lists
 
 
+# Kinds of layers, by model_type, that the model or its kernels bypass: they multiply with the weight themselves, and an
+# adapter on the layer would never be used. all-linear leaves them out.
+BYPASSED: dict[str, frozenset[str]] = {
+    "mamba": frozenset({"dt_proj", "out_proj"}),
+    "falcon_mamba": frozenset({"dt_proj", "out_proj"}),
+    "jamba": frozenset({"dt_proj"}),
+    "mamba2": frozenset({"out_proj"}),
+    "falcon_h1": frozenset({"out_proj"}),
+    "nemotron_h": frozenset({"out_proj"}),
+}
+
+
 class Coverage(NamedTuple):
     """One kind of linear layer, and how many of these layers have an adapter."""
 
@@ -53,6 +65,12 @@ def linear_layers(model: PreTrainedModel, heads: Iterable[str] = ()) -> dict[str
         and not is_inside(name, excluded)
         and not isinstance(module, ModulesToSaveWrapper)
     }
+
+
+def bypassed_layers(model: PreTrainedModel, layers: Iterable[str]) -> list[str]:
+    """Return those of `layers`, full names, whose weights the model multiplies with without calling the layer."""
+    kinds = BYPASSED.get(model.config.get_text_config().model_type, frozenset())
+    return [name for name in layers if name.rpartition(".")[2] in kinds]
 
 
 def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: Sequence[str] = ()) -> Targets:
@@ -86,16 +104,17 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
     misread = expert_targets.misread_names(model, spec)
     moe = bool(expert_weights(model) or misread)
     if requested == ALL_LINEAR:
-        names = [*linear, *experts]
+        bypassed = bypassed_layers(model, linear)
+        names = [name for name in (*linear, *experts) if name not in bypassed]
         if not names:
             raise LoraError("adapter.target_modules: this model has no linear layers", hint="list its modules by name")
         packed = any(isinstance(layer, GgufLinear) for layer in linear.values())
         # The keyword all-linear keeps adapter_config.json short. But PEFT does not expand it to packed layers, and
         # expands it to linear layers inside fully trained modules too.
         linear_inside_heads = len(linear_layers(model)) > len(linear)
-        if not (narrowed or packed or linear_inside_heads or moe):
+        if not (narrowed or packed or linear_inside_heads or moe or bypassed):
             return Targets(ALL_LINEAR)
-        selected = _select(spec, names, parameters, layer_hint, inside_towers)
+        selected = _select(spec, names, parameters, layer_hint, [*inside_towers, *bypassed])
         return _by_full_name(expert_targets.without_misread(selected, parameters, misread), parameters)
     modules = [name for name, _ in model.named_modules() if name and not is_inside(name, heads)]
     names = [name for name in modules if f"{name}.weight" not in router_weights] + parameters

@@ -243,7 +243,8 @@ def coverage_table(
     if model.active_peft_config.is_prompt_learning:
         count = model.active_peft_config.num_virtual_tokens
         return [f"adapter: {count} virtual tokens before each row", f"  {trainable:,} trainable parameters in total"]
-    outside = multimodal.outside_text(model.get_base_model())
+    base = model.get_base_model()
+    outside = multimodal.outside_text(base)
     towers = [part.name for part in outside]
     text_layers = {name: layer for name, layer in layers.items() if not multimodal.is_inside(name, towers)}
     rows = attach_adapter.coverage(model, text_layers)
@@ -256,6 +257,11 @@ def coverage_table(
     others = trainable - sum(row.parameters for row in rows)
     if others:
         lines.append(f"  {others:,} other trainable parameters (heads, token embeddings, biases, vectors)")
+    if bypassed := {name.rpartition(".")[2] for name in target_modules.bypassed_layers(base, layers)}:
+        names = ", ".join(sorted(bypassed))
+        lines.append(
+            f"  {names} cannot have an adapter: {base.config.model_type} models multiply with the weight itself"
+        )
     lines += expert_targets.describe_experts(model, spec)
     lines += multimodal.describe_outside(outside, layers)
     return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]

@@ -121,10 +121,8 @@ FAMILIES: dict[str, Family] = {
     "cohere": Family("cohere", GATED, {"logit_scale": 0.25}, packs=True),
     "starcoder2": Family("starcoder2", {"q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"}, packs=True),
     "phi": Family("phi", {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, packs=True),
-    # It uses the weights of the two excluded layers directly and bypasses an adapter on them.
-    "mamba": Family(
-        "mamba", {"in_proj", "x_proj"}, {"state_size": 8}, adapter={"exclude_modules": ["out_proj", "dt_proj"]}
-    ),
+    # out_proj and dt_proj of state-space layers are left out: the layers multiply with their weights themselves.
+    "mamba": Family("mamba", {"in_proj", "x_proj"}, {"state_size": 8}),
     "gemma": Family("gemma", GATED, {"head_dim": 16}, packs=True),
     "gpt-neo": Family(
         "gpt_neo",
@@ -197,13 +195,11 @@ FAMILIES: dict[str, Family] = {
         "jamba",
         {*GATED, "in_proj", "x_proj", "out_proj"},
         {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
-        adapter={"exclude_modules": ["dt_proj"]},
     ),
     "falcon-h1": Family(
         "falcon_h1",
         {*GATED, "in_proj"},
         {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "head_dim": 16},
-        adapter={"exclude_modules": ["out_proj"]},
     ),
     "bamba": Family(
         "bamba",
@@ -219,13 +215,11 @@ FAMILIES: dict[str, Family] = {
         "falcon_mamba",
         {"in_proj", "x_proj"},
         {"state_size": 8},
-        adapter={"exclude_modules": ["out_proj", "dt_proj"]},
     ),
     "mamba2": Family(
         "mamba2",
         {"in_proj"},
         {"num_heads": 8, "head_dim": 16, "state_size": 8},
-        adapter={"exclude_modules": ["out_proj"]},
     ),
     "recurrent-gemma": Family(
         "recurrent_gemma",

@@ -123,8 +123,8 @@ def test_one_step_changes_only_the_adapter_and_saving_and_merging_are_exact(
     kinds |= {name.rpartition(".")[2] for name in experts.expert_weights(base)}
     adapted = attach_adapter.adapted_layers(model)
     assert {name.rpartition(".")[2] for name in adapted} == family.layers
-    # Every linear layer outside the heads and all experts have an adapter, except the excluded ones.
-    assert kinds - set(family.adapter.get("exclude_modules", ())) == family.layers
+    # Every linear layer outside the heads and all experts have an adapter, except the ones that the model bypasses.
+    assert kinds - target_modules.BYPASSED.get(family.kind, frozenset()) == family.layers
     packing = family.packs
     select_attention.choose_attention(
         model.get_base_model(), "auto", packing=packing, causal=family.task == "causal-lm"
@@ -166,7 +166,7 @@ def test_one_step_changes_only_the_adapter_and_saving_and_merging_are_exact(
 
 def test_a_layer_that_the_model_bypasses_raises(tmp_path: Path):
     """Mamba multiplies with the weight of dt_proj directly: an adapter on it would never learn, without an error."""
-    family = FAMILIES["mamba"]._replace(adapter={"exclude_modules": ["out_proj"]})
+    family = FAMILIES["mamba"]._replace(adapter={"target_modules": ["in_proj", "x_proj", "dt_proj"]})
     model, _ = attached(family, families.write(family, tmp_path))
     with pytest.raises(LoraError, match=r"adapter\.target_modules: no gradient reaches dt_proj") as refused:
         attach_adapter.check_gradients_reach(

@@ -160,6 +160,17 @@ def test_short_and_long_rows_are_compared_with_eager_attention(monkeypatch: pyte
         choose_attention(model, PACKED_ATTENTION, packing=True)
 
 
+def test_a_token_that_rounding_sends_to_another_expert_is_not_reported_as_a_leak():
+    """In bfloat16, packed and separate rows round differently, and some tokens of this model change their expert."""
+    options = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 8, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **{**zoo.COMMON, **options})
+    model = AutoModelForCausalLM.from_config(config).to(BF16).eval()
+    check = choose_attention(model, "auto", packing=True)
+    assert check is not None
+    assert (check.attention, check.leak) == (PACKED_ATTENTION, 0)
+
+
 def test_a_model_with_few_positions_is_measured_within_them():
     model = zoo.make("gpt2", n_positions=32)
     assert choose_attention(model, "auto", packing=True) is not None
