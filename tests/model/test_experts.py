@@ -211,7 +211,6 @@ def adapted(folders: dict[str, Path], kind: str, **options: Any) -> set[str]:
         ),
         ("mixtral", r".*\.(q_proj|down_proj)", {"self_attn.q_proj", "experts.down_proj"}),
     ],
-    ids=str,
 )
 def test_names_of_experts_and_routers(kind: str, names: Any, expected: set[str], folders: dict[str, Path]):
     assert adapted(folders, kind, target_modules=names) == expected
