@@ -73,10 +73,9 @@ def choose_attention(model: PreTrainedModel, requested: str, *, packing: bool, c
     try:
         check = _choose(model, requested, packing=packing)
     except LoraError:
+        # In an encoder, rows mix because each token attends to all others: that is the reason to give.
         if causal:
-            _check_causal(
-                model
-            )  # in an encoder, rows mix because each token attends to all: this is the reason to give
+            _check_causal(model)
         raise
     if causal:
         _check_causal(model)

@@ -149,12 +149,12 @@ def test_structs_lose_only_their_nulls(rows):
 
 
 def test_a_column_that_json_cannot_hold_matters_only_if_it_is_read(prepared, chatml, tmp_path):
-    table = pa.table({"text": ["a", "b"], "image": pa.array([b"\xff", b"\xfe"])})
+    table = pa.table({"text": ["a", "b"], "digest": pa.array([b"\xff", b"\xfe"])})
     parquet.write_table(table, tmp_path / "x.parquet")
     assert len(prepared(chatml, train="x.parquet").train) == 2
     with pytest.raises(LoraError) as caught:
-        prepared(chatml, train="x.parquet", columns={"text": "image"})
-    assert caught.value.details[0] == "x.parquet:1: image: is 1 bytes of binary data, not text"
+        prepared(chatml, train="x.parquet", columns={"text": "digest"})
+    assert caught.value.details[0] == "x.parquet:1: digest: is 1 bytes of binary data, not text"
 
 
 def test_text_that_is_not_utf8_is_a_bad_row(tmp_path, monkeypatch):
