@@ -32,15 +32,16 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
         ids: tokens of a row or a part of it, special tokens included.
         tokenizer: of these tokens.
     """
+    alone = {id_: _decode([id_], tokenizer) for id_ in set(ids)}
+    left: tuple[int, str] | None = None  # the last token that is text by itself, and its text
+    known: dict[tuple[tuple[int, str] | None, int], bytes] = {}
     parts = []
-    known: dict[tuple[int | None, int], bytes] = {}
-    before = None  # the last token that is text by itself
     for id_ in ids:
-        if (before, id_) not in known:
-            known[before, id_] = _token_bytes(before, id_, tokenizer)
-        parts.append(known[before, id_])
-        if REPLACEMENT not in _decode([id_], tokenizer):
-            before = id_
+        if (left, id_) not in known:
+            known[left, id_] = _token_bytes(left, id_, alone[id_], tokenizer)
+        parts.append(known[left, id_])
+        if REPLACEMENT not in alone[id_]:
+            left = (id_, alone[id_])
     texts, start, end = [], 0, 0
     # One surrogate stands for each byte that is not UTF-8.
     characters = b"".join(parts).decode("utf-8", errors="surrogateescape")
@@ -55,9 +56,8 @@ def token_texts(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[
     return texts
 
 
-def _token_bytes(before: int | None, id_: int, tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Return the UTF-8 bytes of a token behind the token `before`."""
-    alone = _decode([id_], tokenizer)
+def _token_bytes(left: tuple[int, str] | None, id_: int, alone: str, tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Return the UTF-8 bytes of a token, whose text is `alone`, behind the token `left` with its text."""
     if REPLACEMENT in alone:
         piece: str | bytes | None = tokenizer.convert_ids_to_tokens(id_)
         if isinstance(piece, bytes):  # of tokenizers with their own code
@@ -66,13 +66,12 @@ def _token_bytes(before: int | None, id_: int, tokenizer: PreTrainedTokenizerBas
             return bytes([int(byte[1], 16)])
         if piece and BYTE_OF_LETTER.keys() >= set(piece):
             return bytes(BYTE_OF_LETTER[letter] for letter in piece)
-        return alone.encode()
-    if before is None:
-        return alone.encode()
-    # Behind another token, because decoders omit the space before the first word of a text.
-    left = _decode([before], tokenizer)
-    both = _decode([before, id_], tokenizer)
-    return (both[len(left) :] if both.startswith(left) else alone).encode()
+    elif left is not None:
+        # Behind another token, because decoders omit the space before the first word of a text.
+        before, text = left
+        both = _decode([before, id_], tokenizer)
+        return (both[len(text) :] if both.startswith(text) else alone).encode()
+    return alone.encode()
 
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
