@@ -18,7 +18,7 @@ from lora_cli.merging import compare_models, stream
 from lora_cli.merging.deltas import merged_parameters
 from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
 from lora_cli.model import attach_adapter, empty_base, safetensors_io, save_adapter
-from lora_cli.model.adapter_config import LORA_FIELDS
+from lora_cli.model.adapter_config import LORA_FIELDS, read_adapter_config
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.fake_quantize import quantize_dequantize, quantized_weights
@@ -62,9 +62,7 @@ def merge(
     model = empty_base.init_empty_weights(checkpoints.checkpoint(base_folder, task=task, **options).skeleton())
     tensors = safetensors_io.list_tensors(base_folder)
     mapping = CheckpointMapping(model, tensors)
-    adapted = empty_base.attach_saved_adapter(
-        model, adapter_folder, PeftConfig.from_pretrained(str(adapter_folder)), base="base"
-    )
+    adapted = empty_base.attach_saved_adapter(model, adapter_folder, read_adapter_config(adapter_folder), base="base")
     plan = stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].is_classification)
     out.mkdir()
     transforms = {}
