@@ -25,6 +25,7 @@ HELP = """\
 /use NAME    answer with an adapter          /base        answer with the base alone
 /compare     base and adapter answer the last question; /compare TEXT: they answer TEXT
 /prompt KIND chat (the chat template) or text (each line is the whole prompt)
+LINE\\        a line that ends with a backslash goes on in the next line
 /reset       clear the conversation          /system TEXT  set the system message, and clear
 /save FILE   write the conversation          /quit        leave"""
 WITHOUT_TEXT = ("/base", "/reset", "/help", "/quit", "/exit")  # commands that take no text
@@ -61,7 +62,7 @@ class Chat:
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def handle_line(self, line: str) -> bool:
-        """Handle one input line, a command or a question; return False to quit."""
+        """Handle one input, a command or a question without its line end; return False to quit."""
         word, *others = line.split(maxsplit=1) or [""]
         rest = others[0].strip() if others else ""
         if rest and word in WITHOUT_TEXT:
@@ -91,8 +92,8 @@ class Chat:
             case _ if word.startswith("/"):
                 console.info(f"{word} is not a command\n{HELP}")
             case _:
-                # Of a literal prompt, spaces at its ends are a part.
-                text = line.strip() if self._kind() == "chat" else line.rstrip("\n")
+                # Of a literal prompt, spaces and empty lines at its ends are a part.
+                text = line.strip() if self._kind() == "chat" else line
                 question = {"role": "user", "content": text}
                 try:
                     answer = self._answer(self.active, [*self.messages, question])
@@ -277,14 +278,27 @@ def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, option
 
 
 def _lines(conversation: Chat) -> Iterator[str]:
+    """Yield the lines of stdin without their ends; lines that end with a backslash are joined with the next one."""
+    parts: list[str] = []
+    while (line := _read_line("... " if parts else f"{conversation.active}> ")) is not None:
+        if line.endswith("\\"):
+            parts.append(line[:-1])
+            continue
+        yield "\n".join([*parts, line])
+        parts = []
+    if parts:
+        yield "\n".join(parts)
+
+
+def _read_line(prompt: str) -> str | None:
+    """Return the next line of stdin; None at its end. `prompt` is shown on a terminal."""
     if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
     import readline  # noqa: F401 - its import gives input() editing and history
 
-    while True:
-        try:
-            yield input(f"{conversation.active}> ")
-        except EOFError:
-            console.info("")
-            return
+    try:
+        return input(prompt)
+    except EOFError:
+        console.info("")
+        return None

@@ -10,6 +10,7 @@ from lora_cli.data.examples import check_rows
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.data.ledger import unread_lines
 from lora_cli.data.remote import is_url
+from lora_cli.data.token_text import token_texts
 from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
 from lora_cli.recipe.schema import Recipe, SourceSpec
@@ -123,15 +124,15 @@ def check_without_model(recipe: Recipe) -> None:
 
 def _row_text(row: Row, inputs: RunInputs, recipe: Recipe) -> Text:
     """Return a row as the model sees it: for language models token by token, else its text and labels."""
-    decode = inputs.base.tokenizer.decode
+    tokenizer = inputs.base.tokenizer
     match recipe.task:
         case "causal-lm":
             return _masked_text(row, inputs)
         case "seq2seq-lm":
-            target = decode([int(token) for token in row.labels], skip_special_tokens=False)
-            return Text(f"{row.where}: {decode(row.input_ids, skip_special_tokens=False)} -> {target}")
+            target = "".join(token_texts([int(token) for token in row.labels], tokenizer))
+            return Text(f"{row.where}: {''.join(token_texts(row.input_ids.tolist(), tokenizer))} -> {target}")
         case "seq-cls":
-            text = decode(row.input_ids, skip_special_tokens=False)
+            text = "".join(token_texts(row.input_ids.tolist(), tokenizer))
             return Text(f"{row.where}: {text} -> {_label_text(row, inputs)}")
         case _:
             return _tagged_text(row, inputs)
@@ -151,9 +152,11 @@ def _tagged_text(row: Row, inputs: RunInputs) -> Text:
     labels = inputs.data.labels
     assert labels is not None
     text = Text(f"{row.where}:")
-    for token, label in zip(row.input_ids.tolist(), row.labels.tolist(), strict=True):
-        word = inputs.base.tokenizer.decode([token], skip_special_tokens=False).strip()
-        text.append(f" {word}" if label == IGNORE_INDEX else f" {word}[{labels.names[label]}]")
+    words = token_texts(row.input_ids.tolist(), inputs.base.tokenizer)
+    for word, label in zip(map(str.strip, words), row.labels.tolist(), strict=True):
+        tag = "" if label == IGNORE_INDEX else f"[{labels.names[label]}]"
+        if word or tag:  # of the tokens of one character, the first has its text
+            text.append(f" {word}{tag}")
     return text
 
 

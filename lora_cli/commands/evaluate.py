@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.class_labels import LABELS_FILE, ClassLabels, load_labels
 from lora_cli.data.dataset import EncodedDataset
+from lora_cli.data.ledger import PromptKind
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import answers, report
 from lora_cli.evaluation.answers import GenerationOptions, Prompt
@@ -26,6 +27,7 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer
 from lora_cli.model.saved_adapter import CPU, labels_of_head
 from lora_cli.model.tasks import TASKS
+from lora_cli.model.trained_on import read_trained_on
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
@@ -80,6 +82,9 @@ def evaluate(
     if inputs.device.type == "cpu":
         cpu.set_up_cpu()
     _check_labels(inputs.data.labels, trained_labels, data or "data.eval")
+    if recipe.task == "causal-lm":
+        kind = inputs.data.ledger.prompt_kind("train" if data is not None else "eval")
+        _tell_other_prompts(kind, resolved.adapters, data or "data.eval")
     evaluation = Evaluation(recipe, inputs, rows, options)
     base = load_base(recipe, inputs, info=console.info).model
     base.eval()
@@ -271,6 +276,21 @@ def _check_labels(labels: ClassLabels | None, trained: ClassLabels | None, name:
             f"{name}: its labels are {labels.describe()}, the adapter's {trained.describe()}",
             hint="give rows with labels of the adapter's kind",
         )
+
+
+PROMPTS = {"chat": "prompt by the chat template", "text": "are literal text", "both": "are of both kinds"}
+
+
+def _tell_other_prompts(kind: PromptKind | None, adapters: dict[str, Path], name: str) -> None:
+    """Tell if the rows prompt in another way than the training rows of an adapter did."""
+    for adapter, folder in adapters.items():
+        trained_on = read_trained_on(folder)
+        trained = trained_on.prompts if trained_on else None
+        if kind and trained and trained not in (kind, "both"):
+            console.info(
+                f"note: the rows of {name} {PROMPTS[kind]}, but the training rows of {adapter} {PROMPTS[trained]}: "
+                "the figures are for prompts that it was not trained on"
+            )
 
 
 def _check_single_bias(adapters: dict[str, Path]) -> None:

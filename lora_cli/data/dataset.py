@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data.encode import EncodedRow
 from lora_cli.data.encode_classes import NO_VALUES, LabeledRow, LabelValues
 from lora_cli.data.label_mask import IGNORE_INDEX, labels_of_spans
+from lora_cli.data.token_text import token_texts
 
 SCHEMA = pa.schema(
     [
@@ -188,5 +189,5 @@ class EncodedDataset:
 
 def show_mask(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """Return every token of a row as text with whether it carries loss (the label mask), for `lora check` to color."""
-    pairs = zip(row.input_ids.tolist(), row.labels.tolist(), strict=True)
-    return [(tokenizer.decode([token], skip_special_tokens=False), label != IGNORE_INDEX) for token, label in pairs]
+    texts = token_texts(row.input_ids.tolist(), tokenizer)
+    return [(text, label != IGNORE_INDEX) for text, label in zip(texts, row.labels.tolist(), strict=True)]

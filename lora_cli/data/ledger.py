@@ -155,12 +155,14 @@ class Ledger(NamedTuple):
             "leaked": self.leaked,
         }
 
-    def prompt_kind(self) -> PromptKind | None:
-        """Return how the training rows prompt a language model: by its chat template, as literal text, or both ways.
+    def prompt_kind(self, split: Literal["train", "eval"] = "train") -> PromptKind | None:
+        """Return how the rows of a split prompt a language model: by its chat template, as literal text, or both ways.
 
         None: unknown, because rows are token ids.
         """
-        tallies = [entry.tally for entry in self.entries if entry.split == "train" and entry.rows]
+        entries = [entry for entry in self.entries if entry.split == split and entry.rows]
+        # Without sources of their own, evaluation rows are held out of the training sources.
+        tallies = [entry.tally for entry in entries or self.entries]
         if any(tally.format == "tokens" for tally in tallies):
             return None
         templated, kept = sum(tally.templated for tally in tallies), sum(tally.kept for tally in tallies)

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from lora_cli.errors import LoraError
 from lora_cli.model.empty_base import EmptyModel
 from lora_cli.model.fused_lora import FusedLora
 
@@ -84,13 +85,24 @@ def _peft_modules(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module
 
 
 def _adapted_layer(name: str, outer: BaseTunerLayer, from_adapter: frozenset[str]) -> AdaptedLayer:
-    """Describe the module `name` of the base under the PEFT layer `outer`; `from_adapter` are names in the base."""
+    """Describe the module `name` of the base under the PEFT layer `outer`; `from_adapter` are names in the base.
+
+    Raises:
+        LoraError: the adapter has a bias where the base has none.
+    """
     tuners: list[BaseTunerLayer] = []
     module: Any = outer
     while isinstance(module, BaseTunerLayer):
         tuners.append(module)
         module = module.base_layer
     names = tuple(parameter for parameter, _ in module.named_parameters(recurse=False))
+    for tuner in tuners:
+        has_bias = getattr(tuner, "lora_bias", {}).get(tuner.active_adapters[0], False)
+        if has_bias and "bias" not in names:
+            raise LoraError(
+                f"the adapter has a bias for {name}, which has none in the base (lora_bias: true): it cannot be merged",
+                hint="use the adapter with its base, as lora chat and lora eval do",
+            )
     loaded = frozenset(parameter for parameter in names if f"{name}.{parameter}" in from_adapter)
     return AdaptedLayer(name, module, names, loaded, tuple(tuners))
 

@@ -95,6 +95,9 @@ def read_lora(folder: Path) -> LoraWeights:
             module = wrapper.replace(expert_factors.WRAPPED, "")
             root = _scale(config, module, len(a)) ** 0.5
             factors[module] = LowRankFactors(a * root, b * root, wrapper in embeddings)
+            bias = f"{PREFIX}{wrapper}.lora_B.bias"  # lora_bias: true; it is scaled as BA is
+            if bias in other_tensors:
+                other_tensors[bias] = (other_tensors[bias].double() * root**2).float()
             continue
         rank = _rank(config, parameter)
         if len(a) % rank or len(a) != b.shape[1]:

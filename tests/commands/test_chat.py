@@ -113,3 +113,21 @@ def test_wrong_arguments_give_an_error_and_a_hint(
     result = lora("chat", *arguments)
     assert (result.code, result.out) == (2, "")
     assert result.last_two == lines
+
+
+@pytest.mark.parametrize(
+    ("typed", "messages"),
+    [
+        ("one\\\ntwo\\\n\\\nthree\nfour\n", ["one\ntwo\n\nthree", "four"]),
+        ("one \\\r\n two\r\n\nfour", ["one \n two", "four"]),
+        ("one\\ two\nthe end\\\n", ["one\\ two", "the end"]),
+    ],
+)
+def test_a_line_that_ends_with_a_backslash_goes_on_in_the_next(
+    typed: str, messages: list[str], trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{typed}\n/save chat.json"))
+    result = lora("chat", trained_run, "--max-new-tokens", "1")
+    assert result.code == 0, result.err
+    saved = json.loads(Path("chat.json").read_text())["messages"]
+    assert [message["content"] for message in saved if message["role"] == "user"] == messages

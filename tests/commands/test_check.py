@@ -148,3 +148,13 @@ def test_light_commands_import_no_heavy_library_and_take_little_time(
         if seconds < limit * light_imports:
             break
     assert min(times) < limit * light_imports
+
+
+def test_check_shows_whole_characters_of_a_byte_level_tokenizer(recipe: WriteRecipe, lora: Lora):
+    row = {"messages": [{"role": "user", "content": "你好，мир?"}, {"role": "assistant", "content": "世界 👍🏽"}]}
+    Path("rows.jsonl").write_text("".join(json.dumps({**row, "id": i}) + "\n" for i in range(5)))
+    result = lora("check", recipe({"data.eval": None}))
+    assert result.code == 0, result.err
+    assert "你好，мир?" in result.out
+    assert "[[世界 👍🏽<|im_end|>]]" in result.out
+    assert "\ufffd" not in result.out

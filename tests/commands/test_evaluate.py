@@ -264,7 +264,7 @@ def test_the_base_is_measured_without_the_biases_of_an_adapter(
         (
             ["runs/a", "--adapter", "x=runs"],
             "--adapter x=runs: runs has no adapter_config.json",
-            "give an adapter folder, or that of a merged model",
+            "give a run of lora train, or an adapter folder",
         ),
         (
             ["runs/a", "--adapter", "base=runs/a/adapter"],
@@ -319,3 +319,24 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused(trained_run: Path, lor
     assert (result.code, result.out) == (2, "")
     assert result.last_two[0].startswith("error: runs/a/adapter does not fit base: ")
     assert "\n" not in result.last_two[0]
+
+
+@pytest.mark.slow
+def test_rows_that_prompt_in_another_way_than_the_training_rows_are_told(trained_run: Path, lora: Lora):
+    rows = [{"prompt": f"Q: who? {number} A:", "completion": " Paris."} for number in range(3)]
+    Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = (
+        "note: the rows of text.jsonl are literal text, but the training rows of adapter prompt by the chat template: "
+        "the figures are for prompts that it was not trained on"
+    )
+    result = lora("eval", trained_run, "--data", "text.jsonl")
+    assert result.code == 0, result.err
+    assert result.err.splitlines().count(told) == 1
+    assert "prompts that it was not" not in lora("eval", trained_run).err
+    record = json.loads(Path("runs/a/adapter/trained_on.json").read_text())
+    Path("runs/a/adapter/trained_on.json").write_text(json.dumps({**record, "prompts": "text"}))
+    of_chats = lora("eval", trained_run).err
+    assert (
+        "note: the rows of data.eval prompt by the chat template, but the training rows of adapter are lit" in of_chats
+    )
+    assert "prompts that it was not" not in lora("eval", trained_run, "--data", "text.jsonl").err

@@ -426,3 +426,15 @@ def test_labels_that_differ_only_in_case_or_spaces_are_told():
     with pytest.raises(LoraError, match="label NO: not one of") as caught:
         resolve_labels(["yes", "no"], [source_labels("single", "yes", "NO")], [])
     assert caught.value.hint == "did you mean no? Upper case and spaces count"
+
+
+@pytest.mark.parametrize("label", [1, "1"])
+def test_class_numbers_of_a_named_head_are_told(label: object, prepared: Prepare):
+    """As of a file of `lora eval --data`, where the labels are the names of the adapter's head."""
+    told: list[str] = []
+    rows = json.dumps({"text": "a", "label": label})
+    data = prepared(
+        build_encoder("bert"), files={"train.jsonl": rows}, task="seq-cls", labels=["no", "yes"], info=told.append
+    )
+    assert data.train[0].labels.tolist() == [1]
+    assert "train.jsonl:1: its integer labels are class numbers: 0 is no, 1 is yes" in told

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
@@ -114,6 +114,22 @@ def test_singular_values_and_truncation_equal_those_of_the_dense_update(
     assert truncated.rank <= min(keep, rank)
     kept = low_rank.energy_kept({"m": factors}, {"m": truncated})["m"]
     assert kept == pytest.approx(1 - lost / float((expected**2).sum()), abs=1e-9)
+
+
+def test_a_resized_adapter_keeps_its_own_biases(tmp_path: Path):
+    base = zoo.make("qwen2").eval()
+    config = LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", target_modules=["q_proj"], lora_bias=True)
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+    model.save_pretrained(str(tmp_path / "a"))
+    ids = torch.arange(2, 90)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        adapter.resize(tmp_path / "a", out=tmp_path / "b", rank=4, energy=None, force=False)
+        resized = load_adapter(zoo.make("qwen2"), tmp_path / "b", base="base").eval()
+        assert zoo.relative(resized(ids).logits, expected) < 1e-5
 
 
 def test_rank_for_energy_and_effective_rank():

@@ -1,5 +1,6 @@
 """Law: merged files equal PEFT's merge, rounded once, for every model family, method and kind of change."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_cli.merging import compare_models, stream
 from lora_cli.merging.deltas import merged_parameters
 from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
 from lora_cli.model import attach_adapter, empty_base, safetensors_io, save_adapter
+from lora_cli.model.adapter_config import LORA_FIELDS, read_adapter_config
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.fake_quantize import quantize_dequantize, quantized_weights
@@ -60,9 +62,7 @@ def merge(
     model = empty_base.init_empty_weights(checkpoints.checkpoint(base_folder, task=task, **options).skeleton())
     tensors = safetensors_io.list_tensors(base_folder)
     mapping = CheckpointMapping(model, tensors)
-    adapted = empty_base.attach_saved_adapter(
-        model, adapter_folder, PeftConfig.from_pretrained(str(adapter_folder)), base="base"
-    )
+    adapted = empty_base.attach_saved_adapter(model, adapter_folder, read_adapter_config(adapter_folder), base="base")
     plan = stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=not TASKS[task].is_classification)
     out.mkdir()
     transforms = {}
@@ -165,6 +165,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tokens of embeddings and head": {"trainable_token_indices": {"embed_tokens": [5, 9], "lm_head": [5, 7]}},
     "adapter that keeps the tie": {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
     "full training that keeps the tie": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "excluded modules": {"exclude_modules": ["v_proj", "up_proj"]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "parameters": {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]},
+    "a frozen B (MiCA)": {"init_lora_weights": "mica"},
+    "orthogonal factors": {"init_lora_weights": "orthogonal"},
 }
 UNTIES = {
     "embeddings",
@@ -199,6 +204,39 @@ def test_the_merge_of_every_lora_option_equals_pefts(name: str, tied: bool, tmp_
     is_tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
     assert is_tied is (tied and name not in UNTIES)
     assert ("lm_head.weight" in safetensors_io.list_tensors(tmp_path / "out")) is (not tied or name in UNTIES)
+
+
+def test_every_setting_of_lora_that_merging_honors_is_in_a_test():
+    """Here, in the tests of all families (fan_in_fan_out: GPT-2), or without effect on a trained adapter."""
+    no_effect = {
+        "r", "lora_alpha", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "loftq_config",
+        "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    }  # fmt: skip
+    tested = {key for options in OPTIONS.values() for key in options} | {"fan_in_fan_out"}
+    general = {field.name for field in dataclasses.fields(PeftConfig)}
+    assert LORA_FIELDS - general - no_effect == tested
+
+
+def test_conv1d_layers_are_merged_as_peft_does(tmp_path: Path):
+    zoo.make("gpt2").save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    model = get_peft_model(load_causal_lm(str(tmp_path / "base")), config)
+    randomize(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    ids = torch.arange(2, 96)[None]
+    with torch.no_grad():
+        assert zoo.relative(load_causal_lm(str(tmp_path / "out")).eval()(ids).logits, model.eval()(ids).logits) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_bias_of_the_adapter_where_the_base_has_none_is_refused(tmp_path: Path):
+    zoo.make("llama").save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], lora_bias=True)
+    model = get_peft_model(load_causal_lm(str(tmp_path / "base")), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(LoraError, match=r"a bias for model.layers.0.self_attn.q_proj, which has none in the base"):
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_an_adapter_with_resized_embeddings_is_merged(tmp_path: Path):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.data.token_text import token_texts
 from lora_cli.errors import LoraError
 from lora_cli.export import probe_chats
 from lora_cli.export.gguf.llama_cpp_server import LlamaCpp
@@ -109,7 +110,8 @@ def _first_difference(expected: Sequence[int], generated: Sequence[int]) -> int:
 
 def _describe_difference(source: ExportSource, expected: Sequence[int], generated: Sequence[int]) -> str:
     at = _first_difference(expected, generated)
-    left, right = (source.tokenizer.decode(ids[max(0, at - 3) : at + 5]) for ids in (expected, generated))
+    texts = (token_texts(ids, source.tokenizer)[max(0, at - 3) : at + 5] for ids in (expected, generated))
+    left, right = ("".join(part) for part in texts)
     return f"{left!r} became {right!r}, at token {at + 1}"
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from lora_cli.data.token_text import token_texts
 from lora_cli.export.hf import nf4
 from lora_cli.export.reference import CPU, eos_ids
 from lora_cli.export.source import Check, ExportSource
@@ -192,7 +193,8 @@ def _compare_texts(
         elif ours.margins[at] <= TIE_NATS:
             ties += 1
         elif not first_difference:
-            left, right = (source.tokenizer.decode(text.tokens[: at + 1][-4:]) for text in (ours, theirs))
+            parts = (token_texts(text.tokens[: at + 1], source.tokenizer)[-4:] for text in (ours, theirs))
+            left, right = ("".join(part) for part in parts)
             first_difference = f"{left!r} became {right!r}, at token {at + 1} of prompt {number}"
     text = f"{same} of {len(prompts)} prompts have the same greedy continuation"
     text += f"; {ties} differ after a tie of two equally likely tokens" if ties else ""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from transformers import PreTrainedModel
 
+from lora_cli.data.token_text import token_texts
 from lora_cli.export.onnx.graph import BATCH, PAST, GraphSignature, GraphValue
 from lora_cli.export.reference import eos_ids
 from lora_cli.export.source import Check, ExportSource
@@ -192,7 +193,8 @@ def _check_decoder(
         if logits[expected.tokens[at]] - logits[run.tokens[at]] <= difference.tie:
             ties += 1
             continue
-        before, after = (source.tokenizer.decode(tokens[: at + 1][-3:]) for tokens in (expected.tokens, run.tokens))
+        texts = (token_texts(tokens[: at + 1], source.tokenizer)[-3:] for tokens in (expected.tokens, run.tokens))
+        before, after = ("".join(part) for part in texts)
         example = example or f"{before!r} became {after!r}, at token {at + 1}"
     _compare_padded(model, graph, prompts, expected_runs, stops, difference)
     yield difference.check("prompts, token by token with the cache, and two rows padded on the left")
