@@ -13,6 +13,7 @@ from lora_cli.data.remote import is_url
 from lora_cli.data.token_text import token_texts
 from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
+from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
@@ -65,6 +66,8 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     model = inputs.base.skeleton()
     heads = task_heads(model, recipe.task)
     layers = target_modules.linear_layers(model, heads)
+    if recipe.quantization is not None and recipe.quantization.bits == 4 and inputs.device.type == "cpu":
+        check_cpu_widths(model, layers)
     check_new_tokens_trainable(recipe, model)
     context = adapter_context(recipe, inputs, heads=heads, plan=None, total=total)
     adapted = attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)

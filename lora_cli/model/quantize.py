@@ -1,5 +1,6 @@
 """4-bit and 8-bit quantization: the recipe's section as BitsAndBytesConfig, and k-bit training preparation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
+from lora_cli.model.multimodal import is_inside, outside_text
 from lora_cli.model.quantize_experts import register_experts_quantizer
 from lora_cli.recipe.schema import QuantizationSpec
 
@@ -92,19 +94,36 @@ def check_cpu_4bit(model: PreTrainedModel) -> None:
 
     First, on a CPU with AVX512-BF16, the first forward pass in eval mode repacks 4-bit weights permanently, and the
     kernel for repacked weights has no backward pass: training after an evaluation would pass no gradient through the
-    base, without an error. A flag of the layer disables that. Second, if in_features is not a multiple of 64, the
-    kernel applies another block's scale.
+    base, without an error. A flag of the layer disables that. The second is that of `check_cpu_widths`.
 
     Raises:
-        LoraError: a 4-bit layer on the CPU has such an in_features.
+        LoraError: as `check_cpu_widths`.
     """
-    unaligned = {}
+    packed = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit
             layer: Any = module
             layer.support_avx512bf16_for_cpu = False
-            if module.weight.device.type == "cpu" and module.in_features % BLOCK_SIZE:
-                unaligned[name.rpartition(".")[2]] = module.in_features
+            if module.weight.device.type == "cpu":
+                packed[name] = module
+    check_cpu_widths(model, packed)
+
+
+def check_cpu_widths(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:
+    """Check the widths of `layers`, the 4-bit layers of `model` by name, or those that would be, on the CPU.
+
+    If in_features is not a multiple of 64, bitsandbytes' CPU kernel applies another block's scale. Layers that text
+    does not pass through are never used.
+
+    Raises:
+        LoraError: a layer has such an in_features.
+    """
+    towers = [part.name for part in outside_text(model)]
+    unaligned = {
+        name.rpartition(".")[2]: layer.in_features
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Linear) and layer.in_features % BLOCK_SIZE and not is_inside(name, towers)
+    }
     if unaligned:
         listed = ", ".join(f"{kind} ({width:,})" for kind, width in unaligned.items())
         raise LoraError(

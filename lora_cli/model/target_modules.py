@@ -129,6 +129,13 @@ def resolve_target_modules(model: PreTrainedModel, spec: AdapterSpec, *, heads: 
         _check_inside_text(unmatched, model, outside, regex=regex, hint=layer_hint)
         raise _no_match(unmatched, linear, regex=regex, hint=layer_hint)
     matched = [name for name in candidates if any(name in names_of_entry for names_of_entry in matches.values())]
+    if bypassed := bypassed_layers(model, matched):
+        kind = bypassed[0].rpartition(".")[2]
+        raise LoraError(
+            f"adapter.target_modules: {kind} of a {model.config.model_type} model cannot have an adapter: the model "
+            "multiplies with its weight itself",
+            hint=f"remove it, or leave it out: adapter.exclude_modules: [{kind}]",
+        )
     if spec.source is None:  # an adapter that training goes on from may list the layers that `layers` selected
         _check_all_layers_match(matched, [name for name in candidates if name in linear or name in experts], layer_hint)
     inside_heads = [name for name, _ in model.named_modules() if name and is_inside(name, heads)]

@@ -26,6 +26,7 @@ from lora_cli.model import (
 )
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.loss import LossFunction
+from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.model.target_modules import linear_layers, resolve_target_modules
 from lora_cli.recipe.schema import AdapterSpec, TrainingSpec
 from lora_cli.training.loop import fit
@@ -269,3 +270,18 @@ def test_a_missing_package_is_told_in_one_line():
             base.skeleton()
         assert "\n" not in caught.value.message
         assert caught.value.hint == "install the package that it names"
+
+
+def test_only_the_decoder_needs_widths_that_the_cpu_can_multiply_in_4_bits():
+    """The towers of Gemma 3 4B have layers with 4,304 inputs, which is no multiple of 64, but text passes none."""
+    model = skeleton("gemma3")
+    layers = linear_layers(model)
+    tower, decoder = (
+        next(layer for name, layer in layers.items() if part in name and "mlp" in name)
+        for part in ("vision_tower", "language_model")
+    )
+    tower.in_features = 100
+    check_cpu_widths(model, layers)
+    decoder.in_features = 100
+    with pytest.raises(LoraError, match=r"in_features of 4-bit layers must be a multiple of 64; found \w+ \(100\)"):
+        check_cpu_widths(model, layers)

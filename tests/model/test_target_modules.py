@@ -208,3 +208,12 @@ def test_a_model_without_linear_layers_raises():
     model.model.layers = nn.ModuleList()
     with pytest.raises(LoraError, match="no linear layers"):
         target_modules.resolve_target_modules(model, AdapterSpec())
+
+
+@pytest.mark.parametrize("requested", [["in_proj", "dt_proj"], r".*\.(in|dt)_proj"])
+def test_a_named_layer_that_the_model_is_known_to_bypass_raises_on_the_modules_alone(requested: str | list[str]):
+    """`lora check` has the modules without weights, and finds what `lora train` would find by the gradients."""
+    model = zoo.make("mamba", state_size=8)
+    with pytest.raises(LoraError, match=r"dt_proj of a mamba model cannot have an adapter") as refused:
+        target_modules.resolve_target_modules(model, zoo.spec_of(target_modules=requested))
+    assert refused.value.hint == "remove it, or leave it out: adapter.exclude_modules: [dt_proj]"
