@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -38,7 +39,7 @@ class CheckpointMapping:
     def __init__(self, model: PreTrainedModel, keys: Iterable[str]) -> None:
         """Map the checkpoint's `keys` to parameters of `model`, which may be on the meta device."""
         # A copy, because rules look parameters up by their names, which PEFT changes when it wraps layers of `model`.
-        self._model = deepcopy(model)
+        self._model = _copy_without_weights(model)
         self._rules: list[WeightTransform] = get_model_conversion_mapping(model)
         converters = [rule for rule in self._rules if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in self._rules if isinstance(rule, WeightRenaming)]
@@ -102,3 +103,13 @@ class CheckpointMapping:
         if tensors.keys() != {part.key for part in self.parts[name]}:
             raise AssertionError(f"transformers splits {name} into {sorted(tensors)}")
         return tensors
+
+
+def _copy_without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model` on the meta device: copying the weights would take as much memory as they do."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    return deepcopy(model, memo)

@@ -15,13 +15,18 @@ from lora_cli.model.quantize_experts import packable_weights
 from lora_cli.recipe.schema import QuantizationSpec
 
 
-def quantized_weights(skeleton: PreTrainedModel, spec: QuantizationSpec) -> dict[str, bool]:
-    """Return the names of the weights that transformers would quantize, and whether each is stored transposed (Conv1D).
+def quantized_weights(
+    skeleton: PreTrainedModel, spec: QuantizationSpec, *, with_experts: bool = True
+) -> dict[str, bool]:
+    """Return the names of the weights that are quantized in training, and whether each is stored transposed (Conv1D).
 
-    `skeleton` is on the meta device. Do not use it afterwards: its linear layers are replaced.
+    Args:
+        skeleton: the base on the meta device. Do not use it afterwards: its linear layers are replaced.
+        spec: the quantization.
+        with_experts: include the stacked weights of experts, which transformers alone does not quantize.
     """
     transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
-    stacked = packable_weights(skeleton) if spec.bits == 4 else []
+    stacked = packable_weights(skeleton) if spec.bits == 4 and with_experts else []
     quantizer = AutoHfQuantizer.from_config(bnb_config(spec))
     quantizer.preprocess_model(model=skeleton, device_map={"": "cpu"})
     layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)

@@ -194,7 +194,14 @@ FAMILIES: dict[str, Family] = {
     "jamba": Family(
         "jamba",
         {*GATED, "in_proj", "x_proj", "out_proj"},
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "num_experts": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "initializer_range": 0.1,
+        },
     ),
     "falcon-h1": Family(
         "falcon_h1",

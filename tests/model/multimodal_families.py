@@ -74,7 +74,7 @@ MULTIMODAL: dict[str, Multimodal] = {
         {"vision tower": 12},
         {**MROPE, **MOE},
         {"vision_config": QWEN3_TOWER, **IMAGE},
-        layers=frozenset(ATTENTION | {"experts"}),
+        layers=frozenset(ATTENTION | {"gate_up_proj", "down_proj"}),
     ),
     "mistral3": Multimodal(
         "mistral3",

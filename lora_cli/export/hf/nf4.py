@@ -38,7 +38,7 @@ def quantized_keys(source: ExportSource, keys: list[str]) -> dict[str, bool]:
         LoraError: the checkpoint stores one of these weights in several tensors.
     """
     mapping, result = CheckpointMapping(source.base.skeleton(), keys), {}
-    for name, transposed in fake_quantize.quantized_weights(source.base.skeleton(), NF4_SPEC).items():
+    for name, transposed in weights_in_nf4(source).items():
         if mapping.is_joined(name):
             raise LoraError(
                 f"--quantize nf4: the checkpoint stores {name} in several tensors, but bitsandbytes needs it in one",
@@ -47,6 +47,11 @@ def quantized_keys(source: ExportSource, keys: list[str]) -> dict[str, bool]:
         if name in mapping.parts:
             result[mapping.key(name)] = transposed
     return result
+
+
+def weights_in_nf4(source: ExportSource) -> dict[str, bool]:
+    """Return the parameters that transformers reads as NF4, and whether each is stored transposed; no experts."""
+    return fake_quantize.quantized_weights(source.base.skeleton(), NF4_SPEC, with_experts=False)
 
 
 def quantization_config() -> dict[str, Any]:

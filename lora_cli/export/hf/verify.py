@@ -118,7 +118,7 @@ def _round_weights(model: PreTrainedModel, source: ExportSource, rounding: Round
     assert rounding.dtype is not None
     packed: dict[str, bool] = {}
     if rounding.packed:
-        packed = fake_quantize.quantized_weights(source.base.skeleton(), nf4.NF4_SPEC)
+        packed = nf4.weights_in_nf4(source)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
             value = tensor.to(rounding.dtype).float()
