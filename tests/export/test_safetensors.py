@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.errors import LoraError
@@ -78,10 +80,12 @@ def test_a_cast_equals_transformers_cast(quantize: str | None, tied: bool, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "t5", "bert", "bert-tokens", "llama-classifier"])
-def test_nf4_weights_are_those_of_transformers(family: str, tmp_path: Path):
+def test_nf4_weights_are_those_of_transformers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     causal = FAMILIES[family].task == "causal-lm"
     source = tiny_source(family, tmp_path / "base") if causal else classifier(family, tmp_path / "base")
     export(source, tmp_path / "out", "nf4")
+    # As in a process that imports transformers alone: it leaves the experts in 16 bits.
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", Bnb4BitHfQuantizer)
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
