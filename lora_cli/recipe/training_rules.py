@@ -6,6 +6,8 @@ from lora_cli.recipe.problem import Conflict
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.training_section import TrainingSpec
 
+# Methods that train no product of matrices, which muon is for.
+WITHOUT_MATRICES = ("vera", "ia3", "oft", "boft", "prefix", "prompt", "p-tuning")
 WITHOUT_BETAS = {"lion": (0.9, 0.99), "adafactor": None}  # optimizers with betas of their own, by their first word
 
 
@@ -94,6 +96,9 @@ def check_optimizer(recipe: Recipe) -> Iterator[Conflict]:
                 own = WITHOUT_BETAS[kind]
                 fix = f"remove it: {kind}'s betas are {own[0]} and {own[1]}" if own else "remove it"
                 yield Conflict(f"training.{key}", f"has no effect with optimizer {spec.optimizer}", fix, depends_on)
+    if spec.optimizer == "muon" and method in WITHOUT_MATRICES:
+        message = f"muon trains the matrices of LoRA, and {method} has none"
+        yield Conflict("training.optimizer", message, "write adamw, or another method", ("adapter.method",))
     if spec.optimizer == "schedule-free-adamw":
         if method == "adalora":
             message = "schedule-free-adamw averages the weights, but adalora sets pruned ones to 0"

@@ -49,8 +49,10 @@ def make_muon(groups: list[dict[str, Any]], **adamw_options: Any) -> MuonWithAda
         groups: parameter groups; the key `matrices` is removed from them.
         adamw_options: keyword arguments of AdamW for the other groups.
     """
-    matrices = [group for group in groups if group.pop("matrices")]
-    others = [group for group in groups if group not in matrices]
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for group in groups:
+        (matrices if group.pop("matrices") else others).append(group)
     shared = {key: adamw_options[key] for key in ("lr", "weight_decay")}
     parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared)]
     if others:

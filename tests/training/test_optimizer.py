@@ -18,6 +18,9 @@ from transformers import (
 )
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe.methods import METHOD_FACTS
+from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.training_rules import WITHOUT_MATRICES, check_optimizer
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.training.lr_schedule import (
     check_schedule_fits,
@@ -276,9 +279,37 @@ def test_muon_trains_lora_matrices_and_adamw_the_rest():
         name for name in kinds if ".lora_A." in name or ".lora_B." in name
     }
     assert set(kinds.values()) == {"Muon", "AdamW"}
-    for method in ("prompt", "ia3", "vera", "oft"):
+    for method in WITHOUT_MATRICES:
         with pytest.raises(LoraError, match="muon trains matrices, and this adapter has none"):
             make_optimizer(zoo.attached(zoo.make("llama"), method=method), TrainingSpec(), name="muon")
+
+
+def test_muon_takes_groups_of_as_many_matrices_as_other_parameters():
+    # A of one layer at the learning rate of the others, next to one fully trained module.
+    model = zoo.attached(
+        zoo.make("llama"), method="lora+", target_modules=["q_proj"], layers=[0], modules_to_save=["lm_head"]
+    )
+    optimizer = make_optimizer(model, TrainingSpec(), name="muon", lr_ratio=4.0)
+    assert isinstance(optimizer, MuonWithAdamW)
+    groups = [(group["ratio"], type(part).__name__) for part in optimizer.parts for group in part.param_groups]
+    assert sorted(groups) == [(1.0, "AdamW"), (1.0, "Muon"), (4.0, "Muon")]
+
+
+def test_recipes_refuse_muon_for_exactly_the_methods_without_matrices():
+    data = {"train": "a.jsonl"}
+    refused = {
+        method
+        for method in METHOD_FACTS
+        for conflict in check_optimizer(
+            Recipe.model_validate(
+                {"model": {"path": "m"}, "data": data, "adapter": {"method": method}, "training": {"optimizer": "muon"}}
+            )
+        )
+        if "muon trains the matrices" in conflict.message
+    }
+    assert refused == set(WITHOUT_MATRICES)
+    for method in set(zoo.METHODS) - refused:
+        make_optimizer(zoo.attached(zoo.make("llama"), method=method), TrainingSpec(), name="muon")
 
 
 def test_schedule_free_adamw_follows_the_algorithm():
