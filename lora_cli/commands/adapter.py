@@ -24,6 +24,7 @@ from lora_cli.model.saved_adapter import open_saved_adapter
 from lora_cli.model.target_modules import layer_index
 from lora_cli.model.trained_on import TRAINED_ON_FILE, read_trained_on
 from lora_cli.run import atomic, console
+from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import find_adapter
 
 ENERGY_SHARES = (0.9, 0.95, 0.99)
@@ -231,6 +232,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     if (rank is None) == (energy is None):
         raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
     folder = find_adapter(folder)
+    check_output_path(out, inputs=[folder], replace=force, command="resize")
     adapter = low_rank.read_lora(folder)
     if adapter.config.use_dora:
         raise LoraError(
@@ -241,7 +243,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
         new_rank = rank if rank is not None else low_rank.rank_for_energy(factors.svd()[1], float(energy or 1))
         small[module] = low_rank.truncate_rank(factors, new_rank)
     before = _range([factors.rank for factors in adapter.factors.values()])
-    _write_adapter(small, adapter, out, force=force, what=f"resized from rank {before}")
+    _write_adapter(small, adapter, out, replace=force, what=f"resized from rank {before}")
     _print_energy_kept(adapter.factors, low_rank.read_lora(out).factors)
     console.out.print(str(out))
 
@@ -263,16 +265,18 @@ def combine(
     Raises:
         LoraError: the adapters cannot be combined.
     """
-    adapters, weights = [], []
+    folders, weights = [], []
     for item in items:
         weight, star, path = item.rpartition("*")
         try:
             weights.append(float(weight) if star else 1.0)
         except ValueError:
             raise LoraError(f"{item}: {weight} is not a weight", hint="write 0.5*runs/a/adapter") from None
-        adapters.append(low_rank.read_lora(find_adapter(Path(path))))
-    if len(adapters) < 2:
+        folders.append(find_adapter(Path(path)))
+    if len(folders) < 2:
         raise LoraError("combine: there is only one adapter", hint="name two or more")
+    check_output_path(out, inputs=folders, replace=force, command="combine")
+    adapters = [low_rank.read_lora(folder) for folder in folders]
     _check_combinable(adapters)
     if method == "concat" and rank is not None:
         raise LoraError("--rank has no effect with --method concat", hint="write --method svd, or remove it")
@@ -296,7 +300,7 @@ def combine(
             embeddings = {module: factors.is_embedding for module, factors in exact.items()}
             combined = low_rank.factorize(dense, max_rank, embeddings)
     names = ", ".join(f"{weight:g} of {adapter.folder}" for weight, adapter in zip(weights, adapters, strict=True))
-    _write_adapter(combined, adapters[0], out, force=force, what=f"{method} of {names}")
+    _write_adapter(combined, adapters[0], out, replace=force, what=f"{method} of {names}")
     if method in ("concat", "svd"):
         _print_energy_kept(exact, low_rank.read_lora(out).factors)
     console.out.print(str(out))
@@ -328,17 +332,13 @@ def _check_combinable(adapters: list[LoraWeights]) -> None:
                 )
 
 
-def _write_adapter(factors: dict[str, LowRankFactors], like: LoraWeights, out: Path, *, force: bool, what: str) -> None:
-    if out.exists() and not force:
-        raise LoraError(f"--out {out} exists", hint="name another folder, or replace it with --force")
-    if not out.absolute().parent.is_dir():
-        raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
-    if out.resolve() == like.folder.resolve():
-        raise LoraError(f"--out {out} is an input", hint="name another folder")
+def _write_adapter(
+    factors: dict[str, LowRankFactors], like: LoraWeights, out: Path, *, replace: bool, what: str
+) -> None:
     factors = {module: each for module, each in factors.items() if each.rank}
     wrappers = like.wrappers
     config: LoraConfig = low_rank.lora_config_for(factors, like.config, parameters=wrappers)
-    with atomic.folder(out, replace=force) as partial:
+    with atomic.folder(out, replace=replace) as partial:
         tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))

@@ -24,6 +24,7 @@ from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, ope
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
+from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import check_not_unfinished
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import MergeOptions, write_merged_model
@@ -104,14 +105,10 @@ def _check_paths(out: Path, target: Path, adapter: Path | None, exporter: Export
             f"--out {out}: {request.to} is one file, whose name ends in {exporter.suffix}",
             hint=f"write --out {out.with_name(out.name + exporter.suffix)}",
         )
-    if out.resolve() in {path.resolve() for path in (target, adapter, request.over) if path is not None}:
-        raise LoraError(f"--out {out} is an input of the export", hint="name another place")
-    if out.exists() and not request.force:
-        raise LoraError(f"--out {out} exists", hint="name another place, or replace it with --force")
+    inputs = [path for path in (target, adapter, request.over) if path is not None]
+    check_output_path(out, inputs=inputs, replace=request.force, command="export", kind="place")
     if out.is_dir() == bool(exporter.suffix) and out.exists():
         raise LoraError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}", hint="name another place")
-    if not out.absolute().parent.is_dir():
-        raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
 
 
 def _open_model(target: str, request: ExportRequest) -> ExportSource:

@@ -13,6 +13,7 @@ from lora_cli.model.model_source import find_model, local_folder
 from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run import atomic, console
+from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import (
@@ -70,12 +71,7 @@ def _check_paths(folder: Path, out: Path, config: PeftConfig, request: MergeRequ
     if request.unmerge and request.base is None:
         raise LoraError("--unmerge: the merged model is missing", hint="name its folder: --base MERGED")
     base = Path(request.base or str(config.base_model_name_or_path))
-    if out.resolve() in (base.resolve(), folder.resolve()):
-        raise LoraError(f"--out {out} is an input of the merge", hint="name another folder")
-    if out.exists() and not request.force:
-        raise LoraError(f"--out {out} exists", hint="name another folder, or replace it with --force")
-    if not out.absolute().parent.is_dir():
-        raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
+    check_output_path(out, inputs=(base, folder), replace=request.force, command="merge")
 
 
 def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:

@@ -110,7 +110,11 @@ def test_combine_writes_the_weighted_sum_of_two_adapters(two_adapters: None, lor
     ("arguments", "error"),
     [
         (["resize", "runs/a/adapter", "--out", "x"], "--rank and --energy: exactly one is needed"),
-        (["resize", "runs/a/adapter", "--rank", "2", "--out", "runs/a/adapter"], "--out runs/a/adapter exists"),
+        (["resize", "runs/a/adapter", "--rank", "2", "--out", "base"], "--out base exists"),
+        (["resize", "runs/a", "--rank", "2", "--out", "runs/a", "--force"],
+         "--out runs/a contains runs/a/adapter, an input of the resize"),
+        (["combine", "runs/a", "runs/a/adapter", "--out", "runs/a/adapter", "--force"],
+         "--out runs/a/adapter is an input of the combine"),
         (["resize", "base", "--rank", "2", "--out", "x"], "base is a model, not an adapter"),
         (["combine", "runs/a/adapter", "--out", "x"], "combine: there is only one adapter"),
         (["combine", "half*runs/a/adapter", "runs/a/adapter", "--out", "x"],

@@ -71,6 +71,10 @@ def test_an_existing_folder_is_replaced_only_with_force(trained_run: Path, lora:
     ("arguments", "lines"),
     [
         (["runs/a/adapter", "--out", "base"], ["error: --out base is an input of the merge", "hint: name another folder"]),
+        (
+            ["runs/a", "--out", "runs/a", "--force"],
+            ["error: --out runs/a contains runs/a/adapter, an input of the merge", "hint: name another folder"],
+        ),
         (["runs", "--out", "x"], ["error: runs has no adapter_config.json", "hint: give a run of lora train, or an adapter folder"]),
         (["none", "--out", "x"], ["error: none does not exist", "hint: give a run of lora train, or an adapter folder"]),
         (["base", "--out", "x"], ["error: base is a model, not an adapter", "hint: give a run of lora train, or an adapter folder"]),
