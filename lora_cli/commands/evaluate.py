@@ -31,6 +31,7 @@ from lora_cli.model.trained_on import read_trained_on
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
+from lora_cli.run.folder import recipe_of_adapter
 from lora_cli.setup.adapter_folders import parse_named_folder
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base
@@ -189,8 +190,8 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
         if (Path(recipe.output) / "adapter").is_dir():
             adapters["adapter"] = Path(recipe.output) / "adapter"
     elif (target / CONFIG_FILE).is_file():
-        recipe_file = target.parent / "recipe.yaml"
-        if not recipe_file.is_file():
+        recipe_file = recipe_of_adapter(target)
+        if recipe_file is None:
             raise LoraError(
                 f"{target}: there is no recipe.yaml next to this adapter, so its base and rows are unknown",
                 hint="write a recipe with its model and data, and run lora eval RECIPE --adapter DIR",

@@ -144,6 +144,13 @@ def _lock(path: Path) -> int:
     return lock
 
 
+def recipe_of_adapter(folder: Path) -> Path | None:
+    """Return the recipe.yaml of the run whose adapter or checkpoint is in `folder`; None if it is not part of a run."""
+    parent = folder.absolute().parent
+    run = parent.parent if parent.name == "checkpoints" else parent
+    return run / "recipe.yaml" if (run / "recipe.yaml").is_file() else None
+
+
 def user_of_run(path: Path) -> str | None:
     """Return the id of the process that has locked the run folder `path`; None if no process uses it."""
     with (path / LOCK).open() as lock:

@@ -13,6 +13,7 @@ from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
+from lora_cli.run.folder import recipe_of_adapter
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 
 PROBE_ROWS = 8  # rows that models are compared on
@@ -34,12 +35,12 @@ class HeldOutRows:
     """Rows that the run of an adapter held out, loaded on first use and cached."""
 
     def __init__(self, adapter: Path) -> None:
-        """`adapter` is the adapter folder of a run."""
-        self._recipe_file = adapter.parent / "recipe.yaml"
+        """`adapter` is the folder of the adapter, or of a checkpoint, of a run."""
+        self._recipe_file = recipe_of_adapter(adapter)
 
     @cached_property
     def _run(self) -> RunRows | None:
-        if not self._recipe_file.is_file():
+        if self._recipe_file is None:
             return None
         try:
             recipe = load_recipe(self._recipe_file)

@@ -39,6 +39,14 @@ def test_eval_of_the_recipe_or_the_adapter_equals_eval_of_the_run(trained_run: P
     assert lora("eval", "runs/a/adapter").out == by_run
 
 
+def test_eval_and_merge_of_a_checkpoint_use_the_rows_of_its_run(trained_run: Path, lora: Lora):
+    by_run = lora("eval", "runs/a").out
+    # Of the last step; its adapter is the run's.
+    assert lora("eval", "runs/a/checkpoints/step-00000004").out == by_run
+    merged = lora("merge", "runs/a/checkpoints/step-00000004", "--out", "merged")
+    assert " held-out rows (" in merged.err, merged.err
+
+
 def test_eval_of_a_recipe_without_a_run_measures_the_base(recipe: WriteRecipe, lora: Lora):
     assert list(table(lora("eval", recipe()).out)) == ["base"]
 
