@@ -16,9 +16,11 @@ from lora_cli.model.base_model import task_heads
 from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
+from lora_cli.setup.evaluations import check_evaluations
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.training_model import (
     adapter_context,
+    check_before_rows,
     check_new_tokens_trainable,
     coverage_table,
     describe_quantization,
@@ -37,6 +39,7 @@ def check(recipe: Recipe, *, rows: int) -> None:
         LoraError: recipe, rows or model do not fit together.
     """
     out = console.out.print
+    check_before_rows(recipe)
     inputs = load_inputs(recipe, info=console.info, weights=False)
     recipe = inputs.recipe
     optimizer = resolve_optimizer(recipe, inputs)
@@ -55,6 +58,7 @@ def check(recipe: Recipe, *, rows: int) -> None:
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
     check_schedule_fits(recipe.training, total)
+    check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
     for line in describe_schedule(recipe.training, total):
         out(line)
     _print_sizes(recipe, inputs, tokens=plan.max_tokens, total=total, optimizer=optimizer)

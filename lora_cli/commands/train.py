@@ -21,9 +21,9 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.setup import run_records
-from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, describe_choice
+from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
-from lora_cli.setup.training_model import Info, TrainableModel, build_model
+from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.disk_full import disk_full_as_os_error
 from lora_cli.training.distributed import broadcast_adapter
@@ -31,6 +31,7 @@ from lora_cli.training.loop import Step, fit
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.model_card import render_model_card
 from lora_cli.training.optimizer import averaged_weights, make_optimizer
+from lora_cli.training.out_of_memory import out_of_memory_as_lora_error
 from lora_cli.training.signals import StopRequest, stop_after_step
 
 
@@ -47,6 +48,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         LoraError: the recipe does not fit rows, model or machine, the run folder cannot be used, the loss is not
             finite, memory is too small, or the written adapter differs from the trained one.
     """
+    check_before_rows(recipe)
     if not launch.is_worker():
         processes = launch.resolve_processes(recipe.distributed)
         if processes > 1:
@@ -90,9 +92,10 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
         f"{plan.steps_per_epoch:,} per epoch; {plan.token_share:.1%} of each batch is tokens"
     )
     check_schedule_fits(recipe.training, total)
+    check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=info)
     for line in describe_schedule(recipe.training, total):
         info(line)
-    try:
+    with out_of_memory_as_lora_error(recipe, accelerator):
         model = build_model(recipe, inputs, plan, total=total, info=info)
         training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run)
         done = training.resume() if resume else 0
@@ -100,21 +103,8 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
         exit_code = training.take_steps(done)
         if not exit_code:
             training.write_adapter()
-    except torch.OutOfMemoryError:
-        raise _out_of_memory_error(recipe, accelerator) from None
     accelerator.end_training()
     return exit_code
-
-
-def _out_of_memory_error(recipe: Recipe, accelerator: Accelerator) -> LoraError:
-    size = "tokens_per_batch" if recipe.data.packing else "batch_size"
-    message = f"{accelerator.device} has too little memory for a step"
-    hint = f"lower training.{size}, or set training.gradient_checkpointing to true"
-    if not accelerator.is_local_main_process:
-        # It may have happened in this process alone, and `main` prints only for the first process of a machine.
-        console.info(f"error: {message}")
-        console.info(f"hint: {hint}")
-    return LoraError(message, hint=hint, exit_code=1)
 
 
 class Training:
@@ -142,7 +132,6 @@ class Training:
         self.rank_allocator = adalora.rank_allocator(self.model)
         self.resume_state = run_records.resume_state(recipe, inputs, plan, built, total=total)
         self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
-        self.evaluations.check(total, self.info)
         wanted = run is not None and self.spec.answer_every is not None
         self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
         self.done = 0  # optimizer steps

@@ -61,7 +61,13 @@ class Prompt(NamedTuple):
 
 
 def select_prompts(
-    rows: EncodedDataset, count: int, *, tokenizer: PreTrainedTokenizerBase, task: TaskName, loss_on: str
+    rows: EncodedDataset,
+    count: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskName,
+    loss_on: str,
+    option: str = "--answers",
 ) -> list[Prompt]:
     """Return the first `count` prompts of `rows`; rows with the same prompt are its references.
 
@@ -71,14 +77,15 @@ def select_prompts(
         tokenizer: decodes them.
         task: of the model.
         loss_on: the recipe's data.loss_on; with `all`, rows have no prompt.
+        option: that requested the answers, for messages.
     """
     if not count:
         return []
     if TASKS[task].is_classification:
-        console.info(f"--answers: none, because a model for {task} does not generate text")
+        console.info(f"{option}: none, because a model for {task} does not generate text")
         return []
     if task == "causal-lm" and loss_on == "all":
-        console.info("--answers: none, because rows have no prompt with data.loss_on: all")
+        console.info(f"{option}: none, because rows have no prompt with data.loss_on: all")
         return []
     prompts: dict[tuple[int, ...], Prompt] = {}
     skipped = 0
@@ -99,7 +106,7 @@ def select_prompts(
         prompts[key] = prompt._replace(longest=max(prompt.longest, len(answer_ids)))
     if skipped:
         number = "1 row" if skipped == 1 else f"{skipped:,} rows"
-        console.info(f"--answers: {number} skipped, without a prompt before the first supervised token")
+        console.info(f"{option}: {number} skipped, without a prompt before the first supervised token")
     return list(prompts.values())
 
 

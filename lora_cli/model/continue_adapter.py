@@ -14,10 +14,10 @@ from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.model_source import fingerprint
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, adapter_tensors, saved_names
-from lora_cli.model.saved_adapter import method_name, trained_tokens
+from lora_cli.model.saved_adapter import method_name
 from lora_cli.model.trained_on import Origin, origins_of, read_trained_on
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
-from lora_cli.recipe.source_adapter import disagreements, find_source, keys_of_config
+from lora_cli.recipe.source_adapter import disagreements, keys_of_config
 
 KEY = "adapter.from"
 UNSUPPORTED = {
@@ -61,22 +61,13 @@ class SourceAdapter(NamedTuple):
         return origins_of(self.folder, name=name, weights=ADAPTER_WEIGHTS)
 
 
-def open_source_adapter(spec: AdapterSpec) -> SourceAdapter | None:
-    """Open the adapter that `spec` goes on from, and compare it with the other keys of `spec`; None for a new adapter.
+def open_source_adapter(spec: AdapterSpec, folder: Path) -> SourceAdapter:
+    """Open the adapter in `folder`, which `spec` goes on from, and compare it with the other keys of `spec`.
 
     Raises:
-        LoraError: there is no adapter, its method cannot be continued, or a key of the recipe disagrees with it:
-            `details` has a line for each if there are several.
+        LoraError: its method cannot be continued, or a key of the recipe disagrees with it: `details` has a line for
+            each if there are several.
     """
-    if spec.source is None:
-        return None
-    folder = find_source(spec.source)
-    if folder is None:
-        kind = "has no adapter_config.json" if Path(spec.source).exists() else "does not exist"
-        hint = "give the folder of an adapter, or of a run of lora train"
-        if (Path(spec.source) / "checkpoints").is_dir():
-            hint = f"this run has no adapter yet; give one of its checkpoints: {spec.source}/checkpoints/step-..."
-        raise LoraError(f"{KEY}: {spec.source} {kind}", hint=hint)
     config = read_adapter_config(folder)
     _check_kind(folder, config)
     source = keys_of_config({**config.to_dict(), "peft_type": config.peft_type.value})
@@ -161,16 +152,18 @@ def check_fits(model: PeftModel, source: SourceAdapter) -> dict[str, Tensor]:
             f"{KEY}: {folder} has task_type: {_text(theirs['task_type'])}, this recipe {_text(ours['task_type'])}",
             hint="write the task that it was trained for",
         )
-    for key in theirs.keys() - NOT_COMPARED:
+    for key in sorted(theirs.keys() - NOT_COMPARED):
         if _text(theirs[key]) != _text(ours.get(key)):
             raise LoraError(
                 f"{KEY}: {folder} has {key}: {_text(theirs[key])}, this recipe's adapter has {_text(ours.get(key))}",
                 hint="such an adapter cannot be trained on; train a new one",
             )
-    if _text(theirs.get("trainable_token_indices")) != _text(ours.get("trainable_token_indices")):
-        ids = (", ".join(map(str, trained_tokens(config))) for config in (source.config, model.active_peft_config))
+    # A row of the file belongs to the id in the same place, so their order counts.
+    before, now = (config.get("trainable_token_indices") or None for config in (theirs, ours))
+    if before != now:
         raise LoraError(
-            f"{KEY}: the trained token ids of {folder} are {next(ids) or 'none'}, of this recipe {next(ids) or 'none'}",
+            f"{KEY}: the trained token ids of {folder} are {_describe_ids(before)}, of this recipe "
+            f"{_describe_ids(now)}",
             hint="list the same tokens in adapter.trainable_tokens, in the same order",
         )
     tensors, expected = load_file(folder / ADAPTER_WEIGHTS), adapter_tensors(model)
@@ -192,6 +185,12 @@ def check_fits(model: PeftModel, source: SourceAdapter) -> dict[str, Tensor]:
     return tensors
 
 
+def _describe_ids(ids: list[int] | dict[str, list[int]] | None) -> str:
+    if isinstance(ids, dict):
+        return "; ".join(f"{', '.join(map(str, ids[name]))} of {name}" for name in sorted(ids))
+    return ", ".join(map(str, ids or ())) or "none"
+
+
 def _is_equal(tensor: Tensor, parameter: Tensor) -> bool:
     return tensor.shape == parameter.shape and (
         parameter.is_meta or bool(torch.equal(tensor.to(parameter.device, parameter.dtype), parameter))
@@ -209,6 +208,8 @@ def _text(value: object) -> str:
         return "null"
     if isinstance(value, float):
         return f"{value:g}"  # 4.0 and 4 are equal
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_text(each)}' for key, each in sorted(value.items()))}}}"
     return str(getattr(value, "value", sorted(value) if isinstance(value, (set, list)) else value))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from glob import has_magic
 from itertools import combinations
-from os.path import exists, expanduser, isdir, normpath
+from os.path import abspath, exists, expanduser, isdir, normpath
 from pathlib import PurePath
 
 from lora_cli.recipe.adapter_rules import check_list, check_method, check_patterns, check_target_modules
@@ -296,6 +296,10 @@ def _check_paths(recipe: Recipe) -> Iterator[Conflict]:
     for key, path in _all_paths(recipe):
         if key != "output" and normpath(path) == output:
             yield Conflict("output", f"'{shorten(recipe.output)}' is {key} too", "write another folder", (key,))
+    source = recipe.adapter.source
+    if source is not None and PurePath(abspath(output)) in PurePath(abspath(source)).parents:
+        message = f"'{shorten(recipe.output)}' contains adapter.from, {shorten(source)}, which this run would replace"
+        yield Conflict("output", message, "write another folder", ("adapter.from",))
     if PurePath(output).suffix in (*DATA_SUFFIXES, ".yaml", ".yml", ".gguf", ".safetensors"):
         yield Conflict("output", f"'{shorten(recipe.output)}' looks like a file", "write a folder")
 

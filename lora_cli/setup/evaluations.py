@@ -27,6 +27,34 @@ from lora_cli.training.optimizer import averaged_weights
 Info = Callable[[str], None]
 
 
+def check_evaluations(recipe: Recipe, *, total: int, held_out: bool, info: Info) -> None:
+    """Check that a run has enough evaluations for `keep` and `stop_after`, before its model is loaded.
+
+    Args:
+        recipe: of the run.
+        total: its number of steps.
+        held_out: whether it has held-out rows.
+        info: prints a note on a stop_after that is out of reach.
+
+    Raises:
+        LoraError: no row is held out, or the only evaluation is after the last step.
+    """
+    spec = recipe.training
+    used = {"keep": spec.keep == "best", "stop_after": spec.stop_after, "answer_every": spec.answer_every}
+    for key in (key for key, value in used.items() if value and not held_out):
+        raise LoraError(f"training.{key}: it needs evaluation rows, but no row is held out", hint="raise data.eval")
+    count = math.ceil(total / spec.eval_every) if spec.eval_every else 1
+    if spec.keep == "best" and count < 2:
+        raise LoraError(
+            f"training.keep: best chooses between evaluations, but this run of {total:,} steps has only one, after "
+            f"the last step: eval_every is {spec.eval_every}",
+            hint=f"write training.eval_every: {max(1, total // 10)}, or keep: last",
+        )
+    if spec.stop_after and count <= spec.stop_after:
+        plural = "s" * (count > 1)
+        info(f"note: stop_after: {spec.stop_after} cannot end this run early: it has {count} evaluation{plural}")
+
+
 class Evaluations:
     """Evaluations of one run: when they are due, their results, and what follows from them."""
 
@@ -45,27 +73,6 @@ class Evaluations:
         self.plan = batch_plan(recipe, inputs, held_out, batches_per_step=1) if held_out else None
         self._loss_fn = LossFunction(model, task=recipe.task)
         self.history = EvaluationHistory(start_is_candidate=recipe.adapter.source is not None)
-
-    def check(self, total: int, info: Info) -> None:
-        """Check that a run of `total` steps has enough evaluations for `keep` and `stop_after`.
-
-        Raises:
-            LoraError: no row is held out, or the only evaluation is after the last step.
-        """
-        spec = self.spec
-        used = {"keep": spec.keep == "best", "stop_after": spec.stop_after, "answer_every": spec.answer_every}
-        for key in (key for key, value in used.items() if value and self.plan is None):
-            raise LoraError(f"training.{key}: it needs evaluation rows, but no row is held out", hint="raise data.eval")
-        count = math.ceil(total / spec.eval_every) if spec.eval_every else 1
-        if spec.keep == "best" and count < 2:
-            raise LoraError(
-                f"training.keep: best chooses between evaluations, but this run of {total:,} steps has only one, after "
-                f"the last step: eval_every is {spec.eval_every}",
-                hint=f"write training.eval_every: {max(1, total // 10)}, or keep: last",
-            )
-        if spec.stop_after and count <= spec.stop_after:
-            plural = "s" * (count > 1)
-            info(f"note: stop_after: {spec.stop_after} cannot end this run early: it has {count} evaluation{plural}")
 
     def is_due(self, step: int) -> bool:
         """Return whether the step, neither the first nor the last, is evaluated."""
@@ -166,6 +173,7 @@ class HeldOutAnswers:
             tokenizer=self._tokenizer,
             task=recipe.task,
             loss_on=recipe.data.loss_on,
+            option="training.answer_every",
         )
 
     def is_due(self, step: int) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,14 @@ from lora_cli.model import (
 from lora_cli.model.adapter_context import AdapterContext, StateDict
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.continue_adapter import SourceAdapter
+from lora_cli.model.device import pick_device
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
 from lora_cli.model.trained_on import Origin
 from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.run import console
+from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.training.model_card import redact_path
 from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_shapes
@@ -166,11 +169,36 @@ def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> SourceAdapt
     Raises:
         LoraError: it cannot be trained on with this recipe and base.
     """
-    source = continue_adapter.open_source_adapter(recipe.adapter)
+    source = find_source(recipe.adapter)
     if source:
         for note in continue_adapter.check_base(source, inputs.base, quantization=recipe.quantization):
             info(note)
     return source
+
+
+def find_source(spec: AdapterSpec) -> SourceAdapter | None:
+    """Find the adapter that `spec` goes on from, checked against its keys; None for a new adapter.
+
+    Raises:
+        LoraError: there is no such adapter, it cannot be continued, or a key of the recipe disagrees with it.
+    """
+    if spec.source is None:
+        return None
+    try:
+        folder = find_adapter(Path(spec.source))
+    except LoraError as error:
+        raise LoraError(f"{continue_adapter.KEY}: {error.message}", hint=error.hint) from None
+    return continue_adapter.open_source_adapter(spec, folder)
+
+
+def check_before_rows(recipe: Recipe) -> None:
+    """Check what needs neither rows nor base, because the rows can take minutes: optimizer and adapter.from.
+
+    Raises:
+        LoraError: the optimizer does not work on this machine, or there is no adapter to go on from.
+    """
+    choose_optimizer(recipe.training.optimizer, device=pick_device(), quantized=recipe.quantization is not None)
+    find_source(recipe.adapter)
 
 
 def _count_trainable(model: PeftModel) -> int:

@@ -126,13 +126,25 @@ def test_a_base_that_is_better_than_every_step_is_told_loudly():
 
 
 def test_one_evaluation_is_too_few_to_choose_from(recipe: WriteRecipe, lora: Lora):
-    result = lora("train", recipe({"training.keep": "best", "training.eval_every": 4}))
-    assert result.code == 2
-    assert result.last_two == [
-        "error: training.keep: best chooses between evaluations, but this run of 4 steps has only one, after the last "
-        "step: eval_every is 4",
-        "hint: write training.eval_every: 1, or keep: last",
-    ]
+    recipe({"training.keep": "best", "training.eval_every": 4})
+    for command in ("check", "train"):
+        result = lora(command, "recipe.yaml")
+        assert result.code == 2
+        assert result.last_two == [
+            "error: training.keep: best chooses between evaluations, but this run of 4 steps has only one, after the "
+            "last step: eval_every is 4",
+            "hint: write training.eval_every: 1, or keep: last",
+        ]
+
+
+def test_an_optimizer_or_adapter_that_cannot_be_used_is_refused_before_the_rows_are_read(
+    recipe: WriteRecipe, lora: Lora
+):
+    for changes in ({"training.optimizer": "paged-lion"}, {"adapter": {"from": "nowhere"}}):
+        recipe({**changes, "data.train": "missing.jsonl"})
+        for command in ("check", "train"):
+            line = lora(command, "recipe.yaml").last_two[0]
+            assert line.startswith(("error: training.optimizer: paged-lion pages", "error: adapter.from: nowhere"))
 
 
 def test_answers_do_not_change_the_run_and_are_kept(trained_run: Path, recipe: WriteRecipe, lora: Lora):
@@ -210,7 +222,8 @@ REMOVE = "hint: remove the key, which is then read from the adapter, or write it
         (
             {"trainable_tokens": ["<|im_end|>"]},
             [
-                "error: adapter.from: the trained token ids of runs/a/adapter are none, of this recipe ID",
+                "error: adapter.from: the trained token ids of runs/a/adapter are none, of this recipe ID of lm_head; "
+                "ID of model.embed_tokens",
                 "hint: list the same tokens in adapter.trainable_tokens, in the same order",
             ],
         ),
@@ -223,7 +236,7 @@ def test_keys_that_disagree_with_the_adapter_are_refused(
     for command in ("check", "train"):
         result = lora(command, "recipe.yaml")
         assert result.code == 2
-        assert [re.sub(r"recipe \d+$", "recipe ID", line) for line in result.last_two] == lines
+        assert [re.sub(r"\d+ of (lm|model)", r"ID of \1", line) for line in result.last_two] == lines
     if "alpha" in adapter:
         assert result.err.splitlines()[-5:-2] == [
             "adapter.rank: 8, but the adapter in runs/a/adapter has 4",
@@ -242,11 +255,20 @@ def test_another_base_a_missing_folder_and_what_no_recipe_can_train_are_refused(
         return result.last_two
 
     assert refused(**{"from": "nowhere"})[0] == "error: adapter.from: nowhere does not exist"
-    Path("empty/checkpoints").mkdir(parents=True)
-    assert refused(**{"from": "empty"}) == [
-        "error: adapter.from: empty has no adapter_config.json",
-        "hint: this run has no adapter yet; give one of its checkpoints: empty/checkpoints/step-...",
+    assert refused(**{"from": "base"})[0] == "error: adapter.from: base is a model, not an adapter"
+    shutil.copytree(trained_run, "unfinished")
+    shutil.rmtree("unfinished/adapter")
+    assert refused(**{"from": "unfinished"}) == [
+        "error: adapter.from: unfinished has no adapter: its training did not finish",
+        "hint: continue it with lora train unfinished/recipe.yaml --resume, or use its newest checkpoint, "
+        "unfinished/checkpoints/step-00000004",
     ]
+    for output in ("runs/a", "runs"):
+        recipe({"adapter": {"from": "runs/a/adapter"}, "output": output})
+        result = lora("train", "recipe.yaml", "--fresh")
+        assert result.code == 2
+        assert f"output: '{output}' contains adapter.from, runs/a/adapter, which this run would replace" in result.err
+    assert (trained_run / "adapter").is_dir()
     folder = trained_run / "adapter"
     config = json.loads((folder / "adapter_config.json").read_text())
 

@@ -35,8 +35,7 @@ def save(model: PeftModel, folder: Path) -> None:
 def go_on(base: Any, folder: Path, **section: Any) -> PeftModel:
     """Attach the adapter in `folder` for training, as `setup/training_model.py` does."""
     spec = AdapterSpec.model_validate({"from": str(folder), **section})
-    source = continue_adapter.open_source_adapter(spec)
-    assert source is not None
+    source = continue_adapter.open_source_adapter(spec, folder)
     model = attach_adapter.attach(base, spec, seed=7, context=CONTEXT)
     tensors = continue_adapter.check_fits(model, source)
     continue_adapter.load_source_tensors(model, tensors)
@@ -54,7 +53,7 @@ def assert_continued(tmp_path: Path, *, dtype: torch.dtype = torch.float32, **op
     save(trained, tmp_path / "a")
     loaded = load_adapter(zoo.make("llama", dtype=dtype), tmp_path / "a", base="org/base")
     upcast_trainable_params(loaded, for_inference=True)
-    section = {key: value for key, value in options.items() if key == "trainable_tokens"}
+    section = {key: value for key, value in options.items() if key in ("trainable_tokens", "rank_pattern")}
     model = go_on(zoo.make("llama", dtype=dtype), tmp_path / "a", **section)
     # In bf16, a layer in training rounds at other places than one for inference.
     assert zoo.relative(logits(model).float(), logits(loaded).float()) <= (0 if dtype == torch.float32 else 3e-2)
@@ -77,7 +76,12 @@ def test_each_method_goes_on_with_the_saved_function(tmp_path: Path, method: str
     [
         {"bias": "lora_only", "exclude_modules": ["k_proj"], "layers": [1]},
         {"modules_to_save": ["lm_head"], "trainable_tokens": ["word"]},
-        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3.0}, "target_modules": ["q_proj", "down_proj"]},
+        {"trainable_tokens": ["word"]},  # of embeddings and head, whose order in the file is another one
+        {
+            "rank_pattern": {"q_proj": 3, "down_proj": 2},
+            "alpha_pattern": {"q_proj": 3.0},
+            "target_modules": ["q_proj", "down_proj"],
+        },
         {"target_modules": r".*\.(q|v)_proj"},
     ],
 )
@@ -102,8 +106,28 @@ def test_fully_trained_modules_keep_their_fp32_values_on_a_bf16_base(tmp_path: P
 def test_methods_that_cannot_go_on_are_refused_by_name(tmp_path: Path, method: str, reason: str):
     save(zoo.attached(zoo.make("llama"), method=method), tmp_path / "a")
     with pytest.raises(LoraError) as caught:
-        continue_adapter.open_source_adapter(AdapterSpec.model_validate({"from": str(tmp_path / "a")}))
+        continue_adapter.open_source_adapter(AdapterSpec.model_validate({"from": str(tmp_path / "a")}), tmp_path / "a")
     assert reason in caught.value.message
+
+
+def test_patterns_of_integers_as_peft_writes_them_are_those_of_the_recipe(tmp_path: Path):
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj"],
+        alpha_pattern={"v_proj": 2, "q_proj": 3},
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(zoo.make("llama"), config).save_pretrained(str(tmp_path / "a"))
+    go_on(zoo.make("llama"), tmp_path / "a")
+    go_on(zoo.make("llama"), tmp_path / "a", alpha_pattern={"q_proj": 3, "v_proj": 2})
+
+
+def test_trained_tokens_in_another_order_are_refused(tmp_path: Path):
+    options = {"tie_word_embeddings": True}
+    save(zoo.adapted(zoo.make("llama", **options), trainable_tokens=["word", "two"]), tmp_path / "a")
+    with pytest.raises(LoraError, match=r"trained token ids of .*a are \d+, \d+, of this recipe \d+, \d+"):
+        go_on(zoo.make("llama", **options), tmp_path / "a", trainable_tokens=["two", "word"])
 
 
 def test_another_shape_of_the_base_is_refused(tmp_path: Path):
@@ -116,4 +140,4 @@ def test_pissa_of_peft_is_refused_because_it_changed_its_base(tmp_path: Path):
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa_niter_2")
     get_peft_model(zoo.make("llama"), config).save_pretrained(str(tmp_path / "a"))
     with pytest.raises(LoraError, match=r"PEFT changed the base weights .*init_lora_weights: pissa_niter_2"):
-        continue_adapter.open_source_adapter(AdapterSpec.model_validate({"from": str(tmp_path / "a")}))
+        continue_adapter.open_source_adapter(AdapterSpec.model_validate({"from": str(tmp_path / "a")}), tmp_path / "a")
