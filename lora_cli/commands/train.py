@@ -149,6 +149,7 @@ class Training:
             self.model,
             self.optimizer,
             state=self.resume_state,
+            defaults=run_records.resume_defaults(),
             rank_allocator=self.rank_allocator,
             history=self.evaluations.history,
         )

@@ -10,7 +10,9 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.data.chat_templates import shared_variables
 from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.trained_on import TrainedOn
-from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.field_types import Section
+from lora_cli.recipe.schema import AdapterSpec, Recipe
+from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_model import TrainableModel
 
@@ -65,6 +67,16 @@ def resume_state(
         "origins": [dict(origin) for origin in built.origins],
         "quantization": recipe.quantization and recipe.quantization.model_dump(mode="json"),
     }
+
+
+def resume_defaults() -> dict[str, Any]:
+    """Return the values of `resume_state` that a checkpoint of an earlier version does not have: those before them."""
+    sections: dict[str, type[Section]] = {"training": TrainingSpec, "adapter": AdapterSpec}
+    defaults: dict[str, Any] = {
+        key: {field.alias or name: field.default for name, field in section.model_fields.items()}
+        for key, section in sections.items()
+    }
+    return {**defaults, "origins": []}
 
 
 def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total: int) -> dict[str, Any]:

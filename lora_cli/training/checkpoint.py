@@ -6,8 +6,9 @@ the step number restores them. Each checkpoint is also a plain PEFT adapter that
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -106,10 +107,20 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     *,
     state: dict[str, Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
     rank_allocator: AdaLoraRankAllocator | None = None,
     history: EvaluationHistory | None = None,
 ) -> int:
     """Load the newest checkpoint of `folder` into model, optimizer and history.
+
+    Args:
+        folder: of all checkpoints of the run.
+        model: with the adapter.
+        optimizer: over its trainable parameters.
+        state: values that must equal those of the checkpoint.
+        defaults: of `state`, for values and keys of values that checkpoints of earlier versions lack.
+        rank_allocator: of AdaLoRA.
+        history: evaluations so far.
 
     Returns:
         The step number of the checkpoint; 0 if no checkpoint exists.
@@ -123,7 +134,7 @@ def load_checkpoint(
         return 0
     newest = checkpoints[-1]
     saved_state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-    changed = [key for key, value in state.items() if saved_state.get(key) != value]
+    changed = [key for key, value in state.items() if _filled(saved_state.get(key), value, defaults.get(key)) != value]
     if changed:
         raise LoraError(
             f"{newest}: cannot resume, changed since this checkpoint: {', '.join(changed)}",
@@ -138,6 +149,13 @@ def load_checkpoint(
     if history is not None:
         history.restore(saved_state, newest)
     return int(saved_state["step"])
+
+
+def _filled(saved: Any, now: Any, default: Any) -> Any:
+    """Return the saved value of a setting; the default where it lacks the value, or keys that the value has now."""
+    if isinstance(saved, dict) and isinstance(now, dict) and isinstance(default, Mapping):
+        return {**{key: default[key] for key in now if key in default}, **saved}
+    return default if saved is None else saved
 
 
 @torch.no_grad()

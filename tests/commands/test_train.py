@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -171,6 +172,24 @@ def test_resuming_a_complete_run_changes_nothing(trained_run: Path, lora: Lora):
     assert (result.code, result.out) == (0, "runs/a/adapter\n")
     assert adapter_bytes(trained_run) == before
     assert metrics(trained_run) == records
+
+
+def test_a_run_of_an_earlier_version_is_resumed(trained_run: Path, lora: Lora):
+    shutil.rmtree(trained_run / "checkpoints" / "step-00000004")
+    expected = (trained_run / "adapter" / "adapter_model.safetensors").read_bytes()
+    file = trained_run / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(file.read_text())
+    # Keys that came after the first version.
+    for key in ("keep", "min_learning_rate", "cycles", "decay"):
+        del state["training"][key]
+    del state["adapter"]["from"], state["origins"], state["evaluations"]
+    file.write_text(json.dumps(state))
+    refused = lora("train", "recipe.yaml", "--resume", "--set", "training.keep=best")
+    assert "changed since this checkpoint: training" in refused.last_two[0]
+    result = lora("train", "recipe.yaml", "--resume")
+    assert result.code == 0, result.err
+    assert "resuming after step 2" in result.err
+    assert (trained_run / "adapter" / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_resume_refuses_another_recipe(trained_run: Path, lora: Lora):

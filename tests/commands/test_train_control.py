@@ -191,7 +191,7 @@ def test_training_goes_on_from_a_run_with_its_keys_and_its_loss(trained_run: Pat
     assert lora("eval", "runs/c").code == 0
     assert lora("check", "recipe.yaml", "--set", "output=runs/d").last_two == [
         "error: adapter.from: runs/b/adapter does not exist",
-        "hint: give the folder of an adapter, or of a run of lora train",
+        "hint: give a run of lora train, or an adapter folder",
     ]
 
 
