@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from rich.table import Column, Table
+from rich.table import Table
 from safetensors.torch import save_file
 
 from lora_cli.data.class_labels import LABELS_FILE
@@ -84,7 +84,7 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         f"{method} on {config.base_model_name_or_path}: {len(stats)} modules, "
         f"rank {_range([module.rank for module in stats])}, {parameters:,} parameters, {console.format_bytes(size)}"
     )
-    console.out.print(_table(stats))
+    console.print_table(_table(stats))
     if adapter.other_tensors:
         names = sorted(adapter.other_tensors)
         console.out.print(f"and {len(names)} other tensors: {names[0]}, ...")
@@ -158,9 +158,8 @@ def _by_kind(stats: list[ModuleStats]) -> dict[str, list[ModuleStats]]:
 
 def _table(stats: list[ModuleStats]) -> Table:
     shares = [f"{share:.0%}" for share in ENERGY_SHARES]
-    width = max(len(_kind(module.module)) for module in stats)
     table = Table(
-        Column(min_width=width, no_wrap=True),
+        "",
         "modules",
         "rank",
         "|ΔW|",

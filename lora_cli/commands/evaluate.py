@@ -139,16 +139,16 @@ class Evaluation:
     def print_results(self) -> None:
         """Print tables, intervals and answers, and write the predictions if a file is requested."""
         task = self.recipe.task
-        console.out.print(report.results_table(self.results, task))
+        console.print_table(report.results_table(self.results, task))
         for line in report.interval_lines(self.results, task):
             console.out.print(line)
         scores = self._scores()
         if self.options.metrics and scores:
-            console.out.print(answers.score_table(scores, len(self.prompts)))
+            console.print_table(answers.score_table(scores, len(self.prompts)))
             for name, signature in answers.metric_signatures(self.options.metrics, self.prompts).items():
                 console.out.print(f"{name}: {signature}")
         if self.options.tasks:
-            console.out.print(answers.task_table({name: result.tasks for name, result in self.results.items()}))
+            console.print_table(answers.task_table({name: result.tasks for name, result in self.results.items()}))
         answers.print_answers(self.prompts, self._answers(), self.options.file)
         if self.options.file is not None:
             atomic.write_text(self.options.file, "".join(answers.prediction_lines(self.prompts, self._answers())))

@@ -247,8 +247,12 @@ def _insert_reasoning(format_: AssistantFormat, text: str, span: Span, thoughts:
 
 def _reasoning_omitted(format_: AssistantFormat, problem: str) -> BadRow:
     names = ", ".join(format_.switches)
-    fix = f"change data.template_variables ({names})" if names else "use a chat template that writes it"
-    return BadRow("reasoning omitted by the chat template", f"has reasoning, but {problem}: {fix}, or remove it")
+    fix = "use a chat template that writes it"
+    if names:
+        fix = f"change data.template_variables, or the row's chat_template_kwargs ({names})"
+    return BadRow(
+        "reasoning omitted by the chat template", f"has reasoning, but {problem}: {fix}, or remove the reasoning"
+    )
 
 
 def _check_written(message: Message, answer: Answer, written: str, text: str) -> None:

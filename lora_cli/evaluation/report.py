@@ -54,7 +54,9 @@ def results_table(results: Mapping[str, ModelResult], task: TaskName) -> Table:
 def interval_lines(results: Mapping[str, ModelResult], task: TaskName) -> list[str]:
     """Return lines with the confidence intervals of each loss and of its difference from the base, paired by row."""
     base = results[BASE].rows
-    if len(base.units) < MIN_ROWS or base.units.sum() == 0:
+    if len(base.units) < MIN_ROWS:
+        return [f"no confidence intervals: they need at least {MIN_ROWS} rows"]
+    if base.units.sum() == 0:
         return []
     lines = [f"95% bootstrap confidence intervals ({len(base.units):,} rows):"]
     for name, result in results.items():

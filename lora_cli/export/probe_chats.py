@@ -45,11 +45,11 @@ PROBE_CHATS: tuple[Messages, ...] = (
 )
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, chat: Messages) -> str | None:
+def render_prompt(tokenizer: PreTrainedTokenizerBase, chat: Messages, **variables: bool) -> str | None:
     """Return `chat` rendered with the generation prompt by the tokenizer's template; None if it rejects the chat."""
     try:
         content = typed_content(chat) if needs_typed_content(tokenizer) else list(map(dict, chat))
-        text = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True, **variables)
     except TemplateError:
         return None
     assert isinstance(text, str)

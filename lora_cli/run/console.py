@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 # Without a `file`, rich looks up sys.stdout and sys.stderr at each line, so replacing them works (tests do).
 out = Console(highlight=False, soft_wrap=True, markup=False)
@@ -15,6 +16,11 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 def info(line: str) -> None:
     """Print a message to stderr."""
     err.print(line)
+
+
+def print_table(table: Table) -> None:
+    """Print a table to stdout; no cell is wrapped, however many columns the terminal has (80 in a pipe)."""
+    Console(file=out.file, width=1000, highlight=False, markup=False).print(table)
 
 
 def no_output(_: str) -> None:

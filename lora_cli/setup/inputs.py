@@ -136,10 +136,21 @@ def load_inputs(
 def _resolve_packing(
     recipe: Recipe, config: PretrainedConfig, device: torch.device, info: Callable[[str], None]
 ) -> Recipe:
-    """Fill in packing, if the recipe leaves it open: on, unless the base mixes packed rows."""
-    if recipe.data.packing is not None:
+    """Fill in packing, if the recipe leaves it open: on, unless the base mixes packed rows.
+
+    Raises:
+        LoraError: the recipe asks for packing, and the config shows that the base mixes packed rows.
+    """
+    if recipe.data.packing is False:
         return recipe
     obstacle = packing_obstacle(config, device)
+    if recipe.data.packing:
+        if obstacle is None:
+            return recipe
+        raise LoraError(
+            f"data.packing: rows of a {config.model_type} model would not stay separate: {obstacle}",
+            hint="set data.packing: false, or remove it",
+        )
     if obstacle is not None:
         info(f"packing: off, because rows of a {config.model_type} model would not stay separate: {obstacle}")
     return recipe.with_packing(obstacle is None)

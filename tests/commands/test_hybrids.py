@@ -39,10 +39,14 @@ def test_packing_is_off_by_default_and_told_before_the_load(recipe: WriteRecipe,
     assert lora("eval", "runs/a").code == 0
 
 
-def test_packing_that_is_asked_for_and_impossible_is_an_error(recipe: WriteRecipe, lora: Lora, hybrid: str):
-    failed = lora("train", recipe({"model.path": hybrid, "data.packing": True}))
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_packing_that_is_asked_for_and_impossible_is_an_error_before_the_load(
+    command: str, recipe: WriteRecipe, lora: Lora, hybrid: str
+):
+    failed = lora(command, recipe({"model.path": hybrid, "data.packing": True}))
     assert failed.code == 2
-    error, hint = failed.last_two
-    assert error.startswith("error: data.packing: Lfm2ForCausalLM does not isolate packed rows; tried lora_rows (")
-    assert "Install `causal_conv1d` to train on packed sequences" in error
-    assert hint == "hint: set data.packing: false"
+    assert failed.last_two == [
+        OFF.replace("packing: off, because", "error: data.packing:"),
+        "hint: set data.packing: false, or remove it",
+    ]
+    assert "rows read" not in failed.out + failed.err

@@ -218,7 +218,7 @@ def test_bad_variables_of_a_row_are_bad_rows(prepared):
         'train.jsonl:3: chat_template_kwargs: is a list, not an object such as {"enable_thinking": false}',
         "train.jsonl:4: chat_template_kwargs: is a string, but not valid JSON",
         "train.jsonl:5: has reasoning, but the generation prompt ends the reasoning before the answer: change "
-        "data.template_variables (enable_thinking), or remove it",
+        "data.template_variables, or the row's chat_template_kwargs (enable_thinking), or remove the reasoning",
     )
 
 

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from transformers import AutoModelForCausalLM
 
+from lora_cli.data.template_variables import with_defaults
 from lora_cli.errors import LoraError
 from lora_cli.export.gguf import architectures, llama_cpp_server, tensors
 from lora_cli.export.gguf import model as gguf_model
 from lora_cli.export.gguf.tensors import GGUF_QUANTIZATIONS
 from lora_cli.export.source import Check, ExportSource
-from tests.export.sources import options, tiny_source
+from tests.export.sources import options, tiny_source, tokenizer
+from tests.inputs.chat_models import MODELS
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +101,34 @@ def test_every_quantization_passes_its_checks(quantize: str, tied: ExportSource,
     assert "output.weight" not in names
     assert names["blk.0.attn_q.weight"] == GGUF_QUANTIZATIONS[quantize].type
     assert names["blk.0.attn_norm.weight"].name == "F32"
+
+
+@pytest.mark.parametrize("variables", [{"enable_thinking": False}, {"enable_thinking": True}, {}])
+def test_llama_cpp_prompts_a_thinking_model_as_in_training_with_the_printed_options(
+    variables: dict[str, bool], tmp_path: Path
+):
+    """By itself, llama.cpp turns reasoning on in every template."""
+    thinking = MODELS["qwen3"].tokenizer()
+    thinking.chat_template = with_defaults(thinking.chat_template, variables)
+    source = tiny_source("qwen3", tmp_path / "model", tokenizer=thinking, num_hidden_layers=1)
+    check = checks(source, tmp_path / "out.gguf", "f32")["chats"]
+    assert (check.passed, check.figures["same"]) == (True, 20), check
+    printed = gguf_model.usage(source, Path("out.gguf"), options("f32"))
+    off = " --chat-template-kwargs '{\"enable_thinking\": false}'" if variables.get("enable_thinking") is False else ""
+    assert printed == [f"{program} -m out.gguf --jinja{off}" for program in ("llama-cli", "llama-server")]
+
+
+def test_the_first_chat_with_other_tokens_is_shown(tied: ExportSource, tmp_path: Path):
+    """llama.cpp writes a system message into the user's, where the template omits it."""
+    silent = tokenizer()
+    assert isinstance(silent.chat_template, str)
+    silent.chat_template = (
+        "{% for message in messages if message.role != 'system' %}" + silent.chat_template.partition("%}")[2]
+    )
+    source = tied._replace(base=tied.base._replace(tokenizer=silent))
+    check = checks(source, tmp_path / "out.gguf", "f32")["chats"]
+    assert not check.passed
+    assert "; different: chats 1, 3, 5, 9, 12, 15, 16; in chat 1: " in check.found
 
 
 def test_a_damaged_tensor_fails_the_check(tied: ExportSource, tmp_path: Path):

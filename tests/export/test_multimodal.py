@@ -54,6 +54,10 @@ def test_llama_cpp_computes_the_text_decoder_as_transformers_does(name: str, tmp
     checks = list(gguf_model.verify(source, tmp_path / "out.gguf", settings))
     assert {"tensors", "distribution"} <= {check.name for check in checks}
     assert [check for check in checks if not check.passed] == []
+    notes = [
+        check.found for check in checks if check.found.startswith("the file has the text decoder only; not in it: ")
+    ]
+    assert [all(kind in note for kind in MULTIMODAL[name].towers) for note in notes] == [True]
 
 
 @pytest.mark.parametrize("name", ["gemma4", "glm4v", "lfm2-vl", "llama4", "qwen3-vl-moe"])

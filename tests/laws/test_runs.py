@@ -18,12 +18,14 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_cli.commands.train import train
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.run import metrics_log
+from tests.model import families
+from tests.model.families import FAMILIES
 
 pytestmark = pytest.mark.slow
 
@@ -183,6 +185,34 @@ def test_a_run_resumed_from_an_older_checkpoint_equals_the_uninterrupted_run(wor
     assert metrics(resumed) == metrics(complete)
 
 
+def test_resuming_a_run_on_experts_in_4_bits_equals_the_uninterrupted_run(workspace: Workspace, tmp_path: Path):
+    """The packed weights are made again when a run resumes, and its adapter is on stacked experts."""
+    mixture = tmp_path / "qwen3-moe"
+    tokenizer = AutoTokenizer.from_pretrained(workspace.model)
+    size = {"vocab_size": len(tokenizer), "bos_token_id": None, "pad_token_id": None}
+    family = FAMILIES["qwen3-moe"]
+    families.write(family._replace(options={**family.options, **size}), mixture)
+    tokenizer.save_pretrained(mixture)
+
+    def run(name: str, *, resume: bool = False) -> Path:
+        path = workspace.recipe(name, max_steps=4, save_every=2, keep_checkpoints=9)
+        sections = yaml.safe_load(path.read_text())
+        sections["model"]["path"], sections["adapter"]["dropout"] = str(mixture), 0
+        path.write_text(yaml.safe_dump({**sections, "quantization": {"bits": 4}}))
+        assert train(load_recipe(path), resume=resume, fresh=False, arguments=[]) == 0
+        return workspace.folder / name
+
+    complete = run("experts")
+    copy = shutil.copytree(complete, workspace.folder / "resumed-experts")
+    shutil.rmtree(copy / "adapter")
+    shutil.rmtree(copy / "checkpoints" / "step-00000004")
+    resumed = run("resumed-experts", resume=True)
+    assert records_until(resumed, 4) != records_until(complete, 4)  # it did resume
+    assert any("experts" in name and bool(tensor.any()) for name, tensor in weights(complete).items())
+    assert same_bits(weights(resumed), weights(complete))
+    assert metrics(resumed) == metrics(complete)
+
+
 def test_saving_checkpoints_does_not_change_the_run_and_old_ones_are_removed(workspace: Workspace, uninterrupted: Path):
     run = workspace.train("checkpoints", save_every=4, keep_checkpoints=3)
     assert same_bits(weights(run), weights(uninterrupted))
@@ -275,8 +305,6 @@ def test_a_non_finite_loss_ends_the_run_and_resume_reaches_the_same_step(workspa
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
     rows[30] = json.dumps(json.loads(rows[30].replace("question", "question \\u0007")))
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    from transformers import AutoTokenizer
-
     token = AutoTokenizer.from_pretrained(broken).encode(BELL, add_special_tokens=False)
     tensors["model.embed_tokens.weight"][token[-1]] = torch.inf
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})

@@ -1,9 +1,10 @@
-"""The progress bar is drawn on a terminal, and by one process only."""
+"""The progress bar is drawn on a terminal, and by one process only; tables are not wrapped."""
 
 import io
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from lora_cli.run import console
 
@@ -15,3 +16,14 @@ def test_bar_is_drawn_on_a_terminal_unless_disabled(bar: bool, monkeypatch: pyte
     with console.step_progress(4, bar=bar):
         pass
     assert bool(screen.getvalue()) == bar
+
+
+def test_the_cells_of_a_wide_table_are_not_wrapped(monkeypatch: pytest.MonkeyPatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=screen, width=80, soft_wrap=True))
+    table = Table("", *(["two words"] * 12), box=None)
+    table.add_row("experts.gate_up_proj", *(["layer 1"] * 12))
+    console.print_table(table)
+    head, row = (line.split("  ") for line in screen.getvalue().splitlines())
+    assert [cell.strip() for cell in head if cell] == ["two words"] * 12
+    assert [cell.strip() for cell in row if cell.strip()] == ["experts.gate_up_proj"] + ["layer 1"] * 12

@@ -18,10 +18,15 @@ from peft.tuners.boft import layer as boft_layer
 from sklearn.metrics import matthews_corrcoef
 
 from lora_cli.run.library_warnings import silence_library_warnings
-from tests.model import zoo
+from tests.model import families, zoo
 
 IDS = torch.arange(3, 15)[None]
-LOGGERS = ("bitsandbytes.autograd._functions", "transformers.modeling_utils", "bitsandbytes.backends.cpu.ops")
+LOGGERS = (
+    "bitsandbytes.autograd._functions",
+    "transformers.modeling_utils",
+    "bitsandbytes.backends.cpu.ops",
+    "transformers.integrations.hub_kernels",
+)
 
 
 def lora(family: str = "llama", **options: Any) -> Any:
@@ -113,11 +118,25 @@ def load_with_another_head() -> None:
         transformers.AutoModelForSequenceClassification.from_pretrained(folder)
 
 
+def convolve_without_kernel() -> None:
+    warn_once = transformers.utils.logging.warning_once
+    warn_once.cache_clear()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(families.config_of(families.FAMILIES["lfm2"]))
+    model(IDS.to("meta"))
+
+
 @pytest.mark.parametrize(
     ("logger", "text", "provoke"),
     [
         ("bitsandbytes.autograd._functions", "MatMul8bitLt: inputs will be cast", int8_product),
         ("transformers.modeling_utils", "LOAD REPORT", load_with_another_head),
+        pytest.param(
+            "transformers.integrations.hub_kernels",
+            "is falling back to its reference PyTorch implementation",
+            convolve_without_kernel,
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="shown on GPUs"),
+        ),
     ],
 )
 def test_the_library_still_logs_the_line_and_it_is_silenced(logger: str, text: str, provoke: Callable[[], None]):
@@ -154,6 +173,6 @@ def test_other_warnings_are_shown_and_a_second_call_adds_no_filter():
     before = [list(logging.getLogger(name).filters) for name in LOGGERS], list(warnings.filters)
     silence_library_warnings()
     assert ([list(logging.getLogger(name).filters) for name in LOGGERS], list(warnings.filters)) == before
-    assert [len(filters) for filters in before[0]] == [1, 1, 1]
+    assert [len(filters) for filters in before[0]] == [1] * len(LOGGERS)
     with pytest.warns(UserWarning, match="another warning"):
         warnings.warn("another warning", UserWarning, stacklevel=1)

@@ -25,7 +25,7 @@ from lora_cli.export.gguf.tensors import (
     tensor_names,
     write_gguf,
 )
-from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length
+from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length, template_options
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base
 from lora_cli.model.adapter_config import read_adapter_config
@@ -112,7 +112,7 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return the commands that run the adapter in llama.cpp."""
     over = options.over or "BASE.gguf"
-    return [f"llama-cli -m {over} --lora {out} --jinja", f"llama-server -m {over} --lora {out} --jinja"]
+    return [f"{program} -m {over} --lora {out} {template_options(source)}" for program in ("llama-cli", "llama-server")]
 
 
 def _config(source: ExportSource) -> PeftConfig:

@@ -45,13 +45,14 @@ class LlamaCpp:
         tokens: list[int] = self._post("/tokenize", body)["tokens"]
         return tokens
 
-    def chat_prompt(self, chat: Sequence[Mapping[str, str]]) -> str:
-        """Return `chat` rendered by the file's chat template, with the generation prompt.
+    def chat_prompt(self, chat: Sequence[Mapping[str, str]], variables: Mapping[str, bool] | None = None) -> str:
+        """Return `chat` rendered by the file's chat template with template variables and the generation prompt.
 
         Raises:
             LoraError: the template rejects the chat.
         """
-        prompt: str = self._post("/apply-template", {"messages": list(chat), "add_generation_prompt": True})["prompt"]
+        body = {"messages": list(chat), "add_generation_prompt": True, "chat_template_kwargs": dict(variables or {})}
+        prompt: str = self._post("/apply-template", body)["prompt"]
         return prompt
 
     def logprobs(self, tokens: Sequence[int]) -> NDArray[np.float64]:

@@ -16,8 +16,9 @@ from lora_cli.export.gguf.tensors import (
     write_gguf,
 )
 from lora_cli.export.gguf.tokenizer import GGUFVocabulary
-from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length
+from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length, template_options
 from lora_cli.export.source import Check, ExportOptions, ExportSource
+from lora_cli.model import multimodal
 
 DEFAULT_QUANTIZATION = "f16"
 
@@ -87,7 +88,7 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
     yield check_tensors(source, out, quantization)
     vocabulary = _convert_tokenizer(source)
     architecture = architectures.find_architecture(source.config)
-    for note in (*architectures.notes(source.config, architecture), *vocabulary.notes):
+    for note in (*_left_out(source), *architectures.notes(source.config, architecture), *vocabulary.notes):
         yield Check("note", True, note)
     if options.runtime:
         vocab_size = source.config.get_text_config().vocab_size
@@ -98,9 +99,16 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
             yield from check_outputs(source, reference.ReferenceModel(source), runtime, quantization)
 
 
+def _left_out(source: ExportSource) -> Iterator[str]:
+    """Yield a note on the parts of a multimodal model that are not in the file."""
+    if parts := multimodal.outside_text(source.base.skeleton()):
+        names = ", ".join(f"{part.kind} ({part.name})" for part in parts)
+        yield f"the file has the text decoder only; not in it: {names}"
+
+
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return the commands that run the file in llama.cpp."""
-    return [f"llama-cli -m {out} --jinja", f"llama-server -m {out} --jinja"]
+    return [f"{program} -m {out} {template_options(source)}" for program in ("llama-cli", "llama-server")]
 
 
 def check_tensors(source: ExportSource, out: Path, quantization: GGUFQuantization) -> Check:

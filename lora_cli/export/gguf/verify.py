@@ -1,7 +1,9 @@
 """Verify a GGUF file: compare llama.cpp and transformers in log-probabilities, greedy text, chat prompts and EOS."""
 
+import json
+import shlex
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,34 +141,57 @@ def check_tokens(source: ExportSource, runtime: LlamaCpp, eos_ids: Sequence[int]
 
 
 def _check_chats(source: ExportSource, runtime: LlamaCpp) -> Check:
-    same, composed, rejected, different = 0, 0, 0, []
+    variables = template_variables(source)
+    same, composed, rejected, different, example = 0, 0, 0, [], ""
     for number, chat in enumerate(probe_chats.PROBE_CHATS):
-        expected, actual = _prompt_ids(source, runtime, chat)
+        expected, actual = _prompt_ids(source, runtime, chat, variables)
         nfc_chat = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in chat]
         if expected is None and actual is None:
             rejected += 1
         elif expected == actual:
             same += 1
-        elif nfc_chat != list(chat) and len(set(map(str, _prompt_ids(source, runtime, nfc_chat)))) == 1:
+        elif nfc_chat != list(chat) and len(set(map(str, _prompt_ids(source, runtime, nfc_chat, variables)))) == 1:
             composed += 1
         else:
+            if expected is None or actual is None:
+                example = example or f"only {'the model' if actual is None else 'the file'} has a text for it"
+            example = example or _describe_difference(source, expected or (), actual or ())
             different.append(number)
     text = f"{same} of {len(probe_chats.PROBE_CHATS)} chats have the same tokens"
     if composed:
         text += f"; {composed} have them only after Unicode NFC normalization, which llama.cpp does not do"
     text += f"; both templates reject {rejected}" if rejected else ""
-    text += f"; different: {', '.join(f'chat {number}' for number in different)}" if different else ""
+    if different:
+        text += f"; different: chats {', '.join(map(str, different))}; in chat {different[0]}: {example}"
     figures = {"same": same, "composed": composed, "refused": rejected, "other": len(different)}
     return Check("chats", not different, text, figures)
 
 
+def template_variables(source: ExportSource) -> dict[str, bool]:
+    """Return the template variables with which llama.cpp must be started to prompt the model as its tokenizer does.
+
+    llama.cpp passes `enable_thinking: true` to every template, which overrides a default of false.
+    """
+    chat = probe_chats.PROBE_CHATS[0]
+    if source.tokenizer.chat_template is None:
+        return {}
+    prompts = [probe_chats.render_prompt(source.tokenizer, chat, **each) for each in ({}, {"enable_thinking": True})]
+    return {} if prompts[0] == prompts[1] else {"enable_thinking": False}
+
+
+def template_options(source: ExportSource) -> str:
+    """Return the options of llama.cpp's programs that make them use the file's chat template as in training."""
+    variables = template_variables(source)
+    return "--jinja" + (f" --chat-template-kwargs {shlex.quote(json.dumps(variables))}" if variables else "")
+
+
 def _prompt_ids(
-    source: ExportSource, runtime: LlamaCpp, chat: probe_chats.Messages
+    source: ExportSource, runtime: LlamaCpp, chat: probe_chats.Messages, variables: Mapping[str, bool]
 ) -> tuple[list[int] | None, list[int] | None]:
     """Return a chat's token ids from the tokenizer and from the file; None where the template rejects the chat."""
     text = probe_chats.render_prompt(source.tokenizer, chat)
     try:
-        actual = runtime.tokenize(runtime.chat_prompt(chat), add_special=True)
+        actual = runtime.tokenize(runtime.chat_prompt(chat, variables), add_special=True)
     except LoraError:
         actual = None
     return None if text is None else probe_chats.prompt_ids(source.tokenizer, text), actual

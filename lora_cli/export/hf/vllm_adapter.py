@@ -203,7 +203,9 @@ def _unsupported_feature(config: PeftConfig) -> str | None:
     }
     for name, value in lists.items():
         if value:
-            return f"{name} ({', '.join(map(str, list(value)[:3]))})"
+            names = sorted(map(str, value))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return f"{name} ({', '.join(names[:3])}{more})"
     flags = {
         "DoRA": config.use_dora,
         f"bias: {config.bias}": config.bias != "none",
