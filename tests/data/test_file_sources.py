@@ -145,7 +145,11 @@ def test_a_file_of_two_train_sources_is_refused(folder):
     spec = DataSpec.model_validate({"train": [{"path": "d/a.jsonl"}, {"path": "d/*"}]})
     with pytest.raises(LoraError, match=r"data.train: d/\* and d/a.jsonl both read d/a.jsonl"):
         train_sources(spec)
-    # With other columns, its rows are others.
+    # With other template variables or roles, its rows are others.
+    ways = [{}, {"template_variables": {"enable_thinking": False}}, {"roles": {"narrator": "user"}}]
+    spec = DataSpec.model_validate({"train": [{"path": "d/a.jsonl", **way} for way in ways]})
+    assert len(train_sources(spec)) == 3
+    # With other columns too.
     spec = DataSpec.model_validate({"train": [{"path": "d/a.jsonl"}, {"path": "d/*", "columns": {"text": "b"}}]})
     assert len(train_sources(spec)) == 2
 
