@@ -94,6 +94,7 @@ def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedC
     for message in chat.messages:
         if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
             raise BadRow("text omitted by the chat template", f"the chat template omits the {message['role']} message")
+    _check_tool_results(format_, chat, text)
     if len(spans) != len(answers):
         problem = f"the chat template writes {len(spans)} answers for {len(answers)} assistant messages"
         raise BadRow("answers not found", problem)
@@ -101,6 +102,23 @@ def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedC
         if before.stop > after.start:
             raise BadRow("answers not found", "the answers overlap in the text that the chat template writes")
     return _finish(format_, text, spans, answers, prompted=prompted)
+
+
+def _check_tool_results(format_: AssistantFormat, chat: Conversation, text: str) -> None:
+    """Raise a BadRow if the template omits the result of a tool."""
+    for index, message in enumerate(chat.messages):
+        content = message["content"].strip()
+        # Some templates write it as JSON.
+        if message["role"] != "tool" or content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+            continue
+        # Others read its JSON and write it in their own form: then the text depends on it.
+        changed = [*chat.messages[:index], {**message, "content": ""}, *chat.messages[index + 1 :]]
+        try:
+            omitted = render_template(format_.template, changed, chat.tools) == text.removesuffix(format_.next_turn)
+        except BadRow:
+            continue
+        if omitted:
+            raise BadRow("text omitted by the chat template", "the chat template omits the result of a tool")
 
 
 def _all_text(chat: Conversation) -> str:

@@ -57,7 +57,7 @@ def check_flags_of_answers_only(chat: Conversation) -> None:
             problem = (
                 f"has a loss flag on a {message['role']} turn, but data.loss_on: all learns all but flagged answers"
             )
-            raise BadRow("loss flag of another turn than an answer", problem, field=f"{chat.field}[{index}]")
+            raise BadRow("loss flag of another turn than an answer", problem, field=chat.location(index))
 
 
 def subtract_spans(spans: Sequence[Span], without: Sequence[Span]) -> list[Span]:

@@ -108,13 +108,19 @@ def row_variables(value: object) -> dict[str, Any]:
     Raises:
         BadRow: the column is not an object.
     """
+    if isinstance(value, BadRow):  # of a table
+        raise value
     if isinstance(value, str):  # as in a table
-        value = parse_json_field(value, field=KWARGS_COLUMN)
+        value = parse_json_field(value, field=KWARGS_COLUMN) if value.strip() else None
     if value is None:
         return {}
     if not isinstance(value, dict):
         problem = f'is {json_type(value)}, not an object such as {{"enable_thinking": false}}'
         raise BadRow("wrong template variables", problem, field=KWARGS_COLUMN)
+    for name, each in value.items():
+        if isinstance(each, str) and each.lower() in ("true", "false"):
+            problem = f"is the text {each!r}, which a template reads as true: remove the quotes"
+            raise BadRow("wrong template variables", problem, field=f"{KWARGS_COLUMN}.{name}")
     return {name: each for name, each in value.items() if each is not None}
 
 

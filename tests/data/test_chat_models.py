@@ -105,6 +105,39 @@ def test_reasoning_is_learnt_in_the_form_that_the_template_reads(prepared, answe
         assert text("qwq") == Q.format(0) + "<think>\n[[2+2\n</think>\n\n4<|im_end|>]]\n"
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3", "smollm3", "qwq"])
+def test_blank_reasoning_is_no_reasoning(prepared, name: str):
+    tokenizer = MODELS[name].tokenizer()
+    rows = [{"messages": asked({"content": "4", **field})} for field in ({}, {"thinking": ""}, {"reasoning": "\n"})]
+    first, *others = prepared(tokenizer, files=file_of(*rows)).train
+    for row in others:
+        assert (row.input_ids.tolist(), row.labels.tolist()) == (first.input_ids.tolist(), first.labels.tolist())
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek v3"])
+def test_a_template_that_omits_the_results_of_tools_is_refused(prepared, name: str):
+    chat = [
+        *asked("<tool_call>{}</tool_call>"),
+        {"role": "tool", "content": "18"},
+        {"role": "assistant", "content": "4"},
+    ]
+    with pytest.raises(LoraError) as caught:
+        prepared(MODELS[name].tokenizer(), files=file_of({"messages": chat}))
+    assert caught.value.details == ("train.jsonl:1: the chat template omits the result of a tool",)
+
+
+def test_results_of_tools_may_be_written_in_another_form(prepared):
+    written = {"tojson": "{{ message.content | tojson }}", "length": "{{ message.content | length }}"}
+    chat = [*asked("<tool_call>{}</tool_call>"), {"role": "tool", "content": '"a"\n'}, *asked("4")[1:]]
+    for form in written.values():
+        tokenizer = MODELS["yi, hermes"].tokenizer()
+        template = "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'tool' %}FORM"
+        template += "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        tokenizer.chat_template = template.replace("FORM", form)
+        assert len(prepared(tokenizer, files=file_of({"messages": chat})).train) == 1
+
+
 def test_reasoning_of_earlier_turns_is_omitted_and_counted(prepared):
     chat = asked(REASONED[0], REASONED[3], "5", REASONED[1])
     tokenizer = MODELS["qwen3"].tokenizer()
