@@ -12,7 +12,7 @@ from lora_cli.data.column_hints import missing_column_hint
 from lora_cli.data.conversation import Conversation
 from lora_cli.data.detect_format import DETECTION_ROWS, DetectedFormat, detect_format
 from lora_cli.data.formats import FORMATS, MISSING, Example, RawRow
-from lora_cli.data.ledger import Tally, conversation_notes
+from lora_cli.data.ledger import Tally, check_dropped_share, conversation_notes, null_lines
 from lora_cli.data.message_shapes import MessageNames, NormalizedMessages, normalize_messages, unread_keys
 from lora_cli.data.readers import parse_json_field
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
@@ -283,39 +283,56 @@ class SourceCheck(NamedTuple):
     format: str
     read: int
     bad: dict[str, int]  # by reason
-    notes: list[str]  # what was changed in conversations
+    notes: list[str]  # what was changed in the rows
     unread_columns: dict[str, int]  # rows by column
     unread_keys: dict[str, int]  # messages by key
 
 
 def check_rows(
-    spec: DataSpec, task: TaskName, info: Callable[[str], None], *, cache: Path | None = None
+    spec: DataSpec, task: TaskName, info: Callable[[str], None], *, cache: Path | None = None, complete: bool = True
 ) -> list[SourceCheck]:
-    """Parse every row of every source, without tokenizing it. `cache`: as in `sources.train_sources`.
+    """Parse every row of every source, without tokenizing it.
+
+    Args:
+        spec: the recipe's data section.
+        task: of the recipe.
+        info: prints a progress message.
+        cache: as in `sources.train_sources`.
+        complete: whether the recipe has no other sources, so that data.max_loss can be checked.
 
     Raises:
-        LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error.
+        LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error, or more than data.max_loss.
     """
-    results = []
+    results, tallies = [], []
     train = sources.train_sources(spec, cache=cache, info=info)
     found = [*train, *sources.eval_sources(spec, train, cache=cache, info=info)]
     check_documents(found, spec, task)
     for source in found:
         reader = open_source(source, task, turn_options(spec))
         info(f"{source.name}: format {reader.format.name} ({reader.format.why})")
-        read, bad, tally = 0, BadRows(), Tally()
+        bad, tally = BadRows(), Tally()
         for row in reader.rows:
-            read += 1
+            tally.read += 1
             if isinstance(row.example, BadRow):
                 bad.add(row_location(source, row), row.example)
-            elif isinstance(row.example, Conversation):
+                continue
+            tally.nulls.update(row.nulls)
+            if isinstance(row.example, Conversation):
                 tally.add_conversation(row.example)
+        tally.dropped = bad.reasons
+        tallies.append(tally)
         if bad.first and spec.on_bad_row == "error":
-            raise bad.error(source, task, read=read)
+            raise bad.error(source, task, read=tally.read)
         for finding in bad.first:
             info(f"skipped {finding}")
-        notes = [f"{count:,} {note}" for note, count in conversation_notes(tally).items() if count]
+        notes = [f"{count:,} {note}" for note, count in conversation_notes(tally).items() if count] + null_lines(tally)
         keys = {key: count for key, count in sorted(reader.unread.keys.items()) if key not in TEMPLATE_KEYS}
         columns = dict(sorted(reader.unread.columns.items()))
-        results.append(SourceCheck(source.name, reader.format.name, read, dict(bad.reasons), notes, columns, keys))
+        results.append(
+            SourceCheck(source.name, reader.format.name, tally.read, dict(bad.reasons), notes, columns, keys)
+        )
+    if complete:
+        check_dropped_share(tallies, spec)
+        if all(tally.read == tally.dropped.total() for tally in tallies[: len(train)]):
+            raise LoraError("data.train: no rows are left", hint="check data.on_bad_row")
     return results

@@ -102,7 +102,7 @@ def prepare_data(
         index = apply_weight(rows, weight, seed=seed, split="eval", number=number)
         eval_parts.append((item.rows, index))
         entries.append(_entry(item, "eval", index, distinct=len(rows), held_out=0))
-    check_dropped_share(entries, limit=_max_dropped_share(spec))
+    check_dropped_share([item.tally for item in [*train, *separate_eval]], spec)
     labels, mappers = None, []
     if task in ("seq-cls", "token-cls"):
         by_source = [_source_labels(item) for item in [*train, *separate_eval]]
@@ -146,12 +146,6 @@ def _source_labels(item: EncodedSource) -> SourceLabels:
     if stored is None:
         raise LoraError(f"{item.source.name}: no rows are left", hint="check data.on_bad_row and data.overlong")
     return SourceLabels(**stored)
-
-
-def _max_dropped_share(spec: DataSpec) -> float:
-    if spec.max_loss is not None:
-        return spec.max_loss
-    return 0.0 if spec.overlong in ("error", "split") and spec.on_bad_row == "error" else 0.1
 
 
 def _entry(item: EncodedSource, split: str, index: Index, *, distinct: int, held_out: int) -> Entry:
