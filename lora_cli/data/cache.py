@@ -28,7 +28,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CACHE_VERSION = 7  # increase it if identical rows and options would encode or be counted differently than before
+CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
 BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
 PART_NAME = "part-{:05}.arrow"

@@ -66,6 +66,7 @@ MEDIA = {
     "video": _names("video videos video_path video_paths video_url video_urls video_file pixel_values_videos"),
     "audio": _names("audio audios audio_path audio_paths audio_url audio_urls audio_file speech input_features"),
 }
+_MEDIUM = {name: medium for medium, names in MEDIA.items() for name in names}
 ONE_OF = {"image": "an image", "video": "a video", "audio": "audio"}
 LOSS_MASKS = _names(
     "loss_mask mask completion_mask assistant_mask assistant_masks answer_mask response_mask prompt_mask"
@@ -307,13 +308,20 @@ _TOKENS_OF_MEDIA = re.compile(
 _TAG = re.compile(r"(?:(?<![^\n])[ \t]*<(image|video|audio)>|<(image|video|audio)>[ \t]*(?![^\n]))")
 
 
-def check_placeholders(example: object, *, columns: Mapping[str, str | None]) -> None:
-    """Check that no prompt contains the placeholder of an image, video or audio.
+def check_media(example: object, *, columns: Mapping[str, str | None]) -> None:
+    """Check that no message has an image, video or audio, and that no prompt contains the placeholder of one.
 
     Raises:
         BadRow: one does, and data.columns does not map a column of that medium to null.
     """
     left_out = {_normalized(name) for name, column in columns.items() if column is None}
+    for message in example.messages if isinstance(example, Conversation) else ():
+        for key, value in message.items():
+            medium = _MEDIUM.get(_normalized(key)) if not is_empty(value) and value is not False else None
+            if medium and not left_out & MEDIA[medium]:
+                problem = f"has {key}: {ONE_OF[medium]}, which a text model does not see"
+                hint = f"data.columns: {{{key}: null}} trains on the text alone; data.on_bad_row: skip drops these rows"
+                raise BadRow(f"row with {medium}", problem, field=f"the {message['role']} message", hint=hint)
     for field, text in _prompts(example):
         if "<" not in text:
             continue

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -56,6 +57,18 @@ def template_names(source: str) -> set[str]:
         if test.name in ("defined", "undefined", "default", "d") and isinstance(test.node, nodes.Name)
     }
     return names - (own - asked)
+
+
+@cache
+def template_keys(source: str) -> frozenset[str]:
+    """Return the names of the keys of messages, tools and other objects that a template reads, and its other texts.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the template is not valid Jinja.
+    """
+    tree = _parse(source)
+    texts = {text.value for text in tree.find_all(nodes.Const) if isinstance(text.value, str)}  # message["name"]
+    return frozenset(texts | {field.attr for field in tree.find_all(nodes.Getattr)})
 
 
 def is_reserved(name: str) -> bool:

@@ -105,6 +105,25 @@ def test_reasoning_is_learnt_in_the_form_that_the_template_reads(prepared, answe
         assert text("qwq") == Q.format(0) + "<think>\n[[2+2\n</think>\n\n4<|im_end|>]]\n"
 
 
+def test_variables_of_one_row_with_which_the_template_fails_are_a_bad_row(prepared):
+    tokenizer = MODELS["gpt-oss"].tokenizer()
+    efforts = "{% if reasoning_effort not in ('low', 'high') %}{{ raise_exception('no such effort') }}{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{%- for", efforts + "{%- for", 1)
+    rows = [
+        {"messages": asked("4"), "chat_template_kwargs": {"reasoning_effort": effort}} for effort in ("low", "x", "x")
+    ]
+    data = prepared(tokenizer, files=file_of(*rows), on_bad_row="skip", max_loss=1.0)
+    assert [row.where for row in data.train] == ["train.jsonl:1"]
+    assert data.ledger.entries[0].tally.dropped == {"unusable template variables": 2}
+    with pytest.raises(LoraError) as caught:
+        prepared(tokenizer, files=file_of(*rows))
+    problem = (
+        "train.jsonl:2: the tokenizer's chat template cannot be used for training: it rejects the row: no such effort "
+        '(with reasoning_effort: "x")'
+    )
+    assert caught.value.details[0] == problem
+
+
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3", "smollm3", "qwq"])
 def test_blank_reasoning_is_no_reasoning(prepared, name: str):
     tokenizer = MODELS[name].tokenizer()

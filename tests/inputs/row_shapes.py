@@ -116,6 +116,12 @@ SHAPES: dict[str, Shape] = {
         {"messages": [{"role": "user", "content": "Hi", "name": None}, ANSWER]}, HI
     ),
     "TRL prompt-completion of messages": Shape({"prompt": [USER], "completion": [ANSWER]}, HI),
+    "TRL prompt-completion of messages as JSON text": Shape(
+        {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, HI
+    ),
+    "literal JSON as prompt and completion": Shape(
+        {"prompt": '[{"a": 1}]', "completion": '[{"role": "x"}]'}, '[{"a": 1}][[[{"role": "x"}]<|im_end|>'
+    ),
     "TRL prompt-completion of from and value": Shape(
         {"prompt": [{"from": "human", "value": "Hi"}], "completion": [{"from": "gpt", "value": "Yo"}]}, HI
     ),
@@ -397,6 +403,21 @@ SHAPES: dict[str, Shape] = {
         {},
         ("message keys not used: name (1 message), time (2 messages)",),
     ),
+    "images of messages left out on purpose": Shape(
+        {"messages": [{**USER, "images": ["a.png"]}, ANSWER]},
+        HI,
+        {"columns": {"images": None}},
+        ("message keys not used: images (1 message)",),
+    ),
+    "empty images of messages": Shape(
+        {"messages": [{**USER, "images": []}, {**ANSWER, "audio": False}]},
+        HI,
+        {},
+        ("message keys not used: audio (1 message), images (1 message)",),
+    ),
+    "tools of a message, which templates read from the row": Shape(
+        {"messages": [{**USER, "tools": [WEATHER]}, ANSWER]}, HI, {}, ("message keys not used: tools (1 message)",)
+    ),
     "keys of parts and calls": Shape(
         {
             "messages": [
@@ -589,6 +610,16 @@ REFUSED: dict[str, Refused] = {
         {"text": "Hi", "images": ["a.png"]},
         "images: the row has an image, which a text model does not see",
         "data.columns: {images: null} trains on the text alone; data.on_bad_row: skip drops these rows",
+    ),
+    "images of a message (Ollama)": Refused(
+        {"messages": [{**USER, "images": ["a.png"]}, ANSWER]},
+        "the user message: has images: an image, which a text model does not see",
+        "data.columns: {images: null} trains on the text alone; data.on_bad_row: skip drops these rows",
+    ),
+    "audio of an answer (OpenAI)": Refused(
+        {"messages": [USER, {**ANSWER, "audio": {"id": "x"}}]},
+        "the assistant message: has audio: audio, which a text model does not see",
+        "data.columns: {audio: null} trains on the text alone; data.on_bad_row: skip drops these rows",
     ),
     "<image> in a question": placeholder(
         {"messages": [{"role": "user", "content": "<image>\nHi"}, ANSWER]},
