@@ -85,6 +85,13 @@ def test_what_is_not_read_is_told_once(folder):
     assert source.name == "d[train]"
 
 
+def test_files_without_a_split_in_their_name_are_told_beside_train_files(folder):
+    folder("d/train.jsonl", "d/holdout.jsonl")
+    told: list[str] = []
+    train_sources(DataSpec(train="d"), info=told.append)
+    assert told == ["d: read as train too, as their names tell no split: holdout.jsonl"]
+
+
 def test_a_split_is_selected_by_its_name(folder):
     folder("d/train.jsonl", "d/dev.jsonl", "d/test.jsonl")
     for split, file in {"dev": "dev", "validation": "dev", "test": "test", "train": "train"}.items():
