@@ -20,6 +20,7 @@ from lora_cli.data.chat_templates import Template, render_template, render_with_
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.reasoning import Answer
 from lora_cli.data.records import BadRow
+from lora_cli.data.template_variables import is_reserved
 
 # The form of reasoning that a template writes: both forms, a field, the start of the content, or none.
 ReasoningForm = Literal["as is", "field", "inline", "omitted"]
@@ -225,10 +226,15 @@ def _finish(
         if has_reasoning and answer.reasoning.strip() not in written:
             if not last:
                 counts = counts._replace(dropped=counts.dropped + 1)
+                if empty := _empty_block_at(format_, text, start):  # in place of it, as in DeepSeek V3.1
+                    start, follows_prompt = start + len(empty), True
             else:
                 text, start, stop = _insert_reasoning(format_, text, Span(start, stop), answer.reasoning)
                 counts, follows_prompt = counts._replace(inserted=1), True
-        elif has_reasoning and not follows_prompt and reasoning.EMPTY_BLOCK.fullmatch(extra):
+        elif has_reasoning and (
+            # The header contains the block where the template writes it before every answer, as in SmolLM3.
+            reasoning.EMPTY_BLOCK.fullmatch(extra) or format_.header.rstrip().endswith(reasoning.CLOSE)
+        ):
             raise _reasoning_omitted(format_, "the generation prompt ends the reasoning before the answer")
         elif not has_reasoning and (empty := _empty_block_at(format_, text, start)):
             start += len(empty)
@@ -264,7 +270,7 @@ def _insert_reasoning(format_: AssistantFormat, text: str, span: Span, thoughts:
 
 
 def _reasoning_omitted(format_: AssistantFormat, problem: str) -> BadRow:
-    names = ", ".join(format_.switches)
+    names = ", ".join(format_.switches or [name for name in format_.template.variables if not is_reserved(name)])
     fix = f"change data.template_variables ({names})" if names else "use a chat template that writes it"
     return BadRow("reasoning omitted by the chat template", f"has reasoning, but {problem}: {fix}, or remove it")
 

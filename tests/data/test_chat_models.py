@@ -124,6 +124,25 @@ def test_variables_of_one_row_with_which_the_template_fails_are_a_bad_row(prepar
     assert caught.value.details[0] == problem
 
 
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_reasoning_after_a_prompt_that_ends_it_is_refused(prepared, name: str):
+    files = file_of({"messages": asked(REASONED[0])})
+    with pytest.raises(LoraError) as caught:
+        prepared(MODELS[name].tokenizer(), files=files, template_variables=NO_THINKING)
+    assert caught.value.details == (
+        "train.jsonl:1: has reasoning, but the generation prompt ends the reasoning before the answer: "
+        "change data.template_variables (enable_thinking), or remove it",
+    )
+
+
+def test_the_tag_in_place_of_omitted_reasoning_is_not_learnt():
+    text = marked(MODELS["deepseek v3.1"].tokenizer(), asked(REASONED[0], REASONED[1]), thinking=True)
+    assert text == (
+        f"{DS_BOS}<｜User｜>q0<｜Assistant｜></think>[[4{DS_EOS}]]"
+        f"<｜User｜>q1<｜Assistant｜><think>[[2+2</think>4{DS_EOS}]]"
+    )
+
+
 @pytest.mark.parametrize("name", ["gpt-oss", "qwen3", "smollm3", "qwq"])
 def test_blank_reasoning_is_no_reasoning(prepared, name: str):
     tokenizer = MODELS[name].tokenizer()
