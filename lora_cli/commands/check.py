@@ -110,16 +110,18 @@ def check_without_model(recipe: Recipe) -> None:
         LoraError: rows cannot be read.
     """
     local: dict[str, list[SourceSpec]] = {"train": [], "eval": []}
+    complete = True
     for side, value in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         specs = [SourceSpec(path=value)] if isinstance(value, str) else value if isinstance(value, list) else []
         for spec in specs:
             if Path(spec.path).exists() or (glob.has_magic(spec.path) and not is_url(spec.path)):
                 local[side].append(spec)
             else:
+                complete = False
                 console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
     if any(local.values()):
         data = recipe.data.model_copy(update=local)
-        for source in check_rows(data, recipe.task, console.info):
+        for source in check_rows(data, recipe.task, console.info, complete=complete):
             bad = "".join(f", {count:,} skipped: {reason}" for reason, count in source.bad.items())
             console.out.print(f"{source.source}: {source.read:,} rows of format {source.format}{bad}")
             for note in source.notes:

@@ -20,6 +20,7 @@ from lora_cli.data.chat_templates import Template, render_template, render_with_
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.reasoning import Answer
 from lora_cli.data.records import BadRow
+from lora_cli.data.template_variables import is_reserved
 
 # The form of reasoning that a template writes: both forms, a field, the start of the content, or none.
 ReasoningForm = Literal["as is", "field", "inline", "omitted"]
@@ -94,6 +95,7 @@ def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedC
     for message in chat.messages:
         if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
             raise BadRow("text omitted by the chat template", f"the chat template omits the {message['role']} message")
+    _check_tool_results(format_, chat, text)
     if len(spans) != len(answers):
         problem = f"the chat template writes {len(spans)} answers for {len(answers)} assistant messages"
         raise BadRow("answers not found", problem)
@@ -101,6 +103,23 @@ def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedC
         if before.stop > after.start:
             raise BadRow("answers not found", "the answers overlap in the text that the chat template writes")
     return _finish(format_, text, spans, answers, prompted=prompted)
+
+
+def _check_tool_results(format_: AssistantFormat, chat: Conversation, text: str) -> None:
+    """Raise a BadRow if the template omits the result of a tool."""
+    for index, message in enumerate(chat.messages):
+        content = message["content"].strip()
+        # Some templates write it as JSON.
+        if message["role"] != "tool" or content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+            continue
+        # Others read its JSON and write it in their own form: then the text depends on it.
+        changed = [*chat.messages[:index], {**message, "content": ""}, *chat.messages[index + 1 :]]
+        try:
+            omitted = render_template(format_.template, changed, chat.tools) == text.removesuffix(format_.next_turn)
+        except BadRow:
+            continue
+        if omitted:
+            raise BadRow("text omitted by the chat template", "the chat template omits the result of a tool")
 
 
 def _all_text(chat: Conversation) -> str:
@@ -207,10 +226,15 @@ def _finish(
         if has_reasoning and answer.reasoning.strip() not in written:
             if not last:
                 counts = counts._replace(dropped=counts.dropped + 1)
+                if empty := _empty_block_at(format_, text, start):  # in place of it, as in DeepSeek V3.1
+                    start, follows_prompt = start + len(empty), True
             else:
                 text, start, stop = _insert_reasoning(format_, text, Span(start, stop), answer.reasoning)
                 counts, follows_prompt = counts._replace(inserted=1), True
-        elif has_reasoning and not follows_prompt and reasoning.EMPTY_BLOCK.fullmatch(extra):
+        elif has_reasoning and (
+            # The header contains the block where the template writes it before every answer, as in SmolLM3.
+            reasoning.EMPTY_BLOCK.fullmatch(extra) or format_.header.rstrip().endswith(reasoning.CLOSE)
+        ):
             raise _reasoning_omitted(format_, "the generation prompt ends the reasoning before the answer")
         elif not has_reasoning and (empty := _empty_block_at(format_, text, start)):
             start += len(empty)
@@ -246,7 +270,7 @@ def _insert_reasoning(format_: AssistantFormat, text: str, span: Span, thoughts:
 
 
 def _reasoning_omitted(format_: AssistantFormat, problem: str) -> BadRow:
-    names = ", ".join(format_.switches)
+    names = ", ".join(format_.switches or [name for name in format_.template.variables if not is_reserved(name)])
     fix = "use a chat template that writes it"
     if names:
         fix = f"change data.template_variables, or the row's chat_template_kwargs ({names})"

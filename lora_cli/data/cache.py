@@ -28,7 +28,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 
-CACHE_VERSION = 7  # increase it if identical rows and options would encode or be counted differently than before
+CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
 BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
 PART_NAME = "part-{:05}.arrow"
@@ -119,8 +119,10 @@ class _Progress:
     bad: BadRows = field(default_factory=BadRows)
     table: LabelTable = field(default_factory=LabelTable)
 
-    def save(self, folder: Path, unread: Unread) -> None:
-        counts = {"ignored": dict(unread.columns), "unread_keys": dict(unread.keys)}
+    def save(self, folder: Path, unread: Unread, encoder: RowEncoder) -> None:
+        # Without the keys that the template of the rows so far reads: a later process may not use this template again.
+        keys = {key: count for key, count in unread.keys.items() if not encoder.template_reads(key)}
+        counts = {"ignored": dict(unread.columns), "unread_keys": keys}
         atomic.write_json(
             folder / "progress.json",
             {
@@ -195,7 +197,7 @@ def _encode(
                     info(f"{source.name}: {tally.read:,} rows, {speed:,.0f} rows/s")
         atomic.sync(path)
         progress.parts += 1
-        progress.save(folder, reader.unread)
+        progress.save(folder, reader.unread, encoder)
     if progress.bad.first and spec.on_bad_row == "error":
         raise progress.bad.error(source, encoder.task, read=tally.read)
     if progress.overlong and spec.overlong in ("error", "split"):

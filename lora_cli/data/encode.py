@@ -3,10 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -27,7 +27,7 @@ from lora_cli.data.infer_template import infer_template_format
 from lora_cli.data.label_mask import Ints, predicted_spans, skip_stripped, spans_of_labels, token_positions
 from lora_cli.data.records import BadRow
 from lora_cli.data.segments import Segments
-from lora_cli.data.template_variables import check_row_names
+from lora_cli.data.template_variables import check_row_names, template_keys
 from lora_cli.data.tool_schemas import ToolSchema, check_tools_rendered
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
@@ -93,6 +93,7 @@ class CausalLMEncoder:
         self._placeholders = {number: str(tokenizer.added_tokens_decoder[number]) for number in placeholders}
         self._spec = spec
         self._formats: dict[tuple[bool, str], AssistantFormat] = {}  # by tools and template variables
+        self._unusable: dict[tuple[bool, str], str] = {}  # the same: why the template cannot be used
         self._day = date.fromisoformat(spec.template_date) if spec.template_date else date.today()
         self._backend = _backend_without_special_tokens(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
@@ -124,9 +125,8 @@ class CausalLMEncoder:
         return digest.hexdigest()
 
     def template_reads(self, key: str) -> bool:
-        """Return whether the chat template, of the conversations so far, names a key of messages."""
-        name = re.compile(rf"(?<!\w){re.escape(key)}(?!\w)")
-        return any(name.search(format_.template.source) for format_ in self._formats.values())
+        """Return whether the chat template, of the conversations so far, reads a key of messages."""
+        return any(key in template_keys(format_.template.source) for format_ in self._formats.values())
 
     def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | BadRow]:
         """Yield one result for each example, in order.
@@ -183,6 +183,8 @@ class CausalLMEncoder:
     def _format_of(self, chat: Conversation) -> AssistantFormat:
         tools = chat.tools is not None
         key = (tools, json.dumps(chat.variables, sort_keys=True, default=str) if chat.variables else "")
+        if key in self._unusable:
+            raise BadRow("unusable template variables", self._unusable[key])
         if key not in self._formats:
             template = self._template(tools=tools)
             if template is None:
@@ -192,7 +194,14 @@ class CausalLMEncoder:
                 )
             check_row_names(chat.variables, template.source)
             variables = {**template.variables, **chat.variables}
-            self._formats[key] = self._infer_format(template._replace(variables=variables))
+            try:
+                self._formats[key] = self._infer_format(template._replace(variables=variables))
+            except LoraError as error:
+                if not chat.variables:
+                    raise
+                # Other rows can have other variables.
+                self._unusable[key] = f"{error.message} (with {_listed(chat.variables)})"
+                raise BadRow("unusable template variables", self._unusable[key]) from None
         format_ = self._formats[key]
         if tools and not format_.supports_tools:
             raise LoraError(
@@ -305,6 +314,10 @@ class CausalLMEncoder:
     def _check_single_bos(self, ids: Sequence[int]) -> None:
         if self._bos is not None and list(ids[:2]) == [self._bos, self._bos]:
             raise BadRow("two BOS tokens", f"starts with two BOS tokens ({self.tokenizer.bos_token})")
+
+
+def _listed(variables: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {json.dumps(value, default=str)}" for name, value in variables.items())
 
 
 def _without_space(text: str, stripped: bool) -> str:

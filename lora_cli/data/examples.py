@@ -12,11 +12,11 @@ from lora_cli.data.column_hints import missing_column_hint
 from lora_cli.data.conversation import Conversation
 from lora_cli.data.detect_format import DETECTION_ROWS, DetectedFormat, detect_format
 from lora_cli.data.formats import FORMATS, MISSING, Example, RawRow
-from lora_cli.data.ledger import Tally, conversation_notes
+from lora_cli.data.ledger import Tally, check_dropped_share, conversation_notes, null_lines
 from lora_cli.data.message_shapes import MessageNames, NormalizedMessages, normalize_messages, unread_keys
 from lora_cli.data.readers import parse_json_field
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
-from lora_cli.data.row_kinds import check_placeholders, check_row_kind, is_empty
+from lora_cli.data.row_kinds import check_media, check_row_kind, is_empty
 from lora_cli.data.sources import DataSource
 from lora_cli.data.template_variables import KWARGS_COLUMN, row_variables
 from lora_cli.data.turns import TurnOptions
@@ -25,6 +25,7 @@ from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TASK_FORMATS, FormatName, TaskName
 
 SPLIT_HINT = "only rows of format text can be split: set data.overlong to drop or truncate, or raise data.max_length"
+NO_ROWS_HINT = "check data.on_bad_row, data.overlong and the weights"
 MAX_DETECTION_ROWS = 1024  # largest number of rows, valid or not, that are read to detect the format
 TEMPLATE_KEYS = {"name"}  # keys of messages that chat templates may read: they are not listed without a model
 
@@ -161,13 +162,26 @@ def normalize_row(row: RawRow, name: FormatName, names: MessageNames) -> Normali
         BadRow: a role is unknown, or a tool call cannot be read.
     """
     lists: dict[str, NormalizedMessages] = {}
+    literal = name == "prompt-completion" and not all(
+        _is_message_text(row.get(each)) for each in FORMATS[name].required
+    )
     for column in FORMATS[name].messages:
         value = row.get(column)
-        if isinstance(value, str) and column not in {"prompt", "completion"} and value.strip():
+        if isinstance(value, str) and value.strip() and not literal:
             value = parse_json_field(value, field=column)
         if isinstance(value, list) and any(isinstance(each, dict) for each in value):
             lists[column] = normalize_messages(value, field=column, names=names)
     return NormalizedRow({**row, **{column: each.messages for column, each in lists.items()}}, lists)
+
+
+def _is_message_text(value: object) -> bool:
+    """Return whether a text is the JSON of a list of messages, as in tables."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return False
+    with suppress(BadRow):
+        messages = parse_json_field(value, field="")
+        return bool(messages) and all(isinstance(each, dict) and {"role", "from"} & each.keys() for each in messages)
+    return False
 
 
 def _parsed_rows(
@@ -192,7 +206,7 @@ def _parsed_rows(
                 raise unreadable[0]
             check_row_kind(renamed, unread=others, format_=format_.name, columns=format_.columns)
             example, keys = _parse(renamed, format_.name, names, turns)
-            check_placeholders(example, columns=format_.columns)
+            check_media(example, columns=format_.columns)
             unread.keys.update(keys)
             if isinstance(example, Conversation):
                 # A row's own variables take precedence over those of its source.
@@ -283,39 +297,56 @@ class SourceCheck(NamedTuple):
     format: str
     read: int
     bad: dict[str, int]  # by reason
-    notes: list[str]  # what was changed in conversations
+    notes: list[str]  # what was changed in the rows
     unread_columns: dict[str, int]  # rows by column
     unread_keys: dict[str, int]  # messages by key
 
 
 def check_rows(
-    spec: DataSpec, task: TaskName, info: Callable[[str], None], *, cache: Path | None = None
+    spec: DataSpec, task: TaskName, info: Callable[[str], None], *, cache: Path | None = None, complete: bool = True
 ) -> list[SourceCheck]:
-    """Parse every row of every source, without tokenizing it. `cache`: as in `sources.train_sources`.
+    """Parse every row of every source, without tokenizing it.
+
+    Args:
+        spec: the recipe's data section.
+        task: of the recipe.
+        info: prints a progress message.
+        cache: as in `sources.train_sources`.
+        complete: whether the recipe has no other sources, so that data.max_loss can be checked.
 
     Raises:
-        LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error.
+        LoraError: a source cannot be read, or has bad rows and data.on_bad_row is error, or more than data.max_loss.
     """
-    results = []
+    results, tallies = [], []
     train = sources.train_sources(spec, cache=cache, info=info)
     found = [*train, *sources.eval_sources(spec, train, cache=cache, info=info)]
     check_documents(found, spec, task)
     for source in found:
         reader = open_source(source, task, turn_options(spec))
         info(f"{source.name}: format {reader.format.name} ({reader.format.why})")
-        read, bad, tally = 0, BadRows(), Tally()
+        bad, tally = BadRows(), Tally()
         for row in reader.rows:
-            read += 1
+            tally.read += 1
             if isinstance(row.example, BadRow):
                 bad.add(row_location(source, row), row.example)
-            elif isinstance(row.example, Conversation):
+                continue
+            tally.nulls.update(row.nulls)
+            if isinstance(row.example, Conversation):
                 tally.add_conversation(row.example)
+        tally.dropped = bad.reasons
+        tallies.append(tally)
         if bad.first and spec.on_bad_row == "error":
-            raise bad.error(source, task, read=read)
+            raise bad.error(source, task, read=tally.read)
         for finding in bad.first:
             info(f"skipped {finding}")
-        notes = [f"{count:,} {note}" for note, count in conversation_notes(tally).items() if count]
+        notes = [f"{count:,} {note}" for note, count in conversation_notes(tally).items() if count] + null_lines(tally)
         keys = {key: count for key, count in sorted(reader.unread.keys.items()) if key not in TEMPLATE_KEYS}
         columns = dict(sorted(reader.unread.columns.items()))
-        results.append(SourceCheck(source.name, reader.format.name, read, dict(bad.reasons), notes, columns, keys))
+        results.append(
+            SourceCheck(source.name, reader.format.name, tally.read, dict(bad.reasons), notes, columns, keys)
+        )
+    if complete:
+        check_dropped_share(tallies, spec)
+        if all(tally.read == tally.dropped.total() for tally in tallies[: len(train)]):
+            raise LoraError("data.train: no rows are left", hint=NO_ROWS_HINT)
     return results

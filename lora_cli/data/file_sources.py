@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lora_cli.data import remote
 from lora_cli.data.data_file import COMPRESSIONS, DataFile, data_file
 from lora_cli.data.file_types import READERS, SUPPORTED, WITH_DELIMITER, is_readable
-from lora_cli.data.split_names import check_shards, files_of_split, select_split
+from lora_cli.data.split_names import check_shards, files_of_split, group_by_split, select_split
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import SourceSpec
 
@@ -84,6 +84,9 @@ def find_files(spec: SourceSpec, *, splits: Sequence[str], cache: Path, info: Ca
     if folder:
         check_shards(spec.path, chosen)
     _check_twins(spec.path, chosen)
+    groups = group_by_split(chosen)
+    if len(groups) > 1 and None in groups:
+        info(f"{spec.path}: read as {split} too, as their names tell no split: {_some(groups[None])}")
     if len(chosen) < len(names):
         others = [name for name in names if name not in set(chosen)]
         info(f"{spec.path}: {_count(len(chosen))} of split {split} by name; not read: {_some(others)}")

@@ -57,7 +57,7 @@ def check_flags_of_answers_only(chat: Conversation) -> None:
             problem = (
                 f"has a loss flag on a {message['role']} turn, but data.loss_on: all learns all but flagged answers"
             )
-            raise BadRow("loss flag of another turn than an answer", problem, field=f"{chat.field}[{index}]")
+            raise BadRow("loss flag of another turn than an answer", problem, field=chat.location(index))
 
 
 def subtract_spans(spans: Sequence[Span], without: Sequence[Span]) -> list[Span]:
@@ -135,7 +135,12 @@ def _find(content: str, message: Message, body: str) -> _Place | None:
         return None
     if body.startswith(content):
         return _Place(0, 0, len(content))
-    return _Place(body.index(stripped), skipped, len(stripped)) if body.count(stripped) == 1 else None
+    if body.count(stripped) != 1:
+        return None
+    start = body.index(stripped)
+    # Where a template omits the text of calls, their arguments may contain the same text.
+    before_calls = body.find(message["tool_calls"][0]["function"]["name"], start + len(stripped)) >= 0
+    return _Place(start, skipped, len(stripped)) if before_calls else None
 
 
 def _clip(runs: Sequence[Run], place: _Place) -> list[Run]:

@@ -86,14 +86,13 @@ def parse_sharegpt(row: RawRow) -> Conversation:
 def _parse_turns(row: RawRow, column: str) -> Conversation:
     """Parse a column of messages, which are normalized (message_shapes.py), with optional columns system and tools."""
     turns = _list(row, column)
-    if system := _optional_text(row, "system"):
-        if turns and isinstance(turns[0], dict) and turns[0].get("role") in {"system", "developer"}:
-            if turns[0].get("content") != system:
-                problem = "differs from the system message that the conversation starts with"
-                raise BadRow("two system messages", problem, field="system")
-        else:
-            turns = [{"role": "system", "content": system}, *turns]
-    return check_conversation(turns, field=column, tools=_tools(row))
+    system = _optional_text(row, "system")
+    if system and turns and isinstance(turns[0], dict) and turns[0].get("role") in {"system", "developer"}:
+        if turns[0].get("content") != system:
+            problem = "differs from the system message that the conversation starts with"
+            raise BadRow("two system messages", problem, field="system")
+        system = ""
+    return check_conversation(turns, field=column, tools=_tools(row), system=system)
 
 
 def _tools(row: RawRow) -> object:
@@ -126,12 +125,17 @@ def parse_query_response(row: RawRow) -> Conversation:
 def _parse_question(row: RawRow, question: str, *, answer: str) -> Conversation:
     """Return the conversation of a question and its answer after the optional columns system and history."""
     turns: list[Message] = []
-    if system := _optional_text(row, "system"):
-        turns.append({"role": "system", "content": system})
     for index, turn in enumerate(_list(row, "history") if row.get("history") else []):
         if isinstance(turn, dict):
             turns.append(turn)
         elif isinstance(turn, list) and len(turn) == 2:
+            for number, text in enumerate(turn):
+                if not isinstance(text, str):
+                    problem = f"is {json_type(text)}, not a string"
+                    raise BadRow("not a string", problem, field=f"history[{index}][{number}]")
+            if not turn[1].strip():
+                problem = "is empty: there is no answer to learn from"
+                raise BadRow("nothing to learn", problem, field=f"history[{index}][1]")
             turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
         else:
             raise BadRow("wrong history", "is not a pair of question and answer", field=f"history[{index}]")
@@ -140,7 +144,7 @@ def _parse_question(row: RawRow, question: str, *, answer: str) -> Conversation:
         raise BadRow("nothing to learn", "is empty: there is no answer to learn from", field=answer)
     turns.append({"role": "user", "content": question})
     turns.append({"role": "assistant", "content": output})
-    return check_conversation(turns, field="history", tools=_tools(row))
+    return check_conversation(turns, field="history", tools=_tools(row), system=_optional_text(row, "system"))
 
 
 def parse_prompt_completion(row: RawRow) -> PromptCompletion | Conversation:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from lora_cli.data.conversation import Conversation
 from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import DataSpec
 
 
 @dataclass
@@ -216,8 +217,7 @@ def _entry_lines(entry: Entry) -> list[str]:
         **_reasoning_notes(tally),
     }
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
-    if tally.nulls:
-        lines.append(f"  {tally.nulls.total():,} null fields of structs dropped (Arrow fills them in): {_nulls(tally)}")
+    lines += [f"  {line}" for line in null_lines(tally)]
     if tally.labels and tally.labels["counts"]:
         lines.append(f"  labels: {_label_counts(tally.labels['counts'])}")
     lines += [f"  {line}" for line in unread_lines(tally.ignored, tally.unread_keys)]
@@ -247,9 +247,14 @@ def conversation_notes(tally: Tally) -> dict[str, int]:
 NULLS_SHOWN = 5  # fields listed with the number of their nulls
 
 
-def _nulls(tally: Tally) -> str:
-    listed = [f"{path} {count:,}" for path, count in tally.nulls.most_common(NULLS_SHOWN)]
-    return ", ".join(listed) + (f" and {len(tally.nulls) - NULLS_SHOWN} more" * (len(tally.nulls) > NULLS_SHOWN))
+def null_lines(tally: Tally) -> list[str]:
+    """Return the line about dropped nulls, if there are any."""
+    if not tally.nulls:
+        return []
+    listed = ", ".join(f"{path} {count:,}" for path, count in tally.nulls.most_common(NULLS_SHOWN))
+    more = f" and {len(tally.nulls) - NULLS_SHOWN} more" * (len(tally.nulls) > NULLS_SHOWN)
+    fields = "null field" if tally.nulls.total() == 1 else "null fields"
+    return [f"{tally.nulls.total():,} {fields} of structs dropped (Arrow fills them in): {listed}{more}"]
 
 
 def _reasoning_notes(tally: Tally) -> dict[str, int]:
@@ -295,16 +300,18 @@ def _rows(count: int) -> str:
     return "row" if count == 1 else "rows"
 
 
-def check_dropped_share(entries: Sequence[Entry], *, limit: float) -> None:
-    """Check that a run does not drop more rows than the recipe allows.
+def check_dropped_share(tallies: Sequence[Tally], spec: DataSpec) -> None:
+    """Check that a run does not drop more rows of its sources than the recipe allows.
 
     Raises:
-        LoraError: the share of dropped rows is above `limit`.
+        LoraError: the share of dropped rows is above data.max_loss.
     """
-    read = sum(entry.tally.read for entry in entries)
+    limit = 0.0 if spec.overlong in ("error", "split") and spec.on_bad_row == "error" else 0.1
+    limit = limit if spec.max_loss is None else spec.max_loss
+    read = sum(tally.read for tally in tallies)
     dropped: Counter[str] = Counter()
-    for entry in entries:
-        dropped.update(entry.tally.dropped)
+    for tally in tallies:
+        dropped.update(tally.dropped)
     if dropped.total() > limit * read:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.most_common(3))
         raise LoraError(

@@ -224,6 +224,7 @@ def _split_blocks(message: Message, field: str, unread: Counter[str]) -> list[Me
     current: Message | None = None
     others = {key: value for key, value in message.items() if key not in {"role", "content", "tool_calls"}}
     is_answer = message.get("role") == "assistant"
+    thoughts = ""
     for index, block in enumerate(blocks):
         kind, value = _block(block)
         if kind in {"tool_result", "functionResponse"}:
@@ -231,15 +232,23 @@ def _split_blocks(message: Message, field: str, unread: Counter[str]) -> list[Me
             current = None
             continue
         if current is None:
-            current = {**message, "content": []}
+            current, thoughts = {**message, "content": []}, ""
             messages.append(current)
         if kind in {"tool_use", "functionCall", "thinking"} and (flags := flags_of(value)):
             problem = f"belongs to a {kind} block, but only a turn or a part of its text can have a loss flag"
             raise BadRow("loss flag of a block", problem, field=f"{field}[{index}].{next(iter(flags))}")
         if kind in {"tool_use", "functionCall"} and is_answer:
-            current["tool_calls"] = [*(current.get("tool_calls") or []), _call_of_block(value)]
+            before = current.get("tool_calls") or []
+            if not isinstance(before, list):
+                problem = f"is {json_type(before)}, not a list, and the content has tool calls too"
+                raise BadRow("wrong tool call", problem, field=f"{field.rpartition('.')[0]}.tool_calls")
+            current["tool_calls"] = [*before, _call_of_block(value)]
         elif kind == "thinking" and is_answer and isinstance(value.get("thinking"), str):
-            current["reasoning_content"] = (current.get("reasoning_content") or "") + value["thinking"]
+            if not thoughts and current.get("reasoning_content"):
+                problem = "is reasoning, and the message has reasoning_content too: keep one"
+                raise BadRow("two reasonings", problem, field=f"{field}[{index}]")
+            thoughts += value["thinking"]
+            current["reasoning_content"] = thoughts
         else:
             if current.get("tool_calls") and kind == "text":
                 problem = "is text after a tool call, which chat templates cannot write"

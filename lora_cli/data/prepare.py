@@ -14,7 +14,7 @@ from lora_cli.data.chat_templates import check_template_variables
 from lora_cli.data.class_labels import ClassLabels, SourceLabels
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.encode_classes import make_encoder
-from lora_cli.data.examples import check_documents
+from lora_cli.data.examples import NO_ROWS_HINT, check_documents
 from lora_cli.data.ledger import Entry, Ledger, Totals, check_dropped_share
 from lora_cli.data.sources import eval_sources, train_sources
 from lora_cli.data.split import Index, apply_weight, held_out_masks
@@ -102,7 +102,7 @@ def prepare_data(
         index = apply_weight(rows, weight, seed=seed, split="eval", number=number)
         eval_parts.append((item.rows, index))
         entries.append(_entry(item, "eval", index, distinct=len(rows), held_out=0))
-    check_dropped_share(entries, limit=_max_dropped_share(spec))
+    check_dropped_share([item.tally for item in [*train, *separate_eval]], spec)
     labels, mappers = None, []
     if task in ("seq-cls", "token-cls"):
         by_source = [_source_labels(item) for item in [*train, *separate_eval]]
@@ -114,7 +114,7 @@ def prepare_data(
     train_set, eval_set = EncodedDataset(train_parts, mappers[: len(train)]), EncodedDataset(eval_parts, mappers)
     for split, name in ((train_set, train_key), (eval_set, "data.eval")):
         if not len(split) and (split is train_set or separate_eval):
-            raise LoraError(f"{name}: no rows are left", hint="check data.on_bad_row, data.overlong and the weights")
+            raise LoraError(f"{name}: no rows are left", hint=NO_ROWS_HINT)
     if not len(eval_set) and spec.eval is not None:
         info("data.eval: the data has only one row, so none is held out")
     leaked = int(np.isin(eval_set.keys, train_set.keys).sum()) if separate_eval else 0
@@ -146,12 +146,6 @@ def _source_labels(item: EncodedSource) -> SourceLabels:
     if stored is None:
         raise LoraError(f"{item.source.name}: no rows are left", hint="check data.on_bad_row and data.overlong")
     return SourceLabels(**stored)
-
-
-def _max_dropped_share(spec: DataSpec) -> float:
-    if spec.max_loss is not None:
-        return spec.max_loss
-    return 0.0 if spec.overlong in ("error", "split") and spec.on_bad_row == "error" else 0.1
 
 
 def _entry(item: EncodedSource, split: str, index: Index, *, distinct: int, held_out: int) -> Entry:

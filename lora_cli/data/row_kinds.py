@@ -50,7 +50,12 @@ GOOD_FLAGS = _names(
     "label kto_tag desirable is_desirable is_good good is_correct correct accepted is_accepted is_chosen is_preferred"
     " thumbs_up upvoted is_helpful"
 )
+# Of these, the ones that can only be flags, so that 0 is false; a label 0 is a class.
+GOOD_NUMBERS = _names("kto_tag desirable is_desirable is_good is_correct is_accepted is_chosen is_preferred is_helpful")
 BAD_FLAGS = _names("rejected is_rejected is_bad undesirable is_undesirable thumbs_down downvoted is_incorrect")
+BAD_NUMBERS = _names("is_rejected is_bad undesirable is_undesirable is_incorrect")
+# Loss flags of a turn, on the row.
+TRAIN_FLAGS = _names("train is_train trainable training")
 FEEDBACK = _names("feedback user_feedback label kto_tag rating")
 BAD_FEEDBACK = {"undesirable", "thumbs_down", "thumbs-down", "thumbsdown", "downvote", "dislike", "rejected"}
 MEDIA = {
@@ -61,6 +66,7 @@ MEDIA = {
     "video": _names("video videos video_path video_paths video_url video_urls video_file pixel_values_videos"),
     "audio": _names("audio audios audio_path audio_paths audio_url audio_urls audio_file speech input_features"),
 }
+_MEDIUM = {name: medium for medium, names in MEDIA.items() for name in names}
 ONE_OF = {"image": "an image", "video": "a video", "audio": "audio"}
 LOSS_MASKS = _names(
     "loss_mask mask completion_mask assistant_mask assistant_masks answer_mask response_mask prompt_mask"
@@ -89,6 +95,12 @@ def _is_false(value: object) -> bool:
 
 def _is_true(value: object) -> bool:
     return value is True or (isinstance(value, str) and value.strip().lower() == "true")
+
+
+def _is_number(value: object, number: int) -> bool:
+    if isinstance(value, str):  # tables without types
+        return value.strip() in (str(number), f"{number}.0")
+    return isinstance(value, int | float) and value == number
 
 
 def _is_bad_feedback(value: object) -> bool:
@@ -136,7 +148,30 @@ KINDS: tuple[_Kind, ...] = (
         GOOD_ONLY,
         _ANSWERS,
     ),
+    _Kind(
+        GOOD_NUMBERS,
+        lambda value: _is_number(value, 0),
+        "bad answer",
+        "is {value}: the answer is marked as a bad one (as in KTO)",
+        GOOD_ONLY,
+        _ANSWERS,
+    ),
     _Kind(BAD_FLAGS, _is_true, "bad answer", "is {value}: the answer is marked as a bad one", GOOD_ONLY, _ANSWERS),
+    _Kind(
+        BAD_NUMBERS,
+        lambda value: _is_number(value, 1),
+        "bad answer",
+        "is {value}: the answer is marked as a bad one",
+        GOOD_ONLY,
+        _ANSWERS,
+    ),
+    _Kind(
+        TRAIN_FLAGS,
+        lambda value: _is_false(value) or _is_number(value, 0),
+        "row without loss",
+        "is {value}: the row is marked as one that carries no loss",
+        "data: {{on_bad_row: skip, max_loss: 1.0}} drops and counts these rows; " + IGNORE,
+    ),
     _Kind(
         FEEDBACK, _is_bad_feedback, "bad answer", "is {value}: the answer is marked as a bad one", GOOD_ONLY, _ANSWERS
     ),
@@ -273,13 +308,20 @@ _TOKENS_OF_MEDIA = re.compile(
 _TAG = re.compile(r"(?:(?<![^\n])[ \t]*<(image|video|audio)>|<(image|video|audio)>[ \t]*(?![^\n]))")
 
 
-def check_placeholders(example: object, *, columns: Mapping[str, str | None]) -> None:
-    """Check that no prompt contains the placeholder of an image, video or audio.
+def check_media(example: object, *, columns: Mapping[str, str | None]) -> None:
+    """Check that no message has an image, video or audio, and that no prompt contains the placeholder of one.
 
     Raises:
         BadRow: one does, and data.columns does not map a column of that medium to null.
     """
     left_out = {_normalized(name) for name, column in columns.items() if column is None}
+    for message in example.messages if isinstance(example, Conversation) else ():
+        for key, value in message.items():
+            medium = _MEDIUM.get(_normalized(key)) if not is_empty(value) and value is not False else None
+            if medium and not left_out & MEDIA[medium]:
+                problem = f"has {key}: {ONE_OF[medium]}, which a text model does not see"
+                hint = f"data.columns: {{{key}: null}} trains on the text alone; data.on_bad_row: skip drops these rows"
+                raise BadRow(f"row with {medium}", problem, field=f"the {message['role']} message", hint=hint)
     for field, text in _prompts(example):
         if "<" not in text:
             continue

@@ -49,8 +49,8 @@ def train_sources(spec: DataSpec, *, cache: Path | None = None, info: Info = no_
     sources = [find_source(source, splits=("train",), cache=cache, info=info) for source in _specs(spec, spec.train)]
     for number, source in enumerate(sources):
         for other in sources[:number]:
-            # The same file with other columns or another format gives other rows.
-            if other.spec.format == source.spec.format and other.spec.columns == source.spec.columns:
+            # The same file read in another way gives other rows.
+            if _way_of_reading(other.spec) == _way_of_reading(source.spec):
                 _check_no_common_file(other, source, f"data.train: {source.spec.path} and {other.spec.path} both read")
     return sources
 
@@ -73,6 +73,10 @@ def eval_sources(
         for other in train:
             _check_no_common_file(other, source, f"data.eval: {source.spec.path} reads a file of data.train:")
     return sources
+
+
+def _way_of_reading(spec: SourceSpec) -> tuple[object, ...]:
+    return spec.format, spec.columns, spec.message_fields, spec.roles, spec.template_variables
 
 
 def _check_no_common_file(one: DataSource, other: DataSource, problem: str) -> None:

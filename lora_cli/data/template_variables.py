@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -56,6 +57,18 @@ def template_names(source: str) -> set[str]:
         if test.name in ("defined", "undefined", "default", "d") and isinstance(test.node, nodes.Name)
     }
     return names - (own - asked)
+
+
+@cache
+def template_keys(source: str) -> frozenset[str]:
+    """Return the names of the keys of messages, tools and other objects that a template reads, and its other texts.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the template is not valid Jinja.
+    """
+    tree = _parse(source)
+    texts = {text.value for text in tree.find_all(nodes.Const) if isinstance(text.value, str)}  # message["name"]
+    return frozenset(texts | {field.attr for field in tree.find_all(nodes.Getattr)})
 
 
 def is_reserved(name: str) -> bool:
@@ -108,13 +121,19 @@ def row_variables(value: object) -> dict[str, Any]:
     Raises:
         BadRow: the column is not an object.
     """
+    if isinstance(value, BadRow):  # of a table
+        raise value
     if isinstance(value, str):  # as in a table
-        value = parse_json_field(value, field=KWARGS_COLUMN)
+        value = parse_json_field(value, field=KWARGS_COLUMN) if value.strip() else None
     if value is None:
         return {}
     if not isinstance(value, dict):
         problem = f'is {json_type(value)}, not an object such as {{"enable_thinking": false}}'
         raise BadRow("wrong template variables", problem, field=KWARGS_COLUMN)
+    for name, each in value.items():
+        if isinstance(each, str) and each.lower() in ("true", "false"):
+            problem = f"is the text {each!r}, which a template reads as true: remove the quotes"
+            raise BadRow("wrong template variables", problem, field=f"{KWARGS_COLUMN}.{name}")
     return {name: each for name, each in value.items() if each is not None}
 
 

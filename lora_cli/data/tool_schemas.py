@@ -28,8 +28,8 @@ def tool_schemas(tools: object, *, field: str = "tools") -> list[ToolSchema] | N
     Raises:
         BadRow: the column is not a list of schemas with names.
     """
-    if isinstance(tools, str) and tools.strip():
-        tools = parse_json_field(tools, field=field)
+    if isinstance(tools, str):
+        tools = parse_json_field(tools, field=field) if tools.strip() else None
     if not tools:
         return None
     if isinstance(tools, dict):
@@ -50,7 +50,8 @@ def _schemas_of(tool: object, field: str) -> list[ToolSchema]:
                 ]
         function = tool.get("function")
         if isinstance(function, dict) and _first(function, NAMES):
-            if tool.get("type") == "function" and isinstance(function.get("name"), str):
+            texts = isinstance(function.get("name"), str) and not isinstance(function.get("parameters"), str)
+            if tool.get("type") == "function" and texts:
                 return [tool]
             return [{"type": "function", "function": _function(function, field)}]
         if _first(tool, NAMES):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.loss_flags import Run, TurnLoss, merge_runs
+from lora_cli.data.reasoning import CLOSE
 from lora_cli.data.records import BadRow
 
 # Roles that may follow each role; None is the start. A system message is only allowed first.
@@ -52,7 +53,7 @@ def arrange_turns(chat: Conversation, options: TurnOptions) -> Conversation:
     if cut:
         turns = turns[: answers[-1] + 1]
     joined = _join_turns(turns) if options.join else turns
-    _check_order(joined, chat.field, joining=options.join)
+    _check_order(joined, chat, joining=options.join)
     if joined[-1].message["role"] != "assistant":
         problem = f"ends with {joined[-1].message['role']}: there is no answer to learn from"
         reason, hint = ("no answer at the end", CUT_HINT) if answers else ("no answer", None)
@@ -69,7 +70,7 @@ def arrange_turns(chat: Conversation, options: TurnOptions) -> Conversation:
     )
 
 
-def _check_order(turns: list[_Turn], field: str, *, joining: bool) -> None:
+def _check_order(turns: list[_Turn], chat: Conversation, *, joining: bool) -> None:
     previous: Message | None = None
     for message, _, position in turns:
         role, before = message["role"], previous["role"] if previous else None
@@ -84,10 +85,10 @@ def _check_order(turns: list[_Turn], field: str, *, joining: bool) -> None:
             reason, hint = "wrong role order", None
             if role == before and not joining:
                 reason, hint = "two turns of one role", JOIN_HINT
-            raise BadRow(reason, problem, field=f"{field}[{position}].role", hint=hint)
+            raise BadRow(reason, problem, field=f"{chat.location(position)}.role", hint=hint)
         if role == "tool" and before == "assistant" and previous is not None and not _calls_a_tool(previous):
             problem = "tool can only follow an assistant message with tool_calls"
-            raise BadRow("wrong role order", problem, field=f"{field}[{position}].role")
+            raise BadRow("wrong role order", problem, field=f"{chat.location(position)}.role")
         previous = message
 
 
@@ -110,6 +111,9 @@ def _join_turns(turns: list[_Turn]) -> list[_Turn]:
 def _join(first: _Turn, second: _Turn) -> _Turn | None:
     """Return two turns as one; None if they have different roles, or fields that one turn cannot express."""
     one, other = first.message, second.message
+    # Reasoning is only at the start of an answer.
+    if one["role"] == "assistant" and CLOSE in other["content"]:
+        return None
     calls = [*one.get("tool_calls", []), *other.get("tool_calls", [])]
     # One turn has its text before its calls, and each of the other fields once.
     if one["role"] != other["role"] or ("tool_calls" in one and other["content"]):

@@ -222,6 +222,25 @@ def test_an_interrupted_encoding_continues_where_it_was(prepared, chatml, monkey
     assert len(batches) == 12
 
 
+def test_an_interruption_behind_the_last_row_changes_no_count(prepared, chatml, monkeypatch, tmp_path):
+    template = chatml.chat_template.replace("message['content']", "(message.name or '') + message['content']")
+    turns = [{"role": "user", "content": "q", "name": "Eve", "time": 3}, {"role": "assistant", "content": "a"}]
+    files = {"train.jsonl": "".join(json.dumps({"messages": turns, "id": i}) + "\n" for i in range(7))}
+    whole = prepared(chatml, files=files, chat_template=template)
+    shutil.rmtree(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.Tally, "check", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(chatml, chat_template=template)
+    resumed = prepared(chatml, chat_template=template)
+    assert resumed.ledger.entries[0].tally == whole.ledger.entries[0].tally
+    assert "  message keys not used: time (7 messages)" in resumed.ledger.table()
+
+
+def interrupt(tally: cache.Tally) -> None:
+    raise KeyboardInterrupt
+
+
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[int]:
     """Let the encoding of the batch after `count` fail once; return a list that gets the rows of each batch."""
     batches: list[int] = []

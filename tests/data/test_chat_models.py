@@ -105,6 +105,77 @@ def test_reasoning_is_learnt_in_the_form_that_the_template_reads(prepared, answe
         assert text("qwq") == Q.format(0) + "<think>\n[[2+2\n</think>\n\n4<|im_end|>]]\n"
 
 
+def test_variables_of_one_row_with_which_the_template_fails_are_a_bad_row(prepared):
+    tokenizer = MODELS["gpt-oss"].tokenizer()
+    efforts = "{% if reasoning_effort not in ('low', 'high') %}{{ raise_exception('no such effort') }}{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{%- for", efforts + "{%- for", 1)
+    rows = [
+        {"messages": asked("4"), "chat_template_kwargs": {"reasoning_effort": effort}} for effort in ("low", "x", "x")
+    ]
+    data = prepared(tokenizer, files=file_of(*rows), on_bad_row="skip", max_loss=1.0)
+    assert [row.where for row in data.train] == ["train.jsonl:1"]
+    assert data.ledger.entries[0].tally.dropped == {"unusable template variables": 2}
+    with pytest.raises(LoraError) as caught:
+        prepared(tokenizer, files=file_of(*rows))
+    problem = (
+        "train.jsonl:2: the tokenizer's chat template cannot be used for training: it rejects the row: no such effort "
+        '(with reasoning_effort: "x")'
+    )
+    assert caught.value.details[0] == problem
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3"])
+def test_reasoning_after_a_prompt_that_ends_it_is_refused(prepared, name: str):
+    files = file_of({"messages": asked(REASONED[0])})
+    with pytest.raises(LoraError) as caught:
+        prepared(MODELS[name].tokenizer(), files=files, template_variables=NO_THINKING)
+    assert caught.value.details == (
+        "train.jsonl:1: has reasoning, but the generation prompt ends the reasoning before the answer: "
+        "change data.template_variables (enable_thinking), or remove it",
+    )
+
+
+def test_the_tag_in_place_of_omitted_reasoning_is_not_learnt():
+    text = marked(MODELS["deepseek v3.1"].tokenizer(), asked(REASONED[0], REASONED[1]), thinking=True)
+    assert text == (
+        f"{DS_BOS}<｜User｜>q0<｜Assistant｜></think>[[4{DS_EOS}]]"
+        f"<｜User｜>q1<｜Assistant｜><think>[[2+2</think>4{DS_EOS}]]"
+    )
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3", "smollm3", "qwq"])
+def test_blank_reasoning_is_no_reasoning(prepared, name: str):
+    tokenizer = MODELS[name].tokenizer()
+    rows = [{"messages": asked({"content": "4", **field})} for field in ({}, {"thinking": ""}, {"reasoning": "\n"})]
+    first, *others = prepared(tokenizer, files=file_of(*rows)).train
+    for row in others:
+        assert (row.input_ids.tolist(), row.labels.tolist()) == (first.input_ids.tolist(), first.labels.tolist())
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek v3"])
+def test_a_template_that_omits_the_results_of_tools_is_refused(prepared, name: str):
+    chat = [
+        *asked("<tool_call>{}</tool_call>"),
+        {"role": "tool", "content": "18"},
+        {"role": "assistant", "content": "4"},
+    ]
+    with pytest.raises(LoraError) as caught:
+        prepared(MODELS[name].tokenizer(), files=file_of({"messages": chat}))
+    assert caught.value.details == ("train.jsonl:1: the chat template omits the result of a tool",)
+
+
+def test_results_of_tools_may_be_written_in_another_form(prepared):
+    written = {"tojson": "{{ message.content | tojson }}", "length": "{{ message.content | length }}"}
+    chat = [*asked("<tool_call>{}</tool_call>"), {"role": "tool", "content": '"a"\n'}, *asked("4")[1:]]
+    for form in written.values():
+        tokenizer = MODELS["yi, hermes"].tokenizer()
+        template = "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'tool' %}FORM"
+        template += "{% else %}{{ message.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        tokenizer.chat_template = template.replace("FORM", form)
+        assert len(prepared(tokenizer, files=file_of({"messages": chat})).train) == 1
+
+
 def test_reasoning_of_earlier_turns_is_omitted_and_counted(prepared):
     chat = asked(REASONED[0], REASONED[3], "5", REASONED[1])
     tokenizer = MODELS["qwen3"].tokenizer()

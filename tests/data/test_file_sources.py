@@ -85,6 +85,13 @@ def test_what_is_not_read_is_told_once(folder):
     assert source.name == "d[train]"
 
 
+def test_files_without_a_split_in_their_name_are_told_beside_train_files(folder):
+    folder("d/train.jsonl", "d/holdout.jsonl")
+    told: list[str] = []
+    train_sources(DataSpec(train="d"), info=told.append)
+    assert told == ["d: read as train too, as their names tell no split: holdout.jsonl"]
+
+
 def test_a_split_is_selected_by_its_name(folder):
     folder("d/train.jsonl", "d/dev.jsonl", "d/test.jsonl")
     for split, file in {"dev": "dev", "validation": "dev", "test": "test", "train": "train"}.items():
@@ -145,7 +152,11 @@ def test_a_file_of_two_train_sources_is_refused(folder):
     spec = DataSpec.model_validate({"train": [{"path": "d/a.jsonl"}, {"path": "d/*"}]})
     with pytest.raises(LoraError, match=r"data.train: d/\* and d/a.jsonl both read d/a.jsonl"):
         train_sources(spec)
-    # With other columns, its rows are others.
+    # With other template variables or roles, its rows are others.
+    ways = [{}, {"template_variables": {"enable_thinking": False}}, {"roles": {"narrator": "user"}}]
+    spec = DataSpec.model_validate({"train": [{"path": "d/a.jsonl", **way} for way in ways]})
+    assert len(train_sources(spec)) == 3
+    # With other columns too.
     spec = DataSpec.model_validate({"train": [{"path": "d/a.jsonl"}, {"path": "d/*", "columns": {"text": "b"}}]})
     assert len(train_sources(spec)) == 2
 

@@ -248,6 +248,19 @@ def test_tool_calls_follow_the_flag_of_their_turn():
     assert rows({"content": parts[::-1]}) == ["I look.", written, last]
 
 
+def test_arguments_of_a_call_are_not_taken_for_text_that_the_template_omits(chatml):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.tool_calls | tojson if m.tool_calls else m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = CausalLMEncoder(DataSpec(train="x", chat_template=template), chatml)
+    call = {"function": {"name": "look_up", "arguments": {"word": "dog"}}}
+    answer = {"role": "assistant", "tool_calls": [call], "content": [{"type": "text", "text": "dog", "weight": 0}]}
+    row = encode([{"role": "user", "content": "What?"}, answer], encoder)
+    assert isinstance(row, BadRow)
+    assert row.problem == "has loss flags on parts of an answer that the chat template writes differently"
+
+
 def test_reasoning_follows_the_flag_of_its_turn_or_part():
     def learnt(answer: dict[str, Any]) -> list[str]:
         row = encode([{"role": "user", "content": "Hello"}, {"role": "assistant", **answer}], QWEN3)

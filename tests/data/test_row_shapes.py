@@ -82,6 +82,20 @@ def test_bad_answers_are_skipped_and_counted_on_purpose(prepared, chatml):
     assert left_out.fingerprint == prepared(chatml, files=file_of(*plain)).fingerprint
 
 
+def test_too_many_bad_rows_are_refused_with_and_without_model(prepared, chatml):
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i != 0} for i in range(5)]
+    bad = [{**row, "label": False} for row in rows]
+    for files, section, message in (
+        (file_of(*rows), {}, r"1 of 5 rows are dropped \(20.0%\), more than data.max_loss allows \(10.0%\)"),
+        (file_of(*bad), {"max_loss": 1.0}, "data.train: no rows are left"),
+    ):
+        section = {"on_bad_row": "skip", "eval": None, **section}
+        with pytest.raises(LoraError, match=message):
+            prepared(chatml, files=files, **section)
+        with pytest.raises(LoraError, match=message):
+            check_rows(DataSpec(train="train.jsonl", **section), "causal-lm", lambda line: None)
+
+
 def test_the_hint_for_unknown_columns_follows_the_chat_template(prepared, chatml, base):
     files = file_of({"Question": "Hello", "context": "you", "Answer": " Hi", "id": 1})
     hints = {}

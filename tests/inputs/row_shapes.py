@@ -4,6 +4,7 @@ Shapes with a result give the text that the model sees, turns separated by space
 """
 # ruff: noqa: E501
 
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -115,6 +116,12 @@ SHAPES: dict[str, Shape] = {
         {"messages": [{"role": "user", "content": "Hi", "name": None}, ANSWER]}, HI
     ),
     "TRL prompt-completion of messages": Shape({"prompt": [USER], "completion": [ANSWER]}, HI),
+    "TRL prompt-completion of messages as JSON text": Shape(
+        {"prompt": json.dumps([USER]), "completion": json.dumps([ANSWER])}, HI
+    ),
+    "literal JSON as prompt and completion": Shape(
+        {"prompt": '[{"a": 1}]', "completion": '[{"role": "x"}]'}, '[{"a": 1}][[[{"role": "x"}]<|im_end|>'
+    ),
     "TRL prompt-completion of from and value": Shape(
         {"prompt": [{"from": "human", "value": "Hi"}], "completion": [{"from": "gpt", "value": "Yo"}]}, HI
     ),
@@ -365,6 +372,24 @@ SHAPES: dict[str, Shape] = {
     "Hermes calls in the text": Shape(
         {"messages": called({"role": "assistant", "content": CALL}, {"role": "tool", "content": "18"})}, USED
     ),
+    "parameters as JSON text (tables)": Shape(
+        {
+            "messages": USED_CHAT,
+            "tools": [{"type": "function", "function": {**WEATHER, "parameters": json.dumps(WEATHER["parameters"])}}],
+        },
+        f"{TOOL} {USED}",
+    ),
+    "no calls, in the forms of tables": Shape(
+        {"messages": [{**USER, "tool_calls": ""}, {**ANSWER, "tool_calls": "[]"}], "tools": " "}, HI
+    ),
+    "blank reasoning": Shape(
+        {"messages": [USER, {**ANSWER, "reasoning_content": "", "thinking": " "}]}, HI, {"on_bad_row": "error"}
+    ),
+    "one reasoning in two fields": Shape(
+        {"messages": [USER, {**ANSWER, "reasoning_content": "R", "reasoning": "R\n"}]},
+        "user:Hi [[<think>\nR\n</think>\n\nYo]]",
+    ),
+    "template variables as an empty cell": Shape({"messages": CHAT, "chat_template_kwargs": ""}, HI),
     # columns and keys that nothing reads
     "columns that are not used": Shape(
         {"messages": CHAT, "id": 7, "score": 0.5, "empty": None, "tags": []},
@@ -377,6 +402,21 @@ SHAPES: dict[str, Shape] = {
         HI,
         {},
         ("message keys not used: name (1 message), time (2 messages)",),
+    ),
+    "images of messages left out on purpose": Shape(
+        {"messages": [{**USER, "images": ["a.png"]}, ANSWER]},
+        HI,
+        {"columns": {"images": None}},
+        ("message keys not used: images (1 message)",),
+    ),
+    "empty images of messages": Shape(
+        {"messages": [{**USER, "images": []}, {**ANSWER, "audio": False}]},
+        HI,
+        {},
+        ("message keys not used: audio (1 message), images (1 message)",),
+    ),
+    "tools of a message, which templates read from the row": Shape(
+        {"messages": [{**USER, "tools": [WEATHER]}, ANSWER]}, HI, {}, ("message keys not used: tools (1 message)",)
     ),
     "keys of parts and calls": Shape(
         {
@@ -439,7 +479,7 @@ def media(column: str, value: object, medium: str) -> Refused:
 
 
 def kto(column: str, value: object, row: dict[str, Any] | None = None, **section: Any) -> Refused:
-    as_in = " (as in KTO)" if value in {False, "False", "false"} else ""
+    as_in = " (as in KTO)" if value in {False, "False", "false", "0"} else ""
     written = repr(value).lower() if isinstance(value, bool) else repr(value)
     problem = f"{column}: is {written}: the answer is marked as a bad one{as_in}"
     return Refused(
@@ -473,6 +513,13 @@ REFUSED: dict[str, Refused] = {
     "is_correct": kto("is_correct", False),
     "rejected as a flag": kto("rejected", True),
     "thumbs down": kto("feedback", "thumbs_down"),
+    "is_good 0": kto("is_good", 0),
+    "desirable 0 in a table": kto("desirable", "0", {"query": "Hi", "response": "Yo"}),
+    "a row that is not trained on": Refused(
+        {"messages": CHAT, "train": False},
+        "train: is false: the row is marked as one that carries no loss",
+        f"data: {{on_bad_row: skip, max_loss: 1.0}} drops and counts these rows; {LEAVE_OUT.replace('COLUMN', 'train')}",
+    ),
     # preference pairs
     "TRL's preference": pair(
         {"prompt": "Hi", "chosen": "Yo", "rejected": "No"},
@@ -563,6 +610,16 @@ REFUSED: dict[str, Refused] = {
         {"text": "Hi", "images": ["a.png"]},
         "images: the row has an image, which a text model does not see",
         "data.columns: {images: null} trains on the text alone; data.on_bad_row: skip drops these rows",
+    ),
+    "images of a message (Ollama)": Refused(
+        {"messages": [{**USER, "images": ["a.png"]}, ANSWER]},
+        "the user message: has images: an image, which a text model does not see",
+        "data.columns: {images: null} trains on the text alone; data.on_bad_row: skip drops these rows",
+    ),
+    "audio of an answer (OpenAI)": Refused(
+        {"messages": [USER, {**ANSWER, "audio": {"id": "x"}}]},
+        "the assistant message: has audio: audio, which a text model does not see",
+        "data.columns: {audio: null} trains on the text alone; data.on_bad_row: skip drops these rows",
     ),
     "<image> in a question": placeholder(
         {"messages": [{"role": "user", "content": "<image>\nHi"}, ANSWER]},
@@ -722,6 +779,83 @@ REFUSED: dict[str, Refused] = {
         {"query": "Hi", "response": "Yo", "history": [{"role": "user", "content": "a"}]},
         "history[1].role: user cannot follow user",
         "fix them, or set data.merge_turns: true to join consecutive turns of one role, and count them",
+    ),
+    "a number in history": Refused(
+        {"query": "Hi", "response": "Yo", "system": "S", "history": [["a", "b"], ["c", 3]]},
+        "history[1][1]: is a number, not a string",
+        USUAL,
+    ),
+    "an empty answer in history": Refused(
+        {"query": "Hi", "response": "Yo", "system": "S", "history": [["a", "b"], ["c", " "]]},
+        "history[1][1]: is empty: there is no answer to learn from",
+        USUAL,
+    ),
+    "a message behind a system column": Refused(
+        {"messages": [USER, {"role": "assistant", "content": 3}], "system": "S"},
+        "messages[1].content: is a number, not a string",
+        USUAL,
+    ),
+    "the order behind a system column": Refused(
+        {"messages": [USER, ANSWER, ANSWER], "system": "S"},
+        "messages[2].role: assistant cannot follow assistant",
+        "fix them, or set data.merge_turns: true to join consecutive turns of one role, and count them",
+    ),
+    "no text and no call": Refused(
+        {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": "[]"}]},
+        "messages[1].content: is empty: there is no answer to learn from",
+        USUAL,
+    ),
+    "a call without a name": Refused(
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "", "arguments": {}}]}]},
+        "messages[1].tool_calls[0]: has no function name",
+        USUAL,
+    ),
+    "a tool_use beside tool_calls that are no list": Refused(
+        {"messages": [USER, {**ANSWER, "tool_calls": 5, "content": [{"type": "tool_use", "name": "f", "input": {}}]}]},
+        "messages[1].tool_calls: is a number, not a list, and the content has tool calls too",
+        USUAL,
+    ),
+    # reasoning
+    "reasoning that is a list": Refused(
+        {"messages": [USER, {**ANSWER, "reasoning_content": ["R"]}]},
+        "messages[1].reasoning_content: is a list, not a string",
+        USUAL,
+    ),
+    "two reasonings": Refused(
+        {"messages": [USER, {**ANSWER, "reasoning_content": "R", "thinking": "S"}]},
+        "messages[1]: reasoning_content and thinking differ: keep one",
+        USUAL,
+    ),
+    "reasoning in a field and in the content": Refused(
+        {"messages": [USER, {"role": "assistant", "content": "<think>R</think>Yo", "reasoning": "R"}]},
+        "messages[1]: has reasoning in reasoning and, between <think> and </think>, in its content: keep one",
+        USUAL,
+    ),
+    "reasoning in a field and in a block": Refused(
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "reasoning_content": 3,
+                    "content": [{"type": "thinking", "thinking": "R"}, {"type": "text", "text": "Yo"}],
+                },
+            ]
+        },
+        "messages[1].content[0]: is reasoning, and the message has reasoning_content too: keep one",
+        USUAL,
+    ),
+    "reasoning within a joined turn": Refused(
+        {"messages": [USER, ANSWER, {"role": "assistant", "content": "<think>\nR\n</think>\n\nYo"}]},
+        "messages[2].role: assistant cannot follow assistant: data.merge_turns cannot join them, because their other "
+        "fields do not fit one turn",
+        USUAL,
+        {"merge_turns": True},
+    ),
+    "a quoted template variable": Refused(
+        {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": "False"}},
+        "chat_template_kwargs.enable_thinking: is the text 'False', which a template reads as true: remove the quotes",
+        USUAL,
     ),
     "response null": Refused({"query": "Hi", "response": None}, "response: is null", USUAL),
     # columns of other names
