@@ -207,13 +207,13 @@ def _entry_lines(entry: Entry) -> list[str]:
     end_tokens = "end-of-turn token" if tally.ends_lost == 1 else "end-of-turn tokens"
     notes = conversation_notes(tally) | {
         f"{_rows(tally.cut)} truncated to data.max_length": tally.cut,
-        f"answer{'s' * (tally.answers_cut != 1)} truncated": tally.answers_cut,
+        f"{_answers(tally.answers_cut)} truncated": tally.answers_cut,
         f"{end_tokens} lost: the model cannot learn to stop from these answers": tally.ends_lost,
         f"document{'s' * (tally.documents_split != 1)} split at data.max_length": tally.documents_split,
         "labels or target tokens lost by truncation": tally.labels_cut,
         f"{_rows(tally.splits)} with an answer, or a part of one, that began inside a token and was tokenized "
         "separately": tally.splits,
-        "answers changed by the chat template": tally.rewritten,
+        f"{_answers(tally.rewritten)} changed by the chat template": tally.rewritten,
         **_reasoning_notes(tally),
     }
     lines += [f"  {count:,} {note}" for note, count in notes.items() if count]
@@ -237,7 +237,7 @@ def unread_lines(columns: Mapping[str, int], keys: Mapping[str, int]) -> list[st
 def conversation_notes(tally: Tally) -> dict[str, int]:
     """Return what was changed in conversations, with its count."""
     return {
-        f"answer{'s' * (tally.answers_masked != 1)} without loss, by their loss flags": tally.answers_masked,
+        f"{_answers(tally.answers_masked)} without loss, by their loss flags": tally.answers_masked,
         f"part{'s' * (tally.parts_masked != 1)} of answers without loss, by their loss flags": tally.parts_masked,
         f"turn{'s' * (tally.turns_joined != 1)} joined with the turn before, of the same role": tally.turns_joined,
         f"{_rows(tally.ends_cut)} cut to the last answer: other turns followed it": tally.ends_cut,
@@ -262,15 +262,15 @@ def _reasoning_notes(tally: Tally) -> dict[str, int]:
     mixed = tally.reasoned if tally.answered else 0
     return {
         f"{_rows(mixed)} with reasoning in the last answer, mixed with {tally.answered:,} without": mixed,
-        "earlier answers whose reasoning is omitted by the chat template": tally.dropped_reasoning,
-        "last answers whose reasoning, which the chat template omits, is written after its generation prompt": (
-            tally.inserted
+        f"earlier {_answers(tally.dropped_reasoning)} whose reasoning is omitted by the chat template": (
+            tally.dropped_reasoning
         ),
-        "answers without reasoning after an empty reasoning block of the chat template, which carries no loss: "
-        "a server writes it in the prompt if reasoning is off (data.template_variables)": tally.empty,
-        "answers that do not follow the text that the chat template's generation prompt writes before an answer": (
-            tally.unprompted
-        ),
+        f"last {_answers(tally.inserted)} whose reasoning, which the chat template omits, is written after its "
+        "generation prompt": tally.inserted,
+        f"{_answers(tally.empty)} without reasoning after an empty reasoning block of the chat template, which carries "
+        "no loss: a server writes it in the prompt if reasoning is off (data.template_variables)": tally.empty,
+        f"{_answers(tally.unprompted)} not behind the text that the chat template's generation prompt writes before an "
+        "answer": tally.unprompted,
     }
 
 
@@ -294,6 +294,10 @@ def _totals_line(name: str, totals: Totals, unit: str) -> str:
         f"{name}: {totals.rows:,} {_rows(totals.rows)}, {totals.tokens:,} tokens, "
         f"{counted or f'{totals.supervised:,} {unit}'}; tokens per row: {lengths}"
     )
+
+
+def _answers(count: int) -> str:
+    return "answer" if count == 1 else "answers"
 
 
 def _rows(count: int) -> str:

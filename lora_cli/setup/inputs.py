@@ -148,11 +148,11 @@ def _resolve_packing(
         if obstacle is None:
             return recipe
         raise LoraError(
-            f"data.packing: rows of a {config.model_type} model would not stay separate: {obstacle}",
+            f"data.packing: rows would not stay separate in {config.model_type}: {obstacle}",
             hint="set data.packing: false, or remove it",
         )
     if obstacle is not None:
-        info(f"packing: off, because rows of a {config.model_type} model would not stay separate: {obstacle}")
+        info(f"packing: off, because rows would not stay separate in {config.model_type}: {obstacle}")
     return recipe.with_packing(obstacle is None)
 
 

@@ -11,7 +11,7 @@ from tests.model import families
 from tests.model.families import FAMILIES
 
 OFF = (
-    "packing: off, because rows of a lfm2 model would not stay separate: its conv layers carry state from one row into "
+    "packing: off, because rows would not stay separate in lfm2: its conv layers carry state from one row into "
     "the next; the kernels that keep rows apart run on a GPU"
 )
 

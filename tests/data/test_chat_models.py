@@ -236,7 +236,7 @@ def test_rows_with_and_without_reasoning_are_told(prepared):
     )
     assert data.ledger.table()[2:4] == [
         "  2 rows with reasoning in the last answer, mixed with 1 without",
-        "  1 answers without reasoning after an empty reasoning block of the chat template, which carries no loss: "
+        "  1 answer without reasoning after an empty reasoning block of the chat template, which carries no loss: "
         "a server writes it in the prompt if reasoning is off (data.template_variables)",
     ]
 
