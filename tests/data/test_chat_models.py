@@ -131,7 +131,7 @@ def test_reasoning_after_a_prompt_that_ends_it_is_refused(prepared, name: str):
         prepared(MODELS[name].tokenizer(), files=files, template_variables=NO_THINKING)
     assert caught.value.details == (
         "train.jsonl:1: has reasoning, but the generation prompt ends the reasoning before the answer: "
-        "change data.template_variables (enable_thinking), or remove it",
+        "change data.template_variables, or the row's chat_template_kwargs (enable_thinking), or remove the reasoning",
     )
 
 
