@@ -132,7 +132,7 @@ def worker(folder: Path) -> "subprocess.Popen[str]":
 @pytest.mark.slow
 def test_two_concurrent_processes_encode_once(prepared, chatml, tmp_path):
     (tmp_path / "train.jsonl").write_text(ROWS)
-    outputs = [process.communicate(timeout=60)[0].splitlines() for process in [worker(tmp_path), worker(tmp_path)]]
+    outputs = [process.communicate(timeout=600)[0].splitlines() for process in [worker(tmp_path), worker(tmp_path)]]
     assert sum(line == "batch" for lines in outputs for line in lines) == 10
     assert outputs[0][-1] == outputs[1][-1] == prepared(chatml).fingerprint
     assert len(cache_entries(tmp_path)) == 1
@@ -150,7 +150,7 @@ def test_a_killed_process_leaves_no_partial_entry(prepared, chatml, tmp_path):
     assert [name.startswith(".unfinished-") for name in cache_entries(tmp_path)] == [True]
     started = time.monotonic()
     data = prepared(chatml)
-    assert time.monotonic() - started < 5  # the lock of the killed process is released
+    assert time.monotonic() - started < 60  # the lock of the killed process is released
     assert len(data.train) == 50
     assert [name.startswith(".") for name in cache_entries(tmp_path)] == [False]
 
