@@ -21,6 +21,7 @@ from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, pr
 from lora_cli.model.tasks import TASKS, auto_class
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
+from lora_cli.run.library_warnings import silence_gpu_kernel_advice
 
 # We print the progress of loading; warnings of transformers still come through.
 transformers_logging.disable_progress_bar()
@@ -99,6 +100,8 @@ class BaseCheckpoint(NamedTuple):
                 "quantization_config": GgufConfig(),
                 "device_map": {"": device},
             }
+        if device.type == "cpu":
+            silence_gpu_kernel_advice()
         torch.manual_seed(seed)
         with library_errors(source):
             model: PreTrainedModel

@@ -32,8 +32,11 @@ def silence_library_warnings() -> None:
     # On import, bitsandbytes 0.50 looks for a 4-bit kernel that only generation on some CPUs uses, in a package that
     # is not needed here; it warns even in runs without quantization.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_missing_kernel)
-    # Hybrid and state-space models ask for packages that have kernels for GPUs only.
-    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_not_gpu_kernel_on_cpu)
+
+
+def silence_gpu_kernel_advice() -> None:
+    """Silence the advice of hybrid and state-space models to install kernels for GPUs; for a model on the CPU."""
+    logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_not_kernel_advice)
 
 
 def _is_not_load_report(record: logging.LogRecord) -> bool:
@@ -48,9 +51,5 @@ def _is_not_missing_kernel(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
 
 
-def _is_not_gpu_kernel_on_cpu(record: logging.LogRecord) -> bool:
-    if "is falling back to its reference PyTorch implementation" not in str(record.msg):
-        return True
-    import torch  # imported already by the model that logs the line
-
-    return torch.cuda.is_available()
+def _is_not_kernel_advice(record: logging.LogRecord) -> bool:
+    return "is falling back to its reference PyTorch implementation" not in str(record.msg)

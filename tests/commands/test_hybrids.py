@@ -33,6 +33,7 @@ def test_packing_is_off_by_default_and_told_before_the_load(recipe: WriteRecipe,
     assert (checked.code, checked.err.count(OFF)) == (0, 1), checked.err
     trained = lora("train", path)
     assert (trained.code, trained.err.count(OFF)) == (0, 1), trained.err
+    assert "[transformers]" not in trained.err  # its advice to install kernels for GPUs
     written = yaml.safe_load(Path("runs/a/recipe.yaml").read_text())
     assert written["data"]["packing"] is False
     assert (written["training"]["batch_size"], written["training"]["tokens_per_batch"]) == (4, None)
