@@ -19,7 +19,7 @@ from lora_cli.evaluation.classification_metrics import compute_classification_me
 from lora_cli.evaluation.likelihood import measure_row_likelihoods
 from lora_cli.evaluation.predict import predict
 from lora_cli.evaluation.report import BASE, ModelResult
-from lora_cli.model.adapter_config import CONFIG_FILE, read_adapter_config
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.load_adapter import NamedAdapters, load_adapters
@@ -31,7 +31,7 @@ from lora_cli.model.trained_on import read_trained_on
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
-from lora_cli.run.folder import recipe_of_adapter
+from lora_cli.run.folder import CONFIG_FILE, recipe_of_adapter
 from lora_cli.setup.adapter_folders import parse_named_folder
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base

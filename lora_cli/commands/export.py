@@ -17,13 +17,14 @@ from lora_cli.export import EXPORTERS, Exporter
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.merging.verify import fits_in_memory
 from lora_cli.model import prequantized, safetensors_io
-from lora_cli.model.adapter_config import CONFIG_FILE, read_adapter_config
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.base_model import PROBLEM_TYPES, BaseCheckpoint
 from lora_cli.model.model_source import ModelSource, find_model, load_config, load_tokenizer, local_folder
 from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
+from lora_cli.run.folder import find_adapter_folder
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import check_not_unfinished
 from lora_cli.setup.held_out import HeldOutRows
@@ -90,11 +91,10 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
 
 def _adapter_folder(target: Path) -> Path | None:
     """Return the adapter folder that `target` is or contains; None for a model."""
-    for folder in (target, target / "adapter"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    check_not_unfinished(target)
-    return None
+    folder = find_adapter_folder(target)
+    if folder is None:
+        check_not_unfinished(target)
+    return folder
 
 
 def _check_paths(out: Path, target: Path, adapter: Path | None, exporter: Exporter, request: ExportRequest) -> None:

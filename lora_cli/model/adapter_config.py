@@ -16,8 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lora_cli.errors import LoraError
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
+from lora_cli.run.folder import CONFIG_FILE
 
-CONFIG_FILE = "adapter_config.json"
 # Keys that are unknown to PEFT, and have no effect on a trained adapter.
 NO_EFFECT = (
     "unsloth_fixed",  # a mark of Unsloth

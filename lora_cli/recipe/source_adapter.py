@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-CONFIG_FILE = "adapter_config.json"
+from lora_cli.run.folder import CONFIG_FILE, find_adapter_folder
+
 LIST_KEYS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 TASK_HEADS = {"classifier", "score"}  # PEFT adds both to modules_to_save of classifiers, whatever their head is called
 # PEFT's type: keys of its configuration by keys of the recipe. All types over layers have COMMON too.
@@ -55,18 +56,12 @@ METHODS = {
 MAY_DIFFER = {"dropout"}  # no part of the trained function
 
 
-def find_source(path: str) -> Path | None:
-    """Return the adapter folder that `path`, an adapter or a run folder, stands for; None if it has no adapter."""
-    folders = (Path(path), Path(path) / "adapter")
-    return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
-
-
 def source_keys(path: str) -> dict[str, Any]:
     """Return the keys of the adapter section that describe the adapter in `path`; empty if it cannot be read.
 
     `model/continue_adapter.py` reports why it cannot be read, when training needs it.
     """
-    folder = find_source(path)
+    folder = find_adapter_folder(Path(path))
     if folder is None:
         return {}
     try:

@@ -11,6 +11,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 
 LOCK = ".lora-lock"
+CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
 # Files and folders of a run, in the order in which --fresh removes them.
 RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "answers.jsonl", "logs", "manifest.json", "recipe.yaml")
 
@@ -166,3 +167,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def find_adapter_folder(target: Path) -> Path | None:
+    """Return the adapter folder that `target`, an adapter or a run folder, is or contains; None if there is none."""
+    return next((folder for folder in (target, target / "adapter") if (folder / CONFIG_FILE).is_file()), None)

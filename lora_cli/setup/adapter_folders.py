@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.report import BASE
-from lora_cli.model.adapter_config import CONFIG_FILE
-from lora_cli.run.folder import LOCK, user_of_run
+from lora_cli.run.folder import CONFIG_FILE, LOCK, find_adapter_folder, user_of_run
 from lora_cli.training.checkpoint import list_checkpoints
 
 HINT = "give a run of lora train, or an adapter folder"
@@ -19,9 +18,8 @@ def find_adapter(target: Path, *, hint: str = HINT) -> Path:
     Raises:
         LoraError: `target` is neither, or a run that has no adapter yet.
     """
-    for folder in (target, target / "adapter"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
+    if (folder := find_adapter_folder(target)) is not None:
+        return folder
     check_not_unfinished(target)
     if not target.exists():
         raise LoraError(f"{target} does not exist", hint=hint)

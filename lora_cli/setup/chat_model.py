@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.template_variables import with_date
 from lora_cli.errors import LoraError
-from lora_cli.model.adapter_config import CONFIG_FILE, read_adapter_config
+from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.device import pick_device, pick_dtype
 from lora_cli.model.fp32_weights import upcast_trainable_params
@@ -22,6 +22,7 @@ from lora_cli.model.saved_adapter import open_saved_adapter
 from lora_cli.model.trained_on import read_trained_on
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import console
+from lora_cli.run.folder import CONFIG_FILE
 from lora_cli.setup.adapter_folders import find_adapter, parse_named_folder
 from lora_cli.training import cpu
 

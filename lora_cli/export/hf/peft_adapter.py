@@ -15,8 +15,8 @@ from lora_cli.model import empty_base, save_adapter, trained_on
 from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.tasks import TASKS
+from lora_cli.run.folder import CONFIG_FILE
 
-CONFIG_FILE = "adapter_config.json"
 # Files of an adapter. Other tools' checkpoints also contain optimizer, scheduler and RNG states, which are left out.
 ADAPTER_FILES = (
     save_adapter.ADAPTER_WEIGHTS,

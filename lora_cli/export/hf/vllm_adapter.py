@@ -29,6 +29,7 @@ from lora_cli.model import save_adapter
 from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.model_source import load_tokenizer
+from lora_cli.run.folder import CONFIG_FILE
 
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 ADAPTER_NAME = "default"  # PEFT's name of a model's only adapter
@@ -134,10 +135,10 @@ def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
         update = updates[match["layer"]]
         tensors[key] = _rescale(key, value, ratio=update.scale / common.scale, extra_ranks=common.rank - update.rank)
     save_file(tensors, out / save_adapter.ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((out / peft_adapter.CONFIG_FILE).read_text(encoding="utf-8"))
+    config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
     config |= {"r": common.rank, "lora_alpha": common.scale * common.rank, "use_rslora": False}
     config |= {"rank_pattern": {}, "alpha_pattern": {}}
-    (out / peft_adapter.CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
