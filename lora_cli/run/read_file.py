@@ -1,0 +1,86 @@
+"""Read a small file of unknown origin: regular files only, bounded size, UTF-8, JSON objects; errors name it. No torch.
+
+A pipe (FIFO) or a device under a file's name would be read forever; a damaged file raises many kinds of exceptions.
+"""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lora_cli.errors import LoraError
+
+MAX_TEXT_BYTES = 256 << 20  # tokenizers of large vocabularies are the largest text files: some tens of megabytes
+RESTORE = "restore the file from its origin"
+
+
+def open_regular(path: Path, *, hint: str = RESTORE) -> BinaryIO:
+    """Open the regular file `path`, or the one that a link names, for reading; it never waits for a pipe.
+
+    Raises:
+        LoraError: `path` is missing, not a regular file, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise LoraError(f"{path} does not exist", hint=hint) from None
+    except OSError as error:  # no permission, a loop of links, a name that is too long
+        raise LoraError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        kind = _kind(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        raise LoraError(f"{path} is {kind}, not a file", hint=hint)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES, hint: str = RESTORE) -> bytes:
+    """Return the contents of a regular file.
+
+    Raises:
+        LoraError: it cannot be read, see `open_regular`, or is larger than `limit` bytes.
+    """
+    with open_regular(path, hint=hint) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise LoraError(f"{path} has more than {limit:,} bytes", hint=hint)
+    return data
+
+
+def read_text(path: Path, *, limit: int = MAX_TEXT_BYTES, hint: str = RESTORE) -> str:
+    """Return the contents of a regular file as text.
+
+    Raises:
+        LoraError: it cannot be read, see `read_bytes`, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path, limit=limit, hint=hint).decode()
+    except UnicodeDecodeError as error:
+        raise LoraError(f"{path} is not UTF-8 text: byte {error.start:,} is wrong", hint=hint) from None
+
+
+def read_json_object(path: Path, *, limit: int = MAX_TEXT_BYTES, hint: str = RESTORE) -> dict[str, Any]:
+    """Return the JSON object in a regular file.
+
+    Raises:
+        LoraError: it cannot be read, see `read_text`, or is not one JSON object.
+    """
+    text = read_text(path, limit=limit, hint=hint)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # brackets nested thousands deep
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise LoraError(f"{path} is not JSON: {reason}", hint=hint) from None
+    if not isinstance(value, dict):
+        raise LoraError(f"{path} has {_json_kind(value)} in place of a JSON object", hint=hint)
+    return value
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _json_kind(value: object) -> str:
+    kinds = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    return kinds.get(type(value), "null")
