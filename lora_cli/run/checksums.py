@@ -1,0 +1,138 @@
+"""Checksums of a written folder: `checksums.json`, the size and digests of each file, and its verification. No torch.
+
+Each folder that the tool writes has this file: adapters, checkpoints, merged models, exports, encoded rows. It is
+written last. The xxh3 digest (128 bits) finds damage at the speed of the disk; results that are published have SHA-256
+in addition, which nobody can forge.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from lora_cli.errors import LoraError
+from lora_cli.run import atomic
+from lora_cli.run.read_file import open_regular, read_json_object
+
+CHECKSUMS_FILE = "checksums.json"
+TOOL = "lora-cli"  # value of the key `tool`: a folder of another program may have a file of the same name
+BLOCK_BYTES = 1 << 20
+
+
+class FileChecksum(NamedTuple):
+    """Size and digests of one file."""
+
+    bytes: int
+    xxh3: str  # XXH3 of 128 bits, hex
+    sha256: str | None = None  # hex; of published results
+
+
+class Checksums(NamedTuple):
+    """The record of a folder."""
+
+    kind: str  # adapter, checkpoint, merged model, export or encoded rows
+    files: dict[str, FileChecksum]  # by the path in the folder, with slashes
+
+
+def write_checksums(folder: Path, *, kind: str, published: bool) -> None:
+    """Write the checksums of all files in `folder` and below it. Call it after all other files are written.
+
+    Args:
+        folder: complete, and not yet at its final place.
+        kind: adapter, checkpoint, merged model, export or encoded rows.
+        published: whether other people get the folder: SHA-256 digests are added.
+    """
+    files = {name: _compute(folder / name, sha256=published) for name in list_files(folder) if name != CHECKSUMS_FILE}
+    values = {name: {k: v for k, v in entry._asdict().items() if v is not None} for name, entry in files.items()}
+    atomic.write_json(folder / CHECKSUMS_FILE, {"tool": TOOL, "kind": kind, "files": values})
+
+
+def read_checksums(folder: Path) -> Checksums | None:
+    """Return the checksums of `folder`; None if it has none, such as an adapter of another tool.
+
+    Raises:
+        LoraError: the file is damaged.
+    """
+    path = folder / CHECKSUMS_FILE
+    if not os.path.lexists(path):
+        return None
+    hint = f"restore {folder} from a copy; without {CHECKSUMS_FILE}, its files are read unverified"
+    record = read_json_object(path, hint=hint)
+    if record.get("tool") != TOOL:
+        return None
+    files = record.get("files")
+    if not isinstance(record.get("kind"), str) or not isinstance(files, dict):
+        raise LoraError(f"{path} is damaged: it has no kind or no files", hint=hint)
+    return Checksums(record["kind"], {name: _entry(name, value, path=path, hint=hint) for name, value in files.items()})
+
+
+def find_damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Compare the files of `folder` with its checksums, and return a line for each that differs.
+
+    Args:
+        folder: with or without checksums.
+        names: files to compare; None for all files of the record. Files that are not in the record are not compared.
+
+    Returns:
+        Lines such as `optimizer.safetensors is missing`; empty if all files are as written, or without checksums.
+
+    Raises:
+        LoraError: checksums.json itself is damaged.
+    """
+    record = read_checksums(folder)
+    if record is None:
+        return []
+    chosen = record.files if names is None else {name: record.files[name] for name in names if name in record.files}
+    return [line for name, expected in chosen.items() if (line := _difference(folder / name, name, expected))]
+
+
+def _difference(path: Path, name: str, expected: FileChecksum) -> str | None:
+    if not os.path.lexists(path):
+        return f"{name} is missing"
+    if path.is_symlink():
+        return f"{name} is a link, not a file"
+    if not path.is_file():
+        return f"{name} is {'a folder' if path.is_dir() else 'no file'}"
+    size = path.stat().st_size
+    if size != expected.bytes:
+        return f"{name} has {size:,} bytes, not {expected.bytes:,}"
+    if _compute(path, sha256=False).xxh3 != expected.xxh3:
+        return f"{name} has other contents than when it was written"
+    return None
+
+
+def list_files(folder: Path) -> list[str]:
+    """Return the paths of all entries in `folder` and below it that are not folders, with slashes, sorted."""
+    names = []
+    for parent, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        names += [Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links)]
+    return sorted(names)
+
+
+def _compute(path: Path, *, sha256: bool) -> FileChecksum:
+    """Read a file once, in blocks, and return its size and digests.
+
+    Raises:
+        LoraError: it is not a regular file.
+    """
+    fast, strong, size = xxhash.xxh3_128(), hashlib.sha256() if sha256 else None, 0
+    with open_regular(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            size += len(block)
+            fast.update(block)
+            if strong is not None:
+                strong.update(block)
+    return FileChecksum(size, fast.hexdigest(), strong.hexdigest() if strong else None)
+
+
+def _entry(name: str, value: Any, *, path: Path, hint: str) -> FileChecksum:
+    fields = value if isinstance(value, dict) else {}
+    size, fast, strong = fields.get("bytes"), fields.get("xxh3"), fields.get("sha256")
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if type(size) is not int or not isinstance(fast, str) or not isinstance(strong, str | None) or not inside:
+        raise LoraError(f"{path} is damaged: its entry of {name[:80]!r} is no checksum", hint=hint)
+    return FileChecksum(size, fast, strong)
