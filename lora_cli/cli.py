@@ -45,7 +45,7 @@ OtherBase = Annotated[bool, typer.Option("--other-base", help="Allow a base with
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code of the base's repository.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace --out if it exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace --out if it is a result of lora.")]
 
 
 @app.command()
@@ -74,7 +74,7 @@ def train(
     output: Annotated[str | None, typer.Option(metavar="DIR", help="Run folder, instead of the recipe's.")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove the existing run and start again.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move the existing run aside and start again.")] = False,
 ) -> None:
     """Train an adapter, and verify the written files."""
     from lora_cli.recipe.load import load_recipe

@@ -24,6 +24,7 @@ from lora_cli.model.saved_adapter import open_saved_adapter
 from lora_cli.model.target_modules import layer_index
 from lora_cli.model.trained_on import TRAINED_ON_FILE, read_trained_on
 from lora_cli.run import atomic, console
+from lora_cli.run.checksums import verified_folder
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import find_adapter
 
@@ -230,6 +231,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     """
     if (rank is None) == (energy is None):
         raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
+    atomic.remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
     folder = find_adapter(folder)
     check_output_path(out, inputs=[folder], replace=force, command="resize")
     adapter = low_rank.read_lora(folder)
@@ -264,6 +266,7 @@ def combine(
     Raises:
         LoraError: the adapters cannot be combined.
     """
+    atomic.remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
     folders, weights = [], []
     for item in items:
         weight, star, path = item.rpartition("*")
@@ -337,7 +340,7 @@ def _write_adapter(
     factors = {module: each for module, each in factors.items() if each.rank}
     wrappers = like.wrappers
     config: LoraConfig = low_rank.lora_config_for(factors, like.config, parameters=wrappers)
-    with atomic.folder(out, replace=replace) as partial:
+    with verified_folder(out, kind="adapter", published=True, replace=replace) as partial:
         tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))

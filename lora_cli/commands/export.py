@@ -24,6 +24,7 @@ from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, ope
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
+from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import find_adapter_folder
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import check_not_unfinished
@@ -55,12 +56,12 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
         LoraError: it cannot be written in this format, or the written export differs from the original.
     """
     exporter = EXPORTERS[request.to]
+    atomic.remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
     folder = _adapter_folder(Path(target).expanduser())
     _check_paths(out, Path(target).expanduser(), folder, exporter, request)
     module = exporter.load()
     if request.verify == "runtime":
         exporter.require_runtime()
-    atomic.remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
     with ExitStack() as stack:
         over, adapter = None, None
         if folder is None:
@@ -106,9 +107,9 @@ def _check_paths(out: Path, target: Path, adapter: Path | None, exporter: Export
             hint=f"write --out {out.with_name(out.name + exporter.suffix)}",
         )
     inputs = [path for path in (target, adapter, request.over) if path is not None]
-    check_output_path(out, inputs=inputs, replace=request.force, command="export", kind="place")
-    if out.is_dir() == bool(exporter.suffix) and out.exists():
-        raise LoraError(f"--out {out} is a {'folder' if out.is_dir() else 'file'}", hint="name another place")
+    for path in (out, _verdict_path(out)) if exporter.suffix else (out,):
+        kind = "file" if exporter.suffix else "folder"
+        check_output_path(path, inputs=inputs, replace=request.force, command="export", kind=kind)
 
 
 def _open_model(target: str, request: ExportRequest) -> ExportSource:
@@ -200,11 +201,16 @@ def _merge_options(source: ExportSource, request: ExportRequest) -> MergeOptions
 def _output(out: Path, exporter: Exporter, request: ExportRequest) -> Iterator[tuple[Path, Path]]:
     """Yield the temporary path that the export is written to, and the path of the verdict (export.json)."""
     if exporter.suffix:
-        with atomic.file(out, replace=request.force) as partial:
-            yield partial, out.with_suffix(f".{VERDICT}")
+        with atomic.files([out, _verdict_path(out)], replace=request.force) as (partial, verdict):
+            yield partial, verdict
     else:
-        with atomic.folder(out, replace=request.force) as partial:
+        with verified_folder(out, kind="export", published=True, replace=request.force) as partial:
             yield partial, partial / VERDICT
+
+
+def _verdict_path(file: Path) -> Path:
+    """Return the path of the verdict of an export that is one file."""
+    return file.with_suffix(f".{VERDICT}")
 
 
 def _run_checks(module: ModuleType, source: ExportSource, partial: Path, options: ExportOptions) -> list[Check]:

@@ -13,6 +13,7 @@ from lora_cli.model.model_source import find_model, local_folder
 from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run import atomic, console
+from lora_cli.run.checksums import verified_folder
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.held_out import HeldOutRows
@@ -49,6 +50,7 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
     Raises:
         LoraError: adapter, base and options do not fit, the method cannot be merged, or the merged model is wrong.
     """
+    atomic.remove_leftovers(out.absolute().parent, out.name)  # of a merge that was killed
     folder = find_adapter(folder)
     max_shard_bytes = safetensors_io.parse_size(request.max_shard_size)
     config = read_adapter_config(folder)
@@ -58,7 +60,6 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
     check_base_merges(adapter)
     if not request.unmerge:
         check_same_base(adapter, allowed=request.other_base)
-    atomic.remove_leftovers(out.absolute().parent, out.name)  # of a merge that was killed
     options = MergeOptions(request.dtype, request.weights, request.verify, max_shard_bytes, request.force)
     if request.unmerge:
         _unmerge(adapter, out, options)
@@ -83,7 +84,7 @@ def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:
             f"--unmerge: {adapter.method} did more than add to {names[0]}{more}, and the original values are lost",
             hint="use the original base",
         )
-    with atomic.folder(out, replace=options.replace) as partial:
+    with verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial:
         console.info(f"unmerging {adapter.method} from {adapter.base.name}: {describe_size(plan)}")
         write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms={}, sign=-1)
         write_other_files(adapter, plan, partial, dtype=options.dtype, what="unmerged")

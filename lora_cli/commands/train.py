@@ -41,7 +41,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
     Args:
         recipe: of the run.
         resume: continue from the newest checkpoint.
-        fresh: replace an existing run.
+        fresh: move an existing run aside, and start again.
         arguments: of the command line, passed on to the worker processes.
 
     Raises:
@@ -160,7 +160,8 @@ class Training:
         """Write recipe and manifest, and cut the logs to the `done` steps."""
         if self.run is None:
             return
-        self.run.clear()
+        if (earlier := self.run.move_earlier_aside()) is not None:
+            self.info(f"--fresh: the earlier run is in {earlier}")
         self.run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
         manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)

@@ -1,34 +1,37 @@
-"""Atomic writes of files and folders: written to a temporary path, fsynced, renamed. No torch.
+"""Atomic writes and removals of files and folders: written to a temporary place, fsynced, renamed. No torch.
 
 All results are written here. A reader finds the complete old or the complete new result, even if the writer is killed
-at any point. `remove_leftovers` removes the temporary paths of killed writers.
+at any point. A writer works in a folder `.tmp-NAME-XXXXXXXX` next to the result, and holds a lock on the file `lock` in
+it until it is done; `remove_leftovers` removes the folders whose locks are free, on any machine and in any container,
+and completes a replacement of several files that had begun.
 """
 
 import fcntl
+import glob
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-LEFTOVER = re.compile(r"\.(tmp|old)-(?P<name>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
+from lora_cli.run.rename import exchange, rename_without_replacing
+
+WORKSPACE = re.compile(r"\.tmp-(?P<name>.+)-[0-9a-f]{8}")
+LOCK = "lock"  # in a workspace: held by its writer
+COMMIT = "commit.json"  # in a workspace: all its files are complete, and are being renamed
+OLD = "old"  # in a workspace: a folder with the result that is being replaced
+REMOVED = "removed"  # in a workspace: a result that is being deleted
+MAX_NAME_BYTES = 200  # of a result in the name of its workspace; file systems allow 255 bytes for all
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to the file `path`; an existing file is replaced."""
-    temporary = _temporary_path(path, "tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    with file(path, replace=True) as temporary, temporary.open("xb") as stream:
+        stream.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,7 +50,7 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a new temporary folder next to `path`, which is renamed to `path` if the block ends without an exception.
+    """Yield a new temporary folder, which is renamed to `path` if the block ends without an exception.
 
     Args:
         path: the final path of the folder.
@@ -56,19 +59,18 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and `replace` is False; checked before and after the block.
     """
-    if not replace and path.exists():
-        raise FileExistsError(f"{path} exists")
-    temporary = _temporary_path(path, "tmp")
-    try:  # includes mkdir: an interrupt may come right after it
-        temporary.mkdir()
-        yield temporary
-        move_folder(temporary, path, replace=replace)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    _check_new(path, replace=replace)
+    with _workspace(path) as workspace:
+        new = workspace / path.name
+        new.mkdir()
+        yield new
+        move_folder(new, path, replace=replace)
 
 
 def move_folder(new: Path, path: Path, *, replace: bool = False) -> None:
-    """Flush the complete folder `new` to disk and rename it to `path`, both in one parent folder.
+    """Flush the complete folder `new` to disk and rename it to `path`, on the same file system.
+
+    An existing folder at `path` is replaced in one step, and then deleted.
 
     Raises:
         FileExistsError: `path` exists and `replace` is False.
@@ -79,13 +81,33 @@ def move_folder(new: Path, path: Path, *, replace: bool = False) -> None:
             Path(parent, name).chmod(0o666 & ~_umask())
             sync(Path(parent, name))
         sync(Path(parent))
-    _rename_into_place(new, path, replace=replace)
+    if not (replace and os.path.lexists(path)):
+        rename_without_replacing(new, path)
+    elif exchange(new, path):
+        remove(new)  # the old folder
+    else:
+        _replace_by_two_renames(new, path)
     sync(path.parent)
+
+
+def _replace_by_two_renames(new: Path, path: Path) -> None:
+    """Replace a folder where the file system cannot exchange two paths.
+
+    Between the renames the old folder is in a workspace, from which `remove_leftovers` restores it.
+    """
+    with _workspace(path) as workspace:
+        (workspace / OLD).mkdir()
+        old = path.rename(workspace / OLD / path.name)
+        try:
+            new.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
 
 
 @contextmanager
 def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; the file that the block creates there is renamed to `path` at its end.
+    """Yield a temporary path of the same name; the file that the block creates there is renamed to `path` at its end.
 
     Args:
         path: the final path of the file.
@@ -94,29 +116,61 @@ def file(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and `replace` is False; checked before and after the block.
     """
-    if not replace and path.exists():
-        raise FileExistsError(f"{path} exists")
-    temporary = _temporary_path(path, "tmp")
-    try:
+    with files([path], replace=replace) as (temporary,):
         yield temporary
-        sync(temporary)
-        if not replace and path.exists():
-            raise FileExistsError(f"{path} exists")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+
+
+@contextmanager
+def files(paths: Sequence[Path], *, replace: bool = False) -> Iterator[list[Path]]:
+    """Yield temporary paths of the same names; the files that the block creates there are renamed at its end.
+
+    The files belong together, such as a result and its description. A kill at any point leaves the old files, or a
+    part of the new ones, or no description, but never a result with the description of another one. Once all files are
+    complete, `remove_leftovers` completes the renames of a killed process.
+
+    Args:
+        paths: the final paths, in one folder; the first is the result.
+        replace: replace existing files; without it, an existing file is an error.
+
+    Raises:
+        FileExistsError: a path exists and `replace` is False; checked before and after the block.
+    """
+    for path in paths:
+        _check_new(path, replace=replace)
+    with _workspace(paths[0]) as workspace:
+        yield [workspace / path.name for path in paths]
+        for path in paths:
+            sync(workspace / path.name)
+        if len(paths) > 1:
+            _write_synced(workspace / COMMIT, json.dumps({"names": [path.name for path in paths], "replace": replace}))
+            sync(workspace)
+        _commit(workspace, paths, replace=replace)
+
+
+def _commit(workspace: Path, paths: Sequence[Path], *, replace: bool) -> None:
+    """Rename the files that are still in the workspace to their places."""
+    if replace:
+        for description in paths[1:]:
+            if (workspace / description.name).exists():
+                description.unlink(missing_ok=True)  # of the result that is replaced next
+    for path in paths:
+        if (new := workspace / path.name).exists():
+            new.replace(path) if replace else rename_without_replacing(new, path)
+    sync(paths[0].parent)
 
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yield a folder next to `path` for intermediate files; it is removed when the block ends, also by an exception."""
-    temporary = _temporary_path(path, "tmp")
-    try:  # includes mkdir: an interrupt may come right after it
-        temporary.mkdir()
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _workspace(path) as workspace:
+        (workspace / "files").mkdir()
+        yield workspace / "files"
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder; a kill at any point leaves it complete, or gone. A link is removed, not its target."""
+    with _workspace(path) as workspace:
+        path.rename(workspace / REMOVED)
 
 
 @contextmanager
@@ -125,74 +179,181 @@ def lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
     The operating system releases the lock when the process ends. The file is not deleted: a process that waits for the
     deleted file and one that creates a new file would both get a lock.
+
+    Raises:
+        OSError: `path` is a link, or cannot be written.
     """
-    with path.open("w") as file:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-
-
-def _rename_into_place(new: Path, path: Path, *, replace: bool) -> None:
-    if not (replace and path.exists()):
-        try:
-            new.rename(path)
-        except OSError:
-            if path.exists():  # another process created it first
-                raise FileExistsError(f"{path} exists") from None
-            raise
-        return
-    # No portable call swaps two folders. Between the renames the old folder has a temporary name, from which
-    # `remove_leftovers` restores it.
-    old = _temporary_path(path, "old")
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old)
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(parent: Path, name: str | None = None) -> None:
-    """Remove the temporary paths of killed processes from `parent`, and restore a folder whose replacement was killed.
-
-    Only processes of this machine can be checked. If other machines write to `parent` too, the caller must have the
-    lock on all results there; with `name`, the lock on that result.
+    """Remove the workspaces of killed processes from `parent`, and complete replacements that had begun.
 
     Args:
         parent: the folder; it may be missing.
         name: the result whose leftovers are removed; None for all.
     """
-    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
-        match = LEFTOVER.fullmatch(path.name)
-        if not match or name not in (None, match["name"]) or _is_running(int(match["pid"])):
-            continue
-        target = parent / match["name"]
-        # Another process may be removing the same leftovers.
-        with suppress(FileNotFoundError):
-            if match[1] == "old" and not target.exists():
-                path.rename(target)
-            elif path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+    for workspace in sorted(parent.iterdir()) if parent.is_dir() else ():
+        match = WORKSPACE.fullmatch(workspace.name)
+        if match and (name is None or match["name"] == _short(name)) and not workspace.is_symlink():
+            # Another process may be removing the same leftovers.
+            with suppress(FileNotFoundError, NotADirectoryError):
+                _clean(workspace)
 
 
-def _temporary_path(path: Path, kind: str) -> Path:
-    return path.with_name(f".{kind}-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+def is_being_written(path: Path) -> bool:
+    """Return whether a living process has a workspace for the result `path`."""
+    return any(
+        not workspace.is_symlink() and not _is_free(workspace)
+        for workspace in path.parent.glob(f".tmp-{glob.escape(_short(path.name))}-*")
+        if WORKSPACE.fullmatch(workspace.name)
+    )
 
 
-def _is_running(pid: int) -> bool:
+def _clean(workspace: Path) -> None:
+    """Remove one workspace, unless its writer lives."""
+    if not os.path.lexists(workspace / LOCK):
+        with suppress(OSError):
+            workspace.rmdir()  # only if empty: the folder of another program stays
+        return
+    descriptor = _try_lock(workspace)
+    if descriptor is None:
+        return
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
+        _complete(workspace)
+        _delete(workspace)
+    finally:
+        os.close(descriptor)
+
+
+def _complete(workspace: Path) -> None:
+    """Complete a replacement whose writer was killed between two renames."""
+    parent = workspace.parent
+    if (workspace / COMMIT).is_file():
+        with suppress(ValueError, FileExistsError):  # a commit file that is cut off: no rename was done
+            commit = json.loads((workspace / COMMIT).read_text(encoding="utf-8"))
+            _commit(workspace, [parent / name for name in commit["names"]], replace=commit["replace"])
+        return
+    for old in (workspace / OLD).iterdir() if (workspace / OLD).is_dir() else ():
+        if not os.path.lexists(parent / old.name):
+            old.rename(parent / old.name)
+            sync(parent)
+
+
+@contextmanager
+def _workspace(path: Path) -> Iterator[Path]:
+    """Yield a new locked folder next to `path`, which is removed with its files when the block ends."""
+    workspace, descriptor = _create_workspace(path)
+    try:
+        yield workspace
+    finally:
+        _delete(workspace)
+        os.close(descriptor)
+
+
+def _delete(workspace: Path) -> None:
+    """Delete a locked workspace, the lock last: without it, the rest would never be taken for a leftover."""
+    for entry in list(workspace.iterdir()) if workspace.is_dir() else ():
+        if entry.name != LOCK:
+            _delete_entry(entry)
+    with suppress(OSError):  # removed by another program, or an entry that could not be deleted: lock and folder stay
+        if [entry.name for entry in workspace.iterdir()] == [LOCK]:
+            (workspace / LOCK).unlink()
+            workspace.rmdir()
+
+
+def _delete_entry(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            entry.unlink()
+
+
+def _create_workspace(path: Path) -> tuple[Path, int]:
+    while True:
+        workspace = path.parent / f".tmp-{_short(path.name)}-{secrets.token_hex(4)}"
+        try:
+            workspace.mkdir()
+            descriptor = _lock_new(workspace)
+        except FileExistsError:
+            continue
+        except BaseException:  # an interrupt may come right after mkdir
+            shutil.rmtree(workspace, ignore_errors=True)
+            raise
+        if descriptor is not None:
+            return workspace, descriptor
+
+
+def _lock_new(workspace: Path) -> int | None:
+    """Return a descriptor that holds the lock of a new workspace; None if another process took it for a leftover."""
+    try:
+        descriptor = os.open(workspace / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileNotFoundError:
+        if not workspace.parent.is_dir():
+            raise
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(workspace / LOCK)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:  # a file system without locks: `_try_lock` fails there too, and nothing is taken for a leftover
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _try_lock(workspace: Path) -> int | None:
+    """Return a descriptor that holds the lock of a workspace whose writer has ended; None if it lives, or is gone."""
+    try:
+        descriptor = os.open(workspace / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError:  # removed, a link, or of another user
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(workspace / LOCK)):
+            return descriptor
+    except OSError:  # held, removed in between, or a file system without locks
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _is_free(workspace: Path) -> bool:
+    descriptor = _try_lock(workspace)
+    if descriptor is None:
+        return not os.path.lexists(workspace / LOCK)
+    os.close(descriptor)
     return True
+
+
+def _check_new(path: Path, *, replace: bool) -> None:
+    if not replace and os.path.lexists(path):
+        raise FileExistsError(f"{path} exists")
+
+
+def _short(name: str) -> str:
+    """Return the name of a result in the name of its workspace: a digest if it is too long."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= MAX_NAME_BYTES else hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _umask() -> int:

@@ -7,7 +7,8 @@ in addition, which nobody can forge.
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,18 @@ class Checksums(NamedTuple):
 
     kind: str  # adapter, checkpoint, merged model, export or encoded rows
     files: dict[str, FileChecksum]  # by the path in the folder, with slashes
+
+
+@contextmanager
+def verified_folder(path: Path, *, kind: str, published: bool, replace: bool) -> Iterator[Path]:
+    """Yield a temporary folder that is put at `path` with its checksums, see `atomic.folder` and `write_checksums`.
+
+    Raises:
+        FileExistsError: `path` exists and `replace` is False.
+    """
+    with atomic.folder(path, replace=replace) as partial:
+        yield partial
+        write_checksums(partial, kind=kind, published=published)
 
 
 def write_checksums(folder: Path, *, kind: str, published: bool) -> None:

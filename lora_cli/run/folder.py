@@ -2,18 +2,21 @@
 
 import fcntl
 import os
-import shutil
+import stat
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
+from lora_cli.run.read_file import read_json_object
 
 LOCK = ".lora-lock"
 CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
-# Files and folders of a run, in the order in which --fresh removes them.
-RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "answers.jsonl", "logs", "manifest.json", "recipe.yaml")
+# Files and folders of a run, in the order in which --fresh moves them aside.
+RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
+EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
 
 
 class RunFolder:
@@ -21,7 +24,7 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
-        self.stale: list[str] = []  # names of files of an earlier run, which `clear` removes
+        self.stale: list[str] = []  # names of files of an earlier run, which `move_earlier_aside` moves
         self._lock: int | None = lock
 
     @property
@@ -54,11 +57,26 @@ class RunFolder:
         """Folder of the final adapter."""
         return self.path / "adapter"
 
-    def clear(self) -> None:
-        """Remove the earlier run. Call it right before training, so that an error before it does not delete a run."""
+    def move_earlier_aside(self) -> Path | None:
+        """Move the files of the earlier run to a folder of their own in the run folder; nothing is deleted.
+
+        Call it right before training, so that an error before it leaves the run as it is.
+
+        Returns:
+            The folder, itself a run folder; None if there is no earlier run.
+        """
+        if not self.stale:
+            return None
+        number = 1
+        while os.path.lexists(folder := self.path / EARLIER.format(number)) and not _is_half_moved(folder):
+            number += 1
+        folder.mkdir(exist_ok=True)
         for name in self.stale:
-            _remove(self.path / name)
+            (self.path / name).rename(folder / name)
+        atomic.sync(folder)
+        atomic.sync(self.path)
         self.stale = []
+        return folder
 
     def close(self) -> None:
         """Release the lock. The lock file stays: after its removal, two processes could lock two different files."""
@@ -81,11 +99,11 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
     Args:
         output: the folder.
         resume: continue the run in it, which must exist.
-        fresh: let `clear` remove the files of an existing run, and nothing else.
+        fresh: let `move_earlier_aside` move the files of an existing run, and nothing else.
 
     Raises:
-        LoraError: the folder cannot be written, is locked, contains files of something else, contains a run without
-            `resume` or `fresh`, or contains no run to resume.
+        LoraError: the folder cannot be written, is locked, contains files of something else or links in place of the
+            run's files, contains a run without `resume` or `fresh`, or contains no run to resume.
     """
     if resume and fresh:
         raise LoraError("--resume and --fresh are both set", hint="keep one")
@@ -112,8 +130,13 @@ def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
     for folder in (run.path, run.checkpoints):
         atomic.remove_leftovers(folder)
     existing = [name for name in RUN_FILES if os.path.lexists(run.path / name)]
+    for name in existing if not fresh else ():
+        # Writing through a link would change files outside the run.
+        if (run.path / name).is_symlink():
+            hint = "replace it by the folder or file that it links to; the run folder itself may be a link"
+            raise LoraError(f"{run.path / name} is a link to {os.readlink(run.path / name)}", hint=hint)
     if existing and not (resume or fresh):
-        hint = "--resume continues it, --fresh removes it and starts again; or set another output"
+        hint = "--resume continues it, --fresh moves it aside and starts again; or set another output"
         raise LoraError(f"{run.path} contains a run already", hint=hint)
     if resume and not existing:
         raise LoraError(f"{run.path} contains no run to resume", hint="start it without --resume")
@@ -123,19 +146,38 @@ def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
 
 def _check_no_foreign_files(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
-    # A `recipe.yaml` alone may be the user's own, for example with `output: .`.
-    is_run = LOCK in names or {"recipe.yaml", "manifest.json"} <= names
-    if names and not is_run:
+    if names and not is_run(path):
         examples = ", ".join(sorted(names)[:3])
         raise LoraError(f"{path} contains files but no run: {examples}", hint="set output to a new or empty folder")
 
 
+def is_run(path: Path) -> bool:
+    """Return whether `path` is the folder of a run: locked by one once, or with the manifest of one."""
+    if os.path.lexists(path / LOCK):
+        return True
+    # A run that was copied without hidden files. A recipe.yaml and a manifest.json alone may be the user's own.
+    try:
+        manifest = read_json_object(path / "manifest.json")
+    except LoraError:
+        return False
+    versions = manifest.get("versions")
+    return isinstance(versions, dict) and "lora-cli" in versions and (path / "recipe.yaml").is_file()
+
+
+def _is_half_moved(folder: Path) -> bool:
+    """Return whether a kill stopped `move_earlier_aside`, which moves the last of RUN_FILES at the end."""
+    return not folder.is_symlink() and folder.is_dir() and not (folder / RUN_FILES[-1]).exists()
+
+
 def _lock(path: Path) -> int:
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path / LOCK).st_mode):
+            raise LoraError(f"{path / LOCK} is not a file of lora", hint="remove it, or set another output")
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(lock, 20, 0).decode().strip() or "another"
+        holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "another"
         os.close(lock)
         raise LoraError(
             f"{path} is in use by process {holder}", hint="wait for it, stop it, or set another output"
@@ -154,19 +196,17 @@ def recipe_of_adapter(folder: Path) -> Path | None:
 
 def user_of_run(path: Path) -> str | None:
     """Return the id of the process that has locked the run folder `path`; None if no process uses it."""
-    with (path / LOCK).open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return lock.read(20).strip() or "another"
+    try:
+        lock = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # no lock file, or a link
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(lock, 20, 0).decode(errors="replace").strip() or "another"
+    finally:
+        os.close(lock)
     return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def find_adapter_folder(target: Path) -> Path | None:

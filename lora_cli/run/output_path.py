@@ -1,25 +1,48 @@
-"""Check where a command writes its result (--out), before it starts: no input is overwritten. No torch."""
+"""Check where a command writes its result (--out): only results of this tool are replaced. No torch."""
 
+import os
+import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from lora_cli.errors import LoraError
+from lora_cli.run import atomic
+from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, list_files, read_checksums
+from lora_cli.run.folder import CONFIG_FILE, LOCK, RUN_FILES
+from lora_cli.run.read_file import open_regular
+
+# Files of an adapter or a model in the format of Hugging Face, as this and other tools write them.
+FORMAT_FILE = re.compile(
+    r"(adapter_config|adapter_model\.safetensors\.index|config|generation_config|model\.safetensors\.index"
+    r"|preprocessor_config|processor_config|video_preprocessor_config|chat_template|special_tokens_map|added_tokens"
+    r"|tokenizer|tokenizer_config|vocab|trained_on|labels|export|checksums)\.json"
+    r"|(adapter_model|model|model-\d{5}-of-\d{5})\.safetensors|tokenizer\.model|merges\.txt|vocab\.txt"
+    r"|chat_template\.jinja|README\.md|\.gitattributes"
+)
+FORMAT_MARKS = (CONFIG_FILE, "config.json")  # a folder of the format has one of them
+FILE_MAGIC = {".gguf": b"GGUF", ".json": b"{\n"}
+# Files that are compared by content before they are replaced: larger ones are nobody's edited text.
+MAX_COMPARED_BYTES = 16 << 20
 
 
 def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, command: str, kind: str = "folder") -> None:
-    """Check that `out` can be written.
+    """Check that `out` can be written, and remove what a killed command left there.
 
     Args:
         out: the value of --out.
         inputs: files and folders that the command reads; those that do not exist, such as hub ids, are passed over.
         replace: whether an existing `out` is replaced.
         command: merge, for example; for messages.
-        kind: what `out` is, for hints.
+        kind: folder or file: what the command writes.
 
     Raises:
-        LoraError: `out` is or contains an input, exists without `replace`, or its parent does not exist.
+        LoraError: `out` is a link, the working folder or above it, is or contains an input, is being written, exists
+            without `replace`, was not written by this tool, or its parent is missing or cannot be written.
     """
     another = f"name another {kind}"
+    mode = _mode(out, another)
+    _check_place(out, another)
     for path in inputs:
         if not path.exists():
             continue
@@ -27,7 +50,85 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
             raise LoraError(f"--out {out} is an input of the {command}", hint=another)
         if out.resolve() in path.resolve().parents:  # a run with its adapter, for example
             raise LoraError(f"--out {out} contains {path}, an input of the {command}", hint=another)
-    if out.exists() and not replace:
+    parent = out.absolute().parent
+    if atomic.is_being_written(parent / out.name):
+        raise LoraError(f"--out {out} is being written by another process", hint=f"wait for it, or {another}")
+    atomic.remove_leftovers(parent, out.name)
+    mode = _mode(out, another)
+    if mode is None:
+        return
+    found = "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "device, pipe or socket"
+    if found != kind:
+        raise LoraError(f"--out {out} is a {found}, and the {command} writes a {kind}", hint=another)
+    if not replace:
         raise LoraError(f"--out {out} exists", hint=f"{another}, or replace it with --force")
-    if not out.absolute().parent.is_dir():
+    if (reason := _why_not_ours(out) if kind == "folder" else _why_not_our_file(out)) is not None:
+        raise LoraError(
+            f"--out {out} is not replaced: {reason}", hint=f"--force replaces only results of lora: {another}"
+        )
+
+
+def _mode(out: Path, another: str) -> int | None:
+    """Return the mode of `out`; None if it does not exist."""
+    try:
+        mode = os.lstat(out).st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # a name that is too long, a file as parent, a NUL character
+        reason = error.strerror if isinstance(error, OSError) else "its name has a NUL character"
+        raise LoraError(f"--out {_shortened(out)} cannot be written: {reason}", hint=another) from None
+    if stat.S_ISLNK(mode):
+        target = "" if out.exists() else ", and its target does not exist"
+        raise LoraError(f"--out {out} is a link to {os.readlink(out)}{target}", hint="name the folder itself")
+    return mode
+
+
+def _check_place(out: Path, another: str) -> None:
+    """Check that the parent of `out` can be written, and that `out` is a name in it."""
+    parent, working = out.absolute().parent, Path.cwd()
+    if not out.name or out.name == ".." or out.resolve() == working or out.resolve() in working.parents:
+        what = "is" if out.resolve() == working else "contains"
+        raise LoraError(f"--out {out} {what} the working folder", hint=another)
+    if not parent.is_dir():
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise LoraError(f"--out {out}: {out.parent} cannot be written", hint=f"check its permissions, or {another}")
+    for run in (parent, parent.parent):
+        # A result inside a run is a part of it, which only training may replace.
+        inner = out.absolute().relative_to(run).parts[0]
+        if os.path.lexists(run / LOCK) and inner in RUN_FILES:
+            raise LoraError(f"--out {out} is a part of the run {run.name}", hint=another)
+
+
+def _why_not_ours(folder: Path) -> str | None:
+    """Return why a folder must not be replaced; None if all its files were written by this tool, or are of the format.
+
+    Raises:
+        LoraError: its record of checksums is damaged.
+    """
+    names = list_files(folder)
+    record = read_checksums(folder)
+    if record is None:
+        if not names:
+            return None if not any(folder.iterdir()) else "it contains folders"
+        foreign = [name for name in names if not FORMAT_FILE.fullmatch(name) or (folder / name).is_symlink()]
+        if foreign:
+            return f"it contains {foreign[0]}, which lora did not write"
+        return None if any(mark in names for mark in FORMAT_MARKS) else "it has no config.json or adapter_config.json"
+    foreign = [name for name in names if name not in record.files and name != CHECKSUMS_FILE]
+    if foreign:
+        return f"it contains {foreign[0]}, which lora did not write"
+    small = [name for name, entry in record.files.items() if entry.bytes <= MAX_COMPARED_BYTES and name in names]
+    changed = find_damage(folder, small)
+    return f"{changed[0]}" if changed else None
+
+
+def _why_not_our_file(file: Path) -> str | None:
+    magic = FILE_MAGIC.get(file.suffix, b"")
+    with open_regular(file) as stream:
+        return None if magic and stream.read(len(magic)) == magic else f"it is no {file.suffix.lstrip('.')} file"
+
+
+def _shortened(path: Path) -> str:
+    text = str(path).replace("\0", "\\0")
+    return text if len(text) <= 80 else f"{text[:40]}...{text[-20:]}"

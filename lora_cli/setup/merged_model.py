@@ -21,7 +21,8 @@ from lora_cli.model.model_source import local_folder
 from lora_cli.model.saved_adapter import SavedAdapter, method_name
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import QuantizationSpec
-from lora_cli.run import atomic, console
+from lora_cli.run import console
+from lora_cli.run.checksums import verified_folder
 from lora_cli.setup.held_out import HeldOutRows
 
 MIN_RETAINED = 0.5  # of each update, after rounding: below, more of it is lost than kept
@@ -99,7 +100,7 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
     if verify.should_verify(options.verify, parameters):
         probes = held_out.probes() or verify.random_probes(adapter)
     transforms = _transforms(adapter, plan, spec, probes, options.weights)
-    with atomic.folder(out, replace=options.replace) as partial:
+    with verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial:
         console.info(f"merging {adapter.method} into {adapter.base.name}: {describe_size(plan)}")
         start = time.perf_counter()
         merged = write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms=transforms)

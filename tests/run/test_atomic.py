@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from lora_cli.run import atomic
-
-DEAD_PID = 2**22 + 1  # above the largest process id of Linux
+from lora_cli.run import atomic, rename
 
 
 def names(folder: Path) -> set[str]:
@@ -100,59 +99,171 @@ def test_first_finished_folder_wins(tmp_path: Path):
     assert names(tmp_path) == {"adapter"}
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def renames(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kernel's exchange of two paths, and file systems that lack it."""
+    if request.param == "two renames":
+        monkeypatch.setattr(rename, "_rename", lambda source, target, flag: False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("renames")
+def test_a_folder_is_replaced(tmp_path: Path):
+    for text in ("old", "new"):
+        with atomic.folder(tmp_path / "adapter", replace=True) as new:
+            (new / text).touch()
+    assert names(tmp_path / "adapter") == {"new"}
+    assert names(tmp_path) == {"adapter"}
+
+
 def test_failed_replacement_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "adapter"
     with atomic.folder(path) as new:
         (new / "old").touch()
-    rename = Path.rename
+    original = Path.rename
 
-    def fail_second_rename(self: Path, target: Path) -> Path:
-        if self.name.startswith(".tmp-"):
+    def fail(self: Path, target: Path) -> Path:
+        if (self / "new").exists():
             raise OSError(5, "Input/output error")
-        return rename(self, target)
+        return original(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail_second_rename)
+    monkeypatch.setattr(rename, "_rename", lambda source, target, flag: False)
+    monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="Input/output"), atomic.folder(path, replace=True) as new:
         (new / "new").touch()
     assert names(path) == {"old"}
     assert names(tmp_path) == {"adapter"}
 
 
-def test_remove_leftovers_of_dead_processes_only(tmp_path: Path):
-    (tmp_path / f".tmp-a.json-{DEAD_PID}-0123abcd").touch()
-    (tmp_path / f".tmp-adapter-{DEAD_PID}-0123abcd").mkdir()
-    (tmp_path / f".old-done-{DEAD_PID}-0123abcd").mkdir()
-    (tmp_path / "done").mkdir()
-    keep = {f".tmp-b-{os.getpid()}-0123abcd", ".tmp-mine", "a.json", "done"}
-    for name in keep - {"done"}:
-        (tmp_path / name).touch()
-    atomic.remove_leftovers(tmp_path)
+def leave_workspace(path: Path) -> Path:
+    """Return a workspace of `path` whose writer was killed."""
+    workspace, descriptor = atomic._create_workspace(path)
+    os.close(descriptor)
+    return workspace
+
+
+def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path: Path):
+    dead = leave_workspace(tmp_path / "a")
+    (dead / "a").write_text("half")
+    (tmp_path / ".tmp-empty-01234567").mkdir()  # killed between mkdir and the lock
+    (tmp_path / ".tmp-of-another-program-01234567").mkdir()
+    (tmp_path / ".tmp-of-another-program-01234567" / "x").touch()
+    (tmp_path / ".tmp-link-01234567").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "lock").touch()
+    keep = {".tmp-of-another-program-01234567", ".tmp-link-01234567", "elsewhere"}
+    with atomic.temporary_folder(tmp_path / "b") as alive:
+        atomic.remove_leftovers(tmp_path)
+        assert names(tmp_path) == keep | {alive.parent.name}
+        assert atomic.is_being_written(tmp_path / "b")
+        assert not atomic.is_being_written(tmp_path / "a")
     atomic.remove_leftovers(tmp_path / "missing")
     assert names(tmp_path) == keep
+    assert names(tmp_path / "elsewhere") == {"lock"}
 
 
-def test_remove_leftovers_of_one_name_only(tmp_path: Path):
-    other = f".tmp-other-{DEAD_PID}-0123abcd"
-    for name in (other, f".tmp-mine-{DEAD_PID}-0123abcd"):
-        (tmp_path / name).mkdir()
+def test_leftovers_of_one_name_only(tmp_path: Path):
+    other = leave_workspace(tmp_path / "other")
+    leave_workspace(tmp_path / "mine")
     atomic.remove_leftovers(tmp_path, "mine")
-    assert names(tmp_path) == {other}
+    assert names(tmp_path) == {other.name}
 
 
-def test_remove_leftovers_restores_a_folder_between_the_renames(tmp_path: Path):
-    moved = tmp_path / f".old-step-00000050-{DEAD_PID}-0123abcd"
-    moved.mkdir()
-    (moved / "a").touch()
-    (tmp_path / f".tmp-step-00000050-{DEAD_PID}-0123abcd").mkdir()
+def test_a_name_of_any_allowed_length_can_be_written(tmp_path: Path):
+    for name in ("x" * 255, "ü" * 127):
+        atomic.write_text(tmp_path / name, "text")
+        leave_workspace(tmp_path / name)
+        atomic.remove_leftovers(tmp_path, name)
+    assert names(tmp_path) == {"x" * 255, "ü" * 127}
+
+
+def test_a_removal_is_complete_or_not_begun(tmp_path: Path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    atomic.remove(tmp_path / "link")
+    assert names(tmp_path) == {"target"}
+    workspace = leave_workspace(tmp_path / "target")
+    (tmp_path / "target").rename(workspace / atomic.REMOVED)  # killed here
     atomic.remove_leftovers(tmp_path)
-    assert names(tmp_path) == {"step-00000050"}
-    assert names(tmp_path / "step-00000050") == {"a"}
+    assert names(tmp_path) == set()
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path: Path):
+    paths = [tmp_path / "out.gguf", tmp_path / "out.export.json"]
+    for text in ("old", "new"):
+        with atomic.files(paths, replace=True) as temporary:
+            for path in temporary:
+                path.write_text(text)
+    assert [path.read_text() for path in paths] == ["new", "new"]
+    with pytest.raises(FileExistsError), atomic.files(paths):
+        pass
+    assert names(tmp_path) == {"out.gguf", "out.export.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("renames")
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_kill_at_any_operation_leaves_old_or_new(replace: bool, renames: str, tmp_path: Path):
+    """Stop a writer before each of its file operations in turn, as SIGKILL would; then clean up."""
+    seen = set()
+    for number in count():
+        home = tmp_path / str(number)
+        home.mkdir()
+        if replace:
+            write_results(home, "old")
+        done = run_until(home, number)
+        before = (home / "out").exists(), (home / "out.json").exists()
+        assert not (before[0] and before[1]) or (home / "out").read_text() == (home / "out.json").read_text()
+        atomic.remove_leftovers(home)
+        assert not [name for name in names(home) if name.startswith(".")]
+        found = {path.name: (path / "a" if path.is_dir() else path).read_text() for path in home.iterdir()}
+        assert found.get("out") == found.get("out.json")
+        assert set(found.values()) <= {"old", "new"}
+        assert len(found) == 4 or not replace
+        seen.add(tuple(sorted(found.values())))
+        if done:
+            break
+    assert number > 20
+    assert ("new",) * 4 in seen
+
+
+def write_results(home: Path, text: str) -> None:
+    atomic.write_text(home / "file", text)
+    with atomic.folder(home / "folder", replace=True) as new:
+        (new / "a").write_text(text)
+    with atomic.files([home / "out", home / "out.json"], replace=True) as (out, description):
+        out.write_text(text)
+        description.write_text(text)
+
+
+def run_until(home: Path, number: int) -> bool:
+    """Write results in a forked process that ends before its file operation `number`; return whether it finished."""
+    child = os.fork()
+    if child == 0:
+        left = [number]
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            if event in OPERATIONS:
+                if not left[0]:
+                    os._exit(9)
+                left[0] -= 1
+
+        real = os.fsync
+        os.fsync = lambda descriptor: (hook("fsync", ()), real(descriptor))[1]  # has no event
+        sys.addaudithook(hook)
+        write_results(home, "new")
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# Events of the interpreter before file operations; `ctypes.dlopen` comes before the exchange of two paths.
+OPERATIONS = {"fsync", "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "ctypes.dlopen"}
 
 
 WRITER = """
 import sys
 from pathlib import Path
-from lora_cli.run import atomic
+from lora_cli.run import atomic, rename
 home = Path(sys.argv[1])
 for number in range(10**9):
     atomic.write_text(home / "file", str(number) * 5000)

@@ -1,5 +1,6 @@
 """A run folder is locked by one process, and other files in a folder are never taken for a run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from lora_cli.errors import LoraError
+from lora_cli.run import atomic
 from lora_cli.run.folder import LOCK, open_run
 
 
 def make_run(path: Path) -> Path:
     with open_run(path) as run:
         run.recipe.write_text("model: {}\n")
-        run.manifest.write_text("{}\n")
+        run.manifest.write_text('{"versions": {"lora-cli": "0.1.0"}}\n')
         run.metrics.write_text("")
         run.checkpoints.mkdir()
         run.adapter.mkdir()
@@ -51,9 +53,10 @@ def test_resume_needs_a_run(tmp_path: Path):
         open_run(tmp_path / "a", resume=True)
 
 
-def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path):
+def test_fresh_moves_the_run_aside_and_nothing_else(tmp_path: Path):
     path = make_run(tmp_path / "a")
     (path / "notes.md").write_text("mine")
+    (path / "logs").mkdir()
     elsewhere = tmp_path / "big-disk"
     elsewhere.mkdir()
     (elsewhere / "step").touch()
@@ -61,10 +64,65 @@ def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path):
     (path / "checkpoints").symlink_to(elsewhere)
     before = {entry.name for entry in path.iterdir()}
     with open_run(path, fresh=True) as run:
-        assert {entry.name for entry in path.iterdir()} == before, "an error before the start must not remove a run"
-        run.clear()
-    assert {entry.name for entry in path.iterdir()} == {LOCK, "notes.md"}
-    assert (elsewhere / "step").exists()
+        assert {entry.name for entry in path.iterdir()} == before, "an error before the start must not change a run"
+        assert run.move_earlier_aside() == path / "earlier-1"
+        assert run.move_earlier_aside() is None
+    assert {entry.name for entry in path.iterdir()} == {LOCK, "notes.md", "logs", "earlier-1"}
+    moved = {entry.name for entry in (path / "earlier-1").iterdir()}
+    assert moved == before - {LOCK, "notes.md", "logs"}
+    assert (path / "earlier-1" / "checkpoints" / "step").exists()
+
+
+def test_a_kill_while_a_run_is_moved_aside_is_completed_by_the_next_fresh(tmp_path: Path):
+    path = make_run(tmp_path / "a")
+    (path / "earlier-1").mkdir()
+    (path / "earlier-1" / "recipe.yaml").touch()
+    (path / "earlier-2").mkdir()
+    (path / "adapter").rename(path / "earlier-2" / "adapter")  # killed here
+    with open_run(path, fresh=True) as run:
+        assert run.move_earlier_aside() == path / "earlier-2"
+    assert {"adapter", "checkpoints", "recipe.yaml"} <= {entry.name for entry in (path / "earlier-2").iterdir()}
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "metrics.jsonl", "recipe.yaml"])
+def test_a_link_in_place_of_a_file_of_a_run_is_refused(name: str, tmp_path: Path):
+    path = make_run(tmp_path / "a")
+    (path / name).rename(tmp_path / "target")
+    (path / name).symlink_to(tmp_path / "target")
+    with pytest.raises(LoraError, match=f"{name} is a link to "):
+        open_run(path, resume=True)
+    (path / name).unlink()
+    (path / name).symlink_to(tmp_path / "missing")
+    with pytest.raises(LoraError, match=f"{name} is a link to "):
+        open_run(path, resume=True)
+
+
+def test_a_run_folder_that_is_a_link_is_accepted(tmp_path: Path):
+    make_run(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    open_run(tmp_path / "link", resume=True).close()
+
+
+def test_nothing_is_written_through_a_link_in_place_of_the_lock(tmp_path: Path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "a").mkdir()
+    for make in (lambda lock: lock.symlink_to(tmp_path / "precious"), Path.mkdir, os.mkfifo):
+        lock = tmp_path / "a" / LOCK
+        make(lock)
+        with pytest.raises(LoraError, match=r"\.lora-lock is not a file of lora"):
+            open_run(tmp_path / "a")
+        lock.rmdir() if lock.is_dir() else lock.unlink()
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_recipe_and_a_manifest_of_the_user_are_no_run(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("mine")
+    (tmp_path / "manifest.json").write_text('{"versions": {"app": "1"}}')
+    (tmp_path / "logs").mkdir()
+    for flags in ({}, {"fresh": True}, {"resume": True}):
+        with pytest.raises(LoraError, match="contains files but no run"):
+            open_run(tmp_path, **flags)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"recipe.yaml", "manifest.json", "logs"}
 
 
 def test_resume_and_fresh_exclude_each_other(tmp_path: Path):
@@ -89,7 +147,8 @@ def test_run_copied_without_hidden_files_can_be_resumed(tmp_path: Path):
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path):
     path = make_run(tmp_path / "a")
-    (path / "checkpoints" / f".tmp-step-00000050-{2**22 + 1}-0123abcd").mkdir()
+    _, descriptor = atomic._create_workspace(path / "checkpoints" / "step-00000050")
+    os.close(descriptor)
     open_run(path, resume=True).close()
     assert list((path / "checkpoints").iterdir()) == []
 
@@ -111,6 +170,7 @@ def test_paths_that_cannot_be_a_folder_raise(tmp_path: Path, output: str, messag
 
 HOLDER = """
 import sys
+from lora_cli.run import atomic
 from lora_cli.run.folder import open_run
 run = open_run(sys.argv[1])
 print("locked", flush=True)
