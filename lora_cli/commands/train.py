@@ -19,12 +19,13 @@ from lora_cli.model.trained_on import write_trained_on
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
+from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
-from lora_cli.training import checkpoint, cpu, launch
+from lora_cli.training import checkpoint, checkpoint_folders, cpu, launch
 from lora_cli.training.disk_full import disk_full_as_os_error
 from lora_cli.training.distributed import broadcast_adapter
 from lora_cli.training.loop import Step, fit
@@ -144,6 +145,9 @@ class Training:
             LoraError: the checkpoint belongs to a different recipe, base or data.
         """
         folder = Path(self.recipe.output) / "checkpoints"
+        if self.run is not None:
+            checkpoint_folders.set_aside_damaged(folder, info=self.info)
+        self.accelerator.wait_for_everyone()
         done = checkpoint.load_checkpoint(
             folder,
             self.model,
@@ -310,11 +314,13 @@ class Training:
         self._print_results(step)
 
     def _load_best(self, run: RunFolder, step: int) -> None:
-        folder = checkpoint.checkpoint_folder(run.checkpoints, step)
-        if not folder.is_dir():
+        folder = checkpoint_folders.checkpoint_folder(run.checkpoints, step)
+        damage = checkpoint_folders.checkpoint_damage(folder) if folder.is_dir() else "it is missing"
+        if damage is not None:
             raise LoraError(
-                f"{folder} is missing: it has the adapter of the best step",
+                f"{folder}, which has the adapter of the best step, is damaged: {damage}",
                 hint="restore the folder, or start over with --fresh",
+                exit_code=1,
             )
         checkpoint.load_weights(folder, self.model, rank_allocator=self.rank_allocator)
 
@@ -330,7 +336,7 @@ class Training:
         )
         if self.rank_allocator is not None:
             self.rank_allocator.prune()
-        with atomic.folder(run.adapter, replace=True) as partial:
+        with verified_folder(run.adapter, kind="adapter", published=True, replace=True) as partial:
             self._write_adapter_files(partial, step)
             (partial / "README.md").write_text(model_card, encoding="utf-8")
             difference = compare_reloaded(self.model, partial, self._probe_logits)

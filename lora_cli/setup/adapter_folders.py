@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.report import BASE
 from lora_cli.run.folder import CONFIG_FILE, LOCK, find_adapter_folder, user_of_run
-from lora_cli.training.checkpoint import list_checkpoints
+from lora_cli.training.checkpoint_folders import list_checkpoints
 
 HINT = "give a run of lora train, or an adapter folder"
 

@@ -5,7 +5,6 @@ the step number restores them. Each checkpoint is also a plain PEFT adapter that
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +18,12 @@ from torch import Tensor
 from lora_cli.errors import LoraError
 from lora_cli.model import save_adapter
 from lora_cli.model.adalora import AdaLoraRankAllocator
-from lora_cli.run import atomic
+from lora_cli.run import console
+from lora_cli.run.checksums import verified_folder
+from lora_cli.run.read_file import read_json_object
+from lora_cli.training import checkpoint_folders
 from lora_cli.training.best_step import EvaluationHistory
+from lora_cli.training.checkpoint_folders import STATE_FILE, checkpoint_folder, list_checkpoints
 from lora_cli.training.optimizer import averaged_weights, optimizer_state, restore_optimizer_state
 
 EXTRA_TENSORS = "trained.safetensors"  # trainable parameters that the adapter file lacks, AdaLoRA's scores
@@ -40,6 +43,7 @@ def save_checkpoint(
     rank_allocator: AdaLoraRankAllocator | None = None,
     history: EvaluationHistory | None = None,
     keep_best: bool = False,
+    info: Callable[[str], None] = console.info,
 ) -> Path:
     """Write the checkpoint `folder`/step-NNNNNNNN atomically, prune older ones, and return its path.
 
@@ -58,10 +62,14 @@ def save_checkpoint(
         rank_allocator: of AdaLoRA, whose state is saved too.
         history: evaluations so far, which are saved too.
         keep_best: whether the checkpoint of the best step of `history` is kept in addition.
+        info: reports damaged checkpoints, which do not count.
     """
     target = checkpoint_folder(folder, step)
     history = history or EvaluationHistory(start_is_candidate=False)
-    with averaged_weights(optimizer), atomic.folder(target, replace=True) as partial:
+    with (
+        averaged_weights(optimizer),
+        verified_folder(target, kind=checkpoint_folders.KIND, published=False, replace=True) as partial,
+    ):
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         moments = {
             f"{key}|{name}": value.contiguous()
@@ -78,27 +86,10 @@ def save_checkpoint(
             save_file(_without_shared_memory(extra), partial / EXTRA_TENSORS)
         history.save_rows(partial)
         values = {"step": step, "trained": len(trainable), "evaluations": history.to_json(), **state}
-        (partial / "state.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (partial / STATE_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     best = history.best.step if keep_best and history.best else None
-    prune_checkpoints(folder, keep, best=best)
+    checkpoint_folders.prune_checkpoints(folder, keep, info=info, best=best)
     return target
-
-
-def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Return the folder of the checkpoint of `step`."""
-    return folder / f"step-{step:08d}"
-
-
-def prune_checkpoints(folder: Path, keep: int, *, best: int | None = None) -> None:
-    """Delete all checkpoints in `folder` except the `keep` newest ones, and that of step `best`."""
-    for old in list_checkpoints(folder)[:-keep]:
-        if best is None or old != checkpoint_folder(folder, best):
-            shutil.rmtree(old)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
 
 
 def load_checkpoint(
@@ -112,6 +103,8 @@ def load_checkpoint(
     history: EvaluationHistory | None = None,
 ) -> int:
     """Load the newest checkpoint of `folder` into model, optimizer and history.
+
+    Its files are not verified here: see `checkpoint_folders.set_aside_damaged`, which one process of a run calls first.
 
     Args:
         folder: of all checkpoints of the run.
@@ -133,7 +126,7 @@ def load_checkpoint(
     if not checkpoints:
         return 0
     newest = checkpoints[-1]
-    saved_state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    saved_state = read_json_object(newest / STATE_FILE)
     changed = [key for key, value in state.items() if _filled(saved_state.get(key), value, defaults.get(key)) != value]
     if changed:
         raise LoraError(

@@ -110,7 +110,7 @@ def test_combine_writes_the_weighted_sum_of_two_adapters(two_adapters: None, lor
     ("arguments", "error"),
     [
         (["resize", "runs/a/adapter", "--out", "x"], "--rank and --energy: exactly one is needed"),
-        (["resize", "runs/a/adapter", "--rank", "2", "--out", "base"], "--out base exists"),
+        (["resize", "runs/a/adapter", "--rank", "2", "--out", "base"], "--out base is a link to "),
         (["resize", "runs/a", "--rank", "2", "--out", "runs/a", "--force"],
          "--out runs/a contains runs/a/adapter, an input of the resize"),
         (["combine", "runs/a", "runs/a/adapter", "--out", "runs/a/adapter", "--force"],
@@ -130,7 +130,7 @@ def test_wrong_arguments_give_an_error_and_write_nothing(
 ):
     result = lora("adapter", *arguments)
     assert (result.code, result.out) == (2, "")
-    assert result.last_two[0] == f"error: {error}"
+    assert result.last_two[0].startswith(f"error: {error}")
     assert not Path("x").exists()
 
 

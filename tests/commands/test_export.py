@@ -48,7 +48,7 @@ def test_an_adapter_is_exported_to_gguf_and_verified(trained_run: Path, lora: Lo
 def test_an_adapter_is_exported_to_a_folder_for_ollama(trained_run: Path, lora: Lora):
     result = lora("export", trained_run, "--to", "ollama", "--quantize", "f32", "--out", "o")
     assert result.code == 0, result.err
-    assert {file.name for file in Path("o").iterdir()} == {"model.gguf", "Modelfile", "export.json"}
+    assert {file.name for file in Path("o").iterdir()} == {"model.gguf", "Modelfile", "export.json", "checksums.json"}
     assert "template: verified: 20 of 20 chats" in result.err
     assert "ollama create" in result.err
 

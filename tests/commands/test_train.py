@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lora_cli.run import console, metrics_log
+from lora_cli.run.checksums import write_checksums
 from lora_cli.run.folder import LOCK
 from lora_cli.training import launch
 from tests.commands.conftest import LORA_ON_ONE_CORE, CommandResult, Lora, WriteRecipe, write_inputs, write_recipe
@@ -145,7 +146,7 @@ def test_training_into_an_existing_run_is_refused_with_a_hint(trained_run: Path,
     assert result.out == ""
     assert result.last_two == [
         "error: runs/a contains a run already",
-        "hint: --resume continues it, --fresh removes it and starts again; or set another output",
+        "hint: --resume continues it, --fresh moves it aside and starts again; or set another output",
     ]
     assert adapter_bytes(trained_run) == before
 
@@ -184,6 +185,8 @@ def test_a_run_of_an_earlier_version_is_resumed(trained_run: Path, lora: Lora):
         del state["training"][key]
     del state["adapter"]["from"], state["origins"], state["evaluations"]
     file.write_text(json.dumps(state))
+    (file.parent / "checksums.json").unlink()
+    write_checksums(file.parent, kind="checkpoint", published=False)
     refused = lora("train", "recipe.yaml", "--resume", "--set", "training.keep=best")
     assert "changed since this checkpoint: training" in refused.last_two[0]
     result = lora("train", "recipe.yaml", "--resume")
@@ -309,3 +312,19 @@ def test_a_base_with_nan_weights_is_reported_at_the_first_evaluation(
         "error: the loss on the held-out rows is not finite at step 0",
         "hint: the base model causes it: see model.path and model.dtype",
     ]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_does_not_change_the_result(trained_run: Path, lora: Lora):
+    arguments = ("train", "recipe.yaml", "--output", "runs/b", "--set", "training.keep_checkpoints=3")
+    assert lora(*arguments).code == 0
+    newest = Path("runs/b/checkpoints/step-00000004/optimizer.safetensors")
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 4
+    newest.write_bytes(data)
+    result = lora(*arguments, "--resume")
+    assert result.code == 0, result.err
+    assert "step-00000004 is damaged: optimizer.safetensors has other contents than when it was written" in result.err
+    assert "resuming after step 2" in result.err
+    name = "adapter/adapter_model.safetensors"
+    assert (Path("runs/b") / name).read_bytes() == (trained_run / name).read_bytes()

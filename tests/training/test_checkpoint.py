@@ -128,7 +128,9 @@ def test_a_checkpoint_contains_only_safetensors_and_json(tmp_path: Path):
     train(model, optimizer, 1)
     folder = save(tmp_path, model, optimizer, step=1)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"}
+    assert names == {
+        "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json", "checksums.json",
+    }  # fmt: skip
     state = json.loads((folder / "state.json").read_text())
     assert STATE.items() <= state.items()
     moments = load_file(folder / "optimizer.safetensors")
