@@ -50,6 +50,7 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
             raise LoraError(f"--out {out} is an input of the {command}", hint=another)
         if out.resolve() in path.resolve().parents:  # a run with its adapter, for example
             raise LoraError(f"--out {out} contains {path}, an input of the {command}", hint=another)
+    _check_not_in_run(out, another)
     parent = out.absolute().parent
     if atomic.is_being_written(parent / out.name):
         raise LoraError(f"--out {out} is being written by another process", hint=f"wait for it, or {another}")
@@ -93,6 +94,10 @@ def _check_place(out: Path, another: str) -> None:
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise LoraError(f"--out {out}: {out.parent} cannot be written", hint=f"check its permissions, or {another}")
+
+
+def _check_not_in_run(out: Path, another: str) -> None:
+    parent = out.absolute().parent
     for run in (parent, parent.parent):
         # A result inside a run is a part of it, which only training may replace.
         inner = out.absolute().relative_to(run).parts[0]
