@@ -1,4 +1,4 @@
-"""Report too little memory of the device (CUDA out of memory) as an error that names the keys which lower the need."""
+"""Report too little memory of the device, GPU or CPU, as an error that names the keys which lower the need."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,9 @@ def out_of_memory_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Ite
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         size = "tokens_per_batch" if recipe.data.packing else "batch_size"
         message = f"{accelerator.device} has too little memory for a step"
         hint = f"lower training.{size}, or set training.gradient_checkpointing to true"
@@ -29,3 +31,9 @@ def out_of_memory_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Ite
             console.info(f"error: {message}")
             console.info(f"hint: {hint}")
         raise LoraError(message, hint=hint, exit_code=1) from None
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    # On the CPU torch has no exception class of its own for it.
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)

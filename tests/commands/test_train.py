@@ -234,10 +234,15 @@ def test_only_the_first_of_several_processes_reports_an_error(
     assert lora("train", "recipe.yaml") == (2, "", "")
 
 
-def test_out_of_memory_hints_at_the_keys_to_change(recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_out_of_memory_hints_at_the_keys_to_change(
+    device: str, recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
     from lora_cli.model.loss import LossFunction
 
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object) -> torch.Tensor:
+        if device == "cpu":
+            return torch.empty(10**15)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(LossFunction, "__call__", out_of_memory)
