@@ -1,6 +1,7 @@
 """`lora train`: fine-tune an adapter as a recipe describes, and verify the written adapter."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.model.save_adapter import compare_reloaded, save_adapter
 from lora_cli.model.trained_on import write_trained_on
 from lora_cli.recipe.dump import dump_recipe
+from lora_cli.recipe.resume_keys import Change
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.checksums import verified_folder
@@ -24,11 +26,14 @@ from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
+from lora_cli.setup.resume import check_inputs, check_model, describe_changes, find_run_state, record_changes
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
-from lora_cli.training import checkpoint, checkpoint_folders, cpu, launch
+from lora_cli.training import checkpoint, cpu, launch
+from lora_cli.training.checkpoint_folders import SavedState
 from lora_cli.training.disk_full import disk_full_as_os_error
 from lora_cli.training.distributed import broadcast_adapter
-from lora_cli.training.loop import Step, fit
+from lora_cli.training.loop import fit
+from lora_cli.training.loss_spikes import LossSpikes
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.model_card import render_model_card
 from lora_cli.training.optimizer import averaged_weights, make_optimizer
@@ -55,6 +60,8 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         if processes > 1:
             # Errors in recipe, data or model are reported here, once, and not by every process.
             with open_run(recipe.output, resume=resume, fresh=fresh):
+                if resume:
+                    find_run_state(recipe, info=console.info)
                 inputs = load_inputs(with_recorded_date(recipe) if resume else recipe, info=console.info)
             if inputs.template_date and recipe.data.template_date is None:
                 # All processes write the same date, also if they start at midnight.
@@ -78,7 +85,10 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     Only the main process has `run` open: it alone writes and prints.
     """
     info: Info = console.info if run else console.no_output
+    saved = None
     if resume:
+        with accelerator.main_process_first():  # it alone sets damaged checkpoints aside
+            saved = find_run_state(recipe, info=info if run else None)
         recipe = with_recorded_date(recipe)
     with accelerator.main_process_first():  # the main process encodes the rows, the others find them in the cache
         inputs = load_inputs(recipe, info=info)
@@ -88,18 +98,19 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     batches_per_step = accelerator.num_processes * recipe.training.gradient_accumulation
     plan = batch_plan(recipe, inputs, inputs.data.train, batches_per_step=batches_per_step)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
-    info(
-        f"{total:,} step{'s' * (total > 1)} of {batches_per_step} batch{'es' * (batches_per_step > 1)}, "
-        f"{plan.steps_per_epoch:,} per epoch; {plan.token_share:.1%} of each batch is tokens"
-    )
+    info(plan.describe(total))
     check_schedule_fits(recipe.training, total)
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=info)
     for line in describe_schedule(recipe.training, total):
         info(line)
+    state = run_records.resume_state(recipe, inputs, plan, total=total, processes=accelerator.num_processes)
+    changes = check_inputs(saved, recipe, state) if saved else []
     with out_of_memory_as_lora_error(recipe, accelerator):
         model = build_model(recipe, inputs, plan, total=total, info=info)
-        training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run)
-        done = training.resume() if resume else 0
+        training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run, state=state)
+        if resume:
+            training.resume(saved, changes)
+        done = saved.step if saved else 0
         training.prepare_run_folder(done)
         exit_code = training.take_steps(done)
         if not exit_code:
@@ -121,8 +132,12 @@ class Training:
         *,
         total: int,
         run: RunFolder | None,
+        state: dict[str, Any],
     ) -> None:
-        """`built` is the model of `recipe` and `inputs`, to be trained for `total` steps over `plan`."""
+        """`built` is the model of `recipe` and `inputs`, to be trained for `total` steps over `plan`.
+
+        Checkpoints record `state`, that of `run_records.resume_state`, with that of the model.
+        """
         self.recipe, self.spec, self.inputs, self.plan, self.built = recipe, recipe.training, inputs, plan, built
         self.accelerator, self.run, self.total = accelerator, run, total
         self.info: Info = console.info if run else console.no_output
@@ -131,34 +146,36 @@ class Training:
         lr_ratio = recipe.adapter.lr_ratio
         self.optimizer = make_optimizer(self.model, self.spec, name=built.optimizer, lr_ratio=lr_ratio)
         self.rank_allocator = adalora.rank_allocator(self.model)
-        self.resume_state = run_records.resume_state(recipe, inputs, plan, built, total=total)
+        self.state = {**state, **run_records.model_state(built)}
+        self.spikes = LossSpikes()
         self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
         wanted = run is not None and self.spec.answer_every is not None
         self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
         self.done = 0  # optimizer steps
         self.stopped_early = False
 
-    def resume(self) -> int:
-        """Load the newest checkpoint; return the number of steps done.
+    def resume(self, saved: SavedState | None, changes: Sequence[Change]) -> None:
+        """Continue from a checkpoint, with the changes of the recipe since then; None: from the first step.
 
         Raises:
-            LoraError: the checkpoint belongs to a different recipe, base or data.
+            LoraError: the checkpoint belongs to another model or adapter.
         """
-        folder = Path(self.recipe.output) / "checkpoints"
-        if self.run is not None:
-            checkpoint_folders.set_aside_damaged(folder, info=self.info)
-        self.accelerator.wait_for_everyone()
-        done = checkpoint.load_checkpoint(
-            folder,
+        if saved is None:
+            self.info("no checkpoint yet: starting from the first step")
+            return
+        check_model(saved, self.state)
+        for line in describe_changes(saved, changes, self.state):
+            self.info(line)
+        checkpoint.load_checkpoint(
+            saved,
             self.model,
             self.optimizer,
-            state=self.resume_state,
-            defaults=run_records.resume_defaults(),
             rank_allocator=self.rank_allocator,
             history=self.evaluations.history,
         )
-        self.info(f"resuming after step {done}" if done else "no checkpoint yet: starting from the first step")
-        return done
+        self.spikes.restore(saved.values.get("loss_spikes", {}))
+        self.state["changes"] = record_changes(saved, changes)
+        self.info(f"resuming after step {saved.step}")
 
     def prepare_run_folder(self, done: int) -> None:
         """Write recipe and manifest, and cut the logs to the `done` steps."""
@@ -169,7 +186,7 @@ class Training:
         self.run.checkpoints.mkdir(exist_ok=True)
         atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
         manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
-        atomic.write_json(self.run.manifest, manifest)
+        atomic.write_json(self.run.manifest, {**manifest, "changes": self.state.get("changes", [])})
         for log in (self.run.metrics, self.run.answers):
             # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
             metrics_log.truncate_after(log, done or -1)
@@ -209,11 +226,14 @@ class Training:
                 start=done,
                 task=self.recipe.task,
                 rank_allocator=self.rank_allocator,
+                spikes=self.spikes,
             ):
                 self.done = step.number
                 if metrics:
-                    metrics.write(_record(step))
-                    progress.step(step.number, _figures(step, self.inputs.device))
+                    metrics.write(step.record())
+                    progress.step(step.number, step.figures(self.inputs.device))
+                if step.spike:
+                    info(step.spike.line(step.number))
                 last = step.number == self.total
                 # Before the checkpoint: a resumed run continues after both.
                 if evaluated := last or self.evaluations.is_due(step.number):
@@ -258,7 +278,7 @@ class Training:
                 self.model,
                 self.optimizer,
                 step=step,
-                state=self.resume_state,
+                state={**self.state, "loss_spikes": self.spikes.to_json()},
                 keep=self.spec.keep_checkpoints,
                 write_adapter=lambda folder: self._write_adapter_files(folder, step),
                 rank_allocator=self.rank_allocator,
@@ -300,7 +320,7 @@ class Training:
             with averaged_weights(self.optimizer):
                 self._write_verified(self.run, step)
         else:
-            self._load_best(self.run, step)
+            checkpoint.load_best(self.run.checkpoints, step, self.model, rank_allocator=self.rank_allocator)
             self._write_verified(self.run, step)
         manifest = json.loads(self.run.manifest.read_text(encoding="utf-8"))
         result = {
@@ -309,20 +329,10 @@ class Training:
             "adapter_step": step,
             "keep": self.spec.keep,
             "evaluations": self.evaluations.history.to_json(),
+            "loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped},
         }
         atomic.write_json(self.run.manifest, {**manifest, "result": result})
-        self._print_results(step)
-
-    def _load_best(self, run: RunFolder, step: int) -> None:
-        folder = checkpoint_folders.checkpoint_folder(run.checkpoints, step)
-        damage = checkpoint_folders.checkpoint_damage(folder) if folder.is_dir() else "it is missing"
-        if damage is not None:
-            raise LoraError(
-                f"{folder}, which has the adapter of the best step, is damaged: {damage}",
-                hint="restore the folder, or start over with --fresh",
-                exit_code=1,
-            )
-        checkpoint.load_weights(folder, self.model, rank_allocator=self.rank_allocator)
+        self._print_results(self.run, step)
 
     def _write_verified(self, run: RunFolder, step: int) -> None:
         """Write the model's adapter to a temporary folder, load it back, compare it, then move it to its place."""
@@ -330,10 +340,12 @@ class Training:
             self.recipe,
             recipe_text=dump_recipe(self.recipe),
             ledger=self.inputs.data.ledger.to_json(),
-            results=self._results(step),
+            results=run_records.results(run.metrics, self.recipe, step=step),
             step=step,
             steps_done=self.done,
         )
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        checkpoint.check_finite(trained, step=step, folder=run.checkpoints)
         if self.rank_allocator is not None:
             self.rank_allocator.prune()
         with verified_folder(run.adapter, kind="adapter", published=True, replace=True) as partial:
@@ -350,20 +362,10 @@ class Training:
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
 
-    def _results(self, step: int) -> dict[str, dict[str, Any]]:
-        """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows."""
-        assert self.run is not None
-        records = [record for record in metrics_log.read_metrics(self.run.metrics) if "eval_loss" in record]
-        before = "before" if self.recipe.adapter.source else "base"
-        return {
-            name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
-            for name, number in ((before, 0), ("adapter", step))
-            for record in records
-            if record["step"] == number
-        }
-
-    def _print_results(self, step: int) -> None:
-        results = list(self._results(step).values())
+    def _print_results(self, run: RunFolder, step: int) -> None:
+        if line := self.spikes.summary():
+            self.info(line)
+        results = list(run_records.results(run.metrics, self.recipe, step=step).values())
         if len(results) == 2:
             before, after = (result["loss"] for result in results)
             self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")
@@ -375,22 +377,6 @@ class Training:
         model.eval()
         batch = self.plan.make_batch([int(self.inputs.data.train.lengths[:64].argmin())])
         return LossFunction(model, task=self.recipe.task).logits(batch).double()
-
-
-def _record(step: Step) -> dict[str, float]:
-    """Return a line of metrics.jsonl; its key `step` is what `metrics_log.truncate_after` reads."""
-    values = step._asdict()
-    return {"step": values.pop("number"), **values}
-
-
-def _figures(step: Step, device: torch.device) -> dict[str, str]:
-    return {
-        "loss": f"{step.loss:.4f}",
-        "lr": f"{step.learning_rate:.2e}",
-        "grad": f"{step.grad_norm:.2f}",
-        "tok/s": f"{step.tokens / step.seconds:.0f}",
-        "mem": console.format_bytes(cpu.peak_memory(device)),
-    }
 
 
 def _is_due(step: int, every: int | None) -> bool:

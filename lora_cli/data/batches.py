@@ -66,6 +66,13 @@ class BatchPlan:
         """Return the number of optimizer steps of a run: `max_steps`, or those of `epochs` if `max_steps` is None."""
         return max_steps or max(1, round((epochs or 1.0) * self.steps_per_epoch))
 
+    def describe(self, total: int) -> str:
+        """Return a line on the batches of a run of `total` optimizer steps."""
+        return (
+            f"{total:,} step{'s' * (total > 1)} of {self.batches_per_step} batch{'es' * (self.batches_per_step > 1)}, "
+            f"{self.steps_per_epoch:,} per epoch; {self.token_share:.1%} of each batch is tokens"
+        )
+
     @property
     def max_tokens(self) -> int:
         """Tokens in the largest batch, padding included."""

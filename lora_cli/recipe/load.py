@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe.dump import HEADER
 from lora_cli.recipe.overrides import apply_overrides
 from lora_cli.recipe.problem import Location, Problem, UnreadableRecipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.validate import validate_recipe
 from lora_cli.recipe.yaml_tree import parse_yaml
+from lora_cli.run.folder import is_run
 
 MAX_BYTES = 256 * 1024  # a recipe has a few kilobytes; a model file passed by mistake has gigabytes
 PASS_A_RECIPE = "pass a recipe (a .yaml file)"
@@ -16,6 +18,8 @@ PASS_A_RECIPE = "pass a recipe (a .yaml file)"
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in the YAML file `path`, with `overrides` such as `training.seed=1` applied.
+
+    The recipe.yaml that a run wrote has the folder of the run as its output, also after the folder was moved.
 
     Raises:
         LoraError: the file cannot be read, or the recipe is invalid: `details` has a line for each problem of the
@@ -40,7 +44,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, more = validate_recipe(tree, top)
     if problems or more or recipe is None:
         raise _invalid_recipe(path, [*problems, *more])
+    sets_output = any(each.partition("=")[0].strip() == "output" for each in overrides)
+    if path.name == "recipe.yaml" and text.startswith(HEADER) and is_run(path.parent) and not sets_output:
+        return _with_output(recipe, path.parent)
     return recipe
+
+
+def _with_output(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with `folder` as its output; unchanged if it is this folder, however it is spelled."""
+    if Path(recipe.output).resolve() == folder.resolve():
+        return recipe
+    return recipe.model_copy(update={"output": str(folder)})
 
 
 def _read(path: Path) -> str:

@@ -85,7 +85,7 @@ def _check_decay(spec: TrainingSpec, decay: float) -> Iterator[Conflict]:
 
 
 def check_optimizer(recipe: Recipe) -> Iterator[Conflict]:
-    """Yield conflicts of the optimizer with its options and with the adapter method."""
+    """Yield conflicts of the optimizer and its steps with its options and with the adapter method."""
     spec, method = recipe.training, recipe.adapter.method
     kind = spec.optimizer.removeprefix("paged-").partition("-")[0]
     depends_on = ("training.optimizer",)
@@ -96,6 +96,9 @@ def check_optimizer(recipe: Recipe) -> Iterator[Conflict]:
                 own = WITHOUT_BETAS[kind]
                 fix = f"remove it: {kind}'s betas are {own[0]} and {own[1]}" if own else "remove it"
                 yield Conflict(f"training.{key}", f"has no effect with optimizer {spec.optimizer}", fix, depends_on)
+    if spec.on_spike == "skip" and method == "adalora":
+        message = "adalora ranks its components by the gradients of every step"
+        yield Conflict("training.on_spike", message, "write warn, or another method", ("adapter.method",))
     if spec.optimizer == "muon" and method in WITHOUT_MATRICES:
         message = f"muon trains the matrices of LoRA, and {method} has none"
         yield Conflict("training.optimizer", message, "write adamw, or another method", ("adapter.method",))

@@ -70,6 +70,10 @@ class TrainingSpec(Section):
     in training only. Above 0. Default null: no noise."""
     gradient_checkpointing: Literal["auto"] | Switch = "auto"
     """Recompute activations in the backward pass: less memory, a third more time. auto: only if memory requires it."""
+    on_spike: Literal["warn", "skip"] = "warn"
+    """A step whose loss is more than 6 standard deviations above the mean of the last 128 steps: warn (default), or
+    skip: its gradients are not used, the step counts. skip also skips a loss or gradient that is not finite, which is
+    an error otherwise; more than 8 skipped steps in a row are an error."""
     seed: Seed = 42
     """Seed of adapter initialization, dropout, row order and held-out rows. From 0 to 4294967295. Default 42."""
     eval_every: Count | None = 100

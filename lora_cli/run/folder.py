@@ -16,6 +16,7 @@ LOCK = ".lora-lock"
 CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
 # Files and folders of a run, in the order in which --fresh moves them aside.
 RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
+NO_RUN = "start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder"
 EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
 
 
@@ -108,6 +109,8 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
     if resume and fresh:
         raise LoraError("--resume and --fresh are both set", hint="keep one")
     path = Path(output)
+    if resume and not path.is_dir():  # before it is created
+        raise LoraError(f"{path} contains no run to resume", hint=NO_RUN)
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Before the lock file is created, so that a folder with other files stays unchanged.
@@ -116,8 +119,9 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
     except (FileExistsError, NotADirectoryError):
         raise LoraError(f"{path} is a file, or inside a file", hint="set output to a folder") from None
     except OSError as error:
-        message = f"{path} cannot be written: {error.strerror}"
-        raise LoraError(message, hint="set output to another folder") from None
+        copy = "copy it, with cp -r, and resume the copy: lora train COPY/recipe.yaml --resume"
+        hint = copy if resume else "set output to another folder"
+        raise LoraError(f"{path} cannot be written: {error.strerror}", hint=hint) from None
     try:
         _prepare(run, resume=resume, fresh=fresh)
     except BaseException:
@@ -139,7 +143,7 @@ def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
         hint = "--resume continues it, --fresh moves it aside and starts again; or set another output"
         raise LoraError(f"{run.path} contains a run already", hint=hint)
     if resume and not existing:
-        raise LoraError(f"{run.path} contains no run to resume", hint="start it without --resume")
+        raise LoraError(f"{run.path} contains no run to resume", hint=NO_RUN)
     if fresh:
         run.stale = existing
 

@@ -1,33 +1,36 @@
-"""What a run records of itself: manifest.json, trained_on.json, and the settings that a resumed run must share."""
+"""What a run records of itself: manifest.json, trained_on.json, and in each checkpoint, what resume compares."""
 
+import hashlib
+import json
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.chat_templates import shared_variables
 from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.trained_on import TrainedOn
-from lora_cli.recipe.field_types import Section
-from lora_cli.recipe.schema import AdapterSpec, Recipe
-from lora_cli.recipe.training_section import TrainingSpec
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run import metrics_log
 from lora_cli.setup.inputs import RunInputs
-from lora_cli.setup.training_model import TrainableModel
+from lora_cli.setup.training_model import TrainableModel, resolve_optimizer
 
-# Keys of the training section that a resumed run may change. They do not change what a step computes.
-NO_EFFECT_ON_STEPS = {
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "log_every",
-    "gradient_accumulation",
-    "stop_after",
-    "answer_every",
-    "answer_prompts",
-}
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "lora-cli")
+# Libraries whose versions can change a result, within rounding; numpy shuffles the rows.
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "numpy",
+    "lora-cli",
+)
 
 
 def trained_on(recipe: Recipe, inputs: RunInputs, model: PeftModel, built: TrainableModel, *, step: int) -> TrainedOn:
@@ -47,36 +50,51 @@ def trained_on(recipe: Recipe, inputs: RunInputs, model: PeftModel, built: Train
     )
 
 
-def resume_state(
-    recipe: Recipe, inputs: RunInputs, plan: BatchPlan, built: TrainableModel, *, total: int
-) -> dict[str, Any]:
-    """Return the settings that must be unchanged, so that a resumed run equals the uninterrupted one."""
+def resume_state(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, processes: int) -> dict[str, Any]:
+    """Return what a checkpoint records of its run, as JSON, before the model is built: see `setup/resume.py`.
+
+    Args:
+        recipe: of the run, resolved.
+        inputs: of the run.
+        plan: of its batches.
+        total: optimizer steps of the run.
+        processes: of the run, on all machines.
+    """
     base, data = inputs.base, inputs.data
+    template = json.dumps(base.tokenizer.chat_template)
+    machine: dict[str, Any] = {"device": inputs.device.type, "processes": processes}
+    if inputs.device.type == "cpu":
+        machine["threads"] = torch.get_num_threads()
     return {
+        "recipe": recipe.model_dump(mode="json"),
         "total_steps": total,
         "batches_per_step": plan.batches_per_step,
         "data": data.fingerprint,
-        "model": fingerprint(base.source),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "attention": built.model.get_base_model().config._attn_implementation,
-        "training": recipe.training.model_dump(mode="json", exclude=NO_EFFECT_ON_STEPS),
-        "task": recipe.task,
+        "sources": [
+            {"source": e.source, "split": e.split, "content": e.content, "read": e.tally.read, "kept": e.tally.kept}
+            for e in data.ledger.entries
+        ],
+        "template": hashlib.blake2b(template.encode(), digest_size=16).hexdigest(),
         "labels": data.labels and list(data.labels.names),
-        "optimizer": built.optimizer,
-        "adapter": recipe.adapter.model_dump(mode="json"),
+        "model": fingerprint(base.source),
+        "model_is_local": Path(recipe.model.path).exists(),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "optimizer": resolve_optimizer(recipe, inputs),
+        "versions": _versions(),
+        "machine": machine,
+    }
+
+
+def model_state(built: TrainableModel) -> dict[str, Any]:
+    """Return what a checkpoint records of the model that was built, as JSON."""
+    return {
+        "attention": built.model.get_base_model().config._attn_implementation,
         "origins": [dict(origin) for origin in built.origins],
-        "quantization": recipe.quantization and recipe.quantization.model_dump(mode="json"),
     }
 
 
-def resume_defaults() -> dict[str, Any]:
-    """Return the values of `resume_state` that a checkpoint of an earlier version does not have: those before them."""
-    sections: dict[str, type[Section]] = {"training": TrainingSpec, "adapter": AdapterSpec}
-    defaults: dict[str, Any] = {
-        key: {field.alias or name: field.default for name, field in section.model_fields.items()}
-        for key, section in sections.items()
-    }
-    return {**defaults, "origins": []}
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total: int) -> dict[str, Any]:
@@ -86,7 +104,7 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
     del base["step"]
     origins = base.pop("origins")
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "base": {"path": recipe.model.path, "revision": recipe.model.revision, **base},
         "origins": origins,
         "device": inputs.device.type,
@@ -99,4 +117,20 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
         "packing_proof": built.leak_check._asdict() if built.leak_check else None,
         "data_fingerprint": data.fingerprint,
         "ledger": data.ledger.to_json(),
+    }
+
+
+def results(metrics: Path, recipe: Recipe, *, step: int) -> dict[str, dict[str, Any]]:
+    """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows.
+
+    Raises:
+        LoraError: the log `metrics` is damaged.
+    """
+    records = [record for record in metrics_log.read_metrics(metrics) if "eval_loss" in record]
+    before = "before" if recipe.adapter.source else "base"
+    return {
+        name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
+        for name, number in ((before, 0), ("adapter", step))
+        for record in records
+        if record["step"] == number
     }

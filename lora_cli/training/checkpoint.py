@@ -20,10 +20,10 @@ from lora_cli.model import save_adapter
 from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.run import console
 from lora_cli.run.checksums import verified_folder
-from lora_cli.run.read_file import read_json_object
 from lora_cli.training import checkpoint_folders
 from lora_cli.training.best_step import EvaluationHistory
-from lora_cli.training.checkpoint_folders import STATE_FILE, checkpoint_folder, list_checkpoints
+from lora_cli.training.check_finite import first_not_finite
+from lora_cli.training.checkpoint_folders import STATE_FILE, SavedState, checkpoint_folder, list_checkpoints
 from lora_cli.training.optimizer import averaged_weights, optimizer_state, restore_optimizer_state
 
 EXTRA_TENSORS = "trained.safetensors"  # trainable parameters that the adapter file lacks, AdaLoRA's scores
@@ -63,13 +63,13 @@ def save_checkpoint(
         history: evaluations so far, which are saved too.
         keep_best: whether the checkpoint of the best step of `history` is kept in addition.
         info: reports damaged checkpoints, which do not count.
+
+    Raises:
+        LoraError: a tensor is not finite; nothing is written then.
     """
     target = checkpoint_folder(folder, step)
     history = history or EvaluationHistory(start_is_candidate=False)
-    with (
-        averaged_weights(optimizer),
-        verified_folder(target, kind=checkpoint_folders.KIND, published=False, replace=True) as partial,
-    ):
+    with averaged_weights(optimizer):
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         moments = {
             f"{key}|{name}": value.contiguous()
@@ -80,75 +80,67 @@ def save_checkpoint(
         extra = {name: trainable[name].detach() for name, saved_name in saved_names.items() if saved_name is None}
         if rank_allocator:
             extra |= {f"{ALLOCATOR_PREFIX}{key}": value for key, value in rank_allocator.state_dict().items()}
-        write_adapter(partial)
-        save_file(_without_shared_memory(moments), partial / OPTIMIZER_STATE)
-        if extra:
-            save_file(_without_shared_memory(extra), partial / EXTRA_TENSORS)
-        history.save_rows(partial)
-        values = {"step": step, "trained": len(trainable), "evaluations": history.to_json(), **state}
-        (partial / STATE_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        check_finite({**trainable, **extra}, moments, step=step, folder=folder)
+        with verified_folder(target, kind=checkpoint_folders.KIND, published=False, replace=True) as partial:
+            write_adapter(partial)
+            save_file(_without_shared_memory(moments), partial / OPTIMIZER_STATE)
+            if extra:
+                save_file(_without_shared_memory(extra), partial / EXTRA_TENSORS)
+            history.save_rows(partial)
+            values = {"step": step, "trained": len(trainable), "evaluations": history.to_json(), **state}
+            (partial / STATE_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     best = history.best.step if keep_best and history.best else None
     checkpoint_folders.prune_checkpoints(folder, keep, info=info, best=best)
     return target
 
 
+def check_finite(
+    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor] = MappingProxyType({}), *, step: int, folder: Path
+) -> None:
+    """Check tensors of `step` before they are saved: trained weights by name, moments by `kind|name`.
+
+    Raises:
+        LoraError: one has a NaN or an infinity. The hint names the newest checkpoint of `folder`.
+    """
+    named = {f"{name.partition('|')[0]} of {name.partition('|')[2]}": value for name, value in moments.items()}
+    if found := first_not_finite({**weights, **named}):
+        hint = "train again with a lower training.learning_rate or a longer training.warmup"
+        if checkpoints := list_checkpoints(folder):
+            hint = (
+                f"{checkpoints[-1]} is from before it: go on with --resume --set training.on_spike=skip, or with a "
+                f"lower training.learning_rate, another output and adapter.from: {checkpoints[-1]}"
+            )
+        raise LoraError(f"step {step} is not saved: {found}", hint=hint, exit_code=1)
+
+
 def load_checkpoint(
-    folder: Path,
+    saved: SavedState,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     *,
-    state: dict[str, Any],
-    defaults: Mapping[str, Any] = MappingProxyType({}),
     rank_allocator: AdaLoraRankAllocator | None = None,
     history: EvaluationHistory | None = None,
-) -> int:
-    """Load the newest checkpoint of `folder` into model, optimizer and history.
-
-    Its files are not verified here: see `checkpoint_folders.set_aside_damaged`, which one process of a run calls first.
+) -> None:
+    """Load a checkpoint into model, optimizer and history.
 
     Args:
-        folder: of all checkpoints of the run.
+        saved: the checkpoint, of a run with the same base, data and recipe.
         model: with the adapter.
         optimizer: over its trainable parameters.
-        state: values that must equal those of the checkpoint.
-        defaults: of `state`, for values and keys of values that checkpoints of earlier versions lack.
         rank_allocator: of AdaLoRA.
         history: evaluations so far.
 
-    Returns:
-        The step number of the checkpoint; 0 if no checkpoint exists.
-
     Raises:
-        LoraError: the checkpoint's state differs from `state` (data, seed, adapter options), or its adapter has other
-            tensors than `model`.
+        LoraError: its adapter has other tensors than `model`.
     """
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        return 0
-    newest = checkpoints[-1]
-    saved_state = read_json_object(newest / STATE_FILE)
-    changed = [key for key, value in state.items() if _filled(saved_state.get(key), value, defaults.get(key)) != value]
-    if changed:
-        raise LoraError(
-            f"{newest}: cannot resume, changed since this checkpoint: {', '.join(changed)}",
-            hint="use the recipe and data that the run was started with, or start over with --fresh",
-        )
-    load_weights(newest, model, rank_allocator=rank_allocator)
-    moments = load_file(newest / OPTIMIZER_STATE)
+    load_weights(saved.folder, model, rank_allocator=rank_allocator)
+    moments = load_file(saved.folder / OPTIMIZER_STATE)
     for name, parameter in model.named_parameters():
         own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
         if own:
             restore_optimizer_state(optimizer, parameter, own)
     if history is not None:
-        history.restore(saved_state, newest)
-    return int(saved_state["step"])
-
-
-def _filled(saved: Any, now: Any, default: Any) -> Any:
-    """Return the saved value of a setting; the default where it lacks the value, or keys that the value has now."""
-    if isinstance(saved, dict) and isinstance(now, dict) and isinstance(default, Mapping):
-        return {**{key: default[key] for key in now if key in default}, **saved}
-    return default if saved is None else saved
+        history.restore(saved.values, saved.folder)
 
 
 @torch.no_grad()
@@ -176,6 +168,23 @@ def load_weights(checkpoint: Path, model: PeftModel, *, rank_allocator: AdaLoraR
         )
     for name, value in values.items():
         parameters[name].copy_(value)
+
+
+def load_best(folder: Path, step: int, model: PeftModel, *, rank_allocator: AdaLoraRankAllocator | None = None) -> None:
+    """Load the weights of the best step from its checkpoint in `folder`, which is verified.
+
+    Raises:
+        LoraError: the checkpoint is missing or damaged.
+    """
+    checkpoint = checkpoint_folder(folder, step)
+    damage = checkpoint_folders.checkpoint_damage(checkpoint) if checkpoint.is_dir() else "it is missing"
+    if damage is not None:
+        raise LoraError(
+            f"{checkpoint}, which has the adapter of the best step, is damaged: {damage}",
+            hint="restore the folder, or start over with --fresh",
+            exit_code=1,
+        )
+    load_weights(checkpoint, model, rank_allocator=rank_allocator)
 
 
 def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

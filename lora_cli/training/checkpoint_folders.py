@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
@@ -33,6 +34,30 @@ def _step(path: Path) -> int:
     match = NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
+
+
+class SavedState(NamedTuple):
+    """The newest checkpoint of a run, and the values in its state.json."""
+
+    folder: Path
+    values: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps done."""
+        return int(self.values["step"])
+
+
+def newest_checkpoint(folder: Path) -> SavedState | None:
+    """Return the newest checkpoint in `folder`, which `set_aside_damaged` has verified; None if it has none.
+
+    Raises:
+        LoraError: its state.json cannot be read.
+    """
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        return None
+    return SavedState(checkpoints[-1], read_json_object(checkpoints[-1] / STATE_FILE))
 
 
 def checkpoint_damage(checkpoint: Path) -> str | None:

@@ -1,9 +1,10 @@
 """The training loop: a generator of steps. Logging, evaluation and checkpoints are the body of the `for` around it."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,10 @@ from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.recipe.training_section import TrainingSpec
+from lora_cli.run import console
+from lora_cli.training import cpu
 from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum
+from lora_cli.training.loss_spikes import LossSpikes, Spike, describe_rows
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
 
 
@@ -26,12 +30,36 @@ class Step(NamedTuple):
 
     number: int  # from 1
     epoch: float  # passes over the rows so far
-    loss: float  # nats per supervised token (or word, or row), mean over this update
+    loss: float  # nats per supervised token (or word, or row), mean over this update; not finite only if skipped
     learning_rate: float
-    grad_norm: float  # L2, before clipping
+    grad_norm: float  # L2, before clipping; not finite only if skipped
     tokens: int  # real tokens, padding not counted
     supervised: int  # tokens, words or rows that carried loss
     seconds: float  # wall time of this step
+    spike: Spike | None = None  # what is unusual in it
+
+    def record(self) -> dict[str, Any]:
+        """Return its line of metrics.jsonl: `step` is what `metrics_log.truncate_after` reads; null: not finite."""
+        values = {name: value for name, value in self._asdict().items() if name not in ("number", "spike")}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        return {"step": self.number, **finite, **(self.spike.record() if self.spike else {})}
+
+    def figures(self, device: torch.device) -> dict[str, str]:
+        """Return the figures of its progress line."""
+        return {
+            "loss": f"{self.loss:.4f}",
+            "lr": f"{self.learning_rate:.2e}",
+            "grad": f"{self.grad_norm:.2f}",
+            "tok/s": f"{self.tokens / self.seconds:.0f}",
+            "mem": console.format_bytes(cpu.peak_memory(device)),
+        }
+
+
+class _BatchRows(NamedTuple):
+    """The loss of a batch of a step, on any process, and its rows."""
+
+    loss: float  # nats per supervised token (or word, or row)
+    rows: list[str]  # locations of the raw rows
 
 
 def fit(
@@ -45,6 +73,7 @@ def fit(
     start: int = 0,
     task: TaskName = "causal-lm",
     rank_allocator: AdaLoraRankAllocator | None = None,
+    spikes: LossSpikes | None = None,
 ) -> Iterator[Step]:
     """Take optimizer steps `start`+1 to `total`, and yield after each.
 
@@ -53,9 +82,15 @@ def fit(
     resumed run draws the same numbers as an uninterrupted one, and two processes the same as one. AdaLoRA's
     `rank_allocator` acts around the optimizer step; its penalty is part of the gradient, not of the reported loss.
 
+    With `on_spike: skip`, a step whose loss is a spike, or whose loss or gradient is not finite, changes neither
+    parameters nor optimizer state. The learning rate follows from the number of the step, which advances. `spikes` has
+    the losses of the steps before `start`.
+
     Raises:
-        LoraError: the loss or the gradient is not finite; raised before the parameters change.
+        LoraError: the loss or the gradient is not finite, or too many steps in a row were skipped; raised before the
+            parameters change.
     """
+    spikes = spikes or LossSpikes()
     loss_fn = LossFunction(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
     trained = [p for p in model.parameters() if p.requires_grad]
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -67,9 +102,9 @@ def fit(
             counts = torch.tensor(
                 [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
             )
-            supervised, tokens = (int(n) for n in all_reduce_sum(accelerator, counts))
+            supervised, tokens = all_reduce_sum(accelerator, counts).tolist()
             loss_sum = torch.zeros((), device=accelerator.device)
-            losses: list[tuple[Batch, Tensor]] = []
+            losses: list[tuple[Batch, Tensor]] = []  # of the batches of this process, each a sum: fp32 []
             # Gradient accumulation: the gradients of all batches of the step add up before one optimizer step.
             for position, batch in batches:
                 if len(batch.targets) == 0:
@@ -85,25 +120,30 @@ def fit(
                 rank_allocator.orthogonality_loss().backward()
             grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
             loss_sum = all_reduce_sum(accelerator, loss_sum)
-            if not (torch.isfinite(loss_sum) and torch.isfinite(grad_norm)):
-                raise _not_finite_error(number + 1, losses, plan)
+            # One transfer of both: the host waits for the device once, before the parameters change.
+            summed, norm = torch.stack((loss_sum, grad_norm.to(loss_sum.device))).tolist()
+            # A step may have no label: rows of one token, for example.
+            loss_of_step = summed / supervised if supervised else None
+            spike = _find_spike(number + 1, loss_of_step, norm, losses, plan, spikes=spikes, on_spike=spec.on_spike)
             rate = learning_rate(number, spec=spec, total=total)
-            set_learning_rate(optimizer, rate)
-            if spec.max_grad_norm is not None:
-                nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
-            optimizer.step()
-            if rank_allocator is not None:
-                rank_allocator.update_and_allocate(number + 1)
+            if spike is None or not spike.skipped:
+                set_learning_rate(optimizer, rate)
+                if spec.max_grad_norm is not None:
+                    nn.utils.clip_grads_with_norm_(trained, spec.max_grad_norm, grad_norm)
+                optimizer.step()
+                if rank_allocator is not None:
+                    rank_allocator.update_and_allocate(number + 1)
             optimizer.zero_grad(set_to_none=True)
             yield Step(
                 number=number + 1,
                 epoch=(number + 1) / plan.steps_per_epoch,
-                loss=float(loss_sum) / max(1, supervised),  # a step may have no label: rows of one token, for example
+                loss=loss_of_step or 0.0,
                 learning_rate=rate,
-                grad_norm=float(grad_norm),
+                grad_norm=norm,
                 tokens=tokens,
                 supervised=supervised,
                 seconds=time.perf_counter() - start_time,
+                spike=spike,
             )
 
 
@@ -112,20 +152,49 @@ def _seed(run_seed: int, step: int, position: int) -> int:
     return (run_seed * 1_000_003 + step * 8191 + position) % (1 << 63)
 
 
-def _not_finite_error(number: int, losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> LoraError:
-    """Return the error of a step whose sums are not finite. All processes must call it."""
-    rows = {
-        finite: [
-            plan.rows[i].where for batch, loss in losses if bool(torch.isfinite(loss)) == finite for i in batch.rows
-        ]
-        for finite in (False, True)
-    }
-    not_finite, finite = gather_object(rows[False]), gather_object(rows[True])
-    quantity, affected = ("loss", not_finite) if not_finite else ("gradient", finite)
-    more = f" and {len(affected) - 5} more" if len(affected) > 5 else ""
-    return LoraError(
-        f"step {number}: the {quantity} is not finite; its rows: {', '.join(affected[:5])}{more}",
-        hint="try a lower training.learning_rate or a longer training.warmup, and inspect these rows; "
-        "the last checkpoint is from before this step",
-        exit_code=1,
-    )
+def _find_spike(
+    number: int,
+    loss: float | None,
+    grad_norm: float,
+    losses: list[tuple[Batch, Tensor]],
+    plan: BatchPlan,
+    *,
+    spikes: LossSpikes,
+    on_spike: Literal["warn", "skip"],
+) -> Spike | None:
+    """Return what is unusual in step `number` (from 1); `loss` and `grad_norm` are equal on all processes.
+
+    All processes call it. `loss` is None in a step without labels. Only for an unusual step, the host waits for the
+    `losses` of the batches.
+
+    Raises:
+        LoraError: the loss or the gradient is not finite and not skipped, or too many steps in a row were skipped.
+    """
+    skip, spike = on_spike == "skip", None
+    if not (math.isfinite(loss or 0.0) and math.isfinite(grad_norm)):
+        batches = _gather_batches(losses, plan)
+        not_finite = [row for batch in batches if not math.isfinite(batch.loss) for row in batch.rows]
+        rows = not_finite or [row for batch in batches for row in batch.rows]
+        problem = f"the {'loss' if not_finite else 'gradient'} is not finite"
+        if not skip:
+            raise LoraError(
+                f"step {number}: {problem}; {describe_rows(rows)}",
+                hint="try a lower training.learning_rate or a longer training.warmup, and inspect these rows; the last "
+                "checkpoint is from before this step; --resume --set training.on_spike=skip leaves such steps out",
+                exit_code=1,
+            )
+        spike = Spike(problem, rows, skipped=True)
+    elif loss is not None and (usual := spikes.compare(loss)):
+        highest = max(_gather_batches(losses, plan))
+        spike = Spike(usual.describe(loss), highest.rows, skipped=skip, mean=usual.mean, sigma=usual.sigma)
+    spikes.add(number, spike)
+    return spike
+
+
+def _gather_batches(losses: list[tuple[Batch, Tensor]], plan: BatchPlan) -> list[_BatchRows]:
+    """Return the batches with labels of a step, of all processes, which must all call it."""
+    own = [
+        _BatchRows(float(loss) / len(batch.targets), [plan.rows[i].where for i in batch.rows]) for batch, loss in losses
+    ]
+    gathered: list[_BatchRows] = gather_object(own)
+    return gathered

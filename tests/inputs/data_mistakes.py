@@ -120,7 +120,10 @@ DATA_MISTAKES = {
     ),
     "resume without a run": Mistake(
         {},
-        ["error: runs/a contains no run to resume", "hint: start it without --resume"],
+        [
+            "error: runs/a contains no run to resume",
+            "hint: start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder",
+        ],
         command="train recipe.yaml --resume",
     ),
     "resume and fresh": Mistake(

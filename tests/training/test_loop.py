@@ -1,12 +1,17 @@
 """The training loop `fit`: clipping, gradient checkpointing, non-finite values, and batches without labels."""
 
+import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
@@ -14,6 +19,8 @@ from lora_cli.model import packed_attention
 from lora_cli.recipe.schema import TrainingSpec
 from lora_cli.training import loop
 from lora_cli.training.loop import Step, fit
+from lora_cli.training.loss_spikes import MAX_SKIPPED_IN_A_ROW, MIN_STEPS, LossSpikes
+from lora_cli.training.lr_schedule import learning_rate
 from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
 
@@ -202,3 +209,121 @@ def test_fp16_gradients_of_a_large_step_do_not_vanish(monkeypatch: pytest.Monkey
         list(fit(model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=1))
         gradients.append(torch.cat(parts))
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 0.02
+
+
+ODD = "rows.jsonl:24"
+
+
+def plan_with_an_odd_row(model: PeftModel) -> BatchPlan:
+    """Return a plan of one row a batch: equal rows, and after 16 steps one whose loss is far above theirs."""
+    rows = list(zoo.rows_of([12] * 40))
+    with torch.no_grad():
+        summed = [zoo.loss_row_by_row(model, zoo.MemoryRows([row])) for row in rows]
+    losses = [float(loss) / count for loss, count in summed]
+    usual, odd = rows[int(np.argmin(losses))], rows[int(np.argmax(losses))]
+    assert max(losses) > 1.5 * min(losses)
+    equal = zoo.MemoryRows([usual._replace(where=f"rows.jsonl:{n + 1}") for n in range(23)] + [odd._replace(where=ODD)])
+    plans = (BatchPlan(equal, packing=False, size=1, batches_per_step=1, seed=seed) for seed in range(99))
+    return next(plan for plan in plans if MIN_STEPS <= plan.epoch(0).index([23]) < 22)
+
+
+def make_model_of_varied_losses() -> PeftModel:
+    return zoo.adapted(zoo.make("llama", initializer_range=1.0))
+
+
+def test_a_loss_spike_is_told_and_trained_on():
+    model = make_model_of_varied_losses()
+    plan = plan_with_an_odd_row(model)
+    steps = run(model, plan, total=24, learning_rate=1e-5)
+    position = plan.epoch(0).index([23])
+    assert [step.number for step in steps if step.spike] == [position + 1]
+    spiked = steps[position]
+    assert spiked.spike
+    assert spiked.spike.rows == [ODD]
+    assert not spiked.spike.skipped
+    line = spiked.spike.line(spiked.number)
+    assert line.startswith(f"step {position + 1}: the loss {spiked.loss:.4f} is a spike, ")
+    assert line.endswith(f"; its rows: {ODD}")
+    mean = sum(step.loss for step in steps[:position]) / position
+    assert spiked.spike.mean == pytest.approx(mean)
+    assert spiked.record()["spike"] == {"mean": spiked.spike.mean, "sigma": spiked.spike.sigma}
+    assert "spike" not in steps[0].record()
+
+
+def test_a_skipped_step_changes_neither_parameters_nor_optimizer_and_counts():
+    model = make_model_of_varied_losses()
+    plan = plan_with_an_odd_row(model)
+    spec = TrainingSpec(learning_rate=1e-3, on_spike="skip")
+    optimizer, spikes = make_optimizer(model, spec), LossSpikes()
+    states, steps = [], []
+    for step in fit(
+        model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=24, spikes=spikes
+    ):
+        states.append([*parameters(model), *(v.clone() for s in optimizer.state.values() for v in s.values())])
+        steps.append(step)
+    position = plan.epoch(0).index([23])
+    changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in pairwise(states)]
+    assert changed == [number != position for number in range(1, 24)]
+    assert [step.number for step in steps] == list(range(1, 25))
+    assert [step.learning_rate for step in steps] == [learning_rate(n, spec=spec, total=24) for n in range(24)]
+    assert (spikes.count, spikes.skipped) == (1, 1)
+    assert steps[position].spike
+    assert steps[position].spike.line(9).endswith("; skipped: the weights stay as they were (training.on_spike)")
+    assert steps[position].record()["skipped"] is True
+
+
+def test_the_rows_of_a_spike_are_those_of_the_batch_with_the_highest_loss():
+    model = make_model_of_varied_losses()
+    plan = plan_with_an_odd_row(model)
+    plan.batches_per_step, plan.steps_per_epoch = 2, 12
+    spikes = LossSpikes()
+    spikes.restore({"losses": [step.loss for step in run(model, plan, total=4, learning_rate=1e-9)] * 4})
+    spec = TrainingSpec(learning_rate=1e-5)
+    optimizer = make_optimizer(model, spec)
+    steps = list(
+        fit(model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=12, spikes=spikes)
+    )
+    assert [step.spike.rows for step in steps if step.spike] == [[ODD]]
+
+
+@pytest.mark.parametrize(("damage", "quantity"), [(make_a_weight_infinite, "loss"), (make_a_gradient_nan, "gradient")])
+def test_with_skip_a_step_that_is_not_finite_is_skipped_and_too_many_in_a_row_are_an_error(
+    damage: Callable[[PeftModel], None], quantity: str
+):
+    model, plan = make_model(), plan_of()
+    spec = TrainingSpec(learning_rate=1e-2, on_spike="skip")
+    optimizer, spikes = make_optimizer(model, spec), LossSpikes()
+    accelerator = Accelerator(cpu=True)
+    steps = fit(model, plan, spec=spec, optimizer=optimizer, accelerator=accelerator, total=99, spikes=spikes)
+    next(steps)
+    damage(model)
+    before = [*parameters(model), *(v.clone() for s in optimizer.state.values() for v in s.values())]
+    for number in range(2, 2 + MAX_SKIPPED_IN_A_ROW):
+        step = next(steps)
+        assert step.spike
+        assert step.spike.line(step.number).startswith(f"step {number}: the {quantity} is not finite; its rows: rows.")
+        record = json.loads(json.dumps(step.record(), allow_nan=False))
+        assert (record["loss"] if quantity == "loss" else record["grad_norm"]) is None
+        assert record["spike"] == {"mean": None, "sigma": None}
+    with pytest.raises(LoraError, match=f"step 10: the {quantity} is not finite, and so were the 8 steps before it"):
+        next(steps)
+    after = [*parameters(model), *(v for s in optimizer.state.values() for v in s.values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert len(spikes.to_json()["losses"]) == 1  # only those that are finite
+
+
+class ReadsOfSingleValues(TorchDispatchMode):
+    """Counts `float(tensor)`, `bool(tensor)` and `tensor.item()`: on a GPU, the host waits for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_read_single_values_of_a_step():
+    model = make_model()
+    with ReadsOfSingleValues() as reads:
+        run(model, plan_of(), total=3)
+    assert reads.count == 0

@@ -1,0 +1,239 @@
+"""Resume a run with a changed recipe, other data or on another machine: refused with a diff, or applied and told.
+
+What each key means is in `recipe/resume_keys.py`. The values of the run are those of the checkpoint's state.json: the
+recipe.yaml beside it may have been edited.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe.resume_keys import FILLED_IN, Change, Effect, find_changes, show_value
+from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.training_section import TrainingSpec
+from lora_cli.training.checkpoint_folders import Info, SavedState, newest_checkpoint, set_aside_damaged
+from lora_cli.training.lr_schedule import learning_rate
+
+State = Mapping[str, Any]  # of state.json, see `run_records.resume_state`
+LENGTH = {"training.epochs", "training.max_steps", "training.warmup", "steps of the run"}  # names in a diff
+# What is told of a change that applies, by its effect.
+APPLIES: dict[Effect, str] = {
+    "rates": "applies from here (the learning rates so far are the same)",
+    "data": "(the rows are the same)",
+    "model": "(the weights are the same)",
+    "dtype": "(the dtype of the run is the same)",
+    "optimizer": "(the optimizer of the run is the same)",
+    "batches_per_step": "(as many batches per step)",
+    "origins": "(the adapter is the same)",
+    "rounding": "applies from here (results differ within rounding)",
+    "none": "applies from here",
+    "place": "(the run folder was moved)",
+}
+
+
+def find_run_state(recipe: Recipe, *, info: Info | None) -> SavedState | None:
+    """Return the newest checkpoint of the run that `recipe` resumes; None if it has none yet.
+
+    Args:
+        recipe: of the run.
+        info: reports damaged checkpoints, which are set aside; None if another process of the run has done this.
+
+    Raises:
+        LoraError: the recipe changes what is learned, as far as that is known without rows and model; or the base was a
+            local path, which does not exist.
+    """
+    folder = Path(recipe.output) / "checkpoints"
+    if info is not None:
+        set_aside_damaged(folder, info=info)
+    saved = newest_checkpoint(folder)
+    if saved is None:
+        return None
+    if missing := [name for name in COMPARED if name not in saved.values]:
+        raise _other_version(saved, f"has no {missing[0]}")
+    changes = [c for c in find_changes(saved.values["recipe"], recipe) if not (c.after is None and c.key in FILLED_IN)]
+    refused = [c.line() for c in changes if c.effect == "learned"]
+    # Epochs are steps only when the rows are known.
+    total = recipe.training.max_steps
+    if total is None and not any(c.key in ("training.epochs", "training.max_steps") for c in changes):
+        total = int(saved.values["total_steps"])
+    if total is not None:
+        refused += _refused_rates(saved, changes, recipe.training, total=total)
+    if refused:
+        raise _refusal(saved, refused)
+    # A relative path without a folder looks like a hub id, which would be searched for on the hub.
+    if saved.values["model_is_local"] and not os.path.lexists(recipe.model.path):  # of any length
+        raise LoraError(
+            f"model.path: {recipe.model.path} does not exist in this working folder, {Path.cwd()}",
+            hint="run the command where the run was started, or give its new path: --set model.path=PATH",
+        )
+    return saved
+
+
+def check_inputs(saved: SavedState, recipe: Recipe, state: State) -> list[Change]:
+    """Return the changes that apply to the resumed run, and leave all it has learned as it is.
+
+    Args:
+        saved: the checkpoint.
+        recipe: of the run, resolved.
+        state: of the run now.
+
+    Raises:
+        LoraError: recipe, rows or base change what is learned.
+    """
+    changes = find_changes(saved.values["recipe"], recipe)
+    differing = {name for name in FACTS if saved.values[name] != state[name]}
+    refused = [change.line() for change in changes if change.effect == "learned" or change.effect in differing]
+    total = int(state["total_steps"])
+    if not differing & {"data", "batches_per_step"}:  # which change the number of steps
+        refused += _refused_rates(saved, changes, recipe.training, total=total)
+    for name in (name for name in FACTS if name in differing):
+        values = saved.values[name], state[name]
+        if not any((change.before, change.after) == values for change in changes):
+            refused += FACTS[name](saved.values, state)
+    if not refused and "data" in differing:
+        refused.append("data: the same files give other tokens or another order: see the versions in manifest.json")
+    if any(line.startswith("training.tokens_per_batch") for line in refused):  # its default
+        refused += [change.line() for change in changes if change.key == "data.max_length"]
+    before = int(saved.values["total_steps"])
+    if recipe.adapter.method == "adalora" and total != before:
+        refused.append(f"steps: {before:,} -> {total:,}, and adalora drops ranks by their number")
+    if refused:
+        raise _refusal(saved, list(dict.fromkeys(refused)))
+    return changes
+
+
+def check_model(saved: SavedState, state: State) -> None:
+    """Check the adapter that training went on from; `state` is that of the run now.
+
+    Raises:
+        LoraError: it is another adapter than that of the checkpoint.
+    """
+    before, now = ([origin["digest"] for origin in values["origins"]] for values in (saved.values, state))
+    if before != now:
+        raise _refusal(saved, ["adapter.from: other weights than when the run started"])
+
+
+def describe_changes(saved: SavedState, changes: Sequence[Change], state: State) -> list[str]:
+    """Return a line for each change that applies, and one for what else differs from the checkpoint's run."""
+    lines = [f"--resume: {change.line()} {APPLIES[change.effect]}" for change in changes]
+    before = {**saved.values["versions"], **saved.values["machine"]}
+    now = {**state["versions"], **state["machine"]}
+    if not any(change.key == "model.attention" for change in changes):
+        before["attention"], now["attention"] = saved.values["attention"], state["attention"]
+    others = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+    if others:
+        lines.append(f"--resume: {', '.join(others)}: the result equals an uninterrupted run's within rounding only")
+    return lines
+
+
+def record_changes(saved: SavedState, changes: Sequence[Change]) -> list[dict[str, Any]]:
+    """Return all changes that were applied to the run, as JSON, with the number of steps done before each."""
+    earlier: list[dict[str, Any]] = saved.values.get("changes", [])
+    return [*earlier, *({"step": saved.step, "key": c.key, "before": c.before, "after": c.after} for c in changes)]
+
+
+def _refused_rates(saved: SavedState, changes: Sequence[Change], spec: TrainingSpec, *, total: int) -> list[str]:
+    """Return lines on changes of the schedule that would have given the steps done other learning rates."""
+    before, done = int(saved.values["total_steps"]), saved.step
+    of_schedule = [change.line() for change in changes if change.effect == "rates"]
+    if not of_schedule and total == before:
+        return []
+    if total < done:
+        return [*of_schedule, f"steps of the run: {before:,} -> {total:,}, but {done:,} are done"]
+    earlier = _training_spec(saved)
+    if all(
+        learning_rate(step, spec=earlier, total=before) == learning_rate(step, spec=spec, total=total)
+        for step in range(done)
+    ):
+        return []
+    return of_schedule or [f"steps of the run: {before:,} -> {total:,}"]
+
+
+def _training_spec(saved: SavedState) -> TrainingSpec:
+    try:
+        return TrainingSpec.model_validate(saved.values["recipe"]["training"])
+    except ValidationError as error:
+        keys = ", ".join(sorted({".".join(map(str, each["loc"])) for each in error.errors()}))
+        raise _other_version(saved, f"has a recipe with training.{keys}") from None
+
+
+def _other_version(saved: SavedState, problem: str) -> LoraError:
+    return LoraError(
+        f"{saved.folder} was written by another version of lora: it {problem}",
+        hint="resume with the version that the run was started with, or start over with --fresh",
+    )
+
+
+def _refusal(saved: SavedState, lines: Sequence[str]) -> LoraError:
+    names = list(dict.fromkeys(line.partition(": ")[0] for line in lines))
+    go_on = f"a new run, with another output, can go on from this adapter with adapter.from: {saved.folder}"
+    if set(names) <= LENGTH:
+        go_on = "only with schedule constant or wsd, and warmup and decay in steps, a run can be made longer or shorter"
+    return LoraError(
+        f"{saved.folder}: cannot resume, changed since this checkpoint: {', '.join(names)}",
+        hint=f"undo these changes, or start over with --fresh; {go_on}",
+        details=lines,
+    )
+
+
+def _explain_data(before: State, now: State) -> list[str]:
+    """Return lines on what is different in the rows of two states."""
+    sources, others = before["sources"], now["sources"]
+    if len(sources) != len(others):
+        return [f"data: {_plural(len(sources), 'source')} -> {_plural(len(others), 'source')}"]
+    lines = []
+    for old, new in zip(sources, others, strict=True):
+        name, read, kept = f"{new['split']} rows of {new['source']}", *_rows(old, new)
+        if old["content"] != new["content"]:
+            lines.append(f"{name}: the file is another: {read}" if old["read"] != new["read"] else f"{name}: edited")
+        elif old["kept"] != new["kept"]:
+            lines.append(f"{name}: {kept} are kept")
+    if before["labels"] != now["labels"]:
+        lines.append(f"labels: {show_value(before['labels'])} -> {show_value(now['labels'])}")
+    if before["template"] != now["template"]:
+        lines.append("chat template: another one (data.chat_template, data.template_variables or the tokenizer's)")
+    return lines
+
+
+def _rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
+    read, kept = (f"{old[key]:,} rows -> {new[key]:,}" for key in ("read", "kept"))
+    return read, kept
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def _explain_weights(before: State, now: State) -> list[str]:
+    return [f"weights of the base (model.path): fingerprint {before['model'][:12]} -> {now['model'][:12]}"]
+
+
+def _explain_batches(before: State, now: State) -> list[str]:
+    sides = f"{before['batches_per_step']} -> {now['batches_per_step']}"
+    return [f"batches per step (processes times training.gradient_accumulation): {sides}"]
+
+
+# Values of a state that must stay the same, with the lines that tell how they differ.
+FACTS: dict[str, Callable[[State, State], list[str]]] = {
+    "model": _explain_weights,
+    "dtype": lambda before, now: [f"dtype of the run (model.dtype): {before['dtype']} -> {now['dtype']}"],
+    "data": _explain_data,
+    "batches_per_step": _explain_batches,
+    "optimizer": lambda before, now: [f"optimizer of the run: {before['optimizer']} -> {now['optimizer']}"],
+}
+COMPARED = (
+    *FACTS,
+    "recipe",
+    "total_steps",
+    "sources",
+    "labels",
+    "template",
+    "origins",
+    "attention",
+    "versions",
+    "machine",
+)
