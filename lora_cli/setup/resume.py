@@ -204,8 +204,8 @@ def _rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str]:
     return read, kept
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+def _plural(count: int, noun: str, ending: str = "s") -> str:
+    return f"{count} {noun}{ending * (count != 1)}"
 
 
 def _explain_weights(before: State, now: State) -> list[str]:
@@ -213,8 +213,11 @@ def _explain_weights(before: State, now: State) -> list[str]:
 
 
 def _explain_batches(before: State, now: State) -> list[str]:
-    sides = f"{before['batches_per_step']} -> {now['batches_per_step']}"
-    return [f"batches per step (processes times training.gradient_accumulation): {sides}"]
+    batches, processes = before["batches_per_step"], now["machine"]["processes"]
+    fix = "" if batches % processes else f"; write training.gradient_accumulation: {batches // processes}"
+    return [
+        f"batches per step: {batches} -> {now['batches_per_step']}, with {_plural(processes, 'process', 'es')}{fix}"
+    ]
 
 
 # Values of a state that must stay the same, with the lines that tell how they differ.

@@ -24,7 +24,7 @@ from lora_cli.commands.train import train
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.run import metrics_log
-from tests.model import families
+from tests.model import families, zoo
 from tests.model.families import FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -47,8 +47,9 @@ def write_rows(path: Path, count: int = 60) -> None:
 class Workspace:
     """A folder with rows, the path of the tiny model, and runs of one recipe."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: Path, **data: Any) -> None:
+        """`data` are keys of the recipe's data section."""
+        self.folder, self.model, self.data = folder, model, data
         write_rows(folder / "rows.jsonl")
 
     def recipe(self, run: str, **training: Any) -> Path:
@@ -58,7 +59,7 @@ class Workspace:
         sections = {
             "model": {"path": str(self.model), "dtype": "float32"},
             "adapter": {"rank": 4, "dropout": 0.2},
-            "data": {"train": str(self.folder / "rows.jsonl"), "eval": 0.1, "max_length": 128},
+            "data": {"train": str(self.folder / "rows.jsonl"), "eval": 0.1, "max_length": 128, **self.data},
             "training": {**defaults, **training},
             "output": str(self.folder / run),
         }
@@ -260,6 +261,27 @@ def test_two_processes_stopped_by_sigint_save_one_checkpoint_and_report_it_once(
     done = int(saved.name.removeprefix("step-"))
     assert stderr.splitlines()[-1] == f"stopped after step {done}, which is saved; --resume continues from there"
     assert "Traceback" not in stderr
+
+
+def test_two_processes_skip_the_same_loss_spike_as_one(workspace: Workspace, tmp_path: Path):
+    base = tmp_path / "varied"  # a base on which rows have very different losses
+    tokenizer = AutoTokenizer.from_pretrained(workspace.model)
+    zoo.make("llama", vocab_size=len(tokenizer), initializer_range=1.0).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    own = Workspace(tmp_path, base, max_length=24, eval=None)  # one row per batch
+    chats = [("line one", "line two")] * 79 + [("The fox", "quick Paris jumps capital brown 42")]
+    messages = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in chats]
+    spec = {"tokens_per_batch": 24, "learning_rate": 1e-5, "eval_every": None, "on_spike": "skip", "seed": 0}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in messages))
+    one = own.train("one", **spec)
+    process = own.start_two_processes("two", gradient_accumulation=1, **spec)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    skipped = [[record["step"] for record in metrics(run) if record.get("skipped")] for run in (one, tmp_path / "two")]
+    assert len(skipped[0]) == 1
+    assert skipped[0] == skipped[1]
+    assert stderr.count("is a spike") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
 
 
 def test_plain_peft_loads_the_saved_adapter(workspace: Workspace, uninterrupted: Path):
