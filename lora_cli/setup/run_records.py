@@ -64,7 +64,9 @@ def resume_state(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: i
     template = json.dumps(base.tokenizer.chat_template)
     machine: dict[str, Any] = {"device": inputs.device.type, "processes": processes}
     if inputs.device.type == "cpu":
-        machine["threads"] = torch.get_num_threads()
+        machine |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+    elif inputs.device.type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(inputs.device)
     return {
         "recipe": recipe.model_dump(mode="json"),
         "total_steps": total,

@@ -102,8 +102,7 @@ def check_finite(
     Raises:
         LoraError: one has a NaN or an infinity. The hint names the newest checkpoint of `folder`.
     """
-    named = {f"{name.partition('|')[0]} of {name.partition('|')[2]}": value for name, value in moments.items()}
-    if found := first_not_finite({**weights, **named}):
+    if found := first_not_finite({**weights, **_readable_names(moments)}):
         hint = "train again with a lower training.learning_rate or a longer training.warmup"
         if checkpoints := list_checkpoints(folder):
             hint = (
@@ -111,6 +110,10 @@ def check_finite(
                 f"lower training.learning_rate, another output and adapter.from: {checkpoints[-1]}"
             )
         raise LoraError(f"step {step} is not saved: {found}", hint=hint, exit_code=1)
+
+
+def _readable_names(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{key.partition('|')[0]} of {key.partition('|')[2]}": value for key, value in moments.items()}
 
 
 def load_checkpoint(
@@ -131,10 +134,16 @@ def load_checkpoint(
         history: evaluations so far.
 
     Raises:
-        LoraError: its adapter has other tensors than `model`.
+        LoraError: its adapter has other tensors than `model`, or a tensor is not finite.
     """
     load_weights(saved.folder, model, rank_allocator=rank_allocator)
     moments = load_file(saved.folder / OPTIMIZER_STATE)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if found := first_not_finite({**weights, **_readable_names(moments)}):
+        raise LoraError(
+            f"{saved.folder}: {found}",
+            hint="remove this checkpoint: --resume takes the one before it, or starts from the first step",
+        )
     for name, parameter in model.named_parameters():
         own = {key.partition("|")[0]: value for key, value in moments.items() if key.partition("|")[2] == name}
         if own:

@@ -220,6 +220,18 @@ def test_what_is_not_finite_is_never_saved(
         assert all(torch.equal(a, b) for a, b in zip(saved, parameters(other), strict=True))
 
 
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "adapter_model.safetensors"])
+def test_a_checkpoint_that_is_not_finite_is_not_loaded(tmp_path: Path, file: str):
+    model, optimizer = make_model_and_optimizer()
+    train(model, optimizer, 1)
+    folder = save(tmp_path, model, optimizer, step=1)
+    tensors = load_file(folder / file)
+    next(value for value in tensors.values() if value.ndim)[0, 0] = torch.nan
+    save_file(tensors, folder / file)
+    with pytest.raises(LoraError, match=f"{folder}: .* has NaN"):
+        load(tmp_path, *make_model_and_optimizer(seed=5))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw-8bit", "lion-8bit", "adafactor", "muon", "schedule-free-adamw"])
 def test_the_state_of_every_kind_of_optimizer_is_checked(tmp_path: Path, optimizer: str):
     model, own = make_model_and_optimizer(optimizer=optimizer, rank=64)
