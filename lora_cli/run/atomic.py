@@ -6,6 +6,7 @@ it until it is done; `remove_leftovers` removes the folders whose locks are free
 and completes a replacement of several files that had begun.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -14,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -181,10 +183,12 @@ def lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     deleted file and one that creates a new file would both get a lock.
 
     Raises:
-        OSError: `path` is a link, or cannot be written.
+        OSError: `path` is a link or not a regular file, or cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe that another process reads, a device
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
