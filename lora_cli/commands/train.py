@@ -26,7 +26,6 @@ from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evalua
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, checkpoint_folders, cpu, launch
-from lora_cli.training.disk_full import disk_full_as_os_error
 from lora_cli.training.distributed import broadcast_adapter
 from lora_cli.training.loop import Step, fit
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
@@ -68,7 +67,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
     with launch.report_lost_peer():
         if not accelerator.is_main_process:
             return _train_in_process(recipe, accelerator, run=None, resume=resume)
-        with open_run(recipe.output, resume=resume, fresh=fresh) as run, disk_full_as_os_error(run.path):
+        with open_run(recipe.output, resume=resume, fresh=fresh) as run:
             return _train_in_process(recipe, accelerator, run=run, resume=resume)
 
 

@@ -31,6 +31,7 @@ from lora_cli.run.checksums import checksum, write_checksums
 from lora_cli.run.console import format_bytes
 from lora_cli.run.disk_space import free_bytes, written_bytes
 from lora_cli.run.read_file import read_json_object
+from lora_cli.run.system_errors import as_os_error
 
 CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
@@ -76,7 +77,8 @@ def encode_source(
         keep_only(unfinished, progress)
         _note_small_disk(source, unfinished, info)
         try:
-            progress = _encode(source, spec, encoder, unfinished, progress, key=folder.name, info=info)
+            with as_os_error(folder, unfinished):
+                progress = _encode(source, spec, encoder, unfinished, progress, key=folder.name, info=info)
         except LoraError:
             atomic.remove(unfinished)  # the rows or the options have to change
             raise

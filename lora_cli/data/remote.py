@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from lora_cli.errors import LoraError
 from lora_cli.run.cache_entry import OTHER_DISK, cached_entry
 from lora_cli.run.disk_space import Need, check_free_space
+from lora_cli.run.system_errors import OF_THIS_MACHINE, system_error
 
 CONNECT_TIMEOUT_S = 20.0  # seconds for a connection
 READ_TIMEOUT_S = 60.0  # seconds without any data
@@ -138,6 +139,8 @@ def _translated(name: str) -> Iterator[None]:
     except ImportError as error:
         raise _missing_package(name, error) from None
     except _library_errors() as error:
+        if (found := system_error(error)) is not None and found.errno in OF_THIS_MACHINE:
+            raise
         # fsspec's http replaces the reason by FileNotFoundError, and keeps it as the cause.
         reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise LoraError(f"data: {name} {_problem(reason)}", hint=_hint(reason)) from None

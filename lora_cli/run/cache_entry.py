@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.checksums import CHECKSUMS_FILE, compare, list_files, read_checksums, verified_folder
+from lora_cli.run.system_errors import WRITING, describe
 
 KIND = "cache entry"  # in checksums.json
 OTHER_CACHE = "set LORA_CACHE to a folder that can be written, or correct this one"
@@ -60,7 +61,12 @@ def lock_entry(folder: Path, *, what: str, info: Info) -> Iterator[None]:
             raise LoraError(f"the cache cannot be used: {place}: {error.strerror}", hint=OTHER_CACHE) from None
         # Leftovers of this key only: other machines may be writing other keys.
         atomic.remove_leftovers(folder.parent, folder.name)
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in WRITING:
+                raise
+            raise LoraError(f"the cache cannot be written: {describe(error)}", hint=OTHER_DISK, exit_code=1) from error
 
 
 def is_intact(folder: Path, *, what: str, info: Info, unread: str | None = None) -> bool:
