@@ -88,7 +88,7 @@ def entry_damage(folder: Path, *, unread: str | None = None) -> str | None:
     try:
         record = read_checksums(folder)
         if record is None or record.kind != KIND:
-            return f"it has no {CHECKSUMS_FILE} of a cache entry"
+            return f"it has no {CHECKSUMS_FILE} (an earlier version wrote it, or a part is missing)"
         if record.key != folder.name:
             return "it is a copy of another entry"
         if added := sorted(set(list_files(folder)) - record.files.keys() - {CHECKSUMS_FILE}):
