@@ -1,6 +1,5 @@
 """The command line (typer app): parse arguments, call a function of commands/, print errors in two lines. No torch."""
 
-import errno
 import json
 import os
 import sys
@@ -13,16 +12,7 @@ import typer
 from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.library_warnings import silence_library_warnings
-
-# The user can fix a full disk or missing permissions; any other OSError is a bug, and keeps its traceback.
-DISK_HINTS = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space, or ask for a larger quota",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or choose a path on another disk",
-    errno.EROFS: "choose a writable path",
-    errno.EACCES: "check its permissions, or choose another path",
-    errno.EPERM: "check its permissions, or choose another path",
-}
+from lora_cli.run.system_errors import HINTS, as_os_error, describe
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
@@ -317,7 +307,8 @@ def main() -> None:
         sys.exit(2)
     silence_library_warnings()
     try:
-        app()
+        with as_os_error():
+            app()
     except LoraError as mistake:
         if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
             # With several processes, the first one of this machine prints the error. When this one exits, the launcher
@@ -335,10 +326,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK_HINTS:
+        if error.errno not in HINTS:
             raise
-        path = f"{error.filename}: " if error.filename else ""
-        console.info(f"error: {path}{error.strerror}")
+        console.info(f"error: {describe(error)}")
         resume = ", and a run continues with --resume" if sys.argv[1:2] == ["train"] else ""
-        console.info(f"hint: {DISK_HINTS[error.errno]}; files written before are complete{resume}")
+        console.info(f"hint: {HINTS[error.errno]}; files written before are complete{resume}")
         sys.exit(1)

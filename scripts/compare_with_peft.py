@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 from transformers.utils import logging as transformers_logging
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.data.dataset import Row
+from lora_cli.data.encoded_rows import Row
 from lora_cli.model.gguf_base import unpack_gguf
 from lora_cli.run.cache_folder import cache_folder
 

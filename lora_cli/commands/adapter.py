@@ -213,7 +213,8 @@ def _plot(stats: list[ModuleStats], file: Path) -> None:
         title="size of the update",
     )
     sizes.legend(fontsize="small", ncols=2)
-    figure.savefig(file, dpi=120)
+    with atomic.file(file, replace=True) as partial:
+        figure.savefig(partial, dpi=120, format=file.suffix.lstrip(".") or "png")
 
 
 def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, force: bool) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rich.text import Text
 
-from lora_cli.data.dataset import Row, show_mask
+from lora_cli.data.dataset import show_mask
+from lora_cli.data.encoded_rows import Row
 from lora_cli.data.examples import check_rows
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.data.ledger import unread_lines

@@ -30,7 +30,6 @@ from lora_cli.setup.resume import check_inputs, check_model, describe_changes, f
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.checkpoint_folders import SavedState
-from lora_cli.training.disk_full import disk_full_as_os_error
 from lora_cli.training.distributed import broadcast_adapter
 from lora_cli.training.loop import fit
 from lora_cli.training.loss_spikes import LossSpikes
@@ -75,7 +74,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
     with launch.report_lost_peer():
         if not accelerator.is_main_process:
             return _train_in_process(recipe, accelerator, run=None, resume=resume)
-        with open_run(recipe.output, resume=resume, fresh=fresh) as run, disk_full_as_os_error(run.path):
+        with open_run(recipe.output, resume=resume, fresh=fresh) as run:
             return _train_in_process(recipe, accelerator, run=run, resume=resume)
 
 

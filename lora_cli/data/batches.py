@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.data.collate import Batch, Collate, collate_packed, collate_padded
-from lora_cli.data.dataset import Row
+from lora_cli.data.encoded_rows import Row
 from lora_cli.data.packing import group_by_length, pack
 
 

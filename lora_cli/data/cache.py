@@ -1,11 +1,9 @@
-"""Cache of tokenized rows: encode a source once to `cache/encoded/<key>/`, and memory-map it later. No tensors."""
+"""Cache of tokenized rows: encode a source once to `cache/encoded/<key>/`, and read the rows from there. No tensors."""
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -14,25 +12,32 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from lora_cli.data.chunks import split_document
-from lora_cli.data.class_labels import LabelTable, SourceLabels
+from lora_cli.data.class_labels import LabelTable
 from lora_cli.data.conversation import Conversation
-from lora_cli.data.dataset import SCHEMA, EncodedRows, RowWithSource, to_record_batch
 from lora_cli.data.encode import EncodedRow, truncate_row
 from lora_cli.data.encode_classes import LabeledRow, RowEncoder
-from lora_cli.data.examples import SPLIT_HINT, BadRows, ParsedRow, Unread, open_source, row_location, turn_options
+from lora_cli.data.encoded_rows import SCHEMA, EncodedRows, RowWithSource, to_record_batch
+from lora_cli.data.encoding_progress import PART_NAME, Progress, keep_only, load_progress
+from lora_cli.data.examples import SPLIT_HINT, ParsedRow, open_source, row_location, turn_options
 from lora_cli.data.formats import Document
 from lora_cli.data.ledger import Tally
-from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, findings_error
+from lora_cli.data.records import MAX_FINDINGS, BadRow, findings_error
 from lora_cli.data.sources import DataSource, content_hash
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
+from lora_cli.run.cache_entry import KIND, entry_damage, is_intact, lock_entry
+from lora_cli.run.checksums import checksum, write_checksums
+from lora_cli.run.console import format_bytes
+from lora_cli.run.disk_space import free_bytes, written_bytes
+from lora_cli.run.read_file import read_json_object
+from lora_cli.run.system_errors import as_os_error
 
 CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
 BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
-PART_NAME = "part-{:05}.arrow"
 PROGRESS_EVERY_S = 10.0  # seconds between progress messages
+TALLY_FILE = "tally.json"
 
 
 class EncodedSource(NamedTuple):
@@ -49,40 +54,53 @@ def encode_source(
 ) -> EncodedSource:
     """Return the encoded rows of a source, from the cache if possible.
 
-    An encoding that is interrupted keeps its complete files, and continues after them when it is started again.
+    The files of the cache are verified. A damaged entry is reported and encoded again. An encoding that is interrupted
+    keeps its complete files, and continues after them when it is started again.
 
     Safe with concurrent processes: one encodes, the others wait and use its result.
 
     Raises:
-        LoraError: the source cannot be read, or has bad or overlong rows that the recipe does not allow. Nothing is
-            cached then.
+        LoraError: the source cannot be read, or has bad or overlong rows that the recipe does not allow, or the cache
+            cannot be written. Nothing is cached then.
     """
     content = content_hash(source)
     folder = cache / "encoded" / _key(source, spec, encoder, content)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if (cached := _load(folder, source, content)) is not None:
+    if entry_damage(folder) is None and (cached := _load(folder, source, content)) is not None:
         return cached
-    with atomic.lock(
-        folder.with_name(f".lock-{folder.name}"),
-        lambda: info("waiting for another process that encodes the same rows"),
-    ):
-        if (cached := _load(folder, source, content)) is not None:
+    what = f"the rows of {source.name}"
+    with lock_entry(folder, what=what, info=info):
+        if is_intact(folder, what=what, info=info) and (cached := _load(folder, source, content)) is not None:
             return cached
-        # Leftovers of this key only: other machines may be writing other keys.
-        atomic.remove_leftovers(folder.parent, folder.name)
         unfinished = folder.with_name(f".unfinished-{folder.name}")
-        unfinished.mkdir(exist_ok=True)
+        atomic.remove_leftovers(folder.parent, unfinished.name)
+        progress = load_progress(unfinished, folder.name, info=info)
+        keep_only(unfinished, progress)
+        _note_small_disk(source, unfinished, info)
         try:
-            tally = _encode(source, spec, encoder, unfinished, info)
+            with as_os_error(folder, unfinished):
+                progress = _encode(source, spec, encoder, unfinished, progress, key=folder.name, info=info)
         except LoraError:
-            shutil.rmtree(unfinished)  # the rows or the options have to change
+            atomic.remove(unfinished)  # the rows or the options have to change
             raise
-        (unfinished / "tally.json").write_text(json.dumps(tally.to_json(), indent=1), encoding="utf-8")
-        (unfinished / "progress.json").unlink()
+        keep_only(unfinished, progress)
+        atomic.write_json(unfinished / TALLY_FILE, progress.tally.to_json())
+        write_checksums(unfinished, kind=KIND, published=False, key=folder.name, known=progress.parts)
         atomic.move_folder(unfinished, folder, replace=True)
-    encoded = _load(folder, source, content)
-    assert encoded is not None, folder
+        encoded = _load(folder, source, content)
+    if encoded is None:
+        raise LoraError(f"{folder} was removed right after it was written", hint="start again", exit_code=1)
     return encoded
+
+
+def _note_small_disk(source: DataSource, folder: Path, info: Callable[[str], None]) -> None:
+    """Report that the encoded rows may not fit on the disk: how many tokens the text has is not known before."""
+    expected = sum(path.stat().st_size for path in source.files) - written_bytes(folder)
+    free = free_bytes(folder)
+    if source.spec.max_rows is None and free is not None and expected > free:
+        info(
+            f"note: the encoded rows of {source.name} need about {format_bytes(expected)} in {folder.parent}, where "
+            f"{format_bytes(free)} are free; LORA_CACHE names another folder"
+        )
 
 
 def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) -> str:
@@ -101,69 +119,26 @@ def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) 
 
 
 def _load(folder: Path, source: DataSource, content: str) -> EncodedSource | None:
+    """Open a verified entry of the cache; None if there is none, or if it was removed in between."""
     try:
-        tally = Tally.from_json(json.loads((folder / "tally.json").read_text(encoding="utf-8")))
+        tally = Tally.from_json(read_json_object(folder / TALLY_FILE))
         rows = EncodedRows(sorted(folder.glob("part-*.arrow")), source.names)
-    except (FileNotFoundError, ValueError, pa.ArrowInvalid):
-        return None  # missing, or damaged by another program: encode again
-    return EncodedSource(source, content, tally, rows) if len(rows) == tally.kept else None
-
-
-@dataclass
-class _Progress:
-    """How far the encoding of a source is: what an interrupted encoding continues with."""
-
-    tally: Tally
-    parts: int = 0  # complete files of encoded rows
-    overlong: list[str] = field(default_factory=list)  # the first rows that are too long
-    bad: BadRows = field(default_factory=BadRows)
-    table: LabelTable = field(default_factory=LabelTable)
-
-    def save(self, folder: Path, unread: Unread, encoder: RowEncoder) -> None:
-        # Without the keys that the template of the rows so far reads: a later process may not use this template again.
-        keys = {key: count for key, count in unread.keys.items() if not encoder.template_reads(key)}
-        counts = {"ignored": dict(unread.columns), "unread_keys": keys}
-        atomic.write_json(
-            folder / "progress.json",
-            {
-                "tally": {**self.tally.to_json(), "labels": self.table.to_dict(), **counts},
-                "parts": self.parts,
-                "overlong": self.overlong,
-                "bad": [[where, bad.reason, bad.problem, bad.field] for where, bad in self.bad.first],
-                "reasons": self.bad.reasons,
-                "hints": self.bad.hints,
-            },
-        )
-
-    @classmethod
-    def load(cls, folder: Path) -> "_Progress | None":
-        """Return the progress in a folder, None if there is none or it does not fit the files."""
-        try:
-            stored = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-            progress = cls(Tally.from_json(stored["tally"]), stored["parts"], stored["overlong"])
-            kept = len(EncodedRows(progress.part_files(folder), ()))
-        except (FileNotFoundError, ValueError, pa.ArrowInvalid):
-            return None
-        if kept != progress.tally.kept:
-            return None
-        if progress.tally.labels is not None:
-            progress.table = LabelTable(SourceLabels(**progress.tally.labels))
-        progress.bad.reasons.update(stored["reasons"])
-        progress.bad.hints.update(stored["hints"])
-        progress.bad.first = [
-            Finding(where, BadRow(reason, problem, field=name)) for where, reason, problem, name in stored["bad"]
-        ]
-        return progress
-
-    def part_files(self, folder: Path) -> list[Path]:
-        return [folder / PART_NAME.format(number) for number in range(self.parts)]
+    except (FileNotFoundError, LoraError, pa.ArrowInvalid):
+        return None
+    return EncodedSource(source, content, tally, rows)
 
 
 def _encode(
-    source: DataSource, spec: DataSpec, encoder: RowEncoder, folder: Path, info: Callable[[str], None]
-) -> Tally:
-    """Encode the rows of a source to files in `folder`, where an interrupted encoding left its complete files."""
-    progress = _Progress.load(folder)
+    source: DataSource,
+    spec: DataSpec,
+    encoder: RowEncoder,
+    folder: Path,
+    progress: Progress | None,
+    *,
+    key: str,
+    info: Callable[[str], None],
+) -> Progress:
+    """Encode the rows of a source to files in `folder`, after those of an interrupted encoding with `progress`."""
     reader = open_source(
         source,
         encoder.task,
@@ -173,7 +148,7 @@ def _encode(
     )
     info(f"{source.name}: encoding, format {reader.format.name} ({reader.format.why})")
     if progress is None:
-        progress = _Progress(Tally(format=reader.format.name, why=reader.format.why))
+        progress = Progress(Tally(format=reader.format.name, why=reader.format.why))
     else:
         info(f"{source.name}: continuing after {progress.tally.read:,} rows, which were encoded before")
         reader.unread.columns.update(progress.tally.ignored)
@@ -183,7 +158,7 @@ def _encode(
     reported = started
     complete = False
     while not complete:
-        path = folder / PART_NAME.format(progress.parts)
+        path = folder / PART_NAME.format(len(progress.parts))
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for _ in range(BATCHES_PER_PART):
                 parsed = list(islice(reader.rows, ROWS_PER_BATCH))
@@ -196,8 +171,8 @@ def _encode(
                     speed = (tally.read - before) / (reported - started)
                     info(f"{source.name}: {tally.read:,} rows, {speed:,.0f} rows/s")
         atomic.sync(path)
-        progress.parts += 1
-        progress.save(folder, reader.unread, encoder)
+        progress.parts[path.name] = checksum(path)
+        progress.save(folder, key, reader.unread, encoder)
     if progress.bad.first and spec.on_bad_row == "error":
         raise progress.bad.error(source, encoder.task, read=tally.read)
     if progress.overlong and spec.overlong in ("error", "split"):
@@ -210,11 +185,11 @@ def _encode(
         key: count for key, count in sorted(reader.unread.keys.items()) if not encoder.template_reads(key)
     }
     tally.check()
-    return tally
+    return progress
 
 
 def _encode_batch(
-    parsed: list[ParsedRow], source: DataSource, spec: DataSpec, encoder: RowEncoder, progress: _Progress
+    parsed: list[ParsedRow], source: DataSource, spec: DataSpec, encoder: RowEncoder, progress: Progress
 ) -> list[RowWithSource]:
     """Encode some rows, count them in `progress`, and return those that are kept."""
     tally, bad = progress.tally, progress.bad

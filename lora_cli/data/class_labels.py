@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lora_cli.data.dataset import Row
 from lora_cli.data.encode_classes import LabeledRow, LabelValues
+from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_cli.data.dataset import Row
+from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 
 NO_EXTRA: Mapping[str, Tensor] = MappingProxyType({})

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, cast
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from lora_cli.errors import LoraError
-from lora_cli.run import atomic
+from lora_cli.run.cache_entry import OTHER_DISK, cached_entry
+from lora_cli.run.disk_space import Need, check_free_space
+from lora_cli.run.system_errors import OF_THIS_MACHINE, system_error
 
 CONNECT_TIMEOUT_S = 20.0  # seconds for a connection
 READ_TIMEOUT_S = 60.0  # seconds without any data
@@ -137,6 +139,8 @@ def _translated(name: str) -> Iterator[None]:
     except ImportError as error:
         raise _missing_package(name, error) from None
     except _library_errors() as error:
+        if (found := system_error(error)) is not None and found.errno in OF_THIS_MACHINE:
+            raise
         # fsspec's http replaces the reason by FileNotFoundError, and keeps it as the cause.
         reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise LoraError(f"data: {name} {_problem(reason)}", hint=_hint(reason)) from None
@@ -196,32 +200,29 @@ def _missing_package(name: str, error: ImportError) -> LoraError:
 def download(file: RemoteFile, cache: Path, info: Callable[[str], None]) -> Path:
     """Return the local copy of a remote file, downloaded if the cache has none of this version.
 
-    Safe with concurrent processes: one downloads, the others wait.
+    Safe with concurrent processes: one downloads, the others wait. A damaged copy is reported and downloaded again.
 
     Raises:
-        LoraError: the download fails or is not complete; nothing is cached then.
+        LoraError: the download fails or is not complete, or the cache cannot be written; nothing is cached then.
     """
     key = hashlib.blake2b(f"{file.url}\n{file.version}".encode(), digest_size=16).hexdigest()
-    base_name = PurePosixPath(file.within).name
-    target = cache / "downloads" / key / base_name
-    # Without anything that tells versions apart, an old copy may differ.
-    if target.is_file() and file.version != "{}":
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.lock(target.parent / ".lock", lambda: info("waiting for another process that downloads the same file")):
-        if target.is_file() and file.version != "{}":
-            return target
-        atomic.remove_leftovers(target.parent)
+    name = PurePosixPath(file.within).name
+
+    def fetch(folder: Path) -> None:
         size = f" ({file.size / 1e6:,.1f} MB)" if file.size is not None else ""
         info(f"downloading {file.name}{size}")
-        with atomic.file(target, replace=True) as temporary:
-            written = _fetch(file, temporary, info)
-            if file.size is not None and written != file.size:
-                raise LoraError(
-                    f"data: {file.name}: the download ended after {written:,} of {file.size:,} bytes",
-                    hint="try it again",
-                )
-    return target
+        check_free_space([Need(cache, file.size or 0, f"the download of {file.name}")], hint=OTHER_DISK)
+        written = _fetch(file, folder / name, info)
+        if file.size is not None and written != file.size:
+            raise LoraError(
+                f"data: {file.name}: the download ended after {written:,} of {file.size:,} bytes",
+                hint="try it again",
+            )
+
+    # Without anything that tells versions apart, an old copy may differ.
+    reuse = file.version != "{}"
+    folder = cache / "downloads" / key
+    return cached_entry(folder, make=fetch, what=f"the download of {file.name}", info=info, reuse=reuse) / name
 
 
 def _fetch(file: RemoteFile, path: Path, info: Callable[[str], None]) -> int:

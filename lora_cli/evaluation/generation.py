@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.dataset import Row
+from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.recipe.schema import GenerationSpec

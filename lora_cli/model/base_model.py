@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base, prequantized
+from lora_cli.model.mapped_weights import copy_mapped_weights
 from lora_cli.model.model_source import ModelSource, library_errors, load_config
 from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
 from lora_cli.model.tasks import TASKS, auto_class
@@ -106,6 +107,7 @@ class BaseCheckpoint(NamedTuple):
         with library_errors(source):
             model: PreTrainedModel
             model, loading_info = self.auto_class.from_pretrained(path, output_loading_info=True, **arguments)
+        copy_mapped_weights(model)
         heads, notes = _check_missing_weights(model, loading_info, self.task)
         if not is_quantized(model):
             model.to(device)

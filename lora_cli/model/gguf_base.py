@@ -24,7 +24,10 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.integrations.gguf.utils import GgufExperts, GgufLinear, is_gguf_arch_supported
 
 from lora_cli.errors import LoraError
-from lora_cli.run import atomic
+from lora_cli.run.cache_entry import OTHER_DISK, cached_entry
+from lora_cli.run.disk_space import Need, check_free_space
+
+LARGE_FILE = 4 << 30  # bytes: unpacked, its checksums take seconds, or longer on a slow disk
 
 
 def unpack_gguf(
@@ -32,32 +35,33 @@ def unpack_gguf(
 ) -> Path:
     """Return a folder with the model, config and tokenizer of `file`, weights dequantized to `dtype`.
 
-    The folder is created in `cache` on the first call. If `weights` is False and no folder with weights exists, the
-    folder contains only config and tokenizer, and no tensor is read.
+    The folder is created in `cache` on the first call, and again if its files are damaged. If `weights` is False and no
+    folder with weights exists, the folder contains only config and tokenizer, and no tensor is read.
 
     Raises:
-        LoraError: the `gguf` package is missing, or the file is not a GGUF that transformers can read.
+        LoraError: the `gguf` package is missing, the file is not a GGUF that transformers can read, or the cache cannot
+            be written.
     """
     name = str(dtype).removeprefix("torch.")
     folder = _cache_folder(file, name, cache)
     if not folder.is_dir() and not weights:
         folder = _cache_folder(file, "no weights", cache)
-    if folder.is_dir():
-        return folder
-    check_gguf_file(file)
-    action = f"dequantizing {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
-    info(f"{action} once; cached in {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    parts = _read(file, dtype if weights else None)
-    try:
-        with atomic.folder(folder) as unfinished:
-            for part in parts:
-                part.save_pretrained(unfinished)
-    except OSError:
-        # Two runs may create the folder at the same time: the first to finish wins, the other uses its folder.
-        if not folder.is_dir():
-            raise
-    return folder
+
+    def unpack(partial: Path) -> None:
+        check_gguf_file(file)
+        action = f"dequantizing {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
+        info(f"{action} once; cached in {folder}")
+        parts = _read(file, dtype if weights else None)
+        if weights:
+            size = sum(tensor.nbytes for tensor in parts[0].state_dict().values())
+            check_free_space([Need(folder, size, f"the unpacked weights of {file.name}")], hint=OTHER_DISK)
+        for part in parts:
+            part.save_pretrained(partial)
+
+    if weights and folder.is_dir() and file.stat().st_size > LARGE_FILE:
+        info(f"verifying the unpacked weights of {file.name}")
+    unread = None if weights else ".safetensors"
+    return cached_entry(folder, make=unpack, what=f"the unpacked {file.name}", info=info, unread=unread)
 
 
 def check_gguf_file(file: Path) -> None:

@@ -17,6 +17,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run.cache_folder import cache_folder
+from lora_cli.run.system_errors import OF_THIS_MACHINE, system_error
 
 Info = Callable[[str], None]
 
@@ -199,6 +200,8 @@ class library_errors:  # used like a function: `with library_errors(source):`
 
     def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, LoraError) or not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+            return
+        if (found := system_error(error)) is not None and found.errno in OF_THIS_MACHINE:
             return
         if isinstance(error, RuntimeError) and "loading state_dict" not in str(error) and "mismatch" not in str(error):
             return

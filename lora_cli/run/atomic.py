@@ -6,6 +6,7 @@ it until it is done; `remove_leftovers` removes the folders whose locks are free
 and completes a replacement of several files that had begun.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -14,11 +15,13 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_cli.run.rename import exchange, rename_without_replacing
+from lora_cli.run.system_errors import as_os_error
 
 WORKSPACE = re.compile(r"\.tmp-(?P<name>.+)-[0-9a-f]{8}")
 LOCK = "lock"  # in a workspace: held by its writer
@@ -181,10 +184,12 @@ def lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     deleted file and one that creates a new file would both get a lock.
 
     Raises:
-        OSError: `path` is a link, or cannot be written.
+        OSError: `path` is a link or not a regular file, or cannot be written.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a pipe that another process reads, a device
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -251,10 +256,16 @@ def _complete(workspace: Path) -> None:
 
 @contextmanager
 def _workspace(path: Path) -> Iterator[Path]:
-    """Yield a new locked folder next to `path`, which is removed with its files when the block ends."""
-    workspace, descriptor = _create_workspace(path)
+    """Yield a new locked folder next to `path`, which is removed with its files when the block ends.
+
+    Raises:
+        OSError: of any error of the operating system, also in libraries; it names `path`, not a file in the workspace.
+    """
+    with as_os_error(path):
+        workspace, descriptor = _create_workspace(path)
     try:
-        yield workspace
+        with as_os_error(path, workspace):
+            yield workspace
     finally:
         _delete(workspace)
         os.close(descriptor)
@@ -262,10 +273,11 @@ def _workspace(path: Path) -> Iterator[Path]:
 
 def _delete(workspace: Path) -> None:
     """Delete a locked workspace, the lock last: without it, the rest would never be taken for a leftover."""
-    for entry in list(workspace.iterdir()) if workspace.is_dir() else ():
-        if entry.name != LOCK:
-            _delete_entry(entry)
-    with suppress(OSError):  # removed by another program, or an entry that could not be deleted: lock and folder stay
+    # Removed by another program, an entry that could not be deleted, no free descriptor: lock and folder stay.
+    with suppress(OSError):
+        for entry in list(workspace.iterdir()):
+            if entry.name != LOCK:
+                _delete_entry(entry)
         if [entry.name for entry in workspace.iterdir()] == [LOCK]:
             (workspace / LOCK).unlink()
             workspace.rmdir()
@@ -288,7 +300,9 @@ def _create_workspace(path: Path) -> tuple[Path, int]:
         except FileExistsError:
             continue
         except BaseException:  # an interrupt may come right after mkdir
-            shutil.rmtree(workspace, ignore_errors=True)
+            with suppress(OSError):  # rmtree would need descriptors, of which the process may have none left
+                (workspace / LOCK).unlink(missing_ok=True)
+                workspace.rmdir()
             raise
         if descriptor is not None:
             return workspace, descriptor

@@ -1,15 +1,16 @@
 """Checksums of a written folder: `checksums.json`, the size and digests of each file, and its verification. No torch.
 
-Each folder that the tool writes has this file: adapters, checkpoints, merged models, exports, encoded rows. It is
+Each folder that the tool writes has this file: adapters, checkpoints, merged models, exports, cache entries. It is
 written last. The xxh3 digest (128 bits) finds damage at the speed of the disk; results that are published have SHA-256
 in addition, which nobody can forge.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import xxhash
@@ -21,6 +22,7 @@ from lora_cli.run.read_file import open_regular, read_json_object
 CHECKSUMS_FILE = "checksums.json"
 TOOL = "lora-cli"  # value of the key `tool`: a folder of another program may have a file of the same name
 BLOCK_BYTES = 1 << 20
+NONE_KNOWN: Mapping[str, "FileChecksum"] = MappingProxyType({})
 
 
 class FileChecksum(NamedTuple):
@@ -34,12 +36,13 @@ class FileChecksum(NamedTuple):
 class Checksums(NamedTuple):
     """The record of a folder."""
 
-    kind: str  # adapter, checkpoint, merged model, export or encoded rows
+    kind: str  # adapter, checkpoint, merged model, export or cache entry
     files: dict[str, FileChecksum]  # by the path in the folder, with slashes
+    key: str | None = None  # of a cache entry: the hash of what it was made from
 
 
 @contextmanager
-def verified_folder(path: Path, *, kind: str, published: bool, replace: bool) -> Iterator[Path]:
+def verified_folder(path: Path, *, kind: str, published: bool, replace: bool, key: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder that is put at `path` with its checksums, see `atomic.folder` and `write_checksums`.
 
     Raises:
@@ -47,20 +50,31 @@ def verified_folder(path: Path, *, kind: str, published: bool, replace: bool) ->
     """
     with atomic.folder(path, replace=replace) as partial:
         yield partial
-        write_checksums(partial, kind=kind, published=published)
+        write_checksums(partial, kind=kind, published=published, key=key)
 
 
-def write_checksums(folder: Path, *, kind: str, published: bool) -> None:
+def write_checksums(
+    folder: Path,
+    *,
+    kind: str,
+    published: bool,
+    key: str | None = None,
+    known: Mapping[str, FileChecksum] = NONE_KNOWN,
+) -> None:
     """Write the checksums of all files in `folder` and below it. Call it after all other files are written.
 
     Args:
         folder: complete, and not yet at its final place.
-        kind: adapter, checkpoint, merged model, export or encoded rows.
+        kind: adapter, checkpoint, merged model, export or cache entry.
         published: whether other people get the folder: SHA-256 digests are added.
+        key: of a cache entry, which tells it from another one that took its place.
+        known: checksums of files that were written long before, so that damage since then is not taken for content.
     """
-    files = {name: _compute(folder / name, sha256=published) for name in list_files(folder) if name != CHECKSUMS_FILE}
-    values = {name: {k: v for k, v in entry._asdict().items() if v is not None} for name, entry in files.items()}
-    atomic.write_json(folder / CHECKSUMS_FILE, {"tool": TOOL, "kind": kind, "files": values})
+    names = [name for name in list_files(folder) if name != CHECKSUMS_FILE]
+    files = {name: known.get(name) or checksum(folder / name, sha256=published) for name in names}
+    values = {name: _without_none(entry._asdict()) for name, entry in files.items()}
+    record = {"tool": TOOL, "kind": kind, "key": key, "files": values}
+    atomic.write_json(folder / CHECKSUMS_FILE, _without_none(record))
 
 
 def read_checksums(folder: Path) -> Checksums | None:
@@ -79,7 +93,8 @@ def read_checksums(folder: Path) -> Checksums | None:
     files = record.get("files")
     if not isinstance(record.get("kind"), str) or not isinstance(files, dict):
         raise LoraError(f"{path} is damaged: it has no kind or no files", hint=hint)
-    return Checksums(record["kind"], {name: _entry(name, value, path=path, hint=hint) for name, value in files.items()})
+    entries = {name: _entry(name, value, path=path, hint=hint) for name, value in files.items()}
+    return Checksums(record["kind"], entries, record.get("key"))
 
 
 def find_damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
@@ -99,7 +114,12 @@ def find_damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
     if record is None:
         return []
     chosen = record.files if names is None else {name: record.files[name] for name in names if name in record.files}
-    return [line for name, expected in chosen.items() if (line := _difference(folder / name, name, expected))]
+    return compare(folder, chosen)
+
+
+def compare(folder: Path, expected: Mapping[str, FileChecksum]) -> list[str]:
+    """Compare files of `folder` with their checksums, and return a line for each that differs, as `find_damage`."""
+    return [line for name, entry in expected.items() if (line := _difference(folder / name, name, entry))]
 
 
 def _difference(path: Path, name: str, expected: FileChecksum) -> str | None:
@@ -112,7 +132,7 @@ def _difference(path: Path, name: str, expected: FileChecksum) -> str | None:
     size = path.stat().st_size
     if size != expected.bytes:
         return f"{name} has {size:,} bytes, not {expected.bytes:,}"
-    if _compute(path, sha256=False).xxh3 != expected.xxh3:
+    if checksum(path).xxh3 != expected.xxh3:
         return f"{name} has other contents than when it was written"
     return None
 
@@ -126,7 +146,7 @@ def list_files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _compute(path: Path, *, sha256: bool) -> FileChecksum:
+def checksum(path: Path, *, sha256: bool = False) -> FileChecksum:
     """Read a file once, in blocks, and return its size and digests.
 
     Raises:
@@ -140,6 +160,10 @@ def _compute(path: Path, *, sha256: bool) -> FileChecksum:
             if strong is not None:
                 strong.update(block)
     return FileChecksum(size, fast.hexdigest(), strong.hexdigest() if strong else None)
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _entry(name: str, value: Any, *, path: Path, hint: str) -> FileChecksum:

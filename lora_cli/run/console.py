@@ -76,6 +76,10 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes as `512 MiB` or `1.5 GiB`."""
-    mebibytes = count / 2**20
+    """Return a number of bytes as `93 KiB`, `512 MiB` or `1.5 GiB`."""
+    if count < 1000:
+        return f"{count:.0f} byte{'s' * (count != 1)}"
+    kibibytes, mebibytes = count / 2**10, count / 2**20
+    if kibibytes < 1000:
+        return f"{kibibytes:.0f} KiB"
     return f"{mebibytes:.0f} MiB" if mebibytes < 1000 else f"{mebibytes / 1024:.1f} GiB"

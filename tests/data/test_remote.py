@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import socket
 import sys
 import threading
@@ -16,6 +17,8 @@ from lora_cli.data import remote
 from lora_cli.data.sources import content_hash, read_records, train_sources
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
+from tests.faults.damage import damages
+from tests.faults.test_disk import limit_file_size
 
 ROWS = '{"text": "a"}\n{"text": "b"}\n'
 
@@ -83,6 +86,44 @@ def test_a_file_is_downloaded_once_and_again_when_it_changes(server, tmp_path):
     assert read(url, tmp_path) == ["c", "d"]
 
 
+def test_a_damaged_copy_is_told_and_downloaded_again(server, tmp_path):
+    url = server.serve("/d/x.jsonl", ROWS, ETag='"1"')
+    other = server.serve("/d/y.jsonl", ROWS.replace("a", "c"), ETag='"1"')
+    assert read(other, tmp_path) == ["c", "b"]
+    assert read(url, tmp_path) == ["a", "b"]
+    [entry] = (path.parent for path in tmp_path.rglob("x.jsonl"))
+    [foreign] = (path.parent for path in tmp_path.rglob("y.jsonl"))
+    intact = Path(shutil.copytree(entry, tmp_path / "intact"))
+    for damage in damages(intact, seed=1, other=foreign):
+        remove(entry)
+        remove(entry.with_name(f"{entry.name}.outside"))
+        shutil.copytree(intact, entry)
+        damage.apply(entry)
+        told: list[str] = []
+        assert read(url, tmp_path, told) == ["a", "b"], damage.name
+        silent = damage.name.startswith("remove-folder")
+        assert silent or told[0].startswith(f"cache: {entry} is damaged: "), damage.name
+        assert told[-1] == f"downloading {url} (0.0 MB)"
+        assert read(url, tmp_path, told) == ["a", "b"]
+        assert len(told) == 2 - silent
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.exists() or path.is_symlink():
+        path.unlink()
+
+
+def test_a_full_disk_is_no_error_of_the_server(server, tmp_path):
+    url = server.serve("/d/x.jsonl", "a" * 5000, ETag='"1"')
+    with limit_file_size(1000):
+        message = error_of(url, tmp_path)
+    assert message.startswith(f"the cache cannot be written: {tmp_path}/downloads/")
+    assert message.endswith(": File too large")
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".lock-")] == []
+
+
 def test_a_file_without_version_is_not_reused(server, tmp_path, monkeypatch):
     url = server.serve("/x.jsonl", ROWS)
     monkeypatch.setattr(remote, "VERSION_KEYS", ())
@@ -142,7 +183,7 @@ def test_failures_of_a_server_are_one_line_and_leave_nothing(server, tmp_path):
     short = server.serve("/short.jsonl", ROWS, Content_Length="999")
     server.pages["/short.jsonl"][1]["Connection"] = "close"
     assert error_of(short, tmp_path).startswith(f"{short} cannot be read: ")
-    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".lock-")] == []
 
 
 def test_a_host_that_does_not_answer_is_one_line(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_cli.data.dataset import Row
+from lora_cli.data.encoded_rows import Row
 from lora_cli.evaluation.generation import generate, prompt_ids, reference_ids, stop_ids
 from lora_cli.recipe.schema import GenerationSpec
 from tests.inputs.tiny_tokenizers import CHATML, build

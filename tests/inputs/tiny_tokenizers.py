@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.data.dataset import Row
+from lora_cli.data.encoded_rows import Row
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the answer is forty two.",

@@ -262,9 +262,9 @@ def test_what_is_left_out_is_told(folders: dict[str, Path]):
     ("bits", "expected"),
     [
         (4, ["  its linear layers and experts: 4-bit nf4, double quantization, computed in bfloat16",
-             "  4 bits: 94% of the weights; embed_tokens, lm_head stay bfloat16: 0 MiB"]),
+             "  4 bits: 94% of the weights; embed_tokens, lm_head stay bfloat16: 24 KiB"]),
         (8, ["  its linear layers: int8 (LLM.int8)",
-             "  8 bits: 10% of the weights; experts, embed_tokens, lm_head stay bfloat16: 0 MiB",
+             "  8 bits: 10% of the weights; experts, embed_tokens, lm_head stay bfloat16: 408 KiB",
              "  bitsandbytes has no int8 form of stacked expert weights; bits: 4 packs them"]),
     ],
 )  # fmt: skip

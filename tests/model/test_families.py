@@ -25,7 +25,7 @@ from lora_cli.data.collate import (
     collate_sequence_classification,
     collate_token_classification,
 )
-from lora_cli.data.dataset import Row
+from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.model import (

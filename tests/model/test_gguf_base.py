@@ -1,7 +1,9 @@
 """A GGUF file is dequantized once to a cached folder, with the values of its blocks; packed layers pass gradients."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -23,6 +25,8 @@ from lora_cli.model.gguf_base import (
 )
 from lora_cli.model.prequantized import Prequantized
 from lora_cli.recipe.schema import AdapterSpec, DataSpec
+from lora_cli.run import disk_space
+from tests.faults.damage import damages
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
 from tests.support import checkpoints
@@ -166,23 +170,31 @@ def test_the_second_call_returns_the_cached_folder(file: Path, tmp_path: Path):
     assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=messages.append) != first
 
 
-def test_the_slower_of_two_runs_uses_the_folder_of_the_faster_one(file: Path, tmp_path: Path):
-    """A second run starts later and finishes first.
+@pytest.mark.slow
+def test_a_damaged_folder_is_told_and_unpacked_again(file: Path, tmp_path: Path):
+    folder = unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output)
+    other = unpack_gguf(file, dtype=torch.bfloat16, cache=tmp_path, info=no_output)
+    expected = (folder / "model.safetensors").read_bytes()
+    names = ["flip-bit", "truncate", "remove", "fifo-in-place", "swap", "foreign", "stray-file-in", "empty-folder"]
+    intact = Path(shutil.copytree(folder, tmp_path / "intact"))
+    for damage in damages(intact, seed=1, other=other, kinds=names):
+        if "model.safetensors" not in damage.name and not damage.name.endswith("/"):
+            continue
+        shutil.rmtree(folder)
+        shutil.copytree(intact, folder)
+        damage.apply(folder)
+        messages: list[str] = []
+        assert unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=messages.append) == folder
+        assert messages[0].startswith(f"cache: {folder} is damaged: "), damage.name
+        assert messages[0].endswith("; making the unpacked tiny.Q8_0.gguf again"), damage.name
+        assert (folder / "model.safetensors").read_bytes() == expected
 
-    In reality they are two processes. A test cannot use two threads: from_pretrained replaces tie_weights of its class
-    during a load, and two overlapping loads would leave it replaced for all later tests.
-    """
-    folders: list[Path] = []
 
-    def run_second(line: str) -> None:
-        folders.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output))
-        inodes.update({path: path.stat().st_ino for path in folders[0].iterdir()})
-
-    inodes: dict[Path, int] = {}
-    folders.append(unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=run_second))
-    assert folders[0] == folders[1]
-    assert {path: path.stat().st_ino for path in folders[1].iterdir()} == inodes
-    assert list((tmp_path / "gguf").iterdir()) == [folders[0]]
+def test_a_disk_without_space_for_the_weights_is_an_error(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**30, free=1000))
+    with pytest.raises(LoraError, match=r"are needed for the unpacked weights of tiny\.Q8_0\.gguf, and 1 KiB"):
+        unpack_gguf(file, dtype=torch.float32, cache=tmp_path, info=no_output)
+    assert [path.name[:6] for path in (tmp_path / "gguf").iterdir()] == [".lock-"]
 
 
 def test_without_weights_config_and_tokenizer_are_the_same(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -223,7 +235,7 @@ def test_a_bad_file_raises_and_leaves_nothing_in_the_cache(file: Path, tmp_path:
     with pytest.raises(LoraError, match=message) as caught:
         unpack_gguf(bad, dtype=torch.float32, cache=tmp_path / "cache", info=no_output, weights=weights)
     assert "bad.gguf" in caught.value.message
-    assert not list((tmp_path / "cache").glob("gguf/*"))
+    assert not [path for path in (tmp_path / "cache").glob("gguf/*") if not path.name.startswith(".lock-")]
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

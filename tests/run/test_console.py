@@ -27,3 +27,12 @@ def test_the_cells_of_a_wide_table_are_not_wrapped(monkeypatch: pytest.MonkeyPat
     head, row = (line.split("  ") for line in screen.getvalue().splitlines())
     assert [cell.strip() for cell in head if cell] == ["two words"] * 12
     assert [cell.strip() for cell in row if cell.strip()] == ["experts.gate_up_proj"] + ["layer 1"] * 12
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1023, "1 KiB"), (95_000, "93 KiB"), (1 << 20, "1 MiB"),
+     (1023 << 20, "1.0 GiB"), (1536 << 20, "1.5 GiB")],
+)  # fmt: skip
+def test_bytes_are_formatted_with_two_or_three_digits(count: int, text: str):
+    assert console.format_bytes(count) == text

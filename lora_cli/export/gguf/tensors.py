@@ -188,6 +188,17 @@ def _check_complete(tensors: Iterable[GGUFTensor], base: BaseCheckpoint, names: 
             )
 
 
+class _WrittenByPython(np.ndarray[Any, Any]):
+    """An array that GGUFWriter writes through Python's file.
+
+    numpy's own `tofile` writes through a C stream: on a full disk it does not tell why it failed, or loses the last
+    bytes of a small array without an error.
+    """
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(self.data)
+
+
 def write_gguf(file: Path, tensors: list[GGUFTensor], *, arch: str, describe: Callable[[GGUFWriter], None]) -> None:
     """Write the GGUF file, with one tensor in memory at a time.
 
@@ -220,7 +231,8 @@ def write_gguf(file: Path, tensors: list[GGUFTensor], *, arch: str, describe: Ca
         writer.write_ti_data_to_file()
         with safetensors_io.ShardFiles(writable=False) as files:
             for tensor in tensors:
-                writer.write_tensor_data(_quantize(tensor, tensor.values(files)))
+                values = np.ascontiguousarray(_quantize(tensor, tensor.values(files)))
+                writer.write_tensor_data(values.view(_WrittenByPython))
         writer.flush()
     finally:
         writer.close()
