@@ -186,13 +186,11 @@ def load_best(folder: Path, step: int, model: PeftModel, *, rank_allocator: AdaL
         LoraError: the checkpoint is missing or damaged.
     """
     checkpoint = checkpoint_folder(folder, step)
-    damage = checkpoint_folders.checkpoint_damage(checkpoint) if checkpoint.is_dir() else "it is missing"
-    if damage is not None:
-        raise LoraError(
-            f"{checkpoint}, which has the adapter of the best step, is damaged: {damage}",
-            hint="restore the folder, or start over with --fresh",
-            exit_code=1,
-        )
+    hint = "restore the folder, or start over with --fresh"
+    if not checkpoint.is_dir():
+        raise LoraError(f"{checkpoint} is missing: it has the adapter of the best step", hint=hint)
+    if damage := checkpoint_folders.checkpoint_damage(checkpoint):
+        raise LoraError(f"{checkpoint}, which has the adapter of the best step, is damaged: {damage}", hint=hint)
     load_weights(checkpoint, model, rank_allocator=rank_allocator)
 
 

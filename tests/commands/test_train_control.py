@@ -106,7 +106,12 @@ def test_the_best_step_is_kept_the_run_stops_early_and_resumes_to_the_same_resul
     assert [line for line in resumed.err.splitlines() if "versus" in line] == [
         line for line in result.err.splitlines() if "versus" in line
     ]
-    shutil.rmtree(run / "checkpoints" / f"step-{best:08d}")
+    checkpoint = run / "checkpoints" / f"step-{best:08d}"
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"damaged")
+    damaged = train_rising(recipe, lora, "runs/a", "--resume")
+    assert damaged.code == 2
+    assert "which has the adapter of the best step, is damaged: adapter_model.safetensors" in damaged.last_two[0]
+    shutil.rmtree(checkpoint)
     missing = train_rising(recipe, lora, "runs/a", "--resume")
     assert missing.code == 2
     assert missing.last_two[0].endswith(f"step-{best:08d} is missing: it has the adapter of the best step")
