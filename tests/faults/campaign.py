@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 # limit passed, or a process is left over; not tried: the fault did not occur, for example the command ended before it.
 Verdict = Literal["survived", "lost", "traceback", "silent", "hang", "not tried"]
 PREPARE_SECONDS = 900.0
+CRASHED = "the process of the case ended"
 
 
 class Outcome(NamedTuple):
@@ -39,12 +41,12 @@ class Campaign(NamedTuple):
     """A kind of faults, and its cases."""
 
     title: str  # in the table
-    prepare: Callable[[Path], None]  # write what all cases share into an empty folder; called once for each worker
+    prepare: Callable[[Path], None]  # write what all cases share into an empty folder; each worker gets a copy
     cases: Callable[[int, Path], Iterator[Any]]  # of a seed and a prepared folder; equal for equal seeds; may not end
     try_case: Callable[[Any, Path], Outcome]  # a case in a prepared folder, which is afterwards as it was
-    count: int | None  # cases of a complete campaign; None: all of `cases`, which ends
-    share: float  # of the time, if that is limited, relative to the other campaigns
-    seconds: float = 120.0  # time limit of a case
+    count: int | None = None  # cases of a complete campaign; None: all of `cases`, which ends
+    share: float = 1.0  # of the time, if that is limited, relative to the other campaigns
+    seconds: float = 300.0  # time limit of a case
 
 
 class Result(NamedTuple):
@@ -62,22 +64,30 @@ class _Running(NamedTuple):
 
 
 def run_campaign(
-    campaign: Campaign, scratch: Path, *, seed: int, numbers: Iterable[int] | None, workers: int, until: float | None
+    campaign: Campaign,
+    prepared: Path,
+    *,
+    seed: int,
+    count: int | None,
+    only: int | None,
+    workers: int,
+    until: float | None,
 ) -> Iterator[Result]:
     """Try the cases of a campaign in forked processes, and yield their results as they end.
 
     Args:
         campaign: to run.
-        scratch: an empty folder; a prepared folder for each worker is made in it.
+        prepared: the folder that `campaign.prepare` has written; each worker gets a copy of it.
         seed: of the cases.
-        numbers: of the cases to try, ascending; None for all, up to `campaign.count`.
+        count: cases to try; None for all that `cases` yields.
+        only: the number of the only case to try.
         workers: cases that run at the same time.
         until: the moment (time.monotonic) after which no case is started.
     """
-    folders = [scratch / f"worker-{worker}" for worker in range(workers)]
+    folders = [prepared.with_name(f"{prepared.name}-{worker}") for worker in range(workers)]
     for folder in folders:
-        _prepare(campaign, folder)
-    chosen = _choose(campaign.cases(seed, folders[0]), campaign.count, numbers)
+        _copy(prepared, folder)
+    chosen = _choose(campaign.cases(seed, prepared), count, only)
     running: dict[Path, _Running] = {}
     while True:
         for folder in folders:
@@ -87,40 +97,39 @@ def run_campaign(
                 running[folder] = _start(campaign, *numbered, folder)
         if not running:
             return
-        first = min(case.deadline for case in running.values())
-        pipes = [case.pipe for case in running.values()]
-        ready = select.select(pipes, [], [], max(0.0, first - time.monotonic()))[0]
         for folder, case in list(running.items()):
-            if case.pipe in ready or time.monotonic() > case.deadline:
+            if (outcome := _poll(case)) is not None:
                 del running[folder]
-                outcome, clean = _end(case, in_time=case.pipe in ready)
-                if not clean:  # the folder may be half changed
-                    shutil.rmtree(folder)
-                    _prepare(campaign, folder)
+                if outcome.verdict == "hang" or outcome.fault == CRASHED:  # the folder may be half changed
+                    _copy(prepared, folder)
                 yield Result(case.number, outcome)
+        _wait(running.values())
 
 
-def _choose(cases: Iterator[Any], count: int | None, numbers: Iterable[int] | None) -> Iterator[tuple[int, Any]]:
-    wanted = None if numbers is None else list(numbers)
-    for number, case in enumerate(cases):
-        if wanted is None:
-            if count is not None and number >= count:
-                return
-            yield number, case
-        else:
-            if not wanted or number > wanted[-1]:
-                return
-            if number in wanted:
-                yield number, case
+def _choose(cases: Iterator[Any], count: int | None, only: int | None) -> Iterator[tuple[int, Any]]:
+    """Return cases with their numbers: the first `count`, or one."""
+    numbered = enumerate(cases)
+    return islice(numbered, count) if only is None else islice(numbered, only, only + 1)
 
 
-def _prepare(campaign: Campaign, folder: Path) -> None:
+def prepare(campaign: Campaign, folder: Path) -> None:
+    """Write what the cases of a campaign share into the new folder `folder`.
+
+    Raises:
+        RuntimeError: a command of the preparation failed.
+    """
     folder.mkdir(parents=True)
     running = _fork(0, lambda: campaign.prepare(folder), PREPARE_SECONDS)
-    ready = select.select([running.pipe], [], [], PREPARE_SECONDS)[0]
-    outcome, _ = _end(running, in_time=bool(ready))
+    while (outcome := _poll(running)) is None:
+        _wait([running])
     if outcome.failed:
         raise RuntimeError(f"{campaign.title} cannot be prepared: {outcome.detail}")
+
+
+def _copy(prepared: Path, folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(prepared, folder, symlinks=True)
 
 
 def _start(campaign: Campaign, number: int, case: Any, folder: Path) -> _Running:
@@ -145,18 +154,27 @@ def _fork(number: int, action: Callable[[], Outcome | None], seconds: float) -> 
     return _Running(number, pid, reading, time.monotonic() + seconds)
 
 
-def _end(case: _Running, *, in_time: bool) -> tuple[Outcome, bool]:
-    """Return the outcome of a case, and whether it cleaned up; end its processes."""
-    data = b""
-    if in_time:
-        while block := os.read(case.pipe, 1 << 16):
-            data += block
-    os.close(case.pipe)
+def _wait(running: Iterable[_Running]) -> None:
+    """Wait until a process may have ended."""
+    select.select([case.pipe for case in running], [], [], 0.2)
+
+
+def _poll(case: _Running) -> Outcome | None:
+    """Return the outcome of a case, after its processes are ended; None if it has time left and runs."""
+    pid, status = os.waitpid(case.pid, os.WNOHANG)
+    in_time = bool(pid)
+    if not in_time and time.monotonic() < case.deadline:
+        return None
     with suppress(ProcessLookupError):
-        os.killpg(case.pid, signal.SIGKILL)
-    _, status = os.waitpid(case.pid, 0)
-    if data:
-        return pickle.loads(data), True
-    if in_time:
-        return Outcome("traceback", "the process of the case", f"ended by signal {os.WTERMSIG(status)}"), False
-    return Outcome("hang", "", "no end within the time limit"), False
+        os.killpg(case.pid, signal.SIGKILL)  # also processes of the case that are left over
+    if not in_time:
+        os.waitpid(case.pid, 0)
+    with os.fdopen(case.pipe, "rb") as stream:
+        data = stream.read() if in_time else b""
+    if not in_time:
+        return Outcome("hang", "", "no end within the time limit")
+    if not data:
+        return Outcome("traceback", CRASHED, f"exit code {os.waitstatus_to_exitcode(status)}")
+    outcome = pickle.loads(data)
+    assert isinstance(outcome, Outcome)
+    return outcome
