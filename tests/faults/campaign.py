@@ -113,11 +113,12 @@ def _choose(cases: Iterator[Any], count: int | None, only: int | None) -> Iterat
 
 
 def prepare(campaign: Campaign, folder: Path) -> None:
-    """Write what the cases of a campaign share into the new folder `folder`.
+    """Write what the cases of a campaign share into the folder `folder`, which is emptied.
 
     Raises:
         RuntimeError: a command of the preparation failed.
     """
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     running = _fork(0, lambda: campaign.prepare(folder), PREPARE_SECONDS)
     while (outcome := _poll(running)) is None:

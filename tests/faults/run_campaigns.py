@@ -13,8 +13,12 @@ from typing import NamedTuple
 
 from tests.faults import campaign as frame
 from tests.faults.campaign import Result
-from tests.faults.campaigns import CAMPAIGNS
 from tests.faults.forked_lora import import_libraries
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+import_libraries()  # before other imports, as it silences warnings that some libraries print when they are imported
+
+from tests.faults.campaigns import CAMPAIGNS  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "pyarrow")
 VERDICTS = ("survived", "lost", "traceback", "silent", "hang")
@@ -42,11 +46,10 @@ def main(arguments: Sequence[str]) -> int:
     """Run campaigns as the command line says; return 1 if a case failed, else 0."""
     options = _parse(arguments)
     keys = options.only or list(CAMPAIGNS)
-    import_libraries()
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(3), "big")
     rows = []
-    with tempfile.TemporaryDirectory(prefix="faults-", dir=options.scratch) as scratch:
-        for row in _run(keys, Path(scratch), options, seed):
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        for row in _run(keys, options.scratch or Path(temporary), options, seed):
             rows.append(row)
             _print_failures(row, seed)
     table = render(rows, seed, workers=options.workers)
@@ -67,23 +70,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="S", help="of the cases; default: a random one, which is printed")
     parser.add_argument("--only", action="append", choices=[*CAMPAIGNS], metavar="KIND", help="may be repeated")
     parser.add_argument("--case", type=int, metavar="NUMBER", help="only this case of one kind and seed")
-    parser.add_argument("--workers", type=int, default=_cores(), metavar="N", help="cases at once; default: all cores")
+    parser.add_argument("--workers", type=int, default=CORES, metavar="N", help="cases at once; default: all cores")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help=f"put the table between {' and '.join(MARKS)}")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="an existing folder for temporary files")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="keep prepared inputs here, and use them again")
     options = parser.parse_args(arguments)
     if options.case is not None and (options.seed is None or len(options.only or ()) != 1):
         parser.error("--case needs --seed and one --only")
     return options
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _run(keys: Sequence[str], scratch: Path, options: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Run the campaigns one after the other; each gets its share of the time that is left."""
     begin = time.monotonic()
-    prepared: dict[object, Path] = {}
     for position, key in enumerate(keys):
         campaign = CAMPAIGNS[key]
         start = time.monotonic()
@@ -91,14 +89,16 @@ def _run(keys: Sequence[str], scratch: Path, options: argparse.Namespace, seed: 
         if options.minutes is not None:
             left = options.minutes * 60 - (start - begin)
             until = start + left * campaign.share / sum(CAMPAIGNS[other].share for other in keys[position:])
-        if campaign.prepare not in prepared:
-            prepared[campaign.prepare] = scratch / f"prepared-{len(prepared)}"
+        name = f"{campaign.prepare.__module__}.{campaign.prepare.__name__}".removeprefix("tests.faults.")
+        prepared, done = scratch / name, scratch / f"{name}.done"
+        if not done.exists():
             _say(f"{campaign.title}: preparing")
-            frame.prepare(campaign, prepared[campaign.prepare])
+            frame.prepare(campaign, prepared)
+            done.touch()
         counts = [count for count in (options.cases, campaign.count) if count is not None]
         row = Row(key, [], 0.0)
         for result in frame.run_campaign(
-            campaign, prepared[campaign.prepare], seed=seed, count=min(counts, default=None), only=options.case,
+            campaign, prepared, seed=seed, count=min(counts, default=None), only=options.case,
             workers=options.workers, until=until,
         ):  # fmt: skip
             row.results.append(result)

@@ -174,12 +174,20 @@ def find_problem(work: Path, name: str, record: Record) -> str:
                 wrong = {path: digest for path, digest in here.items() if not _is_temporary(path)}
                 if lost := [path for path, digest in wrong.items() if digest not in (old.get(path), new.get(path))]:
                     return f"{result}/{lost[0]} is half"
-            case "run" if problem := _find_problem_of_run(here, old, new, record.checkpoints):
+            case "run" if problem := find_problem_of_run(here, old, new, record.checkpoints):
                 return f"{result}: {problem}"
     return ""
 
 
-def _find_problem_of_run(here: Contents, old: Contents, new: Contents, checkpoints: Contents) -> str:
+def find_problem_of_run(here: Contents, old: Contents, new: Contents, checkpoints: Contents) -> str:
+    """Return what is not as it must be in the folder of a run that may be incomplete; empty: all is well.
+
+    Args:
+        here: of the folder.
+        old: of the earlier run in it, before `--fresh`.
+        new: of the run after an uninterrupted training.
+        checkpoints: all that the training writes.
+    """
     adapter = _below(here, "adapter")
     if adapter not in ({}, _below(new, "adapter"), _below(old, "adapter")):
         return f"the adapter is half: {difference(adapter, _below(new, 'adapter'))}"

@@ -28,10 +28,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {"training.save_every": 1, "training.keep": "best", "training.keep_checkpoints": 1},
     "long": {"training.max_steps": 12, "training.keep_checkpoints": 2, "training.answer_every": 4},
     "packed": {"training.max_steps": 8, "data.packing": True, "training.gradient_accumulation": 2},
-    "free": {"training.max_steps": 8, "training.optimizer": "schedule_free_adamw", "adapter.dropout": 0.0},
+    "free": {"training.max_steps": 8, "training.optimizer": "schedule-free-adamw", "adapter.dropout": 0.0},
     "adalora": {"training.max_steps": 8, "adapter.method": "adalora", "adapter.rank": 2, "adapter.final_rank": 1},
     "gguf": {"training.max_steps": 1, "model.path": "base.gguf", "training.eval_every": None},
-    "two": {"training.max_steps": 30, "distributed.processes": 2},
+    "continue": {"training.max_steps": 1, "adapter": {}},
+    "two": {"training.max_steps": 8, "distributed.processes": 2},
 }
 
 
@@ -95,6 +96,11 @@ def fresh(folder: Path, *more: Path, free: int | None = None) -> Iterator[Path]:
         if work.is_mount():
             unmount(work)
         shutil.rmtree(work)
+
+
+def remove_cache(work: Path) -> None:
+    """Remove the encoded rows, so that a command encodes them."""
+    shutil.rmtree(work / "cache")
 
 
 def contents(path: Path, *, without: tuple[str, ...] = ()) -> Contents:
