@@ -26,7 +26,7 @@ PAIRS = (
     ("train recipe.yaml", "check recipe.yaml"),
     *(("train b.yaml --fresh", command) for command in (
         "train b.yaml --fresh", "train b.yaml --resume", "eval runs/b --json out.json", "adapter inspect runs/b",
-        "merge runs/b --out out", "export runs/b --to gguf --out out.gguf --verify file", "chat runs/b --max-new-tokens 2",
+        "merge runs/b --out out", "export runs/b --to gguf --out out.gguf --verify file", "chat runs/b",
         "export runs/b --to peft --out out", "adapter resize runs/b --rank 2 --out out",
         "adapter combine runs/a 0.5*runs/b --out out", "train continue.yaml --set adapter.from=runs/b/adapter",
     )),
