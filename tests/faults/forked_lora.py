@@ -42,9 +42,23 @@ class Ended(NamedTuple):
         return " / ".join(self.err.splitlines()[-2:])
 
     @property
-    def has_traceback(self) -> bool:
-        """Whether an exception passed, in this process or in one that it started."""
-        return "Traceback (most recent call last)" in self.err
+    def traceback(self) -> str:
+        """The exception and where in lora_cli it came from, if one passed; also in a process that this one started."""
+        _, begin, rest = self.err.rpartition("Traceback (most recent call last)")
+        lines = [line.strip() for line in rest.splitlines()]
+        frames = [line for line in lines if line.startswith("File ") and "lora_cli" in line]
+        return (
+            "\n".join([*frames[-2:], next((line for line in reversed(lines) if "Error" in line), lines[-1])])
+            if begin
+            else ""
+        )
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the last two lines are one error and one hint, and the exit code fits."""
+        lines = self.err.splitlines()
+        told = len(lines) >= 2 and lines[-2].startswith("error: ") and lines[-1].startswith("hint: ")
+        return told and self.code in (1, 2)
 
 
 class Stream(NamedTuple):

@@ -126,15 +126,13 @@ def _action(case: Case) -> Action:
 
 def _judge_end(case: Case, ended: forked_lora.Ended, described: str) -> Outcome | None:
     """Return the outcome if it can be told from the end of the command; None to go on."""
-    if ended.has_traceback:
-        return Outcome("traceback", described, ended.err[-1500:])
+    if ended.traceback:
+        return Outcome("traceback", described, ended.traceback)
     if case.fault in ("kill", "cut"):
         expected = -signal.SIGKILL if case.fault == "kill" else -signal.SIGXFSZ
         # A cut that no write reaches, and operations whose number varies a little.
         return Outcome("not tried", described) if ended.code != expected else None
-    lines = ended.err.splitlines()
-    told = len(lines) >= 2 and lines[-2].startswith("error: ") and lines[-1].startswith("hint: ")
-    if ended.code not in (0, 1, 2) or (ended.code and not told):
+    if ended.code and not ended.is_told:
         return Outcome("lost", described, f"exit code {ended.code}: {ended.err[-500:]}")
     return None
 
@@ -157,8 +155,8 @@ def _try_again(case: Case, work: Path, record: Record, described: str) -> Outcom
         ended = forked_lora.run(
             command.split(), work, environment=workplace.environment(work), standard_input=scenario.standard_input
         )
-        if ended.has_traceback:
-            return Outcome("traceback", f"{described}; then lora {command}", ended.err[-1500:])
+        if ended.traceback:
+            return Outcome("traceback", f"{described}; then lora {command}", ended.traceback)
         if ended.code == 0:
             break
     assert ended is not None

@@ -171,8 +171,8 @@ def _next_flag(work: Path, flag: str) -> str:
 def _find_problem(
     work: Path, ended: forked_lora.Ended, reference: Reference, old: Contents, *, killed: bool
 ) -> Outcome | None:
-    if ended.has_traceback and not killed:
-        return Outcome("traceback", "", ended.err[-1500:])
+    if ended.traceback and not killed:
+        return Outcome("traceback", "", ended.traceback)
     if problem := find_problem_of_run(contents(work / RUN), old, reference.run, reference.checkpoints):
         return Outcome("lost", "", problem)
     if orphans := _wait_for_orphans(work):

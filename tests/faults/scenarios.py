@@ -171,8 +171,12 @@ def find_problem(work: Path, name: str, record: Record) -> str:
             case "description" if here and (here == old) is not (found[first] == record.old[first]):
                 return f"{result} is not that of {first}"
             case "entries":
-                wrong = {path: digest for path, digest in here.items() if not _is_temporary(path)}
-                if lost := [path for path, digest in wrong.items() if digest not in (old.get(path), new.get(path))]:
+                files = {
+                    path: digest
+                    for path, digest in here.items()
+                    if digest != workplace.EMPTY and not _is_temporary(path)
+                }
+                if lost := [path for path, digest in files.items() if digest not in (old.get(path), new.get(path))]:
                     return f"{result}/{lost[0]} is half"
             case "run" if problem := find_problem_of_run(here, old, new, record.checkpoints):
                 return f"{result}: {problem}"
@@ -213,7 +217,11 @@ def is_new(work: Path, name: str, record: Record) -> str:
             if record.old[result] and record.old[result] not in moved:
                 return f"{result}: the earlier run is not in one folder: {difference(moved[0], record.old[result])}"
         if law == "entries":
-            expected = {path: digest for path, digest in expected.items() if not _is_temporary(path)}
+            expected = {
+                path: digest
+                for path, digest in expected.items()
+                if digest != workplace.EMPTY and not _is_temporary(path)
+            }
             here = {path: digest for path, digest in here.items() if path in expected}
         if changed := difference(here, expected):
             return f"{result}: {changed}"

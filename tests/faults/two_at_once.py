@@ -123,11 +123,9 @@ def _run_both(commands: list[str], work: Path, delay: float) -> list[forked_lora
 
 def _find_problem_of_ends(ended: list[forked_lora.Ended], work: Path) -> Outcome | None:
     for end in ended:
-        if end.has_traceback:
-            return Outcome("traceback", "", end.err[-1500:])
-        lines = end.err.splitlines()
-        told = len(lines) >= 2 and lines[-2].startswith("error: ") and lines[-1].startswith("hint: ")
-        if end.code not in (0, 1, 2) or (end.code and not told):
+        if end.traceback:
+            return Outcome("traceback", "", end.traceback)
+        if end.code and not end.is_told:
             return Outcome("lost", "", f"exit code {end.code}: {end.last_lines}")
     if left := workplace.leftovers(work):
         return Outcome("lost", "", f"leftovers: {', '.join(left)}")

@@ -22,6 +22,8 @@ from tests.inputs.tiny_tokenizers import CHATML, build
 
 Contents = dict[str, str]  # digest of a file, or the target of a link, by path; empty: nothing is there
 
+EMPTY = "an empty folder"  # in place of a digest
+
 # Recipes of runs/new, which cases train; all are small, and save often.
 RECIPES: dict[str, dict[str, Any]] = {
     "recipe": {"training.save_every": 1, "training.keep_checkpoints": 1},
@@ -117,7 +119,7 @@ def contents(path: Path, *, without: tuple[str, ...] = ()) -> Contents:
             if name != LOCK:
                 found[str(Path(parent, name).relative_to(path))] = _digest(Path(parent, name))
         if not files and not folders:
-            found[str(Path(parent).relative_to(path))] = "an empty folder"
+            found[str(Path(parent).relative_to(path))] = EMPTY
     return dict(sorted(found.items()))
 
 
