@@ -1,7 +1,7 @@
 """Faults of commands that write results: killed, failing, or out of space at one of their file operations.
 
-Five campaigns over `scenarios.py: SCENARIOS`. After each fault, all results are complete; the same command again gives
-what it gives without the fault, and leaves no temporary file.
+Six campaigns over `scenarios.py: SCENARIOS`. After each fault, all results are complete; the same command again gives
+what it gives without the fault, and leaves no temporary file. If files vanish, there is one error.
 """
 
 import errno
@@ -14,13 +14,19 @@ from typing import Literal, NamedTuple
 from tests.faults import forked_lora, scenarios, workplace
 from tests.faults.campaign import Outcome
 from tests.faults.mounts import MountError, enlarge
-from tests.faults.operations import CREATING, ERRORS, Action, fail_at, kill_after, kill_at, limit_file_size
+from tests.faults.operations import CREATING, ERRORS, Action, fail_at, kill_after, kill_at, limit_file_size, remove_at
 from tests.faults.scenarios import SCENARIOS, Record
 
 # kill: SIGKILL before an operation; cut: the process is ended within a write after it; error: the operation fails;
-# limit: no file may exceed a size; disk: the file system is full.
-Fault = Literal["kill", "cut", "error", "limit", "disk"]
+# limit: no file may exceed a size; disk: the file system is full; vanish: another program removes a file or folder.
+Fault = Literal["kill", "cut", "error", "limit", "disk", "vanish"]
 SYNC = "fsync"
+# What vanishes, as patterns: results, inputs, temporary files, and the working folder itself.
+VANISHING = (
+    "runs/new", "runs/new/checkpoints", "runs/new/checkpoints/step-*", "runs/new/.tmp-*", "runs/new/checkpoints/.tmp-*",
+    "runs/new/metrics.jsonl", "runs/a", "runs/a/adapter", "runs/a/adapter/adapter_model.safetensors", "base",
+    "base.gguf", "rows.jsonl", "cache", "cache/encoded/*", "cache/*/*/*.arrow", "out*", ".tmp-*", "*", ".",
+)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -32,6 +38,7 @@ class Case(NamedTuple):
     size: int = 0  # bytes: of a file, of the disk
     code: int = 0  # of errno
     lasting: bool = False
+    path: str = ""  # of what vanishes
 
 
 def cases(fault: Fault) -> Callable[[int, Path], Iterator[Case]]:
@@ -66,6 +73,9 @@ def _cases_of(fault: Fault, name: str, record: Record, rng: random.Random) -> It
                 writes = changes or line.startswith(SYNC)
                 code = rng.choice([code for code, writing in ERRORS.items() if writes or not writing])
                 yield Case(name, fault, number, code=code, lasting=rng.random() < 0.3)
+        case "vanish":
+            for number in rng.sample(range(len(operations)), len(operations) // 4):
+                yield Case(name, fault, number, path=rng.choice(VANISHING))
         case "limit" | "disk":
             for _ in range(20):
                 yield Case(name, fault, size=_draw_size(rng, largest * (4 if fault == "disk" else 1)))
@@ -83,7 +93,10 @@ def try_case(case: Case, folder: Path) -> Outcome:
     try:
         with scenarios.working_folder(folder, case.scenario, free=case.size if case.fault == "disk" else None) as work:
             ended = scenarios.run_with(work, scenario, _action(case))
-            outcome = _judge_end(case, ended, described) or _judge_results(case, work, record, described)
+            outcome = _judge_end(case, ended, described)
+            if case.fault == "vanish":  # what is left is no matter of the command
+                return outcome or Outcome("survived", described)
+            outcome = outcome or _judge_results(case, work, record, described)
             if case.fault == "disk":
                 enlarge(work)
             return outcome or _try_again(case, work, record, described)
@@ -103,6 +116,8 @@ def _describe(case: Case, record: Record) -> str:
             what = f"ended at byte {case.size:,} of a file after {place}"
         case "error":
             what = f"{errno.errorcode[case.code]}{' from then on' if case.lasting else ''} at {place}"
+        case "vanish":
+            what = f"{case.path} removed before {place}"
         case "limit":
             what = f"files limited to {case.size:,} bytes"
         case "disk":
@@ -118,6 +133,8 @@ def _action(case: Case) -> Action:
             return kill_after(case.operation, case.size)
         case "error":
             return fail_at(case.operation, case.code, lasting=case.lasting)
+        case "vanish":
+            return remove_at(case.operation, case.path)
         case "limit":
             return lambda operation: limit_file_size(case.size) if operation.number == 0 else None
         case "disk":

@@ -1,4 +1,4 @@
-"""Act before one file operation of this process: kill it, let the operation fail, or limit the size of its files.
+"""Act before one file operation of this process: kill it, let it fail, remove a folder, limit the size of files.
 
 Operations are the interpreter's audit events of opening, renaming, removing, creating, linking, changing and listing
 paths, calls of fsync, and renameat2 through ctypes. Only those in one folder count. The writers of safetensors and
@@ -8,6 +8,7 @@ Arrow are native code: their files are no operations, and the limit on file size
 import errno
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -146,6 +147,20 @@ def fail_at(number: int, code: int, *, lasting: bool) -> Action:
             raise OSError(code, os.strerror(code), operation.path)
 
     return fail
+
+
+def remove_at(number: int, path: str) -> Action:
+    """Return an action that removes the file or folder `path` before operation `number`, as another program might."""
+
+    def remove(operation: Operation) -> None:
+        if operation.number == number:
+            for found in [Path()] if path == "." else list(Path().glob(path)):
+                if found.is_dir() and not found.is_symlink():
+                    shutil.rmtree(found.absolute(), ignore_errors=True)
+                else:
+                    found.unlink()
+
+    return remove
 
 
 def limit_file_size(size: int) -> None:

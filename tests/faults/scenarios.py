@@ -12,8 +12,8 @@ from tests.faults.operations import call_before_operations, record_in
 from tests.faults.workplace import Contents, contents, difference
 
 # whole: a file or folder, the old or the new one; description: a file that belongs to the first result; run: a run
-# folder, with complete checkpoints and an adapter that is complete or missing; entries: a cache, whose files are new,
-# old, or missing.
+# folder, with complete checkpoints and an adapter that is complete or missing; entries: a cache, whose entries are
+# complete or missing.
 Law = Literal["whole", "description", "run", "entries"]
 
 
@@ -170,14 +170,8 @@ def find_problem(work: Path, name: str, record: Record) -> str:
                 return f"{result} is half"
             case "description" if here and (here == old) is not (found[first] == record.old[first]):
                 return f"{result} is not that of {first}"
-            case "entries":
-                files = {
-                    path: digest
-                    for path, digest in here.items()
-                    if digest != workplace.EMPTY and not _is_temporary(path)
-                }
-                if lost := [path for path, digest in files.items() if digest not in (old.get(path), new.get(path))]:
-                    return f"{result}/{lost[0]} is half"
+            case "entries" if half := _find_half_entry(here, old, new):
+                return f"{result}/{half} is half"
             case "run" if problem := find_problem_of_run(here, old, new, record.checkpoints):
                 return f"{result}: {problem}"
     return ""
@@ -217,15 +211,28 @@ def is_new(work: Path, name: str, record: Record) -> str:
             if record.old[result] and record.old[result] not in moved:
                 return f"{result}: the earlier run is not in one folder: {difference(moved[0], record.old[result])}"
         if law == "entries":
-            expected = {
-                path: digest
-                for path, digest in expected.items()
-                if digest != workplace.EMPTY and not _is_temporary(path)
-            }
-            here = {path: digest for path, digest in here.items() if path in expected}
+            missing = [name for name, files in _entries(expected).items() if files not in _entries(here).values()]
+            if missing:
+                return f"{result}: {missing[0]} is missing"
+            continue
         if changed := difference(here, expected):
             return f"{result}: {changed}"
     return ""
+
+
+def _find_half_entry(here: Contents, old: Contents, new: Contents) -> str:
+    complete = [*_entries(old).values(), *_entries(new).values()]
+    return next((name for name, files in _entries(here).items() if files not in complete), "")
+
+
+def _entries(cache: Contents) -> dict[str, Contents]:
+    """Return the files of each entry of a cache by kind and key; keys depend on the path of the working folder."""
+    entries: dict[str, Contents] = {}
+    for path, digest in cache.items():
+        if digest != workplace.EMPTY and not _is_temporary(path):
+            kind, key, *rest = path.split("/")
+            entries.setdefault(f"{kind}/{key}", {})["/".join(rest)] = digest
+    return entries
 
 
 def _results(work: Path, scenario: Scenario) -> dict[str, Contents]:
@@ -243,7 +250,7 @@ def _without(work: Path, scenario: Scenario) -> Contents:
 
 
 def _is_temporary(path: str) -> bool:
-    return any(part.startswith((".tmp-", ".lock-")) for part in Path(path).parts)
+    return any(part.startswith((".tmp-", ".lock-", ".unfinished-")) for part in Path(path).parts)
 
 
 def _below(found: Contents, folder: str) -> Contents:

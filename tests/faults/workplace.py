@@ -97,7 +97,8 @@ def fresh(folder: Path, *more: Path, free: int | None = None) -> Iterator[Path]:
     finally:
         if work.is_mount():
             unmount(work)
-        shutil.rmtree(work)
+        if work.exists():  # it may have vanished, as a fault
+            shutil.rmtree(work)
 
 
 def remove_cache(work: Path) -> None:
