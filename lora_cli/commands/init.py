@@ -39,8 +39,10 @@ def write_recipe(name: str) -> None:
             hint=f"did you mean {close[0]}?" if close else "`lora init` lists them",
         )
     path = Path(f"{name}.yaml")
-    if path.exists():
-        raise LoraError(f"{path} exists", hint="move it away, or edit it")
-    atomic.write_text(path, texts[name])
+    try:
+        with atomic.file(path) as temporary:
+            temporary.write_text(texts[name], encoding="utf-8")
+    except FileExistsError:
+        raise LoraError(f"{path} exists", hint="move it away, or edit it") from None
     console.out.print(str(path))
     console.info(f"next: put your model and rows into it; lora check {path}; lora train {path}")

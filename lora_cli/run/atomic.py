@@ -3,7 +3,7 @@
 All results are written here. A reader finds the complete old or the complete new result, even if the writer is killed
 at any point. A writer works in a folder `.tmp-NAME-XXXXXXXX` next to the result, and holds a lock on the file `lock` in
 it until it is done; `remove_leftovers` removes the folders whose locks are free, on any machine and in any container,
-and completes a replacement of several files that had begun.
+and completes a replacement of several files that had begun. The next writer of the same result does this first.
 """
 
 import errno
@@ -62,6 +62,7 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and `replace` is False; checked before and after the block.
     """
+    remove_leftovers(path.parent, path.name)
     _check_new(path, replace=replace)
     with _workspace(path) as workspace:
         new = workspace / path.name
@@ -138,6 +139,7 @@ def files(paths: Sequence[Path], *, replace: bool = False) -> Iterator[list[Path
     Raises:
         FileExistsError: a path exists and `replace` is False; checked before and after the block.
     """
+    remove_leftovers(paths[0].parent, paths[0].name)
     for path in paths:
         _check_new(path, replace=replace)
     with _workspace(paths[0]) as workspace:

@@ -162,6 +162,18 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path: Path):
     assert names(tmp_path / "elsewhere") == {"lock"}
 
 
+def test_the_next_writer_removes_leftovers_of_its_name(tmp_path: Path):
+    for name in ("a", "b"):
+        (leave_workspace(tmp_path / name) / name).write_text("half")
+    atomic.write_text(tmp_path / "a", "text")
+    with atomic.folder(tmp_path / "b"):
+        pass
+    leave_workspace(tmp_path / "a")
+    with pytest.raises(FileExistsError), atomic.file(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == {"a", "b"}
+
+
 def test_leftovers_of_one_name_only(tmp_path: Path):
     other = leave_workspace(tmp_path / "other")
     leave_workspace(tmp_path / "mine")

@@ -1,0 +1,161 @@
+"""Run the fault campaigns and print a table of what was tried, survived and lost: the program behind scripts/faults."""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.faults import campaign as frame
+from tests.faults.campaign import Result
+from tests.faults.forked_lora import import_libraries
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+import_libraries()  # before other imports, as it silences warnings that some libraries print when they are imported
+
+from tests.faults.campaigns import CAMPAIGNS  # noqa: E402
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "pyarrow")
+VERDICTS = ("survived", "lost", "traceback", "silent", "hang")
+MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")  # around the table in a Markdown file
+
+
+class Row(NamedTuple):
+    """The figures of one campaign."""
+
+    key: str
+    results: list[Result]
+    seconds: float
+
+    def count(self, verdict: str) -> int:
+        """Return the number of cases with a verdict."""
+        return sum(result.outcome.verdict == verdict for result in self.results)
+
+    @property
+    def tried(self) -> int:
+        """The number of cases whose fault occurred."""
+        return len(self.results) - self.count("not tried")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run campaigns as the command line says; return 1 if a case failed, else 0."""
+    options = _parse(arguments)
+    keys = options.only or list(CAMPAIGNS)
+    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(3), "big")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        for row in _run(keys, options.scratch or Path(temporary), options, seed):
+            rows.append(row)
+            _print_failures(row, seed)
+    table = render(rows, seed, workers=options.workers)
+    sys.stdout.write(table)
+    if options.markdown:
+        write_table(options.markdown, table)
+    return int(any(result.outcome.failed for row in rows for result in row.results))
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    kinds = "\n".join(f"  {key:12} {campaign.title}" for key, campaign in CAMPAIGNS.items())
+    parser = argparse.ArgumentParser(
+        prog="scripts/faults", description=__doc__, epilog=f"kinds:\n{kinds}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--minutes", type=float, metavar="N", help="time for all kinds; default: complete campaigns")
+    parser.add_argument("--cases", type=int, metavar="N", help="cases of each kind, at most")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the cases; default: a random one, which is printed")
+    parser.add_argument("--only", action="append", choices=[*CAMPAIGNS], metavar="KIND", help="may be repeated")
+    parser.add_argument("--case", type=int, metavar="NUMBER", help="only this case of one kind and seed")
+    parser.add_argument("--workers", type=int, default=CORES, metavar="N", help="cases at once; default: all cores")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=f"put the table between {' and '.join(MARKS)}")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="keep prepared inputs here, and use them again")
+    options = parser.parse_args(arguments)
+    if options.case is not None and (options.seed is None or len(options.only or ()) != 1):
+        parser.error("--case needs --seed and one --only")
+    return options
+
+
+def _run(keys: Sequence[str], scratch: Path, options: argparse.Namespace, seed: int) -> Iterator[Row]:
+    """Run the campaigns one after the other; each gets its share of the time that is left."""
+    begin = time.monotonic()
+    for position, key in enumerate(keys):
+        campaign = CAMPAIGNS[key]
+        start = time.monotonic()
+        until = None
+        if options.minutes is not None:
+            left = options.minutes * 60 - (start - begin)
+            until = start + left * campaign.share / sum(CAMPAIGNS[other].share for other in keys[position:])
+        name = f"{campaign.prepare.__module__}.{campaign.prepare.__name__}".removeprefix("tests.faults.")
+        prepared, done = scratch / name, scratch / f"{name}.done"
+        if not done.exists():
+            _say(f"{campaign.title}: preparing")
+            frame.prepare(campaign, prepared)
+            done.touch()
+        counts = [count for count in (options.cases, campaign.count) if count is not None]
+        row = Row(key, [], 0.0)
+        for result in frame.run_campaign(
+            campaign, prepared, seed=seed, count=min(counts, default=None), only=options.case,
+            workers=options.workers, until=until,
+        ):  # fmt: skip
+            row.results.append(result)
+            failed = sum(result.outcome.failed for result in row.results)
+            _say(f"{campaign.title}: {row.tried:,} tried, {failed:,} failed")
+        yield row._replace(seconds=time.monotonic() - start)
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text}")
+        sys.stderr.flush()
+
+
+def _print_failures(row: Row, seed: int) -> None:
+    _say("")
+    for number, outcome in row.results:
+        if outcome.failed:
+            sys.stdout.write(
+                f"{outcome.verdict}: {outcome.fault}\n"
+                + "".join(f"    {line}\n" for line in outcome.detail.splitlines())
+                + f"    scripts/faults --only {row.key} --seed {seed} --case {number}\n"
+            )
+    sys.stdout.flush()
+
+
+def render(rows: Sequence[Row], seed: int, *, workers: int) -> str:
+    """Return the table as Markdown, with date, versions and seed."""
+    lines = [f"| kind | tried | {' | '.join(VERDICTS)} |", f"|---|{'--:|' * (len(VERDICTS) + 1)}"]
+    for row in rows:
+        figures = [row.tried, *(row.count(verdict) for verdict in VERDICTS)]
+        lines.append(f"| {CAMPAIGNS[row.key].title} | {' | '.join(f'{figure:,}' for figure in figures)} |")
+    totals = [sum(row.tried for row in rows), *(sum(row.count(verdict) for row in rows) for verdict in VERDICTS)]
+    lines.append(f"| **all** | {' | '.join(f'**{total:,}**' for total in totals)} |")
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    minutes = sum(row.seconds for row in rows) / 60
+    lines += [
+        "",
+        f"{datetime.now(UTC):%Y-%m-%d}, seed {seed}, {minutes:,.0f} minutes with {workers} at once; "
+        f"Python {sys.version.split()[0]}, {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_table(file: Path, table: str) -> None:
+    """Put the table between MARKS of a Markdown file, which is made if it does not exist.
+
+    Raises:
+        SystemExit: the file exists without MARKS.
+    """
+    text = file.read_text(encoding="utf-8") if file.exists() else "\n".join([*MARKS, ""])
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise SystemExit(f"{file} has no lines {MARKS[0]} and {MARKS[1]}")
+    file.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
