@@ -121,7 +121,7 @@ def merge(
     weights: Annotated[
         str, typer.Option(help="For a base that was quantized in training: auto (measured), original or dequantized.")
     ] = "auto",
-    verify: Annotated[str, typer.Option(help="auto, tensors, or logits (both models in memory).")] = "auto",
+    verify: Annotated[str, typer.Option(help="logits (and every tensor), or tensors alone.")] = "logits",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file.")] = "2GB",
     force: Force = False,
     unmerge: Annotated[bool, typer.Option("--unmerge", help="Subtract the adapter from --base MERGED again.")] = False,
@@ -131,7 +131,7 @@ def merge(
     """Merge an adapter into its base, tensor by tensor, and verify the result."""
     _choice("--dtype", dtype, "auto", "bfloat16", "float16", "float32")
     _choice("--weights", weights, "auto", "original", "dequantized")
-    _choice("--verify", verify, "auto", "tensors", "logits")
+    _choice("--verify", verify, "logits", "tensors")
     from lora_cli.commands import merge as command
 
     request = command.MergeRequest(

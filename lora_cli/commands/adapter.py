@@ -15,7 +15,6 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import low_rank
 from lora_cli.merging.expert_factors import group_experts, stacked_name
 from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
-from lora_cli.merging.merge_tensors import ReadWrite
 from lora_cli.model import safetensors_io
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
@@ -137,7 +136,7 @@ def _base_norms(folder: Path, base_path: str | None, adapter: LoraWeights) -> di
         for target, group in group_experts(adapter.factors).items():
             name = target if target in adapter.wrappers else f"{target}.weight"
             if name in mapping.parts and (len(group) > 1 or not mapping.is_joined(name)):
-                weight = mapping.to_parameter(name, lambda key: ReadWrite(files, files).read(tensors[key]))
+                weight = mapping.to_parameter(name, lambda key: files.read_tensor(tensors[key]))
                 parts = weight if len(group) > 1 else [weight]
                 norms |= {module: float(part.float().norm()) for module, part in zip(group, parts, strict=True)}
     return norms

@@ -15,10 +15,10 @@ from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS, Exporter
 from lora_cli.export.source import Check, ExportOptions, ExportSource
-from lora_cli.merging.verify import fits_in_memory
 from lora_cli.model import prequantized, safetensors_io
 from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.base_model import PROBLEM_TYPES, BaseCheckpoint
+from lora_cli.model.memory import fits_in_memory
 from lora_cli.model.model_source import ModelSource, find_model, load_config, load_tokenizer, local_folder
 from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter
 from lora_cli.recipe.schema import ModelSpec
@@ -193,7 +193,7 @@ def _merge_options(source: ExportSource, request: ExportRequest) -> MergeOptions
     as_stored = request.to == "safetensors" and request.quantize in (None, "nf4")
     return MergeOptions(
         dtype="auto" if as_stored or (exact is not None and stored == {exact}) else "float32",
-        verify="auto" if request.verify != "file" else "tensors",
+        verify="tensors" if request.verify == "file" else "logits",
     )
 
 

@@ -36,7 +36,7 @@ class MergeRequest(NamedTuple):
     base: str | None
     dtype: str
     weights: str  # auto, original or dequantized
-    verify: str  # auto, tensors or logits
+    verify: str  # logits or tensors
     max_shard_size: str
     force: bool
     unmerge: bool

@@ -1,16 +1,19 @@
-"""Compare two models: their logits on the same probe batches (KL divergence, top-1 agreement), and their parameters."""
+"""Compare the logits of two models on the same probe rows: KL divergence, top-1 agreement, the effect of an adapter."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
-from lora_cli.model.loss import LossFunction
+from lora_cli.model.loss import model_inputs, unit_logits
 from lora_cli.recipe.tasks import TaskName
 
-PROBE_LENGTHS = (5, 17, 40)  # tokens of each random probe
+LONGEST_PROBE = 40  # tokens of a random row at most
+CHUNK_POSITIONS = 4  # whose fp64 log-probabilities exist at the same time
 
 
 class Agreement(NamedTuple):
@@ -26,62 +29,57 @@ class Agreement(NamedTuple):
 def random_probes(
     task: TaskName,
     *,
+    tokens: int,
     vocabulary: int,
     pad_id: int,
     start_id: int | None,
     end_id: int | None,
     include: Sequence[int] = (),
-) -> list[Batch]:
-    """Return rows of random tokens, each in a batch of its own, as int64 [1, length].
+) -> Batch:
+    """Return three rows of random tokens, of different lengths, padded: int64 [3, length].
 
     Args:
         task: of the model.
+        tokens: of all rows at most, padding included.
         vocabulary: number of token ids to draw from.
         pad_id: padding token, which replaces `end_id` inside a row.
         start_id: first token of the decoder of a seq2seq model; 0 if None.
         end_id: last token of each row, for models that need one; None for no such token.
-        include: tokens whose embeddings were trained; the longest row starts with them.
+        include: tokens whose embeddings were trained; the longest row, which is the last one, starts with them.
     """
     generator = torch.Generator().manual_seed(0)
-    batches = []
-    for length in PROBE_LENGTHS:
-        ids = torch.randint(0, vocabulary, (1, length), generator=generator)
-        if length == PROBE_LENGTHS[-1]:
-            ids[0, : len(include[: length - 1])] = torch.tensor(list(include[: length - 1]))
-        if end_id is not None:
-            ids[ids == end_id] = pad_id if pad_id != end_id else (end_id + 1) % vocabulary
-            ids[0, -1] = end_id
-        extra = {}
-        positions = torch.arange(length)
-        if task == "seq2seq-lm":
-            decoder_ids = torch.randint(0, vocabulary, (1, 8), generator=generator)
-            decoder_ids[0, 0] = start_id if start_id is not None else 0
-            extra = {"decoder_input_ids": decoder_ids}
-            positions = torch.arange(8)
-        batches.append(
-            Batch(
-                input_ids=ids,
-                position_ids=torch.arange(length)[None],
-                attention_mask=torch.ones_like(ids, dtype=torch.bool),
-                lengths=(length,),
-                label_positions=positions,
-                targets=positions,
-                rows=(0,),
-                extra=extra,
-            )
-        )
-    return batches
+    longest = min(LONGEST_PROBE, tokens // 3)
+    lengths = (longest // 2, longest * 3 // 4, longest)
+    ids = torch.randint(0, vocabulary, (3, longest), generator=generator)
+    ids[-1, : len(include[: longest - 1])] = torch.tensor(list(include[: longest - 1]), dtype=torch.int64)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    if end_id is not None:
+        ids[ids == end_id] = pad_id if pad_id != end_id else (end_id + 1) % vocabulary
+        ids[torch.arange(3), torch.tensor(lengths) - 1] = end_id
+    ids[~mask] = pad_id
+    outputs, extra = mask, {}
+    if task == "seq2seq-lm":
+        decoder_ids = torch.randint(0, vocabulary, (3, 8), generator=generator)
+        decoder_ids[:, 0] = start_id if start_id is not None else 0
+        outputs, extra = torch.ones(3, 8), {"decoder_input_ids": decoder_ids}
+    positions = outputs.flatten().nonzero()[:, 0]
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(longest).expand(3, -1),
+        attention_mask=mask,
+        lengths=lengths,
+        label_positions=positions,
+        targets=positions,
+        rows=(0, 1, 2),
+        extra=extra,
+    )
 
 
 @torch.no_grad()
-def probe_logits(model: Any, batches: Sequence[Batch], task: TaskName) -> Tensor:
-    """Run `model` in eval mode and return the logits of all batches, [positions, outputs] fp32."""
-    training = model.training
-    model.eval()
-    loss_fn = LossFunction(model, task=task)
-    logits = torch.cat([loss_fn.logits(batch).float() for batch in batches])
-    model.train(training)
-    return logits
+def probe_logits(model: PeftModel | PreTrainedModel, batch: Batch, task: TaskName) -> Tensor:
+    """Return the logits at the positions of `batch` with a label, [positions, outputs] fp32."""
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return unit_logits(base, model_inputs(base, batch, task=task), batch, task=task).float()
 
 
 def compare_logits(actual: Tensor, expected: Tensor, base: Tensor | None) -> Agreement:
@@ -95,47 +93,22 @@ def compare_logits(actual: Tensor, expected: Tensor, base: Tensor | None) -> Agr
         expected: of the reference: base and adapter.
         base: of the base model alone; None if unknown.
     """
-    kl, top1 = 0.0, 1.0
-    if expected.shape[1] > 1:
-        log_p, log_q = expected.double().log_softmax(dim=1), actual.double().log_softmax(dim=1)
-        kl = float((log_p.exp() * (log_p - log_q)).sum(dim=1).mean())
-        top1 = float((log_p.argmax(dim=1) == log_q.argmax(dim=1)).double().mean())
-    retained = None
-    if base is not None:
-        effect = (expected - base).double()
-        norm_squared = float(effect.square().sum())
-        retained = float(((actual - base).double() * effect).sum()) / norm_squared if norm_squared else 1.0
-    return Agreement(len(expected), max_difference(actual, expected), max(kl, 0.0), top1, retained)
+    kl, same, dot, norm_squared = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, len(expected), CHUNK_POSITIONS):
+        rows = slice(start, start + CHUNK_POSITIONS)
+        log_p, log_q = (logits[rows].double().log_softmax(dim=1) for logits in (expected, actual))
+        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        same += float((log_p.argmax(dim=1) == log_q.argmax(dim=1)).sum())
+        if base is not None:
+            effect, change = (logits[rows].double() - base[rows] for logits in (expected, actual))
+            norm_squared += float(effect.square().sum())
+            dot += float((change * effect).sum())
+    retained = None if base is None else dot / norm_squared if norm_squared else 1.0
+    count = len(expected)
+    return Agreement(count, max_difference(actual, expected), max(kl / count, 0.0), same / count, retained)
 
 
 def max_difference(actual: Tensor, expected: Tensor) -> float:
     """Return max|actual - expected| / max|expected| of two tensors of the same shape; infinite if it is NaN."""
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
     return difference if difference == difference else float("inf")
-
-
-class Mismatch(NamedTuple):
-    """A parameter that differs from the expected one by more than rounding."""
-
-    name: str
-    error_ratio: float  # largest difference of an element, divided by the difference that rounding allows; above 1
-
-
-@torch.no_grad()
-def mismatches(written: nn.Module, expected: dict[str, Tensor], dtypes: dict[str, torch.dtype]) -> Iterator[Mismatch]:
-    """Yield the parameters of `written` that differ from `expected` by more than one rounding to their dtype.
-
-    The tolerance is half a unit in the last place, plus 1e-5 of the largest weight for the order of summation.
-
-    Args:
-        written: the merged model, loaded back in fp32.
-        expected: every parameter as PEFT merges it, fp32, by name.
-        dtypes: dtype that each parameter is stored in, by name.
-    """
-    for name, parameter in written.named_parameters():
-        value = expected[name]
-        rounding = torch.finfo(dtypes.get(name, torch.float32)).eps / 2
-        tolerance = value.abs() * (rounding * 1.01) + float(value.abs().max()) * 1e-5 + 1e-30
-        error_ratio = float(((parameter - value).abs() / tolerance).max())
-        if not error_ratio <= 1:
-            yield Mismatch(name, error_ratio)

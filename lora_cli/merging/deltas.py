@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -105,35 +104,6 @@ def _adapted_layer(name: str, outer: BaseTunerLayer, from_adapter: frozenset[str
             )
     loaded = frozenset(parameter for parameter in names if f"{name}.{parameter}" in from_adapter)
     return AdaptedLayer(name, module, names, loaded, tuple(tuners))
-
-
-def merged_parameters(model: PeftModel) -> dict[str, Tensor]:
-    """Merge `model` in place by PEFT, and return every parameter of the base by its name in the base.
-
-    PEFT's `merge_and_unload` does the same, but fails for some methods on fully trained modules (`modules_to_save`).
-
-    Returns:
-        The merged parameters, in their shapes and dtypes in `model`; they share memory with it.
-
-    Raises:
-        ValueError: a merged weight is not finite.
-    """
-    merged: dict[str, Tensor] = {}
-    peft_prefixes: list[str] = []
-    for name, module in _peft_modules(model.get_base_model(), ""):
-        peft_prefixes.append(f"{name}.")
-        if isinstance(module, ModulesToSaveWrapper):
-            trained = module.modules_to_save[module.active_adapters[0]]
-            merged |= {f"{name}.{key}": value.data for key, value in trained.named_parameters()}
-            continue
-        layer = _adapted_layer(name, getattr(module, "token_adapter", module), frozenset())
-        merge_by_peft(layer)
-        values = (layer.module.get_parameter(parameter).data for parameter in layer.parameter_names)
-        merged |= dict(zip(layer.full_names(), values, strict=True))
-    for name, parameter in model.get_base_model().named_parameters(remove_duplicate=False):
-        if not name.startswith(tuple(peft_prefixes)):
-            merged[name] = parameter.data
-    return merged
 
 
 def low_rank_delta(layer: AdaptedLayer) -> LowRankDelta | None:

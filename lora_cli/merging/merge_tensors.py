@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lora_cli.merging.deltas import AdaptedLayer, LowRankDelta, merge_by_peft
+from lora_cli.model.checkpoint_reader import BLOCK_WEIGHTS
 from lora_cli.model.empty_base import drop_weights, load_weights
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, as_bytes
 
-BLOCK_WEIGHTS = 1 << 19  # weights per block: few enough that their fp32 copies stay in the CPU caches
 COPY_BYTES = 8 << 20  # bytes per read and write of a copy
-MAX_THREADS = 4  # further threads would only wait for the disk
+MAX_THREADS = 4  # that write: further ones would only wait for the disk
 
 
 class MergedTensor(NamedTuple):
@@ -52,13 +52,14 @@ class UpdateRetention:
 
 
 @contextmanager
-def thread_pool() -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of threads that compute on one core each.
+def thread_pool(max_threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads that compute on one core each: at most `max_threads`, and one for each core.
 
-    Merging several tensors in parallel is faster than splitting each matrix product over the cores.
+    Several tensors in parallel are faster than matrix products that are split over the cores.
     """
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(min(MAX_THREADS, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    count = min(max_threads or threads, threads)
+    with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             yield pool
         except BaseException:
@@ -70,7 +71,7 @@ def thread_pool() -> Iterator[ThreadPoolExecutor]:
 
 def run_jobs(jobs: list[Callable[[], list[MergedTensor]]]) -> Iterator[MergedTensor]:
     """Run `jobs` on several threads and yield the parameters that they changed, as the jobs finish."""
-    with thread_pool() as pool:
+    with thread_pool(MAX_THREADS) as pool:
         for future in as_completed([pool.submit(job) for job in jobs]):
             yield from future.result()
 
@@ -96,12 +97,6 @@ class ReadWrite(NamedTuple):
             self.base.read(source.file, as_bytes(block), source.begin + at * source.dtype.itemsize)
             self.out.write(target.file, as_bytes(block.to(target.dtype)), target.begin + at * target.dtype.itemsize)
         return []
-
-    def read(self, source: TensorInfo) -> Tensor:
-        """Read a full tensor, in its stored shape and dtype."""
-        value = torch.empty(source.shape, dtype=source.dtype)
-        self.base.read(source.file, as_bytes(value), source.begin)
-        return value
 
     def write(self, value: Tensor, target: TensorInfo) -> None:
         """Write a full tensor, cast to the dtype of `target`."""
@@ -208,10 +203,3 @@ def measure_retention(name: str, before: Tensor, after: Tensor, dtype: torch.dty
     for old, new in zip(before.reshape(-1).split(BLOCK_WEIGHTS), after.reshape(-1).split(BLOCK_WEIGHTS), strict=True):
         retention.add(new.to(dtype).float() - old.to(dtype).float(), new - old)
     return retention.result(name)
-
-
-@torch.no_grad()
-def add_rows(weight: Tensor, rows: int) -> Tensor:
-    """Return `weight` [n, columns] extended to [rows, columns] by its mean row, which new tokens start from."""
-    mean = weight.mean(dim=0, keepdim=True)
-    return torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])

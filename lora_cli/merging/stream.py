@@ -16,6 +16,7 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import merge_tensors
 from lora_cli.merging.deltas import AdaptedLayer, Deltas, find_deltas, low_rank_delta
 from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
+from lora_cli.model.checkpoint_reader import CheckpointReader, Transforms, has_new_rows
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.empty_base import EmptyModel
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, plan_shards
@@ -35,6 +36,8 @@ class MergePlan(NamedTuple):
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape in the merged checkpoint, by key
     output_keys: dict[str, str]  # by name, the key that a changed parameter is written to; joined parameters left out
     base_keys: dict[str, str]  # by name, the key in the base that the parameter is read from; joined ones left out
+    tied: tuple[tuple[str, ...], ...]  # names of the base's parameters that are one tensor
+    shapes: dict[str, tuple[int, ...]]  # of the base's parameters in the model, by name
     untied: tuple[str, ...]  # names of parameters that were tied in the base and are not tied in the merged model
     dropped: tuple[str, ...]  # keys of the base that the model does not use
 
@@ -82,10 +85,7 @@ def plan_merge(
     deltas = find_deltas(empty)
     model = empty.model.get_base_model()
     shapes = empty.shapes
-    base_keys = {name: parts[0].key for name, parts in mapping.parts.items() if not mapping.is_joined(name)}
-    for group in empty.tied:
-        keys = [base_keys[name] for name in group if name in base_keys]
-        base_keys |= {name: keys[0] for name in group if keys and name not in base_keys}
+    base_keys = mapping.keys(empty.tied)
     changed = {full_name for layer in deltas.layers for full_name in layer.full_names()} | deltas.replaced.keys()
     for name, shape in shapes.items():
         if name not in base_keys:
@@ -95,7 +95,7 @@ def plan_merge(
                 )
             continue
         stored_shape = base[base_keys[name]].shape
-        if stored_shape != shape and not _has_new_rows(stored_shape, shape) and name not in deltas.replaced:
+        if stored_shape != shape and not has_new_rows(stored_shape, shape) and name not in deltas.replaced:
             raise LoraError(
                 f"model.path: {base_keys[name]} is {_shape_text(stored_shape)} in the checkpoint "
                 f"and {_shape_text(shape)} by its config",
@@ -131,7 +131,7 @@ def plan_merge(
     for name in untied:
         tensors.setdefault(mapping.key(name) if name in mapping.parts else name, tensors[base_keys[name]])
     dropped = tuple(sorted(base.keys() - kept.keys()))
-    return MergePlan(base, mapping, deltas, tensors, output_keys, base_keys, tuple(untied), dropped)
+    return MergePlan(base, mapping, deltas, tensors, output_keys, base_keys, empty.tied, shapes, tuple(untied), dropped)
 
 
 def _stays_tied(group: tuple[str, ...], deltas: Deltas, changed: set[str]) -> bool:
@@ -144,7 +144,7 @@ def write_merged(
     folder: Path,
     *,
     max_shard_size: int,
-    transforms: dict[str, Callable[[Tensor], Tensor]],
+    transforms: Transforms,
     sign: int = 1,
 ) -> list[MergedTensor]:
     """Write the tensors of the merged model into `folder`, and return the parameters that the adapter changed.
@@ -169,9 +169,10 @@ def write_merged(
         )
     with ShardFiles(writable=False) as sources, ShardFiles(writable=True) as targets:
         outputs = plan_shards(plan.tensors, folder, targets, max_size=max_shard_size)
-        for stored in plan.base.values():
-            sources.open(stored.file)
-        merge_jobs = _MergeJobs(plan, outputs, ReadWrite(sources, targets), transforms, sign)
+        reader = CheckpointReader(
+            plan.base, plan.mapping, sources, tied=plan.tied, shapes=plan.shapes, transforms=transforms
+        )
+        merge_jobs = _MergeJobs(plan, outputs, ReadWrite(sources, targets), reader, transforms, sign)
         with targets.background_fsync():
             return list(merge_tensors.run_jobs(merge_jobs.jobs()))
 
@@ -184,10 +185,12 @@ class _MergeJobs:
         plan: MergePlan,
         outputs: dict[str, TensorInfo],
         files: ReadWrite,
-        transforms: dict[str, Callable[[Tensor], Tensor]],
+        reader: CheckpointReader,
+        transforms: Transforms,
         sign: int,
     ) -> None:
-        self.plan, self.outputs, self.files, self.transforms, self.sign = plan, outputs, files, transforms, sign
+        self.plan, self.outputs, self.files, self.reader = plan, outputs, files, reader
+        self.transforms, self.sign = transforms, sign
 
     def jobs(self) -> list[Job]:
         """Return one job for each changed layer or replaced tensor, and one for each tensor that is only copied.
@@ -221,7 +224,7 @@ class _MergeJobs:
                 source = self.plan.base[key if key in self.plan.base else self.plan.base_keys[key]]
                 name = names_by_key.get(key, key)
                 copy: Job = partial(self.files.copy, source, target)
-                add([key], partial(self._transform, name, source, target) if name in self.transforms else copy)
+                add([key], partial(self._transform, name, target) if name in self.transforms else copy)
         queues = [sorted(jobs, key=lambda sized: -sized[0]) for jobs in jobs_by_file.values()]
         return [sized[1] for turn in zip_longest(*queues) for sized in turn if sized is not None]
 
@@ -258,8 +261,8 @@ class _MergeJobs:
             return []
         return merge_tensors.measure_retention(name, self._read(name), value.float(), self._dtype(name))
 
-    def _transform(self, name: str, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
-        self.files.write(self.transforms[name](self.files.read(source)), target)
+    def _transform(self, name: str, target: TensorInfo) -> list[MergedTensor]:
+        self.files.write(self.reader.read(name), target)
         return []
 
     def _transform_joined(self, name: str) -> list[MergedTensor]:
@@ -268,16 +271,7 @@ class _MergeJobs:
 
     def _read(self, name: str) -> Tensor:
         """Read a parameter of the base as fp32, in its shape in the merged model."""
-        if self.plan.mapping.is_joined(name):
-            value = self.plan.mapping.to_parameter(name, lambda key: self.files.read(self.plan.base[key]))
-        else:
-            value = self.files.read(self.plan.base[self.plan.base_keys[name]])
-            shape = self.plan.tensors[self.plan.output_keys.get(name, self.plan.base_keys[name])][1]
-            if _has_new_rows(tuple(value.shape), shape):
-                return merge_tensors.add_rows(value.float(), shape[0])
-        if name in self.transforms:
-            value = self.transforms[name](value)
-        return value.float()
+        return self.reader.read(name).float()
 
     def _write(self, name: str, value: Tensor) -> None:
         """Write a merged parameter, unless it stays tied to one that is written."""
@@ -290,10 +284,6 @@ class _MergeJobs:
         """Return the dtype that a parameter is written in; fp32 if it is not written."""
         keys = self._keys(name)
         return self.outputs[keys[0]].dtype if keys else torch.float32
-
-
-def _has_new_rows(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    return len(stored) == len(expected) and stored[1:] == expected[1:] and stored[0] < expected[0]
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
@@ -335,9 +325,7 @@ def compare_files(
                 or not info.dtype.is_floating_point
             ):
                 continue
-            a, b, c = (
-                ReadWrite(files, files).read(each).float().view(-1) for each in (info, expected_info, merged_info)
-            )
+            a, b, c = (files.read_tensor(each).float().view(-1) for each in (info, expected_info, merged_info))
             equal, total = equal + int((a == b).sum()), total + a.numel()
             largest = torch.maximum(torch.maximum(a.abs(), b.abs()), c.abs())
             ulp = torch.finfo(info.dtype).eps * largest.clamp_min(torch.finfo(info.dtype).tiny)

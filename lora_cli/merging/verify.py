@@ -1,82 +1,82 @@
-"""Verify a merge in memory: compare the merged model with base and adapter, weight by weight and by its logits."""
+"""Verify a merge in flat memory: compare every written weight with PEFT's merge, and the models by their logits.
 
-from collections.abc import Callable
+Base and adapter, and the merged model, run on a few probe rows with streamed weights: never is more than one weight of
+them in memory.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
-from lora_cli.merging import compare_models
+from lora_cli.merging import check_weights, compare_models, streamed_models
 from lora_cli.merging.compare_models import Agreement
-from lora_cli.merging.deltas import merged_parameters
-from lora_cli.merging.stream import MergePlan
-from lora_cli.model import memory
-from lora_cli.model.fp32_weights import upcast_trainable_params
-from lora_cli.model.load_adapter import load_adapter
-from lora_cli.model.model_source import ModelSource
-from lora_cli.model.saved_adapter import CPU, SavedAdapter, trained_tokens
+from lora_cli.merging.merge_tensors import thread_pool
+from lora_cli.merging.streamed_models import AdaptedModel, MergedModel, Streams
+from lora_cli.model.checkpoint_reader import Transforms
+from lora_cli.model.safetensors_io import ShardFiles
+from lora_cli.model.saved_adapter import SavedAdapter, trained_tokens
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import QuantizationSpec
+from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import console
 
 MIN_RETAINED = 0.5  # of the adapter's effect on the logits
-
-Transforms = dict[str, Callable[[Tensor], Tensor]]  # by parameter name: applied to the base's weight before merging
+# A model is read and multiplied once for each of three runs: more tokens than these would take longer than writing it.
+MIN_TOKENS, MAX_TOKENS = 48, 512
+TOKEN_WEIGHTS = 8 * 10**10  # tokens times weights
+MAX_LOGITS = 1 << 24  # of one model
 
 
 class Probes(NamedTuple):
     """Rows that the models are compared on."""
 
-    batches: list[Batch]
+    batch: Batch
     description: str
 
 
-def fits_in_memory(parameters: int) -> bool:
-    """Return whether two models of `parameters` parameters each fit into memory in fp32, with room for computing."""
-    return 2 * 4 * parameters * 1.2 + memory.PROCESS_BYTES < memory.available_memory(CPU)
-
-
-def should_verify(verify: str, parameters: int) -> bool:
-    """Return whether to compare the models in memory; print a message if `auto` decides against it.
+def probe_tokens(parameters: int, vocabulary: int) -> int:
+    """Return how many tokens to compare models on: fewer for large models, which take as long for each as for writing.
 
     Args:
-        verify: auto, tensors or logits.
         parameters: of the model.
-
-    Raises:
-        LoraError: `logits` is requested, and two models do not fit into memory.
+        vocabulary: outputs of each token.
     """
-    if verify == "tensors":
-        return False
-    if fits_in_memory(parameters):
-        return True
-    need, free = console.format_bytes(8 * parameters), console.format_bytes(memory.available_memory(CPU))
-    if verify == "logits":
-        raise LoraError(f"--verify logits: two models need {need}, but {free} are free", hint="write --verify tensors")
-    console.info(f"verified by tensors alone: two models need {need} in fp32, but {free} are free")
-    return False
+    return max(MIN_TOKENS, min(MAX_TOKENS, TOKEN_WEIGHTS // parameters, MAX_LOGITS // vocabulary))
 
 
-def random_probes(adapter: SavedAdapter) -> Probes:
-    """Return rows of random tokens, among them the tokens that the adapter trained."""
+def random_probes(adapter: SavedAdapter, tokens: int) -> Probes:
+    """Return rows of random tokens, `tokens` together, among them the tokens that the adapter trained."""
     base = adapter.base
-    batches = compare_models.random_probes(
+    batch = compare_models.random_probes(
         base.task,
+        tokens=tokens,
         vocabulary=min(len(base.tokenizer), max(base.vocabulary, base.config.get_text_config().vocab_size)),
         pad_id=base.pad_id or 0,
         start_id=getattr(base.config, "decoder_start_token_id", None),
         end_id=base.tokenizer.eos_token_id if base.task == "seq-cls" else None,
         include=trained_tokens(adapter.config),
     )
-    return Probes(batches, f"{len(batches)} rows of random tokens")
+    return Probes(batch, f"{len(batch.lengths)} rows of random tokens")
+
+
+@contextmanager
+def open_streams() -> Iterator[Streams]:
+    """Yield what the streamed models of one verification share."""
+    with ShardFiles(writable=False) as files, thread_pool() as pool:
+        yield Streams(files, pool)
 
 
 def choose_base_weights(
-    adapter: SavedAdapter, probes: Probes, spec: QuantizationSpec, transforms: Transforms, plan: MergePlan
+    adapter: SavedAdapter, probes: Probes, spec: QuantizationSpec, transforms: Transforms, streams: Streams
 ) -> str:
     """Return which base weights bring the merged model closer to the trained one: `original` or `dequantized`.
 
@@ -85,14 +85,15 @@ def choose_base_weights(
         probes: to compare on.
         spec: how the base was quantized.
         transforms: from original to dequantized weights.
-        plan: of the merge.
+        streams: for the models.
     """
-    trained = _logits(_load(adapter, plan, {}, quantization=spec), probes, adapter)
+    task = adapter.base.task
+    trained = _logits(streamed_models.open_trained(adapter, spec, streams).model, probes, task)
     agreements = {}
     for name, applied in (("original", {}), ("dequantized", transforms)):
-        merged = _logits(_load(adapter, plan, applied), probes, adapter)
+        merged = _logits(streamed_models.open_adapted(adapter, applied, streams).model, probes, task)
         agreements[name] = compare_models.compare_logits(merged, trained, None)
-    tokens = not TASKS[adapter.base.task].is_classification
+    tokens = not TASKS[task].is_classification
     best = min(agreements, key=lambda name: agreements[name].kl if tokens else agreements[name].max_difference)
     measured = [
         f"{name} " + (f"KL {a.kl:.1e} nats" if tokens else f"{a.max_difference:.1e}") for name, a in agreements.items()
@@ -103,31 +104,81 @@ def choose_base_weights(
     return best
 
 
-def verify_merge(
-    adapter: SavedAdapter, probes: Probes, written: Path, plan: MergePlan, transforms: Transforms
-) -> Agreement:
-    """Load the merged model from `written`, and compare it with base and adapter.
+class Reference(NamedTuple):
+    """The logits that those of a merged model are compared with, fp32 [positions, outputs]."""
 
-    Raises:
-        LoraError: a weight differs from PEFT's merge, or too little of the adapter's effect is left.
+    adapted: Tensor  # of base and adapter
+    base: Tensor | None  # of the base alone; None for a classifier, whose base has no head of its own
+
+
+@contextmanager
+def verification(
+    adapter: SavedAdapter, probes: Probes | None, transforms: Transforms, streams: Streams
+) -> Iterator[Callable[[Path], Agreement | None]]:
+    """Run base and adapter while the caller writes the merged model; yield the function that verifies it.
+
+    If the caller fails, the runs end at their next product.
+
+    Args:
+        adapter: to be merged.
+        probes: to compare the logits on; None to compare the weights alone.
+        transforms: of the base's weights.
+        streams: for the models.
+
+    Yields:
+        A function from the folder of the merged model to the agreement of its logits; None without probes. It may be
+        called once. It raises a LoraError if a weight is wrong, or too little of the adapter's effect is left.
     """
-    adapted = _load(adapter, plan, transforms)
-    expected = _logits(adapted, probes, adapter)
-    base_logits = None
-    if not TASKS[adapter.base.task].is_classification:  # a classifier's base has no head of its own
-        with adapted.disable_adapter():
-            base_logits = _logits(adapted, probes, adapter)
-    merged = merged_parameters(adapted)
-    source = ModelSource(str(written), adapter.base.source.trust_remote_code)
-    reloaded = adapter.base.at(source).load(CPU, dtype=torch.float32).model
-    for mismatch in compare_models.mismatches(reloaded, merged, plan.dtypes()):
+    task = adapter.base.task
+    adapted = streamed_models.open_adapted(adapter, transforms, streams)
+    with ThreadPoolExecutor(1) as background:
+        reference = background.submit(_run_reference, adapted, probes, task) if probes else None
+
+        def verify(written: Path) -> Agreement | None:
+            expected = reference.result() if reference else None
+            merged = streamed_models.open_merged(adapter, written, streams)
+            _check_weights(adapted, merged, streams)
+            return _compare(merged, probes, expected, task) if probes and expected else None
+
+        try:
+            yield verify
+        except BaseException:
+            streams.pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _run_reference(adapted: AdaptedModel, probes: Probes, task: TaskName) -> Reference:
+    logits = _logits(adapted.model, probes, task)
+    if TASKS[task].is_classification:
+        return Reference(logits, None)
+    with adapted.model.disable_adapter():
+        return Reference(logits, _logits(adapted.model, probes, task))
+
+
+def _logits(model: PeftModel | PreTrainedModel, probes: Probes, task: TaskName) -> Tensor:
+    """Return the logits of a streamed model; all that is not a product of the streams runs on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other, and take the cores from the streams' threads
+    try:
+        return compare_models.probe_logits(model, probes.batch, task)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_weights(adapted: AdaptedModel, merged: MergedModel, streams: Streams) -> None:
+    """Raise a LoraError if a weight of the merged model is not PEFT's merge; `adapted` cannot be run afterwards."""
+    for mismatch in check_weights.mismatches(adapted, merged, streams):
         raise LoraError(
-            f"the merged model is wrong: {mismatch.name}, read back, differs from PEFT's merge by "
-            f"{mismatch.error_ratio:.3g} times what rounding explains",
+            f"the merged model is wrong: {mismatch.name}, read back, {mismatch.found}",
             hint="nothing was written to --out; use the adapter unmerged, and report this",
             exit_code=1,
         )
-    agreement = compare_models.compare_logits(_logits(reloaded, probes, adapter), expected, base_logits)
+
+
+def _compare(merged: MergedModel, probes: Probes, reference: Reference, task: TaskName) -> Agreement:
+    """Compare the logits of the merged model; raise a LoraError if too little of the adapter's effect is left."""
+    logits = _logits(merged.model, probes, task)
+    agreement = compare_models.compare_logits(logits, reference.adapted, reference.base)
     if agreement.retained is not None and not agreement.retained >= MIN_RETAINED:
         raise LoraError(
             f"after rounding, {agreement.retained:.0%} of the adapter's effect on the logits is left",
@@ -135,28 +186,3 @@ def verify_merge(
             exit_code=1,
         )
     return agreement
-
-
-def _load(
-    adapter: SavedAdapter, plan: MergePlan, transforms: Transforms, *, quantization: QuantizationSpec | None = None
-) -> PeftModel:
-    """Load base and adapter by PEFT: in fp32, or with `quantization`, quantized and computed as in training."""
-    dtype = None if quantization else torch.float32
-    model = adapter.base.load(CPU, dtype=dtype, quantization=quantization).model
-    parameters = dict(model.named_parameters())
-    for name, transform in transforms.items():
-        parameters[name].data = transform(parameters[name].data).float()
-    for name in plan.untied:  # PEFT merges in place: both tied parameters would get the update
-        owner, _, key = name.rpartition(".")
-        module: Any = model.get_submodule(owner)
-        setattr(module, key, nn.Parameter(getattr(module, key).detach().clone(), requires_grad=False))
-    adapted = load_adapter(model, adapter.folder, base=adapter.base.name)
-    if quantization:
-        upcast_trainable_params(adapted)
-    else:
-        adapted.float()
-    return adapted
-
-
-def _logits(model: Any, probes: Probes, adapter: SavedAdapter) -> Tensor:
-    return compare_models.probe_logits(model, probes.batches, adapter.base.task)

@@ -9,6 +9,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from transformers import GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -117,12 +118,15 @@ class BaseCheckpoint(NamedTuple):
         gguf_base.make_packed_layers_differentiable(model)
         if self.vocabulary > model.get_input_embeddings().weight.shape[0]:
             _add_embedding_rows(model, self.vocabulary)
-        if self.pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = self.pad_id
+        self._set_pad_id(model)
         return LoadedBase(model.requires_grad_(False), heads, notes)
 
-    def skeleton(self) -> PreTrainedModel:
-        """Return the modules of the unquantized model on the meta device: names and shapes without weights.
+    def skeleton(self, *, buffers: torch.dtype | None = None) -> PreTrainedModel:
+        """Return the modules of the unquantized model: names and shapes without weights, on the meta device.
+
+        Args:
+            buffers: compute the buffers (rotary frequencies, masks) on the CPU, in this dtype: then the model runs once
+                its parameters have values. None leaves them on the meta device too.
 
         Raises:
             LoraError: its code needs a package that is not installed, or rejects its config.
@@ -133,13 +137,23 @@ class BaseCheckpoint(NamedTuple):
             config.problem_type = PROBLEM_TYPES[self.labels.kind]
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with library_errors(self.source), torch.device("meta"):
+        empty = torch.device("meta") if buffers is None else init_empty_weights(include_buffers=False)
+        with library_errors(self.source), empty:
             model: PreTrainedModel = self.auto_class.from_config(
-                config, trust_remote_code=self.source.trust_remote_code
+                config,
+                trust_remote_code=self.source.trust_remote_code,
+                **({} if buffers is None else {"dtype": buffers}),
             )
             if self.vocabulary > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(self.vocabulary, mean_resizing=False)
+        if buffers is not None:
+            model.tie_weights()  # accelerate's context makes each parameter one of its own
+            self._set_pad_id(model)
         return model
+
+    def _set_pad_id(self, model: PreTrainedModel) -> None:
+        if self.pad_id is not None and getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self.pad_id
 
     def at(self, source: ModelSource) -> "BaseCheckpoint":
         """Return the same record with the weights and the config of another source, such as a merged model.

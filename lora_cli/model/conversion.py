@@ -6,7 +6,7 @@ parameters and defines no rules of its own.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -62,6 +62,18 @@ class CheckpointMapping:
         """Return whether the parameter is built from several tensors of the checkpoint, or from a part of one."""
         return name in self.parts and self.parts[name][0].pattern is not None
 
+    def keys(self, tied: Iterable[Sequence[str]]) -> dict[str, str]:
+        """Return the key of each parameter that is one tensor of the checkpoint, by name in the model.
+
+        Args:
+            tied: groups of names that are one parameter: those that the checkpoint lacks have the key of another.
+        """
+        keys = {name: parts[0].key for name, parts in self.parts.items() if not self.is_joined(name)}
+        for group in tied:
+            stored = [keys[name] for name in group if name in keys]
+            keys |= {name: stored[0] for name in group if stored and name not in keys}
+        return keys
+
     def key(self, name: str) -> str:
         """Return the name in the checkpoint of a parameter that is not joined."""
         return self.parts[name][0].key
@@ -77,8 +89,26 @@ class CheckpointMapping:
             LoraError: the checkpoint stores the parameter in one tensor together with others.
         """
         parts = self.parts[name]
-        if not self.is_joined(name):
-            return read(parts[0].key)
+        return self._join(name, parts, read) if self.is_joined(name) else read(parts[0].key)
+
+    def to_expert(self, name: str, index: int, read: Callable[[str], Tensor]) -> Tensor | None:
+        """Return one expert of the joined parameter `name`; None if the checkpoint does not store experts one by one.
+
+        Args:
+            name: of the parameter in the model, [experts, ...].
+            index: of the expert.
+            read: returns a tensor of the checkpoint by its name there.
+        """
+        shape = self._model.get_parameter(name).shape
+        by_pattern: dict[str | None, list[CheckpointPart]] = defaultdict(list)
+        for part in self.parts[name]:
+            by_pattern[part.pattern].append(part)
+        if any(len(parts) != shape[0] for parts in by_pattern.values()):
+            return None
+        value = self._join(name, [parts[index] for parts in by_pattern.values()], read)
+        return value[0] if value.shape == (1, *shape[1:]) else None
+
+    def _join(self, name: str, parts: Sequence[CheckpointPart], read: Callable[[str], Tensor]) -> Tensor:
         rule = deepcopy(self._by_pattern[str(parts[0].pattern)])
         for part in parts:
             rule.add_tensor(name, part.key, part.pattern, read(part.key))

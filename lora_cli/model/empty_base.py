@@ -59,7 +59,7 @@ def attach_saved_adapter(model: PreTrainedModel, folder: Path, config: PeftConfi
         )
     saved = tensor_names(folder)
     names = dict(model.named_parameters(remove_duplicate=False))
-    tied = _tied_parameters(model)
+    tied = tied_parameters(model)
     from_adapter = frozenset(name for name in names if PREFIX + name in saved)
     for name in from_adapter:
         owner, _, last = name.rpartition(".")
@@ -79,7 +79,8 @@ def embedding_rows(folder: Path, model: PreTrainedModel) -> int:
         return max((int(file.get_slice(key).get_shape()[0]) for key in full), default=0)
 
 
-def _tied_parameters(model: PreTrainedModel) -> tuple[tuple[str, ...], ...]:
+def tied_parameters(model: PreTrainedModel) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of names of the parameters that are one tensor."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)

@@ -1,11 +1,11 @@
-"""Fake quantization: quantize and dequantize base weights, to get the values that the adapter saw in training."""
+"""Fake quantization: base weights and layers without packed weights that compute what the adapter saw in training."""
 
 from collections.abc import Callable
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as bnbf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -13,6 +13,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from lora_cli.model.quantize import bnb_config
 from lora_cli.model.quantize_experts import packable_weights
 from lora_cli.recipe.schema import QuantizationSpec
+
+OUTLIER_THRESHOLD = 6.0  # LLM.int8: larger inputs are outliers; the default of transformers
 
 
 def quantized_weights(
@@ -34,7 +36,9 @@ def quantized_weights(
     return {f"{name}.weight": name in transposed for name in quantized} | dict.fromkeys(stacked, False)
 
 
-def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, transposed: bool) -> Callable[[Tensor], Tensor]:
+def quantize_dequantize(
+    spec: QuantizationSpec, dtype: torch.dtype, *, transposed: bool, exact: bool = False
+) -> Callable[[Tensor], Tensor]:
     """Return a function from a stored weight to the weight that training computed with.
 
     The function takes a floating-point weight of any dtype, 2-D or of stacked experts (3-D), and returns the same shape
@@ -44,16 +48,55 @@ def quantize_dequantize(spec: QuantizationSpec, dtype: torch.dtype, *, transpose
         spec: the recipe's quantization section.
         dtype: of the base in training.
         transposed: whether the layer stores its weight as [in, out] (Conv1D), not [out, in].
+        exact: return 8-bit values in fp32, which has all their digits.
     """
 
     def apply(weight: Tensor) -> Tensor:
         """Return `weight` [out, in], or [in, out] if transposed, after quantization: the same shape, in `dtype`."""
         weight = weight.to(dtype)
         weight = weight.T.contiguous() if transposed else weight.contiguous()
-        value = _fake_quantize_int8(weight) if spec.bits == 8 else _fake_quantize_4bit(weight, spec)
+        value = _fake_quantize_4bit(weight, spec) if spec.bits == 4 else _fake_quantize_int8(weight)
+        value = value if exact else value.to(dtype)
         return value.T.contiguous() if transposed else value
 
     return apply
+
+
+def compute_as_quantized(layer: nn.Module, spec: QuantizationSpec, dtype: torch.dtype) -> torch.dtype:
+    """Have a linear layer compute as its quantized form does on a weight that was quantized and dequantized.
+
+    In 4 bits, the product is computed in the compute dtype. In 8 bits, the inputs are rounded to 8 bits too, except the
+    columns with an outlier (LLM.int8, Dettmers et al., arXiv:2208.07339, section 3); the product is exact.
+
+    Args:
+        layer: of a model in `dtype`.
+        spec: the quantization.
+        dtype: of its outputs.
+
+    Returns:
+        The dtype that its weight and bias must have.
+    """
+    compute_dtype: torch.dtype = torch.float32 if spec.bits == 8 else getattr(torch, spec.compute_dtype)
+
+    def change_inputs(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_fake_quantize_inputs(args[0]) if spec.bits == 8 else args[0].to(compute_dtype), *args[1:])
+
+    def change_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.to(dtype)
+
+    layer.register_forward_pre_hook(change_inputs)
+    layer.register_forward_hook(change_output)
+    return compute_dtype
+
+
+def _fake_quantize_inputs(x: Tensor) -> Tensor:
+    """Return x [..., in] as the layers of LLM.int8 see it, in fp32."""
+    flat = x.reshape(-1, x.shape[-1])
+    codes, scales, outliers = bnbf.int8_vectorwise_quant(flat.to(torch.float16), threshold=OUTLIER_THRESHOLD)
+    value: Tensor = bnbf.int8_vectorwise_dequant(codes, scales)
+    if outliers is not None:
+        value[:, outliers] = flat[:, outliers].float()
+    return value.view(x.shape)
 
 
 def _fake_quantize_4bit(weight: Tensor, spec: QuantizationSpec) -> Tensor:
@@ -68,4 +111,4 @@ def _fake_quantize_4bit(weight: Tensor, spec: QuantizationSpec) -> Tensor:
 def _fake_quantize_int8(weight: Tensor) -> Tensor:
     codes, scales, _ = bnbf.int8_vectorwise_quant(weight.to(torch.float16))
     value: Tensor = bnbf.int8_vectorwise_dequant(codes, scales)
-    return value.to(weight.dtype)
+    return value

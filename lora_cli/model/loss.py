@@ -106,15 +106,7 @@ class LossFunction:
 
     def logits(self, batch: Batch) -> Tensor:
         """Return logits [units, vocabulary or labels] of the units of `batch`, in the model's dtype."""
-        label_positions, inputs = batch.label_positions.to(self.device), self.inputs(batch)
-        if self.task == "causal-lm" and self._prompted is None:
-            return logits_at(self.base, inputs, label_positions)
-        logits: Tensor = (self._prompted or self.base)(**inputs).logits
-        if self.task == "seq-cls":
-            return logits
-        # Virtual tokens before the row have outputs too: they are cut off.
-        tokens = inputs.get("decoder_input_ids", inputs["input_ids"])
-        return logits[:, -tokens.shape[1] :].flatten(0, 1)[label_positions]
+        return unit_logits(self._prompted or self.base, self.inputs(batch), batch, task=self.task)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments of the model's forward for `batch`, row boundaries included."""
@@ -211,6 +203,26 @@ def _row_boundaries(lengths: Sequence[int], device: torch.device) -> dict[str, A
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def unit_logits(model: PeftModel | PreTrainedModel, inputs: dict[str, Any], batch: Batch, *, task: TaskName) -> Tensor:
+    """Return logits [units, vocabulary or labels] of the units of `batch`, in the model's dtype.
+
+    Args:
+        model: the base, with or without an adapter in its modules; a PeftModel only if it adds virtual tokens.
+        inputs: keyword arguments of its forward, on its device.
+        batch: with the positions of the units.
+        task: of the model.
+    """
+    positions = batch.label_positions.to(inputs["input_ids"].device)
+    if task == "causal-lm" and not isinstance(model, PeftModel):
+        return logits_at(model, inputs, positions)
+    logits: Tensor = model(**inputs).logits
+    if task == "seq-cls":
+        return logits
+    # Virtual tokens before the row have outputs too: they are cut off.
+    tokens = inputs.get("decoder_input_ids", inputs["input_ids"])
+    return logits[:, -tokens.shape[1] :].flatten(0, 1)[positions]
 
 
 def logits_at(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor) -> Tensor:

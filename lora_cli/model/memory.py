@@ -133,3 +133,8 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def fits_in_memory(parameters: int) -> bool:
+    """Return whether two models of `parameters` parameters each fit into memory in fp32, with room for computing."""
+    return 2 * 4 * parameters * 1.2 + PROCESS_BYTES < available_memory(torch.device("cpu"))

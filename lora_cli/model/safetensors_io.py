@@ -180,6 +180,18 @@ class ShardFiles:
                 raise LoraError(f"{file}: ended while it was read", hint="fetch it again", exit_code=1)
             done += count
 
+    def read_tensor(self, info: TensorInfo) -> Tensor:
+        """Return a full tensor, in its stored shape and dtype."""
+        value = torch.empty(info.shape, dtype=info.dtype)
+        self.read(info.file, as_bytes(value), info.begin)
+        return value
+
+    def read_rows(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Return rows of a tensor along its first dimension, [stop - start, ...], in its stored dtype."""
+        value = torch.empty(stop - start, *info.shape[1:], dtype=info.dtype)
+        self.read(info.file, as_bytes(value), info.begin + start * (info.size // info.shape[0]))
+        return value
+
     def write(self, file: Path, data: memoryview, at: int) -> None:
         """Write `data` to `file` at offset `at`."""
         done = 0

@@ -4,20 +4,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.data.collate import Batch
-from lora_cli.data.dataset import EncodedDataset
+from lora_cli.data.dataset import EncodedDataset, Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.merging.verify import Probes
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import console
 from lora_cli.run.folder import recipe_of_adapter
-from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.inputs import RunInputs, collate_for, load_inputs
 
-PROBE_ROWS = 8  # rows that models are compared on
-MAX_POSITIONS = 400  # outputs that are compared: the logits of a large vocabulary take much memory
+PROBE_ROWS = 8  # rows that models are compared on, if they may be as long as this:
+PROBE_ROW_TOKENS = 32
 PROMPTS = 8  # prompts that an exported model continues
 MAX_PROMPT_TOKENS = 512
 
@@ -51,8 +51,8 @@ class HeldOutRows:
         held_out = inputs.data.eval is not None
         return RunRows(inputs.recipe, inputs, inputs.data.eval or inputs.data.train, held_out)
 
-    def probes(self) -> Probes | None:
-        """Return batches of the first rows, one row each; None if the run's rows cannot be loaded.
+    def probes(self, tokens: int) -> Probes | None:
+        """Return the first rows, cut to `tokens` tokens together and padded; None if the rows cannot be loaded.
 
         Raises:
             LoraError: the config of a seq2seq model has no decoder_start_token_id.
@@ -60,15 +60,12 @@ class HeldOutRows:
         if self._run is None:
             return None
         recipe, inputs, rows, held_out = self._run
-        plan = batch_plan(recipe, inputs, rows, batches_per_step=1)
-        batches: list[Batch] = []
-        for number in range(min(PROBE_ROWS, len(rows))):
-            batches.append(plan.make_batch([number]))
-            if sum(len(batch.label_positions) for batch in batches) > MAX_POSITIONS:
-                break
-        outputs = sum(len(batch.label_positions) for batch in batches)
+        count = min(PROBE_ROWS, len(rows), max(2, tokens // PROBE_ROW_TOKENS))
+        cut = [_cut(rows[number], tokens // count, recipe.task) for number in range(count)]
+        assert inputs.base.pad_id is not None
+        batch = collate_for(inputs.base, packing=False)(cut, range(count), inputs.base.pad_id)
         kind = "held-out" if held_out else "training"
-        return Probes(batches, f"{len(batches)} {kind} rows ({outputs} {TASKS[recipe.task].unit}s)")
+        return Probes(batch, f"{count} {kind} rows ({len(batch.label_positions)} {TASKS[recipe.task].unit}s)")
 
     def prompts(self) -> tuple[tuple[int, ...], ...]:
         """Return the token ids of the first rows up to their answer; empty if no row has a prompt or can be loaded."""
@@ -82,3 +79,18 @@ class HeldOutRows:
             if len(prompts) == PROMPTS:
                 break
         return tuple(prompts)
+
+
+def _cut(row: Row, length: int, task: TaskName) -> Row:
+    """Return `length` tokens of a row: in causal-lm those up to its last label, else the first ones."""
+    start = 0
+    if task == "causal-lm":
+        supervised = (row.labels != IGNORE_INDEX).nonzero()[0]
+        start = max(0, int(supervised[-1]) + 1 - length)
+    kept = slice(start, start + length)
+    return Row(
+        row.input_ids[kept],
+        row.labels if task == "seq-cls" else row.labels[kept],
+        row.where,
+        max(0, row.pair_tokens - max(0, len(row.input_ids) - length)),
+    )

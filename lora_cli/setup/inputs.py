@@ -260,11 +260,16 @@ def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, batch
         batches_per_step=batches_per_step,
         seed=recipe.training.seed,
         pad_id=inputs.base.pad_id,
-        collate=_collate_for(inputs.base, packing=packing),
+        collate=collate_for(inputs.base, packing=packing),
     )
 
 
-def _collate_for(base: BaseCheckpoint, *, packing: bool) -> Collate:
+def collate_for(base: BaseCheckpoint, *, packing: bool) -> Collate:
+    """Return the function that makes batches of the base's task.
+
+    Raises:
+        LoraError: the config of a seq2seq model has no decoder_start_token_id.
+    """
     match base.task:
         case "seq-cls":
             return collate_sequence_classification

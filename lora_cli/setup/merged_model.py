@@ -14,8 +14,10 @@ from lora_cli.merging import stream, verify
 from lora_cli.merging.compare_models import Agreement
 from lora_cli.merging.merge_tensors import MergedTensor
 from lora_cli.merging.stream import MergePlan
-from lora_cli.merging.verify import Probes, Transforms
+from lora_cli.merging.streamed_models import Streams
+from lora_cli.merging.verify import Probes
 from lora_cli.model import empty_base, fake_quantize, multimodal, prequantized, safetensors_io
+from lora_cli.model.checkpoint_reader import Transforms
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
 from lora_cli.model.saved_adapter import SavedAdapter, method_name
@@ -34,7 +36,7 @@ class MergeOptions(NamedTuple):
 
     dtype: str = "auto"  # auto (of each tensor of the base), bfloat16, float16 or float32
     weights: str = "auto"  # of a base that was quantized in training: auto (measured), original or dequantized
-    verify: str = "auto"  # auto, tensors or logits
+    verify: str = "logits"  # of each tensor and of the logits; or tensors alone
     max_shard_bytes: int = 2 * 10**9
     replace: bool = False  # the folder, if it exists
 
@@ -95,22 +97,24 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
     check_base_merges(adapter)
     plan = plan_merge(adapter, DTYPES.get(options.dtype))
     spec = _quantization(adapter, options.weights)
-    parameters = sum(math.prod(shape) for _, shape in plan.tensors.values())
     probes = None
-    if verify.should_verify(options.verify, parameters):
-        probes = held_out.probes() or verify.random_probes(adapter)
-    transforms = _transforms(adapter, plan, spec, probes, options.weights)
-    with verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial:
-        console.info(f"merging {adapter.method} into {adapter.base.name}: {describe_size(plan)}")
-        start = time.perf_counter()
-        merged = write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms=transforms)
-        seconds = time.perf_counter() - start
-        _check_retained(merged, plan)
-        write_other_files(adapter, plan, partial, dtype=options.dtype, what="merged")
-        lines = _report(merged, plan, seconds)
-        if probes is not None:
-            agreement = verify.verify_merge(adapter, probes, partial, plan, transforms)
-            lines += _describe_agreement(agreement, probes, adapter)
+    if options.verify == "logits":
+        parameters = sum(math.prod(shape) for _, shape in plan.tensors.values())
+        tokens = verify.probe_tokens(parameters, adapter.base.config.get_text_config().vocab_size)
+        probes = held_out.probes(tokens) or verify.random_probes(adapter, tokens)
+    with verify.open_streams() as streams:
+        transforms = _transforms(adapter, spec, probes, options.weights, streams)
+        with (
+            verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial,
+            verify.verification(adapter, probes, transforms, streams) as verify_merge,
+        ):
+            console.info(f"merging {adapter.method} into {adapter.base.name}: {describe_size(plan)}")
+            start = time.perf_counter()
+            merged = write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms=transforms)
+            seconds = time.perf_counter() - start
+            _check_retained(merged, plan)
+            write_other_files(adapter, plan, partial, dtype=options.dtype, what="merged")
+            lines = [*_report(merged, plan, seconds), *_describe_agreement(verify_merge(partial), probes, adapter)]
     for line in lines:
         console.info(line)
 
@@ -133,7 +137,7 @@ def _quantization(adapter: SavedAdapter, weights: str) -> QuantizationSpec | Non
 
 
 def _transforms(
-    adapter: SavedAdapter, plan: MergePlan, spec: QuantizationSpec | None, probes: Probes | None, weights: str
+    adapter: SavedAdapter, spec: QuantizationSpec | None, probes: Probes | None, weights: str, streams: Streams
 ) -> Transforms:
     """Return functions for the base's weights before the update is added: none, or quantize and dequantize."""
     if spec is None or weights == "original":
@@ -148,7 +152,7 @@ def _transforms(
     if probes is None:
         console.info("weights: dequantized, as in training; original weights were not measured")
         return dequantized
-    best = verify.choose_base_weights(adapter, probes, spec, dequantized, plan)
+    best = verify.choose_base_weights(adapter, probes, spec, dequantized, streams)
     return dequantized if best == "dequantized" else {}
 
 
@@ -239,13 +243,13 @@ def _report(merged: list[MergedTensor], plan: MergePlan, seconds: float) -> list
     return lines
 
 
-def _describe_agreement(agreement: Agreement, probes: Probes, adapter: SavedAdapter) -> list[str]:
-    figures = [f"logits within {agreement.max_difference:.0e}"]
-    if not TASKS[adapter.base.task].is_classification:
-        figures += [f"KL {agreement.kl:.1e} nats", f"most likely token equal {agreement.top1:.1%}"]
-    if agreement.retained is not None:
-        figures.append(f"effect retained {agreement.retained:.1%}")
-    return [
-        "verified: every weight, read back, equals PEFT's merge, rounded once",
-        f"verified: compared with base and adapter on {probes.description}: {', '.join(figures)}",
-    ]
+def _describe_agreement(agreement: Agreement | None, probes: Probes | None, adapter: SavedAdapter) -> list[str]:
+    lines = ["verified: every weight, read back, equals PEFT's merge, rounded once"]
+    if agreement is not None and probes is not None:
+        figures = [f"logits within {agreement.max_difference:.0e}"]
+        if not TASKS[adapter.base.task].is_classification:
+            figures += [f"KL {agreement.kl:.1e} nats", f"most likely token equal {agreement.top1:.1%}"]
+        if agreement.retained is not None:
+            figures.append(f"effect retained {agreement.retained:.1%}")
+        lines.append(f"verified: compared with base and adapter on {probes.description}: {', '.join(figures)}")
+    return lines

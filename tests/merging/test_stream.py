@@ -1,6 +1,8 @@
 """Law: merged files equal PEFT's merge, rounded once, for every model family, method and kind of change."""
 
 import dataclasses
+import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,20 +16,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.merging import compare_models, stream
-from lora_cli.merging.deltas import merged_parameters
-from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
+from lora_cli.merging import check_weights, compare_models, stream, streamed_models, verify
+from lora_cli.merging.merge_tensors import MergedTensor
 from lora_cli.model import attach_adapter, empty_base, safetensors_io, save_adapter
 from lora_cli.model.adapter_config import LORA_FIELDS, read_adapter_config
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.fake_quantize import quantize_dequantize, quantized_weights
+from lora_cli.model.safetensors_io import TensorInfo
+from lora_cli.model.saved_adapter import SavedAdapter
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
 from tests.model import families, zoo
 from tests.model.families import FAMILIES, Family
 from tests.support import checkpoints
+from tests.support.merged_in_memory import differences, merged_parameters
 
 BIG = 1 << 30
 
@@ -82,7 +86,53 @@ def merge(
 def assert_equals_up_to_rounding(
     out: Path, expected: dict[str, Tensor], plan: stream.MergePlan, load: Callable[[str], PreTrainedModel]
 ) -> None:
-    assert list(compare_models.mismatches(load(str(out)), expected, plan.dtypes())) == []
+    assert list(differences(load(str(out)), expected, plan.dtypes())) == []
+
+
+def assert_the_streamed_proof_is_that_of_loaded_models(
+    saved: SavedAdapter, out: Path, *, adapted: PeftModel, merged: PreTrainedModel
+) -> None:
+    """The logits of streamed models are those of `adapted` and `merged`, in memory; a wrong weight is found."""
+    task = saved.base.task
+    batch = compare_models.random_probes(
+        task, tokens=60, vocabulary=90, pad_id=0, start_id=0, end_id=2 if task == "seq-cls" else None
+    )
+
+    def logits(model: PeftModel | PreTrainedModel) -> Tensor:
+        return compare_models.probe_logits(model.eval(), batch, task)
+
+    with verify.open_streams() as streams:
+        streamed = streamed_models.open_adapted(saved, {}, streams)
+        reloaded = streamed_models.open_merged(saved, out, streams)
+        assert zoo.relative(logits(streamed.model), logits(adapted)) < 1e-5
+        assert zoo.relative(logits(reloaded.model), logits(merged)) < 1e-5
+        if not TASKS[task].is_classification:
+            with streamed.model.disable_adapter(), adapted.disable_adapter():
+                assert zoo.relative(logits(streamed.model), logits(adapted)) < 1e-5
+        assert list(check_weights.mismatches(streamed, reloaded, streams)) == []
+        tensors = safetensors_io.list_tensors(out)
+        key = random.Random(out.parts[-2]).choice(sorted(tensors))
+        flip_bit(tensors[key])
+        again = streamed_models.open_adapted(saved, {}, streams)
+        (mismatch,) = check_weights.mismatches(again, reloaded, streams)
+        assert "differs from" in mismatch.found
+        flip_bit(tensors[key])
+
+
+def saved_adapter(folder: Path) -> SavedAdapter:
+    """Return the adapter in `folder`/adapter with the causal LM in `folder`/base."""
+    adapter = folder / "adapter"
+    return SavedAdapter(adapter, read_adapter_config(adapter), checkpoints.checkpoint(folder / "base"), None)
+
+
+def flip_bit(tensor: TensorInfo) -> None:
+    """Flip a bit of the last element of a tensor: the second to last one in 16 bits, a high one in fp32."""
+    place, bit = {4: (2, 1 << 6), 2: (0, 1 << 1)}.get(tensor.dtype.itemsize, (0, 1))
+    with tensor.file.open("r+b") as file:
+        file.seek(tensor.begin + tensor.size - tensor.dtype.itemsize + place)
+        value = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([value ^ bit]))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -106,6 +156,13 @@ def test_the_merge_of_every_family_equals_pefts(family: Family, tmp_path: Path):
     if not labels:  # the pooler of an encoder's checkpoint can be left out
         assert written.keys() == safetensors_io.list_tensors(folder).keys()
     again = PeftModel.from_pretrained(families.load(family, folder, seed=9).model, str(tmp_path / "adapter"))
+    base = checkpoints.checkpoint(folder, task=family.task, labels=labels, pad_id=0)
+    assert_the_streamed_proof_is_that_of_loaded_models(
+        saved_adapter(tmp_path)._replace(base=base),
+        tmp_path / "out",
+        adapted=again,
+        merged=families.load(family, tmp_path / "out").model,
+    )
     expected = merged_parameters(again)
     assert_equals_up_to_rounding(tmp_path / "out", expected, plan, lambda path: families.load(family, Path(path)).model)
     adapted = attach_adapter.adapted_layers(model)
@@ -147,6 +204,9 @@ def test_the_merge_of_every_method_equals_pefts(method: str, tmp_path: Path):
     save_adapter.save_adapter(model, tmp_path / "adapter", base="x", revision=None)
     plan, _ = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     again = PeftModel.from_pretrained(load_causal_lm(str(tmp_path / "base")), str(tmp_path / "adapter"))
+    assert_the_streamed_proof_is_that_of_loaded_models(
+        saved_adapter(tmp_path), tmp_path / "out", adapted=again, merged=load_causal_lm(str(tmp_path / "out"))
+    )
     assert_equals_up_to_rounding(tmp_path / "out", merged_parameters(again), plan, load_causal_lm)
 
 
@@ -198,6 +258,9 @@ def test_the_merge_of_every_lora_option_equals_pefts(name: str, tied: bool, tmp_
         expected = model.eval()(ids).logits
     plan, _ = merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=torch.float32)
     merged = load_causal_lm(str(tmp_path / "out"))
+    assert_the_streamed_proof_is_that_of_loaded_models(
+        saved_adapter(tmp_path), tmp_path / "out", adapted=model, merged=merged
+    )
     with torch.no_grad():
         assert zoo.relative(merged.eval()(ids).logits, expected) < 1e-5
     assert bool(plan.untied) is (tied and name in UNTIES)
@@ -271,7 +334,7 @@ def test_shards_respect_the_maximum_size_and_contain_the_same_tensors(tmp_path: 
     # Our reader returns the same values as the safetensors library.
     for name, info in safetensors_io.list_tensors(tmp_path / "many").items():
         with safetensors_io.ShardFiles(writable=False) as files:
-            value = ReadWrite(files, files).read(info)
+            value = files.read_tensor(info)
         assert torch.equal(value, load_file(info.file)[name])
 
 
