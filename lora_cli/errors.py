@@ -1,6 +1,8 @@
-"""The exception for user errors (recipe, data, model, arguments): message, hint, exit code. No torch."""
+"""The exception for user errors (recipe, data, model, arguments), and the line that quotes a library's. No torch."""
 
 from collections.abc import Sequence
+
+MAX_QUOTED = 300  # characters of a library's error message
 
 
 class LoraError(Exception):
@@ -26,3 +28,13 @@ class LoraError(Exception):
         self.hint = hint
         self.details = tuple(details)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error message for one of ours: printable, and not too long.
+
+    Damaged files put control characters and whole contents into such messages.
+    """
+    line = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
+    printable = "".join(character if character.isprintable() else "?" for character in line)
+    return printable if len(printable) <= MAX_QUOTED else printable[: MAX_QUOTED - 3] + "..."

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from jinja2 import TemplateSyntaxError
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.chat_templates import TEMPLATE_ERRORS, resolve_template, typed_content
+from lora_cli.data.check_template import check_template
 from lora_cli.data.encode import prefix_tokens
+from lora_cli.data.records import BadRow
+from lora_cli.data.rendering import render_template
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import stop_ids
 from lora_cli.evaluation.report import BASE
@@ -205,21 +208,27 @@ class Chat:
             text: list[int] = self._tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
             prefix = prefix_tokens(self._tokenizer)
             return text if text[: len(prefix)] == prefix and prefix else [*prefix, *text]
-        try:
-            encoded = self._tokenizer.apply_chat_template(
-                self._content(messages, template), add_generation_prompt=True, chat_template=template
-            )
-        except TEMPLATE_ERRORS as error:
-            raise LoraError(
-                f"the chat template rejects this conversation: {error}", hint="change it with /system or /reset"
-            ) from None
-        ids: list[int] = encoded["input_ids"]
+        ids: list[int] = self._tokenizer(self._rendered(messages, template), add_special_tokens=False)["input_ids"]
         return ids
 
-    def _content(self, messages: Sequence[dict[str, str]], source: str | None = None) -> list[dict[str, Any]]:
-        """Return `messages` in the form that the template `source`, else the tokenizer's, renders."""
-        template = resolve_template(source, self._tokenizer)
-        return typed_content(messages) if template is not None and template.typed else list(messages)
+    def _rendered(
+        self, messages: Sequence[dict[str, str]], source: str | None = None, *, generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as the template `source`, else the tokenizer's, writes it.
+
+        Raises:
+            LoraError: the template rejects it, or does not end on it.
+        """
+        try:
+            source = source or self._tokenizer.get_chat_template()
+            template = check_template("the chat template", source, self._tokenizer)
+            return render_template(template, list(messages), generation_prompt=generation_prompt)
+        except (BadRow, TemplateSyntaxError, ValueError) as error:  # ValueError: several templates and no default
+            first_line = (error.problem if isinstance(error, BadRow) else str(error)).partition("\n")[0]
+            reason = first_line.removeprefix("the chat template rejects the row: ")
+            raise LoraError(
+                f"the chat template rejects this conversation: {reason}", hint="change it with /system or /reset"
+            ) from None
 
     def _template_endings(self) -> list[list[int]]:
         """Return the token ids with which the chat template ends an answer, up to the first special token."""
@@ -228,7 +237,8 @@ class Chat:
         question = [{"role": "user", "content": "a"}]
         before = self._prompt_ids(question)
         chat = [*question, {"role": "assistant", "content": "b"}]
-        full = self._tokenizer.apply_chat_template(self._content(chat))["input_ids"]
+        text = self._rendered(chat, generation_prompt=False)
+        full: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         special = set(self._tokenizer.all_special_ids)
         special |= {id_ for id_, token in self._tokenizer.added_tokens_decoder.items() if token.special}
         after = full[len(before) :] if full[: len(before)] == before else []

@@ -16,11 +16,15 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from lora_cli.data import reasoning
-from lora_cli.data.chat_templates import Template, render_template, render_with_generation_blocks
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.reasoning import Answer
 from lora_cli.data.records import BadRow
+from lora_cli.data.rendering import Template, render_template, render_with_generation_blocks
 from lora_cli.data.template_variables import is_reserved
+from lora_cli.run.child_process import restart_time_limit
+
+# Messages that are rendered to find the answers of a conversation by prefixes: of 4,000 turns, which takes a minute.
+MAX_RENDERED = 8_000_000
 
 # The form of reasoning that a template writes: both forms, a field, the start of the content, or none.
 ReasoningForm = Literal["as is", "field", "inline", "omitted"]
@@ -89,12 +93,11 @@ def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedC
         spans = [_span_of_block(format_, text, start, stop) for start, stop in blocks]
     else:
         text = _render_complete(format_, chat, len(chat.messages))
-        spans = _spans_by_prefix(format_, chat, text)
+        # Each answer takes renderings of all messages before it.
+        spans = _spans_by_prefix(format_, chat, text) if len(answers) * len(chat.messages) <= MAX_RENDERED else []
         prompted = bool(spans)
         spans = spans or _spans_by_scan(format_, text)
-    for message in chat.messages:
-        if message["role"] in {"system", "developer", "user"} and message["content"].strip() not in text:
-            raise BadRow("text omitted by the chat template", f"the chat template omits the {message['role']} message")
+    _check_questions(chat, text)
     _check_tool_results(format_, chat, text)
     if len(spans) != len(answers):
         problem = f"the chat template writes {len(spans)} answers for {len(answers)} assistant messages"
@@ -103,6 +106,19 @@ def render_with_spans(format_: AssistantFormat, chat: Conversation) -> RenderedC
         if before.stop > after.start:
             raise BadRow("answers not found", "the answers overlap in the text that the chat template writes")
     return _finish(format_, text, spans, answers, prompted=prompted)
+
+
+def _check_questions(chat: Conversation, text: str) -> None:
+    """Raise a BadRow if the template omits the text of a message that is no answer."""
+    position = 0  # where the last one was found: a search from the start for each message is slow in long conversations
+    for message in chat.messages:
+        if message["role"] not in {"system", "developer", "user"}:
+            continue
+        content = message["content"].strip()
+        found = text.find(content, position)
+        if found < 0 and content not in text:
+            raise BadRow("text omitted by the chat template", f"the chat template omits the {message['role']} message")
+        position = max(position, found)
 
 
 def _check_tool_results(format_: AssistantFormat, chat: Conversation, text: str) -> None:
@@ -149,6 +165,7 @@ def _spans_by_prefix(format_: AssistantFormat, chat: Conversation, text: str) ->
     for index, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
+        restart_time_limit()  # the number of answers is limited, see `MAX_RENDERED`
         last = index + 1 == len(chat.messages)
         try:
             head = render_template(format_.template, chat.messages[:index], chat.tools, generation_prompt=True)

@@ -19,9 +19,11 @@ from lora_cli.data.encode_classes import LabeledRow, RowEncoder
 from lora_cli.data.encoded_rows import SCHEMA, EncodedRows, RowWithSource, to_record_batch
 from lora_cli.data.encoding_progress import PART_NAME, Progress, keep_only, load_progress
 from lora_cli.data.examples import SPLIT_HINT, ParsedRow, open_source, row_location, turn_options
-from lora_cli.data.formats import Document
+from lora_cli.data.formats import Document, Example
 from lora_cli.data.ledger import Tally
 from lora_cli.data.records import MAX_FINDINGS, BadRow, findings_error
+from lora_cli.data.render_chats import ChatRendering
+from lora_cli.data.row_size import text_size
 from lora_cli.data.sources import DataSource, content_hash
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
@@ -35,6 +37,7 @@ from lora_cli.run.system_errors import as_os_error
 
 CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
+CHARACTERS_PER_BATCH = 1 << 24  # at which a batch of long rows ends; a token takes 150 bytes
 BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
 PROGRESS_EVERY_S = 10.0  # seconds between progress messages
 TALLY_FILE = "tally.json"
@@ -160,11 +163,10 @@ def _encode(
     while not complete:
         path = folder / PART_NAME.format(len(progress.parts))
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for _ in range(BATCHES_PER_PART):
-                parsed = list(islice(reader.rows, ROWS_PER_BATCH))
-                if complete := not parsed:
+            for batch in _batches(reader.rows, encoder, parse_only=lambda: _is_refused(progress, spec)):
+                if complete := not batch.rows:
                     break
-                if kept := _encode_batch(parsed, source, spec, encoder, progress):
+                if kept := _encode_batch(batch, source, spec, encoder, progress):
                     writer.write_batch(to_record_batch(kept))
                 if time.monotonic() > reported + PROGRESS_EVERY_S:
                     reported = time.monotonic()
@@ -188,14 +190,61 @@ def _encode(
     return progress
 
 
+class _Batch(NamedTuple):
+    """Some rows, and those of them that are encoded."""
+
+    rows: list[ParsedRow]  # empty: the source has no more
+    examples: list[Example]
+    rendering: ChatRendering | None
+
+
+def _batches(rows: Iterator[ParsedRow], encoder: RowEncoder, *, parse_only: Callable[[], bool]) -> Iterator[_Batch]:
+    """Yield the batches of one file; the template process renders the next one while the caller encodes one.
+
+    No row of the next file is read before: the counts of what was read are saved with each file. While `parse_only`
+    returns true, no row is rendered: the rows are only checked.
+    """
+    waiting: _Batch | None = None
+    for _ in range(BATCHES_PER_PART):
+        parsed = _next_rows(rows)
+        if waiting is not None and waiting.rendering is not None:
+            waiting.rendering.rows()  # one rendering at a time
+        examples = [] if parse_only() else [row.example for row in parsed if not isinstance(row.example, BadRow)]
+        batch = _Batch(parsed, examples, encoder.render(examples) if examples else None)
+        if waiting is not None:
+            yield waiting
+        waiting = batch
+        if not parsed:
+            break
+    if waiting is not None:
+        yield waiting
+
+
+def _next_rows(rows: Iterator[ParsedRow]) -> list[ParsedRow]:
+    """Return the rows of a batch: fewer if they are long, because the tokens of a batch are in memory together."""
+    batch: list[ParsedRow] = []
+    size = 0
+    for row in islice(rows, ROWS_PER_BATCH):
+        batch.append(row)
+        size += 0 if isinstance(row.example, BadRow) else text_size(row.example)
+        if size > CHARACTERS_PER_BATCH:
+            break
+    return batch
+
+
+def _is_refused(progress: Progress, spec: DataSpec) -> bool:
+    """Return whether the rows will be refused, so that the other rows are only checked."""
+    return bool(progress.bad.first) and spec.on_bad_row == "error"
+
+
 def _encode_batch(
-    parsed: list[ParsedRow], source: DataSource, spec: DataSpec, encoder: RowEncoder, progress: Progress
+    batch: _Batch, source: DataSource, spec: DataSpec, encoder: RowEncoder, progress: Progress
 ) -> list[RowWithSource]:
     """Encode some rows, count them in `progress`, and return those that are kept."""
     tally, bad = progress.tally, progress.bad
-    tally.read += len(parsed)
+    tally.read += len(batch.rows)
     kept = []
-    for item, row in _results(parsed, encoder, parse_only=bool(bad.first) and spec.on_bad_row == "error"):
+    for item, row in _results(batch, encoder, parse_only=_is_refused(progress, spec)):
         location = row_location(source, item)
         try:
             if isinstance(row, BadRow):
@@ -227,12 +276,11 @@ def _with_source(
 
 
 def _results(
-    parsed: list[ParsedRow], encoder: RowEncoder, *, parse_only: bool
+    batch: _Batch, encoder: RowEncoder, *, parse_only: bool
 ) -> Iterator[tuple[ParsedRow, EncodedRow | LabeledRow | BadRow]]:
     """Yield each row with its encoding or problem; with `parse_only`, only the rows that could not be parsed."""
-    valid = [item.example for item in parsed if not isinstance(item.example, BadRow)]
-    results = encoder.encode([] if parse_only else valid)
-    for item in parsed:
+    results = encoder.encode([] if parse_only else batch.examples, batch.rendering)
+    for item in batch.rows:
         if isinstance(item.example, BadRow):
             yield item, item.example
         elif not parse_only:

@@ -1,117 +1,21 @@
-"""Choose the chat template of a run, define the named templates, and render conversations with transformers."""
+"""Choose the chat template of a run: that of the recipe (a name, a path, inline Jinja), else the tokenizer's."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import os
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_cli.data.conversation import Message
-from lora_cli.data.records import BadRow
+from lora_cli.data.check_template import MAX_TEMPLATE, check_template
+from lora_cli.data.named_templates import NAMED_TEMPLATES
+from lora_cli.data.rendering import Template
 from lora_cli.data.template_variables import check_names, uses_date, with_date, with_defaults
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, first_line
 from lora_cli.recipe.schema import DataSpec
-
-
-class NamedTemplate(NamedTuple):
-    """A chat template for base models without one."""
-
-    source: str
-    tokens: tuple[str, ...]  # control tokens, which the tokenizer must have as single tokens
-
-
-# Plain Jinja without {% generation %} blocks: the template is saved with the adapter, and not every runtime supports
-# these blocks. Assistant spans are found without them.
-NAMED_TEMPLATES: dict[str, NamedTemplate] = {
-    "chatml": NamedTemplate(
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-        ("<|im_start|>", "<|im_end|>"),
-    ),
-    "llama3": NamedTemplate(
-        "{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-        "{{ message['content'] | trim + '<|eot_id|>' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
-        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    "gemma": NamedTemplate(
-        "{% set state = namespace(system='') %}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{% set state.system = message['content'] | trim + '\\n\\n' %}"
-        "{% else %}"
-        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}"
-        "{{ state.system + message['content'] | trim + '<end_of_turn>\\n' }}{% set state.system = '' %}"
-        "{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
-        ("<start_of_turn>", "<end_of_turn>"),
-    ),
-    "mistral": NamedTemplate(
-        "{% set state = namespace(system='') %}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{% set state.system = message['content'] | trim + '\\n\\n' %}"
-        "{% elif message['role'] == 'user' %}"
-        "{{ '[INST] ' + state.system + message['content'] | trim + ' [/INST]' }}{% set state.system = '' %}"
-        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
-        "{% else %}{{ raise_exception('mistral has no role ' + message['role']) }}{% endif %}"
-        "{% endfor %}",
-        (),
-    ),
-    "alpaca": NamedTemplate(
-        "{% if messages[0]['role'] != 'system' %}"
-        "{{ 'Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\\n\\n' }}"
-        "{% endif %}"
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n' }}"
-        "{% elif message['role'] == 'assistant' %}"
-        "{{ '### Response:\\n' + message['content'] + eos_token + '\\n\\n' }}"
-        "{% else %}{{ raise_exception('alpaca has no role ' + message['role']) }}{% endif %}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}",
-        (),
-    ),
-}
-
-# Errors that the code of a template can raise on a row, in addition to raise_exception.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-    MemoryError,
-)
-
-
-TYPED_PROBE = "zebra"  # a word that no template writes itself
-
-
-class Template(NamedTuple):
-    """A chat template and the variables that it can refer to by name."""
-
-    name: str  # for messages: `the tokenizer's chat template`
-    source: str
-    variables: dict[str, Any]  # special tokens and those of the recipe: {"eos_token": "</s>", "enable_thinking": False}
-    typed: bool = False  # it renders the content of a message only as a list of parts with types
-
-
-class RenderedText(NamedTuple):
-    """A rendered conversation and its `{% generation %}` blocks."""
-
-    text: str
-    blocks: list[tuple[int, int]]  # start and end in characters
+from lora_cli.run.read_file import read_text
 
 
 def resolve_template(
@@ -126,7 +30,8 @@ def resolve_template(
         day: the date that the template writes in place of today's, if it writes one.
 
     Raises:
-        LoraError: the template does not exist or does not compile, or the tokenizer lacks its tokens.
+        LoraError: the template does not exist, does not compile, does not end or tries to leave its sandbox, or the
+            tokenizer lacks its tokens.
     """
     if setting is not None:
         name, source = _template_of_setting(setting, tokenizer)
@@ -141,12 +46,11 @@ def resolve_template(
                 f"model: the tokenizer has several chat templates and no default: {names}",
                 hint="copy the right one to a file and set data.chat_template to its path",
             ) from None
-    template = Template(name, source, dict(tokenizer.special_tokens_map))
     try:
-        template = template._replace(typed=_needs_typed_content(template))
+        template = check_template(name, source, tokenizer)
     except jinja2.TemplateSyntaxError as error:
         raise LoraError(
-            f"data.chat_template: {name}, line {error.lineno}: not valid Jinja: {error.message}",
+            f"data.chat_template: {name}, line {error.lineno}: not valid Jinja: {first_line(error)}",
             hint="fix the template",
         ) from None
     return template._replace(source=with_date(source, day)) if day else template
@@ -208,50 +112,15 @@ def saved_template(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> str | 
     return with_defaults(template, shared)
 
 
-def needs_typed_content(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer's template, such as LLaVA's, loses texts that are not in `typed_content`."""
-    template = resolve_template(None, tokenizer)
-    return template is not None and template.typed
-
-
-def typed_content(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Return `messages` with each text as a list of one part, `{"type": "text", "text": ...}`."""
-    typed = []
-    for message in messages:
-        text = message.get("content")
-        content = [{"type": "text", "text": text}] if isinstance(text, str) else text
-        typed.append({**message, "content": content})
-    return typed
-
-
-def _needs_typed_content(template: Template) -> bool:
-    """Return whether a text is in the rendered chat only if it is a part of the content.
-
-    Raises:
-        jinja2.TemplateSyntaxError: the template does not compile.
-    """
-    for typed in (False, True):
-        try:
-            if TYPED_PROBE in render_template(
-                template._replace(typed=typed), [{"role": "user", "content": TYPED_PROBE}]
-            ):
-                return typed
-        except BadRow:  # infer_template_format tests it on complete conversations
-            continue
-    return False
-
-
 def _template_of_setting(setting: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if "{{" in setting or "{%" in setting:
         return "the inline template", setting
     if setting in NAMED_TEMPLATES:
         return f"template {setting}", _named_template(setting, tokenizer)
-    path = Path(setting).expanduser()
-    if path.is_file():
-        try:
-            return f"template {setting}", path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise LoraError(f"data.chat_template: {path} is not UTF-8", hint="save it as UTF-8") from None
+    path = os.path.expanduser(setting)
+    if os.path.lexists(path):
+        hint = "data.chat_template takes a name, inline Jinja, or the path of a text file in UTF-8"
+        return f"template {setting}", read_text(Path(path), limit=4 * MAX_TEMPLATE, hint=hint)
     close = difflib.get_close_matches(setting, NAMED_TEMPLATES, n=1)
     raise LoraError(
         f"data.chat_template: {setting} is neither a file nor a template name",
@@ -273,54 +142,3 @@ def _named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     # If the tokenizer adds BOS, the base model was trained with it, so that the template must write it too.
     adds_bos = tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return ("{{ bos_token }}" if adds_bos and tokenizer.bos_token_id is not None else "") + NAMED_TEMPLATES[name].source
-
-
-def render_template(
-    template: Template,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None = None,
-    *,
-    generation_prompt: bool = False,
-) -> str:
-    """Render a conversation to text; with `generation_prompt`, append the header of the next assistant turn.
-
-    Raises:
-        BadRow: the template rejects the conversation or fails on it.
-    """
-    return _render(template, messages, tools, generation_prompt=generation_prompt, with_blocks=False).text
-
-
-def render_with_generation_blocks(
-    template: Template, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
-) -> RenderedText:
-    """Render a conversation to text, and return the `{% generation %}` blocks of the template with it.
-
-    Raises:
-        BadRow: the template rejects the conversation or fails on it.
-    """
-    return _render(template, messages, tools, generation_prompt=False, with_blocks=True)
-
-
-def _render(
-    template: Template,
-    messages: Sequence[Message],
-    tools: list[dict[str, Any]] | None,
-    *,
-    generation_prompt: bool,
-    with_blocks: bool,
-) -> RenderedText:
-    try:
-        texts, blocks = render_jinja_template(
-            conversations=[typed_content(messages) if template.typed else list(messages)],
-            tools=tools,
-            chat_template=template.source,
-            return_assistant_tokens_mask=with_blocks,
-            add_generation_prompt=generation_prompt,
-            **template.variables,
-        )
-    except jinja2.TemplateSyntaxError:
-        raise
-    except TEMPLATE_ERRORS as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadRow("rejected by the chat template", f"the chat template rejects the row: {first_line}") from None
-    return RenderedText(texts[0], blocks[0] if with_blocks else [])

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,9 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, first_line
+from lora_cli.run.read_file import open_regular
 
 BUFFER = 1 << 20  # bytes of decompressed content that are read at a time
+# Texts shrink to a tenth, the same row again and again to a hundredth.
+MAX_RATIO = 1000
+SMALL = 1 << 26  # bytes of decompressed content that are read in any case
+REGULAR_HINT = "write the path of a file"
 
 # First bytes of compressed files, to recognize one whose name does not tell.
 SIGNATURES = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"PK\3\4": ".zip"}
@@ -35,7 +41,7 @@ class DataFile(NamedTuple):
         Raises:
             LoraError: the file is compressed, but its name does not say so; or it is damaged, also while it is read.
         """
-        with self.path.open("rb") as raw:
+        with open_regular(self.path, hint=REGULAR_HINT) as raw:
             if not self.compression:
                 start = raw.read(6)
                 raw.seek(0)
@@ -63,7 +69,11 @@ def data_file(path: Path, name: str | None = None, *, delimiter: str | None = No
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     suffix = suffixes[-1] if suffixes else ""
     if compression == ".zip":
-        with _translated(name, compression), path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
+        with (
+            _translated(name, compression),
+            open_regular(path, hint=REGULAR_HINT) as raw,
+            zipfile.ZipFile(raw) as archive,
+        ):
             suffix = PurePosixPath(_only_member(name, archive).filename).suffix.lower()
     return DataFile(path, name, suffix, compression, delimiter)
 
@@ -75,10 +85,39 @@ def _open_zst(raw: BinaryIO) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
 
 
+class _Streams:
+    """The content of a file of bz2 or xz streams; unlike Python's own classes it does not ignore what is behind them.
+
+    There, a damaged byte in the header of a later stream (parallel compressors write many) ends the file silently.
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any]) -> None:
+        self._raw, self._new = raw, new
+        self._stream = new()
+
+    def read(self, size: int) -> bytes:
+        """Return up to `size` bytes; none at the end."""
+        while True:
+            if self._stream.eof:
+                # xz files may have zeros behind a stream.
+                rest = self._stream.unused_data.lstrip(b"\0")
+                while not rest and (block := self._raw.read(BUFFER)):
+                    rest = block.lstrip(b"\0")
+                if not rest:
+                    return b""
+                self._stream = self._new()
+            else:
+                rest = self._raw.read(BUFFER) if self._stream.needs_input else b""
+                if self._stream.needs_input and not rest:
+                    raise EOFError("the file ends within it")
+            if data := self._stream.decompress(rest, size):
+                return bytes(data)
+
+
 COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-    ".bz2": bz2.BZ2File,
-    ".xz": lzma.LZMAFile,
+    ".bz2": lambda raw: _Streams(raw, bz2.BZ2Decompressor),
+    ".xz": lambda raw: _Streams(raw, lzma.LZMADecompressor),
     ".zst": _open_zst,
     ".zip": zipfile.ZipFile,
 }
@@ -88,7 +127,7 @@ class _Decompressed(io.RawIOBase):
     """The decompressed content of a file; errors of the libraries become a LoraError that names the file."""
 
     def __init__(self, name: str, compression: str, raw: BinaryIO) -> None:
-        self._name, self._compression = name, compression
+        self._name, self._compression, self._raw, self._size = name, compression, raw, 0
         with _translated(name, compression):
             opened = COMPRESSIONS[compression](raw)
             self._content = opened.open(_only_member(name, opened)) if compression == ".zip" else opened
@@ -99,25 +138,31 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         with _translated(self._name, self._compression):
             block = self._content.read(len(buffer))
+        self._size += len(block)
+        if self._size > SMALL and self._size > MAX_RATIO * self._raw.tell():
+            raise LoraError(
+                f"{self._name}: expands to more than {MAX_RATIO:,} times its size, which rows do not",
+                hint="check what it contains; if it is right, unpack it",
+            )
         buffer[: len(block)] = block
         return len(block)
+
+
+# Of damaged lists of files: wrong lengths, names that are not text, numbers out of range.
+ZIP_ERRORS = (zipfile.BadZipFile, struct.error, ValueError, LookupError, OverflowError)
 
 
 @contextmanager
 def _translated(name: str, compression: str) -> Iterator[None]:
     try:
         yield
-    except (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (*ZIP_ERRORS, EOFError, OSError, zlib.error, lzma.LZMAError, NotImplementedError) as error:
         raise LoraError(
-            f"{name}: is not a complete {compression} file: {_first_line(error)}",
+            f"{name}: is not a complete {compression} file: {first_line(error)}",
             hint="download or compress it again",
         ) from None
     except RuntimeError as error:  # zipfile raises it for encrypted members
-        raise LoraError(f"{name}: cannot be read: {_first_line(error)}", hint="unpack the file") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise LoraError(f"{name}: cannot be read: {first_line(error)}", hint="unpack the file") from None
 
 
 def _only_member(name: str, archive: zipfile.ZipFile) -> zipfile.ZipInfo:

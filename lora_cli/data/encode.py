@@ -3,37 +3,32 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.assistant_spans import AnswerCounts, AssistantFormat, Span, render_with_spans
-from lora_cli.data.chat_templates import Template, render_template, resolve_template
-from lora_cli.data.conversation import Conversation, Message
-from lora_cli.data.flagged_spans import (
-    check_flags_of_answers_only,
-    spans_of_segments,
-    spans_without_loss,
-    subtract_spans,
-)
+from lora_cli.data.assistant_spans import AnswerCounts, Span
+from lora_cli.data.chat_templates import resolve_template
+from lora_cli.data.conversation import Conversation
+from lora_cli.data.flagged_spans import spans_of_segments, subtract_spans
 from lora_cli.data.formats import Document, Example, PromptCompletion, TokenIds
-from lora_cli.data.infer_template import infer_template_format
 from lora_cli.data.label_mask import Ints, predicted_spans, skip_stripped, spans_of_labels, token_positions
 from lora_cli.data.records import BadRow
+from lora_cli.data.render_chats import NO_COUNTS, ChatOptions, ChatRendering, UntokenizedRow
+from lora_cli.data.rendering import Template
 from lora_cli.data.segments import Segments
-from lora_cli.data.template_variables import check_row_names, template_keys
-from lora_cli.data.tool_schemas import ToolSchema, check_tools_rendered
+from lora_cli.data.template_variables import template_keys
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
 
-NO_COUNTS = AnswerCounts()
+TAG = re.compile(r"[<\[]\S+[>\]]")
 
 
 class EncodedRow(NamedTuple):
@@ -66,18 +61,6 @@ class EncodedRow(NamedTuple):
         return int.from_bytes(digest.digest(), "little")
 
 
-class _UntokenizedRow(NamedTuple):
-    """The text of a row and the spans of its answers."""
-
-    text: str
-    answers: list[Span]  # in characters
-    plain: bool  # no chat template: BOS and EOS have to be added
-    all_tokens: bool  # every token carries loss
-    counts: AnswerCounts = NO_COUNTS
-    silent: Sequence[Span] = ()  # in characters: within the answers, without loss
-    labeled: bool = False  # segments: labels are the only mask, and EOS is not added behind another special token
-
-
 class CausalLMEncoder:
     """Encodes examples for causal-lm with a tokenizer and the options of a recipe.
 
@@ -92,8 +75,19 @@ class CausalLMEncoder:
         self.tokenizer = tokenizer
         self._placeholders = {number: str(tokenizer.added_tokens_decoder[number]) for number in placeholders}
         self._spec = spec
-        self._formats: dict[tuple[bool, str], AssistantFormat] = {}  # by tools and template variables
-        self._unusable: dict[tuple[bool, str], str] = {}  # the same: why the template cannot be used
+        self._templates: dict[bool, Template] = {}  # of the conversations so far, by whether they have tools
+        tokens = tokenizer.added_tokens_decoder.values()
+        self._options = ChatOptions(
+            templates={},
+            special=tuple(sorted({token.content for token in tokens if token.special and token.content.strip()})),
+            # Like DeepSeek's <｜Assistant｜>: no special token, but a header that is one token.
+            added=tuple(
+                sorted({token.content for token in tokens if not token.special and TAG.fullmatch(token.content)})
+            ),
+            bos=tokenizer.bos_token,
+            all_tokens=spec.loss_on == "all",
+        )
+        self._stopped: list[BadRow] = []  # rows on which the template was stopped
         self._day = date.fromisoformat(spec.template_date) if spec.template_date else date.today()
         self._backend = _backend_without_special_tokens(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
@@ -126,20 +120,35 @@ class CausalLMEncoder:
 
     def template_reads(self, key: str) -> bool:
         """Return whether the chat template, of the conversations so far, reads a key of messages."""
-        return any(key in template_keys(format_.template.source) for format_ in self._formats.values())
+        return any(key in template_keys(template.source) for template in self._templates.values())
 
-    def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | BadRow]:
-        """Yield one result for each example, in order.
+    def render(self, examples: Sequence[Example]) -> ChatRendering:
+        """Start the rendering of the conversations in the template process; one rendering at a time.
+
+        Raises:
+            LoraError: there is no chat template, or it cannot be used.
+        """
+        chats = [example for example in examples if isinstance(example, Conversation)]
+        for tools in dict.fromkeys(chat.tools is not None for chat in chats):
+            if tools not in self._templates:
+                self._templates[tools] = self._required_template(tools=tools)
+        return ChatRendering(self._options._replace(templates=self._templates), chats, self._stopped)
+
+    def encode(
+        self, examples: Sequence[Example], rendering: ChatRendering | None = None
+    ) -> Iterator[EncodedRow | BadRow]:
+        """Yield one result for each example, in order; `rendering` is that of `render`, if it was started before.
 
         Raises:
             LoraError: the chat template or the tokenizer cannot be used for these examples.
         """
-        rows = [self._render(example) for example in examples]
+        rendered = iter((rendering or self.render(examples)).rows())
+        rows = [next(rendered) if isinstance(example, Conversation) else self._prepare(example) for example in examples]
         # In one call, because the tokenizer distributes a batch over the CPU cores.
-        texts = [row.text for row in rows if isinstance(row, _UntokenizedRow)]
+        texts = [row.text for row in rows if isinstance(row, UntokenizedRow)]
         encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         for row in rows:
-            encoded = self._to_row(row, next(encodings)) if isinstance(row, _UntokenizedRow) else row
+            encoded = self._to_row(row, next(encodings)) if isinstance(row, UntokenizedRow) else row
             yield self._check_placeholders(encoded) if self._placeholders else encoded
 
     def _check_placeholders(self, row: EncodedRow | BadRow) -> EncodedRow | BadRow:
@@ -150,29 +159,19 @@ class CausalLMEncoder:
         token = self._placeholders[min(found)]
         return BadRow("token of an image or sound", f"has {token}, which stands for an image, a video or a sound")
 
-    def _render(self, example: Example) -> _UntokenizedRow | EncodedRow | BadRow:
+    def _prepare(self, example: Example) -> UntokenizedRow | EncodedRow | BadRow:
+        """Return the text of an example without chat template, or its row if it is tokenized already."""
         all_tokens = self._spec.loss_on == "all"
         try:
             match example:
-                case Conversation():
-                    format_ = self._format_of(example)
-                    text, turns, counts = render_with_spans(format_, example)
-                    if example.tools:
-                        self._check_tools(format_, example.messages, example.tools, text)
-                    silent = spans_without_loss(example, text, turns, format_.end_tokens)
-                    if all_tokens:
-                        check_flags_of_answers_only(example)
-                    return _UntokenizedRow(
-                        text, turns, plain=False, all_tokens=all_tokens, counts=counts, silent=silent
-                    )
                 case PromptCompletion(prompt, completion):
                     text = prompt + completion
-                    return _UntokenizedRow(text, [Span(len(prompt), len(text))], plain=True, all_tokens=all_tokens)
+                    return UntokenizedRow(text, [Span(len(prompt), len(text))], plain=True, all_tokens=all_tokens)
                 case Document(text):
-                    return _UntokenizedRow(text, [Span(0, len(text))], plain=True, all_tokens=True)
+                    return UntokenizedRow(text, [Span(0, len(text))], plain=True, all_tokens=True)
                 case Segments():
                     spans = spans_of_segments(example)
-                    return _UntokenizedRow(example.text, spans, plain=True, all_tokens=False, labeled=True)
+                    return UntokenizedRow(example.text, spans, plain=True, all_tokens=False, labeled=True)
                 case TokenIds():
                     return self._from_token_ids(example)
                 case _:
@@ -180,56 +179,17 @@ class CausalLMEncoder:
         except BadRow as bad:
             return bad
 
-    def _format_of(self, chat: Conversation) -> AssistantFormat:
-        tools = chat.tools is not None
-        key = (tools, json.dumps(chat.variables, sort_keys=True, default=str) if chat.variables else "")
-        if key in self._unusable:
-            raise BadRow("unusable template variables", self._unusable[key])
-        if key not in self._formats:
-            template = self._template(tools=tools)
-            if template is None:
-                raise LoraError(
-                    "data: the rows are conversations, but the tokenizer has no chat template",
-                    hint="set data.chat_template: a named template (chatml, alpaca, ...), a path, or inline Jinja",
-                )
-            check_row_names(chat.variables, template.source)
-            variables = {**template.variables, **chat.variables}
-            try:
-                self._formats[key] = self._infer_format(template._replace(variables=variables))
-            except LoraError as error:
-                if not chat.variables:
-                    raise
-                # Other rows can have other variables.
-                self._unusable[key] = f"{error.message} (with {_listed(chat.variables)})"
-                raise BadRow("unusable template variables", self._unusable[key]) from None
-        format_ = self._formats[key]
-        if tools and not format_.supports_tools:
-            raise LoraError(
-                f"data: rows have tools, but {format_.template.name} ignores them",
-                hint="use a chat template that supports tools, or remove the tools column from the data",
-            )
-        return format_
-
     def _template(self, *, tools: bool) -> Template | None:
         return resolve_template(self._spec.chat_template, self.tokenizer, tools=tools, day=self._day)
 
-    def _check_tools(
-        self, format_: AssistantFormat, messages: list[Message], tools: list[ToolSchema], text: str
-    ) -> None:
-        try:
-            without_tools = render_template(format_.template, messages)
-        except BadRow:
-            without_tools = ""  # the template accepts tool calls only together with tools
-        check_tools_rendered(tools, text, without_tools=without_tools)
-
-    def _infer_format(self, template: Template) -> AssistantFormat:
-        tokens = self.tokenizer.added_tokens_decoder.values()
-        special = {token.content for token in tokens if token.special and token.content.strip()}
-        # Like DeepSeek's <｜Assistant｜>: no special token, but a header that is one token.
-        added = {
-            token.content for token in tokens if not token.special and re.fullmatch(r"[<\[]\S+[>\]]", token.content)
-        }
-        return infer_template_format(template, special=special, added=added, bos=self.tokenizer.bos_token)
+    def _required_template(self, *, tools: bool) -> Template:
+        template = self._template(tools=tools)
+        if template is None:
+            raise LoraError(
+                "data: the rows are conversations, but the tokenizer has no chat template",
+                hint="set data.chat_template: a named template (chatml, alpaca, ...), a path, or inline Jinja",
+            )
+        return template
 
     def _from_token_ids(self, example: TokenIds) -> EncodedRow:
         ids, labels = example
@@ -241,7 +201,7 @@ class CausalLMEncoder:
         spans = spans_of_labels(labels) if labels is not None else [Span(0, len(ids))]
         return _make_row(ids, spans, answers=())
 
-    def _to_row(self, row: _UntokenizedRow, encoding: Encoding) -> EncodedRow | BadRow:
+    def _to_row(self, row: UntokenizedRow, encoding: Encoding) -> EncodedRow | BadRow:
         ids = encoding.ids
         borders = sorted(border for span in (*row.answers, *row.silent) for border in span)
         moved = skip_stripped(encoding, borders, row.text, self._rstrip)
@@ -314,10 +274,6 @@ class CausalLMEncoder:
     def _check_single_bos(self, ids: Sequence[int]) -> None:
         if self._bos is not None and list(ids[:2]) == [self._bos, self._bos]:
             raise BadRow("two BOS tokens", f"starts with two BOS tokens ({self.tokenizer.bos_token})")
-
-
-def _listed(variables: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}: {json.dumps(value, default=str)}" for name, value in variables.items())
 
 
 def _without_space(text: str, stripped: bool) -> str:

@@ -18,6 +18,7 @@ from lora_cli.data.encode import CausalLMEncoder, EncodedRow, require_fast_token
 from lora_cli.data.formats import ClassificationExample, Example, Label, PromptCompletion, TaggingExample
 from lora_cli.data.label_mask import Ints
 from lora_cli.data.records import BadRow
+from lora_cli.data.render_chats import ChatRendering
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
 
@@ -60,7 +61,10 @@ class RowEncoder(Protocol):
 
     def template_reads(self, key: str) -> bool: ...
     def identity(self) -> str: ...
-    def encode(self, examples: Sequence[Example]) -> Iterator[EncodedRow | LabeledRow | BadRow]: ...
+    def render(self, examples: Sequence[Example]) -> ChatRendering | None: ...
+    def encode(
+        self, examples: Sequence[Example], rendering: ChatRendering | None = None
+    ) -> Iterator[EncodedRow | LabeledRow | BadRow]: ...
 
 
 def make_encoder(
@@ -102,7 +106,12 @@ class LabeledRowEncoder:
         """Return whether a chat template reads a key of messages: there is none."""
         return False
 
-    def encode(self, examples: Sequence[Example]) -> Iterator[LabeledRow | BadRow]:
+    def render(self, examples: Sequence[Example]) -> None:
+        """Render nothing: these rows have no chat template."""
+
+    def encode(
+        self, examples: Sequence[Example], rendering: ChatRendering | None = None
+    ) -> Iterator[LabeledRow | BadRow]:
         """Yield one result for each example, in order."""
         texts = [text for example in examples for text in self._texts(example)]
         # In one call, because the tokenizer distributes a batch over the CPU cores.

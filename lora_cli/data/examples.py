@@ -17,6 +17,7 @@ from lora_cli.data.message_shapes import MessageNames, NormalizedMessages, norma
 from lora_cli.data.readers import parse_json_field
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
 from lora_cli.data.row_kinds import check_media, check_row_kind, is_empty
+from lora_cli.data.row_size import check_size
 from lora_cli.data.sources import DataSource
 from lora_cli.data.template_variables import KWARGS_COLUMN, row_variables
 from lora_cli.data.turns import TurnOptions
@@ -206,6 +207,7 @@ def _parsed_rows(
                 raise unreadable[0]
             check_row_kind(renamed, unread=others, format_=format_.name, columns=format_.columns)
             example, keys = _parse(renamed, format_.name, names, turns)
+            check_size(example)
             check_media(example, columns=format_.columns)
             unread.keys.update(keys)
             if isinstance(example, Conversation):

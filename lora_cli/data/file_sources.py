@@ -14,6 +14,7 @@ from lora_cli.data.file_types import READERS, SUPPORTED, WITH_DELIMITER, is_read
 from lora_cli.data.split_names import check_shards, files_of_split, group_by_split, select_split
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import SourceSpec
+from lora_cli.run.read_file import describe_kind
 
 MAX_LISTED = 5  # files listed in a message
 
@@ -65,10 +66,12 @@ def find_files(spec: SourceSpec, *, splits: Sequence[str], cache: Path, info: Ca
     elif path.is_file():
         listed, single, folder = [_local(path, path.parent)], True, False
     elif path.is_dir():
-        listed = [_local(file, path) for file in sorted(path.rglob("*")) if file.is_file()]
+        listed = [_local(file, path) for file in _files(sorted(path.rglob("*")))]
         single, folder = False, True
     elif glob.has_magic(str(path)):
         listed, single, folder = _glob(path), False, False
+    elif os.path.lexists(path):
+        raise _not_a_file(path)
     else:
         return None
     if spec.subset is not None:
@@ -108,9 +111,27 @@ def _local(path: Path, root: Path) -> _Listed:
     return _Listed(path.relative_to(root).as_posix(), str(path), lambda: path)
 
 
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files of some paths; folders are left out, and hidden entries, as editors make links as locks.
+
+    Raises:
+        LoraError: one is a link to nothing, a pipe or a device: its rows would be missing silently.
+    """
+    files = [path for path in paths if path.is_file()]
+    others = (path for path in paths if not path.is_dir() and not path.is_file())
+    for path in others:
+        if not _is_hidden(path.name):
+            raise _not_a_file(path)
+    return files
+
+
+def _not_a_file(path: Path) -> LoraError:
+    return LoraError(f"data: {path} is {describe_kind(path)}, not a file", hint="write the path of a file or folder")
+
+
 def _glob(pattern: Path) -> list[_Listed]:
     matches = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-    files = [path for path in matches if path.is_file()]
+    files = _files(matches)
     if not files:
         found = "matches only folders" if matches else "matches no file"
         hint = f"write {pattern}/** for the files in them" if matches else "correct the pattern; ** matches folders"

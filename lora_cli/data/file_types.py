@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from lora_cli.data.data_file import COMPRESSIONS, DataFile
-from lora_cli.data.read_tables import read_csv, read_parquet, read_tsv
+from lora_cli.data.read_binary import read_parquet
+from lora_cli.data.read_tables import read_csv, read_tsv
 from lora_cli.data.readers import read_json, read_jsonl, read_txt
 from lora_cli.data.records import Line
 

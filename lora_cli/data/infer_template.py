@@ -6,9 +6,9 @@ from typing import Any
 
 from lora_cli.data import reasoning
 from lora_cli.data.assistant_spans import AssistantFormat, ReasoningForm, render_with_spans
-from lora_cli.data.chat_templates import Template, render_template
 from lora_cli.data.conversation import Conversation, Message
 from lora_cli.data.records import BadRow
+from lora_cli.data.rendering import Template, render_template
 from lora_cli.data.template_variables import template_names
 from lora_cli.errors import LoraError
 

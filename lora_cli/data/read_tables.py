@@ -1,16 +1,15 @@
-"""Read tables (CSV, TSV, Parquet) row by row, with line or row numbers. No tokenizer, no torch."""
+"""Read tables of cells (CSV, TSV) row by row, with line numbers. No tokenizer, no torch."""
 
 import csv
 import io
 import re
-import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from lora_cli.data.data_file import DataFile
-from lora_cli.data.readers import quote
+from lora_cli.data.readers import MAX_LINE, quote, too_long_row
 from lora_cli.data.records import BadRow, Line
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, first_line
 
 OTHER_DELIMITERS = (",", ";", "\t", "|")
 
@@ -34,10 +33,12 @@ def read_tsv(file: DataFile) -> Iterator[Line]:
 
 
 def _read_cells(file: DataFile, delimiter: str) -> Iterator[Line]:
-    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB per cell, is too small for a long document
+    # The default, 128 KiB per cell, is too small for a long document. A quote that is not closed makes a cell of the
+    # rest of the file.
+    csv.field_size_limit(MAX_LINE)
     with file.open() as content:
         lines = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        cells = csv.reader(_unix_line_ends(lines), strict=True, delimiter=delimiter)
+        cells = csv.reader(_unix_line_ends(file.name, lines), strict=True, delimiter=delimiter)
         header: list[str] = []
         line = 1
         try:
@@ -51,18 +52,21 @@ def _read_cells(file: DataFile, delimiter: str) -> Iterator[Line]:
                 yield Line(start, _csv_row(header, row))
         except csv.Error as error:
             raise LoraError(
-                f"{file.name}:{line}: malformed CSV: {error}",
+                f"{file.name}:{line}: malformed CSV: {first_line(error)}",
                 hint='the rows after it cannot be read: fix the quotes (a quote in a quoted cell is written "")',
             ) from None
 
 
-def _unix_line_ends(lines: Iterator[str]) -> Iterator[str]:
+def _unix_line_ends(name: str, lines: TextIO) -> Iterator[str]:
     """Replace CRLF, also within quoted cells, if the first line ends with it: the text is the same as with LF."""
-    first = next(lines, "")
+    first = lines.readline(MAX_LINE)
     crlf = first.endswith("\r\n")
-    yield first.replace("\r\n", "\n") if crlf else first
-    for line in lines:
+    line, number = first, 1
+    while line:
+        if len(line) == MAX_LINE:
+            raise too_long_row(name, number)
         yield line.replace("\r\n", "\n") if crlf else line
+        line, number = lines.readline(MAX_LINE), number + 1
 
 
 def _header(name: str, names: list[str], delimiter: str) -> list[str]:
@@ -93,30 +97,3 @@ def _csv_row(header: list[str], row: list[str]) -> dict[str, Any] | BadRow:
         if match := re.search("[\ud800-\udfff]", cell):
             return BadRow("not UTF-8", f"is not UTF-8: byte 0x{ord(match[0]) - 0xDC00:02x}", field=name)
     return values
-
-
-def read_parquet(file: DataFile) -> Iterator[Line]:
-    """Yield the rows of a Parquet file, numbered from 1.
-
-    Raises:
-        LoraError: the file cannot be read, or has two columns of the same name.
-    """
-    # Imported here because pyarrow takes half a second to import, and most data is JSON.
-    import pyarrow
-    from pyarrow import parquet
-
-    from lora_cli.data.arrow_rows import ArrowRows
-
-    try:
-        table = parquet.ParquetFile(file.path)
-        rows = ArrowRows(table.schema_arrow, file.name)
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for row, nulls in rows.of_batch(batch):
-                number += 1
-                yield Line(number, row, nulls)
-    except (pyarrow.ArrowException, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise LoraError(
-            f"{file.name}: not a readable Parquet file: {first_line}", hint="write the file again"
-        ) from None

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from lora_cli.data.records import BadRow, Line
 from lora_cli.errors import LoraError
 
 CHUNK = 1 << 20  # bytes of a .json file that are read at a time
+MAX_LINE = 1 << 28  # bytes of a row, which is in memory several times
+MAX_DEPTH = 128  # levels of lists and objects in a row: everything that follows visits them with recursive functions
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -30,6 +34,12 @@ def parse_json(text: str, start: int = 0) -> ParsedJson:
     """
     flaws: list[BadRow] = []
 
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            flaws.append(BadRow("NaN or infinity", f"{quote(digits)} is larger than every number"))
+        return value
+
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
         if len(result) < len(items):
@@ -42,16 +52,32 @@ def parse_json(text: str, start: int = 0) -> ParsedJson:
         flaws.append(BadRow("NaN or infinity", f"{name} is not a JSON value"))
 
     try:
-        value, end = json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant).raw_decode(text, start)
+        decoder = json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant, parse_float=number)
+        value, end = decoder.raw_decode(text, start)
     except RecursionError:
-        raise json.JSONDecodeError("nested too deeply", text, start) from None
+        raise json.JSONDecodeError(TOO_DEEP, text, start) from None
     except json.JSONDecodeError:
         raise
     except ValueError:  # Python refuses to convert numbers of thousands of digits
         raise json.JSONDecodeError("a number with too many digits", text, start) from None
+    # Most rows have fewer brackets than levels that are allowed.
+    brackets = text.count("[", start, end) + text.count("{", start, end)
+    if brackets > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise json.JSONDecodeError(TOO_DEEP, text, start)
     if not flaws and text.find("\\u", start, end) >= 0:
         flaws.extend(filter(None, [find_invalid_characters(value)]))
     return ParsedJson(value, end, flaws[0] if flaws else None)
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Return whether lists and objects are nested more than `levels` deep; without recursion, which has a limit too."""
+    inner: list[object] = [value]
+    for _ in range(levels):
+        containers = [each for each in inner if isinstance(each, list | dict)]
+        inner = [item for each in containers for item in (each.values() if isinstance(each, dict) else each)]
+        if not inner:
+            return False
+    return any(isinstance(each, list | dict) for each in inner)
 
 
 def parse_json_field(text: str, *, field: str) -> Any:
@@ -118,10 +144,14 @@ def read_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file with their 1-based numbers, without BOM and line ends; skip blank lines.
 
     Raises:
-        LoraError: the file is UTF-16.
+        LoraError: the file is UTF-16, or a line has more than `MAX_LINE` bytes.
     """
     with file.open() as content:
-        for number, raw in enumerate(content, 1):
+        number = 0
+        while raw := content.readline(MAX_LINE + 1):
+            number += 1
+            if len(raw) > MAX_LINE:
+                raise too_long_row(file.name, number)
             # Not strip(): spaces at the ends of a .txt line are part of the text.
             line = raw.removesuffix(b"\n").removesuffix(b"\r")
             if number == 1:
@@ -130,6 +160,14 @@ def read_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
                     raise LoraError(f"{file.name}: is encoded as UTF-16", hint="save it as UTF-8")
             if line.strip():
                 yield number, line
+
+
+def too_long_row(name: str, line: int) -> LoraError:
+    """Return the error for a row of more bytes than fit in memory several times."""
+    return LoraError(
+        f"{name}:{line}: a row of more than {MAX_LINE >> 20} MiB, or a file without line ends",
+        hint="write each row on a line of its own, and split long texts into several rows",
+    )
 
 
 def require_object(value: Any) -> dict[str, Any]:
@@ -227,6 +265,7 @@ class _JsonStream:
 
     def __init__(self, file: DataFile, malformed: Callable[[int, str], LoraError]) -> None:
         self.line = 1
+        self._name = file.name
         self._malformed = malformed
         self._chunks = self._read(file)
         self._text = ""
@@ -255,6 +294,8 @@ class _JsonStream:
         Doubles the window at least, so that a row of many chunks is not decoded again after each chunk.
         """
         needed = max(CHUNK, len(self._text) - self._position)
+        if needed > MAX_LINE:
+            raise too_long_row(self._name, self.line)
         pieces = [self._text[self._position :]]
         grown = 0
         while grown < needed and (chunk := next(self._chunks, "")):

@@ -19,7 +19,7 @@ class BadRow(Exception):
     """
 
     def __init__(self, reason: str, problem: str, *, field: str | None = None, hint: str | None = None) -> None:
-        super().__init__(reason)
+        super().__init__(reason, problem)  # both, for pickle
         self.reason = reason
         self.problem = problem
         self.field = field

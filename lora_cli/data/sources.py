@@ -7,14 +7,16 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from lora_cli.data.data_file import DataFile
+from lora_cli.data.data_file import REGULAR_HINT, DataFile
 from lora_cli.data.file_sources import FileSet, find_files, looks_local, missing_path_error
 from lora_cli.data.file_types import READERS
-from lora_cli.data.records import BadRow, Line, Record
-from lora_cli.errors import LoraError
+from lora_cli.data.read_binary import read_dataset, try_saved_dataset
+from lora_cli.data.records import Line, Record
+from lora_cli.errors import LoraError, first_line
 from lora_cli.recipe.schema import DataSpec, SourceSpec
 from lora_cli.run.cache_folder import cache_folder
 from lora_cli.run.console import no_output
+from lora_cli.run.read_file import open_regular
 
 Info = Callable[[str], None]
 
@@ -131,7 +133,7 @@ def content_hash(source: DataSource) -> str:
     digest.update(f"{source.spec.subset} {source.spec.split} {source.fingerprint}\n".encode())
     for path, type_ in zip(source.files, source.types or [path.suffix for path in source.files], strict=True):
         digest.update(f"{type_}:{path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
+        with open_regular(path, hint=REGULAR_HINT) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -178,16 +180,14 @@ def _type_of(file: DataFile) -> str:
 
 
 def _from_disk(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> DataSource:
+    if problem := try_saved_dataset(path):
+        raise LoraError(
+            f"data: {path} is not a complete dataset folder: {problem}",
+            hint="save it again with datasets' save_to_disk",
+        )
     import datasets  # imported here because it takes two seconds and only this kind of source needs it
 
-    try:
-        loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise LoraError(
-            f"data: {path} is not a complete dataset folder: {_first_line(error)}",
-            hint="save it again with datasets' save_to_disk",
-        ) from None
-    return _select_split(spec, loaded, splits)
+    return _select_split(spec, datasets.load_from_disk(str(path)), splits)
 
 
 def _from_hub(spec: SourceSpec, splits: tuple[str, ...]) -> DataSource:
@@ -197,16 +197,12 @@ def _from_hub(spec: SourceSpec, splits: tuple[str, ...]) -> DataSource:
         loaded = datasets.load_dataset(spec.path, spec.subset, split=spec.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise LoraError(
-            f"data: {spec.path} is not a local file or folder, and not an available hub dataset: {_first_line(error)}",
+            f"data: {spec.path} is not a local file or folder, and not an available hub dataset: {first_line(error)}",
             hint="set `subset` to one of its configurations"
             if "Config name is missing" in str(error)
             else "correct the path or id; offline (HF_HUB_OFFLINE), only downloaded datasets are available",
         ) from None
     return _from_dataset(spec, loaded) if spec.split else _select_split(spec, loaded, splits)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _select_split(spec: SourceSpec, loaded: Any, splits: tuple[str, ...]) -> DataSource:
@@ -225,39 +221,10 @@ def _select_split(spec: SourceSpec, loaded: Any, splits: tuple[str, ...]) -> Dat
 
 def _from_dataset(spec: SourceSpec, dataset: Any) -> DataSource:
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
-    readers = (partial(_dataset_rows, dataset, _display_name(spec)),)
+    readers = (partial(read_dataset, dataset, _display_name(spec)),)
     return DataSource(spec, (_display_name(spec),), files, readers, fingerprint=dataset._fingerprint)
 
 
 def _display_name(spec: SourceSpec) -> str:
     parts = [part for part in (spec.subset, spec.split) if part is not None]
     return f"{spec.path}[{', '.join(parts)}]" if parts else spec.path
-
-
-def _dataset_rows(dataset: Any, name: str) -> Iterator[Line]:
-    from lora_cli.data.arrow_rows import ArrowRows
-
-    number = 0
-    classes = {column: names for column, feature in dataset.features.items() if (names := _class_names(feature))}
-    rows = ArrowRows(dataset.features.arrow_schema, name)
-    # In Arrow format, because other formats decode image and audio columns, which are not needed.
-    for table in dataset.with_format("arrow").iter(batch_size=1024):
-        for row, nulls in rows.of_batch(table):
-            number += 1
-            if not isinstance(row, BadRow):
-                row.update({column: _label_names(row[column], names) for column, names in classes.items()})
-            yield Line(number, row, nulls)
-
-
-def _class_names(feature: Any) -> list[str] | None:
-    """Return the class names of a `ClassLabel` column, which contains numbers; None for other columns."""
-    inner = getattr(feature, "feature", feature)  # `feature.feature` is the type of a list's items
-    names: list[str] | None = getattr(inner, "names", None)
-    return names
-
-
-def _label_names(value: Any, names: list[str]) -> Any:
-    if isinstance(value, list):
-        return [_label_names(each, names) for each in value]
-    # -1 marks a row without label, as in test splits: it is kept as a number, which the row format rejects.
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value

@@ -17,6 +17,7 @@ from jinja2 import meta, nodes
 
 from lora_cli.data.readers import json_type, parse_json_field
 from lora_cli.data.records import BadRow
+from lora_cli.data.rendering import in_template_process
 from lora_cli.errors import LoraError
 
 KWARGS_COLUMN = "chat_template_kwargs"  # of a row: its template variables, by the name that servers use
@@ -39,13 +40,19 @@ DATE_DIRECTIVES = (
 DATE_DIRECTIVES += tuple(f"%{letter}" for letter in "DFTReuVGhzZ")
 
 
-def template_names(source: str) -> set[str]:
+@cache
+def template_names(source: str) -> frozenset[str]:
     """Return the names of the variables that a template reads, without messages, special tokens and functions.
 
     Raises:
         jinja2.TemplateSyntaxError: the template is not valid Jinja.
     """
-    tree = _parse(source)
+    # In the process for templates: Jinja's code generator, which finds the names, computes constant expressions.
+    return in_template_process("the chat template", _template_names, source)
+
+
+def _template_names(source: str) -> frozenset[str]:
+    tree = parse_template(source)
     names = {name for name in meta.find_undeclared_variables(tree) if not is_reserved(name)}
     # What a template sets in a branch and reads behind it counts as undeclared. It is a variable of the caller too if
     # the template asks whether it is defined, to set a default.
@@ -56,7 +63,7 @@ def template_names(source: str) -> set[str]:
         for test in tests
         if test.name in ("defined", "undefined", "default", "d") and isinstance(test.node, nodes.Name)
     }
-    return names - (own - asked)
+    return frozenset(names - (own - asked))
 
 
 @cache
@@ -66,7 +73,7 @@ def template_keys(source: str) -> frozenset[str]:
     Raises:
         jinja2.TemplateSyntaxError: the template is not valid Jinja.
     """
-    tree = _parse(source)
+    tree = parse_template(source)
     texts = {text.value for text in tree.find_all(nodes.Const) if isinstance(text.value, str)}  # message["name"]
     return frozenset(texts | {field.attr for field in tree.find_all(nodes.Getattr)})
 
@@ -172,7 +179,7 @@ def uses_date(source: str) -> bool:
     """
     if "strftime_now" not in source:
         return False
-    calls = _parse(source).find_all(nodes.Call)
+    calls = parse_template(source).find_all(nodes.Call)
     return any(isinstance(call.node, nodes.Name) and call.node.name == "strftime_now" for call in calls)
 
 
@@ -190,7 +197,15 @@ def with_date(source: str, day: date) -> str:
     )
 
 
-def _parse(source: str) -> nodes.Template:
+def parse_template(source: str) -> nodes.Template:
+    """Return the syntax tree of a template; nothing of it is run.
+
+    Raises:
+        jinja2.TemplateSyntaxError: the template is not valid Jinja.
+    """
     # transformers adds the tag `generation`; its body is the same without it.
     plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", source)
-    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    try:
+        return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except RecursionError:
+        raise jinja2.TemplateSyntaxError("nested too deeply", 1) from None

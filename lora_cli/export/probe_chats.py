@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-from jinja2 import TemplateError
+from jinja2 import TemplateSyntaxError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.chat_templates import needs_typed_content, typed_content
+from lora_cli.data.check_template import check_template
+from lora_cli.data.records import BadRow
+from lora_cli.data.rendering import render_template
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -45,15 +47,20 @@ PROBE_CHATS: tuple[Messages, ...] = (
 )
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, chat: Messages, **variables: bool) -> str | None:
-    """Return `chat` rendered with the generation prompt by the tokenizer's template; None if it rejects the chat."""
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, chat: Messages, *, generation_prompt: bool = True, **variables: bool
+) -> str | None:
+    """Return `chat` as the tokenizer's template writes it, with the generation prompt; None if it rejects the chat.
+
+    Raises:
+        LoraError: the template does not end, or tries to leave its sandbox.
+    """
     try:
-        content = typed_content(chat) if needs_typed_content(tokenizer) else list(map(dict, chat))
-        text = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True, **variables)
-    except TemplateError:
+        template = check_template("the tokenizer's chat template", tokenizer.get_chat_template(), tokenizer)
+        template = template._replace(variables={**template.variables, **variables})
+        return render_template(template, list(map(dict, chat)), generation_prompt=generation_prompt)
+    except (BadRow, TemplateSyntaxError):
         return None
-    assert isinstance(text, str)
-    return text
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

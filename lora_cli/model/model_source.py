@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from lora_cli.data.check_template import check_tokenizer_templates
 from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base
 from lora_cli.recipe.schema import ModelSpec
@@ -90,18 +91,23 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         return config
 
 
-def load_tokenizer(source: ModelSource, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: ModelSource, new_tokens: Sequence[str] = (), *, uses_template: bool = True
+) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, and add `new_tokens` to it as special tokens.
 
-    The chat template is the tokenizer's, else that of the model's processor.
+    The chat template is the tokenizer's, else that of the model's processor. It is checked, unless another one is used
+    in its place (`uses_template` False).
 
     Raises:
-        LoraError: it cannot be loaded, or it already has one of the new tokens.
+        LoraError: it cannot be loaded, it already has one of the new tokens, or its chat template cannot be trusted.
     """
     with library_errors(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(source)
+    if uses_template:
+        check_tokenizer_templates(tokenizer, source.path)
     if known := [token for token in new_tokens if token in tokenizer.get_vocab()]:
         raise LoraError(
             f"model.new_tokens: the tokenizer already has {known[0]}", hint="remove it from the list: it is not new"

@@ -76,6 +76,16 @@ def read_json_object(path: Path, *, limit: int = MAX_TEXT_BYTES, hint: str = RES
     return value
 
 
+def describe_kind(path: Path) -> str:
+    """Return what there is at a path that exists: `a pipe`, `a link to nothing`."""
+    try:
+        return _kind(path.stat().st_mode)
+    except FileNotFoundError:
+        return "a link to nothing"
+    except OSError as error:  # a loop of links, a folder without permission
+        return f"a path that cannot be followed ({error.strerror})"
+
+
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")

@@ -1,15 +1,19 @@
 """Load what `lora chat` talks to: a base with its adapters or a model, and how each was prompted in training."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateSyntaxError
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from lora_cli.data.check_template import check_template
 from lora_cli.data.template_variables import with_date
 from lora_cli.errors import LoraError
 from lora_cli.model.adapter_config import read_adapter_config
@@ -23,6 +27,7 @@ from lora_cli.model.trained_on import read_trained_on
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import console
 from lora_cli.run.folder import CONFIG_FILE
+from lora_cli.run.read_file import read_text
 from lora_cli.setup.adapter_folders import find_adapter, parse_named_folder
 from lora_cli.training import cpu
 
@@ -80,16 +85,16 @@ def load_chat(target: Path, adapters: Sequence[str], base_path: str | None) -> L
     base = adapter.base
     if base.task != "causal-lm":
         raise LoraError(f"{first}: a model for {base.task} does not chat", hint="measure it with lora eval")
+    prompting, notes = {}, []
+    for name, folder in folders.items():
+        prompting[name], note = _prompting(name, folder, base.tokenizer)
+        notes += note
     section = adapter.trained_on.quantization if adapter.trained_on else None
     quantization = QuantizationSpec.model_validate(section) if section else None
     dtype = pick_dtype("auto", device, quantization) if adapter.trained_on is None else base.dtype
     model = base.load(device, dtype=dtype, quantization=quantization).model
     loaded = load_adapters(model, folders, base=base.name)
     upcast_trainable_params(loaded.model, for_inference=True)
-    prompting, notes = {}, []
-    for name, folder in folders.items():
-        prompting[name], note = _prompting(name, folder, base.tokenizer)
-        notes += note
     return LoadedChat(loaded.model, base.tokenizer, loaded, prompting, notes)
 
 
@@ -99,9 +104,11 @@ def _prompting(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> t
     day = trained_on.template_date if trained_on else None
     recorded = trained_on.prompts if trained_on else None
     file = folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else None
-    if day and template is not None:
-        template = with_date(template, date.fromisoformat(day))  # as in training
+    template = read_text(file) if os.path.lexists(file) else None
+    if template is not None:
+        with suppress(TemplateSyntaxError):  # is told when a line is to be rendered
+            check_template(f"the chat template of {folder}", template, tokenizer)
+            template = with_date(template, date.fromisoformat(day)) if day else template  # as in training
     if tokenizer.chat_template is None and template is None:
         return Prompting("text"), [f"{name}: no chat template: {DESCRIPTIONS['text']}"]
     match recorded:

@@ -4,7 +4,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.data.dataset import EncodedDataset, Row
+from lora_cli.data.dataset import EncodedDataset
+from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.merging.verify import Probes

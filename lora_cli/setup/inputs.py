@@ -98,7 +98,7 @@ def load_inputs(
     if quantized_before is not None:
         prequantized.check_prequantized(quantized_before, recipe.adapter, recipe.quantization, path=model.path)
     _check_attention(model.attention)
-    tokenizer = load_tokenizer(source, model.new_tokens)
+    tokenizer = load_tokenizer(source, model.new_tokens, uses_template=data.chat_template is None)
     _check_max_length(config, data, virtual=recipe.adapter.virtual_tokens or 0)
     prepared = prepare_data(
         data,

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from lora_cli.data.arrow_rows import ArrowRows
 from lora_cli.data.data_file import data_file
 from lora_cli.data.examples import check_rows
-from lora_cli.data.read_tables import read_parquet
+from lora_cli.data.read_binary import read_parquet
 from lora_cli.data.records import BadRow
 from lora_cli.data.sources import read_records, train_sources
 from lora_cli.errors import LoraError

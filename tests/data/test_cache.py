@@ -27,9 +27,9 @@ def count_encoding(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     encode = CausalLMEncoder.encode
 
-    def counted(self: CausalLMEncoder, examples):
+    def counted(self: CausalLMEncoder, examples, rendering=None):
         calls.append(len(examples))
-        return encode(self, examples)
+        return encode(self, examples, rendering)
 
     monkeypatch.setattr(CausalLMEncoder, "encode", counted)
     return calls
@@ -107,10 +107,10 @@ from tests.inputs.tiny_tokenizers import CHATML, build
 
 cache.ROWS_PER_BATCH = 5
 encode = CausalLMEncoder.encode
-def slow(self, examples):
+def slow(self, examples, rendering=None):
     time.sleep(0.05)
     print("batch", flush=True)
-    return encode(self, examples)
+    return encode(self, examples, rendering)
 CausalLMEncoder.encode = slow
 tokenizer = build("<|im_start|>", "<|endoftext|>", "<think>", "</think>", eos="<|im_end|>", template=CHATML)
 data = prepare_data(DataSpec(train="train.jsonl", eval=None), tokenizer, seed=0, cache=Path("cache"), info=print)

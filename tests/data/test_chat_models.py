@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from lora_cli.data.assistant_spans import render_with_spans
 from lora_cli.data.chat_templates import saved_template
 from lora_cli.data.conversation import Conversation
 from lora_cli.data.encode import CausalLMEncoder
+from lora_cli.data.render_chats import UntokenizedRow
 from lora_cli.data.template_variables import with_defaults
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
@@ -30,8 +30,10 @@ def marked(tokenizer, messages, **variables) -> str:
     """Return the rendered conversation with [[ ]] around what carries loss."""
     encoder = CausalLMEncoder(DataSpec.model_validate({"train": "x", "template_date": DAY}), tokenizer)
     chat = Conversation(messages, None, variables=variables)
-    text, spans, _ = render_with_spans(encoder._format_of(chat), chat)
-    for start, stop in reversed(spans):
+    (row,) = encoder.render([chat]).rows()
+    assert isinstance(row, UntokenizedRow)
+    text = row.text
+    for start, stop in reversed(row.answers):
         text = text[:start] + "[[" + text[start:stop] + "]]" + text[stop:]
     return text
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from lora_cli.data.chat_templates import needs_typed_content, render_template, resolve_template, typed_content
+from lora_cli.data.chat_templates import resolve_template
 from lora_cli.data.encode import CausalLMEncoder, EncodedRow
 from lora_cli.data.formats import Conversation, Document, TokenIds
 from lora_cli.data.records import BadRow
+from lora_cli.data.rendering import render_template, typed_content
 from lora_cli.model.model_source import ModelSource, load_tokenizer
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.recipe.schema import DataSpec
@@ -43,9 +44,9 @@ def supervised(row: EncodedRow | BadRow, encoder: CausalLMEncoder) -> str:
 @pytest.mark.parametrize(("source", "typed"), [(SMOLVLM, True), (LLAVA, True), (CHATML, False)])
 def test_a_template_gets_content_in_the_form_that_it_renders(source: str, typed: bool):
     tokenizer = build("<|im_start|>", "<image>", eos="<end_of_utterance>", template=source)
-    assert needs_typed_content(tokenizer) is typed
     template = resolve_template(None, tokenizer)
     assert template is not None
+    assert template.typed is typed
     text = render_template(template, CHAT)
     assert "How are you?" in text
     assert "I am fine." in text

@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gguf import GGUFWriter, Keys, TokenType
-from jinja2 import TemplateError
 from transformers import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
 from lora_cli.export.gguf import pre_tokenizers
 from lora_cli.export.gguf.pre_tokenizers import USE_CONVERTER_HINT
+from lora_cli.export.probe_chats import render_prompt
 
 METASPACE = "\u2581"  # SentencePiece's character for a space
 BYTE_TOKENS = frozenset(f"<0x{value:02X}>" for value in range(256))
@@ -279,11 +279,11 @@ def _adds_space_prefix(tokenizer_json: Mapping[str, Any], tokenizer: PreTrainedT
 
 
 def _chats_begin_special(tokenizer: PreTrainedTokenizerBase) -> bool:
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if not template or (isinstance(template, dict) and "default" not in template):
         return False
-    try:
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except (TemplateError, ValueError):  # the template rejects this chat, or no template is named "default"
+    chat = render_prompt(tokenizer, [{"role": "user", "content": "a"}], generation_prompt=False)
+    if chat is None:  # the template rejects this chat
         return False
     ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
     return bool(ids) and ids[0] in tokenizer.added_tokens_decoder

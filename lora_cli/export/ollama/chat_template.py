@@ -10,7 +10,6 @@ from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
@@ -200,9 +199,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], contents: 
 
 def _split_at_contents(tokenizer: PreTrainedTokenizerBase, roles: str, *, prompt: bool = True) -> _Split | None:
     """Render a chat with these roles and split it at the contents; None if the template rejects it."""
-    try:
-        text = str(tokenizer.apply_chat_template(marker_chat(roles), tokenize=False, add_generation_prompt=prompt))
-    except TemplateError:
+    text = render_prompt(tokenizer, marker_chat(roles), generation_prompt=prompt)
+    if text is None:
         return None
     parts = re.split(_MARKER.format(r"(\d)"), text)
     return _Split([int(number) for number in parts[1::2]], parts[::2])
