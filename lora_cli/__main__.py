@@ -1,5 +1,29 @@
-"""Entry point of `python -m lora_cli`, which the launcher uses to start several processes."""
+"""Entry point of `lora` and of `python -m lora_cli`: signals are handled before the slow imports begin."""
 
-from lora_cli.cli import main
+import gc
+import signal
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line."""
+    if sys.platform == "win32":
+        sys.stderr.write("error: lora runs on Linux and macOS; on Windows, use it in WSL\n")
+        sys.exit(2)
+    from lora_cli.run.signals import handle_signals
+    from lora_cli.run.streams import standard_streams
+
+    # Python's own handler prints a traceback. This one is in effect before and after the block.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with standard_streams(), handle_signals():
+        from lora_cli import cli
+
+        try:
+            cli.main()
+        finally:
+            gc.freeze()  # at its end, Python would search the objects of all libraries for garbage: 1.5 s
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,8 @@ import typer
 from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.library_warnings import silence_library_warnings
+from lora_cli.run.signals import handle_signals, stop_with_launcher
+from lora_cli.run.streams import standard_streams
 from lora_cli.run.system_errors import HINTS, as_os_error, describe
 
 app = typer.Typer(
@@ -302,9 +304,12 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line; a LoraError prints its details, an `error:` and a `hint:` line, and sets the exit code."""
-    if sys.platform == "win32":
-        console.info("error: lora runs on Linux and macOS; on Windows, use it in WSL")
-        sys.exit(2)
+    with standard_streams(), handle_signals():
+        _run()
+
+
+def _run() -> None:
+    stop_with_launcher()
     silence_library_warnings()
     try:
         with as_os_error():
@@ -321,10 +326,6 @@ def main() -> None:
         if mistake.hint:
             console.info(f"hint: {mistake.hint}")
         sys.exit(mistake.exit_code)
-    except BrokenPipeError:
-        # The reader of stdout has closed it (`| head`): not an error, and nothing more can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         if error.errno not in HINTS:
             raise

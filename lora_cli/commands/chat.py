@@ -1,6 +1,9 @@
 """`lora chat`: chat with a base and its adapters, all on one loaded base; answers are streamed token by token."""
 
+import os
+import signal
 import sys
+import termios
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,10 +21,11 @@ from lora_cli.data.encode import prefix_tokens
 from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import render_template
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.generation import stop_ids
+from lora_cli.evaluation.generation import StopOnSignal, stop_ids
 from lora_cli.evaluation.report import BASE
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.run import atomic, console
+from lora_cli.run.signals import at_end, stop_request
 from lora_cli.setup.chat_model import DESCRIPTIONS, PROMPT_KINDS, LoadedChat, Prompting, PromptKind, load_chat
 
 HELP = """\
@@ -190,12 +194,15 @@ class Chat:
         if name != BASE and self._adapters is not None:
             self._adapters.activate(name)
         adapter_off = model.disable_adapter() if isinstance(model, PeftModel) and name == BASE else nullcontext()
-        try:
-            with adapter_off:
-                model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
-                )
-        except KeyboardInterrupt:
+        with adapter_off, stop_request(signal.SIGINT) as stop:
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                streamer=streamer,
+                stopping_criteria=[StopOnSignal(lambda: stop.signal is not None)],
+            )
+        if stop.signal is not None:
             console.info("\n(stopped)")
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -301,14 +308,31 @@ def _lines(conversation: Chat) -> Iterator[str]:
 
 
 def _read_line(prompt: str) -> str | None:
-    """Return the next line of stdin; None at its end. `prompt` is shown on a terminal."""
+    """Return the next line of stdin; None at its end. `prompt` is shown on a terminal.
+
+    Raises:
+        LoraError: the line is not text in the encoding of stdin.
+    """
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise LoraError(
+                f"standard input is not {error.encoding} text: byte {error.object[error.start]:#04x}",
+                hint="convert it to UTF-8; PYTHONIOENCODING=utf-8 reads UTF-8 whatever the locale is",
+            ) from None
         return line.rstrip("\r\n") if line else None
     import readline  # noqa: F401 - its import gives input() editing and history
 
+    terminal = termios.tcgetattr(0)  # readline changes its modes while it reads
     try:
-        return input(prompt)
+        with at_end(lambda: _leave_prompt(terminal)):
+            return input(prompt)
     except EOFError:
         console.info("")
         return None
+
+
+def _leave_prompt(terminal: list[Any]) -> None:
+    termios.tcsetattr(0, termios.TCSANOW, terminal)
+    os.write(2, b"\n")

@@ -23,6 +23,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import RunFolder, open_run
+from lora_cli.run.signals import StopRequest, stop_request
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
@@ -37,7 +38,6 @@ from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.model_card import render_model_card
 from lora_cli.training.optimizer import averaged_weights, make_optimizer
 from lora_cli.training.out_of_memory import out_of_memory_as_lora_error
-from lora_cli.training.signals import StopRequest, stop_after_step
 
 
 def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) -> int:
@@ -209,7 +209,7 @@ class Training:
             )
             return 0
         with (
-            stop_after_step() as stop_request,
+            stop_request() as stop,
             console.step_progress(
                 self.total, done=done, every=self.spec.log_every, bar=self.run is not None
             ) as progress,
@@ -241,13 +241,13 @@ class Training:
                 last = last or self.stopped_early
                 if self.answers and answer_log and (last or self.answers.is_due(step.number)):
                     self.answers.answer(step.number, answer_log, info)
-                stopping = not last and self._any_stop_request(stop_request)
+                stopping = not last and self._any_stop_request(stop)
                 new_best = evaluated and self.evaluations.is_new_best(step.number)
                 if last or stopping or new_best or _is_due(step.number, self.spec.save_every):
                     self._save_checkpoint(step.number)
                 if stopping:
                     info(f"stopped after step {step.number}, which is saved; --resume continues from there")
-                    return stop_request.exit_code or 1
+                    return stop.exit_code or 1
                 if self.stopped_early:
                     info(self.evaluations.describe_stop(step.number, self.total))
                     break
@@ -286,11 +286,11 @@ class Training:
             )
         self.accelerator.wait_for_everyone()
 
-    def _any_stop_request(self, stop_request: StopRequest) -> bool:
+    def _any_stop_request(self, stop: StopRequest) -> bool:
         """Return whether any process got a signal: all must leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
-            return stop_request.signal is not None
-        own = torch.tensor(int(stop_request.signal is not None), device=self.accelerator.device)
+            return stop.signal is not None
+        own = torch.tensor(int(stop.signal is not None), device=self.accelerator.device)
         return bool(self.accelerator.reduce(own, reduction="sum"))
 
     def _write_adapter_files(self, folder: Path, step: int) -> None:

@@ -16,6 +16,7 @@ from lora_cli.errors import LoraError, first_line
 from lora_cli.recipe.schema import DataSpec, SourceSpec
 from lora_cli.run.cache_folder import cache_folder
 from lora_cli.run.console import no_output
+from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
 from lora_cli.run.read_file import open_regular
 
 Info = Callable[[str], None]
@@ -160,7 +161,7 @@ def find_source(
         return _from_disk(spec, path, splits)
     if looks_local(spec.path):
         raise missing_path_error(path)
-    return _from_hub(spec, splits)
+    return _from_hub(spec, splits, info)
 
 
 def _from_files(spec: SourceSpec, found: FileSet) -> DataSource:
@@ -190,18 +191,23 @@ def _from_disk(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> DataSou
     return _select_split(spec, datasets.load_from_disk(str(path)), splits)
 
 
-def _from_hub(spec: SourceSpec, splits: tuple[str, ...]) -> DataSource:
+def _from_hub(spec: SourceSpec, splits: tuple[str, ...], info: Info) -> DataSource:
+    problem = ask_hub(info)
     import datasets
 
     try:
         loaded = datasets.load_dataset(spec.path, spec.subset, split=spec.split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if problem is not None:
+            raise no_answer_error(spec.path, problem, key="data") from None
         raise LoraError(
             f"data: {spec.path} is not a local file or folder, and not an available hub dataset: {first_line(error)}",
             hint="set `subset` to one of its configurations"
             if "Config name is missing" in str(error)
             else "correct the path or id; offline (HF_HUB_OFFLINE), only downloaded datasets are available",
         ) from None
+    if problem is not None:
+        info(USING_CACHE)
     return _from_dataset(spec, loaded) if spec.split else _select_split(spec, loaded, splits)
 
 

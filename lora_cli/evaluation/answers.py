@@ -15,6 +15,7 @@ from lora_cli.data.dataset import EncodedDataset
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import lm_eval_harness, text_metrics
 from lora_cli.evaluation.generation import Answer, generate, prompt_ids, reference_ids, stop_ids
+from lora_cli.evaluation.likelihood import Stopping, never
 from lora_cli.model import packed_attention
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import GenerationSpec
@@ -131,8 +132,9 @@ def generate_answers(
     *,
     spec: GenerationSpec,
     seed: int,
+    stopping: Stopping = never,
 ) -> list[Answer]:
-    """Return the answer of `model` to each prompt, generated as `spec` describes."""
+    """Return the answer of `model` to each prompt, generated as `spec` describes; none if `stopping` returned True."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     longest = max(prompt.longest for prompt in prompts)
     with _padding_attention(base):
@@ -144,6 +146,7 @@ def generate_answers(
             max_new_tokens=spec.max_new_tokens or min(200, 2 * longest),
             stop=stop_ids(tokenizer, base, [ids for prompt in prompts for ids in prompt.reference_ids]),
             seed=seed,
+            stopping=stopping,
         )
 
 

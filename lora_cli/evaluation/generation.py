@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
+from lora_cli.evaluation.likelihood import Stopping, never
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
@@ -22,6 +23,17 @@ class Answer(NamedTuple):
 
     text: str
     finished: bool  # the model ended it with a stop token, before the limit
+
+
+class StopOnSignal(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """End generation after the current token once `stopping` returns True."""
+
+    def __init__(self, stopping: Stopping) -> None:
+        self._stopping = stopping
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        """Return for each sequence of `input_ids` [batch, seq] whether it ends: bool [batch]."""
+        return torch.full((len(input_ids),), self._stopping(), dtype=torch.bool, device=input_ids.device)
 
 
 def prompt_ids(row: Row, task: TaskName = "causal-lm") -> list[int]:
@@ -67,6 +79,7 @@ def generate(
     max_new_tokens: int,
     stop: Sequence[int],
     seed: int = 0,
+    stopping: Stopping = never,
 ) -> list[Answer]:
     """Generate an answer to each prompt, with greedy decoding, beam search or sampling.
 
@@ -80,9 +93,10 @@ def generate(
         max_new_tokens: limit of each answer.
         stop: token ids that end an answer; if empty, each answer has `max_new_tokens` tokens.
         seed: of the sampling.
+        stopping: returns whether a signal has asked to stop.
 
     Returns:
-        The answers, in the order of `prompts`.
+        The answers, in the order of `prompts`; none if a signal has stopped them.
     """
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}
@@ -90,8 +104,16 @@ def generate(
     for start in range(0, len(order), PROMPTS_PER_BATCH):
         indices = order[start : start + PROMPTS_PER_BATCH]
         batch = _generate_batch(
-            model, tokenizer, [prompts[i] for i in indices], spec=spec, max_new_tokens=max_new_tokens, stop=stop
+            model,
+            tokenizer,
+            [prompts[i] for i in indices],
+            spec=spec,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            stopping=stopping,
         )
+        if stopping():
+            return []
         answers |= dict(zip(indices, batch, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
@@ -104,6 +126,7 @@ def _generate_batch(
     spec: GenerationSpec,
     max_new_tokens: int,
     stop: Sequence[int],
+    stopping: Stopping,
 ) -> list[Answer]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     is_encoder_decoder = bool(base.config.is_encoder_decoder)
@@ -141,7 +164,12 @@ def _generate_batch(
     if is_prompt_learning:
         model.generation_config = config
     try:
-        output = generator.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = generator.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=[StopOnSignal(stopping)],
+        )
     finally:
         base.generation_config = own_config
         if is_prompt_learning:

@@ -1,6 +1,7 @@
 """Loss, perplexity and accuracy of a model on held-out rows, per supervised token, word or row."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,13 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import rows_of_labels
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.tasks import TaskName
+
+Stopping = Callable[[], bool]  # whether a signal has asked to stop
+
+
+def never() -> bool:
+    """Return False: nothing stops the evaluation."""
+    return False
 
 
 class Likelihood(NamedTuple):
@@ -45,11 +53,12 @@ class RowLikelihoods(NamedTuple):
 
 @torch.no_grad()
 def measure_row_likelihoods(
-    loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None
+    loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None, stopping: Stopping = never
 ) -> RowLikelihoods:
     """Compute the loss of every row of `plan` once, in eval mode, separately for each row.
 
-    The batches are divided among the processes of `accelerator`; each process returns all rows.
+    The batches are divided among the processes of `accelerator`; each process returns all rows. Once `stopping` returns
+    True, the other batches are left out.
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     training = loss_fn.base.training
@@ -57,6 +66,8 @@ def measure_row_likelihoods(
     count = len(plan.rows)
     loss, correct, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
     for batch in plan.all_batches(rank=rank, world_size=world):
+        if stopping():
+            break
         losses, is_correct = loss_fn.per_token(batch)
         within_batch = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
         rows = np.array(batch.rows)[within_batch]  # [units]
@@ -73,14 +84,21 @@ def measure_row_likelihoods(
 
 
 @torch.no_grad()
-def measure_likelihood(loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None) -> Likelihood:
-    """Compute the mean loss over `plan` once, in eval mode, with the batches divided among the processes."""
+def measure_likelihood(
+    loss_fn: LossFunction, plan: BatchPlan, *, accelerator: Accelerator | None = None, stopping: Stopping = never
+) -> Likelihood:
+    """Compute the mean loss over `plan` once, in eval mode, with the batches divided among the processes.
+
+    Once `stopping` returns True, the other batches are left out.
+    """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     training = loss_fn.base.training
     loss_fn.base.eval()
     # fp64: a sum over millions of tokens must not depend on how they were batched.
     totals = torch.zeros(3, dtype=torch.float64, device=loss_fn.device)
     for batch in plan.all_batches(rank=rank, world_size=world):
+        if stopping():
+            break
         result = loss_fn(batch)
         totals += torch.stack([result.loss.double(), result.correct.double(), totals.new_tensor(result.tokens)])
     loss_fn.base.train(training)

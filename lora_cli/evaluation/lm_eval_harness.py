@@ -10,6 +10,8 @@ from typing import Any
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.errors import LoraError
+from lora_cli.run import console
+from lora_cli.run.hub import ask_hub
 
 
 def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
@@ -56,18 +58,28 @@ def run_tasks(
         folder: of further tasks, as YAML files.
         limit: number of documents of each task; None for all.
         batch_size: documents in one batch.
+
+    Raises:
+        LoraError: the rows of a task are neither in the cache nor on a hub that answers.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    report = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=_task_manager(folder),
-        limit=limit,
-        bootstrap_iters=0,
-        verbosity="ERROR",
-    )
+    ask_hub(console.info)
+    try:
+        report = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=_task_manager(folder),
+            limit=limit,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+    except ConnectionError as error:  # of datasets, also offline
+        raise LoraError(
+            f"--tasks: the rows of a task are not in the cache and cannot be downloaded: {str(error).splitlines()[0]}",
+            hint="run it once with a network; then HF_HUB_OFFLINE=1 uses the cache",
+        ) from None
     return {
         f"{task} {metric.removesuffix(',none')}": float(value)
         for task, metrics in report["results"].items()

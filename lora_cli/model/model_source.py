@@ -18,6 +18,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run.cache_folder import cache_folder
+from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
 from lora_cli.run.system_errors import OF_THIS_MACHINE, system_error
 
 Info = Callable[[str], None]
@@ -47,7 +48,8 @@ def find_model(
     """Find the base model. A GGUF file is unpacked, without its tensors if `weights` is False.
 
     Raises:
-        LoraError: a local path does not exist or is not a model, or a GGUF file cannot be read or stay packed.
+        LoraError: a local path does not exist or is not a model, a GGUF file cannot be read or stay packed, or the hub
+            does not answer.
     """
     trust = spec.trust_remote_code
     path = Path(spec.path).expanduser()
@@ -69,7 +71,16 @@ def find_model(
         return ModelSource(str(path), trust)
     if path.is_absolute() or spec.path.startswith(("./", "../", "~")) or spec.path.count("/") > 1:
         raise LoraError(f"model.path: there is no folder {spec.path}", hint=_suggest_path(path))
-    return ModelSource(spec.path, trust, revision=spec.revision or "main")
+    return _find_on_hub(spec, info)
+
+
+def _find_on_hub(spec: ModelSpec, info: Info) -> ModelSource:
+    source = ModelSource(spec.path, spec.trust_remote_code, revision=spec.revision or "main")
+    if (problem := ask_hub(info)) is not None:
+        if hub_commit(source) is None:
+            raise no_answer_error(spec.path, problem, key="model.path")
+        info(USING_CACHE)
+    return source
 
 
 def _suggest_path(path: Path) -> str:
@@ -232,5 +243,5 @@ class library_errors:  # used like a function: `with library_errors(source):`
         elif Path(path).is_dir():
             hint = "model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id"
         elif offline:
-            hint = "HF_HUB_OFFLINE is set and this model is not in the cache; unset it, or give a local path"
+            hint = "offline, and not all of its files are in the cache: unset HF_HUB_OFFLINE, or give a local path"
         raise LoraError(f"model.path: {path} cannot be loaded: {first}", hint=hint) from error

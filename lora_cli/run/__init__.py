@@ -1,1 +1,1 @@
-"""The run folder: its files and lock, atomic writes, the metrics log and the console. No torch."""
+"""The run folder: its files and lock, atomic writes, the metrics log, console and signals. No torch."""

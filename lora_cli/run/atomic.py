@@ -18,9 +18,11 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from lora_cli.run.rename import exchange, rename_without_replacing
+from lora_cli.run.signals import at_end
 from lora_cli.run.system_errors import as_os_error
 
 WORKSPACE = re.compile(r"\.tmp-(?P<name>.+)-[0-9a-f]{8}")
@@ -263,14 +265,35 @@ def _workspace(path: Path) -> Iterator[Path]:
     Raises:
         OSError: of any error of the operating system, also in libraries; it names `path`, not a file in the workspace.
     """
-    with as_os_error(path):
-        workspace, descriptor = _create_workspace(path)
-    try:
-        with as_os_error(path, workspace):
-            yield workspace
-    finally:
+    descriptor = None
+    while descriptor is None:
+        workspace = _new_path(path)
+        with at_end(partial(_abandon, workspace)):
+            with as_os_error(path):
+                descriptor = _create(workspace)
+            if descriptor is None:
+                continue
+            try:
+                with as_os_error(path, workspace):
+                    yield workspace
+            finally:
+                _delete(workspace)
+                os.close(descriptor)
+
+
+def _new_path(path: Path) -> Path:
+    return path.parent / f".tmp-{_short(path.name)}-{secrets.token_hex(4)}"
+
+
+def _abandon(workspace: Path) -> None:
+    """Complete or remove a workspace of this process, whose main thread does nothing any more."""
+    _complete(workspace)
+    for _ in range(100):  # other threads may still be creating files
         _delete(workspace)
-        os.close(descriptor)
+        with suppress(OSError):
+            workspace.rmdir()  # without a lock yet
+        if not workspace.exists():
+            return
 
 
 def _delete(workspace: Path) -> None:
@@ -293,21 +316,19 @@ def _delete_entry(entry: Path) -> None:
             entry.unlink()
 
 
-def _create_workspace(path: Path) -> tuple[Path, int]:
-    while True:
-        workspace = path.parent / f".tmp-{_short(path.name)}-{secrets.token_hex(4)}"
-        try:
-            workspace.mkdir()
-            descriptor = _lock_new(workspace)
-        except FileExistsError:
-            continue
-        except BaseException:  # an interrupt may come right after mkdir
-            with suppress(OSError):  # rmtree would need descriptors, of which the process may have none left
-                (workspace / LOCK).unlink(missing_ok=True)
-                workspace.rmdir()
-            raise
-        if descriptor is not None:
-            return workspace, descriptor
+def _create(workspace: Path) -> int | None:
+    """Create a workspace, and return the descriptor that holds its lock; None if another process has the name."""
+    try:
+        workspace.mkdir()
+    except FileExistsError:
+        return None
+    try:
+        return _lock_new(workspace)
+    except BaseException:
+        with suppress(OSError):  # rmtree would need descriptors, of which the process may have none left
+            (workspace / LOCK).unlink(missing_ok=True)
+            workspace.rmdir()
+        raise
 
 
 def _lock_new(workspace: Path) -> int | None:

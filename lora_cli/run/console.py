@@ -1,5 +1,6 @@
 """Console output: results on stdout, messages and the progress bar on stderr; plain lines without a terminal."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from lora_cli.run.signals import at_end
 
 # Without a `file`, rich looks up sys.stdout and sys.stderr at each line, so replacing them works (tests do).
 out = Console(highlight=False, soft_wrap=True, markup=False)
@@ -64,8 +67,13 @@ def step_progress(total: int, *, done: int = 0, every: int = 1, bar: bool = True
         yield StepProgress(None, total=total, done=done, every=every)
         return
     columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
-    with Progress(*columns, console=err) as progress:
+    with at_end(_leave_bar), Progress(*columns, console=err) as progress:
         yield StepProgress(progress, total=total, done=done, every=every)
+
+
+def _leave_bar() -> None:
+    """Begin a new line and show the cursor again; rich, which has hidden it, may hold its lock."""
+    os.write(2, b"\n\x1b[?25h")
 
 
 def format_duration(seconds: float) -> str:

@@ -12,9 +12,11 @@ from lora_cli.evaluation import report
 from lora_cli.evaluation.answers import Prompt, generate_answers, select_prompts
 from lora_cli.evaluation.likelihood import (
     Likelihood,
+    Stopping,
     describe_likelihood,
     measure_likelihood,
     measure_row_likelihoods,
+    never,
 )
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.problem import shorten
@@ -22,6 +24,7 @@ from lora_cli.recipe.schema import GenerationSpec, Recipe
 from lora_cli.run.metrics_log import MetricsLog
 from lora_cli.setup.inputs import RunInputs, batch_plan
 from lora_cli.training.best_step import EvaluationHistory, RowLosses
+from lora_cli.training.distributed import any_process
 from lora_cli.training.optimizer import averaged_weights
 
 Info = Callable[[str], None]
@@ -78,21 +81,32 @@ class Evaluations:
         """Return whether the step, neither the first nor the last, is evaluated."""
         return self.spec.eval_every is not None and step % self.spec.eval_every == 0
 
-    def measure(self, step: int, metrics: MetricsLog | None, info: Info) -> None:
-        """Measure the likelihood of the held-out rows, print it and log it.
+    def is_left_out(self, step: int, total: int) -> bool:
+        """Return whether the evaluation after the last step done is missing: a signal came before its end."""
+        due = step == total or self.is_due(step)
+        return self.plan is not None and due and (self.history.last is None or self.history.last.step != step)
+
+    def measure(self, step: int, metrics: MetricsLog | None, info: Info, stopping: Stopping = never) -> bool:
+        """Measure the likelihood of the held-out rows, print it and log it; return False if a signal stopped it.
 
         Raises:
             LoraError: the loss is not finite.
         """
         if self.plan is None:
-            return
+            return True
         with averaged_weights(self._optimizer):
             rows = None
             if self.spec.keep == "best":
-                rows = measure_row_likelihoods(self._loss_fn, self.plan, accelerator=self._accelerator)
+                rows = measure_row_likelihoods(
+                    self._loss_fn, self.plan, accelerator=self._accelerator, stopping=stopping
+                )
                 likelihood: Likelihood = rows.overall
             else:
-                likelihood = measure_likelihood(self._loss_fn, self.plan, accelerator=self._accelerator)
+                likelihood = measure_likelihood(
+                    self._loss_fn, self.plan, accelerator=self._accelerator, stopping=stopping
+                )
+        if any_process(self._accelerator, stopping()):
+            return False
         if not math.isfinite(likelihood.loss):
             raise LoraError(
                 f"the loss on the held-out rows is not finite at step {step}",
@@ -105,6 +119,7 @@ class Evaluations:
         info(f"eval at step {step}: {describe_likelihood(likelihood, self.recipe.task)}")
         if metrics:
             metrics.write({"step": step, "eval_loss": likelihood.loss, "eval_accuracy": likelihood.accuracy})
+        return True
 
     def is_new_best(self, step: int) -> bool:
         """Return whether the run keeps the best step, and the evaluation of `step` is the best so far."""
@@ -180,14 +195,21 @@ class HeldOutAnswers:
         """Return whether the prompts are answered after `step`, neither the first nor the last."""
         return self.spec.answer_every is not None and step % self.spec.answer_every == 0
 
-    def answer(self, step: int, log: MetricsLog, info: Info) -> None:
-        """Answer the prompts, write the answers to `log`, and print the first one. Training is not affected."""
+    def answer(self, step: int, log: MetricsLog, info: Info, stopping: Stopping = never) -> None:
+        """Answer the prompts, write the answers to `log`, and print the first one. Training is not affected.
+
+        If a signal stops it, it writes none.
+        """
         if not self.prompts:
             return
         spec = GenerationSpec(max_new_tokens=self._recipe.generation.max_new_tokens)
         cuda = torch.cuda.is_available()
         with averaged_weights(self._optimizer), torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []):
-            answers = generate_answers(self._model, self._tokenizer, self.prompts, spec=spec, seed=self.spec.seed)
+            answers = generate_answers(
+                self._model, self._tokenizer, self.prompts, spec=spec, seed=self.spec.seed, stopping=stopping
+            )
+        if not answers:
+            return
         for prompt, answer in zip(self.prompts, answers, strict=True):
             log.write(
                 {

@@ -1,1 +1,1 @@
-"""Train an adapter: training loop, optimizer, learning rate schedule, checkpoints, signals, distributed launch."""
+"""Train an adapter: training loop, optimizer, learning rate schedule, checkpoints, distributed launch."""

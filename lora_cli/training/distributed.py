@@ -42,3 +42,10 @@ def all_reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, 
     for parameter in trained:
         if parameter.grad is not None:
             parameter.grad.div_(share)
+
+
+def any_process(accelerator: Accelerator, value: bool) -> bool:
+    """Return whether `value` is True in any process; all processes must call it."""
+    if accelerator.num_processes == 1:
+        return value
+    return bool(all_reduce_sum(accelerator, torch.tensor(int(value), device=accelerator.device)))

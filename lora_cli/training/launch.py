@@ -1,7 +1,8 @@
-"""Distributed launch (DDP): start one worker per GPU with torchrun's launcher, or join the workers of another one."""
+"""Distributed launch (DDP): start one worker per GPU on this machine, or join the workers of torchrun or accelerate."""
 
-import logging
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -10,18 +11,21 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import get_args_parser, run
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DistributedSpec
+from lora_cli.run.signals import LAUNCHED, SIGNALS, receive_signals
 from lora_cli.training.cpu import available_cores
 
-SHUTDOWN_TIMEOUT_S = 3600  # seconds that workers have after a signal to finish the current step and its checkpoint
 # Long, because the first process may write or unpack files for hours while the others wait. A process that dies is
 # noticed without this timeout: its peers get a closed connection, or the launcher ends them.
 PROCESS_GROUP_TIMEOUT = timedelta(days=1)
+WORKER = (sys.executable, "-m", "lora_cli")  # its command, before the arguments
+POLL_S = 0.1  # seconds between two looks at the workers
+# What the other workers get after one has failed, in seconds from then. The second SIGTERM ends a process at once.
+PEER_ENDINGS = ((0, signal.SIGTERM), (2, signal.SIGTERM), (30, signal.SIGKILL))
+STOPPING_S = 10  # seconds that workers which a signal has stopped may end after each other
 
 
 def is_worker() -> bool:
@@ -75,34 +79,81 @@ def resolve_processes(spec: DistributedSpec) -> int:
 def launch_workers(processes: int, arguments: list[str]) -> int:
     """Run `lora ARGUMENTS` in `processes` workers on this machine.
 
-    A signal is passed on to the workers, which stop after the current step.
+    Signals are passed on to the workers, which stop after the current step at the first one. If a worker fails, the
+    others are ended: without it they cannot finish the step. If this process is killed, the workers stop as after
+    SIGTERM.
 
     Returns:
-        0, the exit code of the first worker that failed, or 130 (SIGINT) or 143 (SIGTERM) as for a single process.
+        0, the exit code of the first worker that failed, or 128 + the number of the signal that stopped them.
     """
-    # The timeout is for signals only. If a worker fails, the launcher ends the others after 30 s: without their peer
-    # they cannot finish the step.
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_TIMEOUT_S}"]
-    command = [*options, "-m", "lora_cli", *arguments]
-    # torchrun sets one thread per worker if this is not set; the workers then set their own number.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
-    _silence_launcher()
+    # The workers meet at this store. It has a free port from the start, and no other program can take that port.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the first worker makes no store of its own
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        # torch would use all cores in each worker; the workers then set their own number.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // processes)),
+        LAUNCHED: "1",
+    }
+    received: list[signal.Signals] = []
+
+    def receive(number: signal.Signals) -> bool:
+        received.append(number)
+        return True
+
+    with receive_signals(receive):
+        workers = [_start_worker(rank, arguments, environment) for rank in range(processes)]
+        failed = _wait(workers, received)
+    if failed is None:
+        return 0
+    return 128 + received[0] if received else _exit_code(workers[failed])
+
+
+def _start_worker(rank: int, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    # A worker that has just started would die of a signal with a traceback: it waits until the worker can handle it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        run(get_args_parser().parse_args(command))
-    except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        code = first.exitcode if first.exitcode > 0 else 128 - first.exitcode  # 128 + signal, as in a shell
-        sys.stderr.write(f"process {first.local_rank} ended with exit code {code}\n")
-        return code
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
+        return subprocess.Popen(
+            [*WORKER, *arguments],
+            stdin=subprocess.PIPE,  # its end tells the worker that this process has ended
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # Ctrl-C at the terminal reaches the workers only through this process
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _silence_launcher() -> None:
-    """Drop the launcher's log: the failed process has printed more than it, and its lines on signals do not help."""
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        # Setting a level here has no effect, because the child loggers have their own: stop the propagation instead.
-        logger = logging.getLogger(name)
-        logger.handlers = [logging.NullHandler()]
-        logger.propagate = False
+def _wait(workers: list[subprocess.Popen[bytes]], received: list[signal.Signals]) -> int | None:
+    """Pass on signals until all workers have ended; return the rank of the first that failed, or None."""
+    passed_on = 0
+    failed: int | None = None
+    endings: list[tuple[float, signal.Signals]] = []
+    while any(worker.poll() is None for worker in workers):
+        for number in received[passed_on:]:
+            _send(workers, number)
+            passed_on += 1
+        if failed is None and (failed := _first_failed(workers)) is not None:
+            if not received:
+                sys.stderr.write(f"process {failed} ended with exit code {_exit_code(workers[failed])}\n")
+            start = time.monotonic() + (STOPPING_S if received else 0)
+            endings = [(start + seconds, number) for seconds, number in PEER_ENDINGS]
+        while endings and time.monotonic() >= endings[0][0]:
+            _send(workers, endings.pop(0)[1])
+        time.sleep(POLL_S)
+    return _first_failed(workers) if failed is None else failed
+
+
+def _first_failed(workers: list[subprocess.Popen[bytes]]) -> int | None:
+    return next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
+
+
+def _send(workers: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for worker in workers:
+        worker.send_signal(number)  # does nothing if the worker has ended
+
+
+def _exit_code(worker: subprocess.Popen[bytes]) -> int:
+    return worker.returncode if worker.returncode >= 0 else 128 - worker.returncode  # 128 + signal, as in a shell

@@ -36,7 +36,7 @@ WriteRecipe = Callable[..., Path]
 LORA_ON_ONE_CORE = [
     sys.executable,
     "-c",
-    "import os; os.sched_getaffinity = lambda _: {0}; from lora_cli.cli import main; main()",
+    "import os; os.sched_getaffinity = lambda _: {0}; from lora_cli.__main__ import main; main()",
 ]
 
 QUESTIONS = ["What is the capital of France?", "How are you?", "What is the answer?", "line one", "Who jumps?"]

@@ -72,8 +72,8 @@ def test_unknown_commands_and_options_are_refused(command: str, message: str, lo
 def test_windows_is_refused_in_one_line_before_a_posix_module_is_imported():
     script = (
         "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
-        "from lora_cli import cli\n"
-        "sys.platform = 'win32'; sys.argv = ['lora', 'train', 'recipe.yaml']; cli.main()"
+        "from lora_cli.__main__ import main\n"
+        "sys.platform = 'win32'; sys.argv = ['lora', 'train', 'recipe.yaml']; main()"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")

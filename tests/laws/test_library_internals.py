@@ -108,12 +108,7 @@ IMPORTED: dict[str, Use] = {
     "peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING": Use(
         "model/expert_targets.py", moe_checks.names_read_as_experts
     ),
-    "torch.distributed.elastic.multiprocessing.SignalException": Use("training/launch.py", library_checks.launcher),
-    "torch.distributed.elastic.multiprocessing.errors.ChildFailedError": Use(
-        "training/launch.py", library_checks.launcher
-    ),
-    "torch.distributed.run.get_args_parser": Use("training/launch.py", library_checks.launcher),
-    "torch.distributed.run.run": Use("training/launch.py", library_checks.launcher),
+    "torch.distributed.TCPStore": Use("training/launch.py", library_checks.launchers_store),
     "transformers.conversion_mapping.get_model_conversion_mapping": Use(
         "model/conversion.py", library_checks.weight_conversion
     ),
@@ -202,14 +197,17 @@ UNDOCUMENTED: dict[str, Use] = {
     "bitsandbytes.optim.Optimizer8bit.check_overrides": Use("training/optimizer.py", library_checks.optimizer_state),
     "bitsandbytes.optim.Optimizer8bit.state.qmap": Use("training/optimizer.py", library_checks.optimizer_state),
     "torch.nn.Module.parametrizations": Use("model/fp32_weights.py", library_checks.module_dictionaries),
-    "torch.distributed.elastic": Use("training/launch.py", library_checks.launcher),  # the name of a logger
+    "torch.distributed.TORCHELASTIC_USE_AGENT_STORE": Use("training/launch.py", library_checks.launchers_store),
+    "huggingface_hub.constants.ENDPOINT": Use("run/hub.py", library_checks.offline_switch),
+    "huggingface_hub.constants.HF_HUB_OFFLINE": Use("run/hub.py", library_checks.offline_switch),
+    "huggingface_hub.errors.HfHubHTTPError.__bases__": Use("run/hub.py", library_checks.errors_of_http),
     "lm_eval.tasks.TaskManager.all_tasks": Use("evaluation/lm_eval_harness.py", library_checks.harness_tasks),
     "xllamacpp.CommonParams": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
     "xllamacpp.Server.listening_address": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
     "onnxruntime.capi.onnxruntime_pybind11_state": Use("export/onnx/verify.py", library_checks.onnx_names),
 }
 USES = PRIVATE | IMPORTED | UNDOCUMENTED
-NAMED_TUPLE_METHODS = {"_asdict", "_fields", "_make", "_replace"}  # documented by Python
+PYTHONS_OWN = {"_asdict", "_exit", "_fields", "_make", "_replace"}  # documented by Python
 
 
 @pytest.mark.parametrize("name", USES)
@@ -251,7 +249,7 @@ def private_names(source: str) -> set[str]:
             found |= {part for alias in node.names for part in alias.name.split(".")}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
             found |= {str(part.value) for part in node.args if isinstance(part, ast.Constant)}  # getattr(x, "_name")
-    return {name for name in found - NAMED_TUPLE_METHODS if name.startswith("_") and not name.startswith("__")}
+    return {name for name in found - PYTHONS_OWN if name.startswith("_") and not name.startswith("__")}
 
 
 def undocumented_imports(source: str) -> set[str]:
@@ -286,7 +284,7 @@ def test_every_use_in_lora_cli_is_listed(table: dict[str, Use], find: Callable[[
 
 @pytest.mark.parametrize("name", UNDOCUMENTED)
 def test_the_listed_files_use_the_name(name: str):
-    last = name if name == "torch.distributed.elastic" else name.rpartition(".")[2]
+    last = name.rpartition(".")[2]
     assert [file for file in UNDOCUMENTED[name].files.split() if last not in SOURCES[file]] == []
 
 

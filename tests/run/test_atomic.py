@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.run import atomic, rename
+from tests.support.workspaces import leave_workspace
 
 
 def names(folder: Path) -> set[str]:
@@ -133,13 +134,6 @@ def test_failed_replacement_restores_the_old_folder(tmp_path: Path, monkeypatch:
         (new / "new").touch()
     assert names(path) == {"old"}
     assert names(tmp_path) == {"adapter"}
-
-
-def leave_workspace(path: Path) -> Path:
-    """Return a workspace of `path` whose writer was killed."""
-    workspace, descriptor = atomic._create_workspace(path)
-    os.close(descriptor)
-    return workspace
 
 
 def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path: Path):

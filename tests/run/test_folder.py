@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.run import atomic
 from lora_cli.run.folder import LOCK, open_run
+from tests.support.workspaces import leave_workspace
 
 
 def make_run(path: Path) -> Path:
@@ -147,8 +147,7 @@ def test_run_copied_without_hidden_files_can_be_resumed(tmp_path: Path):
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path: Path):
     path = make_run(tmp_path / "a")
-    _, descriptor = atomic._create_workspace(path / "checkpoints" / "step-00000050")
-    os.close(descriptor)
+    leave_workspace(path / "checkpoints" / "step-00000050")
     open_run(path, resume=True).close()
     assert list((path / "checkpoints").iterdir()) == []
 

@@ -11,6 +11,7 @@ from lora_cli.run import atomic
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import open_run
 from lora_cli.run.output_path import check_output_path
+from tests.support.workspaces import leave_workspace
 
 
 @pytest.fixture
@@ -143,8 +144,7 @@ def test_a_place_that_another_process_writes_to_is_refused(home: Path):
 
 
 def test_leftovers_are_removed_even_if_the_place_is_refused(home: Path):
-    workspace, descriptor = atomic._create_workspace(home / "merged")
-    os.close(descriptor)
+    workspace = leave_workspace(home / "merged")
     with pytest.raises(LoraError, match="exists"):
         check("merged", replace=False)
     assert not workspace.exists()

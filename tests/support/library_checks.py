@@ -3,8 +3,7 @@
 Each check fails if a name is missing or behaves differently. `tests/laws/test_library_internals.py` lists the names.
 """
 
-import logging
-import signal
+import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,18 +12,19 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as bnbf
 import datasets
 import gguf
+import huggingface_hub
 import numpy as np
 import onnx
+import pytest
 import torch
 import transformers
 import xllamacpp
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.tasks import TaskManager
 from onnx import numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state
 from torch import nn
-from torch.distributed import run as torchrun
-from torch.distributed.elastic import multiprocessing
-from torch.distributed.elastic.multiprocessing import errors
 from torch.nn.utils import parametrize
 from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -285,22 +285,37 @@ def softmax_backward() -> None:
     assert torch.allclose(torch._softmax_backward_data(grad, weights.detach(), -1, torch.float32), expected)
 
 
-def launcher() -> None:
-    arguments = ["--standalone", "--nproc-per-node=2", "--shutdown-timeout=9", "-m", "lora_cli", "train", "a.yaml"]
-    options = torchrun.get_args_parser().parse_args(arguments)
-    assert (options.nproc_per_node, int(options.shutdown_timeout), options.module) == ("2", 9, True)
-    assert (options.training_script, options.training_script_args) == ("lora_cli", ["train", "a.yaml"])
-    assert callable(torchrun.run)
-    assert multiprocessing.SignalException("", signal.SIGTERM).sigval == signal.SIGTERM
-    with TemporaryDirectory() as folder:
-        failure = errors.ProcessFailure(local_rank=1, pid=7, exitcode=-9, error_file=f"{folder}/none")
-    found = errors.ChildFailedError("lora", {1: failure}).failures[1]
-    assert (found.local_rank, found.exitcode, found.timestamp > 0) == (1, -9, True)
-    # The launcher's lines come from loggers below these two.
-    assert {
-        "torch.distributed.elastic.agent.server.api",
-        "torch.distributed.run",
-    } <= logging.root.manager.loggerDict.keys()
+def launchers_store() -> None:
+    """A worker does not make a store of its own, but connects to that of the launcher."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("key", "value")
+    environment = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0", "WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        found, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    assert (found.get("key"), rank, world_size) == (b"value", 0, 1)
+
+
+def offline_switch() -> None:
+    assert constants.ENDPOINT.startswith("http")
+    with pytest.MonkeyPatch.context() as patch:
+        for offline in (True, False):
+            patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+            patch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+            assert huggingface_hub.is_offline_mode() is offline
+            assert transformers.utils.hub.is_offline_mode() is offline
+
+
+def errors_of_http() -> None:
+    client = type(huggingface_hub.get_session())(timeout=1, follow_redirects=True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with client, pytest.raises(HfHubHTTPError.__bases__[0], match="refused"):
+        client.head(f"http://127.0.0.1:{port}")
 
 
 def harness_tasks() -> None:

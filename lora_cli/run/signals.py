@@ -1,0 +1,174 @@
+"""Signal handling: SIGINT, SIGTERM and SIGHUP end the process without a trace of temporary files, or stop a loop first.
+
+An exception in a signal handler would be raised wherever the program is: in an import, a destructor or between two
+renames. Libraries drop it or report it as something else. Here, no exception is raised: a thread receives all signals,
+also while the main thread waits in C code, and decides. Either the program notes the signal and stops soon, or the
+thread removes temporary files and ends the process. This is as safe as SIGKILL, because results are written atomically.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LAUNCHED = "LORA_LAUNCHED"  # environment variable of a worker whose stdin is a pipe of its launcher
+LAUNCHER_LOST_S = 30  # seconds that such a worker has to save, after its launcher was killed
+
+Receiver = Callable[[signal.Signals], bool]  # returns whether the process goes on
+
+_receivers: list[Receiver] = []  # of the blocks that the main thread is in; the innermost one decides
+_cleanups: list[Callable[[], None]] = []
+_handled: list[signal.Signals] = []  # within `handle_signals`
+
+
+class StopRequest:
+    """A request to stop soon; `signal` is None until a signal arrives."""
+
+    def __init__(self, accepted: tuple[signal.Signals, ...] = SIGNALS) -> None:
+        self.signal: signal.Signals | None = None
+        self._accepted = accepted
+
+    @property
+    def exit_code(self) -> int:
+        """130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP, 0 without a signal."""
+        return 128 + self.signal if self.signal else 0
+
+    def receive(self, number: signal.Signals) -> bool:
+        """Note the first of the accepted signals, and return whether the process goes on."""
+        if self.signal is not None or number not in self._accepted:
+            return False
+        self.signal = number
+        return True
+
+
+@contextmanager
+def stop_request(*accepted: signal.Signals) -> Iterator[StopRequest]:
+    """Within the block, note the first signal of `accepted` (default: all three); any other ends the process."""
+    request = StopRequest(accepted or SIGNALS)
+    with receive_signals(request.receive):
+        yield request
+
+
+@contextmanager
+def receive_signals(receiver: Receiver) -> Iterator[None]:
+    """Within the block, call `receiver` with every signal, in another thread; if it returns False, the process ends."""
+    with handle_signals():
+        _receivers.append(receiver)
+        try:
+            yield
+        finally:
+            _receivers.remove(receiver)
+
+
+@contextmanager
+def at_end(cleanup: Callable[[], None]) -> Iterator[None]:
+    """Call `cleanup` if a signal ends the process within the block; the main thread does nothing meanwhile."""
+    _cleanups.append(cleanup)
+    try:
+        yield
+    finally:
+        _cleanups.remove(cleanup)
+
+
+@contextmanager
+def handle_signals() -> Iterator[None]:
+    """Within the block, handle signals as this module describes; blocks can be nested. Call it in the main thread.
+
+    Signals that the process ignores, as under `nohup` or with `&` in a script, stay ignored. Signals that were blocked
+    by the process that started this one are delivered now.
+    """
+    if _handled:
+        yield
+        return
+    _handled[:] = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    decided = threading.Semaphore(0)  # counts the signals after which the process goes on
+
+    def wait_for_decision(_: int, __: FrameType | None) -> None:
+        """Stop the main thread, which must not use files while they are removed."""
+        decided.acquire()
+
+    thread = threading.Thread(target=_decide, args=(read_end, decided), name="signals", daemon=True)
+    thread.start()
+    # The interpreter writes each signal's number to the pipe at once; handlers have to wait for the main thread.
+    previous_descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    previous = {each: signal.signal(each, wait_for_decision) for each in _handled}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(previous_descriptor)
+        os.close(write_end)
+        thread.join()
+        _handled.clear()
+
+
+def stop_with_launcher() -> None:
+    """In a worker, let the end of the launcher act as SIGTERM: nobody else would end the worker."""
+    if os.environ.pop(LAUNCHED, None):
+        threading.Thread(target=_wait_for_launcher, name="launcher", daemon=True).start()
+
+
+def _wait_for_launcher() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAUNCHER_LOST_S)
+    os.kill(os.getpid(), signal.SIGTERM)  # another process of the run does not answer, so this one waits for it
+
+
+def _decide(read_end: int, decided: threading.Semaphore) -> None:
+    """Read the numbers of signals until the pipe is closed, and decide what each one does."""
+    with os.fdopen(read_end, "rb", buffering=0) as numbers:
+        while byte := numbers.read(1):
+            if byte[0] not in SIGNALS:  # of a handler that a library has installed
+                continue
+            number = signal.Signals(byte[0])
+            if not (_receivers and _receivers[-1](number)):
+                _end_process(number)
+            decided.release()
+
+
+def _end_process(number: signal.Signals) -> None:
+    try:
+        for cleanup in reversed(_cleanups):
+            with suppress(OSError):
+                cleanup()
+        # Of several processes on a machine, the first one speaks.
+        if os.environ.get("LOCAL_RANK", "0") in ("", "0"):
+            with suppress(OSError):
+                os.write(2, f"stopped by {number.name}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def _block() -> None:
+    if _handled:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _unblock() -> None:
+    if _handled:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _reset_in_child() -> None:
+    """Let signals end a forked child: it has no thread that decides, and would write to the pipe of its parent."""
+    if _handled:
+        signal.set_wakeup_fd(-1)
+        for each in _handled:
+            signal.signal(each, signal.SIG_DFL)
+        _unblock()
+        _handled.clear()
+        _receivers.clear()
+        _cleanups.clear()
+
+
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_reset_in_child)
