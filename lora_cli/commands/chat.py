@@ -21,7 +21,7 @@ from lora_cli.data.encode import prefix_tokens
 from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import render_template
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.generation import StopOnSignal, stop_ids
+from lora_cli.evaluation.generation import StopOnSignal, check_prompt_ids, stop_ids
 from lora_cli.evaluation.report import BASE
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.run import atomic, console
@@ -177,9 +177,10 @@ class Chat:
     def _answer(self, name: str, messages: Sequence[dict[str, str]]) -> str:
         """Write the answer to stdout while it is generated, and return it. Ctrl-C ends it."""
         prompting = self._prompting_of(self.active if name == BASE else name)
-        ids = torch.tensor(
-            [self._prompt_ids(messages, self._kind(), prompting.template)], device=next(self._model.parameters()).device
-        )
+        prompt = self._prompt_ids(messages, self._kind(), prompting.template)
+        base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+        check_prompt_ids(prompt, base, self._tokenizer)
+        ids = torch.tensor([prompt], device=next(self._model.parameters()).device)
         streamer = CollectingStreamer(self._tokenizer)
         options = self._options
         config = GenerationConfig(

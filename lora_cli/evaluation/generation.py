@@ -10,6 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
+from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import Stopping, never
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.recipe.schema import GenerationSpec
@@ -97,6 +98,9 @@ def generate(
 
     Returns:
         The answers, in the order of `prompts`; none if a signal has stopped them.
+
+    Raises:
+        LoraError: the model has no embedding for a token of a prompt.
     """
     torch.manual_seed(seed)
     answers: dict[int, Answer] = {}
@@ -118,6 +122,21 @@ def generate(
     return [answers[i] for i in range(len(prompts))]
 
 
+def check_prompt_ids(ids: Sequence[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the model has an embedding for each token of a prompt.
+
+    Raises:
+        LoraError: it has not: the tokenizer belongs to another model.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if ids and (largest := max(ids)) >= rows:
+        raise LoraError(
+            f"the prompt has the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest:,}, but the "
+            f"model has embeddings for {rows:,}",
+            hint="restore the model's tokenizer files from their origin",
+        )
+
+
 def _generate_batch(
     model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -130,6 +149,8 @@ def _generate_batch(
 ) -> list[Answer]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     is_encoder_decoder = bool(base.config.is_encoder_decoder)
+    for prompt in prompts:
+        check_prompt_ids(prompt, base, tokenizer)
     device = next(model.parameters()).device
     longest = max(len(prompt) for prompt in prompts)
     pad = stop[0] if stop else 0  # any id is fine, because padding is masked

@@ -1,6 +1,5 @@
 """The original model in transformers, in fp32 on the CPU: the reference that an export is compared with."""
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,9 @@ from transformers import GenerationConfig
 
 from lora_cli.export.source import Continuation, ExportSource
 from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.config_file import read_generation_config
 from lora_cli.model.load_adapter import load_adapter
+from lora_cli.run.read_file import RESTORE
 
 CPU = torch.device("cpu")
 
@@ -18,8 +19,7 @@ CPU = torch.device("cpu")
 def eos_ids(source: ExportSource) -> tuple[int, ...]:
     """Return the EOS token ids of the generation config, the config and the tokenizer, without repetitions."""
     ids: list[int] = []
-    file = source.folder / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    generation = read_generation_config(source.folder, hint=RESTORE).get("eos_token_id")
     for entry in (generation, source.config.get_text_config().eos_token_id, source.tokenizer.eos_token_id):
         ids += entry if isinstance(entry, list) else [entry] if entry is not None else []
     return tuple(dict.fromkeys(number for number in ids if 0 <= number < len(source.tokenizer)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_cli.merging.deltas import AdaptedLayer, LowRankDelta, merge_by_peft
 from lora_cli.model.checkpoint_reader import BLOCK_WEIGHTS
 from lora_cli.model.empty_base import drop_weights, load_weights
+from lora_cli.model.finite import is_finite, not_finite_error
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, as_bytes
 
 COPY_BYTES = 8 << 20  # bytes per read and write of a copy
@@ -51,6 +52,16 @@ class UpdateRetention:
         return [MergedTensor(name, self._dot / self._norm_squared)] if self._norm_squared else []
 
 
+def check_finite(name: str, values: Tensor, source: TensorInfo) -> None:
+    """Check values that were read from the tensor `name` at `source`.
+
+    Raises:
+        LoraError: a value is NaN or infinite.
+    """
+    if not is_finite(values):
+        raise not_finite_error(name, source.file)
+
+
 @contextmanager
 def thread_pool(max_threads: int | None = None) -> Iterator[ThreadPoolExecutor]:
     """Yield a pool of threads that compute on one core each: at most `max_threads`, and one for each core.
@@ -82,19 +93,25 @@ class ReadWrite(NamedTuple):
     base: ShardFiles
     out: ShardFiles
 
-    def copy(self, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
-        """Copy a tensor unchanged, or cast it block by block if the dtypes differ; returns an empty list."""
+    def copy(self, name: str, source: TensorInfo, target: TensorInfo) -> list[MergedTensor]:
+        """Copy a tensor unchanged, or cast it block by block if the dtypes differ; returns an empty list.
+
+        Raises:
+            LoraError: it is not finite; `name` is its name, for the message.
+        """
         if source.dtype == target.dtype:
             buffer = memoryview(bytearray(min(COPY_BYTES, source.size)))
             for at in range(0, source.size, COPY_BYTES):
                 part = buffer[: min(COPY_BYTES, source.size - at)]
                 self.base.read(source.file, part, source.begin + at)
+                check_finite(name, torch.frombuffer(part, dtype=source.dtype), source)
                 self.out.write(target.file, part, target.begin + at)
             return []
         count = math.prod(source.shape)
         for at in range(0, count, BLOCK_WEIGHTS):
             block = torch.empty(min(BLOCK_WEIGHTS, count - at), dtype=source.dtype)
             self.base.read(source.file, as_bytes(block), source.begin + at * source.dtype.itemsize)
+            check_finite(name, block, source)
             self.out.write(target.file, as_bytes(block.to(target.dtype)), target.begin + at * target.dtype.itemsize)
         return []
 
@@ -119,7 +136,8 @@ class ReadWrite(NamedTuple):
             The share of ΔW that is left in the written tensor; an empty list if ΔW is zero.
 
         Raises:
-            ValueError: a weight or its update is not finite.
+            LoraError: W is not finite.
+            ValueError: the merged weight is not finite.
         """
         rows, columns = source.shape
         block_rows = max(1, min(rows, BLOCK_WEIGHTS // columns))
@@ -134,6 +152,7 @@ class ReadWrite(NamedTuple):
             block = slice(0, min(block_rows, rows - start))  # the last block can be shorter
             offset = start * columns  # weights before the block
             self.base.read(source.file, as_bytes(stored[block]), source.begin + offset * source.dtype.itemsize)
+            check_finite(name, stored[block], source)
             before[block].copy_(stored[block])
             torch.mm(signed[start : start + block_rows], low_rank.right, out=delta[block])
             torch.add(before[block], delta[block], out=after[block])

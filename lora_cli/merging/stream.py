@@ -157,7 +157,7 @@ def write_merged(
         sign: 1 to merge, -1 to unmerge (subtract the low-rank updates).
 
     Raises:
-        LoraError: the disk has too little free space.
+        LoraError: the disk has too little free space, or a tensor of the base is not finite.
         ValueError: a merged weight is not finite.
     """
     free = shutil.disk_usage(folder).free
@@ -223,7 +223,7 @@ class _MergeJobs:
                 # A key that the base lacks is an untied parameter: it is copied from the one that it was tied to.
                 source = self.plan.base[key if key in self.plan.base else self.plan.base_keys[key]]
                 name = names_by_key.get(key, key)
-                copy: Job = partial(self.files.copy, source, target)
+                copy: Job = partial(self.files.copy, name, source, target)
                 add([key], partial(self._transform, name, target) if name in self.transforms else copy)
         queues = [sorted(jobs, key=lambda sized: -sized[0]) for jobs in jobs_by_file.values()]
         return [sized[1] for turn in zip_longest(*queues) for sized in turn if sized is not None]
@@ -250,7 +250,7 @@ class _MergeJobs:
                 merged += self._replace(full_name, layer.module.get_parameter(parameter).data)
             elif parameter != "weight":
                 source = self.plan.base[self.plan.base_keys[full_name]]
-                self.files.copy(source, self.outputs[self.plan.output_keys[full_name]])
+                self.files.copy(full_name, source, self.outputs[self.plan.output_keys[full_name]])
         return merged
 
     def _replace(self, name: str, value: Tensor) -> list[MergedTensor]:
@@ -262,7 +262,7 @@ class _MergeJobs:
         return merge_tensors.measure_retention(name, self._read(name), value.float(), self._dtype(name))
 
     def _transform(self, name: str, target: TensorInfo) -> list[MergedTensor]:
-        self.files.write(self.reader.read(name), target)
+        self.files.write(self._read_finite(name), target)
         return []
 
     def _transform_joined(self, name: str) -> list[MergedTensor]:
@@ -271,7 +271,13 @@ class _MergeJobs:
 
     def _read(self, name: str) -> Tensor:
         """Read a parameter of the base as fp32, in its shape in the merged model."""
-        return self.reader.read(name).float()
+        return self._read_finite(name).float()
+
+    def _read_finite(self, name: str) -> Tensor:
+        """Read a parameter of the base, and check that it is finite."""
+        value = self.reader.read(name)
+        merge_tensors.check_finite(name, value, self.plan.base[self.reader.keys_of(name)[0]])
+        return value
 
     def _write(self, name: str, value: Tensor) -> None:
         """Write a merged parameter, unless it stays tied to one that is written."""

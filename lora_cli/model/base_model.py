@@ -4,8 +4,11 @@
 on the meta device.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +19,15 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
-from lora_cli.model import gguf_base, prequantized
+from lora_cli.model import finite, gguf_base, prequantized
+from lora_cli.model.build_limits import check_parameters, limited_modules, stored_parameters
+from lora_cli.model.config_file import CONFIG_FILE
+from lora_cli.model.library_errors import library_errors
 from lora_cli.model.mapped_weights import copy_mapped_weights
-from lora_cli.model.model_source import ModelSource, library_errors, load_config
+from lora_cli.model.model_source import ModelSource, load_config, restore_hint
 from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
+from lora_cli.model.safetensors_header import read_headers
+from lora_cli.model.safetensors_io import list_tensors
 from lora_cli.model.tasks import TASKS, auto_class
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
@@ -28,6 +36,7 @@ from lora_cli.run.library_warnings import silence_gpu_kernel_advice
 # We print the progress of loading; warnings of transformers still come through.
 transformers_logging.disable_progress_bar()
 
+LAYER_NUMBER = re.compile(r"\.\d+\.")
 PROBLEM_TYPES = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
@@ -93,10 +102,12 @@ class BaseCheckpoint(NamedTuple):
             arguments["device_map"] = {"": device}
         if self.labels is not None:
             arguments |= _head_arguments(self.labels)
+        arguments["use_safetensors"] = True  # never a pickle
         path = source.path
         if source.packed:
             assert source.gguf_file is not None
             path = str(source.gguf_file.parent)
+            del arguments["use_safetensors"]
             arguments |= {
                 "gguf_file": source.gguf_file.name,
                 "quantization_config": GgufConfig(),
@@ -104,8 +115,11 @@ class BaseCheckpoint(NamedTuple):
             }
         if device.type == "cpu":
             silence_gpu_kernel_advice()
+        if not source.packed:
+            self._check_files()
         torch.manual_seed(seed)
-        with library_errors(source):
+        hint = restore_hint(source) if Path(source.path).is_dir() else ""
+        with library_errors(source.path, part="its weights", hint=hint, trusted=source.trust_remote_code):
             model: PreTrainedModel
             model, loading_info = self.auto_class.from_pretrained(path, output_loading_info=True, **arguments)
         copy_mapped_weights(model)
@@ -115,11 +129,41 @@ class BaseCheckpoint(NamedTuple):
         else:
             check_cpu_4bit(model)
             prepare_for_kbit_training(model, dtype)
+        self._check_finite(model, loading_info["unexpected_keys"])
         gguf_base.make_packed_layers_differentiable(model)
         if self.vocabulary > model.get_input_embeddings().weight.shape[0]:
             _add_embedding_rows(model, self.vocabulary)
         self._set_pad_id(model)
         return LoadedBase(model.requires_grad_(False), heads, notes)
+
+    def _check_files(self) -> None:
+        """Check the headers of the weights, and that the config describes no far larger model; not of a hub model.
+
+        Raises:
+            LoraError: files are missing or damaged, or do not fit the config.
+        """
+        folder = Path(self.source.path)
+        if folder.is_dir():
+            hint = restore_hint(self.source)
+            quantized = prequantized.detect_prequantized(self.config) is not None
+            stored = stored_parameters(read_headers(folder, hint=hint), quantized=quantized)
+            check_parameters(self.skeleton(), stored, str(folder), part=CONFIG_FILE, hint=hint)
+
+    def _check_finite(self, model: PreTrainedModel, unused: Iterable[str]) -> None:
+        """Check that all weights are finite: those of the loaded model, and the `unused` tensors of its files.
+
+        Raises:
+            LoraError: one of them is not.
+        """
+        path = str(self.source.gguf_file or self.source.path)
+        before_quantization: tuple[str, ...] = getattr(getattr(model, "hf_quantizer", None), "not_finite", ())
+        weights = chain(finite.stored_weights(model), gguf_base.packed_values(model))
+        if (name := next(iter(before_quantization), None) or finite.first_not_finite(weights)) is not None:
+            raise finite.not_finite_error(name, path)
+        folder = Path(self.source.path)
+        if unused and not self.source.packed and folder.is_dir():
+            stored = list_tensors(folder)
+            finite.check_file_tensors((name, stored[name]) for name in sorted(unused) if name in stored)
 
     def skeleton(self, *, buffers: torch.dtype | None = None) -> PreTrainedModel:
         """Return the modules of the unquantized model: names and shapes without weights, on the meta device.
@@ -138,10 +182,15 @@ class BaseCheckpoint(NamedTuple):
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         empty = torch.device("meta") if buffers is None else init_empty_weights(include_buffers=False)
-        with library_errors(self.source), empty:
+        source, hint = self.source, restore_hint(self.source)
+        with (
+            library_errors(source.path, part=CONFIG_FILE, hint=hint, trusted=source.trust_remote_code),
+            limited_modules(source.path, hint=hint),
+            empty,
+        ):
             model: PreTrainedModel = self.auto_class.from_config(
                 config,
-                trust_remote_code=self.source.trust_remote_code,
+                trust_remote_code=source.trust_remote_code,
                 **({} if buffers is None else {"dtype": buffers}),
             )
             if self.vocabulary > model.get_input_embeddings().weight.shape[0]:
@@ -196,7 +245,8 @@ def _check_missing_weights(
     """Return the new and task-specific modules, and notes on tensors that only the checkpoint or only the model has.
 
     Raises:
-        LoraError: weights outside the task's head are missing, so that a part of the model would be random.
+        LoraError: weights outside the task's head are missing, so that a part of the model would be random; or the
+            checkpoint has layers that the model lacks.
     """
     replaced = {entry[0] for entry in loading_info["mismatched_keys"]}
     missing = set(loading_info["missing_keys"]) | replaced
@@ -217,6 +267,12 @@ def _check_missing_weights(
             f"new head{reason}: {', '.join([*heads, *poolers])}, {parameters:,} randomly initialized parameters"
         )
     unused = sorted(loading_info["unexpected_keys"])
+    used_kinds = {LAYER_NUMBER.sub(".#.", name) for name, _ in model.named_parameters()}
+    if left_out := [key for key in unused if LAYER_NUMBER.sub(".#.", key) in used_kinds]:
+        raise LoraError(
+            f"model.path: the checkpoint has more layers than its config.json: {left_out[0]} would not be used",
+            hint="restore config.json from its origin, or give another model",
+        )
     if unused:
         kinds = sorted({key.partition(".")[0] for key in unused})
         notes.append(f"this task does not use {len(unused)} tensors of the checkpoint: {', '.join(kinds[:4])}")

@@ -7,7 +7,7 @@ layers below with transformers' slow fallback.
 """
 
 import hashlib
-import struct
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,15 +19,28 @@ from typing import Any, Literal
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
-from transformers.integrations.gguf.reader import read_gguf_metadata
-from transformers.integrations.gguf.utils import GgufExperts, GgufLinear, is_gguf_arch_supported
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.integrations.gguf.dequant import dequantize
+from transformers.integrations.gguf.utils import GgufEmbedding, GgufExperts, GgufLinear, is_gguf_arch_supported
 
 from lora_cli.errors import LoraError
+from lora_cli.model import finite
+from lora_cli.model.build_limits import check_parameters
+from lora_cli.model.gguf_header import FETCH_HINT, MAGIC, GGUFHeader, read_gguf_header
+from lora_cli.model.library_errors import library_errors
 from lora_cli.run.cache_entry import OTHER_DISK, cached_entry
 from lora_cli.run.disk_space import Need, check_free_space
+from lora_cli.run.read_file import open_regular
 
 LARGE_FILE = 4 << 30  # bytes: unpacked, its checksums take seconds, or longer on a slow disk
+UNPACK_BYTES = 4 << 20  # of packed weights that are dequantized at a time
 
 
 def unpack_gguf(
@@ -48,10 +61,10 @@ def unpack_gguf(
         folder = _cache_folder(file, "no weights", cache)
 
     def unpack(partial: Path) -> None:
-        check_gguf_file(file)
+        header = read_gguf_header(file)
         action = f"dequantizing {file.name} to {name}" if weights else f"reading config and tokenizer of {file.name}"
         info(f"{action} once; cached in {folder}")
-        parts = _read(file, dtype if weights else None)
+        parts = _read(file, header, dtype if weights else None)
         if weights:
             size = sum(tensor.nbytes for tensor in parts[0].state_dict().values())
             check_free_space([Need(folder, size, f"the unpacked weights of {file.name}")], hint=OTHER_DISK)
@@ -72,8 +85,8 @@ def check_gguf_file(file: Path) -> None:
     """
     if find_spec("gguf") is None:
         raise LoraError(f"{file}: reading GGUF needs the package gguf", hint='pip install "lora-cli[gguf]"')
-    with file.open("rb") as start:
-        if start.read(4) != b"GGUF":
+    with open_regular(file, hint=FETCH_HINT) as start:
+        if start.read(4) != MAGIC:
             raise LoraError(
                 f"{file}: not a GGUF file", hint="set model.path to a .gguf file, a local folder or a hub id"
             )
@@ -89,7 +102,7 @@ def why_not_packed(file: Path, *, device: torch.device) -> str | None:
         return "transformers has no kernel for packed weights on the CPU"
     if find_spec("kernels") is None:
         return "the package kernels, which downloads the kernel for packed weights, is not installed"
-    architecture = read_gguf_metadata(str(file))[0]["general.architecture"]
+    architecture = read_gguf_header(file).architecture
     if not is_gguf_arch_supported(architecture):
         return f"transformers loads the architecture {architecture} dequantized only"
     return None
@@ -139,6 +152,14 @@ def make_packed_layers_differentiable(model: nn.Module) -> None:
             module.forward = partial(_packed_forward, module)
 
 
+def packed_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the values of packed layers and embeddings, fp32, in parts of some rows each; nothing for other models."""
+    for name, module in model.named_modules():
+        if isinstance(module, (GgufLinear, GgufEmbedding)):
+            for rows in module.weight.split(max(1, UNPACK_BYTES // module.weight.shape[1])):
+                yield f"{name}.weight", dequantize(rows, module.ggml_type)
+
+
 def _packed_forward(layer: GgufLinear, x: Tensor) -> Tensor:
     """Compute `GgufLinear.forward`, [..., in] to [..., out] in the dtype of `x`; differentiable if gradients are on."""
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -159,28 +180,37 @@ def _cache_folder(file: Path, content: str, cache: Path) -> Path:
     return cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def _read(file: Path, dtype: torch.dtype | None) -> list[Any]:
+def _read(file: Path, header: GGUFHeader, dtype: torch.dtype | None) -> list[Any]:
     """Load model and tokenizer, or config and tokenizer if `dtype` is None; all of them have save_pretrained."""
     folder, options = str(file.parent), {"gguf_file": file.name}
-    try:
+    with library_errors(str(file), hint=FETCH_HINT):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        if dtype is None:
-            return [AutoConfig.from_pretrained(folder, **options), tokenizer]
-        with _no_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **options
-            )
-    except (struct.error, IndexError) as reason:  # the reader read past the end of the file
-        raise _truncated(file) from reason
-    except (ValueError, NotImplementedError, KeyError) as reason:
-        if "reshape" in str(reason):  # the reader's array of a tensor ends past the end of the file
-            raise _truncated(file) from reason
-        raise LoraError(
-            f"{file}: transformers cannot read this GGUF: {str(reason).splitlines()[0]}",
-            hint="use the model's original (safetensors) folder or hub id as model.path",
-        ) from reason
+        config = AutoConfig.from_pretrained(folder, **options)
+    if dtype is None:
+        return [config, tokenizer]
+    _check_size(file, config, header)
+    with library_errors(str(file), hint=FETCH_HINT), _no_progress_bar():
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(loading_info["missing_keys"]):
+        raise LoraError(f"{file} has no weights for {missing[0]}", hint=FETCH_HINT)
+    if (name := finite.first_not_finite(model.named_parameters())) is not None:
+        raise finite.not_finite_error(name, file)
     model.config.name_or_path = file.stem
     return [model, tokenizer]
+
+
+def _check_size(file: Path, config: PretrainedConfig, header: GGUFHeader) -> None:
+    """Raise if the metadata describe a far larger model than the file has tensors of: all of it would be allocated."""
+    with library_errors(str(file), part="metadata", hint=FETCH_HINT), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    stored = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
+    check_parameters(model, stored, str(file), part="metadata", hint=FETCH_HINT)
 
 
 @contextmanager
@@ -193,10 +223,3 @@ def _no_progress_bar() -> Iterator[None]:
         yield
     finally:
         modeling_gguf_pytorch_utils.tqdm = original
-
-
-def _truncated(file: Path) -> LoraError:
-    return LoraError(
-        f"{file}: transformers cannot read this GGUF: the file is truncated",
-        hint="fetch it again, or use the model's original (safetensors) folder or hub id as model.path",
-    )

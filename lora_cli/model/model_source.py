@@ -1,7 +1,10 @@
-"""Find a base model on the hub, in a folder or in a GGUF file; read its config and tokenizer; identify its weights."""
+"""Find a base model on the hub, in a folder or in a GGUF file; read its config and tokenizer; identify its weights.
+
+A model's files come from strangers: they are checked here before a library reads them, and what a library raises about
+them becomes one error.
+"""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +18,14 @@ from transformers.utils import cached_file
 
 from lora_cli.data.check_template import check_tokenizer_templates
 from lora_cli.errors import LoraError
-from lora_cli.model import gguf_base
+from lora_cli.model import config_file, gguf_base, tokenizer_files
+from lora_cli.model.library_errors import library_errors
+from lora_cli.model.safetensors_header import StoredTensor, check_weights_are_floats, has_safetensors, read_headers
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run.cache_folder import cache_folder
+from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
-from lora_cli.run.system_errors import OF_THIS_MACHINE, system_error
+from lora_cli.run.read_file import RESTORE, open_regular, read_json_object
 
 Info = Callable[[str], None]
 
@@ -54,7 +60,7 @@ def find_model(
     trust = spec.trust_remote_code
     path = Path(spec.path).expanduser()
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise LoraError(f"model.path: there is no file {spec.path}", hint=_suggest_path(path))
         gguf_base.check_gguf_file(path)
         packed = gguf_base.choose_packed(spec.gguf, path, device=device, info=info)
@@ -63,11 +69,17 @@ def find_model(
         )
         return ModelSource(str(folder), trust, gguf_file=path, packed=packed)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        is_adapter = os.path.lexists(path / ADAPTER_CONFIG_FILE)
+        if not os.path.lexists(path / config_file.CONFIG_FILE):  # a link to nothing is named where the file is read
             hint = "model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id"
-            if (path / "adapter_config.json").is_file():
+            if is_adapter:
                 hint = "this is an adapter: give the base model it was trained on"
             raise LoraError(f"model.path: {spec.path} has no config.json", hint=hint)
+        if is_adapter:  # transformers would load the adapter too, and merge and export would not
+            raise LoraError(
+                f"model.path: {spec.path} is a model and an adapter: it has config.json and {ADAPTER_CONFIG_FILE}",
+                hint="move the files of one of them to another folder",
+            )
         return ModelSource(str(path), trust)
     if path.is_absolute() or spec.path.startswith(("./", "../", "~")) or spec.path.count("/") > 1:
         raise LoraError(f"model.path: there is no folder {spec.path}", hint=_suggest_path(path))
@@ -95,11 +107,43 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """Load the model's configuration.
 
     Raises:
-        LoraError: it cannot be loaded, or transformers does not know the architecture.
+        LoraError: it or the headers of the weights are damaged, or transformers does not know the architecture.
     """
-    with library_errors(source):
+    name, hint = config_file.CONFIG_FILE, restore_hint(source)
+    file = Path(source.path, name)
+    if not Path(source.path).is_dir():
+        with library_errors(source.path):
+            file = Path(cached_file(source.path, name, revision=source.revision))
+    tensors = stored_tensors(source)
+    config_file.check_config_file(
+        file, tensors=len(tensors) if tensors else None, trusted=source.trust_remote_code, hint=hint
+    )
+    config_file.read_generation_config(file.parent, hint=hint)
+    with library_errors(source.path, part=name, hint=hint, trusted=source.trust_remote_code):
         config: PretrainedConfig = AutoConfig.from_pretrained(source.path, **source.arguments)
-        return config
+    config_file.check_heads(config, file, hint=hint)
+    if getattr(config, "quantization_config", None) is None:
+        check_weights_are_floats(tensors, hint=hint)
+    return config
+
+
+def stored_tensors(source: ModelSource) -> dict[str, StoredTensor]:
+    """Return the tensors of the model's safetensors files, from their headers; empty for a hub model or without files.
+
+    Raises:
+        LoraError: a file is missing or damaged.
+    """
+    folder = Path(source.path)
+    return read_headers(folder, hint=restore_hint(source)) if has_safetensors(folder) else {}
+
+
+def restore_hint(source: ModelSource) -> str:
+    """Return the hint for a damaged file of a model on this machine."""
+    if source.gguf_file is not None and cache_folder() in Path(source.path).parents:
+        return f"remove the folder {source.path}: it is made again from {source.gguf_file.name}"
+    if Path(source.path).is_dir():
+        return f"{RESTORE}, or give another model"
+    return "remove the model from the cache of the hub: it is downloaded again"
 
 
 def load_tokenizer(
@@ -113,8 +157,14 @@ def load_tokenizer(
     Raises:
         LoraError: it cannot be loaded, it already has one of the new tokens, or its chat template cannot be trusted.
     """
-    with library_errors(source):
+    hint, folder = restore_hint(source), _cached_folder(source)
+    content = tokenizer_files.check_tokenizer_files(folder, hint=hint) if folder is not None else None
+    damage = hint if folder is not None else ""
+    with library_errors(source.path, part="its tokenizer", hint=damage, trusted=source.trust_remote_code):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+    if folder is not None and content is not None and not source.trust_remote_code:
+        file = folder / tokenizer_files.TOKENIZER_FILE
+        tokenizer_files.check_loaded_tokenizer(tokenizer, content, file, hint=hint)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = _processor_template(source)
     if uses_template:
@@ -134,9 +184,9 @@ def _processor_template(source: ModelSource) -> str | None:
     for name in ("chat_template.json", "processor_config.json"):
         try:
             file = cached_file(source.path, name, revision=source.revision)
-            template = json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template")
         except OSError:  # there is no such file, here or on the hub
             continue
+        template = read_json_object(Path(file), hint=restore_hint(source)).get("chat_template")
         if isinstance(template, str):
             return template
     return None
@@ -144,13 +194,18 @@ def _processor_template(source: ModelSource) -> str | None:
 
 def hub_commit(source: ModelSource) -> str | None:
     """Return the commit that the revision of a loaded hub model stands for; None for a local model."""
+    folder = None if Path(source.path).is_dir() else _cached_folder(source)
+    return folder.name if folder is not None else None  # the cache keeps a repository's files in snapshots/<commit>/
+
+
+def _cached_folder(source: ModelSource) -> Path | None:
+    """Return the folder of the model's files as far as they are on this machine; None for a hub model without any."""
     if Path(source.path).is_dir():
-        return None
+        return Path(source.path)
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(source.path, "config.json", revision=source.revision or "main")
-    # The cache keeps a repository's files in snapshots/<commit>/.
-    return Path(file).parent.name if isinstance(file, str) else None
+    file = try_to_load_from_cache(source.path, config_file.CONFIG_FILE, revision=source.revision or "main")
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -160,13 +215,14 @@ def fingerprint(source: ModelSource) -> str:
     model would take minutes at every start.
 
     Raises:
-        LoraError: a hub model is not in the cache.
+        LoraError: a hub model is not in the cache, or a weight file cannot be read.
     """
     digest = hashlib.sha256()
     for file in [source.gguf_file] if source.gguf_file else weight_files(source):
-        size = file.stat().st_size
-        digest.update(f"{size}|".encode())
-        with file.open("rb") as stream:
+        with open_regular(file, hint=restore_hint(source)) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            digest.update(f"{size}|".encode())
+            stream.seek(0)
             digest.update(stream.read(EDGE_BYTES))
             stream.seek(max(0, size - EDGE_BYTES))
             digest.update(stream.read())
@@ -195,7 +251,7 @@ def local_folder(source: ModelSource, *, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"] if fetch else None
-    with library_errors(source):
+    with library_errors(source.path):
         return Path(
             snapshot_download(
                 source.path,
@@ -204,44 +260,3 @@ def local_folder(source: ModelSource, *, fetch: bool) -> Path:
                 allow_patterns=patterns,
             )
         )
-
-
-class library_errors:  # used like a function: `with library_errors(source):`
-    """Context manager that converts transformers' errors about a wrong model into a LoraError; others pass."""
-
-    def __init__(self, source: ModelSource) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, LoraError) or not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
-            return
-        if (found := system_error(error)) is not None and found.errno in OF_THIS_MACHINE:
-            return
-        if isinstance(error, RuntimeError) and "loading state_dict" not in str(error) and "mismatch" not in str(error):
-            return
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        path = self.source.path
-        offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-        hint = "check the hub id, or give a local folder or .gguf file as model.path"
-        if "trust_remote_code" in str(error):
-            first = "it needs Python code from its repository, which runs only if you trust it"
-            pin = "" if Path(path).is_dir() else ", and pin the commit that you have read in model.revision"
-            hint = f"read the code, then set model.trust_remote_code: true (lora merge: --trust-remote-code){pin}"
-        elif "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
-            hint = "give a model that the installed transformers knows, or upgrade it: pip install -U transformers"
-        elif "Unrecognized configuration class" in str(error):
-            first = f"{first.partition(' for this kind')[0]}: transformers has no such model for this task"
-            hint = "give a model of another architecture, or choose another task"
-        elif isinstance(error, ImportError):
-            hint = "install the package that it names"
-        elif isinstance(error, RuntimeError):
-            first = "the shapes of its weights differ from its config.json"
-            hint = "download the model again, or give another one"
-        elif Path(path).is_dir():
-            hint = "model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id"
-        elif offline:
-            hint = "offline, and not all of its files are in the cache: unset HF_HUB_OFFLINE, or give a local path"
-        raise LoraError(f"model.path: {path} cannot be loaded: {first}", hint=hint) from error

@@ -9,7 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
 from lora_cli.model.multimodal import is_inside, outside_text
-from lora_cli.model.quantize_experts import register_experts_quantizer
+from lora_cli.model.quantize_experts import register_quantizers
 from lora_cli.recipe.schema import QuantizationSpec
 
 BLOCK_SIZE = 64  # weights that share one scale
@@ -21,10 +21,10 @@ def bnb_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
     4-bit is QLoRA's storage (Dettmers et al., arXiv:2305.14314, section 3): 4-bit codes, and scales that may be
     quantized too. 8-bit is LLM.int8. Loading with 4 bits packs the stacked weights of experts too.
     """
+    register_quantizers()
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     assert spec.storage_dtype is not None
-    register_experts_quantizer()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.type,

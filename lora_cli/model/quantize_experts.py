@@ -1,24 +1,28 @@
 """Quantize experts while transformers loads a checkpoint: each stacked weight is packed in 4 bits when it is read.
 
 transformers' own bitsandbytes quantizer replaces linear layers only. This one also packs the stacked weights of
-experts, one parameter at a time: a weight in 16 bits is freed before the next one is read.
+experts, one parameter at a time: a weight in 16 bits is freed before the next one is read. The quantizers for 4 and 8
+bits also note weights that are not finite, which their codes no longer show.
 """
 
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from lora_cli.model import experts, experts_lora
+from lora_cli.model.finite import is_finite
 
 
 class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # no types
     """transformers' 4-bit quantizer, which packs the stacked weights of experts too."""
 
     packable: frozenset[str] = frozenset()  # full names of the expert weights to pack
+    not_finite: tuple[str, ...] = ()  # full names of the weights that are NaN or infinite in the checkpoint
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Return whether a parameter of the model is quantized when it is read."""
@@ -51,10 +55,11 @@ class PackOnLoad(Bnb4bitQuantize):  # type: ignore[misc]  # no types
         config = self.hf_quantizer.quantization_config
         linear, converted = {}, {}
         for name, value in input_dict.items():
+            weight: Tensor = value[0] if isinstance(value, list) else value
+            _note_not_finite(self.hf_quantizer, name, weight)
             if name not in self.hf_quantizer.packable:
                 linear[name] = value
                 continue
-            weight: Tensor = value[0] if isinstance(value, list) else value
             owner, _, parameter = name.rpartition(".")
             module = model.get_submodule(owner)
             packed = experts.PackedWeight(
@@ -69,11 +74,39 @@ class PackOnLoad(Bnb4bitQuantize):  # type: ignore[misc]  # no types
         return {**converted, **super().convert(linear, **kwargs)}
 
 
+class Int8Quantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]  # no types
+    """transformers' 8-bit quantizer, which notes weights that are not finite."""
+
+    not_finite: tuple[str, ...] = ()  # as in `ExpertsQuantizer`
+
+    def get_quantize_ops(self) -> "Int8OnLoad":
+        """Return the operation that quantizes one parameter."""
+        return Int8OnLoad(self)
+
+
+class Int8OnLoad(Bnb8bitQuantize):  # type: ignore[misc]  # no types
+    """Operation of transformers' loader: quantize a linear layer to 8 bits."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        """Return the quantized parameters of `input_dict`, by full name."""
+        for name, value in input_dict.items():
+            _note_not_finite(self.hf_quantizer, name, value[0] if isinstance(value, list) else value)
+        quantized: dict[str, Tensor] = super().convert(input_dict, **kwargs)
+        return quantized
+
+
+def _note_not_finite(quantizer: Any, name: str, weight: Tensor) -> None:
+    # transformers catches what an operation raises, and loads the next parameter.
+    if not is_finite(weight):
+        quantizer.not_finite = (*quantizer.not_finite, name)
+
+
 def packable_weights(model: nn.Module) -> list[str]:
     """Return the full names of the stacked expert weights that 4-bit loading packs."""
     return [name for name, weight in experts.expert_weights(model).items() if experts.is_packable(weight.shape)]
 
 
-def register_experts_quantizer() -> None:
-    """Have transformers load 4-bit models with `ExpertsQuantizer`."""
+def register_quantizers() -> None:
+    """Have transformers load 4-bit models with `ExpertsQuantizer`, and 8-bit models with `Int8Quantizer`."""
     AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = ExpertsQuantizer
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] = Int8Quantizer

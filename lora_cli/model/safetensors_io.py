@@ -1,7 +1,6 @@
 """Read and write safetensors files and shards piece by piece at byte offsets, without memory mapping.
 
-The format: eight bytes of header length (little endian), a JSON header with dtype, shape and offsets of each tensor,
-then the tensors' bytes without gaps. Pages that were read from a memory-mapped file would count as resident memory.
+`safetensors_header` describes the format. Pages read from a memory-mapped file would count as resident memory.
 """
 
 import json
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import LoraError
+from lora_cli.model.safetensors_header import INDEX_FILE, SINGLE_FILE, read_headers
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,7 +35,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 FSYNC_EVERY_S = 0.5
 SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -56,60 +53,16 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """Return every tensor of the model in `folder`, by name, from the headers of its safetensors files.
 
     Raises:
-        LoraError: the folder has no safetensors, a shard is missing, truncated or not a safetensors file, or a tensor
-            of the index is in no shard.
+        LoraError: the files are missing or damaged, see `read_headers`, or a tensor has a dtype that torch lacks.
     """
-    if (folder / INDEX_FILE).is_file():
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(index.values()))
-        tensors: dict[str, TensorInfo] = {}
-        for shard in shards:
-            if not (folder / shard).is_file():
-                raise LoraError(
-                    f"{folder}: shard {shard} is missing; the index lists {len(shards)} shards",
-                    hint="fetch the model again",
-                )
-            tensors |= _list_tensors_of_file(folder / shard)
-        if missing := sorted(index.keys() - tensors.keys()):
-            raise LoraError(
-                f"{folder}: {missing[0]} is not in any shard; the index lists it in {index[missing[0]]}",
-                hint="fetch the model again",
-            )
-        return {name: tensors[name] for name in index}
-    if (folder / SINGLE_FILE).is_file():
-        return _list_tensors_of_file(folder / SINGLE_FILE)
-    bin_files = sorted(path.name for path in folder.glob("*.bin"))
-    raise LoraError(
-        f"{folder} has no {SINGLE_FILE}" + (f", only {bin_files[0]}" if bin_files else ""),
-        hint="load the model with transformers and save it again: save_pretrained writes safetensors",
-    )
-
-
-def _list_tensors_of_file(file: Path) -> dict[str, TensorInfo]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise LoraError(f"{file}: truncated, or not a safetensors file", hint="fetch it again")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
-            raise LoraError(f"{file}: not a safetensors file: its header is not JSON", hint="fetch it again") from None
-    header.pop("__metadata__", None)
-    start = 8 + length
-    needed = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if needed > size:
-        raise LoraError(
-            f"{file}: truncated: {size:,} bytes, but its header describes {needed:,}", hint="fetch it again"
-        )
     tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
+    for name, stored in read_headers(folder).items():
+        if stored.dtype not in DTYPES:
             raise LoraError(
-                f"{file}: {name} has the unsupported dtype {entry['dtype']}", hint=f"use one of {', '.join(DTYPES)}"
+                f"{stored.file}: {name} has the unsupported dtype {stored.dtype}",
+                hint=f"use one of {', '.join(DTYPES)}",
             )
-        tensors[name] = TensorInfo(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin)
+        tensors[name] = TensorInfo(stored.file, DTYPES[stored.dtype], stored.shape, stored.begin, stored.size)
     return tensors
 
 

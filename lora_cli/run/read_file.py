@@ -86,6 +86,18 @@ def describe_kind(path: Path) -> str:
         return f"a path that cannot be followed ({error.strerror})"
 
 
+def printable(value: object, limit: int = 100) -> str:
+    """Return a value of a file as text for a message: in one line, control characters escaped, cut at `limit`."""
+    text = value if isinstance(value, str) else str(value)
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: limit + 1])
+    return f"{shown[:limit]}..." if len(text) > limit else shown
+
+
+def as_json(value: object) -> str:
+    """Return a value from a JSON file for a message, as it would stand there: `"1"` is not `1`."""
+    return printable(json.dumps(value, ensure_ascii=False))
+
+
 def _kind(mode: int) -> str:
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")

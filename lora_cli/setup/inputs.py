@@ -28,7 +28,8 @@ from lora_cli.errors import LoraError
 from lora_cli.model import multimodal, packed_attention, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
 from lora_cli.model.device import pick_device, pick_dtype
-from lora_cli.model.model_source import find_model, load_config, load_tokenizer
+from lora_cli.model.library_errors import panics_as_errors
+from lora_cli.model.model_source import find_model, load_config, load_tokenizer, restore_hint
 from lora_cli.model.packing_support import packing_obstacle
 from lora_cli.model.tasks import PREFIX_MODELS, TASKS, is_supported
 from lora_cli.recipe.load import load_recipe
@@ -100,17 +101,21 @@ def load_inputs(
     _check_attention(model.attention)
     tokenizer = load_tokenizer(source, model.new_tokens, uses_template=data.chat_template is None)
     _check_max_length(config, data, virtual=recipe.adapter.virtual_tokens or 0)
-    prepared = prepare_data(
-        data,
-        tokenizer,
-        seed=recipe.training.seed,
-        cache=cache_folder(),
-        info=info,
-        task=task,
-        base_labels=head_labels(config, task),
-        placeholders=multimodal.placeholder_tokens(config, tokenizer),
-        train_key=train_key,
-    )
+    with panics_as_errors(f"the tokenizer of {model.path}", hint=restore_hint(source)):
+        prepared = prepare_data(
+            data,
+            tokenizer,
+            seed=recipe.training.seed,
+            cache=cache_folder(),
+            info=info,
+            task=task,
+            base_labels=head_labels(config, task),
+            placeholders=multimodal.placeholder_tokens(config, tokenizer),
+            train_key=train_key,
+        )
+    embeddings = len(tokenizer) if model.new_tokens else getattr(config.get_text_config(), "vocab_size", None)
+    if embeddings is not None:
+        _check_token_ids(prepared, tokenizer, embeddings, targets=task == "seq2seq-lm", hint=restore_hint(source))
     if task == "seq-cls" and config.is_encoder_decoder:
         _check_text_pairs(prepared, config)
     template_date = None
@@ -128,7 +133,7 @@ def load_inputs(
         labels=prepared.labels,
         dtype=dtype,
         vocabulary=len(tokenizer) if model.new_tokens else 0,
-        pad_id=_pad_id(tokenizer),
+        pad_id=_pad_id(tokenizer, embeddings),
     )
     return RunInputs(recipe, device, base, prepared, quantized_before, template_date)
 
@@ -173,13 +178,34 @@ def with_date(recipe: Recipe, day: str | None) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"template_date": day})})
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token id to pad with: the tokenizer's own if it has one.
+def _check_token_ids(
+    data: PreparedData, tokenizer: PreTrainedTokenizerBase, embeddings: int, *, targets: bool, hint: str
+) -> None:
+    """Raise if a row has a token without one of the model's `embeddings`, as with the tokenizer of another model.
+
+    With `targets`, labels are tokens that the input need not have.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < embeddings:
+        return  # a tokenizer may have tokens that no row has, such as one for padding
+    for rows in (data.train, data.eval):
+        for row in rows or ():
+            largest = max(int(row.input_ids.max()), int(row.labels.max()) if targets else 0)
+            if largest >= embeddings:
+                token = tokenizer.convert_ids_to_tokens(largest)
+                raise LoraError(
+                    f"{row.where}: the token {token!r} has the id {largest:,}, but the model has embeddings for "
+                    f"{embeddings:,}",
+                    hint=hint,
+                )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase, embeddings: int | None) -> int:
+    """Return a token id to pad with: the tokenizer's own if it has one, and the model an embedding for it.
 
     Any id works, because padding is masked and carries no loss.
     """
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
+        if isinstance(candidate, int) and (embeddings is None or candidate < embeddings):
             return candidate
     return 0
 

@@ -182,8 +182,8 @@ MODEL_MISTAKES = {
     "a truncated gguf file": Mistake(
         {"model.path": "x.gguf"},
         [
-            "error: x.gguf: transformers cannot read this GGUF: the file is truncated",
-            "hint: fetch it again, or use the model's original (safetensors) folder or hub id as model.path",
+            "error: x.gguf is not a GGUF file that can be read: the file is truncated",
+            "hint: fetch the file again, or use the model's original (safetensors) folder or hub id as model.path",
         ],
         setup=file_writer("x.gguf", b"GGUF\x03\0\0\0"),
     ),

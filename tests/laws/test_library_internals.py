@@ -119,7 +119,8 @@ IMPORTED: dict[str, Use] = {
     "transformers.core_model_loading.revert_weight_conversion": Use(
         "model/conversion.py", library_checks.weight_conversion
     ),
-    "transformers.integrations.gguf.reader.read_gguf_metadata": Use("model/gguf_base.py", library_checks.gguf_header),
+    "transformers.integrations.gguf.dequant.dequantize": Use("model/gguf_base.py", library_checks.packed_linear),
+    "transformers.integrations.gguf.utils.GgufEmbedding": Use("model/gguf_base.py", library_checks.packed_linear),
     "transformers.integrations.gguf.utils.GgufExperts": Use("model/gguf_base.py", library_checks.packed_linear),
     "transformers.integrations.gguf.utils.GgufLinear": Use(
         "model/fused_lora.py model/gguf_base.py model/target_modules.py", library_checks.packed_linear
@@ -130,12 +131,18 @@ IMPORTED: dict[str, Use] = {
     "transformers.integrations.bitsandbytes.Bnb4bitQuantize": Use(
         "model/quantize_experts.py", moe_checks.four_bit_loader
     ),
+    "transformers.integrations.bitsandbytes.Bnb8bitQuantize": Use(
+        "model/quantize_experts.py", moe_checks.eight_bit_loader
+    ),
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": Use(
         "model/packed_attention.py setup/inputs.py", library_checks.attention_functions
     ),
     "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
     "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer": Use(
         "model/quantize_experts.py", moe_checks.four_bit_loader
+    ),
+    "transformers.quantizers.quantizer_bnb_8bit.Bnb8BitHfQuantizer": Use(
+        "model/quantize_experts.py", moe_checks.eight_bit_loader
     ),
     "transformers.quantizers.auto.AutoHfQuantizer": Use("model/fake_quantize.py", library_checks.quantizer),
     "transformers.utils.cached_file": Use("model/model_source.py", library_checks.missing_file),
@@ -183,10 +190,13 @@ UNDOCUMENTED: dict[str, Use] = {
     "Linear4bit.support_avx512bf16_for_cpu": Use("model/quantize.py", library_checks.four_bit_layer),
     "Params4bit.compress_statistics": Use("model/fused_lora.py", library_checks.four_bit_layer),
     "Params4bit.quant_state": Use(
-        "model/attach_adapter.py model/fused_lora.py model/quantize.py", library_checks.four_bit_layer
+        "model/attach_adapter.py model/finite.py model/fused_lora.py model/quantize.py", library_checks.four_bit_layer
     ),
-    "QuantState.state2": Use("export/hf/nf4.py model/quantize.py", library_checks.four_bit_layer),
-    "QuantState.absmax": Use("model/experts.py", moe_checks.four_bit_parts),
+    "QuantState.state2": Use("export/hf/nf4.py model/finite.py model/quantize.py", library_checks.four_bit_layer),
+    "QuantState.absmax": Use("model/experts.py model/finite.py", moe_checks.four_bit_parts),
+    "Int8Params.SCB": Use("model/finite.py", library_checks.int8_functions),
+    "pyo3_runtime.PanicException": Use("model/library_errors.py", library_checks.panic),
+    "GgufLinear.ggml_type": Use("model/gguf_base.py", library_checks.packed_linear),
     "ParamWrapper.parameter_name": Use("model/attach_adapter.py model/experts_lora.py", moe_checks.parameter_layer),
     "Experts.is_transposed": Use("model/experts_lora.py", moe_checks.experts_module),
     "Experts.has_gate": Use("model/experts_lora.py model/memory.py", moe_checks.experts_module),

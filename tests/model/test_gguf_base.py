@@ -218,11 +218,11 @@ def test_without_weights_config_and_tokenizer_are_the_same(file: Path, tmp_path:
 
 
 BAD = {
-    "empty": (b"", "not a GGUF file"),
-    "text": (b"model: tiny", "not a GGUF file"),
-    "header alone": (b"GGUF", "transformers cannot read this GGUF"),
+    "empty": (b"", "it does not begin with GGUF"),
+    "text": (b"model: tiny", "it does not begin with GGUF"),
+    "header alone": (b"GGUF", "the file is truncated"),
     "truncated": (None, "the file is truncated"),
-    "another version": (b"GGUF" + b"\xff" * 64, "transformers cannot read this GGUF"),
+    "another version": (b"GGUF" + b"\xff" * 64, "it is of version 4,294,967,295"),
 }
 
 

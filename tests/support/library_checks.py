@@ -24,16 +24,19 @@ from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.tasks import TaskManager
 from onnx import numpy_helper
 from onnxruntime.capi import onnxruntime_pybind11_state
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations.gguf import reader
+from transformers.integrations.gguf import dequant
 from transformers.integrations.gguf import utils as gguf_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import chat_template_utils
 
+from lora_cli.model.library_errors import is_panic
+from lora_cli.model.tokenizer_files import silent_panics
 from tests.model import zoo
 
 IDS = torch.arange(3, 15)[None]
@@ -146,17 +149,14 @@ def packed_linear() -> None:
     product.sum().backward()
     assert x.grad is not None
     assert issubclass(gguf_utils.GgufExperts, nn.Module)
+    assert layer.ggml_type == int(gguf.GGMLQuantizationType.Q8_0)
+    values = torch.tensor(gguf.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+    assert torch.equal(dequant.dequantize(layer.weight, layer.ggml_type).view(values.shape), values)
+    embedding = gguf_utils.GgufEmbedding(32, 64, layer.ggml_type)
+    assert (embedding.weight.shape, embedding.ggml_type) == (layer.weight.shape, layer.ggml_type)
 
 
 def gguf_header() -> None:
-    with TemporaryDirectory() as folder:
-        writer = gguf.GGUFWriter(Path(folder) / "a.gguf", "llama")
-        writer.add_tensor("a", np.zeros(32, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        assert reader.read_gguf_metadata(str(Path(folder) / "a.gguf"))[0]["general.architecture"] == "llama"
     assert gguf_utils.is_gguf_arch_supported("lfm2")
     assert not gguf_utils.is_gguf_arch_supported("no-such-architecture")
 
@@ -251,6 +251,20 @@ def int8_functions() -> None:
     codes, scales, _ = bnbf.int8_vectorwise_quant(weight)
     assert (codes.dtype, scales.shape) == (torch.int8, (8,))
     assert zoo.relative(bnbf.int8_vectorwise_dequant(codes, scales), weight.float()) < 0.01
+    with TemporaryDirectory() as folder:
+        zoo.make("llama").save_pretrained(folder)
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    assert model.model.layers[0].mlp.up_proj.weight.SCB.shape == (128,)
+
+
+def panic() -> None:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    with silent_panics(), pytest.raises(BaseException, match="retry-limit") as caught:
+        core.encode("a" * 1000)
+    assert is_panic(caught.value)
+    assert not isinstance(caught.value, Exception)
 
 
 def optimizer_state() -> None:

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-from transformers.quantizers import auto, quantizer_bnb_4bit
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
+from transformers.quantizers import auto, quantizer_bnb_4bit, quantizer_bnb_8bit
 
-from lora_cli.model.quantize_experts import ExpertsQuantizer
+from lora_cli.model.quantize_experts import ExpertsQuantizer, Int8Quantizer
 from tests.model import zoo
 
 NAMES = [f"model.layers.0.mlp.experts.{last}" for last in ("down_proj", "gate_up_proj")]
@@ -84,6 +84,14 @@ def four_bit_loader() -> None:
     assert isinstance(quantizer, ExpertsQuantizer)
     assert quantizer.pre_quantized is True
     assert quantizer.quantization_config.bnb_4bit_quant_storage == torch.uint8
+
+
+def eight_bit_loader() -> None:
+    """8-bit models are loaded by the quantizer in the table, whose operation gets parameters by their full names."""
+    assert issubclass(Int8Quantizer, quantizer_bnb_8bit.Bnb8BitHfQuantizer)
+    assert callable(quantizer_bnb_8bit.Bnb8BitHfQuantizer.get_quantize_ops)
+    assert callable(Bnb8bitQuantize.convert)
+    assert "bitsandbytes_8bit" in auto.AUTO_QUANTIZER_MAPPING
 
 
 def four_bit_parts() -> None:

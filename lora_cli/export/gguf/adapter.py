@@ -29,8 +29,10 @@ from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_len
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base
 from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.gguf_header import read_gguf_header
 from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.multimodal import text_names
+from lora_cli.run.read_file import printable
 
 DEFAULT_QUANTIZATION = "f32"
 QUANTIZATIONS = ("f32", "f16", "bf16")
@@ -203,17 +205,17 @@ def _check_over(source: ExportSource, over: Path, quantization: GGUFQuantization
     Raises:
         LoraError: it is not a GGUF file, or has another architecture or other shapes.
     """
-    if not over.is_file():
-        raise LoraError(f"--over {over}: no such file", hint="give the base's GGUF file")
     try:
-        file = GGUFReader(str(over))
-    except ValueError as reason:
-        raise LoraError(f"--over {over}: not a GGUF file: {reason}", hint="give the base's GGUF file") from reason
+        header = read_gguf_header(over, hint="give the base's GGUF file")
+    except LoraError as error:
+        raise LoraError(f"--over: {error.message}", hint=error.hint) from None
     arch = gguf.MODEL_ARCH_NAMES[architectures.find_architecture(source.config).arch]
-    file_arch = file.fields[gguf.Keys.General.ARCHITECTURE].contents()
-    shapes = {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in file.tensors}
-    if file_arch != arch:
-        raise LoraError(f"--over {over}: its architecture is {file_arch}, but the adapter's base is {arch}")
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    if header.architecture != arch:
+        raise LoraError(
+            f"--over {over}: its architecture is {printable(header.architecture)}, but the adapter's base is {arch}",
+            hint="give the GGUF file of the base that the adapter was trained on",
+        )
     for a, b in _a_b_pairs(_tensors(source, quantization)[0]):
         name, shape = a.name.removesuffix(".lora_a"), (b.shape[0], a.shape[1])
         if shapes.get(name) != shape:
@@ -229,7 +231,7 @@ def _a_b_pairs(tensors: list[GGUFTensor]) -> Iterator[tuple[GGUFTensor, GGUFTens
 
 def _quantization_of_file(over: Path) -> GGUFQuantization:
     """Return the quantization that most weights of the base have: it sets the tolerances of the output checks."""
-    types = [tensor.tensor_type for tensor in GGUFReader(str(over)).tensors if len(tensor.shape) > 1]
+    types = [tensor.type for tensor in read_gguf_header(over).tensors.values() if len(tensor.shape) > 1]
     most_common = max(set(types), key=types.count)
     known = {quantization.type: quantization for quantization in GGUF_QUANTIZATIONS.values()}
     return known.get(most_common, GGUF_QUANTIZATIONS["q4_0"])

@@ -21,6 +21,7 @@ from lora_cli.export.gguf.architectures import Architecture
 from lora_cli.model import safetensors_io
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.finite import is_finite, not_finite_error
 from lora_cli.model.multimodal import is_multimodal, text_names
 from lora_cli.model.safetensors_io import TensorInfo
 
@@ -239,8 +240,9 @@ def write_gguf(file: Path, tensors: list[GGUFTensor], *, arch: str, describe: Ca
 
 
 def _quantize(tensor: GGUFTensor, values: Array) -> NDArray[Any]:
-    if not np.isfinite(values).all():
-        raise LoraError(f"{tensor.name} has NaN or infinite values", hint="the model is broken: merge it again")
+    if not is_finite(torch.from_numpy(values)):
+        where = tensor.source.file if isinstance(tensor.source, TensorInfo) else "the adapter"
+        raise not_finite_error(tensor.name, where)
     if tensor.type == Q.F16 and np.abs(values).max(initial=0) > F16_MAX:
         raise LoraError(
             f"{tensor.name} has values up to {np.abs(values).max():.3g}, but fp16 has at most {F16_MAX:,.0f}",

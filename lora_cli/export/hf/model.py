@@ -17,8 +17,10 @@ from lora_cli.export.hf.peft_adapter import bits_equal
 from lora_cli.export.hf.verify import Rounding, compare_with_source
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import multimodal, prequantized, safetensors_io
+from lora_cli.model.finite import is_finite, not_finite_error
 from lora_cli.model.quantize import BLOCK_SIZE
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo
+from lora_cli.run.read_file import read_json_object
 
 MAX_SHARD_BYTES = 2 * 10**9  # bytes of a file, unless a single tensor is larger
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -45,12 +47,14 @@ class OutputTensor(NamedTuple):
         """Return the tensors that are written, by name; `output_shapes` gives their dtypes and shapes.
 
         Raises:
-            LoraError: a value is too large for the dtype.
+            LoraError: a value is not finite, or too large for the dtype.
         """
         original = read_tensor(self.source, files)
+        if not is_finite(original):
+            raise not_finite_error(self.key, self.source.file)
         cast = original.to(self.dtype)
-        if cast.dtype != original.dtype and not bool((cast.isfinite() | ~original.isfinite()).all()):
-            largest = float(original[original.isfinite()].abs().max())
+        if cast.dtype != original.dtype and not is_finite(cast):
+            largest = float(original.abs().max())
             raise LoraError(
                 f"{self.key}: {largest:.3g} is too large for {DTYPE_NAMES[self.dtype]}, "
                 f"whose maximum is {torch.finfo(self.dtype).max:.3g}",
@@ -188,7 +192,7 @@ def _output_dtype(stored: dict[str, TensorInfo], options: ExportOptions) -> torc
 
 
 def _write_config_and_tokenizer(source: ExportSource, out: Path, options: ExportOptions) -> None:
-    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json_object(source.folder / "config.json")
     dtype = _output_dtype(safetensors_io.list_tensors(source.folder), options)
     if dtype is not None:
         config = {**_replace_dtype(config, DTYPE_NAMES[dtype]), "dtype": DTYPE_NAMES[dtype]}

@@ -1,0 +1,95 @@
+"""Find weights that are not finite (NaN or infinite): a model with one of them answers nothing, and teaches nothing.
+
+Each value is read once more, at the speed of memory, where it is in memory anyway: after a model was loaded, while a
+tensor is copied, merged or exported, and before a weight is quantized, which hides it.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.errors import LoraError
+from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, as_bytes
+
+BLOCK_VALUES = 1 << 22  # of a tensor that is read from a file, or has a dtype that torch does not compare
+
+
+def is_finite(values: Tensor) -> bool:
+    """Return whether no value of a tensor, of any shape, dtype and device, is NaN or infinite."""
+    return first_not_finite([("", values)]) is None
+
+
+@torch.no_grad()
+def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor with a value that is NaN or infinite; None if all are finite.
+
+    The results of all tensors are fetched together: on a GPU, each fetch waits for the device.
+    """
+    names: list[str] = []
+    flags: list[Tensor] = []
+    for name, values in tensors:
+        for part in _parts(values.detach()):
+            names.append(name)
+            # One pass without temporary tensors: a NaN is the smallest and the largest value.
+            flags.append(torch.stack(torch.aminmax(part)).isfinite().all())
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
+    return next((name for name, is_good in zip(names, finite, strict=True) if not is_good), None)
+
+
+def _parts(values: Tensor) -> Iterator[Tensor]:
+    """Yield the values in parts that torch.aminmax accepts; nothing for integers and empty tensors."""
+    if not values.is_floating_point() or not values.numel():
+        return
+    if values.dtype.itemsize > 1:
+        yield values
+    else:  # float8
+        yield from (block.float() for block in values.reshape(-1).split(BLOCK_VALUES))
+
+
+def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a loaded model that have floating-point values, and the scales of quantized ones."""
+    for name, parameter in model.named_parameters():
+        weight: Any = parameter
+        state = getattr(weight, "quant_state", None)
+        if state is not None:  # 4 bits; the codes of 16-bit storage are no numbers
+            yield name, state.absmax
+            if state.nested:
+                yield name, state.state2.absmax
+                yield name, state.offset
+        elif getattr(weight, "SCB", None) is not None:  # 8 bits
+            yield name, weight.SCB
+        else:
+            yield name, parameter
+
+
+def check_file_tensors(tensors: Iterable[tuple[str, TensorInfo]]) -> None:
+    """Read tensors of safetensors files block by block, and check them.
+
+    Raises:
+        LoraError: one of them has a value that is not finite, or a file ends too early.
+    """
+    with ShardFiles(writable=False) as files:
+        for name, info in tensors:
+            if not info.dtype.is_floating_point:
+                continue
+            if first_not_finite((name, block) for block in _blocks(info, files)) is not None:
+                raise not_finite_error(name, info.file)
+
+
+def _blocks(info: TensorInfo, files: ShardFiles) -> Iterator[Tensor]:
+    for at in range(0, info.size, BLOCK_VALUES * info.dtype.itemsize):
+        size = min(BLOCK_VALUES * info.dtype.itemsize, info.size - at)
+        block = torch.empty(size // info.dtype.itemsize, dtype=info.dtype)
+        files.read(info.file, as_bytes(block), info.begin + at)
+        yield block
+
+
+def not_finite_error(name: str, where: Path | str) -> LoraError:
+    """Return the error for a tensor of a model or of one of its files."""
+    return LoraError(
+        f"{where}: {name} has values that are not finite (NaN or infinite)",
+        hint="fetch the model again, or give another one: with such weights it computes NaN",
+    )
