@@ -101,6 +101,7 @@ def evaluate(
     ] = None,
     tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with YAML files of more tasks.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents per task; default: all.")] = None,
+    other_base: OtherBase = False,
 ) -> None:
     """Measure base, adapters and merged models side by side on held-out rows."""
     if Path(target).is_file():
@@ -111,7 +112,7 @@ def evaluate(
     from lora_cli.evaluation.answers import GenerationOptions
 
     options = GenerationOptions(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
-    command(target, adapters=adapters or [], data=data, json_file=json_file, options=options)
+    command(target, adapters=adapters or [], data=data, json_file=json_file, options=options, other_base=other_base)
 
 
 @app.command()
@@ -207,12 +208,13 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
+    other_base: OtherBase = False,
 ) -> None:
     """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""
     from lora_cli.commands import chat as command
 
     options = command.ChatOptions(temperature, max_new_tokens, system, seed)
-    command.chat(target, adapters=adapters or [], base_path=base, options=options)
+    command.chat(target, adapters=adapters or [], base_path=base, options=options, other_base=other_base)
 
 
 adapter_app = typer.Typer(help="Inspect, resize and combine LoRA adapters.", no_args_is_help=True)

@@ -1,5 +1,6 @@
 """`lora adapter`: inspect a LoRA adapter, resize it to a smaller rank, combine several adapters into one."""
 
+import math
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -16,15 +17,17 @@ from lora_cli.merging import low_rank
 from lora_cli.merging.expert_factors import group_experts, stacked_name
 from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
 from lora_cli.model import safetensors_io
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, TOKENIZER_FILES
-from lora_cli.model.saved_adapter import open_saved_adapter
+from lora_cli.model.saved_adapter import find_base
 from lora_cli.model.target_modules import layer_index
-from lora_cli.model.trained_on import TRAINED_ON_FILE, read_trained_on
+from lora_cli.model.trained_on import TRAINED_ON_FILE
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.output_path import check_output_path
+from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
 
 ENERGY_SHARES = (0.9, 0.95, 0.99)
@@ -70,8 +73,8 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         if file is not None and not file.absolute().parent.is_dir():
             raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
     folder = find_adapter(folder)
-    adapter = low_rank.read_lora(folder)
-    norms = _base_norms(folder, base_path, adapter)
+    adapter = low_rank.read_lora(open_adapter(folder))
+    norms = _base_norms(adapter, base_path)
     stats = [_module_stats(module, factors, norms.get(module)) for module, factors in adapter.factors.items()]
     untrained = [module.module for module in stats if module.norm == 0]
     stats = [module for module in stats if module.norm > 0]
@@ -120,10 +123,10 @@ def _module_stats(module: str, factors: LowRankFactors, base_norm: float | None)
     )
 
 
-def _base_norms(folder: Path, base_path: str | None, adapter: LoraWeights) -> dict[str, float]:
+def _base_norms(adapter: LoraWeights, base_path: str | None) -> dict[str, float]:
     """Return ‖W‖ of every adapted module, if the base's files are on this machine."""
     try:
-        base = open_saved_adapter(folder, adapter.config, base_path=base_path, trust_remote_code=False).base
+        base = find_base(adapter.files, path=base_path, trust_remote_code=False).base
         tensors = safetensors_io.list_tensors(local_folder(base.source, fetch=False))
     except LoraError as reason:
         if base_path is not None:
@@ -234,7 +237,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     atomic.remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
     folder = find_adapter(folder)
     check_output_path(out, inputs=[folder], replace=force, command="resize")
-    adapter = low_rank.read_lora(folder)
+    adapter = low_rank.read_lora(open_adapter(folder))
     if adapter.config.use_dora:
         raise LoraError(
             f"{folder} is DoRA: its magnitudes were trained with the full B·A", hint="merge it, or train a smaller one"
@@ -245,7 +248,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
         small[module] = low_rank.truncate_rank(factors, new_rank)
     before = _range([factors.rank for factors in adapter.factors.values()])
     _write_adapter(small, adapter, out, replace=force, what=f"resized from rank {before}")
-    _print_energy_kept(adapter.factors, low_rank.read_lora(out).factors)
+    _print_energy_kept(adapter.factors, low_rank.read_lora(open_adapter(out)).factors)
     console.out.print(str(out))
 
 
@@ -270,15 +273,12 @@ def combine(
     folders, weights = [], []
     for item in items:
         weight, star, path = item.rpartition("*")
-        try:
-            weights.append(float(weight) if star else 1.0)
-        except ValueError:
-            raise LoraError(f"{item}: {weight} is not a weight", hint="write 0.5*runs/a/adapter") from None
+        weights.append(_parse_weight(weight, item) if star else 1.0)
         folders.append(find_adapter(Path(path)))
     if len(folders) < 2:
         raise LoraError("combine: there is only one adapter", hint="name two or more")
     check_output_path(out, inputs=folders, replace=force, command="combine")
-    adapters = [low_rank.read_lora(folder) for folder in folders]
+    adapters = [low_rank.read_lora(open_adapter(folder)) for folder in folders]
     _check_combinable(adapters)
     if method == "concat" and rank is not None:
         raise LoraError("--rank has no effect with --method concat", hint="write --method svd, or remove it")
@@ -301,23 +301,41 @@ def combine(
             dense = low_rank.combine_dense(adapters, weights, method=method, density=density, seed=seed)
             embeddings = {module: factors.is_embedding for module, factors in exact.items()}
             combined = low_rank.factorize(dense, max_rank, embeddings)
-    names = ", ".join(f"{weight:g} of {adapter.folder}" for weight, adapter in zip(weights, adapters, strict=True))
+    names = ", ".join(
+        f"{weight:g} of {_public_name(adapter.folder)}" for weight, adapter in zip(weights, adapters, strict=True)
+    )
     _write_adapter(combined, adapters[0], out, replace=force, what=f"{method} of {names}")
     if method in ("concat", "svd"):
-        _print_energy_kept(exact, low_rank.read_lora(out).factors)
+        _print_energy_kept(exact, low_rank.read_lora(open_adapter(out)).factors)
     console.out.print(str(out))
+
+
+def _public_name(folder: Path) -> str:
+    """Return the name of an adapter for the model card, without folders of this machine."""
+    run = folder.parent.name if folder.name == "adapter" else folder.name
+    return run if folder.is_absolute() else str(folder)
+
+
+def _parse_weight(text: str, item: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise LoraError(f"{item}: {text} is not a weight", hint="write 0.5*runs/a/adapter")
+    return weight
 
 
 def _check_combinable(adapters: list[LoraWeights]) -> None:
     """Raise if the adapters have different bases, or tensors that are not low-rank updates."""
-    first, first_base = adapters[0], read_trained_on(adapters[0].folder)
+    first, first_base = adapters[0], adapters[0].files.trained_on
     for adapter in adapters:
         if adapter.other_tensors:
             raise LoraError(
                 f"{adapter.folder}: {sorted(adapter.other_tensors)[0]} is not a low-rank update, and cannot be summed",
                 hint="merge the adapters one after the other with lora merge",
             )
-        base = read_trained_on(adapter.folder)
+        base = adapter.files.trained_on
         if first_base and base and first_base.fingerprint != base.fingerprint:
             raise LoraError(
                 f"{adapter.folder} and {first.folder} were trained on different bases", hint="see trained_on.json"
@@ -340,14 +358,21 @@ def _write_adapter(
     factors = {module: each for module, each in factors.items() if each.rank}
     wrappers = like.wrappers
     config: LoraConfig = low_rank.lora_config_for(factors, like.config, parameters=wrappers)
+    base: str | None = config.base_model_name_or_path
+    if base is not None and redact_path(base) != base:
+        config.base_model_name_or_path = redact_path(base)
+        console.info(f"note: {out} names its base {redact_path(base)}, without its folder: use it with --base {base}")
     with verified_folder(out, kind="adapter", published=True, replace=replace) as partial:
         tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise LoraError(f"{name} of the result is too large for fp32", hint="use smaller weights")
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))
         for name in COPIED_FILES:
             if (like.folder / name).is_file():
                 shutil.copyfile(like.folder / name, partial / name)
-        name = Path(str(config.base_model_name_or_path)).name
+        name = Path(str(base)).name
         text = f"---\nbase_model: {name}\nlibrary_name: peft\n---\n# LoRA of {name}\n\nA plain PEFT adapter, {what}.\n"
         (partial / "README.md").write_text(text, encoding="utf-8")
 

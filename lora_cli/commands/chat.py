@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from jinja2 import TemplateSyntaxError
 from peft import PeftModel
-from transformers import GenerationConfig, TextStreamer
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.check_template import check_template
@@ -200,6 +201,7 @@ class Chat:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([_check_logits]),
                 streamer=streamer,
                 stopping_criteria=[StopOnSignal(lambda: stop.signal is not None)],
             )
@@ -254,6 +256,17 @@ class Chat:
         return [after[: first + 1]] if first is not None else []
 
 
+def _check_logits(_: Tensor, logits: Tensor) -> Tensor:
+    """Return the logits of the next token, [1, vocab] of a floating dtype.
+
+    Raises:
+        LoraError: one is NaN; the most likely token would be an arbitrary one.
+    """
+    if logits.isnan().any():
+        raise LoraError("the model computes no numbers (NaN)", hint="its weights are damaged or too large")
+    return logits
+
+
 class CollectingStreamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
     """Write an answer to stdout while it is generated, and collect it in `parts`."""
 
@@ -268,7 +281,9 @@ class CollectingStreamer(TextStreamer):  # type: ignore[misc]  # transformers ha
         sys.stdout.flush()
 
 
-def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, options: ChatOptions) -> None:
+def chat(
+    target: Path, *, adapters: Sequence[str], base_path: str | None, options: ChatOptions, other_base: bool = False
+) -> None:
     """Answer stdin, line by line.
 
     Args:
@@ -276,11 +291,12 @@ def chat(target: Path, *, adapters: Sequence[str], base_path: str | None, option
         adapters: further adapters of the same base, `DIR` or `NAME=DIR`.
         base_path: base in place of the one that the adapter names.
         options: of answer generation.
+        other_base: whether the base may have other weights than those that an adapter was trained on.
 
     Raises:
         LoraError: an adapter or model does not exist, does not fit its base, or is not a language model.
     """
-    loaded = load_chat(target, adapters, base_path)
+    loaded = load_chat(target, adapters, base_path, other_base=other_base)
     loaded.model.eval()
     conversation = Chat(loaded, options)
     torch.manual_seed(options.seed)

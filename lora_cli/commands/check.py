@@ -17,6 +17,7 @@ from lora_cli.model.base_model import task_heads
 from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
+from lora_cli.run.redact import redact_path
 from lora_cli.setup.evaluations import check_evaluations
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.training_model import (
@@ -29,7 +30,6 @@ from lora_cli.setup.training_model import (
     resolve_optimizer,
 )
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
-from lora_cli.training.model_card import redact_path
 from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 

@@ -1,25 +1,27 @@
 """`lora eval`: measure base, adapters and merged models side by side on held-out rows, with the base loaded once."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.data.class_labels import LABELS_FILE, ClassLabels, load_labels
+from lora_cli.data.class_labels import LABELS_FILE, ClassLabels
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.ledger import PromptKind
 from lora_cli.errors import LoraError
 from lora_cli.evaluation import answers, report
 from lora_cli.evaluation.answers import GenerationOptions, Prompt
 from lora_cli.evaluation.classification_metrics import compute_classification_metrics, missing_packages
-from lora_cli.evaluation.likelihood import measure_row_likelihoods
+from lora_cli.evaluation.likelihood import RowLikelihoods, measure_row_likelihoods
 from lora_cli.evaluation.predict import predict
 from lora_cli.evaluation.report import BASE, ModelResult
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.load_adapter import NamedAdapters, load_adapters
@@ -27,12 +29,12 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer
 from lora_cli.model.saved_adapter import CPU, labels_of_head
 from lora_cli.model.tasks import TASKS
-from lora_cli.model.trained_on import read_trained_on
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
 from lora_cli.run.folder import CONFIG_FILE, recipe_of_adapter
-from lora_cli.setup.adapter_folders import parse_named_folder
+from lora_cli.run.redact import redact_path
+from lora_cli.setup.adapter_folders import check_bases, is_model_folder, parse_named_folder
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base
 from lora_cli.training import cpu
@@ -42,12 +44,18 @@ class Target(NamedTuple):
     """The recipe, adapters and models that the command line names."""
 
     recipe: Recipe
-    adapters: dict[str, Path]  # by the displayed name
+    adapters: dict[str, AdapterFiles]  # by the displayed name
     models: dict[str, Path]  # full models, such as merged ones
 
 
 def evaluate(
-    target: str, *, adapters: Sequence[str], data: str | None, json_file: Path | None, options: GenerationOptions
+    target: str,
+    *,
+    adapters: Sequence[str],
+    data: str | None,
+    json_file: Path | None,
+    options: GenerationOptions,
+    other_base: bool = False,
 ) -> None:
     """Print a table of base, adapters and merged models, and the answers of each; write the figures as JSON.
 
@@ -57,6 +65,7 @@ def evaluate(
         data: rows in place of the recipe's evaluation rows.
         json_file: for the figures.
         options: of generated answers and lm-eval tasks.
+        other_base: whether the base may have other weights than those that an adapter was trained on.
 
     Raises:
         LoraError: a recipe, run, adapter, model or folder does not exist, or they do not fit together.
@@ -87,7 +96,8 @@ def evaluate(
         kind = inputs.data.ledger.prompt_kind("train" if data is not None else "eval")
         _tell_other_prompts(kind, resolved.adapters, data or "data.eval")
     evaluation = Evaluation(recipe, inputs, rows, options)
-    base = load_base(recipe, inputs, info=console.info).model
+    with check_bases(resolved.adapters.values(), inputs.base, allowed=other_base):
+        base = load_base(recipe, inputs, info=console.info).model
     base.eval()
     # Before any adapter is loaded: an adapter's trained biases stay in the base when the adapter is disabled.
     evaluation.measure(BASE, base)
@@ -119,13 +129,19 @@ class Evaluation:
         self.results: dict[str, ModelResult] = {}
 
     def measure(self, name: str, model: PeftModel | PreTrainedModel) -> None:
-        """Measure `model`, and keep the result under `name`."""
+        """Measure `model`, and keep the result under `name`.
+
+        Raises:
+            LoraError: a loss is not finite.
+        """
         console.info(f"measuring {name} on {len(self.rows):,} rows")
         loss_fn = LossFunction(model, task=self.recipe.task)
+        likelihoods = measure_row_likelihoods(loss_fn, self.plan)
+        self._check_finite(name, likelihoods)
         metrics: dict[str, float] = {}
         if self.labels and not missing_packages():
             metrics = compute_classification_metrics(predict(loss_fn, self.plan, self.labels))
-        result = ModelResult(measure_row_likelihoods(loss_fn, self.plan), metrics)
+        result = ModelResult(likelihoods, metrics)
         if self.prompts:
             console.info(f"answering {len(self.prompts):,} prompts")
             spec, seed = self.recipe.generation, self.recipe.training.seed
@@ -135,6 +151,16 @@ class Evaluation:
             console.info(f"{name} on {', '.join(self.options.tasks)}")
             result = result._replace(tasks=answers.run_lm_eval(model, self.tokenizer, self.options))
         self.results[name] = result
+
+    def _check_finite(self, name: str, likelihoods: RowLikelihoods) -> None:
+        wrong = np.flatnonzero(~np.isfinite(likelihoods.loss))
+        if len(wrong):
+            raise LoraError(
+                f"{name}: the loss of {len(wrong):,} of {len(self.rows):,} rows is not finite, the first is "
+                f"{self.rows[int(wrong[0])].where}",
+                hint="its numbers overflow: weights are damaged or too large, or model.dtype is too small for them",
+                exit_code=1,
+            )
 
     def print_results(self) -> None:
         """Print tables, intervals and answers, and write the predictions if a file is requested."""
@@ -184,12 +210,12 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
     Raises:
         LoraError: a recipe, run or adapter does not exist, or a name is used twice.
     """
-    adapters = {}
+    folders: dict[str, Path] = {}
     if target.is_file():
         recipe = with_recorded_date(load_recipe(target))
         if (Path(recipe.output) / "adapter").is_dir():
-            adapters["adapter"] = Path(recipe.output) / "adapter"
-    elif (target / CONFIG_FILE).is_file():
+            folders["adapter"] = Path(recipe.output) / "adapter"
+    elif os.path.lexists(target / CONFIG_FILE):
         recipe_file = recipe_of_adapter(target)
         if recipe_file is None:
             raise LoraError(
@@ -197,11 +223,11 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
                 hint="write a recipe with its model and data, and run lora eval RECIPE --adapter DIR",
             )
         recipe = load_recipe(recipe_file)
-        adapters["adapter"] = target
+        folders["adapter"] = target
     elif (target / "recipe.yaml").is_file():
         recipe = load_recipe(target / "recipe.yaml")
         if (target / "adapter").is_dir():
-            adapters["adapter"] = target / "adapter"
+            folders["adapter"] = target / "adapter"
         else:
             console.info(f"{target} has no adapter yet: measuring the base alone")
     else:
@@ -210,9 +236,9 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
         )
     models: dict[str, Path] = {}
     for item in options:
-        name, folder = parse_named_folder(item, taken=[*adapters, *models], accepts_models=True)
-        (adapters if (folder / CONFIG_FILE).is_file() else models)[name] = folder
-    return Target(recipe, adapters, models)
+        named = parse_named_folder(item, taken=[*folders, *models], accepts_models=True)
+        (models if is_model_folder(named.folder) else folders)[named.name] = named.folder
+    return Target(recipe, {name: open_adapter(folder) for name, folder in folders.items()}, models)
 
 
 def _data_spec(recipe: Recipe, data: str | None, labels: ClassLabels | None) -> DataSpec:
@@ -225,7 +251,7 @@ def _data_spec(recipe: Recipe, data: str | None, labels: ClassLabels | None) -> 
     return spec
 
 
-def _common_labels(adapters: dict[str, Path], recipe: Recipe) -> ClassLabels | None:
+def _common_labels(adapters: dict[str, AdapterFiles], recipe: Recipe) -> ClassLabels | None:
     """Return the labels of the adapters' heads.
 
     Raises:
@@ -233,7 +259,7 @@ def _common_labels(adapters: dict[str, Path], recipe: Recipe) -> ClassLabels | N
     """
     if not TASKS[recipe.task].is_classification:
         return None
-    by_folder = {folder: load_labels(folder) or _unnamed_labels(folder, recipe) for folder in adapters.values()}
+    by_folder = {each.folder: each.labels or _unnamed_labels(each, recipe) for each in adapters.values()}
     first = next(iter(by_folder.items()), None)
     for folder, labels in by_folder.items():
         if first and labels != first[1]:
@@ -244,7 +270,7 @@ def _common_labels(adapters: dict[str, Path], recipe: Recipe) -> ClassLabels | N
     return first[1] if first else None
 
 
-def _unnamed_labels(folder: Path, recipe: Recipe) -> ClassLabels:
+def _unnamed_labels(adapter: AdapterFiles, recipe: Recipe) -> ClassLabels:
     """Return the labels of an adapter of another tool: as many as its head has, by the names in the recipe if it has.
 
     Raises:
@@ -253,7 +279,7 @@ def _unnamed_labels(folder: Path, recipe: Recipe) -> ClassLabels:
     source = find_model(recipe.model, dtype=torch.float32, device=CPU, info=console.info, weights=False)
     tokenizer = load_tokenizer(source)
     base = BaseCheckpoint(recipe.model.path, source, load_config(source), tokenizer, task=recipe.task)
-    labels = labels_of_head(folder, base)
+    labels, folder = labels_of_head(adapter, base), adapter.folder
     names = recipe.data.labels
     if not isinstance(names, str) and labels.kind != "regression":
         if len(names) != len(labels.names):
@@ -282,11 +308,10 @@ def _check_labels(labels: ClassLabels | None, trained: ClassLabels | None, name:
 PROMPTS = {"chat": "prompt by the chat template", "text": "are literal text", "both": "are of both kinds"}
 
 
-def _tell_other_prompts(kind: PromptKind | None, adapters: dict[str, Path], name: str) -> None:
+def _tell_other_prompts(kind: PromptKind | None, adapters: dict[str, AdapterFiles], name: str) -> None:
     """Tell if the rows prompt in another way than the training rows of an adapter did."""
-    for adapter, folder in adapters.items():
-        trained_on = read_trained_on(folder)
-        trained = trained_on.prompts if trained_on else None
+    for adapter, files in adapters.items():
+        trained = files.trained_on.prompts if files.trained_on else None
         if kind and trained and trained not in (kind, "both"):
             console.info(
                 f"note: the rows of {name} {PROMPTS[kind]}, but the training rows of {adapter} {PROMPTS[trained]}: "
@@ -294,23 +319,23 @@ def _tell_other_prompts(kind: PromptKind | None, adapters: dict[str, Path], name
             )
 
 
-def _check_single_bias(adapters: dict[str, Path]) -> None:
+def _check_single_bias(adapters: dict[str, AdapterFiles]) -> None:
     """Raise if one of several adapters has biases: PEFT sets them in the base, where the others would use them."""
-    for folder in adapters.values():
+    for adapter in adapters.values():
         # PEFT methods whose config has no `bias` field train no biases.
-        if len(adapters) > 1 and getattr(read_adapter_config(folder), "bias", "none") != "none":
+        if len(adapters) > 1 and getattr(adapter.config, "bias", "none") != "none":
             raise LoraError(
-                f"{folder}: this adapter trained biases of the base too, and cannot be measured with others",
+                f"{adapter.folder}: this adapter trained biases of the base too, and cannot be measured with others",
                 hint="measure each adapter separately",
             )
 
 
-def _load_adapters(model: PreTrainedModel, adapters: dict[str, Path], *, base_path: str) -> NamedAdapters:
-    for folder in adapters.values():
-        trained_base = read_adapter_config(folder).base_model_name_or_path
-        if trained_base != base_path:
-            # One model has many names (hub id, folder, GGUF), so this may be right: a note, not an error.
-            console.info(f"note: {folder} names its base {trained_base}, and is measured on {base_path}")
+def _load_adapters(model: PreTrainedModel, adapters: dict[str, AdapterFiles], *, base_path: str) -> NamedAdapters:
+    for adapter in adapters.values():
+        trained_base = adapter.config.base_model_name_or_path
+        if adapter.trained_on is None and trained_base not in (base_path, redact_path(base_path)):
+            # One model has many names (hub id, folder, GGUF), and the weights of this one are not known: a note.
+            console.info(f"note: {adapter.folder} names its base {trained_base}, and is measured on {base_path}")
     loaded = load_adapters(model, adapters, base=base_path)
     upcast_trainable_params(loaded.model)
     return loaded

@@ -16,17 +16,18 @@ from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS, Exporter
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import prequantized, safetensors_io
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.base_model import PROBLEM_TYPES, BaseCheckpoint
 from lora_cli.model.memory import fits_in_memory
 from lora_cli.model.model_source import ModelSource, find_model, load_config, load_tokenizer, local_folder
-from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter
+from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, find_base
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import find_adapter_folder
 from lora_cli.run.output_path import check_output_path
+from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import check_not_unfinished
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import MergeOptions, write_merged_model
@@ -72,7 +73,7 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
             source = _open_model(target, request)
         else:
             held_out = HeldOutRows(folder)
-            adapter = _open_adapter(folder, request)
+            adapter = _open_adapter(open_adapter(folder), request)
             source, over = _adapter_source(adapter, held_out), adapter.base.source.gguf_file
         options = ExportOptions(request.quantize, request.over or over, _runs_in_runtime(exporter, source, request))
         module.check_supported(source, options)
@@ -146,14 +147,9 @@ def _head_labels(config: PretrainedConfig) -> ClassLabels:
     return ClassLabels(kind, tuple(config.id2label[number] for number in sorted(config.id2label)))
 
 
-def _open_adapter(folder: Path, request: ExportRequest) -> SavedAdapter:
-    adapter = open_saved_adapter(
-        folder,
-        read_adapter_config(folder),
-        base_path=request.base,
-        trust_remote_code=request.trust_remote_code,
-    )
-    check_same_base(adapter, allowed=request.other_base)
+def _open_adapter(files: AdapterFiles, request: ExportRequest) -> SavedAdapter:
+    adapter = find_base(files, path=request.base, trust_remote_code=request.trust_remote_code)
+    check_same_base(files, adapter.base, allowed=request.other_base)
     return adapter
 
 
@@ -165,7 +161,7 @@ def _adapter_source(adapter: SavedAdapter, held_out: HeldOutRows) -> ExportSourc
         config.quantization_config = quantization  # the skeleton's config lacks it
     local = ModelSource(str(local_folder(base.source, fetch=True)), base.source.trust_remote_code)
     name = folder.parent.name if folder.name == "adapter" else folder.name
-    return ExportSource(name, base._replace(config=config, source=local), held_out.prompts(), adapter=folder)
+    return ExportSource(name, base._replace(config=config, source=local), held_out.prompts(), adapter=adapter.files)
 
 
 def _runs_in_runtime(exporter: Exporter, source: ExportSource, request: ExportRequest) -> bool:
@@ -250,8 +246,8 @@ def _verdict(
     files = sorted(partial.rglob("*")) if partial.is_dir() else [partial]
     return {
         "source": {
-            "target": target,
-            "base": request.base or (str(adapter.config.base_model_name_or_path) if adapter else target),
+            "target": redact_path(target),
+            "base": redact_path(adapter.base.name if adapter else target),
             "weights": {str(file.relative_to(source.folder)): _sha256(file) for file in _weights(source.folder)},
             "adapter": _sha256(adapter.folder / "adapter_model.safetensors") if adapter else None,
         },

@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from peft import PeftConfig
-
 from lora_cli.errors import LoraError
 from lora_cli.merging import stream
 from lora_cli.model import safetensors_io
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.model_source import find_model, local_folder
-from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, open_saved_adapter
+from lora_cli.model.saved_adapter import CPU, SavedAdapter, base_path, check_same_base, find_base
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
@@ -51,28 +49,27 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
         LoraError: adapter, base and options do not fit, the method cannot be merged, or the merged model is wrong.
     """
     atomic.remove_leftovers(out.absolute().parent, out.name)  # of a merge that was killed
-    folder = find_adapter(folder)
     max_shard_bytes = safetensors_io.parse_size(request.max_shard_size)
-    config = read_adapter_config(folder)
-    check_method_merges(folder, config)
-    _check_paths(folder, out, config, request)
-    adapter = open_saved_adapter(folder, config, base_path=request.base, trust_remote_code=request.trust_remote_code)
+    files = open_adapter(find_adapter(folder))
+    check_method_merges(files)
+    _check_paths(files, out, request)
+    adapter = find_base(files, path=request.base, trust_remote_code=request.trust_remote_code)
     check_base_merges(adapter)
     if not request.unmerge:
-        check_same_base(adapter, allowed=request.other_base)
+        check_same_base(files, adapter.base, allowed=request.other_base)
     options = MergeOptions(request.dtype, request.weights, request.verify, max_shard_bytes, request.force)
     if request.unmerge:
         _unmerge(adapter, out, options)
     else:
-        write_merged_model(adapter, out, options=options, held_out=HeldOutRows(folder))
+        write_merged_model(adapter, out, options=options, held_out=HeldOutRows(files.folder))
     console.out.print(str(out))
 
 
-def _check_paths(folder: Path, out: Path, config: PeftConfig, request: MergeRequest) -> None:
+def _check_paths(adapter: AdapterFiles, out: Path, request: MergeRequest) -> None:
     if request.unmerge and request.base is None:
         raise LoraError("--unmerge: the merged model is missing", hint="name its folder: --base MERGED")
-    base = Path(request.base or str(config.base_model_name_or_path))
-    check_output_path(out, inputs=(base, folder), replace=request.force, command="merge")
+    base = Path(request.base or str(base_path(adapter)))
+    check_output_path(out, inputs=(base, adapter.folder), replace=request.force, command="merge")
 
 
 def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:
@@ -81,11 +78,12 @@ def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:
     if names := plan.irreversible_changes():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise LoraError(
-            f"--unmerge: {adapter.method} did more than add to {names[0]}{more}, and the original values are lost",
+            f"--unmerge: {adapter.files.method} did more than add to {names[0]}{more}, and the original values are "
+            "lost",
             hint="use the original base",
         )
     with verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial:
-        console.info(f"unmerging {adapter.method} from {adapter.base.name}: {describe_size(plan)}")
+        console.info(f"unmerging {adapter.files.method} from {adapter.base.name}: {describe_size(plan)}")
         write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms={}, sign=-1)
         write_other_files(adapter, plan, partial, dtype=options.dtype, what="unmerged")
         line = _compare_with_original(adapter, partial)
@@ -94,9 +92,9 @@ def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:
 
 def _compare_with_original(adapter: SavedAdapter, folder: Path) -> str:
     """Return how far the weights are from those of the base that the adapter names, if that base is available."""
-    path = str(adapter.config.base_model_name_or_path)
+    path = str(base_path(adapter.files))
     try:
-        spec = ModelSpec(path=path, revision=adapter.config.revision, gguf="dequantized")
+        spec = ModelSpec(path=path, revision=adapter.files.config.revision, gguf="dequantized")
         source = find_model(spec, dtype=adapter.base.dtype, device=CPU, info=console.no_output)
         original = safetensors_io.list_tensors(local_folder(source, fetch=False))
     except LoraError as reason:

@@ -368,6 +368,8 @@ class Training:
         if len(results) == 2:
             before, after = (result["loss"] for result in results)
             self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")
+        for note in run_records.publishing_notes(self.recipe):
+            self.info(note)
         console.out.print(f"{self.recipe.output}/adapter")
 
     @torch.no_grad()

@@ -1,10 +1,11 @@
 """Class labels of a classification task (id2label): collected from the rows, then named and numbered. No torch."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.data.records import BadRow
 from lora_cli.errors import LoraError
+from lora_cli.run.read_file import RESTORE, read_json_object
 
 # single: one label for each row or word; multi: any number of labels for each row; regression: numbers.
 LabelKind = Literal["single", "multi", "regression"]
@@ -48,11 +50,29 @@ def save_labels(labels: ClassLabels, folder: Path) -> None:
 
 
 def load_labels(folder: Path) -> ClassLabels | None:
-    """Read the labels from an adapter folder; None if it has no `labels.json`."""
-    if not (folder / LABELS_FILE).is_file():
+    """Read the labels from an adapter folder; None if it has no `labels.json`.
+
+    Raises:
+        LoraError: the file cannot be read, or has something else than a kind and different names.
+    """
+    path = folder / LABELS_FILE
+    if not os.path.lexists(path):
         return None
-    stored = json.loads((folder / LABELS_FILE).read_text(encoding="utf-8"))
-    return ClassLabels(stored["kind"], tuple(stored["names"]))
+    stored = read_json_object(path)
+    kind, names = stored.get("kind"), stored.get("names")
+    if stored.keys() != set(ClassLabels._fields) or kind not in get_args(LabelKind):
+        raise LoraError(
+            f"{path}: it needs `kind` ({', '.join(get_args(LabelKind))}) and `names`, and nothing else", hint=RESTORE
+        )
+    texts = isinstance(names, list) and all(isinstance(name, str) and _is_encodable(name) for name in names)
+    if not texts or not names or len(set(names)) != len(names):
+        raise LoraError(f"{path}: names: not a list of different labels", hint=RESTORE)
+    return ClassLabels(cast(LabelKind, kind), tuple(names))
+
+
+def _is_encodable(text: str) -> bool:
+    """Return whether `text` is Unicode: JSON can also write half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class SourceLabels(NamedTuple):

@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from lora_cli.export.source import Continuation, ExportSource
-from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.config_file import read_generation_config
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.run.read_file import RESTORE
@@ -38,8 +37,7 @@ class ReferenceModel:
         self._pad_id = source.tokenizer.pad_token_id
         self._model = model
         if source.adapter is not None:
-            config = read_adapter_config(source.adapter)
-            self._model = load_adapter(model, source.adapter, base=source.name, config=config).float().eval()
+            self._model = load_adapter(model, source.adapter, base=source.name).float().eval()
 
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int], *, last: int = 1) -> NDArray[np.float64]:

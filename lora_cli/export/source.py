@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.class_labels import ClassLabels
+from lora_cli.model.adapter_files import AdapterFiles
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.model_source import ModelSource
 from lora_cli.recipe.tasks import TaskName
@@ -27,7 +28,7 @@ class ExportSource(NamedTuple):
     name: str  # the user's name for it
     base: BaseCheckpoint  # in a local folder of safetensors: the model, or the base of `adapter`
     prompts: tuple[tuple[int, ...], ...]  # token ids, on which export and original are compared; may be empty
-    adapter: Path | None = None  # a PEFT folder, for formats that store the adapter alone
+    adapter: AdapterFiles | None = None  # for formats that store the adapter alone
 
     @property
     def folder(self) -> Path:

@@ -4,7 +4,7 @@
 QR decompositions B = Q₁R₁ and Aᵀ = Q₂R₂ give ΔW = Q₁(R₁R₂ᵀ)Q₂ᵀ, and only the middle [rank, rank] gets an SVD.
 """
 
-import re
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +13,11 @@ import torch
 from peft import LoraConfig
 from peft.utils.merge_utils import dare_linear, ties
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.errors import LoraError
 from lora_cli.merging import expert_factors
-from lora_cli.model.adapter_config import read_adapter_config
-from lora_cli.model.load_adapter import PREFIX
-from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
-
-FACTOR_NAME = re.compile(
-    re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?$"
-)
+from lora_cli.model.adapter_files import FACTOR_NAME, PREFIX, AdapterFiles, rank_of
 
 
 class LowRankFactors(NamedTuple):
@@ -55,29 +48,34 @@ class LowRankFactors(NamedTuple):
 class LoraWeights(NamedTuple):
     """A LoRA adapter read from disk."""
 
-    folder: Path
+    files: AdapterFiles
     config: LoraConfig
     factors: dict[str, LowRankFactors]  # by the module's name in the base; `NAME[3]` for expert 3 of a stacked weight
     other_tensors: dict[str, Tensor]  # by PEFT's name: modules_to_save, biases, trained tokens, DoRA magnitudes
     wrappers: dict[str, str]  # PEFT's name of the layer over each adapted parameter (stacked experts), by full name
 
+    @property
+    def folder(self) -> Path:
+        """Folder of the adapter."""
+        return self.files.folder
 
-def read_lora(folder: Path) -> LoraWeights:
-    """Read the LoRA adapter in `folder`; its factors become fp64.
+
+def read_lora(adapter: AdapterFiles) -> LoraWeights:
+    """Read the tensors of a LoRA adapter; its factors become fp64.
 
     Raises:
         LoraError: the adapter is not LoRA, or its file does not fit its configuration.
     """
-    config = read_adapter_config(folder)
+    folder, config = adapter.folder, adapter.config
     if type(config) is not LoraConfig:
         raise LoraError(
-            f"{folder} is {str(config.peft_type.value).lower()}, which has no factors A and B",
+            f"{folder} is {adapter.method}, which has no factors A and B",
             hint="use a LoRA adapter",
         )
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     other_tensors = {}
-    for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+    for name, tensor in adapter.load().items():
         match = FACTOR_NAME.fullmatch(name)
         if match is None:
             other_tensors[name] = tensor
@@ -90,39 +88,46 @@ def read_lora(folder: Path) -> LoraWeights:
     targets = sorted(config.target_parameters or ())
     for wrapper, tensors in sorted(tensors_by_module.items(), key=lambda each: _natural_sort_key(each[0])):
         a, b = tensors["A"], tensors["B"]
+        if a.dim() != 2 or b.dim() != 2:
+            raise LoraError(
+                f"{folder}: {wrapper} is a convolution, whose factors are not matrices", hint="merge it with lora merge"
+            )
         parameter = expert_factors.parameter_of(wrapper, tensors_by_module, targets) if targets else None
         if parameter is None:
             module = wrapper.replace(expert_factors.WRAPPED, "")
-            root = _scale(config, module, len(a)) ** 0.5
-            factors[module] = LowRankFactors(a * root, b * root, wrapper in embeddings)
+            scale = _scale(config, module, len(a))
+            factors[module] = _scaled(a, b, scale, is_embedding=wrapper in embeddings)
             bias = f"{PREFIX}{wrapper}.lora_B.bias"  # lora_bias: true; it is scaled as BA is
             if bias in other_tensors:
-                other_tensors[bias] = (other_tensors[bias].double() * root**2).float()
+                other_tensors[bias] = (other_tensors[bias].double() * scale).float()
             continue
-        rank = _rank(config, parameter)
+        rank = rank_of(config, parameter)
         if len(a) % rank or len(a) != b.shape[1]:
             raise LoraError(
                 f"{folder}: {parameter} has factors of {len(a)} rows, which rank {rank} does not divide",
                 hint="adapter_config.json and adapter_model.safetensors do not belong together",
             )
         wrappers[parameter] = wrapper
-        root = _scale(config, parameter, rank) ** 0.5
-        pairs = expert_factors.unstack(a * root, b * root, rank)
+        scaled = _scaled(a, b, _scale(config, parameter, rank), is_embedding=False)
+        pairs = expert_factors.unstack(scaled.a, scaled.b, rank)
         for expert, (own_a, own_b) in enumerate(pairs):
             name = expert_factors.expert_name(parameter, expert) if len(pairs) > 1 else parameter
             factors[name] = LowRankFactors(own_a, own_b, is_embedding=False)
-    return LoraWeights(folder, config, factors, other_tensors, wrappers)
+    for module, each in factors.items():
+        if not math.isfinite(each.energy):
+            raise LoraError(f"{folder}: the update of {module} is too large to compute with", hint="train it again")
+    return LoraWeights(adapter, config, factors, other_tensors, wrappers)
 
 
 def _natural_sort_key(module: str) -> list[tuple[bool, int, str]]:
     """Return a key that sorts layer 2 before layer 10, unlike the order of names in the file."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in module.split(".")]
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in module.split(".")]
 
 
-def _rank(config: LoraConfig, module: str) -> int:
-    """Return the rank of a module by the configuration."""
-    patterns = config.rank_pattern or {}
-    return int(patterns.get(get_pattern_key(patterns.keys(), module), config.r))
+def _scaled(a: Tensor, b: Tensor, scale: float, *, is_embedding: bool) -> LowRankFactors:
+    """Return the factors [rank, in] and [out, rank] fp64, each times the root of the scale; b has the sign."""
+    root = abs(scale) ** 0.5
+    return LowRankFactors(a * root, b * (-root if scale < 0 else root), is_embedding)
 
 
 def _scale(config: LoraConfig, module: str, rank: int) -> float:

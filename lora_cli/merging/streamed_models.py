@@ -100,7 +100,7 @@ def _attach(
     model = empty_base.init_empty_weights(skeleton)
     slots = find_slots(model)
     mapping = CheckpointMapping(model, tensors)
-    empty = empty_base.attach_saved_adapter(model, adapter.folder, adapter.config, base=adapter.base.name)
+    empty = empty_base.attach_saved_adapter(model, adapter.files, base=adapter.base.name)
     reader = CheckpointReader(
         tensors, mapping, streams.files, tied=empty.tied, shapes=empty.shapes, transforms=transforms
     )

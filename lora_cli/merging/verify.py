@@ -63,7 +63,7 @@ def random_probes(adapter: SavedAdapter, tokens: int) -> Probes:
         pad_id=base.pad_id or 0,
         start_id=getattr(base.config, "decoder_start_token_id", None),
         end_id=base.tokenizer.eos_token_id if base.task == "seq-cls" else None,
-        include=trained_tokens(adapter.config),
+        include=trained_tokens(adapter.files.config),
     )
     return Probes(batch, f"{len(batch.lengths)} rows of random tokens")
 

@@ -6,6 +6,7 @@ or tool would be loaded without it, and be another adapter.
 
 import dataclasses
 import json
+import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +16,13 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from lora_cli.errors import LoraError
-from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
+from lora_cli.model.config_values import VALUE_HINT, check_patterns, check_values
 from lora_cli.run.folder import CONFIG_FILE
+from lora_cli.run.read_file import printable, read_json_object
+
+MAX_BYTES = 8 << 20  # AdaLoRA lists every component of every layer
+# What PEFT's configurations raise for values that do not go together.
+PEFT_ERRORS = (ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 # Keys that are unknown to PEFT, and have no effect on a trained adapter.
 NO_EFFECT = (
@@ -26,6 +32,8 @@ NO_EFFECT = (
     "lorap_emb_lr",
     "runtime_config",  # of the process that saved it
 )
+# Methods that read other folders: by their type, the key that names these, and its value that names none.
+READS_OTHER_FOLDERS = {"XLORA": ("adapters", None), "SHADOW": ("shadow_model", "mirror")}
 # Initializations of PEFT that change the base weights: an adapter saved without conversion needs those weights.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # Fields of LoraConfig that are honored when an adapter is loaded, merged and exported, or matter in training only.
@@ -57,31 +65,26 @@ def read_adapter_config(folder: Path) -> PeftConfig:
     """Read the PEFT configuration of the adapter in `folder`.
 
     Raises:
-        LoraError: `folder` is not an adapter, or its configuration has a key or value that cannot be honored.
+        LoraError: it cannot be read, or it has a key or value that cannot be honored.
     """
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise LoraError(f"{folder} has no {CONFIG_FILE}", hint="give a run of lora train, or an adapter folder")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        has_pickle = (folder / "adapter_model.bin").is_file()
-        raise LoraError(
-            f"{folder} has no {ADAPTER_WEIGHTS}" + (", only adapter_model.bin" if has_pickle else ""),
-            hint="convert it: load it in PEFT and save_pretrained(..., safe_serialization=True), because pickled files "
-            "can run code"
-            if has_pickle
-            else "fetch the adapter again",
-        )
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as reason:
-        raise LoraError(f"{file} is not JSON: {reason}", hint="restore the file from its origin") from None
-    method = stored.get("peft_type") if isinstance(stored, dict) else None
+    stored = read_json_object(file, limit=MAX_BYTES)
+    method = stored.get("peft_type")
     if not isinstance(method, str) or method not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise LoraError(
-            f"{file}: peft_type {method} is not a method of PEFT {version('peft')}",
+            f"{file}: peft_type {printable(method)} is not a method of PEFT {version('peft')}",
             hint="upgrade PEFT (pip install -U peft) if the adapter is from a newer version",
         )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    check_values(file, stored, config_class)
+    key, none = READS_OTHER_FOLDERS.get(method, ("", None))
+    if stored.get(key, none) != none:
+        raise LoraError(
+            f"{file}: {key}: {_short(stored[key])} is not supported: PEFT would load what it names",
+            hint="use the adapter with its base in PEFT, if you trust it",
+        )
     fields = {field.name for field in dataclasses.fields(config_class) if field.init}
     _check_known(file, {key: value for key, value in stored.items() if key not in fields}, stored.get("peft_version"))
     values = {key: value for key, value in stored.items() if key in fields and key not in NO_EFFECT}
@@ -90,9 +93,10 @@ def read_adapter_config(folder: Path) -> PeftConfig:
             # Settings of the initialization that have no effect on trained weights.
             warnings.filterwarnings("ignore", r"`\w+_config` specified but will be ignored", UserWarning)
             config: PeftConfig = config_class(**config_class.check_kwargs(**values))
-    except (TypeError, ValueError) as reason:
+    except PEFT_ERRORS as reason:
         line = str(reason).strip().partition("\n")[0]
-        raise LoraError(f"{file}: {line}", hint="restore the file from its origin, or correct the value") from reason
+        raise LoraError(f"{file}: {line}", hint=VALUE_HINT) from reason
+    check_patterns(file, config)
     _check_honored(file, config)
     return config
 

@@ -1,23 +1,19 @@
 """Go on training a saved adapter: check it against recipe and base, and load its tensors into the attached adapter."""
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel, set_peft_model_state_dict
 from torch import Tensor
 
-from lora_cli.data.class_labels import load_labels
 from lora_cli.errors import LoraError
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import AdapterFiles
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.model_source import fingerprint
-from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, adapter_tensors, saved_names
-from lora_cli.model.saved_adapter import method_name
-from lora_cli.model.trained_on import Origin, origins_of, read_trained_on
+from lora_cli.model.save_adapter import adapter_tensors, saved_names
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from lora_cli.recipe.source_adapter import disagreements, keys_of_config
+from lora_cli.run.redact import redact_path
 
 KEY = "adapter.from"
 UNSUPPORTED = {
@@ -44,34 +40,17 @@ NOT_COMPARED = {
 }
 
 
-class SourceAdapter(NamedTuple):
-    """The saved adapter that training goes on from."""
-
-    folder: Path
-    config: PeftConfig
-
-    @property
-    def step(self) -> int | None:
-        """The optimizer step that it was saved after; None for adapters of other tools."""
-        trained_on = read_trained_on(self.folder)
-        return trained_on.step if trained_on else None
-
-    def origins(self, name: str) -> list[Origin]:
-        """Return the chain of adapters up to this one, shown as `name`, the oldest first."""
-        return origins_of(self.folder, name=name, weights=ADAPTER_WEIGHTS)
-
-
-def open_source_adapter(spec: AdapterSpec, folder: Path) -> SourceAdapter:
-    """Open the adapter in `folder`, which `spec` goes on from, and compare it with the other keys of `spec`.
+def check_source(spec: AdapterSpec, source: AdapterFiles) -> None:
+    """Compare the adapter that `spec` goes on from with the other keys of `spec`.
 
     Raises:
         LoraError: its method cannot be continued, or a key of the recipe disagrees with it: `details` has a line for
             each if there are several.
     """
-    config = read_adapter_config(folder)
-    _check_kind(folder, config)
-    source = keys_of_config({**config.to_dict(), "peft_type": config.peft_type.value})
-    differing = disagreements(spec.model_dump(), source)
+    folder, config = source.folder, source.config
+    _check_kind(source)
+    keys = keys_of_config({**config.to_dict(), "peft_type": config.peft_type.value})
+    differing = disagreements(spec.model_dump(), keys)
     lines = [
         f"adapter.{key}: {_show(ours)}, but the adapter in {folder} has {_show(theirs)}"
         for key, ours, theirs in differing
@@ -83,7 +62,6 @@ def open_source_adapter(spec: AdapterSpec, folder: Path) -> SourceAdapter:
         if len(lines) == 1:
             raise LoraError(lines[0], hint=hint)
         raise LoraError(f"{KEY}: {len(lines)} keys disagree with {folder}", hint=hint, details=lines)
-    return SourceAdapter(folder, config)
 
 
 def _show(value: object) -> str:
@@ -92,45 +70,46 @@ def _show(value: object) -> str:
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _check_kind(folder: Path, config: PeftConfig) -> None:
+def _check_kind(source: AdapterFiles) -> None:
     """Raise if the adapter's method cannot be continued."""
-    name = method_name(config)
-    if not keys_of_config({"peft_type": config.peft_type.value}):
+    name = source.method
+    if not keys_of_config({"peft_type": source.config.peft_type.value}):
         reason = UNSUPPORTED.get(name, "it is not one of the methods of `lora methods`")
-        raise LoraError(f"{KEY}: {folder} is {name}, which cannot be trained on: {reason}", hint="train a new adapter")
+        raise LoraError(
+            f"{KEY}: {source.folder} is {name}, which cannot be trained on: {reason}", hint="train a new adapter"
+        )
 
 
-def check_base(source: SourceAdapter, base: BaseCheckpoint, *, quantization: QuantizationSpec | None) -> list[str]:
+def check_base(source: AdapterFiles, base: BaseCheckpoint, *, quantization: QuantizationSpec | None) -> list[str]:
     """Compare base, task and labels with those that the adapter was trained on; return notes for the user.
 
     Raises:
         LoraError: they differ, so that the adapter would compute something else than it was trained to.
     """
     folder, config = source.folder, source.config
-    trained_on, name = read_trained_on(folder), config.base_model_name_or_path or "(not at all)"
+    trained_on, name = source.trained_on, config.base_model_name_or_path or "(not at all)"
     notes = []
     if trained_on is None:
-        if name != base.name:
+        if name not in (base.name, redact_path(base.name)):
             notes.append(f"note: {folder} names its base {name}, and is now trained on {base.name}")
     elif (own := fingerprint(base.source)) != trained_on.fingerprint:
         raise LoraError(
             f"{KEY}: {folder} was trained on {name}, {trained_on.architecture} (fingerprint "
             f"{trained_on.fingerprint[:12]}), not on {base.name} (fingerprint {own[:12]})",
             hint="write its base as model.path; if this is the same model in another form, remove trained_on.json "
-            "from a copy of the adapter",
+            "and checksums.json from a copy of the adapter",
         )
     else:
         before, now = trained_on.quantization, quantization.model_dump(mode="json") if quantization else None
         if before != now:
             notes.append(f"note: {folder} was trained on a base {_bits(before)}, and is trained on one {_bits(now)}")
-    labels = load_labels(folder)
+    labels = source.labels
     if labels is not None and base.labels is not None and labels != base.labels:
         raise LoraError(
             f"{KEY}: the head of {folder} has {labels.describe()}; the rows have {base.labels.describe()}",
             hint=f"write data.labels: [{', '.join(labels.names)}]",
         )
-    template = folder / "chat_template.jinja"
-    if template.is_file() and template.read_text(encoding="utf-8") != (base.tokenizer.chat_template or ""):
+    if source.chat_template not in (None, base.tokenizer.chat_template or ""):
         notes.append(f"note: the chat template of this run differs from that of {folder}: it was prompted otherwise")
     return notes
 
@@ -139,7 +118,7 @@ def _bits(quantization: dict[str, Any] | None) -> str:
     return f"in {quantization['bits']} bits" if quantization else "that is not quantized"
 
 
-def check_fits(model: PeftModel, source: SourceAdapter) -> dict[str, Tensor]:
+def check_fits(model: PeftModel, source: AdapterFiles) -> dict[str, Tensor]:
     """Compare configuration, names and shapes with the adapter attached to `model`; return the tensors of the file.
 
     Raises:
@@ -166,7 +145,7 @@ def check_fits(model: PeftModel, source: SourceAdapter) -> dict[str, Tensor]:
             f"{_describe_ids(now)}",
             hint="list the same tokens in adapter.trainable_tokens, in the same order",
         )
-    tensors, expected = load_file(folder / ADAPTER_WEIGHTS), adapter_tensors(model)
+    tensors, expected = source.load(), adapter_tensors(model)
     base = {f"base_model.model.{name}": p for name, p in model.get_base_model().named_parameters()}
     for name in sorted(tensors.keys() - expected.keys()):
         # PEFT writes embeddings too where it is not sure that the base has them.
@@ -197,7 +176,7 @@ def _is_equal(tensor: Tensor, parameter: Tensor) -> bool:
     )
 
 
-def _targets_hint(source: SourceAdapter) -> str:
+def _targets_hint(source: AdapterFiles) -> str:
     named = f" ({source.config.base_model_name_or_path})" if source.config.base_model_name_or_path else ""
     return f"write its base as model.path{named}, and leave target_modules out: they are read from the adapter"
 
@@ -219,7 +198,7 @@ def load_source_tensors(model: PeftModel, tensors: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def load_exact_tensors(model: PeftModel, source: SourceAdapter, tensors: dict[str, Tensor]) -> None:
+def load_exact_tensors(model: PeftModel, source: AdapterFiles, tensors: dict[str, Tensor]) -> None:
     """Load the tensors once more, when trained parameters are fp32: PEFT rounds some to the base's dtype.
 
     Raises:

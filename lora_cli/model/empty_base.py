@@ -2,17 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import safe_open
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora_cli.model.load_adapter import PREFIX, load_adapter, tensor_names
-from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
+from lora_cli.model.adapter_files import PREFIX, AdapterFiles
+from lora_cli.model.load_adapter import load_adapter
 
 
 class EmptyModel(NamedTuple):
@@ -41,42 +39,35 @@ def init_empty_weights(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def attach_saved_adapter(model: PreTrainedModel, folder: Path, config: PeftConfig, *, base: str) -> EmptyModel:
-    """Load the adapter in `folder` onto a base without weights, its tensors in fp32.
+def attach_saved_adapter(model: PreTrainedModel, adapter: AdapterFiles, *, base: str) -> EmptyModel:
+    """Load an adapter onto a base without weights, its tensors in fp32.
 
     Args:
         model: returned by `init_empty_weights`.
-        folder: of a PEFT adapter.
-        config: the adapter's.
+        adapter: a PEFT adapter, opened.
         base: the user's name for the base.
 
     Raises:
         LoraError: adapter and base do not fit: a tensor is missing, unknown or of another shape.
     """
-    if isinstance(config, LoraConfig):
-        config.init_lora_weights = (
-            True  # the file has the trained values; another initialization may compute a decomposition
-        )
-    saved = tensor_names(folder)
+    saved = adapter.names_in_base
     names = dict(model.named_parameters(remove_duplicate=False))
     tied = tied_parameters(model)
     from_adapter = frozenset(name for name in names if PREFIX + name in saved)
     for name in from_adapter:
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(torch.zeros(names[name].shape), requires_grad=False))
-    adapted = load_adapter(model, folder, base=base, config=config)
+    adapted = load_adapter(model, adapter, base=base)
     shapes = {name: tuple(parameter.shape) for name, parameter in names.items()}
     return EmptyModel(adapted.float(), shapes, from_adapter, tied)
 
 
-def embedding_rows(folder: Path, model: PreTrainedModel) -> int:
-    """Return the rows of the embeddings, or of the head, that the adapter in `folder` contains; 0 without them."""
+def embedding_rows(adapter: AdapterFiles, model: PreTrainedModel) -> int:
+    """Return the rows of the embeddings, or of the head, that the adapter contains; 0 without them."""
     owners = {model.get_input_embeddings(), model.get_output_embeddings()}
     names = [f"{PREFIX}{name}." for name, module in model.named_modules() if module in owners]
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(tuple(names)) and key.endswith("weight")]  # noqa: SIM118
-        full = [key for key in keys if "lora_" not in key]
-        return max((int(file.get_slice(key).get_shape()[0]) for key in full), default=0)
+    full = (key for key in adapter.tensors if key.startswith(tuple(names)) and key.endswith("weight"))
+    return max((rows for key in full if "lora_" not in key for rows in adapter.tensors[key].shape[:1]), default=0)
 
 
 def tied_parameters(model: PreTrainedModel) -> tuple[tuple[str, ...], ...]:

@@ -4,7 +4,7 @@ Each value is read once more, at the speed of memory, where it is in memory anyw
 tensor is copied, merged or exported, and before a weight is quantized, which hides it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
-from lora_cli.model.safetensors_io import ShardFiles, TensorInfo, as_bytes
+from lora_cli.model.safetensors_header import StoredTensor
+from lora_cli.model.safetensors_io import DTYPES, ShardFiles, TensorInfo, as_bytes
+from lora_cli.run.read_file import open_regular, printable
 
+BLOCK_BYTES = 16 << 20  # a multiple of every item size
 BLOCK_VALUES = 1 << 22  # of a tensor that is read from a file, or has a dtype that torch does not compare
 
 
@@ -93,3 +96,48 @@ def not_finite_error(name: str, where: Path | str) -> LoraError:
         f"{where}: {name} has values that are not finite (NaN or infinite)",
         hint="fetch the model again, or give another one: with such weights it computes NaN",
     )
+
+
+def check_finite(tensors: Mapping[str, StoredTensor], *, hint: str) -> None:
+    """Check every value of the floating-point tensors.
+
+    Args:
+        tensors: of one or more files, by name.
+        hint: what the user can do.
+
+    Raises:
+        LoraError: a value is not finite, or the dtype of a tensor is not one that torch computes with.
+    """
+    for name, stored in tensors.items():
+        dtype = DTYPES.get(stored.dtype)
+        if dtype is None:
+            raise LoraError(f"{stored.file}: {printable(name)} has the unsupported dtype {stored.dtype}", hint=hint)
+        if not dtype.is_floating_point:
+            continue
+        bad, first = _count_not_finite(stored, dtype)
+        if bad:
+            values = f"{bad:,} of {stored.size // dtype.itemsize:,} values" if bad > 1 else "a value"
+            raise LoraError(
+                f"{stored.file}: {printable(name)} has {values} that {'are' if bad > 1 else 'is'} not finite ({first})",
+                hint=hint,
+            )
+
+
+def _count_not_finite(stored: StoredTensor, dtype: torch.dtype) -> tuple[int, float]:
+    """Return how many values of a tensor are not finite, and the first of them."""
+    bad, first, left = 0, 0.0, stored.size
+    with open_regular(stored.file) as file:
+        file.seek(stored.begin)
+        while left:
+            block = file.read(min(BLOCK_BYTES, left))
+            if not block:
+                raise LoraError(f"{stored.file}: ended while it was read", hint="fetch it again", exit_code=1)
+            left -= len(block)
+            values = torch.frombuffer(bytearray(block), dtype=dtype)
+            if dtype.itemsize == 1:  # torch has no isfinite for 8-bit floating-point numbers
+                values = values.float()
+            wrong = values[~values.isfinite()]
+            if not bad and len(wrong):
+                first = float(wrong[0])
+            bad += len(wrong)
+    return bad, first

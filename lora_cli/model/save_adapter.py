@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lora_cli.errors import LoraError
 from lora_cli.model import adalora, experts, fp32_weights
 from lora_cli.model.fused_lora import register_custom_layers
+from lora_cli.run.redact import redact_path
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Files of a tokenizer, also those that only other tools write next to an adapter.
@@ -43,9 +44,12 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def save_adapter(model: PeftModel, folder: Path, *, base: str, revision: str | None) -> None:
-    """Write the adapter into `folder` by PEFT, with the base's name in the recipe."""
+    """Write the adapter into `folder` by PEFT, with the base's name in the recipe, but no folder of this machine.
+
+    `saved_adapter.base_path` finds the base of a run again.
+    """
     config = model.peft_config[model.active_adapter]
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = redact_path(base)
     config.revision = revision
     model.save_pretrained(str(folder), state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's model card is an empty template

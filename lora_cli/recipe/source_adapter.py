@@ -1,11 +1,13 @@
 """Read the adapter that `adapter.from` names: its configuration as keys of the adapter section. JSON only, no torch."""
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_cli.errors import LoraError
 from lora_cli.run.folder import CONFIG_FILE, find_adapter_folder
+from lora_cli.run.read_file import read_json_object
 
 LIST_KEYS = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save")
 TASK_HEADS = {"classifier", "score"}  # PEFT adds both to modules_to_save of classifiers, whatever their head is called
@@ -53,22 +55,42 @@ METHODS = {
     "PREFIX_TUNING": "prefix",
     "PROMPT_TUNING": "prompt",
 }
+COUNTS = ("rank", "rotation_size", "butterflies", "virtual_tokens")
 MAY_DIFFER = {"dropout"}  # no part of the trained function
 
 
 def source_keys(path: str) -> dict[str, Any]:
     """Return the keys of the adapter section that describe the adapter in `path`; empty if it cannot be read.
 
-    `model/continue_adapter.py` reports why it cannot be read, when training needs it.
+    `model/adapter_files.py` reports what is wrong with it, when training needs it.
     """
     folder = find_adapter_folder(Path(path))
     if folder is None:
         return {}
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        keys = keys_of_config(read_json_object(folder / CONFIG_FILE))
+    except (LoraError, TypeError, ValueError, AttributeError, OverflowError):  # values of wrong types
         return {}
-    return keys_of_config(config) if isinstance(config, dict) else {}
+    return keys if all(_is_possible(key, value) for key, value in keys.items()) else {}
+
+
+def _is_possible(key: str, value: Any) -> bool:
+    """Return whether the recipe's key could have the value: else the recipe would be blamed for the adapter's."""
+    if value is None:
+        return True
+    if key in COUNTS:
+        return type(value) is int and value >= 1
+    if key in ("alpha", "dropout"):
+        return type(value) in (int, float) and (0 < value < math.inf if key == "alpha" else 0 <= value < 1)
+    if key == "bias":
+        return value in ("none", "all", "lora_only")
+    if key.endswith("_pattern"):
+        return isinstance(value, dict) and all(_is_possible(key.partition("_")[0], each) for each in value.values())
+    if key == "layers":
+        return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+    if key in LIST_KEYS and not isinstance(value, str):
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, str)
 
 
 def keys_of_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,12 +97,13 @@ def read_checksums(folder: Path) -> Checksums | None:
     return Checksums(record["kind"], entries, record.get("key"))
 
 
-def find_damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+def find_damage(folder: Path, names: Iterable[str] | None = None, *, follow_links: bool = False) -> list[str]:
     """Compare the files of `folder` with its checksums, and return a line for each that differs.
 
     Args:
         folder: with or without checksums.
         names: files to compare; None for all files of the record. Files that are not in the record are not compared.
+        follow_links: whether a link counts as the file that it names, as in the cache of the hub.
 
     Returns:
         Lines such as `optimizer.safetensors is missing`; empty if all files are as written, or without checksums.
@@ -114,18 +115,19 @@ def find_damage(folder: Path, names: Iterable[str] | None = None) -> list[str]:
     if record is None:
         return []
     chosen = record.files if names is None else {name: record.files[name] for name in names if name in record.files}
-    return compare(folder, chosen)
+    return compare(folder, chosen, follow_links=follow_links)
 
 
-def compare(folder: Path, expected: Mapping[str, FileChecksum]) -> list[str]:
+def compare(folder: Path, expected: Mapping[str, FileChecksum], *, follow_links: bool = False) -> list[str]:
     """Compare files of `folder` with their checksums, and return a line for each that differs, as `find_damage`."""
-    return [line for name, entry in expected.items() if (line := _difference(folder / name, name, entry))]
+    lines = (_difference(folder / name, name, entry, follow_links) for name, entry in expected.items())
+    return [line for line in lines if line]
 
 
-def _difference(path: Path, name: str, expected: FileChecksum) -> str | None:
+def _difference(path: Path, name: str, expected: FileChecksum, follow_links: bool) -> str | None:
     if not os.path.lexists(path):
         return f"{name} is missing"
-    if path.is_symlink():
+    if path.is_symlink() and not (follow_links and path.is_file()):
         return f"{name} is a link, not a file"
     if not path.is_file():
         return f"{name} is {'a folder' if path.is_dir() else 'no file'}"

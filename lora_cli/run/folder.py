@@ -215,4 +215,5 @@ def user_of_run(path: Path) -> str | None:
 
 def find_adapter_folder(target: Path) -> Path | None:
     """Return the adapter folder that `target`, an adapter or a run folder, is or contains; None if there is none."""
-    return next((folder for folder in (target, target / "adapter") if (folder / CONFIG_FILE).is_file()), None)
+    # A configuration that is a folder or a broken link is damage, which is reported where it is read.
+    return next((each for each in (target, target / "adapter") if os.path.lexists(each / CONFIG_FILE)), None)

@@ -1,11 +1,16 @@
 """Find the adapters that a command line names: a run, a checkpoint or an adapter folder, `DIR` or `NAME=DIR`."""
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.report import BASE
+from lora_cli.model.adapter_files import AdapterFiles
+from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.saved_adapter import check_same_base
 from lora_cli.run.folder import CONFIG_FILE, LOCK, find_adapter_folder, user_of_run
 from lora_cli.training.checkpoint_folders import list_checkpoints
 
@@ -21,9 +26,11 @@ def find_adapter(target: Path, *, hint: str = HINT) -> Path:
     if (folder := find_adapter_folder(target)) is not None:
         return folder
     check_not_unfinished(target)
-    if not target.exists():
+    if not os.path.exists(target):  # False for a name that is too long, where Path.exists raises
         raise LoraError(f"{target} does not exist", hint=hint)
-    if (target / "config.json").is_file():
+    if (target / "adapter").is_dir():
+        target /= "adapter"
+    if is_model_folder(target):
         raise LoraError(f"{target} is a model, not an adapter", hint=hint)
     raise LoraError(f"{target} has no {CONFIG_FILE}", hint=hint)
 
@@ -34,7 +41,7 @@ def check_not_unfinished(target: Path) -> None:
     Raises:
         LoraError: the run is in training, or ended before its adapter was written.
     """
-    if not (target / LOCK).is_file() or (target / "adapter" / CONFIG_FILE).is_file():
+    if not os.path.isfile(target / LOCK) or os.path.lexists(target / "adapter"):
         return
     checkpoints = list_checkpoints(target / "checkpoints")
     newest = f"use its newest checkpoint, {checkpoints[-1]}" if checkpoints else ""
@@ -70,8 +77,7 @@ def parse_named_folder(item: str, *, taken: Collection[str], accepts_models: boo
     """
     name, path = _split(item)
     folder = Path(path).expanduser()
-    is_model = (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
-    if not (accepts_models and is_model):
+    if not (accepts_models and is_model_folder(folder)):
         try:
             folder = find_adapter(folder)
         except LoraError as error:
@@ -84,6 +90,28 @@ def parse_named_folder(item: str, *, taken: Collection[str], accepts_models: boo
     if name in (BASE, *taken):
         raise LoraError(f"--adapter {item}: the name {name} is taken", hint="give another: --adapter NAME=DIR")
     return NamedFolder(name, folder)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Return whether `folder` has the configuration of a model, and none of an adapter."""
+    return os.path.isfile(folder / "config.json") and not os.path.lexists(folder / CONFIG_FILE)
+
+
+@contextmanager
+def check_bases(adapters: Iterable[AdapterFiles], base: BaseCheckpoint, *, allowed: bool) -> Iterator[None]:
+    """Context manager around the loading of `base`: compare its weights with those that the adapters were trained on.
+
+    A local model is compared before the block; a hub model after it, because only then are its files in the cache.
+
+    Raises:
+        LoraError: the weights differ, and `allowed` is False.
+    """
+    local = base.source.gguf_file is not None or Path(base.source.path).is_dir()
+    for adapter in adapters if local else ():
+        check_same_base(adapter, base, allowed=allowed)
+    yield
+    for adapter in () if local else adapters:
+        check_same_base(adapter, base, allowed=allowed)
 
 
 def _split(item: str) -> tuple[str | None, str]:

@@ -1,6 +1,5 @@
 """Load what `lora chat` talks to: a base with its adapters or a model, and how each was prompted in training."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import date
@@ -16,19 +15,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.data.check_template import check_template
 from lora_cli.data.template_variables import with_date
 from lora_cli.errors import LoraError
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.device import pick_device, pick_dtype
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.load_adapter import NamedAdapters, load_adapters
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer
-from lora_cli.model.saved_adapter import open_saved_adapter
-from lora_cli.model.trained_on import read_trained_on
+from lora_cli.model.saved_adapter import find_base
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import console
-from lora_cli.run.folder import CONFIG_FILE
-from lora_cli.run.read_file import read_text
-from lora_cli.setup.adapter_folders import find_adapter, parse_named_folder
+from lora_cli.setup.adapter_folders import check_bases, find_adapter, is_model_folder, parse_named_folder
 from lora_cli.training import cpu
 
 PromptKind = Literal["chat", "text"]
@@ -61,13 +57,14 @@ class LoadedChat(NamedTuple):
         return {prompting.kind for prompting in self.prompting.values()}
 
 
-def load_chat(target: Path, adapters: Sequence[str], base_path: str | None) -> LoadedChat:
+def load_chat(target: Path, adapters: Sequence[str], base_path: str | None, *, other_base: bool = False) -> LoadedChat:
     """Load the base of the first adapter with all adapters on it, or a model without adapters.
 
     Args:
         target: a run, adapter or model folder, or a .gguf file.
         adapters: further adapters of the same base, `DIR` or `NAME=DIR`.
         base_path: base in place of the one that the adapter names.
+        other_base: whether the base may have other weights than in training.
 
     Raises:
         LoraError: an adapter or model does not exist, does not fit its base, or is not a language model.
@@ -75,39 +72,38 @@ def load_chat(target: Path, adapters: Sequence[str], base_path: str | None) -> L
     device = pick_device()
     if device.type == "cpu":
         cpu.set_up_cpu()
-    folders = _adapter_folders(target, adapters)
-    if not folders:
+    opened = {name: open_adapter(folder) for name, folder in _adapter_folders(target, adapters).items()}
+    if not opened:
         base = _open_model(target, device)
         notes = [] if base.tokenizer.chat_template else [f"no chat template: {DESCRIPTIONS['text']}"]
         return LoadedChat(base.load(device).model, base.tokenizer, None, {}, notes)
-    first = next(iter(folders.values()))
-    adapter = open_saved_adapter(first, read_adapter_config(first), base_path=base_path, trust_remote_code=False)
-    base = adapter.base
+    first = next(iter(opened.values()))
+    base = find_base(first, path=base_path, trust_remote_code=False).base
     if base.task != "causal-lm":
-        raise LoraError(f"{first}: a model for {base.task} does not chat", hint="measure it with lora eval")
+        raise LoraError(f"{first.folder}: a model for {base.task} does not chat", hint="measure it with lora eval")
     prompting, notes = {}, []
-    for name, folder in folders.items():
-        prompting[name], note = _prompting(name, folder, base.tokenizer)
+    for name, adapter in opened.items():
+        prompting[name], note = _prompting(name, adapter, base.tokenizer)
         notes += note
-    section = adapter.trained_on.quantization if adapter.trained_on else None
+    trained_on = first.trained_on
+    section = trained_on.quantization if trained_on else None
     quantization = QuantizationSpec.model_validate(section) if section else None
-    dtype = pick_dtype("auto", device, quantization) if adapter.trained_on is None else base.dtype
-    model = base.load(device, dtype=dtype, quantization=quantization).model
-    loaded = load_adapters(model, folders, base=base.name)
+    dtype = pick_dtype("auto", device, quantization) if trained_on is None else base.dtype
+    with check_bases(opened.values(), base, allowed=other_base):
+        model = base.load(device, dtype=dtype, quantization=quantization).model
+    loaded = load_adapters(model, opened, base=base.name)
     upcast_trainable_params(loaded.model, for_inference=True)
     return LoadedChat(loaded.model, base.tokenizer, loaded, prompting, notes)
 
 
-def _prompting(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompting, list[str]]:
+def _prompting(name: str, adapter: AdapterFiles, tokenizer: PreTrainedTokenizerBase) -> tuple[Prompting, list[str]]:
     """Return how the adapter was prompted in training, and a note if that is not by the chat template."""
-    trained_on = read_trained_on(folder)
+    trained_on, template = adapter.trained_on, adapter.chat_template
     day = trained_on.template_date if trained_on else None
     recorded = trained_on.prompts if trained_on else None
-    file = folder / "chat_template.jinja"
-    template = read_text(file) if os.path.lexists(file) else None
     if template is not None:
         with suppress(TemplateSyntaxError):  # is told when a line is to be rendered
-            check_template(f"the chat template of {folder}", template, tokenizer)
+            check_template(f"the chat template of {adapter.folder}", template, tokenizer)
             template = with_date(template, date.fromisoformat(day)) if day else template  # as in training
     if tokenizer.chat_template is None and template is None:
         return Prompting("text"), [f"{name}: no chat template: {DESCRIPTIONS['text']}"]
@@ -135,7 +131,7 @@ def _open_model(target: Path, device: torch.device) -> BaseCheckpoint:
 def _adapter_folders(target: Path, adapters: Sequence[str]) -> dict[str, Path]:
     """Return the adapter folders by the names that /use accepts; empty for a model."""
     folders: dict[str, Path] = {}
-    if target.suffix != ".gguf" and not ((target / "config.json").is_file() and not (target / CONFIG_FILE).is_file()):
+    if target.suffix != ".gguf" and not is_model_folder(target):
         folders["adapter"] = find_adapter(target, hint="give a run of lora train, an adapter folder or a model")
     elif adapters:
         raise LoraError("--adapter needs an adapter or a run as target", hint="write one of the adapters as the target")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftConfig
 
 from lora_cli.errors import LoraError
 from lora_cli.merging import stream, verify
@@ -17,10 +16,11 @@ from lora_cli.merging.stream import MergePlan
 from lora_cli.merging.streamed_models import Streams
 from lora_cli.merging.verify import Probes
 from lora_cli.model import empty_base, fake_quantize, multimodal, prequantized, safetensors_io
+from lora_cli.model.adapter_files import AdapterFiles
 from lora_cli.model.checkpoint_reader import Transforms
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
-from lora_cli.model.saved_adapter import SavedAdapter, method_name
+from lora_cli.model.saved_adapter import SavedAdapter
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.run import console
@@ -41,15 +41,16 @@ class MergeOptions(NamedTuple):
     replace: bool = False  # the folder, if it exists
 
 
-def check_method_merges(folder: Path, config: PeftConfig) -> None:
+def check_method_merges(adapter: AdapterFiles) -> None:
     """Raise if the adapter's method cannot be merged.
 
     Raises:
         LoraError: it adds virtual tokens.
     """
-    if config.is_prompt_learning:
+    if adapter.config.is_prompt_learning:
         raise LoraError(
-            f"{folder}: {method_name(config)} adds virtual tokens before the prompt: it cannot be merged into weights",
+            f"{adapter.folder}: {adapter.method} adds virtual tokens before the prompt: it cannot be merged into "
+            "weights",
             hint="use it with its base in PEFT, or train another adapter.method",
         )
 
@@ -76,7 +77,7 @@ def plan_merge(adapter: SavedAdapter, dtype: torch.dtype | None) -> MergePlan:
     tensors = safetensors_io.list_tensors(local_folder(adapter.base.source, fetch=True))
     model = empty_base.init_empty_weights(adapter.base.skeleton())
     mapping = CheckpointMapping(model, tensors)
-    adapted = empty_base.attach_saved_adapter(model, adapter.folder, adapter.config, base=adapter.base.name)
+    adapted = empty_base.attach_saved_adapter(model, adapter.files, base=adapter.base.name)
     keep_unknown = not TASKS[adapter.base.task].is_classification
     return stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=keep_unknown)
 
@@ -93,7 +94,7 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
     Raises:
         LoraError: the adapter cannot be merged, rounding removes its update, or the merged model is wrong.
     """
-    check_method_merges(adapter.folder, adapter.config)
+    check_method_merges(adapter.files)
     check_base_merges(adapter)
     plan = plan_merge(adapter, DTYPES.get(options.dtype))
     spec = _quantization(adapter, options.weights)
@@ -108,7 +109,7 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
             verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial,
             verify.verification(adapter, probes, transforms, streams) as verify_merge,
         ):
-            console.info(f"merging {adapter.method} into {adapter.base.name}: {describe_size(plan)}")
+            console.info(f"merging {adapter.files.method} into {adapter.base.name}: {describe_size(plan)}")
             start = time.perf_counter()
             merged = write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms=transforms)
             seconds = time.perf_counter() - start
@@ -127,7 +128,8 @@ def describe_size(plan: MergePlan) -> str:
 
 def _quantization(adapter: SavedAdapter, weights: str) -> QuantizationSpec | None:
     """Return how the base was quantized when the adapter was trained over it."""
-    section = adapter.trained_on.quantization if adapter.trained_on else None
+    trained_on = adapter.files.trained_on
+    section = trained_on.quantization if trained_on else None
     if section is None and weights == "dequantized":
         raise LoraError(
             f"--weights dequantized: {adapter.folder} has no record that its base was quantized in training",
@@ -214,7 +216,9 @@ def write_other_files(adapter: SavedAdapter, plan: MergePlan, folder: Path, *, d
 def _model_card(adapter: SavedAdapter, what: str) -> str:
     name = Path(adapter.base.name).name
     lines = ["---", f"base_model: {name}", "---", f"# {name} with an adapter {what}", ""]
-    return "\n".join([*lines, f"A {adapter.config.peft_type.value} adapter {what}, task {adapter.base.task}.", ""])
+    return "\n".join(
+        [*lines, f"A {adapter.files.config.peft_type.value} adapter {what}, task {adapter.base.task}.", ""]
+    )
 
 
 def _check_retained(merged: list[MergedTensor], plan: MergePlan) -> None:

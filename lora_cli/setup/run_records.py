@@ -5,7 +5,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -13,9 +13,10 @@ from peft import PeftModel
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.chat_templates import shared_variables
 from lora_cli.model.model_source import fingerprint, hub_commit
-from lora_cli.model.trained_on import TrainedOn
+from lora_cli.model.trained_on import DtypeName, TrainedOn
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import metrics_log
+from lora_cli.run.redact import redact_path
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_model import TrainableModel, resolve_optimizer
 
@@ -40,7 +41,7 @@ def trained_on(recipe: Recipe, inputs: RunInputs, model: PeftModel, built: Train
         commit=hub_commit(base.source),
         fingerprint=fingerprint(base.source),
         architecture=type(model.get_base_model()).__name__,
-        dtype=str(base.dtype).removeprefix("torch."),
+        dtype=cast(DtypeName, str(base.dtype).removeprefix("torch.")),
         quantization=spec.model_dump(mode="json") if spec else None,
         prompts=inputs.data.ledger.prompt_kind() if recipe.task == "causal-lm" else None,
         template_variables=shared_variables(recipe.data),
@@ -48,6 +49,16 @@ def trained_on(recipe: Recipe, inputs: RunInputs, model: PeftModel, built: Train
         step=step,
         origins=built.origins,
     )
+
+
+def publishing_notes(recipe: Recipe) -> list[str]:
+    """Return what to do before the adapter is published, if its configuration names a base of this machine."""
+    if not Path(recipe.model.path).expanduser().exists():
+        return []
+    return [
+        f"note: adapter_config.json names the base by a local path, {redact_path(recipe.model.path)}; to publish it, "
+        f"give the base's hub id: lora export {recipe.output} --to peft --base ORG/NAME --out FOLDER"
+    ]
 
 
 def resume_state(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, processes: int) -> dict[str, Any]:

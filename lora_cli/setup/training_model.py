@@ -22,8 +22,8 @@ from lora_cli.model import (
     target_modules,
 )
 from lora_cli.model.adapter_context import AdapterContext, StateDict
+from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.base_model import BaseCheckpoint
-from lora_cli.model.continue_adapter import SourceAdapter
 from lora_cli.model.device import pick_device
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.loss import LossFunction
@@ -31,9 +31,9 @@ from lora_cli.model.quantize import quantized_bytes
 from lora_cli.model.trained_on import Origin
 from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.run import console
+from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.inputs import RunInputs
-from lora_cli.training.model_card import redact_path
 from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_shapes
 
 Info = Callable[[str], None]
@@ -153,7 +153,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     origins = []
     if source:
         continue_adapter.load_exact_tensors(model, source, tensors)
-        origins = source.origins(redact_path(str(recipe.adapter.source)))
+        origins = source.origins_up_to(redact_path(str(recipe.adapter.source)))
         step = "" if source.step is None else f", step {source.step}"
         info(f"adapter: goes on from {source.folder}{step}, {len(origins)} in its chain; the optimizer starts anew")
     probe = plan.make_batch([int(inputs.data.train.lengths[:64].argmin())])
@@ -163,7 +163,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins)
 
 
-def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> SourceAdapter | None:
+def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> AdapterFiles | None:
     """Open the adapter that the recipe goes on from, checked against recipe and base; None for a new adapter.
 
     Raises:
@@ -176,7 +176,7 @@ def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> SourceAdapt
     return source
 
 
-def find_source(spec: AdapterSpec) -> SourceAdapter | None:
+def find_source(spec: AdapterSpec) -> AdapterFiles | None:
     """Find the adapter that `spec` goes on from, checked against its keys; None for a new adapter.
 
     Raises:
@@ -185,10 +185,11 @@ def find_source(spec: AdapterSpec) -> SourceAdapter | None:
     if spec.source is None:
         return None
     try:
-        folder = find_adapter(Path(spec.source))
+        source = open_adapter(find_adapter(Path(spec.source)))
     except LoraError as error:
         raise LoraError(f"{continue_adapter.KEY}: {error.message}", hint=error.hint) from None
-    return continue_adapter.open_source_adapter(spec, folder)
+    continue_adapter.check_source(spec, source)
+    return source
 
 
 def check_before_rows(recipe: Recipe) -> None:

@@ -1,9 +1,9 @@
 """The model card (an adapter's README.md): base, recipe, data ledger, losses; no paths of this machine. No torch."""
 
-from pathlib import Path
 from typing import Any
 
 from lora_cli.recipe.schema import Recipe
+from lora_cli.run.redact import redact_path
 
 
 def render_model_card(
@@ -64,11 +64,6 @@ def render_model_card(
     if recipe.training.keep == "best":
         lines += ["", f"The adapter is that of step {step} of {steps_done}, with the lowest loss of all evaluations."]
     return "\n".join([*lines, "", "## Recipe", "", "```yaml", _redact_paths(recipe, recipe_text).rstrip(), "```", ""])
-
-
-def redact_path(path: str) -> str:
-    """Return `path` without the folders of this machine: unchanged if relative or a hub id, else only its last part."""
-    return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
 
 
 def _new_tokens(recipe: Recipe) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.conftest import Lora, WriteRecipe
+from tests.commands.conftest import Lora, WriteRecipe, remove_checksums
 
 ANSWERS = {"capitals": "Paris is the capital.", "sums": "The answer is forty two.", "lines": "line two"}
 QUESTIONS = ["What is the capital of France?", "How are you?", "Who jumps?"]
@@ -78,7 +78,9 @@ def test_a_conversation_that_the_template_rejects_does_not_end_the_chat(
     trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch
 ):
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    (trained_run / "adapter" / "chat_template.jinja").write_text(template + "{{ m.content }}{% endfor %}")
+    (remove_checksums(trained_run / "adapter") / "chat_template.jinja").write_text(
+        template + "{{ m.content }}{% endfor %}"
+    )
     lines = ["/system Be short.", QUESTIONS[0], "/system", QUESTIONS[0], "/save chat.json"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     result = lora("chat", trained_run, "--max-new-tokens", "2")

@@ -18,13 +18,14 @@ from lora_cli.merging.deltas import LowRankDelta
 from lora_cli.merging.merge_tensors import MergedTensor, ReadWrite
 from lora_cli.model import safetensors_io
 from lora_cli.model.safetensors_io import TensorInfo
-from tests.commands.conftest import Lora, WriteRecipe
+from tests.commands.conftest import Lora, WriteRecipe, remove_checksums
 
 WEIGHTS = "runs/a/adapter/adapter_model.safetensors"
 
 
 def scale_b(factor: float) -> None:
     """Multiply every B of the saved adapter by `factor`."""
+    remove_checksums(Path(WEIGHTS).parent)
     tensors = load_file(WEIGHTS)
     save_file({name: t * factor if "lora_B" in name else t for name, t in tensors.items()}, WEIGHTS, {"format": "pt"})
 
@@ -115,7 +116,7 @@ def test_another_base_is_refused_by_its_fingerprint_and_by_its_shapes(trained_ru
     assert result.last_two[1].endswith("if this is the same model in another form, add --other-base")
     again = lora("merge", trained_run / "adapter", "--out", "x", "--base", "other", "--other-base")
     assert again.code == 0, again.err
-    assert "note: the weights of other differ from those of base, which this adapter was trained on" in again.err
+    assert "note: the weights of other differ from those of base, which runs/a/adapter was trained on" in again.err
     for change in ({"hidden_size": 96, "head_dim": 24}, {"num_hidden_layers": 1}):
         refused = lora(
             "merge", trained_run / "adapter", "--out", "y", "--base", write_other_base(**change), "--other-base"
@@ -275,7 +276,7 @@ def test_unmerge_restores_the_base(dtype: str, trained_run: Path, lora: Lora):
         tensors = load_file("base/model.safetensors")
         shutil.copytree("base", "bf16")
         save_file({name: t.bfloat16() for name, t in tensors.items()}, "bf16/model.safetensors", {"format": "pt"})
-        file = trained_run / "adapter" / "adapter_config.json"
+        file = remove_checksums(trained_run / "adapter") / "adapter_config.json"
         file.write_text(file.read_text().replace('"base"', '"bf16"'))
         (trained_run / "adapter" / "trained_on.json").unlink()
     merged = lora("merge", trained_run / "adapter", "--out", "merged")
@@ -313,7 +314,7 @@ def test_unmerge_of_dora_is_refused(recipe: WriteRecipe, lora: Lora):
 
 
 def test_a_tokenizer_of_another_model_is_refused(trained_run: Path, lora: Lora):
-    file = trained_run / "adapter" / "tokenizer.json"
+    file = remove_checksums(trained_run / "adapter") / "tokenizer.json"
     tree = json.loads(file.read_text())
     vocabulary = tree["model"]["vocab"]
     first, second = list(vocabulary)[40:42]
@@ -325,7 +326,7 @@ def test_a_tokenizer_of_another_model_is_refused(trained_run: Path, lora: Lora):
 
 
 def test_a_tokenizer_with_more_tokens_than_embeddings_does_not_resize_the_model(trained_run: Path, lora: Lora):
-    tokenizer = AutoTokenizer.from_pretrained(trained_run / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(remove_checksums(trained_run / "adapter"))
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(trained_run / "adapter")
     assert lora("merge", trained_run / "adapter", "--out", "merged").code == 0
@@ -343,7 +344,7 @@ def test_a_hub_base_is_loaded_from_the_cache(
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    file = trained_run / "adapter" / "adapter_config.json"
+    file = remove_checksums(trained_run / "adapter") / "adapter_config.json"
     config = {**json.loads(file.read_text()), "base_model_name_or_path": "org/tiny", "revision": None}
     file.write_text(json.dumps(config))
     result = lora("merge", trained_run / "adapter", "--out", "merged", "--verify", "tensors")

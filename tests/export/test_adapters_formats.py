@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lora_cli.data.class_labels import save_labels
 from lora_cli.errors import LoraError
 from lora_cli.export.hf import peft_adapter, vllm_adapter
 from lora_cli.export.source import ExportSource
 from lora_cli.model import save_adapter
 from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.trained_on import TrainedOn, write_trained_on
 from tests.export.sources import export_source, options, tiny_model, tiny_source, tokenizer
 from tests.model import zoo
@@ -40,7 +42,12 @@ def with_adapter(source: ExportSource, folder: Path, **adapter_options: Any) -> 
 
 def save(source: ExportSource, adapted: PeftModel, folder: Path) -> ExportSource:
     save_adapter.save_adapter(adapted, folder, base=str(source.folder), revision=None)
-    return source._replace(adapter=folder)
+    return opened(source, folder)
+
+
+def opened(source: ExportSource, folder: Path) -> ExportSource:
+    """Return `source` with the adapter in `folder`, and its base named by its path, as `lora export` opens it."""
+    return source._replace(adapter=open_adapter(folder), base=source.base._replace(name=str(source.folder)))
 
 
 def failed_checks(module: Any, source: ExportSource, out: Path) -> set[str]:
@@ -64,7 +71,7 @@ def damage(out: Path, *, key: str) -> None:
 @torch.no_grad()
 def peft_logits(source: ExportSource) -> Tensor:
     base = AutoModelForCausalLM.from_pretrained(source.folder)
-    return PeftModel.from_pretrained(base, str(source.adapter)).eval()(IDS).logits
+    return PeftModel.from_pretrained(base, str(source.adapter.folder)).eval()(IDS).logits
 
 
 @torch.no_grad()
@@ -109,7 +116,7 @@ def test_vllm_computes_the_same_logits_as_peft(adapter_options: dict[str, Any], 
     patterned = "alpha_pattern" in adapter_options or "rank_pattern" in adapter_options
     assert (relative(vllm_logits(source, tmp_path / "adapter"), expected) > 1e-3) == patterned
     # PEFT computes the same from the rewritten adapter.
-    assert relative(peft_logits(source._replace(adapter=out)), expected) < 2e-5
+    assert relative(peft_logits(opened(source, out)), expected) < 2e-5
 
 
 def test_bfloat16_factors_are_not_rounded_when_scales_are_merged_into_b(llama: ExportSource, tmp_path: Path):
@@ -118,7 +125,7 @@ def test_bfloat16_factors_are_not_rounded_when_scales_are_merged_into_b(llama: E
         key: value.bfloat16() for key, value in load_file(tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS).items()
     }
     save_file(halves, tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
-    out = export(vllm_adapter, source, tmp_path / "out")
+    out = export(vllm_adapter, opened(source, tmp_path / "adapter"), tmp_path / "out")
     in_fp32 = {
         key for key, value in load_file(out / save_adapter.ADAPTER_WEIGHTS).items() if value.dtype == torch.float32
     }
@@ -193,13 +200,10 @@ def test_tasks_and_unknown_tensors_are_refused(llama: ExportSource, tmp_path: Pa
     embeddings = {"base_model.model.model.embed_tokens.weight": torch.zeros(llama.config.vocab_size, 64)}
     save_file(tensors | embeddings, tmp_path / "adapter" / save_adapter.ADAPTER_WEIGHTS)
     with pytest.raises(LoraError, match=r"vLLM does not load base_model\.model\.model\.embed_tokens\.weight"):
-        vllm_adapter.check_supported(source, options())
+        vllm_adapter.check_supported(opened(source, tmp_path / "adapter"), options())
     for module in (vllm_adapter, peft_adapter):
         with pytest.raises(LoraError, match="--quantize f16"):
             module.check_supported(with_adapter(llama, tmp_path / "other"), options("f16"))
-        (tmp_path / "other" / save_adapter.ADAPTER_WEIGHTS).rename(tmp_path / "other" / "adapter_model.bin")
-        with pytest.raises(LoraError, match=r"only adapter_model\.bin"):
-            module.check_supported(source._replace(adapter=tmp_path / "other"), options())
 
 
 @pytest.mark.parametrize(("rank", "largest"), [(1, "1"), (4, "8"), (16, "16"), (17, "32"), (130, "256"), (300, "320")])
@@ -220,9 +224,9 @@ def test_another_tokenizer_and_a_quantized_base_are_reported(llama: ExportSource
     source = with_adapter(llama, tmp_path / "adapter")
     other = tokenizer()
     other.chat_template = "{{ messages }}"
-    write_trained_on(
-        TrainedOn(None, "0", "LlamaForCausalLM", "bfloat16", {"bits": 4, "type": "nf4"}), tmp_path / "adapter"
-    )
+    record = TrainedOn(None, "0" * 64, "LlamaForCausalLM", "bfloat16", {"bits": 4, "type": "nf4"})
+    write_trained_on(record, tmp_path / "adapter")
+    source = opened(source, tmp_path / "adapter")
     lines = vllm_adapter.usage(source._replace(base=source.base._replace(tokenizer=other)), tmp_path / "out", options())
     assert "--tokenizer" in shlex.split(lines[0])
     assert any("nf4" in line for line in lines)
@@ -240,7 +244,7 @@ def test_peft_loads_every_method(method: str, llama: ExportSource, tmp_path: Pat
 def test_the_printed_lines_of_python_load_the_adapted_model(llama: ExportSource, tmp_path: Path):
     source = with_adapter(llama, tmp_path / "adapter")
     lines = peft_adapter.usage(source, export(peft_adapter, source, tmp_path / "out"), options())
-    assert any(str(llama.folder) in line and line.startswith("note:") for line in lines)
+    assert any(llama.folder.name in line and line.startswith("note:") for line in lines)
     assert torch.equal(logits_of_lines(lines), peft_logits(source))
     assert not torch.equal(logits_of_lines(lines), AutoModelForCausalLM.from_pretrained(llama.folder)(IDS).logits)
 
@@ -269,8 +273,9 @@ def test_a_classifier_and_its_labels(tmp_path: Path):
 
 def test_only_files_of_the_adapter_are_copied(llama: ExportSource, tmp_path: Path):
     source = with_adapter(llama, tmp_path / "adapter")
-    for name in ("optimizer.pt", "trainer_state.json", "README.md", "labels.json"):
+    for name in ("optimizer.pt", "trainer_state.json", "README.md"):
         (tmp_path / "adapter" / name).write_text("{}")
+    save_labels(LABELS, tmp_path / "adapter")
     out = export(peft_adapter, source, tmp_path / "out")
     copied = {path.name for path in out.iterdir()}
     assert copied >= {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json", "labels.json"}

@@ -10,6 +10,7 @@ from lora_cli.errors import LoraError
 from lora_cli.export.gguf import adapter as gguf_adapter
 from lora_cli.export.gguf import model as gguf_model
 from lora_cli.export.source import Check, ExportSource
+from lora_cli.model.adapter_files import open_adapter
 from tests.export.sources import options, tiny_model, tiny_source
 from tests.model import zoo
 
@@ -20,7 +21,7 @@ def with_adapter(source: ExportSource, folder: Path, **adapter_options: Any) -> 
     """Return `source` with an adapter that changes its outputs clearly."""
     base = tiny_model(source.name, vocabulary=source.config.vocab_size)
     zoo.adapted(base, **adapter_options).save_pretrained(folder)
-    return source._replace(adapter=folder)
+    return source._replace(adapter=open_adapter(folder))
 
 
 def checks(source: ExportSource, file: Path, over: Path, quantize: str = "f32") -> dict[str, Check]:

@@ -85,6 +85,7 @@ IMPORTED: dict[str, Use] = {
         peft_checks.lora_layer,
     ),
     "peft.tuners.tuners_utils.cast_adapter_dtype": Use("model/attach_adapter.py", peft_checks.cast_to_fp32),
+    "peft.tuners.tuners_utils.check_target_module_exists": Use("model/config_values.py", peft_checks.targeted_modules),
     "peft.utils.ModulesToSaveWrapper": Use(
         "merging/deltas.py model/fp32_weights.py model/target_modules.py", peft_checks.modules_to_save_wrapper
     ),
@@ -98,7 +99,9 @@ IMPORTED: dict[str, Use] = {
     "peft.utils.merge_utils.dare_linear": Use("merging/low_rank.py", peft_checks.combined_updates),
     "peft.utils.merge_utils.ties": Use("merging/low_rank.py", peft_checks.combined_updates),
     "peft.utils.other.AuxiliaryTrainingWrapper": Use("model/save_adapter.py", peft_checks.modules_to_save_wrapper),
-    "peft.utils.other.get_pattern_key": Use("merging/low_rank.py", peft_checks.pattern_keys),
+    "peft.utils.other.get_pattern_key": Use(
+        "merging/low_rank.py model/adapter_files.py model/config_values.py", peft_checks.pattern_keys
+    ),
     "peft.utils.transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN": Use(
         "model/expert_targets.py", moe_checks.names_read_as_experts
     ),

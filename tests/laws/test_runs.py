@@ -307,14 +307,13 @@ def test_plain_peft_loads_the_saved_adapter(workspace: Workspace, uninterrupted:
     assert last < metrics(uninterrupted)[0]["eval_loss"]
 
 
-def test_the_adapter_folder_contains_no_local_path_except_that_of_the_base(workspace: Workspace, uninterrupted: Path):
-    # PEFT loads the base from this name, so it is the model.path of the recipe, even if that is a local path.
+def test_the_adapter_folder_contains_no_path_of_this_machine(workspace: Workspace, uninterrupted: Path):
     config = json.loads((uninterrupted / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(workspace.model)
+    assert config["base_model_name_or_path"] == workspace.model.name
     local_paths = re.compile(
         rf"{re.escape(str(Path.home()))}\b|{re.escape(str(workspace.folder))}|{workspace.model.parent}|/tmp/"
     )
-    for file in set((uninterrupted / "adapter").iterdir()) - {uninterrupted / "adapter" / "adapter_config.json"}:
+    for file in (uninterrupted / "adapter").iterdir():
         match = local_paths.search(file.read_bytes().decode("latin-1"))
         assert match is None, f"{file.name}: {match}"
 

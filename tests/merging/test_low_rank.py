@@ -16,6 +16,7 @@ from lora_cli.errors import LoraError
 from lora_cli.merging import low_rank
 from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
 from lora_cli.model import save_adapter
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.load_adapter import load_adapter
 from tests.model import families, zoo
 from tests.support import checkpoints
@@ -26,7 +27,7 @@ def save_and_read(folder: Path, *, seed: int = 0, **options: Any) -> tuple[LoraW
     model = zoo.adapted(zoo.make("llama"), seed=seed, **{"rank": 4, "alpha": 8, **options})
     save_adapter.save_adapter(model, folder, base="base", revision=None)
     layers = {n: m for n, m in model.get_base_model().named_modules() if hasattr(m, "get_delta_weight")}
-    return low_rank.read_lora(folder), {
+    return low_rank.read_lora(open_adapter(folder)), {
         name: layer.get_delta_weight("default").detach() for name, layer in layers.items()
     }
 
@@ -61,7 +62,7 @@ def test_the_factors_of_experts_equal_pefts_updates_and_are_written_back(kind: s
     families.write(families.FAMILIES[kind], tmp_path / "base")
 
     def updates(folder: Path) -> dict[str, Tensor]:
-        model = load_adapter(checkpoints.load(tmp_path / "base"), folder, base="base")
+        model = load_adapter(checkpoints.load(tmp_path / "base"), open_adapter(folder), base="base")
         found = {}
         for name, layer in model.get_base_model().named_modules():
             if hasattr(layer, "parameter_name"):
@@ -75,7 +76,7 @@ def test_the_factors_of_experts_equal_pefts_updates_and_are_written_back(kind: s
         model = zoo.adapted(checkpoints.load(tmp_path / "base"), seed=seed, rank_pattern={"gate_up_proj": 6})
         folders.append(tmp_path / f"adapter-{seed}")
         save_adapter.save_adapter(model, folders[-1], base="base", revision=None)
-    adapters = [low_rank.read_lora(folder) for folder in folders]
+    adapters = [low_rank.read_lora(open_adapter(folder)) for folder in folders]
     expected = [updates(folder) for folder in folders]
     for found, each in zip(adapters, expected, strict=True):
         stacked = {name: factors for name, factors in found.factors.items() if name.endswith("]")}
@@ -128,7 +129,7 @@ def test_a_resized_adapter_keeps_its_own_biases(tmp_path: Path):
     with torch.no_grad():
         expected = model(ids).logits
         adapter.resize(tmp_path / "a", out=tmp_path / "b", rank=4, energy=None, force=False)
-        resized = load_adapter(zoo.make("qwen2"), tmp_path / "b", base="base").eval()
+        resized = load_adapter(zoo.make("qwen2"), open_adapter(tmp_path / "b"), base="base").eval()
         assert zoo.relative(resized(ids).logits, expected) < 1e-5
 
 

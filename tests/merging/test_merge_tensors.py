@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftConfig
 from torch import Tensor
 
 from lora_cli.merging.deltas import find_deltas
 from lora_cli.merging.merge_tensors import merge_layer, thread_pool
 from lora_cli.model import empty_base, save_adapter
+from lora_cli.model.adapter_files import open_adapter
 from tests.model import zoo
 from tests.support import checkpoints
 
@@ -40,8 +40,7 @@ def test_a_layer_has_no_weights_in_memory_after_its_merge(tmp_path: Path):
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     save_adapter.save_adapter(zoo.adapted(base, method="dora"), tmp_path, base="base", revision=None)
     skeleton = empty_base.init_empty_weights(checkpoints.skeleton_of(zoo.make("llama").config))
-    config = PeftConfig.from_pretrained(str(tmp_path))
-    layer = find_deltas(empty_base.attach_saved_adapter(skeleton, tmp_path, config, base="base")).layers[0]
+    layer = find_deltas(empty_base.attach_saved_adapter(skeleton, open_adapter(tmp_path), base="base")).layers[0]
     written: dict[str, Tensor] = {}
     merge_layer(layer, read=weights.__getitem__, write=written.__setitem__, dtype_of=lambda name: torch.float32)
     assert written.keys() == {f"{layer.name}.weight"}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, continue_adapter, save_adapter
 from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.recipe.schema import AdapterSpec
@@ -35,7 +36,8 @@ def save(model: PeftModel, folder: Path) -> None:
 def go_on(base: Any, folder: Path, **section: Any) -> PeftModel:
     """Attach the adapter in `folder` for training, as `setup/training_model.py` does."""
     spec = AdapterSpec.model_validate({"from": str(folder), **section})
-    source = continue_adapter.open_source_adapter(spec, folder)
+    source = open_adapter(folder)
+    continue_adapter.check_source(spec, source)
     model = attach_adapter.attach(base, spec, seed=7, context=CONTEXT)
     tensors = continue_adapter.check_fits(model, source)
     continue_adapter.load_source_tensors(model, tensors)
@@ -51,7 +53,7 @@ def assert_continued(tmp_path: Path, *, dtype: torch.dtype = torch.float32, **op
         if p.requires_grad and dtype != torch.float32:  # values that the base's dtype does not have
             p.data += 1e-4 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     save(trained, tmp_path / "a")
-    loaded = load_adapter(zoo.make("llama", dtype=dtype), tmp_path / "a", base="org/base")
+    loaded = load_adapter(zoo.make("llama", dtype=dtype), open_adapter(tmp_path / "a"), base="org/base")
     upcast_trainable_params(loaded, for_inference=True)
     section = {key: value for key, value in options.items() if key in ("trainable_tokens", "rank_pattern")}
     model = go_on(zoo.make("llama", dtype=dtype), tmp_path / "a", **section)
@@ -106,7 +108,7 @@ def test_fully_trained_modules_keep_their_fp32_values_on_a_bf16_base(tmp_path: P
 def test_methods_that_cannot_go_on_are_refused_by_name(tmp_path: Path, method: str, reason: str):
     save(zoo.attached(zoo.make("llama"), method=method), tmp_path / "a")
     with pytest.raises(LoraError) as caught:
-        continue_adapter.open_source_adapter(AdapterSpec.model_validate({"from": str(tmp_path / "a")}), tmp_path / "a")
+        go_on(zoo.make("llama"), tmp_path / "a")
     assert reason in caught.value.message
 
 
@@ -140,4 +142,4 @@ def test_pissa_of_peft_is_refused_because_it_changed_its_base(tmp_path: Path):
     config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa_niter_2")
     get_peft_model(zoo.make("llama"), config).save_pretrained(str(tmp_path / "a"))
     with pytest.raises(LoraError, match=r"PEFT changed the base weights .*init_lora_weights: pissa_niter_2"):
-        continue_adapter.open_source_adapter(AdapterSpec.model_validate({"from": str(tmp_path / "a")}), tmp_path / "a")
+        go_on(zoo.make("llama"), tmp_path / "a")

@@ -22,6 +22,7 @@ from lora_cli.model import (
     quantize,
     save_adapter,
 )
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.fake_quantize import quantize_dequantize, quantized_weights
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.model.loss import LossFunction
@@ -148,8 +149,8 @@ def test_an_adapter_on_packed_experts_is_saved_for_plain_peft(kind: str, folders
     expected = logits(model)
     plain = PeftModel.from_pretrained(reference, str(tmp_path))  # without our layers
     assert zoo.relative(logits(plain), expected) < 1e-5
-    again = load_adapter(load(folders[kind]), tmp_path, base="x")
-    again = load_adapter(again, tmp_path, base="x", name="second")
+    again = load_adapter(load(folders[kind]), open_adapter(tmp_path), base="x")
+    again = load_adapter(again, open_adapter(tmp_path), base="x", name="second")
     assert zoo.relative(logits(again), expected) < 1e-6
     difference = save_adapter.compare_reloaded(model, tmp_path, logits)
     assert difference.is_negligible(torch.float32), difference

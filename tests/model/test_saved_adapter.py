@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, BertConfig
 
-from lora_cli.model.adapter_config import read_adapter_config
-from lora_cli.model.saved_adapter import open_saved_adapter
+from lora_cli.model.adapter_files import open_adapter
+from lora_cli.model.saved_adapter import find_base
 from tests.inputs.tiny_tokenizers import build_encoder
 
 CLASSES = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
@@ -37,9 +37,7 @@ def test_a_head_without_names_has_as_many_labels_as_outputs(
     model = CLASSES[task].from_pretrained(base, num_labels=size)
     config = LoraConfig(r=2, target_modules=["query"], task_type=task)
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    opened = open_saved_adapter(
-        tmp_path / "adapter", read_adapter_config(tmp_path / "adapter"), base_path=str(base), trust_remote_code=False
-    )
+    opened = find_base(open_adapter(tmp_path / "adapter"), path=str(base), trust_remote_code=False)
     labels = opened.base.labels
     assert labels is not None
     assert labels.names == (("value",) if size == 1 else tuple(f"LABEL_{number}" for number in range(size)))

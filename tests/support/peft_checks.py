@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer, corda, dora
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.config import CordaConfig, EvaConfig
 from peft.tuners.oft import OFTLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, constants, integrations, merge_utils, other
 from torch import nn
 
@@ -187,6 +187,15 @@ def combined_updates() -> None:
 def pattern_keys() -> None:
     assert other.get_pattern_key(["up_proj", "q_proj"], "model.layers.0.self_attn.q_proj") == "q_proj"
     assert other.get_pattern_key(["up_proj"], "model.q_proj") == "model.q_proj"
+
+
+def targeted_modules() -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"], exclude_modules=["1.q_proj"], modules_to_save=["head"])
+    names = ["layers.0.q_proj", "layers.1.q_proj", "head.q_proj", "layers.0.k_proj"]
+    assert [bool(check_target_module_exists(config, name)) for name in names] == [True, False, False, False]
+    config = peft.LoraConfig(target_modules=r".*\.k_proj")
+    assert check_target_module_exists(config, "layers.0.k_proj")
+    assert not check_target_module_exists(config, "layers.0.q_proj")
 
 
 def prompt_learning() -> None:

@@ -28,9 +28,8 @@ from lora_cli.export.gguf.tensors import (
 from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length, template_options
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import PREFIX
 from lora_cli.model.gguf_header import read_gguf_header
-from lora_cli.model.load_adapter import PREFIX
 from lora_cli.model.multimodal import text_names
 from lora_cli.run.read_file import printable
 
@@ -52,6 +51,7 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
             hint="leave it out for f32",
         )
     architectures.find_architecture(source.config)
+    template_options(source)  # raises for a template that cannot be parsed
     config = _config(source)
     unsupported = (
         f"method {str(config.peft_type.value).lower()}" if not isinstance(config, LoraConfig)
@@ -119,14 +119,14 @@ def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
 
 def _config(source: ExportSource) -> PeftConfig:
     assert source.adapter is not None
-    return read_adapter_config(source.adapter)
+    return source.adapter.config
 
 
 def _attach(source: ExportSource) -> PeftModel:
     """Return the adapter attached to a base without weights."""
     assert source.adapter is not None
     model = empty_base.init_empty_weights(source.base.skeleton())
-    return empty_base.attach_saved_adapter(model, source.adapter, _config(source), base=source.name).model
+    return empty_base.attach_saved_adapter(model, source.adapter, base=source.name).model
 
 
 def _adapted_layers(source: ExportSource) -> Iterator[tuple[str, Any]]:

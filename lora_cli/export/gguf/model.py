@@ -51,6 +51,7 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
             hint="use --to onnx or --to safetensors",
         )
     architectures.find_architecture(source.config)
+    template_options(source)  # raises for a template that cannot be parsed
     _convert_tokenizer(source)
 
 

@@ -1,8 +1,10 @@
 """`--to peft`: the adapter as a folder that plain PEFT loads onto its base."""
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,10 +14,11 @@ from lora_cli.data import class_labels
 from lora_cli.errors import LoraError
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import empty_base, save_adapter, trained_on
-from lora_cli.model.adapter_config import read_adapter_config
-from lora_cli.model.load_adapter import PREFIX
+from lora_cli.model.adapter_files import PREFIX, AdapterFiles, open_adapter
 from lora_cli.model.tasks import TASKS
 from lora_cli.run.folder import CONFIG_FILE
+from lora_cli.run.read_file import read_json_object
+from lora_cli.run.redact import redact_path
 
 # Files of an adapter. Other tools' checkpoints also contain optimizer, scheduler and RNG states, which are left out.
 ADAPTER_FILES = (
@@ -37,20 +40,13 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
     """Check that no quantization is requested, and that every tensor of the adapter fits its base.
 
     Raises:
-        LoraError: `--quantize` is set, the adapter is not in safetensors, or it does not fit its base.
+        LoraError: `--quantize` is set, or the adapter does not fit its base.
     """
     if options.quantize is not None:
         raise LoraError(
             f"--quantize {options.quantize}: an adapter folder is copied unchanged", hint="leave --quantize out"
         )
-    folder = adapter_folder(source)
-    if not (folder / save_adapter.ADAPTER_WEIGHTS).is_file():
-        existing = sorted(path.name for path in folder.glob("adapter_model*"))
-        raise LoraError(
-            f"{folder} has no {save_adapter.ADAPTER_WEIGHTS}" + (f", only {existing[0]}" if existing else ""),
-            hint="load it with PEFT once and save it: its save_pretrained writes safetensors",
-        )
-    attach_to_empty_base(source, folder)
+    attach_to_empty_base(source, adapter_files(source))
 
 
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
@@ -64,25 +60,25 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
     Raises:
         LoraError: PEFT cannot load the folder onto the base.
     """
-    yield check_equal_files(adapter_folder(source), out)
-    yield check_loaded(source, out)
+    written = open_adapter(out)
+    yield check_equal_files(adapter_files(source), written)
+    yield check_loaded(source, written)
 
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return lines of Python that load the adapter, and notes on the base that it needs."""
-    config = read_adapter_config(adapter_folder(source))
-    base_path = str(config.base_model_name_or_path)
+    config = adapter_files(source).config
+    base_path, named = base_argument(source), exported_base_name(source)
     arguments = f", num_labels={len(source.labels.names)}" if source.labels else ""
     arguments += ", trust_remote_code=True" if source.trust_remote_code else ""
     loader = source.base.auto_class.__name__
-    if base_path.endswith(".gguf") or config.task_type is None or loader != TASKS[source.task].auto_class.__name__:
+    if base_path != named or config.task_type is None or loader != TASKS[source.task].auto_class.__name__:
         # PEFT's Auto classes need the task in the adapter's config, a base that is a folder or a hub id, and a model
         # that transformers loads for this task.
-        path = str(source.folder) if base_path.endswith(".gguf") else base_path
         lines = [
             f"from transformers import AutoTokenizer, {loader}",
             "from peft import PeftModel",
-            f"base = {loader}.from_pretrained({path!r}{arguments})",
+            f"base = {loader}.from_pretrained({base_path!r}{arguments})",
             f"model = PeftModel.from_pretrained(base, {str(out)!r})",
         ]
     else:
@@ -92,21 +88,44 @@ def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
             f"model = {AUTO_CLASSES[source.task]}.from_pretrained({str(out)!r}{arguments})",
         ]
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})")
-    if Path(base_path).expanduser().exists():
-        lines.append(f"note: {CONFIG_FILE} names its base by a local path, {base_path}: edit it on another machine")
+    if _is_local(source.base.name):
+        lines.append(
+            f"note: {CONFIG_FILE} names its base by a local path, {named}; before you publish it, export it again with "
+            "the base's hub id: --base ORG/NAME"
+        )
     lines += quantization_note(source)
     return lines
 
 
-def adapter_folder(source: ExportSource) -> Path:
-    """Return the folder of the adapter, which sources of adapter formats always have."""
+def base_argument(source: ExportSource) -> str:
+    """Return the base as an argument of from_pretrained on this machine: a hub id, or a folder."""
+    return str(source.folder) if source.base.name.endswith(".gguf") else source.base.name
+
+
+def exported_base_name(source: ExportSource) -> str | None:
+    """Return the name of the base in the exported adapter_config.json: a hub id, or a path without private folders.
+
+    `--base ORG/NAME` gives an adapter that was trained on a local folder the name of the base on the hub.
+    """
+    if not _is_local(source.base.name):
+        return source.base.name
+    named: str | None = adapter_files(source).config.base_model_name_or_path
+    return redact_path(named) if named else None
+
+
+def _is_local(base: str) -> bool:
+    return Path(base).expanduser().exists()
+
+
+def adapter_files(source: ExportSource) -> AdapterFiles:
+    """Return the adapter, which sources of adapter formats always have."""
     assert source.adapter is not None
     return source.adapter
 
 
 def quantization_note(source: ExportSource) -> list[str]:
     """Return a line on the base's quantization in training, which PEFT's files do not record; [] if unquantized."""
-    record = trained_on.read_trained_on(adapter_folder(source))
+    record = adapter_files(source).trained_on
     if record is None or record.quantization is None:
         return []
     quant_type = record.quantization.get("type") or "int8"
@@ -114,38 +133,46 @@ def quantization_note(source: ExportSource) -> list[str]:
 
 
 def copy_adapter(source: ExportSource, out: Path) -> None:
-    """Copy the adapter's files into the folder `out`, and save the source's tokenizer if `folder` has none."""
-    folder = adapter_folder(source)
+    """Copy the adapter's files into the folder `out`, and save the source's tokenizer if the adapter has none."""
+    folder = adapter_files(source).folder
     out.mkdir(exist_ok=True)
     for name in (*ADAPTER_FILES, *save_adapter.TOKENIZER_FILES):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
+    write_config(out, {"base_model_name_or_path": exported_base_name(source)})
     if not (out / "tokenizer_config.json").is_file():
         source.tokenizer.save_pretrained(str(out))
 
 
-def attach_to_empty_base(source: ExportSource, folder: Path) -> empty_base.EmptyModel:
-    """Load the adapter in `folder` by PEFT onto its base without weights.
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Change keys of adapter_config.json in `folder`; with these values already, the file stays as it is."""
+    config = read_json_object(folder / CONFIG_FILE)
+    if any(key not in config or config[key] != value for key, value in values.items()):
+        text = json.dumps({**config, **values}, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def attach_to_empty_base(source: ExportSource, adapter: AdapterFiles) -> empty_base.EmptyModel:
+    """Load an adapter by PEFT onto the source's base without weights.
 
     Raises:
         LoraError: adapter and base do not fit.
     """
-    config = read_adapter_config(folder)
     model = empty_base.init_empty_weights(source.base.skeleton())
-    return empty_base.attach_saved_adapter(model, folder, config, base=source.name)
+    return empty_base.attach_saved_adapter(model, adapter, base=source.name)
 
 
-def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(adapter: AdapterFiles) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of each tensor in the adapter file, in its shape and dtype there, sorted by name."""
-    with safe_open(folder / save_adapter.ADAPTER_WEIGHTS, framework="pt") as file:
+    with safe_open(adapter.folder / save_adapter.ADAPTER_WEIGHTS, framework="pt") as file:
         for key in sorted(file.keys()):
             yield key, file.get_tensor(key)
 
 
-def check_equal_files(original: Path, out: Path) -> Check:
-    """Compare every tensor of the adapter folders `original` and `out`, and check that `out` has a PEFT config."""
-    method = read_adapter_config(out).peft_type.value
-    expected, written = dict(iterate_tensors(original)), dict(iterate_tensors(out))
+def check_equal_files(original: AdapterFiles, exported: AdapterFiles) -> Check:
+    """Compare every tensor of the adapters `original` and `exported`."""
+    method = exported.config.peft_type.value
+    expected, written = dict(iterate_tensors(original)), dict(iterate_tensors(exported))
     mismatched = sorted(expected.keys() ^ written.keys()) + [
         key for key in sorted(expected.keys() & written.keys()) if not bits_equal(expected[key], written[key])
     ]
@@ -164,17 +191,17 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def check_loaded(source: ExportSource, out: Path) -> Check:
-    """Load the folder `out` by PEFT onto its base, and compare the loaded tensors with the adapter's file.
+def check_loaded(source: ExportSource, exported: AdapterFiles) -> Check:
+    """Load the exported adapter by PEFT onto its base, and compare the loaded tensors with the original's file.
 
     Raises:
         LoraError: PEFT cannot load it.
     """
-    attached = attach_to_empty_base(source, out)
+    attached = attach_to_empty_base(source, exported)
     loaded = save_adapter.adapter_tensors(attached.model)
     loaded |= {PREFIX + name: attached.model.get_base_model().get_parameter(name) for name in attached.from_adapter}
     mismatched, count = [], 0
-    for key, value in iterate_tensors(adapter_folder(source)):
+    for key, value in iterate_tensors(adapter_files(source)):
         count += 1
         tensor = loaded.pop(key, None)
         if tensor is None or not torch.equal(tensor.float(), value.float()):  # the empty base computes in fp32

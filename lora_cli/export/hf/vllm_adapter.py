@@ -26,10 +26,8 @@ from lora_cli.errors import LoraError
 from lora_cli.export.hf import peft_adapter
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import save_adapter
-from lora_cli.model.adapter_config import read_adapter_config
-from lora_cli.model.load_adapter import PREFIX
+from lora_cli.model.adapter_files import PREFIX, AdapterFiles, open_adapter
 from lora_cli.model.model_source import load_tokenizer
-from lora_cli.run.folder import CONFIG_FILE
 
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 ADAPTER_NAME = "default"  # PEFT's name of a model's only adapter
@@ -94,14 +92,14 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
             f"--to vllm: vLLM supports only plain LoRA, but {source.name} has {feature}", hint=EXPORT_MERGED_HINT
         )
     peft_adapter.check_supported(source, options)
-    folder = peft_adapter.adapter_folder(source)
-    class_name = type(peft_adapter.attach_to_empty_base(source, folder).model.get_base_model()).__name__
+    adapter = peft_adapter.adapter_files(source)
+    class_name = type(peft_adapter.attach_to_empty_base(source, adapter).model.get_base_model()).__name__
     if class_name not in LORA_CLASSES:
         raise LoraError(
             f"--to vllm: {class_name} is not among the models that vLLM lists as supporting LoRA",
             hint=f"{EXPORT_MERGED_HINT}; if your version of vLLM supports it, export the folder unchanged: --to peft",
         )
-    for key, _ in peft_adapter.iterate_tensors(folder):
+    for key in sorted(adapter.tensors):
         match = FACTOR_KEY.fullmatch(key)
         if match is None:
             raise LoraError(
@@ -113,7 +111,7 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
                 f"--to vllm: {match['layer']} is adapted, which vLLM is not known to support in a {class_name}",
                 hint=EXPORT_MERGED_HINT,
             )
-    if (rank := _max_rank(folder)) > ALLOWED_RANKS[-1]:
+    if (rank := _max_rank(adapter)) > ALLOWED_RANKS[-1]:
         raise LoraError(
             f"--to vllm: rank {rank} is above vLLM's maximum of {ALLOWED_RANKS[-1]}",
             hint=f"reduce it: lora adapter resize; or {EXPORT_MERGED_HINT}",
@@ -122,23 +120,21 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
 
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the folder `out`: a copy, or if vLLM's scale differs from PEFT's, tensors with a common rank and scale."""
-    folder = peft_adapter.adapter_folder(source)
+    adapter = peft_adapter.adapter_files(source)
     peft_adapter.copy_adapter(source, out)
-    updates = _scaled_factors(source, folder)
+    updates = _scaled_factors(source, adapter)
     common = _common_scale(updates, _config(source))
     if common is None:
         return
     tensors = {}
-    for key, value in peft_adapter.iterate_tensors(folder):
+    for key, value in peft_adapter.iterate_tensors(adapter):
         match = FACTOR_KEY.fullmatch(key)
         assert match is not None  # checked by `check_supported`
         update = updates[match["layer"]]
         tensors[key] = _rescale(key, value, ratio=update.scale / common.scale, extra_ranks=common.rank - update.rank)
     save_file(tensors, out / save_adapter.ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
-    config |= {"r": common.rank, "lora_alpha": common.scale * common.rank, "use_rslora": False}
-    config |= {"rank_pattern": {}, "alpha_pattern": {}}
-    (out / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    scale = {"r": common.rank, "lora_alpha": common.scale * common.rank, "use_rslora": False}
+    peft_adapter.write_config(out, {**scale, "rank_pattern": {}, "alpha_pattern": {}})
 
 
 def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[Check]:
@@ -147,27 +143,27 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
     Raises:
         LoraError: PEFT cannot load the folder onto the base.
     """
-    folder = peft_adapter.adapter_folder(source)
-    expected, found = _scaled_factors(source, folder), _scaled_factors(source, out)
+    adapter, written = peft_adapter.adapter_files(source), open_adapter(out)
+    expected, found = _scaled_factors(source, adapter), _scaled_factors(source, written)
     common = _common_scale(expected, _config(source))
     if common is None:
-        yield peft_adapter.check_equal_files(folder, out)
-        yield peft_adapter.check_loaded(source, out)
+        yield peft_adapter.check_equal_files(adapter, written)
+        yield peft_adapter.check_loaded(source, written)
     else:
         yield Check(
             "note", True, f"scales differ between layers: written with rank {common.rank}, scales multiplied into B"
         )
         yield _check_updates(expected, found)
-    yield _check_scales(found, read_adapter_config(out))
+    yield _check_scales(found, written.config)
 
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return the command that serves the adapter, a request to it, and notes."""
     config = _config(source)
-    base_path = str(config.base_model_name_or_path)
+    base_path = peft_adapter.base_argument(source)
     name = _served_name(source)
-    max_rank = min(allowed for allowed in ALLOWED_RANKS if allowed >= _max_rank(peft_adapter.adapter_folder(source)))
-    command = ["vllm", "serve", str(source.folder) if base_path.endswith(".gguf") else base_path]
+    max_rank = min(allowed for allowed in ALLOWED_RANKS if allowed >= _max_rank(peft_adapter.adapter_files(source)))
+    command = ["vllm", "serve", base_path]
     command += ["--revision", config.revision] if config.revision and not Path(base_path).is_dir() else []
     command += ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", f"{name}={out}"]
     # vLLM uses the base's tokenizer and chat template.
@@ -187,7 +183,7 @@ def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
 
 
 def _config(source: ExportSource) -> PeftConfig:
-    return read_adapter_config(peft_adapter.adapter_folder(source))
+    return peft_adapter.adapter_files(source).config
 
 
 def _unsupported_feature(config: PeftConfig) -> str | None:
@@ -221,16 +217,16 @@ def _unsupported_feature(config: PeftConfig) -> str | None:
     return next((name for name, value in flags.items() if value), None)
 
 
-def _max_rank(folder: Path) -> int:
+def _max_rank(adapter: AdapterFiles) -> int:
     """Return the largest rank in the adapter file."""
     suffixes = ("lora_A.weight", "lora_embedding_A")
-    return max(value.shape[0] for key, value in peft_adapter.iterate_tensors(folder) if key.endswith(suffixes))
+    return max(stored.shape[0] for key, stored in adapter.tensors.items() if key.endswith(suffixes))
 
 
-def _scaled_factors(source: ExportSource, folder: Path) -> dict[str, ScaledFactors]:
-    """Load the adapter in `folder` by PEFT, and return each update by the name of its layer."""
+def _scaled_factors(source: ExportSource, adapter: AdapterFiles) -> dict[str, ScaledFactors]:
+    """Load an adapter by PEFT, and return each update by the name of its layer."""
     result = {}
-    for name, layer in peft_adapter.attach_to_empty_base(source, folder).model.named_modules():
+    for name, layer in peft_adapter.attach_to_empty_base(source, adapter).model.named_modules():
         if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.scaling:
             if ADAPTER_NAME in layer.lora_A:
                 a, b = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
