@@ -172,7 +172,7 @@ class Training:
             rank_allocator=self.rank_allocator,
             history=self.evaluations.history,
         )
-        self.spikes.restore(saved.values.get("loss_spikes", {}))
+        self.spikes.restore(saved.values["loss_spikes"])
         self.state["changes"] = record_changes(saved, changes)
         self.info(f"resuming after step {saved.step}")
 

@@ -7,9 +7,8 @@ where that is said. So a key that steps already taken depend on is refused, unle
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
-from lora_cli.recipe.field_types import Section
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import Recipe, SourceSpec
 
@@ -164,22 +163,14 @@ def show_value(value: object) -> str:
     return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), VALUE_SHOWN)
 
 
-def find_changes(saved: Mapping[str, Any], recipe: Recipe) -> list[Change]:
-    """Return the keys of `recipe` that differ from those of a checkpoint, in the order of RESUME_EFFECTS.
-
-    A key that the checkpoint lacks, because it was written by an earlier version, had the default if it has an effect;
-    a section that it lacks is not compared.
-    """
-    before, after = (dict(_flatten(_list_sources(tree))) for tree in (saved, recipe.model_dump(mode="json")))
-    changes = []
-    for key in before.keys() | after.keys():
-        effect = effect_of(key)
-        section = key.partition(".")[0]
-        if key not in before and (section not in saved or effect not in ("learned", "rates")):
-            continue
-        old = before[key] if key in before else _default(key) if saved[section] is not None else None
-        if old != after.get(key):
-            changes.append(Change(key, old, after.get(key), effect))
+def find_changes(saved: Recipe, recipe: Recipe) -> list[Change]:
+    """Return the keys of `recipe` that differ from those of a checkpoint, in the order of RESUME_EFFECTS."""
+    before, after = (dict(_flatten(_list_sources(each.model_dump(mode="json")))) for each in (saved, recipe))
+    changes = [
+        Change(key, before.get(key), after.get(key), effect_of(key))
+        for key in before.keys() | after.keys()
+        if before.get(key) != after.get(key)
+    ]
     order = list(RESUME_EFFECTS)
     return sorted(changes, key=lambda change: (order.index(_without_index(change.key)), change.key))
 
@@ -212,19 +203,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def _list_sources(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe, as in JSON, with a path of rows written as a source with defaults."""
-    data = dict(tree.get("data") or {})
+    data = dict(tree["data"])
     for key in ("train", "eval"):
-        if isinstance(data.get(key), str):
+        if isinstance(data[key], str):
             data[key] = [SourceSpec(path=data[key]).model_dump(mode="json")]
-    return {**tree, **({"data": data} if data else {})}
-
-
-def _default(key: str) -> Any:
-    """Return the default of a key in a section; None if it depends on other keys."""
-    section, _, name = key.partition(".")
-    annotation = Recipe.model_fields[section].annotation
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, Section):
-            fields = {field.alias or own: field for own, field in part.model_fields.items()}
-            return fields[name].get_default(call_default_factory=True) if name in fields else None
-    return None
+    return {**tree, "data": data}

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lora_cli.errors import LoraError
+from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.resume_keys import FILLED_IN, Change, Effect, find_changes, show_value
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.training_section import TrainingSpec
-from lora_cli.training.checkpoint_folders import Info, SavedState, newest_checkpoint, set_aside_damaged
+from lora_cli.training.checkpoint_folders import STATE_FILE, Info, SavedState, newest_checkpoint, set_aside_damaged
 from lora_cli.training.lr_schedule import learning_rate
 
 State = Mapping[str, Any]  # of state.json, see `run_records.resume_state`
@@ -35,6 +36,53 @@ APPLIES: dict[Effect, str] = {
 }
 
 
+class _Recorded(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _RecordedSource(_Recorded):
+    source: str
+    split: str
+    content: str
+    read: int
+    kept: int
+
+
+class _RecordedOrigin(_Recorded):
+    digest: str
+
+
+class _RecordedSpikes(_Recorded):
+    count: int
+    skipped: int
+    skipped_in_a_row: int
+    losses: list[float]
+
+
+class _RecordedValues(_Recorded):
+    """What state.json must have; other keys are passed over."""
+
+    recipe: Recipe
+    step: int
+    total_steps: int
+    batches_per_step: int
+    data: str
+    sources: list[_RecordedSource]
+    template: str
+    labels: list[str] | None
+    model: str
+    model_is_local: bool
+    dtype: str
+    attention: str
+    optimizer: str
+    origins: list[_RecordedOrigin]
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+    evaluations: list[list[float]]
+    loss_spikes: _RecordedSpikes
+    changes: list[dict[str, Any]] = []
+
+
 def find_run_state(recipe: Recipe, *, info: Info | None) -> SavedState | None:
     """Return the newest checkpoint of the run that `recipe` resumes; None if it has none yet.
 
@@ -52,9 +100,8 @@ def find_run_state(recipe: Recipe, *, info: Info | None) -> SavedState | None:
     saved = newest_checkpoint(folder)
     if saved is None:
         return None
-    if missing := [name for name in COMPARED if name not in saved.values]:
-        raise _other_version(saved, f"has no {missing[0]}")
-    changes = [c for c in find_changes(saved.values["recipe"], recipe) if not (c.after is None and c.key in FILLED_IN)]
+    _check_values(saved)
+    changes = [c for c in find_changes(_recipe_of(saved), recipe) if not (c.after is None and c.key in FILLED_IN)]
     refused = [c.line() for c in changes if c.effect == "learned"]
     # Epochs are steps only when the rows are known.
     total = recipe.training.max_steps
@@ -84,7 +131,7 @@ def check_inputs(saved: SavedState, recipe: Recipe, state: State) -> list[Change
     Raises:
         LoraError: recipe, rows or base change what is learned.
     """
-    changes = find_changes(saved.values["recipe"], recipe)
+    changes = find_changes(_recipe_of(saved), recipe)
     differing = {name for name in FACTS if saved.values[name] != state[name]}
     refused = [change.line() for change in changes if change.effect == "learned" or change.effect in differing]
     total = int(state["total_steps"])
@@ -144,7 +191,7 @@ def _refused_rates(saved: SavedState, changes: Sequence[Change], spec: TrainingS
         return []
     if total < done:
         return [*of_schedule, f"steps of the run: {before:,} -> {total:,}, but {done:,} are done"]
-    earlier = _training_spec(saved)
+    earlier = _recipe_of(saved).training
     if all(
         learning_rate(step, spec=earlier, total=before) == learning_rate(step, spec=spec, total=total)
         for step in range(done)
@@ -153,19 +200,20 @@ def _refused_rates(saved: SavedState, changes: Sequence[Change], spec: TrainingS
     return of_schedule or [f"steps of the run: {before:,} -> {total:,}"]
 
 
-def _training_spec(saved: SavedState) -> TrainingSpec:
+def _recipe_of(saved: SavedState) -> Recipe:
+    """Return the recipe of a checkpoint; keys that its version did not have, have their defaults."""
+    return Recipe.model_validate(saved.values["recipe"])
+
+
+def _check_values(saved: SavedState) -> None:
     try:
-        return TrainingSpec.model_validate(saved.values["recipe"]["training"])
+        _RecordedValues.model_validate(saved.values)
     except ValidationError as error:
-        keys = ", ".join(sorted({".".join(map(str, each["loc"])) for each in error.errors()}))
-        raise _other_version(saved, f"has a recipe with training.{keys}") from None
-
-
-def _other_version(saved: SavedState, problem: str) -> LoraError:
-    return LoraError(
-        f"{saved.folder} was written by another version of lora: it {problem}",
-        hint="resume with the version that the run was started with, or start over with --fresh",
-    )
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise LoraError(
+            f"{saved.folder} was written by another version of lora: unexpected `{shorten(key)}` in its {STATE_FILE}",
+            hint="resume with the version that the run was started with, or start over with --fresh",
+        ) from None
 
 
 def _refusal(saved: SavedState, lines: Sequence[str]) -> LoraError:
@@ -228,15 +276,3 @@ FACTS: dict[str, Callable[[State, State], list[str]]] = {
     "batches_per_step": _explain_batches,
     "optimizer": lambda before, now: [f"optimizer of the run: {before['optimizer']} -> {now['optimizer']}"],
 }
-COMPARED = (
-    *FACTS,
-    "recipe",
-    "total_steps",
-    "sources",
-    "labels",
-    "template",
-    "origins",
-    "attention",
-    "versions",
-    "machine",
-)

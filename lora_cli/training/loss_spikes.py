@@ -117,10 +117,10 @@ class LossSpikes:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Load what `to_json` returned; an empty state, as in checkpoints of earlier versions, forgets everything."""
-        self.count, self.skipped = int(state.get("count", 0)), int(state.get("skipped", 0))
-        self._skipped_in_a_row = int(state.get("skipped_in_a_row", 0))
-        self._losses = deque(map(float, state.get("losses", [])), maxlen=WINDOW)
+        """Load what `to_json` returned."""
+        self.count, self.skipped = state["count"], state["skipped"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._losses = deque(state["losses"], maxlen=WINDOW)
 
     def summary(self) -> str | None:
         """Return a line on all spikes of the run; None without any."""

@@ -277,7 +277,8 @@ def test_the_rows_of_a_spike_are_those_of_the_batch_with_the_highest_loss():
     plan = plan_with_an_odd_row(model)
     plan.batches_per_step, plan.steps_per_epoch = 2, 12
     spikes = LossSpikes()
-    spikes.restore({"losses": [step.loss for step in run(model, plan, total=4, learning_rate=1e-9)] * 4})
+    losses = [step.loss for step in run(model, plan, total=4, learning_rate=1e-9)] * 4
+    spikes.restore({**spikes.to_json(), "losses": losses})
     spec = TrainingSpec(learning_rate=1e-5)
     optimizer = make_optimizer(model, spec)
     steps = list(
