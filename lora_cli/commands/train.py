@@ -1,6 +1,5 @@
 """`lora train`: fine-tune an adapter as a recipe describes, and verify the written adapter."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import RunFolder, open_run
+from lora_cli.run.read_file import read_json_object, read_text
+from lora_cli.run.set_aside import set_aside_damaged
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
@@ -134,6 +135,7 @@ class Training:
         self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
         wanted = run is not None and self.spec.answer_every is not None
         self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
+        self.manifest: dict[str, Any] = {}
         self.done = 0  # optimizer steps
         self.stopped_early = False
 
@@ -166,12 +168,14 @@ class Training:
         if (earlier := self.run.move_earlier_aside()) is not None:
             self.info(f"--fresh: the earlier run is in {earlier}")
         self.run.checkpoints.mkdir(exist_ok=True)
+        set_aside_damaged(self.run.recipe, read_text, info=self.info)
+        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
         atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
-        manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
-        atomic.write_json(self.run.manifest, manifest)
-        for log in (self.run.metrics, self.run.answers):
-            # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
-            metrics_log.truncate_after(log, done or -1)
+        self.manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
+        atomic.write_json(self.run.manifest, self.manifest)
+        # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
+        metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, every_step=True)
+        metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
 
     def take_steps(self, done: int) -> int:
         """Train from step `done` to the last; return the exit code if a signal stopped it, else 0.
@@ -290,6 +294,7 @@ class Training:
         """
         if self.run is None:
             return
+        metrics_log.truncate_after(self.run.metrics, self.done, info=self.info, every_step=True)
         step, best = self.done, self.evaluations.history.best
         if self.spec.keep == "best" and best is not None:
             for line in describe_choice(self.evaluations.history, step=step, source=self.recipe.adapter.source):
@@ -301,7 +306,6 @@ class Training:
         else:
             self._load_best(self.run, step)
             self._write_verified(self.run, step)
-        manifest = json.loads(self.run.manifest.read_text(encoding="utf-8"))
         result = {
             "steps_done": self.done,
             "stopped_early": self.stopped_early,
@@ -309,7 +313,8 @@ class Training:
             "keep": self.spec.keep,
             "evaluations": self.evaluations.history.to_json(),
         }
-        atomic.write_json(self.run.manifest, {**manifest, "result": result})
+        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
+        atomic.write_json(self.run.manifest, {**self.manifest, "result": result})
         self._print_results(step)
 
     def _load_best(self, run: RunFolder, step: int) -> None:
@@ -352,14 +357,9 @@ class Training:
     def _results(self, step: int) -> dict[str, dict[str, Any]]:
         """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows."""
         assert self.run is not None
-        records = [record for record in metrics_log.read_metrics(self.run.metrics) if "eval_loss" in record]
         before = "before" if self.recipe.adapter.source else "base"
-        return {
-            name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
-            for name, number in ((before, 0), ("adapter", step))
-            for record in records
-            if record["step"] == number
-        }
+        records = metrics_log.read_metrics(self.run.metrics)
+        return run_records.results(records, self.evaluations.history, steps={before: 0, "adapter": step})
 
     def _print_results(self, step: int) -> None:
         results = list(self._results(step).values())

@@ -1,6 +1,7 @@
 """What a run records of itself: manifest.json, trained_on.json, and the settings that a resumed run must share."""
 
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,6 +16,7 @@ from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_model import TrainableModel
+from lora_cli.training.best_step import EvaluationHistory
 
 # Keys of the training section that a resumed run may change. They do not change what a step computes.
 NO_EFFECT_ON_STEPS = {
@@ -99,4 +101,25 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
         "packing_proof": built.leak_check._asdict() if built.leak_check else None,
         "data_fingerprint": data.fingerprint,
         "ledger": data.ledger.to_json(),
+    }
+
+
+def results(
+    records: Sequence[Mapping[str, Any]], history: EvaluationHistory, *, steps: Mapping[str, int]
+) -> dict[str, dict[str, float | None]]:
+    """Return loss and accuracy of evaluated steps.
+
+    Args:
+        records: of the metrics log, which alone has the accuracies; a damaged log may lack some.
+        history: of the run, whose losses are saved in its checkpoints.
+        steps: by name: "base" and "adapter", for example.
+
+    Returns:
+        By name, for the steps that were evaluated.
+    """
+    losses = {r["step"]: r["eval_loss"] for r in records if isinstance(r.get("eval_loss"), float)}
+    losses |= {evaluated.step: evaluated.loss for evaluated in history.evaluations}
+    accuracies = {r["step"]: r["eval_accuracy"] for r in records if isinstance(r.get("eval_accuracy"), float)}
+    return {
+        name: {"loss": losses[step], "accuracy": accuracies.get(step)} for name, step in steps.items() if step in losses
     }
