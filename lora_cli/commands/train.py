@@ -136,6 +136,7 @@ class Training:
         wanted = run is not None and self.spec.answer_every is not None
         self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
         self.manifest: dict[str, Any] = {}
+        self.first = 1  # step that this process takes first
         self.done = 0  # optimizer steps
         self.stopped_early = False
 
@@ -163,6 +164,7 @@ class Training:
 
     def prepare_run_folder(self, done: int) -> None:
         """Write recipe and manifest, and cut the logs to the `done` steps."""
+        self.first = done + 1
         if self.run is None:
             return
         if (earlier := self.run.move_earlier_aside()) is not None:
@@ -174,7 +176,7 @@ class Training:
         self.manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
         atomic.write_json(self.run.manifest, self.manifest)
         # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
-        metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, every_step=True)
+        metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, complete_from=1)
         metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
 
     def take_steps(self, done: int) -> int:
@@ -294,7 +296,7 @@ class Training:
         """
         if self.run is None:
             return
-        metrics_log.truncate_after(self.run.metrics, self.done, info=self.info, every_step=True)
+        metrics_log.truncate_after(self.run.metrics, self.done, info=self.info, complete_from=self.first)
         step, best = self.done, self.evaluations.history.best
         if self.spec.keep == "best" and best is not None:
             for line in describe_choice(self.evaluations.history, step=step, source=self.recipe.adapter.source):

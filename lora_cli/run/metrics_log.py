@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def truncate_after(path: Path, step: int, *, info: Info, every_step: bool = False) -> None:
+def truncate_after(path: Path, step: int, *, info: Info, complete_from: int | None = None) -> None:
     """Remove the records of steps after `step`, which a run that resumes after `step` writes again.
 
     A damaged log is reported and set aside; its readable records are kept.
@@ -80,8 +80,8 @@ def truncate_after(path: Path, step: int, *, info: Info, every_step: bool = Fals
         path: of the log; it may be missing.
         step: last step that is kept; below 0 for none.
         info: prints what is damaged, in one line.
-        every_step: whether the log has a record with a `loss` of every step from 1 on: others that it lacks are
-            reported.
+        complete_from: step from which on the log must have a record with a `loss` of every step; those that it lacks
+            are reported. None: it need not have any.
 
     Raises:
         OSError: the log cannot be written.
@@ -98,11 +98,12 @@ def truncate_after(path: Path, step: int, *, info: Info, every_step: bool = Fals
                     steps.add(line.record["step"])
     except (LoraError, OSError) as error:
         problem = error.message.removeprefix(f"{path} ") if isinstance(error, LoraError) else error.strerror
-    missing = [number for number in range(1, step + 1) if number not in steps]
+    expected = range(step + 1 if complete_from is None else complete_from, step + 1)
+    missing = [number for number in expected if number not in steps]
     if problem is not None:
         aside = set_aside(path)
         info(f"{path} is damaged: {problem}; set aside as {aside.name}, {len(kept):,} readable records are kept")
-    elif every_step and missing:
+    elif missing:
         info(f"{path} lacks the records of {len(missing):,} of {step:,} steps, the first is step {missing[0]:,}")
     text = b"".join(kept)
     if problem is not None or (exists and path.stat().st_size != len(text)):

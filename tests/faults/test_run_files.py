@@ -85,10 +85,6 @@ def test_a_file_that_is_damaged_while_a_run_goes_on_loses_no_result(
     damaged_after(2, lambda: damage.apply(Path("runs/a") / file), monkeypatch)
     result = lora("train", "recipe.yaml")
     assert result.code == 0, result.err
-    check_complete_live(result, file, damage)
-
-
-def check_complete_live(result: CommandResult, file: str, damage: Damage) -> None:
     run = Path("runs/a")
     assert (run / ADAPTER).is_file()
     assert json.loads((run / "manifest.json").read_text())["result"]["steps_done"] == 4

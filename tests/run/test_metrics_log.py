@@ -54,9 +54,9 @@ def test_incomplete_last_line_is_dropped(path: Path, cut: int):
 def test_truncate_after_a_step(path: Path):
     path.write_bytes(path.read_bytes() + b'{"step": 6, "lo')
     told: list[str] = []
-    truncate_after(path, 3, info=told.append, every_step=True)
+    truncate_after(path, 3, info=told.append, complete_from=1)
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
-    truncate_after(path, 0, info=told.append, every_step=True)
+    truncate_after(path, 0, info=told.append, complete_from=1)
     assert path.read_bytes() == b""
     assert told == []  # what a kill leaves is no damage
 
@@ -67,7 +67,7 @@ def test_missing_log_reads_as_empty(tmp_path: Path):
     assert read_metrics(tmp_path / "m") == []
     assert not (tmp_path / "m").exists()
     assert told == []
-    truncate_after(tmp_path / "m", 3, info=told.append, every_step=True)
+    truncate_after(tmp_path / "m", 3, info=told.append, complete_from=1)
     assert told == [f"{tmp_path}/m lacks the records of 3 of 3 steps, the first is step 1"]
 
 
@@ -102,7 +102,7 @@ def test_a_damaged_log_is_set_aside_and_its_readable_records_are_kept(tmp_path: 
     damaged = b"".join(line + b"\n" for line in lines) + b'{"step": 4, "lo'
     path.write_bytes(damaged)
     told: list[str] = []
-    truncate_after(path, 3, info=told.append, every_step=True)
+    truncate_after(path, 3, info=told.append, complete_from=1)
     assert told == [
         f"{path} is damaged: line {at + 1} is no record of a step; set aside as metrics.damaged-1.jsonl, 2 readable "
         "records are kept"
@@ -130,7 +130,7 @@ def test_what_is_in_the_place_of_a_log_is_set_aside(path: Path, kind: str):
     assert read_metrics(path) == []
     for number in (1, 2):
         told: list[str] = []
-        truncate_after(path, 5, info=told.append, every_step=True)
+        truncate_after(path, 5, info=told.append, complete_from=1)
         assert told[0].startswith(f"{path} is damaged: "), told
         assert told[0].endswith(f"; set aside as metrics.damaged-{number}.jsonl, 0 readable records are kept")
         assert path.read_bytes() == b""
@@ -143,7 +143,7 @@ def test_missing_records_of_steps_are_told(path: Path, left: int):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:left]))
     told: list[str] = []
-    truncate_after(path, 5, info=told.append, every_step=True)
+    truncate_after(path, 5, info=told.append, complete_from=1)
     assert told == [f"{path} lacks the records of {5 - left} of 5 steps, the first is step {left + 1}"]
 
 
