@@ -1,6 +1,5 @@
 """`lora train`: fine-tune an adapter as a recipe describes, and verify the written adapter."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import atomic, console, metrics_log
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import RunFolder, open_run
+from lora_cli.run.read_file import read_json_object, read_text
+from lora_cli.run.set_aside import set_aside_damaged
 from lora_cli.run.signals import StopRequest, stop_request
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
@@ -150,6 +151,8 @@ class Training:
         self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
         wanted = run is not None and self.spec.answer_every is not None
         self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
+        self.manifest: dict[str, Any] = {}
+        self.first = 1  # step that this process takes first
         self.done = 0  # optimizer steps
         self.stopped_early = False
 
@@ -178,17 +181,21 @@ class Training:
 
     def prepare_run_folder(self, done: int) -> None:
         """Write recipe and manifest, and cut the logs to the `done` steps."""
+        self.first = done + 1
         if self.run is None:
             return
         if (earlier := self.run.move_earlier_aside()) is not None:
             self.info(f"--fresh: the earlier run is in {earlier}")
         self.run.checkpoints.mkdir(exist_ok=True)
+        set_aside_damaged(self.run.recipe, read_text, info=self.info)
+        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
         atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
         manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
-        atomic.write_json(self.run.manifest, {**manifest, "changes": self.state.get("changes", [])})
-        for log in (self.run.metrics, self.run.answers):
-            # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
-            metrics_log.truncate_after(log, done or -1)
+        self.manifest = {**manifest, "changes": self.state.get("changes", [])}
+        atomic.write_json(self.run.manifest, self.manifest)
+        # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
+        metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, complete_from=1)
+        metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
 
     def take_steps(self, done: int) -> int:
         """Train from step `done` to the last; return the exit code if a signal stopped it, else 0.
@@ -310,6 +317,7 @@ class Training:
         """
         if self.run is None:
             return
+        metrics_log.truncate_after(self.run.metrics, self.done, info=self.info, complete_from=self.first)
         step, best = self.done, self.evaluations.history.best
         if self.spec.keep == "best" and best is not None:
             for line in describe_choice(self.evaluations.history, step=step, source=self.recipe.adapter.source):
@@ -321,7 +329,6 @@ class Training:
         else:
             checkpoint.load_best(self.run.checkpoints, step, self.model, rank_allocator=self.rank_allocator)
             self._write_verified(self.run, step)
-        manifest = json.loads(self.run.manifest.read_text(encoding="utf-8"))
         result = {
             "steps_done": self.done,
             "stopped_early": self.stopped_early,
@@ -330,8 +337,9 @@ class Training:
             "evaluations": self.evaluations.history.to_json(),
             "loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped},
         }
-        atomic.write_json(self.run.manifest, {**manifest, "result": result})
-        self._print_results(self.run, step)
+        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
+        atomic.write_json(self.run.manifest, {**self.manifest, "result": result})
+        self._print_results(step)
 
     def _write_verified(self, run: RunFolder, step: int) -> None:
         """Write the model's adapter to a temporary folder, load it back, compare it, then move it to its place."""
@@ -339,7 +347,7 @@ class Training:
             self.recipe,
             recipe_text=dump_recipe(self.recipe),
             ledger=self.inputs.data.ledger.to_json(),
-            results=run_records.results(run.metrics, self.recipe, step=step),
+            results=self._results(step),
             step=step,
             steps_done=self.done,
         )
@@ -361,10 +369,17 @@ class Training:
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
 
-    def _print_results(self, run: RunFolder, step: int) -> None:
+    def _results(self, step: int) -> dict[str, dict[str, Any]]:
+        """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows."""
+        assert self.run is not None
+        before = "before" if self.recipe.adapter.source else "base"
+        records = metrics_log.read_metrics(self.run.metrics)
+        return run_records.results(records, self.evaluations.history, steps={before: 0, "adapter": step})
+
+    def _print_results(self, step: int) -> None:
         if line := self.spikes.summary():
             self.info(line)
-        results = list(run_records.results(run.metrics, self.recipe, step=step).values())
+        results = list(self._results(step).values())
         if len(results) == 2:
             before, after = (result["loss"] for result in results)
             self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")

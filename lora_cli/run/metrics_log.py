@@ -1,33 +1,54 @@
-"""The metrics log `metrics.jsonl`: one JSON object per line, readable even after the run was killed. No torch."""
+"""The metrics log `metrics.jsonl`: one JSON object per line, readable even after the run was killed. No torch.
+
+A kill leaves at most the last line incomplete, which the next start removes. Other damage (a power cut, a full disk of
+another program, an editor) is reported; the damaged log is set aside, and its readable records are kept.
+"""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
+from lora_cli.run.read_file import open_regular
+from lora_cli.run.set_aside import set_aside
+from lora_cli.run.system_errors import as_os_error
+
+MAX_LINE_BYTES = 64 << 20  # a record of answers can have long texts; a damaged line can be of any length
+
+Info = Callable[[str], None]
 
 
 class MetricsLog:
     """Appends records to a file; when `write` returns, the complete record is in the file."""
 
     def __init__(self, path: Path) -> None:
-        complete = b"".join(_complete_lines(path))
+        """Open the log. An incomplete last line is removed.
+
+        Raises:
+            LoraError, OSError: something else is in the place of the log.
+        """
+        self._path = path
+        complete = sum(line.size for line in _lines(path)) if os.path.lexists(path) else 0
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         # Unbuffered: one write call per line, so a kill leaves at most the last line incomplete.
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(len(complete))
+        self._file = os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0)
+        self._file.truncate(complete)
 
     def write(self, record: Mapping[str, object]) -> None:
         """Append one record.
 
         Raises:
             ValueError: a number in it is not finite, which JSON cannot represent; nothing is written.
+            OSError: the disk is full; the log is named.
         """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        while line:  # if the disk gets full, a call writes only a part, and the next call fails
-            line = line[self._file.write(line) :]
+        with as_os_error(self._path):
+            while line:  # if the disk gets full, a call writes only a part, and the next call fails
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         """Close the file."""
@@ -43,36 +64,91 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all records, without an incomplete last line; empty if the file does not exist.
+    """Return all readable records, each with its `step`; empty if the file does not exist or cannot be read."""
+    try:
+        return [line.record for line in _lines(path) if line.record is not None]
+    except LoraError:
+        return []
 
-    Raises:
-        LoraError: a line is not a JSON object.
-    """
-    return [_record(line, path, number) for number, line in enumerate(_complete_lines(path), 1)]
 
-
-def truncate_after(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int, *, info: Info, complete_from: int | None = None) -> None:
     """Remove the records of steps after `step`, which a run that resumes after `step` writes again.
 
+    A damaged log is reported and set aside; its readable records are kept.
+
+    Args:
+        path: of the log; it may be missing.
+        step: last step that is kept; below 0 for none.
+        info: prints what is damaged, in one line.
+        complete_from: step from which on the log must have a record with a `loss` of every step; those that it lacks
+            are reported. None: it need not have any.
+
     Raises:
-        LoraError: a line is not a JSON object.
+        OSError: the log cannot be written.
     """
-    lines = _complete_lines(path)
-    kept = [line for number, line in enumerate(lines, 1) if int(_record(line, path, number).get("step", 0)) <= step]
-    if path.exists():
-        atomic.write_bytes(path, b"".join(kept))
-
-
-def _complete_lines(path: Path) -> list[bytes]:
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
-
-
-def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    kept, problem = [], None
+    steps: set[int] = set()
+    exists = os.path.lexists(path)
     try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise LoraError(f"{path}:{number}: not a JSON object", hint="the file was edited: remove the line")
-    return record
+        for line in _lines(path) if exists else ():
+            problem = problem or line.problem
+            if line.record is not None and line.record["step"] <= step:
+                kept.append(line.text)
+                if "loss" in line.record:
+                    steps.add(line.record["step"])
+    except (LoraError, OSError) as error:
+        problem = error.message.removeprefix(f"{path} ") if isinstance(error, LoraError) else error.strerror
+    expected = range(step + 1 if complete_from is None else complete_from, step + 1)
+    missing = [number for number in expected if number not in steps]
+    if problem is not None:
+        aside = set_aside(path)
+        info(f"{path} is damaged: {problem}; set aside as {aside.name}, {len(kept):,} readable records are kept")
+    elif missing:
+        info(f"{path} lacks the records of {len(missing):,} of {step:,} steps, the first is step {missing[0]:,}")
+    text = b"".join(kept)
+    if problem is not None or (exists and path.stat().st_size != len(text)):
+        atomic.write_bytes(path, text)
+
+
+class _Line(NamedTuple):
+    size: int  # bytes, with the line break
+    text: bytes  # empty if it is too long
+    record: dict[str, Any] | None  # None if the line is damaged
+    problem: str | None
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Yield the lines of a log, without an incomplete last line.
+
+    Raises:
+        LoraError: it is missing, no regular file, or cannot be read.
+    """
+    with open_regular(path) as file:
+        number = 0
+        while text := file.readline(MAX_LINE_BYTES):
+            number += 1
+            size, rest = len(text), text
+            while not rest.endswith(b"\n"):
+                if not (rest := file.readline(MAX_LINE_BYTES)):
+                    return  # the last line, which was cut off
+                size += len(rest)
+            if size > len(text):
+                yield _Line(size, b"", None, f"line {number:,} has {size:,} bytes")
+                continue
+            record = _record(text)
+            problem = f"line {number:,} is no record of a step" if record is None else None
+            yield _Line(size, text, record, problem)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line; None if it is not a JSON object with a step."""
+    try:
+        record = json.loads(line.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):  # brackets nested thousands deep
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int and step >= 0 else None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

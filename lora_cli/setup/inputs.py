@@ -1,6 +1,7 @@
 """Load the inputs of a run for train, check and eval: device, base checkpoint with tokenizer, encoded rows."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,12 @@ from lora_cli.model.library_errors import panics_as_errors
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer, restore_hint
 from lora_cli.model.packing_support import packing_obstacle
 from lora_cli.model.tasks import PREFIX_MODELS, TASKS, is_supported
+from lora_cli.model.trained_on import TRAINED_ON_FILE
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run.cache_folder import cache_folder
+from lora_cli.run.read_file import read_json_object
+from lora_cli.training.checkpoint_folders import list_checkpoints
 
 # Whether the package of an attention implementation, or its kernel from the hub, works here.
 FLASH_AVAILABLE: dict[str, Callable[[], bool]] = {
@@ -163,14 +167,17 @@ def _resolve_packing(
 
 def with_recorded_date(recipe: Recipe) -> Recipe:
     """Return the recipe with the date that its chat template wrote in the run of its output folder, if it has one."""
-    file = Path(recipe.output) / "recipe.yaml"
-    if recipe.data.template_date is not None or not file.is_file():
+    if recipe.data.template_date is not None:
         return recipe
-    try:
-        recorded = load_recipe(file).data.template_date
-    except LoraError:
-        return recipe  # of another version, which is reported where the run is read
-    return with_date(recipe, recorded)
+    run = Path(recipe.output)
+    with suppress(LoraError):  # damaged, or of another version
+        if (run / "recipe.yaml").is_file():
+            return with_date(recipe, load_recipe(run / "recipe.yaml").data.template_date)
+    for checkpoint in reversed(list_checkpoints(run / "checkpoints")):  # each has the date too
+        with suppress(LoraError):
+            recorded = read_json_object(checkpoint / TRAINED_ON_FILE).get("template_date")
+            return with_date(recipe, recorded if isinstance(recorded, str) else None)
+    return recipe
 
 
 def with_date(recipe: Recipe, day: str | None) -> Recipe:

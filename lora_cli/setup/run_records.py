@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +16,10 @@ from lora_cli.data.chat_templates import shared_variables
 from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.trained_on import DtypeName, TrainedOn
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import metrics_log
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_model import TrainableModel, resolve_optimizer
+from lora_cli.training.best_step import EvaluationHistory
 
 # Libraries whose versions can change a result, within rounding; numpy shuffles the rows.
 PACKAGES = (
@@ -133,17 +134,22 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
     }
 
 
-def results(metrics: Path, recipe: Recipe, *, step: int) -> dict[str, dict[str, Any]]:
-    """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows.
+def results(
+    records: Sequence[Mapping[str, Any]], history: EvaluationHistory, *, steps: Mapping[str, int]
+) -> dict[str, dict[str, float | None]]:
+    """Return loss and accuracy of evaluated steps.
 
-    Raises:
-        LoraError: the log `metrics` is damaged.
+    Args:
+        records: of the metrics log, which alone has the accuracies; a damaged log may lack some.
+        history: of the run, whose losses are saved in its checkpoints.
+        steps: by name: "base" and "adapter", for example.
+
+    Returns:
+        By name, for the steps that were evaluated.
     """
-    records = [record for record in metrics_log.read_metrics(metrics) if "eval_loss" in record]
-    before = "before" if recipe.adapter.source else "base"
+    losses = {r["step"]: r["eval_loss"] for r in records if isinstance(r.get("eval_loss"), float)}
+    losses |= {evaluated.step: evaluated.loss for evaluated in history.evaluations}
+    accuracies = {r["step"]: r["eval_accuracy"] for r in records if isinstance(r.get("eval_accuracy"), float)}
     return {
-        name: {"loss": record["eval_loss"], "accuracy": record["eval_accuracy"]}
-        for name, number in ((before, 0), ("adapter", step))
-        for record in records
-        if record["step"] == number
+        name: {"loss": losses[step], "accuracy": accuracies.get(step)} for name, step in steps.items() if step in losses
     }

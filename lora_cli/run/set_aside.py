@@ -1,0 +1,37 @@
+"""Set a damaged file aside: rename it to a name that no program reads, so that nothing is lost. No torch."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_cli.errors import LoraError
+from lora_cli.run import atomic
+
+
+def set_aside(path: Path) -> Path:
+    """Rename `path`, a file or whatever is in its place, to `metrics.damaged-1.jsonl`, for example; return the name.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")):
+        number += 1
+    path.rename(aside)
+    atomic.sync(path.parent)
+    return aside
+
+
+def set_aside_damaged(path: Path, read: Callable[[Path], object], *, info: Callable[[str], None]) -> None:
+    """Set `path` aside and report it, if it exists and `read` raises a LoraError: it will be written anew.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        read(path)
+    except LoraError as error:
+        problem = error.message.removeprefix(f"{path} ")
+        info(f"{path} is damaged: {problem}; set aside as {set_aside(path).name}, and written anew")
