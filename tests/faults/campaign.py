@@ -41,6 +41,7 @@ class Campaign(NamedTuple):
     """A kind of faults, and its cases."""
 
     title: str  # in the table
+    inputs: str  # name of what `prepare` writes; campaigns with the same name share it
     prepare: Callable[[Path], None]  # write what all cases share into an empty folder; each worker gets a copy
     cases: Callable[[int, Path], Iterator[Any]]  # of a seed and a prepared folder; equal for equal seeds; may not end
     try_case: Callable[[Any, Path], Outcome]  # a case in a prepared folder, which is afterwards as it was

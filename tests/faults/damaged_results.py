@@ -6,7 +6,7 @@ Each case damages one file (see `damage.py`) and runs one command. A different r
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +85,13 @@ class Case(NamedTuple):
     command: str
 
 
-def prepare(folder: Path) -> None:
-    """Write a stopped run, a merged model and a copy of the base into the template, and run each command undamaged."""
+def prepare(folder: Path, names: Iterable[str] = TARGETS) -> None:
+    """Write a stopped run, a merged model and a copy of the base into the template, and run each command undamaged.
+
+    Args:
+        folder: to prepare.
+        names: of TARGETS: what will be damaged.
+    """
     workplace.prepare(folder)
     template = folder / "template"
     with workplace.fresh(folder) as work:
@@ -97,21 +102,23 @@ def prepare(folder: Path) -> None:
         for name in ("runs/stopped", "merged"):
             shutil.copytree(work / name, template / name)
     shutil.copytree(folder / "base-model", template / "tiny")
-    results = {}
-    for name, target in TARGETS.items():
-        for command, result in target.commands.items():
+    results: dict[str, dict[str, Contents]] = {}
+    for name in names:
+        results[name] = {}
+        for command, result in TARGETS[name].commands.items():
             with workplace.fresh(folder) as work:
                 ended = _run(command, work)
                 if ended.code:
                     raise RuntimeError(f"lora {command}: {ended.err[-1000:]}")
-                results[f"{name}: {command}"] = contents(work / result) if result else {}
+                results[name][command] = contents(work / result) if result else {}
     (folder / "results.json").write_text(json.dumps(results))
 
 
 def cases(seed: int, folder: Path) -> Iterator[Case]:
     """Yield each damage of each target with one of its commands, in random order."""
     rng, everything = random.Random(seed), []
-    for name, target in TARGETS.items():
+    for name in json.loads((folder / "results.json").read_text()):
+        target = TARGETS[name]
         for number, _ in enumerate(_damages(folder / "template", name, seed)):
             everything.append(Case(name, number, seed, rng.choice(list(target.commands))))
     rng.shuffle(everything)
@@ -128,7 +135,7 @@ def try_case(case: Case, folder: Path) -> Outcome:
     """Damage a file in a working folder and run the command of `case`."""
     target, damage = TARGETS[case.target], _damages(folder / "template", case.target, case.seed)[case.damage]
     described = f"lora {case.command}, {case.target}: {damage.name}"
-    expected: Contents = json.loads((folder / "results.json").read_text())[f"{case.target}: {case.command}"]
+    expected: Contents = json.loads((folder / "results.json").read_text())[case.target][case.command]
     with workplace.fresh(folder) as work:
         damage.apply(work / target.path)
         try:

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -54,8 +54,8 @@ class Case(NamedTuple):
     command: str
 
 
-def prepare(folder: Path) -> None:
-    """Write documents and the run runs/new into the template, and run each command without a link."""
+def prepare(folder: Path, commands: Iterable[str] = COMMANDS) -> None:
+    """Write documents and the run runs/new into the template, and run each of the commands without a link."""
     workplace.prepare(folder)
     template, results = folder / "template", {}
     with workplace.fresh(folder) as work:
@@ -64,20 +64,21 @@ def prepare(folder: Path) -> None:
     (template / "documents/empty").mkdir(parents=True)
     for name in ("letter.txt", "lock", "commit.json", "state.json"):
         (template / "documents" / name).write_text('{"names": ["letter.txt"], "replace": true}\n')
-    for command, result in COMMANDS.items():
+    for command in commands:
         with workplace.fresh(folder) as work:
             ended = _run(command, work)
             if ended.code:
                 raise RuntimeError(f"lora {command}: {ended.err[-1000:]}")
-            results[command] = contents(work / result, without=("earlier-1",))
+            results[command] = contents(work / COMMANDS[command], without=("earlier-1",))
     (folder / "results.json").write_text(json.dumps(results))
 
 
 def cases(seed: int, folder: Path) -> Iterator[Case]:
     """Yield each place with each target and each command, in random order."""
+    commands = json.loads((folder / "results.json").read_text())
     # The cache may be another folder, if the user links it.
     everything = [
-        Case(*case) for case in product(PLACES, TARGETS, COMMANDS)
+        Case(*case) for case in product(PLACES, TARGETS, commands)
         if not (case[0].startswith("cache") and case[1].startswith("documents"))
     ]  # fmt: skip
     random.Random(seed).shuffle(everything)

@@ -46,8 +46,8 @@ def cases(fault: Fault) -> Callable[[int, Path], Iterator[Case]]:
 
     def draw(seed: int, folder: Path) -> Iterator[Case]:
         order, all_cases = random.Random(f"{fault} {seed}"), []
-        for name, scenario in SCENARIOS.items():
-            record = scenarios.read_record(folder, name)
+        for name, record in scenarios.read_records(folder).items():
+            scenario = SCENARIOS[name]
             drawn = list(_cases_of(fault, name, record, random.Random(f"{fault} {seed} {name}")))
             all_cases += drawn if scenario.weight == 1 else order.sample(drawn, int(len(drawn) * scenario.weight) + 1)
         order.shuffle(all_cases)
@@ -88,7 +88,7 @@ def _draw_size(rng: random.Random, largest: int) -> int:
 
 def try_case(case: Case, folder: Path) -> Outcome:
     """Run the command of `case` with its fault, then the next command, in the prepared `folder`."""
-    scenario, record = SCENARIOS[case.scenario], scenarios.read_record(folder, case.scenario)
+    scenario, record = SCENARIOS[case.scenario], scenarios.read_records(folder)[case.scenario]
     described = _describe(case, record)
     try:
         with scenarios.working_folder(folder, case.scenario, free=case.size if case.fault == "disk" else None) as work:

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -65,19 +65,12 @@ class Reference(NamedTuple):
     seconds: float
 
 
-def prepare(folder: Path) -> None:
-    """Train each recipe without a kill, in a prepared folder."""
+def prepare(folder: Path, recipes: Iterable[str] = RECIPES) -> None:
+    """Prepare working folders, and train each of the recipes without a kill."""
     workplace.prepare(folder)
     (folder / "references").mkdir()
-    for name in RECIPES:
+    for name in recipes:
         _write_reference(folder, name)
-
-
-def prepare_two(folder: Path) -> None:
-    """Train with two processes without a kill, in a prepared folder."""
-    workplace.prepare(folder)
-    (folder / "references").mkdir()
-    _write_reference(folder, TWO)
 
 
 def _write_reference(folder: Path, name: str) -> None:
@@ -93,9 +86,9 @@ def _write_reference(folder: Path, name: str) -> None:
 
 def cases(seed: int, folder: Path) -> Iterator[Case]:
     """Yield kills of runs with one process, without end."""
-    rng = random.Random(seed)
+    rng, recipes = random.Random(seed), sorted(path.stem for path in (folder / "references").iterdir())
     while True:
-        recipe = rng.choice(RECIPES)
+        recipe = rng.choice(recipes)
         moments = [_draw_moment(rng, STEPS[recipe]) for _ in range(rng.choice([1, 1, 1, 2, 3, 5]))]
         yield Case(recipe, tuple(moments), cold=rng.random() < 0.2, fresh=rng.random() < 0.15)
 

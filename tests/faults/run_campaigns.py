@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults import campaign as frame
-from tests.faults.campaign import Result
+from tests.faults.campaign import Campaign, Result
 from tests.faults.forked_lora import import_libraries
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 import_libraries()  # before other imports, as it silences warnings that some libraries print when they are imported
 
-from tests.faults.campaigns import CAMPAIGNS  # noqa: E402
+from tests.faults.campaigns import campaigns  # noqa: E402
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "pyarrow")
 VERDICTS = ("survived", "lost", "traceback", "silent", "hang")
@@ -29,6 +29,7 @@ class Row(NamedTuple):
     """The figures of one campaign."""
 
     key: str
+    title: str
     results: list[Result]
     seconds: float
 
@@ -45,30 +46,33 @@ class Row(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Run campaigns as the command line says; return 1 if a case failed, else 0."""
     options = _parse(arguments)
-    keys = options.only or list(CAMPAIGNS)
+    table = campaigns(quick=options.quick)
+    chosen = {key: campaign for key, campaign in table.items() if key in (options.only or table)}
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(3), "big")
     rows = []
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
-        for row in _run(keys, options.scratch or Path(temporary), options, seed):
+        for row in _run(chosen, options.scratch or Path(temporary), options, seed):
             rows.append(row)
-            _print_failures(row, seed)
-    table = render(rows, seed, workers=options.workers)
-    sys.stdout.write(table)
+            _print_failures(row, seed, quick=options.quick)
+    text = render(rows, seed, workers=options.workers)
+    sys.stdout.write(text)
     if options.markdown:
-        write_table(options.markdown, table)
+        write_table(options.markdown, text)
     return int(any(result.outcome.failed for row in rows for result in row.results))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    kinds = "\n".join(f"  {key:12} {campaign.title}" for key, campaign in CAMPAIGNS.items())
+    table = campaigns(quick=False)
+    kinds = "\n".join(f"  {key:12} {campaign.title}" for key, campaign in table.items())
     parser = argparse.ArgumentParser(
         prog="scripts/faults", description=__doc__, epilog=f"kinds:\n{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="N", help="time for all kinds; default: complete campaigns")
     parser.add_argument("--cases", type=int, metavar="N", help="cases of each kind, at most")
+    parser.add_argument("--quick", action="store_true", help="only a few commands, which are prepared in seconds")
     parser.add_argument("--seed", type=int, metavar="S", help="of the cases; default: a random one, which is printed")
-    parser.add_argument("--only", action="append", choices=[*CAMPAIGNS], metavar="KIND", help="may be repeated")
+    parser.add_argument("--only", action="append", choices=[*table], metavar="KIND", help="may be repeated")
     parser.add_argument("--case", type=int, metavar="NUMBER", help="only this case of one kind and seed")
     parser.add_argument("--workers", type=int, default=CORES, metavar="N", help="cases at once; default: all cores")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help=f"put the table between {' and '.join(MARKS)}")
@@ -79,24 +83,24 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _run(keys: Sequence[str], scratch: Path, options: argparse.Namespace, seed: int) -> Iterator[Row]:
+def _run(chosen: dict[str, Campaign], scratch: Path, options: argparse.Namespace, seed: int) -> Iterator[Row]:
     """Run the campaigns one after the other; each gets its share of the time that is left."""
     begin = time.monotonic()
-    for position, key in enumerate(keys):
-        campaign = CAMPAIGNS[key]
+    waiting = sum(campaign.share for campaign in chosen.values())
+    for key, campaign in chosen.items():
         start = time.monotonic()
         until = None
         if options.minutes is not None:
             left = options.minutes * 60 - (start - begin)
-            until = start + left * campaign.share / sum(CAMPAIGNS[other].share for other in keys[position:])
-        name = f"{campaign.prepare.__module__}.{campaign.prepare.__name__}".removeprefix("tests.faults.")
-        prepared, done = scratch / name, scratch / f"{name}.done"
+            until = start + left * campaign.share / waiting
+        waiting -= campaign.share
+        prepared, done = scratch / campaign.inputs, scratch / f"{campaign.inputs}.done"
         if not done.exists():
             _say(f"{campaign.title}: preparing")
             frame.prepare(campaign, prepared)
             done.touch()
         counts = [count for count in (options.cases, campaign.count) if count is not None]
-        row = Row(key, [], 0.0)
+        row = Row(key, campaign.title, [], 0.0)
         for result in frame.run_campaign(
             campaign, prepared, seed=seed, count=min(counts, default=None), only=options.case,
             workers=options.workers, until=until,
@@ -113,14 +117,14 @@ def _say(text: str) -> None:
         sys.stderr.flush()
 
 
-def _print_failures(row: Row, seed: int) -> None:
+def _print_failures(row: Row, seed: int, *, quick: bool) -> None:
     _say("")
     for number, outcome in row.results:
         if outcome.failed:
             sys.stdout.write(
                 f"{outcome.verdict}: {outcome.fault}\n"
                 + "".join(f"    {line}\n" for line in outcome.detail.splitlines())
-                + f"    scripts/faults --only {row.key} --seed {seed} --case {number}\n"
+                + f"    scripts/faults{' --quick' * quick} --only {row.key} --seed {seed} --case {number}\n"
             )
     sys.stdout.flush()
 
@@ -130,7 +134,7 @@ def render(rows: Sequence[Row], seed: int, *, workers: int) -> str:
     lines = [f"| kind | tried | {' | '.join(VERDICTS)} |", f"|---|{'--:|' * (len(VERDICTS) + 1)}"]
     for row in rows:
         figures = [row.tried, *(row.count(verdict) for verdict in VERDICTS)]
-        lines.append(f"| {CAMPAIGNS[row.key].title} | {' | '.join(f'{figure:,}' for figure in figures)} |")
+        lines.append(f"| {row.title} | {' | '.join(f'{figure:,}' for figure in figures)} |")
     totals = [sum(row.tried for row in rows), *(sum(row.count(verdict) for row in rows) for verdict in VERDICTS)]
     lines.append(f"| **all** | {' | '.join(f'**{total:,}**' for total in totals)} |")
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -87,21 +87,20 @@ class Record(NamedTuple):
     seconds: float  # that it takes
 
 
-def prepare(folder: Path) -> None:
-    """Prepare working folders, and record each command without a fault in records.json."""
+def prepare(folder: Path, names: Iterable[str] = SCENARIOS) -> None:
+    """Prepare working folders, and record each of the commands without a fault in records.json."""
     workplace.prepare(folder)
-    records = {name: _record(folder, number) for number, name in enumerate(SCENARIOS)}
+    records = {name: _record(folder, name) for name in names}
     (folder / "records.json").write_text(json.dumps(records))
 
 
-def read_record(folder: Path, name: str) -> Record:
-    """Return the record of the scenario `name` in a prepared folder."""
-    return Record(*json.loads((folder / "records.json").read_text())[name])
+def read_records(folder: Path) -> dict[str, Record]:
+    """Return the records of a prepared folder by the name of their scenario."""
+    return {name: Record(*values) for name, values in json.loads((folder / "records.json").read_text()).items()}
 
 
-def _record(folder: Path, number: int) -> Record:
-    name, scenario = list(SCENARIOS.items())[number]
-    before, operations = folder / "before" / str(number), folder / "operations"
+def _record(folder: Path, name: str) -> Record:
+    scenario, before, operations = SCENARIOS[name], _results_before(folder, name), folder / "operations"
     with workplace.fresh(folder) as work:
         if scenario.before:
             workplace.lora(scenario.before, work)
@@ -149,9 +148,12 @@ def working_folder(folder: Path, name: str, *, free: int | None = None) -> Itera
     Raises:
         OSError: a small disk cannot be mounted.
     """
-    before = folder / "before" / str(list(SCENARIOS).index(name))
-    with workplace.fresh(folder, before, free=free) as work:
+    with workplace.fresh(folder, _results_before(folder, name), free=free) as work:
         yield work
+
+
+def _results_before(folder: Path, name: str) -> Path:
+    return folder / "before" / str(list(SCENARIOS).index(name))
 
 
 def find_problem(work: Path, name: str, record: Record) -> str:

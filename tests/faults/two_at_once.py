@@ -15,7 +15,6 @@ from tests.faults.campaign import Outcome
 from tests.faults.scenarios import SCENARIOS, Record
 from tests.faults.workplace import contents
 
-OUTS = [name for name, scenario in SCENARIOS.items() if scenario.before and "run" not in scenario.results.values()]
 # A command that writes to a run or a result, and one that reads it or writes to it, too. The run runs/b is finished.
 PAIRS = (
     ("train recipe.yaml", "train recipe.yaml"),
@@ -51,7 +50,11 @@ class Case(NamedTuple):
 def cases(seed: int, folder: Path) -> Iterator[Case]:
     """Yield each pair of commands in turn, with random delays, without end."""
     rng = random.Random(seed)
-    writers = [(name, existing) for name in OUTS for existing in (False, True)]
+    names = [
+        name for name in scenarios.read_records(folder)
+        if SCENARIOS[name].before and "run" not in SCENARIOS[name].results.values()
+    ]  # fmt: skip
+    writers = [(name, existing) for name in names for existing in (False, True)]
     rng.shuffle(writers)
     readers = rng.sample(PAIRS, len(PAIRS))
     for (name, existing), (first, second) in zip(cycle(writers), cycle(readers), strict=False):
@@ -72,7 +75,7 @@ def try_case(case: Case, folder: Path) -> Outcome:
 
 
 def _try_writers(case: Case, folder: Path, described: str) -> Outcome:
-    record = scenarios.read_record(folder, case.scenario)
+    record = scenarios.read_records(folder)[case.scenario]
     place = scenarios.working_folder(folder, case.scenario) if case.existing else workplace.fresh(folder)
     with place as work:
         commands = [case.first, case.second] if case.existing else [case.first, case.second.removesuffix(" --force")]

@@ -39,7 +39,21 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def prepare(folder: Path) -> None:
-    """Write the model and the template of the working folders into `folder`."""
+    """Write the model and the template of the working folders into `folder`, which has nothing of these names.
+
+    Campaigns take it from the folder `workplace` beside `folder`, so that it is made once.
+    """
+    shared = folder.parent / "workplace"
+    if not shared.is_dir():
+        partial = folder.parent / "workplace-partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _make(partial)
+        partial.rename(shared)
+    shutil.copytree(shared, folder, symlinks=True, dirs_exist_ok=True)
+
+
+def _make(folder: Path) -> None:
     from tests.model import zoo
 
     tokenizer = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
