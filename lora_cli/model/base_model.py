@@ -24,10 +24,10 @@ from lora_cli.model.build_limits import check_parameters, limited_modules, store
 from lora_cli.model.config_file import CONFIG_FILE
 from lora_cli.model.library_errors import library_errors
 from lora_cli.model.mapped_weights import copy_mapped_weights
-from lora_cli.model.model_source import ModelSource, load_config, restore_hint
+from lora_cli.model.model_source import ModelSource, cached_folder, load_config, restore_hint, stored_tensors
 from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
-from lora_cli.model.safetensors_header import read_headers
-from lora_cli.model.safetensors_io import list_tensors
+from lora_cli.model.safetensors_header import has_safetensors, read_headers
+from lora_cli.model.safetensors_io import tensor_info
 from lora_cli.model.tasks import TASKS, auto_class
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
@@ -118,7 +118,8 @@ class BaseCheckpoint(NamedTuple):
         if not source.packed:
             self._check_files()
         torch.manual_seed(seed)
-        hint = restore_hint(source) if Path(source.path).is_dir() else ""
+        folder = cached_folder(source)
+        hint = restore_hint(source) if folder is not None and has_safetensors(folder) else ""
         with library_errors(source.path, part="its weights", hint=hint, trusted=source.trust_remote_code):
             model: PreTrainedModel
             model, loading_info = self.auto_class.from_pretrained(path, output_loading_info=True, **arguments)
@@ -160,10 +161,10 @@ class BaseCheckpoint(NamedTuple):
         weights = chain(finite.stored_weights(model), gguf_base.packed_values(model))
         if (name := next(iter(before_quantization), None) or finite.first_not_finite(weights)) is not None:
             raise finite.not_finite_error(name, path)
-        folder = Path(self.source.path)
-        if unused and not self.source.packed and folder.is_dir():
-            stored = list_tensors(folder)
-            finite.check_file_tensors((name, stored[name]) for name in sorted(unused) if name in stored)
+        if unused and not self.source.packed:
+            stored = stored_tensors(self.source)
+            infos = [(name, tensor_info(stored[name])) for name in sorted(unused) if name in stored]
+            finite.check_file_tensors((name, info) for name, info in infos if info is not None)
 
     def skeleton(self, *, buffers: torch.dtype | None = None) -> PreTrainedModel:
         """Return the modules of the unquantized model: names and shapes without weights, on the meta device.

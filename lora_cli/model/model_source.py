@@ -157,7 +157,7 @@ def load_tokenizer(
     Raises:
         LoraError: it cannot be loaded, it already has one of the new tokens, or its chat template cannot be trusted.
     """
-    hint, folder = restore_hint(source), _cached_folder(source)
+    hint, folder = restore_hint(source), cached_folder(source)
     content = tokenizer_files.check_tokenizer_files(folder, hint=hint) if folder is not None else None
     damage = hint if folder is not None else ""
     with library_errors(source.path, part="its tokenizer", hint=damage, trusted=source.trust_remote_code):
@@ -194,11 +194,11 @@ def _processor_template(source: ModelSource) -> str | None:
 
 def hub_commit(source: ModelSource) -> str | None:
     """Return the commit that the revision of a loaded hub model stands for; None for a local model."""
-    folder = None if Path(source.path).is_dir() else _cached_folder(source)
+    folder = None if Path(source.path).is_dir() else cached_folder(source)
     return folder.name if folder is not None else None  # the cache keeps a repository's files in snapshots/<commit>/
 
 
-def _cached_folder(source: ModelSource) -> Path | None:
+def cached_folder(source: ModelSource) -> Path | None:
     """Return the folder of the model's files as far as they are on this machine; None for a hub model without any."""
     if Path(source.path).is_dir():
         return Path(source.path)

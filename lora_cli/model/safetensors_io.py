@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import LoraError
-from lora_cli.model.safetensors_header import INDEX_FILE, SINGLE_FILE, read_headers
+from lora_cli.model.safetensors_header import INDEX_FILE, SINGLE_FILE, StoredTensor, read_headers
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -57,13 +57,20 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     """
     tensors = {}
     for name, stored in read_headers(folder).items():
-        if stored.dtype not in DTYPES:
+        info = tensor_info(stored)
+        if info is None:
             raise LoraError(
                 f"{stored.file}: {name} has the unsupported dtype {stored.dtype}",
                 hint=f"use one of {', '.join(DTYPES)}",
             )
-        tensors[name] = TensorInfo(stored.file, DTYPES[stored.dtype], stored.shape, stored.begin, stored.size)
+        tensors[name] = info
     return tensors
+
+
+def tensor_info(stored: StoredTensor) -> TensorInfo | None:
+    """Return the tensor of a header with its dtype in torch; None if torch has no such dtype."""
+    dtype = DTYPES.get(stored.dtype)
+    return None if dtype is None else TensorInfo(stored.file, dtype, stored.shape, stored.begin, stored.size)
 
 
 class ShardFiles:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.run.read_file import open_regular, read_bytes, read_json_object, read_text
+from lora_cli.run.read_file import as_json, open_regular, printable, read_bytes, read_json_object, read_text
 
 
 def test_a_json_object_is_read(tmp_path: Path):
@@ -54,3 +54,16 @@ def test_the_size_is_bounded(tmp_path: Path):
     assert read_bytes(tmp_path / "a", limit=5) == b"12345"
     with pytest.raises(LoraError, match="more than 4 bytes"):
         read_bytes(tmp_path / "a", limit=4)
+
+
+def test_values_are_shown_in_one_line_without_control_characters():
+    assert printable("a\x1b[2J\nb\u202e") == "a\\x1b[2J\\nb\\u202e"
+    assert printable([1, "x"]) == "[1, 'x']"
+    assert printable("a" * 300, 5) == "aaaaa..."
+    assert [as_json(value) for value in ("1", 1, None, float("nan"), {"a": "ü"})] == [
+        '"1"',
+        "1",
+        "null",
+        "NaN",
+        '{"a": "ü"}',
+    ]
