@@ -46,10 +46,13 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
     for path in inputs:
         if not path.exists():
             continue
-        if out.resolve() == path.resolve():
+        if _real(out) == _real(path):
             raise LoraError(f"--out {out} is an input of the {command}", hint=another)
-        if out.resolve() in path.resolve().parents:  # a run with its adapter, for example
+        if _real(out) in _real(path).parents:  # a run with its adapter, for example
             raise LoraError(f"--out {out} contains {path}, an input of the {command}", hint=another)
+    if mode is not None and stat.S_ISLNK(mode):
+        target = "" if out.exists() else ", and its target does not exist"
+        raise LoraError(f"--out {out} is a link to {os.readlink(out)}{target}", hint="name the folder itself")
     _check_not_in_run(out, another)
     parent = out.absolute().parent
     if atomic.is_being_written(parent / out.name):
@@ -72,23 +75,19 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
 def _mode(out: Path, another: str) -> int | None:
     """Return the mode of `out`; None if it does not exist."""
     try:
-        mode = os.lstat(out).st_mode
+        return os.lstat(out).st_mode
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:  # a name that is too long, a file as parent, a NUL character
         reason = error.strerror if isinstance(error, OSError) else "its name has a NUL character"
         raise LoraError(f"--out {_shortened(out)} cannot be written: {reason}", hint=another) from None
-    if stat.S_ISLNK(mode):
-        target = "" if out.exists() else ", and its target does not exist"
-        raise LoraError(f"--out {out} is a link to {os.readlink(out)}{target}", hint="name the folder itself")
-    return mode
 
 
 def _check_place(out: Path, another: str) -> None:
     """Check that the parent of `out` can be written, and that `out` is a name in it."""
     parent, working = out.absolute().parent, Path.cwd()
-    if not out.name or out.name == ".." or out.resolve() == working or out.resolve() in working.parents:
-        what = "is" if out.resolve() == working else "contains"
+    if not out.name or out.name == ".." or _real(out) == working or _real(out) in working.parents:
+        what = "is" if _real(out) == working else "contains"
         raise LoraError(f"--out {out} {what} the working folder", hint=another)
     if not parent.is_dir():
         raise LoraError(f"--out {out}: there is no folder {out.parent}", hint="make it first")
@@ -132,6 +131,10 @@ def _why_not_our_file(file: Path) -> str | None:
     magic = FILE_MAGIC.get(file.suffix, b"")
     with open_regular(file) as stream:
         return None if magic and stream.read(len(magic)) == magic else f"it is no {file.suffix.lstrip('.')} file"
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
 
 
 def _shortened(path: Path) -> str:

@@ -63,13 +63,16 @@ def test_an_adapter_is_exported_to_onnx_and_verified(trained_run: Path, lora: Lo
 
 
 def test_an_existing_file_is_replaced_only_with_force(trained_run: Path, lora: Lora):
-    Path("a.gguf").write_text("mine")
+    Path("a.gguf").write_text("GGUF: mine")
     arguments = ("export", trained_run / "adapter", "--to", "gguf-adapter", "--out", "a.gguf", "--verify", "file")
     result = lora(*arguments)
     assert result.last_two[0] == "error: --out a.gguf exists"
-    assert Path("a.gguf").read_text() == "mine"
+    assert Path("a.gguf").read_text() == "GGUF: mine"
     assert lora(*arguments, "--force").code == 0
-    assert Path("a.gguf").read_bytes()[:4] == b"GGUF"
+    assert Path("a.gguf").stat().st_size > 1000
+    Path("a.gguf").write_text("mine")
+    assert lora(*arguments, "--force").last_two[0] == "error: --out a.gguf is not replaced: it is no gguf file"
+    assert Path("a.gguf").read_text() == "mine"
 
 
 def test_a_model_without_adapter_is_exported(workdir: Path, lora: Lora):

@@ -55,17 +55,21 @@ def test_plain_transformers_loads_the_merged_model_in_the_requested_dtype(dtype:
 
 
 def test_an_existing_folder_is_replaced_only_with_force(trained_run: Path, lora: Lora):
-    Path("merged").mkdir()
-    Path("merged/mine.txt").write_text("mine")
+    assert lora("merge", trained_run / "adapter", "--out", "merged").code == 0
+    first = Path("merged").stat().st_ino
     refused = lora("merge", trained_run / "adapter", "--out", "merged")
     assert refused.code == 2
     assert refused.last_two == [
         "error: --out merged exists",
         "hint: name another folder, or replace it with --force",
     ]
-    assert Path("merged/mine.txt").exists()
+    assert Path("merged").stat().st_ino == first
     assert lora("merge", trained_run / "adapter", "--out", "merged", "--force").code == 0
-    assert not Path("merged/mine.txt").exists()
+    assert Path("merged").stat().st_ino != first
+    Path("merged/mine.txt").write_text("mine")
+    refused = lora("merge", trained_run / "adapter", "--out", "merged", "--force")
+    assert refused.last_two[0] == "error: --out merged is not replaced: it contains mine.txt, which lora did not write"
+    assert Path("merged/mine.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
