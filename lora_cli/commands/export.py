@@ -1,6 +1,7 @@
 """`lora export`: write a model or adapter in a runtime's format; read it back and run it before it is put in place."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -58,8 +59,8 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
     """
     exporter = EXPORTERS[request.to]
     atomic.remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
-    folder = _adapter_folder(Path(target).expanduser())
-    _check_paths(out, Path(target).expanduser(), folder, exporter, request)
+    folder = _adapter_folder(Path(os.path.expanduser(target)))
+    _check_paths(out, Path(os.path.expanduser(target)), folder, exporter, request)
     module = exporter.load()
     if request.verify == "runtime":
         exporter.require_runtime()

@@ -55,7 +55,7 @@ def find_files(spec: SourceSpec, *, splits: Sequence[str], cache: Path, info: Ca
     Raises:
         LoraError: there is no such file, it has an unknown type, or the split cannot be told.
     """
-    path = Path(spec.path).expanduser()
+    path = Path(os.path.expanduser(spec.path))
     if remote.is_url(spec.path):
         found = remote.find_url(spec.path)
         listed = [

@@ -1,6 +1,7 @@
 """Open the dataset sources of a recipe (files, folder, URL, saved or hub dataset) and stream their rows. No torch."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -148,7 +149,7 @@ def find_source(
     Raises:
         LoraError: the source does not exist, has an unknown file type, or lacks the requested split.
     """
-    path = Path(spec.path).expanduser()
+    path = Path(os.path.expanduser(spec.path))
     is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if not is_saved and (found := find_files(spec, splits=splits, cache=cache or cache_folder(), info=info)):
         return _from_files(spec, found)

@@ -58,7 +58,7 @@ def find_model(
             does not answer.
     """
     trust = spec.trust_remote_code
-    path = Path(spec.path).expanduser()
+    path = Path(os.path.expanduser(spec.path))
     if path.suffix == ".gguf":
         if not os.path.lexists(path):
             raise LoraError(f"model.path: there is no file {spec.path}", hint=_suggest_path(path))

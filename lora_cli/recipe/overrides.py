@@ -31,6 +31,10 @@ def apply_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem
             fix = "write section.key, such as training.learning_rate; set the entire list, not an entry by index"
             problems.append(Problem(location, "", f"'{shorten(key)}' is not a key", fix))
             continue
+        if re.search("[\ud800-\udfff\\0]", text):
+            fix = "write it in UTF-8, without NUL characters"
+            problems.append(Problem(location, shorten(key), "has bytes that are not text", fix))
+            continue
         if key in seen:
             problems.append(Problem(location, key, "set twice", "keep one"))
             continue

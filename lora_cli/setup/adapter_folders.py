@@ -76,7 +76,7 @@ def parse_named_folder(item: str, *, taken: Collection[str], accepts_models: boo
         LoraError: the folder is not an adapter, or the name is empty or taken.
     """
     name, path = _split(item)
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if not (accepts_models and is_model_folder(folder)):
         try:
             folder = find_adapter(folder)
@@ -116,8 +116,8 @@ def check_bases(adapters: Iterable[AdapterFiles], base: BaseCheckpoint, *, allow
 
 def _split(item: str) -> tuple[str | None, str]:
     """Split at the first equals sign behind which an existing path begins, if the whole is not a path."""
-    if "=" not in item or Path(item).expanduser().exists():
+    if "=" not in item or Path(os.path.expanduser(item)).exists():
         return None, item
     signs = [position for position, character in enumerate(item) if character == "="]
     splits = [(item[:position].strip(), item[position + 1 :]) for position in signs]
-    return next((split for split in splits if split[1] and Path(split[1]).expanduser().exists()), splits[0])
+    return next((split for split in splits if split[1] and Path(os.path.expanduser(split[1])).exists()), splits[0])

@@ -73,6 +73,11 @@ def run_case(case: Callable[[], Outcome | None], *, seconds: float | None = None
     return result
 
 
+def run_here(case: Callable[[], Outcome | None]) -> Outcome:
+    """Call `case` in this process, which is a thousand times faster, for code that has its own limits."""
+    return _outcome_of(case)
+
+
 def _outcome_of(case: Callable[[], Outcome | None]) -> Outcome:
     output = io.StringIO()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
