@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -54,7 +55,7 @@ def trained_on(recipe: Recipe, inputs: RunInputs, model: PeftModel, built: Train
 
 def publishing_notes(recipe: Recipe) -> list[str]:
     """Return what to do before the adapter is published, if its configuration names a base of this machine."""
-    if not Path(recipe.model.path).expanduser().exists():
+    if not Path(os.path.expanduser(recipe.model.path)).exists():
         return []
     return [
         f"note: adapter_config.json names the base by a local path, {redact_path(recipe.model.path)}; to publish it, "

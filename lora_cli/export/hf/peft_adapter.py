@@ -1,6 +1,7 @@
 """`--to peft`: the adapter as a folder that plain PEFT loads onto its base."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -114,7 +115,7 @@ def exported_base_name(source: ExportSource) -> str | None:
 
 
 def _is_local(base: str) -> bool:
-    return Path(base).expanduser().exists()
+    return Path(os.path.expanduser(base)).exists()
 
 
 def adapter_files(source: ExportSource) -> AdapterFiles:
