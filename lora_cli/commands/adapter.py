@@ -25,6 +25,7 @@ from lora_cli.model.target_modules import layer_index
 from lora_cli.model.trained_on import TRAINED_ON_FILE, read_trained_on
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import find_adapter
 
@@ -341,8 +342,9 @@ def _write_adapter(
     factors = {module: each for module, each in factors.items() if each.rank}
     wrappers = like.wrappers
     config: LoraConfig = low_rank.lora_config_for(factors, like.config, parameters=wrappers)
+    tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
+    check_free_space([Need(out, sum(tensor.nbytes for tensor in tensors.values()), "the adapter")])
     with verified_folder(out, kind="adapter", published=True, replace=replace) as partial:
-        tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))
         for name in COPIED_FILES:

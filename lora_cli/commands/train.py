@@ -17,14 +17,14 @@ from lora_cli.model.save_adapter import compare_reloaded, save_adapter
 from lora_cli.model.trained_on import write_trained_on
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import atomic, console, metrics_log
+from lora_cli.run import console, metrics_log
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import check_free_space
 from lora_cli.run.folder import RunFolder, open_run
-from lora_cli.run.read_file import read_json_object, read_text
-from lora_cli.run.set_aside import set_aside_damaged
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
+from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, checkpoint_folders, cpu, launch
 from lora_cli.training.distributed import broadcast_adapter
@@ -163,18 +163,24 @@ class Training:
         return done
 
     def prepare_run_folder(self, done: int) -> None:
-        """Write recipe and manifest, and cut the logs to the `done` steps."""
+        """Write recipe and manifest, and cut the logs to the `done` steps.
+
+        Raises:
+            LoraError: the run does not fit on the disk.
+        """
         self.first = done + 1
         if self.run is None:
             return
+        base = Path(self.inputs.base.source.path)
+        needs = run_needs(
+            self.run.path, self.model, self.spec, optimizer=self.built.optimizer, base=base, total=self.total, done=done
+        )
+        check_free_space(needs, hint=SMALLER)
         if (earlier := self.run.move_earlier_aside()) is not None:
             self.info(f"--fresh: the earlier run is in {earlier}")
         self.run.checkpoints.mkdir(exist_ok=True)
-        set_aside_damaged(self.run.recipe, read_text, info=self.info)
-        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
-        atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
         self.manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
-        atomic.write_json(self.run.manifest, self.manifest)
+        run_records.write_records(self.run, self.recipe, self.manifest, info=self.info)
         # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
         metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, complete_from=1)
         metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
@@ -315,9 +321,8 @@ class Training:
             "keep": self.spec.keep,
             "evaluations": self.evaluations.history.to_json(),
         }
-        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
-        atomic.write_json(self.run.manifest, {**self.manifest, "result": result})
-        self._print_results(step)
+        run_records.write_records(self.run, self.recipe, {**self.manifest, "result": result}, info=self.info)
+        self._print_results(self.run, step)
 
     def _load_best(self, run: RunFolder, step: int) -> None:
         folder = checkpoint_folders.checkpoint_folder(run.checkpoints, step)
@@ -336,7 +341,7 @@ class Training:
             self.recipe,
             recipe_text=dump_recipe(self.recipe),
             ledger=self.inputs.data.ledger.to_json(),
-            results=self._results(step),
+            results=run_records.results(run.metrics, self.recipe, self.evaluations.history, step=step),
             step=step,
             steps_done=self.done,
         )
@@ -356,15 +361,8 @@ class Training:
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
 
-    def _results(self, step: int) -> dict[str, dict[str, Any]]:
-        """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows."""
-        assert self.run is not None
-        before = "before" if self.recipe.adapter.source else "base"
-        records = metrics_log.read_metrics(self.run.metrics)
-        return run_records.results(records, self.evaluations.history, steps={before: 0, "adapter": step})
-
-    def _print_results(self, step: int) -> None:
-        results = list(self._results(step).values())
+    def _print_results(self, run: RunFolder, step: int) -> None:
+        results = list(run_records.results(run.metrics, self.recipe, self.evaluations.history, step=step).values())
         if len(results) == 2:
             before, after = (result["loss"] for result in results)
             self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")

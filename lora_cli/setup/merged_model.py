@@ -23,6 +23,7 @@ from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.run import console
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.setup.held_out import HeldOutRows
 
 MIN_RETAINED = 0.5  # of each update, after rounding: below, more of it is lost than kept
@@ -89,7 +90,8 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
         held_out: rows of the adapter's run, to compare the models on.
 
     Raises:
-        LoraError: the adapter cannot be merged, rounding removes its update, or the merged model is wrong.
+        LoraError: the adapter cannot be merged, the disk has too little space, rounding removes its update, or the
+            merged model is wrong.
     """
     check_method_merges(adapter.folder, adapter.config)
     check_base_merges(adapter)
@@ -99,6 +101,7 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
     probes = None
     if verify.should_verify(options.verify, parameters):
         probes = held_out.probes() or verify.random_probes(adapter)
+    check_free_space([Need(out, plan.size, "the merged model")])
     transforms = _transforms(adapter, plan, spec, probes, options.weights)
     with verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial:
         console.info(f"merging {adapter.method} into {adapter.base.name}: {describe_size(plan)}")

@@ -9,7 +9,7 @@ import pytest
 
 from lora_cli.commands.train import Training
 from tests.commands.conftest import CommandResult, Lora
-from tests.faults.damage import Damage, damages
+from tests.faults.damage import damages
 
 pytestmark = pytest.mark.slow
 SEED = 5
