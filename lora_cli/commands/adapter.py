@@ -26,6 +26,7 @@ from lora_cli.model.target_modules import layer_index
 from lora_cli.model.trained_on import TRAINED_ON_FILE
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
@@ -362,11 +363,12 @@ def _write_adapter(
     if base is not None and redact_path(base) != base:
         config.base_model_name_or_path = redact_path(base)
         console.info(f"note: {out} names its base {redact_path(base)}, without its folder: use it with --base {base}")
+    tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise LoraError(f"{name} of the result is too large for fp32", hint="use smaller weights")
+    check_free_space([Need(out, sum(tensor.nbytes for tensor in tensors.values()), "the adapter")])
     with verified_folder(out, kind="adapter", published=True, replace=replace) as partial:
-        tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise LoraError(f"{name} of the result is too large for fp32", hint="use smaller weights")
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
         config.save_pretrained(str(partial))
         for name in COPIED_FILES:

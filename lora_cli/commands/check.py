@@ -4,6 +4,7 @@ import glob
 from pathlib import Path
 
 from rich.text import Text
+from torch import nn
 
 from lora_cli.data.dataset import show_mask
 from lora_cli.data.encoded_rows import Row
@@ -17,9 +18,11 @@ from lora_cli.model.base_model import task_heads
 from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
+from lora_cli.run.disk_space import free_bytes
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.evaluations import check_evaluations
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.training_model import (
     adapter_context,
     check_before_rows,
@@ -102,6 +105,19 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
             "  more than is free: gradient checkpointing is switched on if it is auto; smaller batches "
             "(training.tokens_per_batch), quantization or a smaller adapter.rank need less"
         )
+    _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
+
+
+def _print_disk(recipe: Recipe, model: nn.Module, *, base: Path, optimizer: str, total: int) -> None:
+    """Print the disk space that the run needs, and what is free."""
+    run = Path(recipe.output)
+    needs = run_needs(run, model, recipe.training, optimizer=optimizer, base=base, total=total)
+    parts = ", ".join(f"{need.what.removeprefix('the ')} {console.format_bytes(need.bytes)}" for need in needs)
+    free, needed = free_bytes(run), sum(need.bytes for need in needs)
+    left = "unknown" if free is None else console.format_bytes(free)
+    console.out.print(f"disk, estimated: {console.format_bytes(needed)} ({parts}) in {run}; free now: {left}")
+    if free is not None and needed > free:
+        console.out.print(f"  more than is free: {SMALLER}")
 
 
 def check_without_model(recipe: Recipe) -> None:

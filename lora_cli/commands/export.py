@@ -26,6 +26,7 @@ from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.folder import find_adapter_folder
 from lora_cli.run.output_path import check_output_path
 from lora_cli.run.redact import redact_path
@@ -78,6 +79,7 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
             source, over = _adapter_source(adapter, held_out), adapter.base.source.gguf_file
         options = ExportOptions(request.quantize, request.over or over, _runs_in_runtime(exporter, source, request))
         module.check_supported(source, options)
+        _check_disk(out, source, module, options, request)
         if adapter is not None and exporter.accepts == "model":
             merged = stack.enter_context(atomic.temporary_folder(out)) / "model"
             write_merged_model(adapter, merged, options=_merge_options(source, request), held_out=held_out)
@@ -165,6 +167,22 @@ def _adapter_source(adapter: SavedAdapter, held_out: HeldOutRows) -> ExportSourc
     return ExportSource(name, base._replace(config=config, source=local), held_out.prompts(), adapter=adapter.files)
 
 
+def _check_disk(
+    out: Path, source: ExportSource, module: ModuleType, options: ExportOptions, request: ExportRequest
+) -> None:
+    """Check that the export, and the merged model that it is made from, fit on the disk.
+
+    Raises:
+        LoraError: they do not.
+    """
+    needs = [Need(out, module.size(source, options), f"the export ({request.to})")]
+    if source.adapter is not None and EXPORTERS[request.to].accepts == "model":
+        stored = sum(tensor.size for tensor in safetensors_io.list_tensors(source.folder).values())
+        merged = 4 * source.parameters if _merge_options(source, request).dtype == "float32" else stored
+        needs.append(Need(out, merged, "the merged model that it is made from"))
+    check_free_space(needs)
+
+
 def _runs_in_runtime(exporter: Exporter, source: ExportSource, request: ExportRequest) -> bool:
     """Return whether to run the export in its runtime, with the original in memory; a message reports if not."""
     if request.verify == "file" or not exporter.runtime_packages:
@@ -176,8 +194,7 @@ def _runs_in_runtime(exporter: Exporter, source: ExportSource, request: ExportRe
             f'(pip install "lora-cli[{exporter.runtime_extra}]")'
         )
         return False
-    parameters = sum(parameter.numel() for parameter in source.base.skeleton().parameters())
-    if fits_in_memory(parameters) or request.verify == "runtime":
+    if fits_in_memory(source.parameters) or request.verify == "runtime":
         return True
     console.info("note: read back, but not run: original and export do not fit in memory together (--verify runtime)")
     return False

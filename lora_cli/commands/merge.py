@@ -12,6 +12,7 @@ from lora_cli.model.saved_adapter import CPU, SavedAdapter, base_path, check_sam
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.held_out import HeldOutRows
@@ -82,6 +83,7 @@ def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:
             "lost",
             hint="use the original base",
         )
+    check_free_space([Need(out, plan.size, "the unmerged model")])
     with verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial:
         console.info(f"unmerging {adapter.files.method} from {adapter.base.name}: {describe_size(plan)}")
         write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms={}, sign=-1)

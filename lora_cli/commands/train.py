@@ -19,16 +19,16 @@ from lora_cli.model.trained_on import write_trained_on
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.resume_keys import Change
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import atomic, console, metrics_log
+from lora_cli.run import console, metrics_log
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import check_free_space
 from lora_cli.run.folder import RunFolder, open_run
-from lora_cli.run.read_file import read_json_object, read_text
-from lora_cli.run.set_aside import set_aside_damaged
 from lora_cli.run.signals import StopRequest, stop_request
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.resume import check_inputs, check_model, describe_changes, find_run_state, record_changes
+from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.checkpoint_folders import SavedState
@@ -180,19 +180,25 @@ class Training:
         self.info(f"resuming after step {saved.step}")
 
     def prepare_run_folder(self, done: int) -> None:
-        """Write recipe and manifest, and cut the logs to the `done` steps."""
+        """Write recipe and manifest, and cut the logs to the `done` steps.
+
+        Raises:
+            LoraError: the run does not fit on the disk.
+        """
         self.first = done + 1
         if self.run is None:
             return
+        base = Path(self.inputs.base.source.path)
+        needs = run_needs(
+            self.run.path, self.model, self.spec, optimizer=self.built.optimizer, base=base, total=self.total, done=done
+        )
+        check_free_space(needs, hint=SMALLER)
         if (earlier := self.run.move_earlier_aside()) is not None:
             self.info(f"--fresh: the earlier run is in {earlier}")
         self.run.checkpoints.mkdir(exist_ok=True)
-        set_aside_damaged(self.run.recipe, read_text, info=self.info)
-        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
-        atomic.write_text(self.run.recipe, dump_recipe(self.recipe))
         manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
         self.manifest = {**manifest, "changes": self.state.get("changes", [])}
-        atomic.write_json(self.run.manifest, self.manifest)
+        run_records.write_records(self.run, self.recipe, self.manifest, info=self.info)
         # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
         metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, complete_from=1)
         metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
@@ -337,9 +343,8 @@ class Training:
             "evaluations": self.evaluations.history.to_json(),
             "loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped},
         }
-        set_aside_damaged(self.run.manifest, read_json_object, info=self.info)
-        atomic.write_json(self.run.manifest, {**self.manifest, "result": result})
-        self._print_results(step)
+        run_records.write_records(self.run, self.recipe, {**self.manifest, "result": result}, info=self.info)
+        self._print_results(self.run, step)
 
     def _write_verified(self, run: RunFolder, step: int) -> None:
         """Write the model's adapter to a temporary folder, load it back, compare it, then move it to its place."""
@@ -347,7 +352,7 @@ class Training:
             self.recipe,
             recipe_text=dump_recipe(self.recipe),
             ledger=self.inputs.data.ledger.to_json(),
-            results=self._results(step),
+            results=run_records.results(run.metrics, self.recipe, self.evaluations.history, step=step),
             step=step,
             steps_done=self.done,
         )
@@ -369,17 +374,10 @@ class Training:
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
 
-    def _results(self, step: int) -> dict[str, dict[str, Any]]:
-        """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows."""
-        assert self.run is not None
-        before = "before" if self.recipe.adapter.source else "base"
-        records = metrics_log.read_metrics(self.run.metrics)
-        return run_records.results(records, self.evaluations.history, steps={before: 0, "adapter": step})
-
-    def _print_results(self, step: int) -> None:
+    def _print_results(self, run: RunFolder, step: int) -> None:
         if line := self.spikes.summary():
             self.info(line)
-        results = list(self._results(step).values())
+        results = list(run_records.results(run.metrics, self.recipe, self.evaluations.history, step=step).values())
         if len(results) == 2:
             before, after = (result["loss"] for result in results)
             self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")

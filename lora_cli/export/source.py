@@ -1,8 +1,9 @@
 """Records that all export formats share: the model or adapter to export, the options, and the results of checks.
 
-The module of an export format has four functions:
+The module of an export format has five functions:
 
     check_supported(source, options) -> None             raise a LoraError if unsupported, before any weight is read
+    size(source, options)            -> int              bytes that `write` writes, about
     write(source, out, options)      -> None             write the file or folder `out`, which does not exist yet
     verify(source, out, options)     -> Iterator[Check]  read `out` back, and run it in its runtime
     usage(source, out, options)      -> list[str]        commands or lines of Python that use the result at `out`
@@ -20,6 +21,7 @@ from lora_cli.model.adapter_files import AdapterFiles
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.model_source import ModelSource
 from lora_cli.recipe.tasks import TaskName
+from lora_cli.run.disk_space import written_bytes
 
 
 class ExportSource(NamedTuple):
@@ -54,6 +56,16 @@ class ExportSource(NamedTuple):
     def labels(self) -> ClassLabels | None:
         """Labels of a classification head."""
         return self.base.labels
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(parameter.numel() for parameter in self.base.skeleton().parameters())
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapter's folder; 0 without an adapter."""
+        return written_bytes(self.adapter.folder) if self.adapter is not None else 0
 
     @property
     def trust_remote_code(self) -> bool:

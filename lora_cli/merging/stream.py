@@ -1,7 +1,6 @@
 """Merge by streaming: plan the merged model's tensors, then read, merge and write the safetensors one at a time."""
 
 import math
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -157,16 +156,9 @@ def write_merged(
         sign: 1 to merge, -1 to unmerge (subtract the low-rank updates).
 
     Raises:
-        LoraError: the disk has too little free space, or a tensor of the base is not finite.
+        LoraError: a tensor of the base is not finite.
         ValueError: a merged weight is not finite.
     """
-    free = shutil.disk_usage(folder).free
-    if free < plan.size:
-        raise LoraError(
-            f"{folder.parent}: the model needs {plan.size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free",
-            hint="free some space, or choose a folder on another disk",
-            exit_code=1,
-        )
     with ShardFiles(writable=False) as sources, ShardFiles(writable=True) as targets:
         outputs = plan_shards(plan.tensors, folder, targets, max_size=max_shard_size)
         reader = CheckpointReader(

@@ -36,9 +36,8 @@ def check_free_space(needs: Sequence[Need], *, hint: str = HINT) -> None:
         if need.bytes > 0 and (place := _existing(need.folder)) is not None:
             by_disk[place.stat().st_dev].append(need)
     for on_disk in by_disk.values():
-        place = _existing(on_disk[0].folder)
         total = sum(need.bytes for need in on_disk)
-        free = None if place is None else free_bytes(place)
+        free = free_bytes(on_disk[0].folder)
         if free is not None and free < total:
             raise LoraError(
                 f"{on_disk[0].folder}: {format_bytes(total)} ({total:,} bytes) are needed for {_describe(on_disk)}, "
@@ -51,13 +50,11 @@ def check_free_space(needs: Sequence[Need], *, hint: str = HINT) -> None:
 def free_bytes(folder: Path) -> int | None:
     """Return the bytes that this user may still write on the disk of `folder`; None where the disk does not say.
 
-    Quotas of a user are not included.
-
-    Raises:
-        OSError: `folder` does not exist.
+    `folder` may be missing: then it is the disk of the nearest folder above it. Quotas of a user are not included.
     """
-    usage = shutil.disk_usage(folder)
-    return usage.free if usage.total else None  # some network and in-memory file systems report no size
+    place = _existing(folder)
+    usage = None if place is None else shutil.disk_usage(place)
+    return usage.free if usage and usage.total else None  # some network file systems report no size
 
 
 def written_bytes(folder: Path) -> int:

@@ -25,6 +25,7 @@ from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.run import console
 from lora_cli.run.checksums import verified_folder
+from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.setup.held_out import HeldOutRows
 
 MIN_RETAINED = 0.5  # of each update, after rounding: below, more of it is lost than kept
@@ -92,7 +93,8 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
         held_out: rows of the adapter's run, to compare the models on.
 
     Raises:
-        LoraError: the adapter cannot be merged, rounding removes its update, or the merged model is wrong.
+        LoraError: the adapter cannot be merged, the disk has too little space, rounding removes its update, or the
+            merged model is wrong.
     """
     check_method_merges(adapter.files)
     check_base_merges(adapter)
@@ -103,6 +105,7 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
         parameters = sum(math.prod(shape) for _, shape in plan.tensors.values())
         tokens = verify.probe_tokens(parameters, adapter.base.config.get_text_config().vocab_size)
         probes = held_out.probes(tokens) or verify.random_probes(adapter, tokens)
+    check_free_space([Need(out, plan.size, "the merged model")])
     with verify.open_streams() as streams:
         transforms = _transforms(adapter, spec, probes, options.weights, streams)
         with (

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +16,13 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.data.chat_templates import shared_variables
 from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.trained_on import DtypeName, TrainedOn
+from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.schema import Recipe
+from lora_cli.run import atomic, metrics_log
+from lora_cli.run.folder import RunFolder
+from lora_cli.run.read_file import read_json_object, read_text
 from lora_cli.run.redact import redact_path
+from lora_cli.run.set_aside import set_aside_damaged
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_model import TrainableModel, resolve_optimizer
 from lora_cli.training.best_step import EvaluationHistory
@@ -135,22 +140,31 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
     }
 
 
-def results(
-    records: Sequence[Mapping[str, Any]], history: EvaluationHistory, *, steps: Mapping[str, int]
-) -> dict[str, dict[str, float | None]]:
-    """Return loss and accuracy of evaluated steps.
+def write_records(run: RunFolder, recipe: Recipe, manifest: dict[str, Any], *, info: Callable[[str], None]) -> None:
+    """Write recipe.yaml and manifest.json of a run; what is damaged or in their place is reported and set aside.
 
-    Args:
-        records: of the metrics log, which alone has the accuracies; a damaged log may lack some.
-        history: of the run, whose losses are saved in its checkpoints.
-        steps: by name: "base" and "adapter", for example.
-
-    Returns:
-        By name, for the steps that were evaluated.
+    Raises:
+        OSError: they cannot be written.
     """
+    set_aside_damaged(run.recipe, read_text, info=info)
+    set_aside_damaged(run.manifest, read_json_object, info=info)
+    atomic.write_text(run.recipe, dump_recipe(recipe))
+    atomic.write_json(run.manifest, manifest)
+
+
+def results(metrics: Path, recipe: Recipe, history: EvaluationHistory, *, step: int) -> dict[str, dict[str, Any]]:
+    """Return loss and accuracy before training and of the adapter of `step`; empty without evaluation rows.
+
+    The losses are those of `history`, which is saved in the checkpoints. Only the metrics log has the accuracies: they
+    are None where a damaged log lacks them.
+    """
+    records = metrics_log.read_metrics(metrics)
     losses = {r["step"]: r["eval_loss"] for r in records if isinstance(r.get("eval_loss"), float)}
     losses |= {evaluated.step: evaluated.loss for evaluated in history.evaluations}
     accuracies = {r["step"]: r["eval_accuracy"] for r in records if isinstance(r.get("eval_accuracy"), float)}
+    steps = {"before" if recipe.adapter.source else "base": 0, "adapter": step}
     return {
-        name: {"loss": losses[step], "accuracy": accuracies.get(step)} for name, step in steps.items() if step in losses
+        name: {"loss": losses[number], "accuracy": accuracies.get(number)}
+        for name, number in steps.items()
+        if number in losses
     }

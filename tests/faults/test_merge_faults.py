@@ -13,6 +13,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lora_cli.run import disk_space
 from tests.commands.conftest import LORA_ON_ONE_CORE, Lora, remove_checksums
 from tests.faults.test_disk import limit_file_size
 from tests.support.peak_memory import peak_memory_of
@@ -66,12 +67,17 @@ def test_a_full_disk_leaves_no_output(trained_run: Path, lora: Lora):
 def test_too_little_free_disk_space_is_refused_before_writing(
     trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch
 ):
-    from lora_cli.merging import stream
-
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: SimpleNamespace(total=2**30, free=1000))
     result = lora("merge", trained_run / "adapter", "--out", "merged")
     assert result.code == 1
-    assert re.fullmatch(r"error: .*: the model needs [\d.]+ GB, and 0\.0 GB are free", result.last_two[0])
+    size = Path("base/model.safetensors").stat().st_size
+    found = re.fullmatch(
+        r"error: merged: \d+ KiB \(([\d,]+) bytes\) are needed for the merged model, "
+        r"and 1 KiB \(1,000 bytes\) are free",
+        result.last_two[0],
+    )
+    assert found, result.err
+    assert 0.9 < int(found[1].replace(",", "")) / size <= 1
     assert temporary_files() == []
 
 

@@ -72,6 +72,11 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
         _check_over(source, options.over, GGUF_QUANTIZATIONS[name])
 
 
+def size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the bytes of the adapter."""
+    return source.adapter_bytes
+
+
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the GGUF file `out`.
 

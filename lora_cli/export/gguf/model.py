@@ -55,6 +55,11 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
     _convert_tokenizer(source)
 
 
+def size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the bytes of the weights, if all have the requested type."""
+    return source.parameters * quantization_of(options).bits // 8
+
+
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the GGUF file `out`.
 

@@ -87,22 +87,25 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
         )
 
 
+def size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the bytes of the tensors that are written."""
+    shapes = _output_shapes(plan_tensors(source, options)).values()
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes)
+
+
+def _output_shapes(outputs: list[OutputTensor]) -> nf4.TensorShapes:
+    return {name: entry for output in outputs for name, entry in output.output_shapes().items()}
+
+
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the folder `out`: one tensor after the other, then config and tokenizer.
 
     Raises:
-        LoraError: a value is too large for the dtype, or the disk has too little space.
+        LoraError: a value is too large for the dtype.
     """
     out.mkdir(exist_ok=True)
     outputs = plan_tensors(source, options)
-    shapes = {name: entry for output in outputs for name, entry in output.output_shapes().items()}
-    size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
-    if (free := shutil.disk_usage(out).free) < size:
-        raise LoraError(
-            f"{out.parent}: the model needs {size / 1e9:,.1f} GB, but only {free / 1e9:,.1f} GB are free",
-            hint="free some space, or write to another disk",
-            exit_code=1,
-        )
+    shapes = _output_shapes(outputs)
     with ShardFiles(writable=False) as sources, ShardFiles(writable=True) as targets:
         planned = safetensors_io.plan_shards(shapes, out, targets, max_size=MAX_SHARD_BYTES)
         for output in outputs:

@@ -50,6 +50,11 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
     attach_to_empty_base(source, adapter_files(source))
 
 
+def size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the bytes of the adapter."""
+    return source.adapter_bytes
+
+
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the folder `out`."""
     copy_adapter(source, out)

@@ -118,6 +118,11 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
         )
 
 
+def size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the bytes of the adapter."""
+    return source.adapter_bytes
+
+
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the folder `out`: a copy, or if vLLM's scale differs from PEFT's, tensors with a common rank and scale."""
     adapter = peft_adapter.adapter_files(source)

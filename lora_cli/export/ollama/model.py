@@ -50,6 +50,11 @@ def check_supported(source: ExportSource, options: ExportOptions) -> None:
         raise LoraError(f"--to ollama: {check.found}", hint=chat_template.USE_GGUF_HINT)
 
 
+def size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the bytes of the GGUF file, about."""
+    return gguf_format.size(source, options)
+
+
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the GGUF file and the Modelfile to the folder `out`.
 

@@ -74,6 +74,11 @@ def _unsupported(source: ExportSource) -> str | None:
     return None
 
 
+def size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the bytes of the fp32 weights."""
+    return 4 * source.parameters
+
+
 def write(source: ExportSource, out: Path, options: ExportOptions) -> None:
     """Write the folder `out`: graph, weights, config and tokenizer.
 
