@@ -203,9 +203,9 @@ class Chat:
                 generation_config=config,
                 logits_processor=LogitsProcessorList([_check_logits]),
                 streamer=streamer,
-                stopping_criteria=[StopOnSignal(lambda: stop.signal is not None)],
+                stopping_criteria=[StopOnSignal(stop.is_set)],
             )
-        if stop.signal is not None:
+        if stop.is_set():
             console.info("\n(stopped)")
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """`lora train`: fine-tune an adapter as a recipe describes, and verify the written adapter."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from peft import PeftModel
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.class_labels import save_labels
-from lora_cli.errors import LoraError
 from lora_cli.model import adalora
 from lora_cli.model.device import pick_device
 from lora_cli.model.loss import LossFunction
@@ -23,7 +23,7 @@ from lora_cli.run import console, metrics_log
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import check_free_space
 from lora_cli.run.folder import RunFolder, open_run
-from lora_cli.run.signals import StopRequest, stop_request
+from lora_cli.run.signals import stop_request
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
@@ -32,7 +32,7 @@ from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.checkpoint_folders import SavedState
-from lora_cli.training.distributed import broadcast_adapter
+from lora_cli.training.distributed import any_process, broadcast_adapter
 from lora_cli.training.loop import fit
 from lora_cli.training.loss_spikes import LossSpikes
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
@@ -210,6 +210,8 @@ class Training:
             LoraError: a loss or gradient is not finite.
         """
         self.done = done
+        if done:
+            self._complete_step(done)
         metrics = metrics_log.MetricsLog(self.run.metrics) if self.run else None
         answer_log = metrics_log.MetricsLog(self.run.answers) if self.run and self.answers else None
         if done == 0:
@@ -247,14 +249,15 @@ class Training:
                 if step.spike:
                     info(step.spike.line(step.number))
                 last = step.number == self.total
-                # Before the checkpoint: a resumed run continues after both.
-                if evaluated := last or self.evaluations.is_due(step.number):
-                    self.evaluations.measure(step.number, metrics, info)
+                # Before the checkpoint: a resumed run continues after both, or completes them.
+                evaluated = last or self.evaluations.is_due(step.number)
+                if evaluated:
+                    evaluated = self.evaluations.measure(step.number, metrics, info, stop.is_set)
                 self.stopped_early = evaluated and not last and self.evaluations.should_stop
                 last = last or self.stopped_early
                 if self.answers and answer_log and (last or self.answers.is_due(step.number)):
-                    self.answers.answer(step.number, answer_log, info)
-                stopping = not last and self._any_stop_request(stop)
+                    self.answers.answer(step.number, answer_log, info, stop.is_set)
+                stopping = any_process(self.accelerator, stop.is_set())  # all leave the loop at the same step
                 new_best = evaluated and self.evaluations.is_new_best(step.number)
                 if last or stopping or new_best or _is_due(step.number, self.spec.save_every):
                     self._save_checkpoint(step.number)
@@ -268,6 +271,20 @@ class Training:
             if log:
                 log.close()
         return 0
+
+    def _complete_step(self, done: int) -> None:
+        """Evaluate and answer after the last step done, where a signal stopped the run before that."""
+        if self.evaluations.is_left_out(done, self.total):
+            if self.run:
+                metrics_log.remove_evaluation(self.run.metrics, done)  # of a resumed run that was killed meanwhile
+            with metrics_log.MetricsLog(self.run.metrics) if self.run else nullcontext() as metrics:
+                self.evaluations.measure(done, metrics, self.info)
+            self._save_checkpoint(done)
+        ended = done == self.total or self.evaluations.should_stop
+        if self.run and self.answers and self.answers.is_left_out(done, self.run.answers, ended=ended):
+            metrics_log.truncate_after(self.run.answers, done - 1, info=self.info)
+            with metrics_log.MetricsLog(self.run.answers) as answers:
+                self.answers.answer(done, answers, self.info)
 
     def _evaluate_start(self, metrics: metrics_log.MetricsLog | None, answers: metrics_log.MetricsLog | None) -> None:
         """Evaluate the untrained model: the base, or the base with the adapter that training goes on from."""
@@ -298,13 +315,6 @@ class Training:
                 keep_best=self.spec.keep == "best",
             )
         self.accelerator.wait_for_everyone()
-
-    def _any_stop_request(self, stop: StopRequest) -> bool:
-        """Return whether any process got a signal: all must leave the loop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return stop.signal is not None
-        own = torch.tensor(int(stop.signal is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(own, reduction="sum"))
 
     def _write_adapter_files(self, folder: Path, step: int) -> None:
         """Write a plain PEFT adapter, with the tokenizer that it was trained with."""
@@ -363,14 +373,7 @@ class Training:
         with verified_folder(run.adapter, kind="adapter", published=True, replace=True) as partial:
             self._write_adapter_files(partial, step)
             (partial / "README.md").write_text(model_card, encoding="utf-8")
-            difference = compare_reloaded(self.model, partial, self._probe_logits)
-            if not difference.is_negligible(self.inputs.base.dtype):
-                raise LoraError(
-                    "the written adapter differs from the trained one: "
-                    f"its tensors by {difference.tensors:.3g}, logits by {difference.logits:.3g} of their size",
-                    hint="no adapter was put in place; the last checkpoint contains the trained tensors",
-                    exit_code=1,
-                )
+            (difference := compare_reloaded(self.model, partial, self._probe_logits)).check(self.inputs.base.dtype)
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
 

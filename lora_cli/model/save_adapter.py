@@ -72,12 +72,22 @@ class ReloadDifference(NamedTuple):
     tensors: float  # largest, over the adapter's tensors as written and as loaded; infinite if one is missing
     logits: float  # largest, relative to the largest logit
 
-    def is_negligible(self, dtype: torch.dtype) -> bool:
-        """Return whether the tensors are equal, and the logits equal within rounding in `dtype`.
+    def check(self, dtype: torch.dtype) -> None:
+        """Check that the tensors are equal, and the logits equal within rounding in `dtype`.
 
         Logits are equal to the bit, except for models whose kernels sum in an order that depends on memory alignment.
+
+        Raises:
+            LoraError: they are not.
         """
-        return self.tensors == 0 and self.logits <= (1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5)
+        if self.tensors == 0 and self.logits <= (1e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-5):
+            return
+        raise LoraError(
+            "the written adapter differs from the trained one: "
+            f"its tensors by {self.tensors:.3g}, logits by {self.logits:.3g} of their size",
+            hint="no adapter was put in place; the last checkpoint contains the trained tensors",
+            exit_code=1,
+        )
 
 
 @torch.no_grad()

@@ -3,7 +3,23 @@
 import os
 from pathlib import Path
 
+from lora_cli.errors import LoraError
+
+HINT = "set LORA_CACHE to a folder that can be written"
+
 
 def cache_folder() -> Path:
-    """Return $LORA_CACHE, else ~/.cache/lora."""
-    return Path(os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora")
+    """Return $LORA_CACHE, else ~/.cache/lora, which is created.
+
+    Raises:
+        LoraError: it cannot be created, or there is no home folder.
+    """
+    try:
+        folder = Path(os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora")
+    except RuntimeError:
+        raise LoraError("there is no home folder for the cache: HOME is not set", hint=HINT) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoraError(f"the cache folder {folder} cannot be created: {error.strerror}", hint=HINT) from None
+    return folder

@@ -63,7 +63,7 @@ def step_progress(total: int, *, done: int = 0, every: int = 1, bar: bool = True
         every: steps between lines without a terminal.
         bar: draw a bar on a terminal; False for all processes except the first.
     """
-    if not (bar and err.is_terminal):
+    if not (bar and err.is_terminal and not err.is_dumb_terminal):  # the latter cannot draw over a line
         yield StepProgress(None, total=total, done=done, every=every)
         return
     columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())

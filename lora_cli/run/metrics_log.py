@@ -110,6 +110,22 @@ def truncate_after(path: Path, step: int, *, info: Info, complete_from: int | No
         atomic.write_bytes(path, text)
 
 
+def remove_evaluation(path: Path, step: int) -> None:
+    """Remove the record of the evaluation after `step`, which is made again; the log has been through `truncate_after`.
+
+    Raises:
+        OSError: the log cannot be written.
+    """
+    lines = list(_lines(path)) if path.is_file() else []
+    kept = [
+        line
+        for line in lines
+        if line.record is None or not ("eval_loss" in line.record and line.record["step"] == step)
+    ]
+    if len(kept) < len(lines):
+        atomic.write_bytes(path, b"".join(line.text for line in kept))
+
+
 class _Line(NamedTuple):
     size: int  # bytes, with the line break
     text: bytes  # empty if it is too long

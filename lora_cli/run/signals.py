@@ -37,6 +37,10 @@ class StopRequest:
         """130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP, 0 without a signal."""
         return 128 + self.signal if self.signal else 0
 
+    def is_set(self) -> bool:
+        """Return whether a signal has arrived."""
+        return self.signal is not None
+
     def receive(self, number: signal.Signals) -> bool:
         """Note the first of the accepted signals, and return whether the process goes on."""
         if self.signal is not None or number not in self._accepted:

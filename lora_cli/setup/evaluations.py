@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from lora_cli.evaluation.likelihood import (
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import GenerationSpec, Recipe
-from lora_cli.run.metrics_log import MetricsLog
+from lora_cli.run.metrics_log import MetricsLog, read_metrics
 from lora_cli.setup.inputs import RunInputs, batch_plan
 from lora_cli.training.best_step import EvaluationHistory, RowLosses
 from lora_cli.training.distributed import any_process
@@ -194,6 +195,17 @@ class HeldOutAnswers:
     def is_due(self, step: int) -> bool:
         """Return whether the prompts are answered after `step`, neither the first nor the last."""
         return self.spec.answer_every is not None and step % self.spec.answer_every == 0
+
+    def is_left_out(self, step: int, file: Path, *, ended: bool) -> bool:
+        """Return whether answers after the last step done are missing in `file`: a signal came before their end.
+
+        Args:
+            step: the last one done.
+            file: answers.jsonl.
+            ended: whether it is the last step of the run.
+        """
+        written = sum(record.get("step") == step for record in read_metrics(file))
+        return (ended or self.is_due(step)) and written < len(self.prompts)
 
     def answer(self, step: int, log: MetricsLog, info: Info, stopping: Stopping = never) -> None:
         """Answer the prompts, write the answers to `log`, and print the first one. Training is not affected.

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -33,6 +35,34 @@ def three_adapters(recipe: WriteRecipe, lora: Lora) -> None:
         )
         result = lora("train", "recipe.yaml")
         assert result.code == 0, result.err
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_chat(trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    from lora_cli.commands.chat import CollectingStreamer
+
+    write = CollectingStreamer.on_finalized_text
+
+    def write_and_interrupt(streamer: CollectingStreamer, text: str, stream_end: bool = False) -> None:
+        write(streamer, text, stream_end)
+        if len(streamer.parts) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(CollectingStreamer, "on_finalized_text", write_and_interrupt)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/help\n"))
+    result = lora("chat", trained_run, "--max-new-tokens", "100000")
+    assert result.code == 0
+    assert result.err.splitlines()[1] == "(stopped)"
+    assert "/quit" in result.err
+
+
+def test_input_that_is_not_text_is_refused(trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello \xff\n"), encoding="utf-8"))
+    result = lora("chat", trained_run)
+    assert result.code == 2
+    assert result.last_two == [
+        "error: standard input is not utf-8 text: byte 0xff",
+        "hint: convert it to UTF-8; PYTHONIOENCODING=utf-8 reads UTF-8 whatever the locale is",
+    ]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from lora_cli.run import console
+from lora_cli.setup import evaluations
 from lora_cli.setup.evaluations import describe_choice
 from lora_cli.training.best_step import EvaluationHistory, RowLosses
 from tests.commands.conftest import CommandResult, Lora, WriteRecipe, remove_checksums
@@ -115,6 +116,42 @@ def test_the_best_step_is_kept_the_run_stops_early_and_resumes_to_the_same_resul
     missing = train_rising(recipe, lora, "runs/a", "--resume")
     assert missing.code == 2
     assert missing.last_two[0].endswith(f"step-{best:08d} is missing: it has the adapter of the best step")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["measure_likelihood", "generate_answers"])
+@pytest.mark.parametrize("call", [2, 3])  # after step 2, and after the last one
+def test_a_signal_stops_an_evaluation_which_the_resumed_run_makes_again(
+    place: str, call: int, recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    recipe({"training.answer_every": 2})
+    assert lora("train", "recipe.yaml").code == 0
+    function, calls = getattr(evaluations, place), []
+
+    def send_signal(*arguments: Any, **options: Any) -> Any:
+        calls.append(place)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluations, place, send_signal)
+        stopped = lora("train", "recipe.yaml", "--output", "runs/b")
+    step = 2 * (call - 1)
+    assert stopped.code == 143
+    assert stopped.err.splitlines()[-1].startswith(f"stopped after step {step}, which is saved")
+    assert step not in (eval_losses(Path("runs/b")) if place == "measure_likelihood" else answered(Path("runs/b")))
+    resumed = lora("train", "recipe.yaml", "--output", "runs/b", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert records(Path("runs/b")) == records(Path("runs/a"))
+    assert Path("runs/b/answers.jsonl").read_text() == Path("runs/a/answers.jsonl").read_text()
+    assert weights(Path("runs/b/adapter")) == weights(Path("runs/a/adapter"))
+    assert lora("train", "recipe.yaml", "--output", "runs/b", "--resume").code == 0
+    assert records(Path("runs/b")) == records(Path("runs/a"))
+
+
+def answered(run: Path) -> set[int]:
+    return {json.loads(line)["step"] for line in (run / "answers.jsonl").read_text().splitlines()}
 
 
 def test_a_base_that_is_better_than_every_step_is_told_loudly():

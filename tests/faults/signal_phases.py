@@ -114,10 +114,19 @@ def send_in_phase(
 ) -> End | None:
     """Run the command of `phase` in `folder` and send it `numbers`, one after the other, when the phase begins.
 
+    Args:
+        lora: starts the command.
+        phase: of the command.
+        folder: with the files that PHASES needs.
+        numbers: of the signals.
+        environment: variables of the command.
+        ignored: signals that it ignores from its start, as under `nohup`.
+
     Returns:
         How it ended; None if it ended before the phase began (campaigns count that as not tried).
     """
-    running = lora.start(phase.arguments, folder, environment=environment, ignored=ignored)
+    setup = "".join(f"signal.signal({int(number)}, signal.SIG_IGN);" for number in ignored)
+    running = lora.start(phase.arguments, folder, environment=environment, setup=setup)
     while not phase.begun(running):
         if lora.poll(running) is not None:
             return None

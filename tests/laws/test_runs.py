@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -76,10 +77,10 @@ class Workspace:
         command = [sys.executable, "-m", "lora_cli", "train", str(self.recipe(run, **training)), *options]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    def start_two_processes(self, run: str, **training: Any) -> subprocess.Popen[str]:
+    def start_two_processes(self, run: str, *options: str, **training: Any) -> subprocess.Popen[str]:
         one_core = os.sched_getaffinity(0)
         os.sched_setaffinity(0, ALL_CORES)  # inherited by the process that is started
-        process = self.start(run, "--processes", "2", **training)
+        process = self.start(run, "--processes", "2", *options, **training)
         os.sched_setaffinity(0, one_core)
         return process
 
@@ -229,11 +230,16 @@ def test_a_changed_recipe_is_not_resumed(workspace: Workspace, uninterrupted: Pa
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_two_processes_equal_one(workspace: Workspace, uninterrupted: Path):
+@pytest.fixture(scope="module")
+def two(workspace: Workspace) -> Path:
+    """The run of the same recipe in two processes."""
     process = workspace.start_two_processes("two", gradient_accumulation=1)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    two = workspace.folder / "two"
+    return workspace.folder / "two"
+
+
+def test_two_processes_equal_one(two: Path, uninterrupted: Path):
     assert losses(two) == pytest.approx(losses(uninterrupted), rel=1e-5)
     for record, expected in zip(metrics(two), metrics(uninterrupted), strict=True):
         assert {k: v for k, v in record.items() if isinstance(v, int)} == {
@@ -282,6 +288,29 @@ def test_two_processes_skip_the_same_loss_spike_as_one(workspace: Workspace, tmp
     assert skipped[0] == skipped[1]
     assert stderr.count("is a spike") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_two_processes_whose_launcher_is_killed_stop_and_resume_to_the_same_adapter(workspace: Workspace, two: Path):
+    process = workspace.start_two_processes("lost", gradient_accumulation=1)
+    file = workspace.folder / "lost" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and losses(file.parent)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert alive == []
+    _, stderr = process.communicate()
+    assert "stopped after step" in stderr
+    assert "Traceback" not in stderr
+    assert not (file.parent / "adapter").exists()
+    resumed = workspace.start_two_processes("lost", "--resume", gradient_accumulation=1)
+    _, stderr = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, stderr
+    assert same_bits(weights(file.parent), weights(two))
 
 
 def test_plain_peft_loads_the_saved_adapter(workspace: Workspace, uninterrupted: Path):

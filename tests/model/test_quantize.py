@@ -184,7 +184,7 @@ def test_every_method_that_supports_a_quantized_base_learns_on_it(
             return LossFunction(one.eval()).logits(batch).double()
 
     difference = save_adapter.compare_reloaded(adapted, tmp_path, logits)
-    assert difference.is_negligible(torch.float32), difference
+    difference.check(torch.float32)
 
 
 def test_loftq_starts_closer_to_the_unquantized_model(tiny_folder: Path):

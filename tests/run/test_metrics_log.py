@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_cli.run import metrics_log
-from lora_cli.run.metrics_log import MetricsLog, read_metrics, truncate_after
+from lora_cli.run.metrics_log import MetricsLog, read_metrics, remove_evaluation, truncate_after
 from tests.faults.damage import damages
 from tests.faults.test_disk import limit_file_size
 
@@ -164,3 +164,14 @@ def test_a_full_disk_names_the_log(path: Path):
     log.close()
     assert caught.value.filename == str(path)
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4, 5]
+
+
+def test_the_evaluation_of_one_step_is_removed(path: Path):
+    with MetricsLog(path) as log:
+        for step in (4, 5):
+            log.write({"step": step, "eval_loss": 1.0})
+    before = read_metrics(path)
+    remove_evaluation(path, 5)
+    assert read_metrics(path) == before[:-1]
+    remove_evaluation(path, 3)
+    assert read_metrics(path) == before[:-1]

@@ -53,7 +53,7 @@ class WarmLora:
         folder: Path,
         *,
         environment: Mapping[str, str] | None = None,
-        ignored: Sequence[int] = (),
+        setup: str = "",
     ) -> Running:
         """Start `lora ARGUMENTS` in `folder`.
 
@@ -61,12 +61,12 @@ class WarmLora:
             arguments: of the command line.
             folder: working folder; the files `.stdout` and `.stderr` are written there.
             environment: variables in addition to those of this process.
-            ignored: numbers of signals that the process ignores from its start, as under `nohup`.
+            setup: Python code that the process runs first, such as `os.close(1)`.
         """
         out, err = folder / ".stdout", folder / ".stderr"
         request = {
             "arguments": list(map(str, arguments)), "folder": str(folder), "out": str(out), "err": str(err),
-            "environment": dict(environment or {}), "ignored": list(map(int, ignored)),
+            "environment": dict(environment or {}), "setup": setup,
         }  # fmt: skip
         for file in (out, err):
             file.write_bytes(b"")
@@ -140,9 +140,8 @@ def _become_lora(request: dict[str, Any]) -> None:
         opened = os.open(path, flags)
         os.dup2(opened, descriptor)
         os.close(opened)
-    for number in request["ignored"]:
-        signal.signal(number, signal.SIG_IGN)
     sys.argv = ["lora", *request["arguments"]]
+    exec(request["setup"])
     main()
 
 
