@@ -20,6 +20,7 @@ from lora_cli.model.empty_base import drop_weights, load_weights
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo
 from lora_cli.model.streamed_weights import find_slots
 
+NOT_IN_BASE = "is neither in the base nor in the adapter"
 SUMMATION_ERROR = 1e-5  # of fp32 sums in another order, relative to the largest weight of a block
 
 Rows = Callable[[slice], Tensor]  # returns some rows of a tensor
@@ -81,13 +82,11 @@ def _checks(adapted: AdaptedModel, merged: MergedModel, files: ShardFiles) -> It
     for name, value in deltas.replaced.items():
         if are_new([name]):
             yield Check(value.numel(), partial(_check_values, name, value, written))
-    for name, (tensors, key) in slots.items():
-        parameter = tensors[key]
-        assert parameter is not None
+    for name, slot in slots.items():
         if not written.has(name):
             yield Check(0, partial(list, [Mismatch(name, "is missing")]))
         elif are_new([name]):
-            yield Check(parameter.numel(), partial(_check_unchanged, name, base, written, files))
+            yield Check(slot.value.numel(), partial(_check_unchanged, name, base, written, files))
     for key, target in written.tensors.items():
         if key not in done:
             yield Check(target.size, partial(_check_copy, key, base.tensors.get(key), target, files))
@@ -130,6 +129,7 @@ def _delta_rows(layer: AdaptedLayer) -> Rows:
     def delta(rows: slice) -> Tensor:
         load_weights(owner, {key: factor.narrow(dim, rows.start, rows.stop - rows.start)})
         update: Tensor = tuner.get_delta_weight(adapter)
+        load_weights(owner, {key: factor})
         return update
 
     return delta
@@ -155,20 +155,19 @@ def _check_merged_by_peft(
 
 def _check_unchanged(name: str, base: CheckpointReader, written: CheckpointReader, files: ShardFiles) -> list[Mismatch]:
     """Compare a parameter with that of the base, tensor by tensor, where both checkpoints store it in the same way."""
-    pairs = [
-        (base.tensors[key], written.tensors[written_key])
-        for key, written_key in zip(base.keys_of(name), written.keys_of(name), strict=False)
-    ]
-    same_tensors = len(base.keys_of(name)) == len(written.keys_of(name)) == len(pairs)
-    if base.is_transformed(name) or not same_tensors or any(a.shape != b.shape for a, b in pairs):
+    if not base.has(name):
+        return [Mismatch(name, NOT_IN_BASE)]
+    sources, targets = ([reader.tensors[key] for key in reader.keys_of(name)] for reader in (base, written))
+    if base.is_transformed(name) or [each.shape for each in sources] != [each.shape for each in targets]:
         return _check_values(name, base.read(name), written)
+    pairs = zip(sources, targets, strict=True)
     return [found for source, target in pairs for found in _check_copy(name, source, target, files)]
 
 
 def _check_copy(name: str, source: TensorInfo | None, target: TensorInfo, files: ShardFiles) -> list[Mismatch]:
     """Compare a tensor bit by bit with the base's, cast to its dtype."""
     if source is None or source.shape != target.shape:
-        return [Mismatch(name, "is not in the base")]
+        return [Mismatch(name, NOT_IN_BASE)]
     shape = target.shape or (1,)
     different = 0
     for rows in row_blocks(shape):
@@ -194,18 +193,22 @@ def _compare(name: str, shape: tuple[int, ...], expected: Rows, written: Checkpo
     """Compare a parameter of `shape` with its values before rounding, which `expected` returns in fp32."""
     if not written.has(name):
         return []  # found already, or not part of the model that is written
-    stored = written.stored(name)
-    whole = None if stored is not None and shape else written.read(name)
-    actual_shape = stored.shape if stored is not None else tuple(written.read(name).shape)
+    actual_shape, actual = _written_rows(name, written)
     if actual_shape != shape:
-        return [Mismatch(name, f"has the shape {actual_shape}, not {shape}")]
-    worst = 0.0
-    for rows in row_blocks(shape or (1,)):
-        actual = written.read_rows(name, rows.start, rows.stop) if whole is None else whole.reshape(shape or (1,))[rows]
-        worst = max(worst, _error_ratio(actual, expected(rows)))
+        return [Mismatch(name, f"has the shape {list(actual_shape)}, not {list(shape)}")]
+    worst = max((_error_ratio(actual(rows), expected(rows)) for rows in row_blocks(shape or (1,))), default=0.0)
     if worst <= 1:
         return []
     return [Mismatch(name, f"differs from PEFT's merge by {worst:.3g} times what rounding explains")]
+
+
+def _written_rows(name: str, written: CheckpointReader) -> tuple[tuple[int, ...], Rows]:
+    """Return the shape of a parameter, and a function for its rows; a scalar is one row."""
+    stored = written.stored(name)
+    if stored is not None and stored.shape:
+        return stored.shape, lambda rows: written.read_rows(name, rows.start, rows.stop)
+    value = written.read(name)
+    return tuple(value.shape), (value if value.ndim else value[None]).__getitem__
 
 
 def _error_ratio(actual: Tensor, expected: Tensor) -> float:
@@ -222,8 +225,9 @@ def _error_ratio(actual: Tensor, expected: Tensor) -> float:
     if not actual.is_floating_point():
         return float("inf")
     limits = torch.finfo(actual.dtype)
-    _, exponent = torch.frexp(expected)
-    half_unit = (torch.exp2(exponent.float()) * (limits.eps / 4)).clamp_min(limits.smallest_normal * limits.eps / 2)
+    # Below the smallest normal number, where 0 is too, all numbers are equally far apart.
+    _, exponent = torch.frexp(expected.abs().clamp_min(limits.smallest_normal))
+    half_unit = torch.exp2(exponent.float()) * (limits.eps / 4)
     tolerance = half_unit + float(expected.abs().max()) * SUMMATION_ERROR
     ratio = float(((actual.float() - expected).abs() / tolerance).max())
     return ratio if ratio == ratio else float("inf")

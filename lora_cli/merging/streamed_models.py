@@ -106,8 +106,8 @@ def _attach(
     )
     wrappers = [module for module in empty.model.modules() if isinstance(module, ModulesToSaveWrapper)]
     # Of a fully trained module, PEFT keeps the base's and trains a copy; other values of the adapter are in the base.
-    originals = {id(part._parameters) for wrapper in wrappers for part in wrapper.original_module.modules()}
-    trained = [name for name in empty.from_adapter if id(slots[name].tensors) not in originals]
+    originals = {part for wrapper in wrappers for part in wrapper.original_module.modules()}
+    trained = [name for name in empty.from_adapter if slots[name].module not in originals]
     if dtypes:
         _cast_trained(empty, [slots[name] for name in trained], adapter.base.dtype)
     base_slots = {name: slot for name, slot in slots.items() if name not in trained}
@@ -121,10 +121,8 @@ def _cast_trained(empty: EmptyModel, trained: Iterable[Slot], dtype: torch.dtype
     for module in empty.model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(dtype)
-    for tensors, key in trained:
-        parameter = tensors[key]
-        assert parameter is not None
-        parameter.data = parameter.data.to(dtype)
+    for slot in trained:
+        slot.value.data = slot.value.data.to(dtype)
 
 
 def open_merged(adapter: SavedAdapter, folder: Path, streams: Streams) -> MergedModel:

@@ -36,11 +36,9 @@ class StreamedWeight(Tensor):
     @staticmethod
     def __new__(cls, source: Source, shape: tuple[int, ...], dtype: torch.dtype) -> "StreamedWeight":
         """Return a weight of `shape` whose values are cast to `dtype`."""
-        weight: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=CPU)
+        weight: StreamedWeight = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=CPU)
         weight.source = source
-        weight._is_param = True  # isinstance(weight, nn.Parameter)
-        streamed: StreamedWeight = weight
-        return streamed
+        return weight
 
     def read(self) -> Tensor:
         """Return all values."""
@@ -70,7 +68,7 @@ class StreamedWeight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Run any operation of torch on the values."""
-        if func is torch.ops.aten.detach.default:  # `weight.data`
+        if func is torch.ops.aten.detach.default:  # by `weight.data`, and by nn.Parameter
             return args[0]
         args, kwargs = tree_map_only(StreamedWeight, StreamedWeight.read, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -119,8 +117,14 @@ FUNCTIONS: dict[Any, Callable[..., Tensor | None]] = {
 class Slot(NamedTuple):
     """The place of a parameter or buffer of a model."""
 
-    tensors: dict[str, Tensor | None]  # of its module: `_parameters` or `_buffers`
+    module: nn.Module
     key: str  # its name there
+
+    @property
+    def value(self) -> Tensor:
+        """The parameter or buffer."""
+        value: Tensor = getattr(self.module, self.key)
+        return value
 
 
 def find_slots(model: nn.Module) -> dict[str, Slot]:
@@ -129,10 +133,10 @@ def find_slots(model: nn.Module) -> dict[str, Slot]:
     An adapter wraps modules of the model, which changes the names; the places stay the same.
     """
     slots = {
-        f"{path}.{key}".removeprefix("."): Slot(tensors, key)
+        f"{path}.{key}".removeprefix("."): Slot(module, key)
         for path, module in model.named_modules(remove_duplicate=False)
-        for tensors in (module._parameters, module._buffers)
-        for key in tensors
+        for named in (module.named_parameters, module.named_buffers)
+        for key, _ in named(recurse=False, remove_duplicate=False)
     }
     return {name: slots[name] for name in model.state_dict() if name in slots}
 
@@ -148,13 +152,13 @@ def stream_weights(
         pool: threads for products.
         dtypes: of the floating-point parameters that are not fp32, by name.
     """
-    for name, (tensors, key) in slots.items():
-        before = tensors[key]
-        if before is None or not reader.has(name):
+    for name, slot in slots.items():
+        if not reader.has(name):
             continue
+        before = slot.value
         if isinstance(before, nn.Parameter) and before.is_floating_point():
-            tensors[key] = StreamedWeight(
-                Source(reader, name, pool), tuple(before.shape), dtypes.get(name, torch.float32)
-            )
+            dtype = dtypes.get(name, torch.float32)
+            weight = StreamedWeight(Source(reader, name, pool), tuple(before.shape), dtype)
+            setattr(slot.module, slot.key, nn.Parameter(weight, requires_grad=False))
         else:
-            tensors[key] = reader.read(name).to(before.dtype)
+            before.data = reader.read(name).to(before.dtype)

@@ -83,12 +83,11 @@ class HeldOutRows:
 
 
 def _cut(row: Row, length: int, task: TaskName) -> Row:
-    """Return `length` tokens of a row: in causal-lm those up to its last label, else the first ones."""
-    start = 0
+    """Return at most `length` tokens of a row: in causal-lm those up to its last label, else the first ones."""
+    kept = slice(length)
     if task == "causal-lm":
-        supervised = (row.labels != IGNORE_INDEX).nonzero()[0]
-        start = max(0, int(supervised[-1]) + 1 - length)
-    kept = slice(start, start + length)
+        stop = int((row.labels != IGNORE_INDEX).nonzero()[0][-1]) + 1
+        kept = slice(max(0, stop - length), stop)
     return Row(
         row.input_ids[kept],
         row.labels if task == "seq-cls" else row.labels[kept],

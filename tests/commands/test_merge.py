@@ -178,6 +178,7 @@ def scale_one_update(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (skip_the_addition, "tensors", "rounding to float32 keeps 0% of its update"),
         (skip_the_addition, "logits", "rounding to float32 keeps 0% of its update"),
+        (scale_one_update, "tensors", "times what rounding explains"),
         (scale_one_update, "logits", "times what rounding explains"),
     ],
 )
@@ -225,11 +226,13 @@ def test_a_moved_adapter_is_merged(trained_run: Path, lora: Lora):
 
 
 def test_random_probes_contain_the_trained_tokens():
-    batches = compare_models.random_probes(
-        "causal-lm", vocabulary=50, pad_id=0, start_id=None, end_id=7, include=[48, 49]
+    batch = compare_models.random_probes(
+        "causal-lm", tokens=48, vocabulary=50, pad_id=0, start_id=None, end_id=7, include=[48, 49]
     )
-    assert batches[-1].input_ids[0, :2].tolist() == [48, 49]
-    assert all(batch.input_ids[0, -1] == 7 for batch in batches)
+    assert batch.input_ids[-1, :2].tolist() == [48, 49]
+    assert batch.input_ids.numel() == 48
+    rows = zip(batch.input_ids, batch.lengths, strict=True)
+    assert all(row[length - 1] == 7 and not row[length:].any() for row, length in rows)
 
 
 def kl_divergence(text: str, name: str) -> float:

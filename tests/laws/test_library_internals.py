@@ -53,11 +53,14 @@ PRIVATE: dict[str, Use] = {
     # datasets
     "_fingerprint": Use("data/sources.py", library_checks.fingerprint),
     # torch
+    "_C": Use("model/streamed_weights.py", library_checks.tensor_subclass),
+    "_make_wrapper_subclass": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_modules": Use("model/experts.py model/fp32_weights.py", library_checks.module_dictionaries),
     "_parameters": Use(
         "model/empty_base.py model/experts.py model/experts_lora.py model/fp32_weights.py model/quantize_experts.py",
         library_checks.module_dictionaries,
     ),
+    "_pytree": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_softmax_backward_data": Use("model/packed_attention.py", library_checks.softmax_backward),
 }
 
@@ -65,9 +68,9 @@ PRIVATE: dict[str, Use] = {
 IMPORTED: dict[str, Use] = {
     "peft.tuners.adalora.layer.AdaLoraLayer": Use("model/adalora.py", peft_checks.adalora_allocator),
     "peft.tuners.boft.layer.get_fbd_cuda": Use("model/peft_config.py", peft_checks.boft_extension),
-    "peft.tuners.lora.Embedding": Use("merging/deltas.py", peft_checks.lora_embedding),
+    "peft.tuners.lora.Embedding": Use("merging/check_weights.py merging/deltas.py", peft_checks.lora_embedding),
     "peft.tuners.lora.Linear": Use(
-        "merging/deltas.py model/fused_lora.py model/gguf_base.py", peft_checks.custom_layers
+        "merging/check_weights.py merging/deltas.py model/fused_lora.py model/gguf_base.py", peft_checks.custom_layers
     ),
     "peft.tuners.lora.LoraLayer": Use(
         "export/gguf/adapter.py export/hf/vllm_adapter.py model/fp32_weights.py model/fused_lora.py "
@@ -87,7 +90,8 @@ IMPORTED: dict[str, Use] = {
     "peft.tuners.tuners_utils.cast_adapter_dtype": Use("model/attach_adapter.py", peft_checks.cast_to_fp32),
     "peft.tuners.tuners_utils.check_target_module_exists": Use("model/config_values.py", peft_checks.targeted_modules),
     "peft.utils.ModulesToSaveWrapper": Use(
-        "merging/deltas.py model/fp32_weights.py model/target_modules.py", peft_checks.modules_to_save_wrapper
+        "merging/deltas.py merging/streamed_models.py model/fp32_weights.py model/target_modules.py",
+        peft_checks.modules_to_save_wrapper,
     ),
     "peft.utils.TrainableTokensWrapper": Use(
         "merging/deltas.py model/fp32_weights.py", peft_checks.trainable_tokens_wrapper
@@ -182,7 +186,9 @@ UNDOCUMENTED: dict[str, Use] = {
     ),
     "Linear.eigens": Use("model/init_adapter.py", peft_checks.corda_decomposition),
     "ModulesToSaveWrapper.adapter_state_dict": Use("model/fp32_weights.py", peft_checks.modules_to_save_wrapper),
-    "ModulesToSaveWrapper.original_module": Use("model/save_adapter.py", peft_checks.modules_to_save_wrapper),
+    "ModulesToSaveWrapper.original_module": Use(
+        "merging/streamed_models.py model/save_adapter.py", peft_checks.modules_to_save_wrapper
+    ),
     "TrainableTokensWrapper.token_adapter": Use("merging/deltas.py", peft_checks.trainable_tokens_wrapper),
     "ParamWrapper": Use("model/init_adapter.py", peft_checks.param_wrapper),
     "PeftModel.prompt_encoder": Use("model/init_adapter.py", peft_checks.prompt_learning),

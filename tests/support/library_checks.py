@@ -27,6 +27,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree
 from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.gguf import dequant
@@ -256,6 +257,11 @@ def int8_functions() -> None:
         config = transformers.BitsAndBytesConfig(load_in_8bit=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     assert model.model.layers[0].mlp.up_proj.weight.SCB.shape == (128,)
+    weight[2, 5] = 9.0  # an outlier: its column is left out
+    codes, scales, outliers = bnbf.int8_vectorwise_quant(weight.clone(), threshold=6.0)
+    assert outliers.tolist() == [5]
+    assert not codes[:, 5].any()
+    assert float(scales[2]) < 6
 
 
 def panic() -> None:
@@ -290,6 +296,34 @@ def module_dictionaries() -> None:
     parametrize.register_parametrization(module, "weight", nn.Identity(), unsafe=True)
     assert module._modules["parametrizations"]["weight"].original is module.parametrizations.weight.original
     assert "parametrizations.weight.original" in module.state_dict()
+
+
+class _Wrapper(torch.Tensor):
+    """A tensor without memory whose values are twos."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        twos = lambda each: torch.full(each.shape, 2.0)  # noqa: E731
+        args, kwargs = _pytree.tree_map_only(_Wrapper, twos, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def tensor_subclass() -> None:
+    wrapper: Any = torch.Tensor._make_wrapper_subclass(
+        _Wrapper, (2, 3), dtype=torch.float32, device=torch.device("cpu")
+    )
+    parameter = nn.Parameter(wrapper, requires_grad=False)
+    assert parameter is wrapper
+    assert isinstance(parameter.data, nn.Parameter)
+    assert type(torch.cat([parameter, parameter])) is torch.Tensor
+    assert torch.equal(nn.functional.layer_norm(torch.ones(3), (3,)) + parameter[0] * 2, torch.full((3,), 4.0))
 
 
 def softmax_backward() -> None:
