@@ -29,6 +29,7 @@ from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
 from lora_cli.run.redact import redact_path
+from lora_cli.run.workspace import remove_leftovers
 from lora_cli.setup.adapter_folders import find_adapter
 
 ENERGY_SHARES = (0.9, 0.95, 0.99)
@@ -235,7 +236,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     """
     if (rank is None) == (energy is None):
         raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
-    atomic.remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
+    remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
     folder = find_adapter(folder)
     check_output_path(out, inputs=[folder], replace=force, command="resize")
     adapter = low_rank.read_lora(open_adapter(folder))
@@ -270,7 +271,7 @@ def combine(
     Raises:
         LoraError: the adapters cannot be combined.
     """
-    atomic.remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
+    remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
     folders, weights = [], []
     for item in items:
         weight, star, path = item.rpartition("*")

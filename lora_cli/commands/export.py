@@ -30,6 +30,7 @@ from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.folder import find_adapter_folder
 from lora_cli.run.output_path import check_output_path
 from lora_cli.run.redact import redact_path
+from lora_cli.run.workspace import remove_leftovers
 from lora_cli.setup.adapter_folders import check_not_unfinished
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import MergeOptions, write_merged_model
@@ -59,7 +60,7 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
         LoraError: it cannot be written in this format, or the written export differs from the original.
     """
     exporter = EXPORTERS[request.to]
-    atomic.remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
+    remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
     folder = _adapter_folder(Path(os.path.expanduser(target)))
     _check_paths(out, Path(os.path.expanduser(target)), folder, exporter, request)
     module = exporter.load()

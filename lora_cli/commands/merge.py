@@ -10,10 +10,11 @@ from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.model_source import find_model, local_folder
 from lora_cli.model.saved_adapter import CPU, SavedAdapter, base_path, check_same_base, find_base
 from lora_cli.recipe.schema import ModelSpec
-from lora_cli.run import atomic, console
+from lora_cli.run import console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
+from lora_cli.run.workspace import remove_leftovers
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import (
@@ -49,7 +50,7 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
     Raises:
         LoraError: adapter, base and options do not fit, the method cannot be merged, or the merged model is wrong.
     """
-    atomic.remove_leftovers(out.absolute().parent, out.name)  # of a merge that was killed
+    remove_leftovers(out.absolute().parent, out.name)  # of a merge that was killed
     max_shard_bytes = safetensors_io.parse_size(request.max_shard_size)
     files = open_adapter(find_adapter(folder))
     check_method_merges(files)

@@ -34,6 +34,7 @@ from lora_cli.run.console import format_bytes
 from lora_cli.run.disk_space import free_bytes, written_bytes
 from lora_cli.run.read_file import read_json_object
 from lora_cli.run.system_errors import as_os_error
+from lora_cli.run.workspace import remove_leftovers, sync
 
 CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
@@ -75,7 +76,7 @@ def encode_source(
         if is_intact(folder, what=what, info=info) and (cached := _load(folder, source, content)) is not None:
             return cached
         unfinished = folder.with_name(f".unfinished-{folder.name}")
-        atomic.remove_leftovers(folder.parent, unfinished.name)
+        remove_leftovers(folder.parent, unfinished.name)
         progress = load_progress(unfinished, folder.name, info=info)
         keep_only(unfinished, progress)
         _note_small_disk(source, unfinished, info)
@@ -172,7 +173,7 @@ def _encode(
                     reported = time.monotonic()
                     speed = (tally.read - before) / (reported - started)
                     info(f"{source.name}: {tally.read:,} rows, {speed:,.0f} rows/s")
-        atomic.sync(path)
+        sync(path)
         progress.parts[path.name] = checksum(path)
         progress.save(folder, key, reader.unread, encoder)
     if progress.bad.first and spec.on_bad_row == "error":

@@ -9,6 +9,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.checksums import CHECKSUMS_FILE, compare, list_files, read_checksums, verified_folder
 from lora_cli.run.system_errors import WRITING, describe
+from lora_cli.run.workspace import remove_leftovers
 
 KIND = "cache entry"  # in checksums.json
 OTHER_CACHE = "set LORA_CACHE to a folder that can be written, or correct this one"
@@ -60,7 +61,7 @@ def lock_entry(folder: Path, *, what: str, info: Info) -> Iterator[None]:
             place = error.filename or lock
             raise LoraError(f"the cache cannot be used: {place}: {error.strerror}", hint=OTHER_CACHE) from None
         # Leftovers of this key only: other machines may be writing other keys.
-        atomic.remove_leftovers(folder.parent, folder.name)
+        remove_leftovers(folder.parent, folder.name)
         try:
             yield
         except OSError as error:

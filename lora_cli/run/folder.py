@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from lora_cli.errors import LoraError
-from lora_cli.run import atomic
 from lora_cli.run.read_file import read_json_object
+from lora_cli.run.workspace import remove_leftovers, sync
 
 LOCK = ".lora-lock"
 CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
@@ -74,8 +74,8 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         for name in self.stale:
             (self.path / name).rename(folder / name)
-        atomic.sync(folder)
-        atomic.sync(self.path)
+        sync(folder)
+        sync(self.path)
         self.stale = []
         return folder
 
@@ -132,7 +132,7 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
 
 def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
     for folder in (run.path, run.checkpoints):
-        atomic.remove_leftovers(folder)
+        remove_leftovers(folder)
     existing = [name for name in RUN_FILES if os.path.lexists(run.path / name)]
     for name in existing if not fresh else ():
         # Writing through a link would change files outside the run.

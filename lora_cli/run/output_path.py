@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_cli.errors import LoraError
-from lora_cli.run import atomic
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, list_files, read_checksums
 from lora_cli.run.folder import CONFIG_FILE, LOCK, RUN_FILES
 from lora_cli.run.read_file import open_regular
+from lora_cli.run.workspace import is_being_written, remove_leftovers
 
 # Files of an adapter or a model in the format of Hugging Face, as this and other tools write them.
 FORMAT_FILE = re.compile(
@@ -55,9 +55,9 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
         raise LoraError(f"--out {out} is a link to {os.readlink(out)}{target}", hint="name the folder itself")
     _check_not_in_run(out, another)
     parent = out.absolute().parent
-    if atomic.is_being_written(parent / out.name):
+    if is_being_written(parent / out.name):
         raise LoraError(f"--out {out} is being written by another process", hint=f"wait for it, or {another}")
-    atomic.remove_leftovers(parent, out.name)
+    remove_leftovers(parent, out.name)
     mode = _mode(out, another)
     if mode is None:
         return

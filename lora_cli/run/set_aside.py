@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_cli.errors import LoraError
-from lora_cli.run import atomic
+from lora_cli.run.workspace import sync
 
 
 def set_aside(path: Path) -> Path:
@@ -18,7 +18,7 @@ def set_aside(path: Path) -> Path:
     while os.path.lexists(aside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")):
         number += 1
     path.rename(aside)
-    atomic.sync(path.parent)
+    sync(path.parent)
     return aside
 
 

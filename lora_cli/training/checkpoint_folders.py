@@ -10,6 +10,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, read_checksums
 from lora_cli.run.read_file import read_json_object
+from lora_cli.run.workspace import sync
 
 KIND = "checkpoint"  # in checksums.json
 STATE_FILE = "state.json"
@@ -93,7 +94,7 @@ def set_aside(checkpoint: Path, damage: str, *, info: Info) -> None:
     while os.path.lexists(aside := checkpoint.with_name(DAMAGED.format(checkpoint.name, number))):
         number += 1
     checkpoint.rename(aside)
-    atomic.sync(checkpoint.parent)
+    sync(checkpoint.parent)
     info(f"{checkpoint} is damaged: {damage}; set aside as {aside.name}")
 
 

@@ -154,7 +154,7 @@ IMPORTED: dict[str, Use] = {
     "transformers.quantizers.auto.AutoHfQuantizer": Use("model/fake_quantize.py", library_checks.quantizer),
     "transformers.utils.cached_file": Use("model/model_source.py", library_checks.missing_file),
     "transformers.utils.chat_template_utils.render_jinja_template": Use(
-        "data/chat_templates.py", library_checks.rendered_template
+        "data/rendering.py", library_checks.rendered_template
     ),
 }
 

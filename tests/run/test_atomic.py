@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.run import atomic, rename
+from lora_cli.run.workspace import REMOVED, is_being_written, remove_leftovers
 from tests.support.workspaces import leave_workspace
 
 
@@ -147,11 +148,11 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path: Path):
     (tmp_path / "elsewhere" / "lock").touch()
     keep = {".tmp-of-another-program-01234567", ".tmp-link-01234567", "elsewhere"}
     with atomic.temporary_folder(tmp_path / "b") as alive:
-        atomic.remove_leftovers(tmp_path)
+        remove_leftovers(tmp_path)
         assert names(tmp_path) == keep | {alive.parent.name}
-        assert atomic.is_being_written(tmp_path / "b")
-        assert not atomic.is_being_written(tmp_path / "a")
-    atomic.remove_leftovers(tmp_path / "missing")
+        assert is_being_written(tmp_path / "b")
+        assert not is_being_written(tmp_path / "a")
+    remove_leftovers(tmp_path / "missing")
     assert names(tmp_path) == keep
     assert names(tmp_path / "elsewhere") == {"lock"}
 
@@ -171,7 +172,7 @@ def test_the_next_writer_removes_leftovers_of_its_name(tmp_path: Path):
 def test_leftovers_of_one_name_only(tmp_path: Path):
     other = leave_workspace(tmp_path / "other")
     leave_workspace(tmp_path / "mine")
-    atomic.remove_leftovers(tmp_path, "mine")
+    remove_leftovers(tmp_path, "mine")
     assert names(tmp_path) == {other.name}
 
 
@@ -179,7 +180,7 @@ def test_a_name_of_any_allowed_length_can_be_written(tmp_path: Path):
     for name in ("x" * 255, "ü" * 127):
         atomic.write_text(tmp_path / name, "text")
         leave_workspace(tmp_path / name)
-        atomic.remove_leftovers(tmp_path, name)
+        remove_leftovers(tmp_path, name)
     assert names(tmp_path) == {"x" * 255, "ü" * 127}
 
 
@@ -189,8 +190,8 @@ def test_a_removal_is_complete_or_not_begun(tmp_path: Path):
     atomic.remove(tmp_path / "link")
     assert names(tmp_path) == {"target"}
     workspace = leave_workspace(tmp_path / "target")
-    (tmp_path / "target").rename(workspace / atomic.REMOVED)  # killed here
-    atomic.remove_leftovers(tmp_path)
+    (tmp_path / "target").rename(workspace / REMOVED)  # killed here
+    remove_leftovers(tmp_path)
     assert names(tmp_path) == set()
 
 
@@ -220,7 +221,7 @@ def test_a_kill_at_any_operation_leaves_old_or_new(replace: bool, renames: str, 
         done = run_until(home, number)
         before = (home / "out").exists(), (home / "out.json").exists()
         assert not (before[0] and before[1]) or (home / "out").read_text() == (home / "out.json").read_text()
-        atomic.remove_leftovers(home)
+        remove_leftovers(home)
         assert not [name for name in names(home) if name.startswith(".")]
         found = {path.name: (path / "a" if path.is_dir() else path).read_text() for path in home.iterdir()}
         assert found.get("out") == found.get("out.json")
@@ -289,7 +290,7 @@ def test_sigkill_at_any_point_leaves_old_or_new(tmp_path: Path, milliseconds: in
         assert writer.stdout.readline() == b"ready\n"
         time.sleep(milliseconds / 1000)
         writer.send_signal(signal.SIGKILL)
-    atomic.remove_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     text = (tmp_path / "file").read_text()
     assert text == text[: len(text) // 5000] * 5000
     numbers = {(tmp_path / "folder" / name).read_text() for name in "abc"}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.system_errors import HINTS, as_os_error, describe, system_error
+from lora_cli.run.workspace import remove_leftovers
 from tests.faults.test_disk import limit_file_size
 from tests.inputs.tiny_tokenizers import CHATML, build
 
@@ -110,5 +111,5 @@ def test_a_process_without_free_descriptors_is_one_error(tmp_path: Path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert describe(caught.value) == f"{tmp_path}/result: Too many open files"
-    atomic.remove_leftovers(tmp_path)  # without a descriptor, the folder could not be listed
+    remove_leftovers(tmp_path)  # without a descriptor, the folder could not be listed
     assert list(tmp_path.iterdir()) == []

@@ -3,13 +3,13 @@
 import os
 from pathlib import Path
 
-from lora_cli.run import atomic
+from lora_cli.run.workspace import create, new_path
 
 
 def leave_workspace(path: Path) -> Path:
     """Return a workspace of `path` whose writer was killed."""
-    workspace = atomic._new_path(path)
-    descriptor = atomic._create(workspace)
+    workspace = new_path(path)
+    descriptor = create(workspace)
     assert descriptor is not None
     os.close(descriptor)
     return workspace
