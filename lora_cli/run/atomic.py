@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_cli.run.rename import exchange, rename_without_replacing
@@ -48,7 +48,8 @@ def folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `path` exists and `replace` is False; checked before and after the block.
     """
-    remove_leftovers(path.parent, path.name)
+    with suppress(OSError):  # the write itself reports what stands in the way
+        remove_leftovers(path.parent, path.name)
     _check_new(path, replace=replace)
     with open_workspace(path) as workspace:
         new = workspace / path.name
@@ -125,7 +126,8 @@ def files(paths: Sequence[Path], *, replace: bool = False) -> Iterator[list[Path
     Raises:
         FileExistsError: a path exists and `replace` is False; checked before and after the block.
     """
-    remove_leftovers(paths[0].parent, paths[0].name)
+    with suppress(OSError):
+        remove_leftovers(paths[0].parent, paths[0].name)
     for path in paths:
         _check_new(path, replace=replace)
     with open_workspace(paths[0]) as workspace:
