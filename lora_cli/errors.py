@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-MAX_QUOTED = 300  # characters of a library's error message
+MAX_LINE = 2000  # characters of a message
+MAX_QUOTED = 300  # characters of a library's error message in it
 
 
 class LoraError(Exception):
@@ -24,9 +25,10 @@ class LoraError(Exception):
         exit_code: int = 2,
     ) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
-        self.details = tuple(details)
+        # Names of files, columns and tokens are parts of messages; those of damaged files can contain anything.
+        self.message = one_line(message)
+        self.hint = None if hint is None else one_line(hint)
+        self.details = tuple(map(one_line, details))
         self.exit_code = exit_code
 
 
@@ -35,6 +37,10 @@ def first_line(error: BaseException) -> str:
 
     Damaged files put control characters and whole contents into such messages.
     """
-    line = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
-    printable = "".join(character if character.isprintable() else "?" for character in line)
-    return printable if len(printable) <= MAX_QUOTED else printable[: MAX_QUOTED - 3] + "..."
+    return one_line(next(iter(str(error).splitlines()), "").strip() or type(error).__name__, limit=MAX_QUOTED)
+
+
+def one_line(text: str, *, limit: int = MAX_LINE) -> str:
+    """Return `text` with its unprintable characters escaped, as line breaks and those that control a terminal; cut."""
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

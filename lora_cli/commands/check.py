@@ -1,7 +1,7 @@
 """`lora check`: validate a recipe against rows and model (label mask, target modules, memory) without weights."""
 
 import glob
-from pathlib import Path
+import os
 
 from rich.text import Text
 from torch import nn
@@ -131,7 +131,7 @@ def check_without_model(recipe: Recipe) -> None:
     for side, value in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         specs = [SourceSpec(path=value)] if isinstance(value, str) else value if isinstance(value, list) else []
         for spec in specs:
-            if Path(spec.path).exists() or (glob.has_magic(spec.path) and not is_url(spec.path)):
+            if os.path.lexists(spec.path) or (glob.has_magic(spec.path) and not is_url(spec.path)):
                 local[side].append(spec)
             else:
                 complete = False

@@ -12,6 +12,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.hub import ask_hub
+from lora_cli.run.read_file import read_bytes
+
+MAX_TASK_BYTES = 1 << 20  # of the YAML file of a task
 
 
 def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
@@ -32,6 +35,8 @@ def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
         raise LoraError("--tasks needs the package lm-eval", hint='pip install "lora-cli[tasks]"')
     if folder is not None and not folder.is_dir():
         raise LoraError(f"--tasks-dir {folder}: folder not found", hint="name a folder with YAML files of tasks")
+    for file in sorted(folder.rglob("*.yaml")) if folder else ():
+        read_bytes(file, limit=MAX_TASK_BYTES, hint="--tasks-dir: name a folder with YAML files of tasks")
     known = _task_manager(folder).all_tasks
     if unknown := [task for task in tasks if task not in known]:
         raise LoraError(

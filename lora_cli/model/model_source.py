@@ -25,7 +25,7 @@ from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run.cache_folder import cache_folder
 from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
-from lora_cli.run.read_file import RESTORE, open_regular, read_json_object
+from lora_cli.run.read_file import RESTORE, describe_kind, open_regular, read_json_object
 
 Info = Callable[[str], None]
 
@@ -81,6 +81,8 @@ def find_model(
                 hint="move the files of one of them to another folder",
             )
         return ModelSource(str(path), trust)
+    if os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
+        raise LoraError(f"model.path: {spec.path} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
     if path.is_absolute() or spec.path.startswith(("./", "../", "~")) or spec.path.count("/") > 1:
         raise LoraError(f"model.path: there is no folder {spec.path}", hint=_suggest_path(path))
     return _find_on_hub(spec, info)

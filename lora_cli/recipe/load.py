@@ -11,6 +11,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.validate import validate_recipe
 from lora_cli.recipe.yaml_tree import parse_yaml
 from lora_cli.run.folder import is_run
+from lora_cli.run.read_file import read_bytes
 
 MAX_BYTES = 256 * 1024  # a recipe has a few kilobytes; a model file passed by mistake has gigabytes
 PASS_A_RECIPE = "pass a recipe (a .yaml file)"
@@ -58,19 +59,7 @@ def _with_output(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise LoraError(f"{path} is a folder", hint=PASS_A_RECIPE) from None
-    except FileNotFoundError:
-        raise LoraError(f"{path} does not exist", hint=PASS_A_RECIPE) from None
-    except OSError as error:
-        raise LoraError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise LoraError("the recipe's path contains a null character", hint=PASS_A_RECIPE) from None
-    if len(data) > MAX_BYTES:
-        raise LoraError(f"{path} is larger than {MAX_BYTES // 1024} KB", hint=PASS_A_RECIPE)
+    data = read_bytes(path, limit=MAX_BYTES, hint=PASS_A_RECIPE)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

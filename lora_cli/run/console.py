@@ -16,9 +16,17 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
+# Characters that control a terminal, or turn the direction of the text: names in messages can come from any file.
+CONTROL = {
+    code: ascii(chr(code))[1:-1]
+    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\n\t"
+}
+
+
 def info(line: str) -> None:
     """Print a message to stderr."""
-    err.print(line)
+    err.print(line.translate(CONTROL))
 
 
 def print_table(table: Table) -> None:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from lora_cli.errors import LoraError
 
 MAX_TEXT_BYTES = 256 << 20  # tokenizers of large vocabularies are the largest text files: some tens of megabytes
+MAX_SHOWN = 200  # characters of a path in a message
 RESTORE = "restore the file from its origin"
 
 
@@ -26,12 +27,21 @@ def open_regular(path: Path, *, hint: str = RESTORE) -> BinaryIO:
     except FileNotFoundError:
         raise LoraError(f"{path} does not exist", hint=hint) from None
     except OSError as error:  # no permission, a loop of links, a name that is too long
-        raise LoraError(f"{path} cannot be read: {error.strerror}", hint=hint) from None
+        raise LoraError(f"{shorten_path(path)} cannot be read: {error.strerror}", hint=hint) from None
+    except ValueError:
+        raise LoraError(f"{shorten_path(path)}: a path cannot contain a NUL character", hint=hint) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         kind = _kind(os.fstat(descriptor).st_mode)
         os.close(descriptor)
         raise LoraError(f"{path} is {kind}, not a file", hint=hint)
     return os.fdopen(descriptor, "rb")
+
+
+def shorten_path(path: Path) -> str:
+    """Return a path for a message: one printable line of at most 200 characters, its end in any case."""
+    text = str(path)
+    text = text if len(text) <= MAX_SHOWN else f"...{text[3 - MAX_SHOWN :]}"
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def read_bytes(path: Path, *, limit: int = MAX_TEXT_BYTES, hint: str = RESTORE) -> bytes:
@@ -99,7 +109,7 @@ def as_json(value: object) -> str:
 
 
 def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from types import TracebackType
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, one_line
 from lora_cli.run.console import format_bytes
 from lora_cli.run.disk_space import free_bytes, written_bytes
 
@@ -60,7 +60,7 @@ def system_error(error: BaseException | None) -> OSError | None:
 def describe(error: OSError) -> str:
     """Return the path and the problem in one line."""
     if error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return f"{one_line(os.fsdecode(error.filename), limit=200)}: {error.strerror}"
     if error.errno == errno.ENOENT and not _has_working_folder():
         return "the working folder does not exist any more"
     return os.strerror(error.errno or 0)  # pyarrow's own text has two lines

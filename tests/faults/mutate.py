@@ -187,8 +187,8 @@ def change_length(data: bytes, rng: random.Random) -> bytes:
 
 
 def append_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Append zeros, random bytes, or the start of `data`."""
-    size = rng.choice((1, 7, 512, 4096))
+    """Append zeros, random bytes, or a part of `data`."""
+    size = min(rng.choice((1, 7, 512, 4096)), max(1, len(data) // 2))
     return data + rng.choice((bytes(size), rng.randbytes(size), data[:size]))
 
 
