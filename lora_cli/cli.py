@@ -5,16 +5,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.library_warnings import silence_library_warnings
+from lora_cli.run.os_errors import as_lora_error
+from lora_cli.run.output_path import reserve_output_path
 from lora_cli.run.signals import handle_signals, stop_with_launcher
 from lora_cli.run.streams import standard_streams
-from lora_cli.run.system_errors import HINTS, as_os_error, describe
+from lora_cli.run.system_errors import as_os_error
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
@@ -135,20 +137,21 @@ def merge(
     _choice("--dtype", dtype, "auto", "bfloat16", "float16", "float32")
     _choice("--weights", weights, "auto", "original", "dequantized")
     _choice("--verify", verify, "logits", "tensors")
-    from lora_cli.commands import merge as command
+    with reserve_output_path(out):
+        from lora_cli.commands import merge as command
 
-    request = command.MergeRequest(
-        base=base,
-        dtype=dtype,
-        weights=weights,
-        verify=verify,
-        max_shard_size=max_shard_size,
-        force=force,
-        unmerge=unmerge,
-        other_base=other_base,
-        trust_remote_code=trust,
-    )
-    command.merge(adapter, out=out, request=request)
+        request = command.MergeRequest(
+            base=base,
+            dtype=dtype,
+            weights=weights,
+            verify=verify,
+            max_shard_size=max_shard_size,
+            force=force,
+            unmerge=unmerge,
+            other_base=other_base,
+            trust_remote_code=trust,
+        )
+        command.merge(adapter, out=out, request=request)
 
 
 @app.command()
@@ -186,10 +189,11 @@ def export(
     if target is None or out is None:
         missing = "the model, run or adapter" if target is None else "--out"
         raise LoraError(f"lora export: {missing} is missing", hint=f"lora export runs/NAME --to {to} --out PATH")
-    from lora_cli.commands import export as command
+    with reserve_output_path(out):
+        from lora_cli.commands import export as command
 
-    request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
-    command.export(target, out=out, request=request)
+        request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
+        command.export(target, out=out, request=request)
 
 
 def _choice(option: str, value: str, *known: str) -> None:
@@ -247,9 +251,10 @@ def resize(
     force: Force = False,
 ) -> None:
     """Write an adapter of lower rank from the largest components, and print the energy that is kept."""
-    from lora_cli.commands.adapter import resize as command
+    with reserve_output_path(out):
+        from lora_cli.commands.adapter import resize as command
 
-    command(adapter, out=out, rank=rank, energy=energy, force=force)
+        command(adapter, out=out, rank=rank, energy=energy, force=force)
 
 
 @adapter_app.command()
@@ -268,9 +273,10 @@ def combine(
 ) -> None:
     """Write the weighted sum of several adapters as one."""
     _choice("--method", method, "concat", "svd", "linear", "ties", "dare")
-    from lora_cli.commands.adapter import combine as command
+    with reserve_output_path(out):
+        from lora_cli.commands.adapter import combine as command
 
-    command(adapters, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
+        command(adapters, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
 
 
 @app.command()
@@ -317,21 +323,25 @@ def _run() -> None:
         with as_os_error():
             app()
     except LoraError as mistake:
-        if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
-            # With several processes, the first one of this machine prints the error. When this one exits, the launcher
-            # ends the others, so it waits.
-            time.sleep(1)
-            sys.exit(mistake.exit_code)
-        for line in mistake.details:
-            console.info(line)
-        console.info(f"error: {mistake.message}")
-        if mistake.hint:
-            console.info(f"hint: {mistake.hint}")
-        sys.exit(mistake.exit_code)
+        _report(mistake)
     except OSError as error:
-        if error.errno not in HINTS:
+        if (found := as_lora_error(error)) is None:
             raise
-        console.info(f"error: {describe(error)}")
         resume = ", and a run continues with --resume" if sys.argv[1:2] == ["train"] else ""
-        console.info(f"hint: {HINTS[error.errno]}; files written before are complete{resume}")
-        sys.exit(1)
+        found.hint = f"{found.hint}; files written before are complete{resume}"
+        _report(found)
+
+
+def _report(mistake: LoraError) -> NoReturn:
+    """Print the lines of an error, and exit with its code."""
+    if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+        # With several processes, the first one of this machine prints the error. When this one exits, the launcher
+        # ends the others, so it waits.
+        time.sleep(1)
+        sys.exit(mistake.exit_code)
+    for line in mistake.details:
+        console.info(line)
+    console.info(f"error: {mistake.message}")
+    if mistake.hint:
+        console.info(f"hint: {mistake.hint}")
+    sys.exit(mistake.exit_code)

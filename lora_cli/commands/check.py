@@ -2,6 +2,7 @@
 
 import glob
 import os
+from pathlib import Path
 
 from rich.text import Text
 from torch import nn

@@ -3,14 +3,15 @@
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, list_files, read_checksums
 from lora_cli.run.folder import CONFIG_FILE, LOCK, RUN_FILES
 from lora_cli.run.read_file import open_regular
-from lora_cli.run.workspace import is_being_written, remove_leftovers
+from lora_cli.run.workspace import remove_leftovers, reserve
 
 # Files of an adapter or a model in the format of Hugging Face, as this and other tools write them.
 FORMAT_FILE = re.compile(
@@ -26,6 +27,27 @@ FILE_MAGIC = {".gguf": b"GGUF", ".json": b"{\n"}
 MAX_COMPARED_BYTES = 16 << 20
 
 
+@contextmanager
+def reserve_output_path(out: Path) -> Iterator[None]:
+    """Within the block, another command that writes to `out` is refused.
+
+    Raises:
+        LoraError: another command is writing to `out`.
+    """
+    with ExitStack() as stack:
+        try:
+            if out.name not in ("", ".."):
+                stack.enter_context(reserve(out.absolute()))
+        except BlockingIOError as error:
+            raise LoraError(
+                f"--out {_shortened(out)} is being written by process {error}",
+                hint="wait for it, or name another place",
+            ) from None
+        except (OSError, ValueError):
+            pass  # a place that cannot be written, of which `check_output_path` says why
+        yield
+
+
 def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, command: str, kind: str = "folder") -> None:
     """Check that `out` can be written, and remove what a killed command left there.
 
@@ -37,7 +59,7 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
         kind: folder or file: what the command writes.
 
     Raises:
-        LoraError: `out` is a link, the working folder or above it, is or contains an input, is being written, exists
+        LoraError: `out` is a link, the working folder or above it, is or contains an input, exists
             without `replace`, was not written by this tool, or its parent is missing or cannot be written.
     """
     another = f"name another {kind}"
@@ -55,8 +77,6 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
         raise LoraError(f"--out {out} is a link to {os.readlink(out)}{target}", hint="name the folder itself")
     _check_not_in_run(out, another)
     parent = out.absolute().parent
-    if is_being_written(parent / out.name):
-        raise LoraError(f"--out {out} is being written by another process", hint=f"wait for it, or {another}")
     remove_leftovers(parent, out.name)
     mode = _mode(out, another)
     if mode is None:

@@ -59,11 +59,13 @@ def system_error(error: BaseException | None) -> OSError | None:
 
 def describe(error: OSError) -> str:
     """Return the path and the problem in one line."""
-    if error.filename is not None:
-        return f"{one_line(os.fsdecode(error.filename), limit=200)}: {error.strerror}"
     if error.errno == errno.ENOENT and not _has_working_folder():
         return "the working folder does not exist any more"
-    return os.strerror(error.errno or 0)  # pyarrow's own text has two lines
+    if error.filename is not None:
+        return f"{one_line(os.fsdecode(error.filename), limit=200)}: {error.strerror}"
+    if error.errno is None:
+        return one_line(str(error))
+    return os.strerror(error.errno)  # pyarrow's own text has two lines
 
 
 class as_os_error:  # used like a function: `with as_os_error(path, temporary):`

@@ -13,8 +13,9 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -68,13 +69,47 @@ def remove_leftovers(parent: Path, name: str | None = None) -> None:
                 _clean(workspace)
 
 
-def is_being_written(path: Path) -> bool:
-    """Return whether a living process has a workspace for the result `path`."""
-    return any(
-        not workspace.is_symlink() and not _is_free(workspace)
-        for workspace in path.parent.glob(f".tmp-{glob.escape(_short(path.name))}-*")
-        if WORKSPACE.fullmatch(workspace.name)
-    )
+@contextmanager
+def reserve(path: Path) -> Iterator[None]:
+    """Within the block, no other process can reserve the place of the result `path`.
+
+    Raises:
+        BlockingIOError: a living process has a workspace for it; its id is the argument.
+        OSError: no workspace can be created.
+    """
+    with ExitStack() as stack:
+        with _locked_folder(path.parent):  # of two processes that start together, one sees the other
+            if (writer := _find_writer(path)) is not None:
+                raise BlockingIOError(writer)
+            stack.enter_context(open_workspace(path))
+        yield
+
+
+def _find_writer(path: Path) -> str | None:
+    """Return the id of a living process that has a workspace for the result `path`."""
+    for workspace in path.parent.glob(f".tmp-{glob.escape(_short(path.name))}-*"):
+        if WORKSPACE.fullmatch(workspace.name) and not workspace.is_symlink() and not _is_free(workspace):
+            with suppress(OSError):
+                return (workspace / LOCK).read_text(encoding="ascii", errors="replace")[:20] or "another"
+    return None
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """Hold a lock on an existing folder; without it where another program holds one for longer than a second."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(100):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def commit(workspace: Path, paths: Sequence[Path], *, replace: bool) -> None:
@@ -187,6 +222,7 @@ def _lock_new(workspace: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(workspace / LOCK)):
+            os.write(descriptor, str(os.getpid()).encode())  # for messages
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.run import atomic, rename
-from lora_cli.run.workspace import REMOVED, is_being_written, remove_leftovers
+from lora_cli.run.workspace import REMOVED, remove_leftovers, reserve
 from tests.support.workspaces import leave_workspace
 
 
@@ -150,8 +150,10 @@ def test_leftovers_of_ended_processes_are_removed_and_no_others(tmp_path: Path):
     with atomic.temporary_folder(tmp_path / "b") as alive:
         remove_leftovers(tmp_path)
         assert names(tmp_path) == keep | {alive.parent.name}
-        assert is_being_written(tmp_path / "b")
-        assert not is_being_written(tmp_path / "a")
+        with pytest.raises(BlockingIOError, match=str(os.getpid())), reserve(tmp_path / "b"):
+            pass
+        with reserve(tmp_path / "a"):
+            pass
     remove_leftovers(tmp_path / "missing")
     assert names(tmp_path) == keep
     assert names(tmp_path / "elsewhere") == {"lock"}

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import open_run
-from lora_cli.run.output_path import check_output_path
+from lora_cli.run.output_path import check_output_path, reserve_output_path
 from tests.support.workspaces import leave_workspace
 
 
@@ -135,12 +137,47 @@ def test_files_are_replaced_if_they_are_of_the_format(home: Path):
 
 
 def test_a_place_that_another_process_writes_to_is_refused(home: Path):
-    with (
-        atomic.temporary_folder(home / "new"),
-        pytest.raises(LoraError, match="--out new is being written by another process"),
-    ):
-        check("new")
-    check("new")
+    out = Path("new")
+    with reserve_output_path(out):
+        with (
+            pytest.raises(LoraError, match=f"--out new is being written by process {os.getpid()}"),
+            reserve_output_path(out),
+        ):
+            pytest.fail("reserved twice")
+        check("new")  # by the process itself
+        with reserve_output_path(Path("other")), atomic.folder(home / "new"):
+            pass
+    assert {path.name for path in home.iterdir() if path.name.startswith(".tmp")} == set()
+    with reserve_output_path(out):
+        pass
+
+
+def test_one_of_many_processes_that_start_together_reserves_the_place(home: Path):
+    """Each waits until all have started, and holds the place until all have tried."""
+    script = (
+        "import sys; from pathlib import Path; from lora_cli.run.output_path import *\n"
+        "print(flush=True); sys.stdin.readline()\n"
+        "try:\n"
+        "    with reserve_output_path(Path('new')): print('mine', flush=True); sys.stdin.readline()\n"
+        "except LoraError: print('refused', flush=True)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", script], **pipes) for _ in range(8)]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    answers = sorted(process.stdout.readline() for process in processes)
+    for process in processes:
+        process.communicate("\n")
+    assert answers == ["mine\n", *["refused\n"] * 7]
+
+
+@pytest.mark.parametrize("place", [".", "/", "missing/new", "file.txt/new", "x" * 300, "\0"])
+def test_a_place_that_cannot_be_written_is_left_to_the_check(home: Path, place: str):
+    with reserve_output_path(Path(place)):
+        pass
 
 
 def test_leftovers_are_removed_even_if_the_place_is_refused(home: Path):
