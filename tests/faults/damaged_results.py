@@ -24,6 +24,7 @@ class Target(NamedTuple):
     path: str  # in the working folder
     commands: dict[str, str]
     other: str = ""  # an intact one of the same kind
+    verified: bool = True  # whether it has checksums: other contents of another tool's model may be meant
 
 
 _ADAPTER = {
@@ -71,8 +72,9 @@ TARGETS = {
             "check recipe.yaml --set model.path=tiny": "",
         },
         other="merged",
+        verified=False,
     ),
-    "GGUF base": Target("base.gguf", {"train gguf.yaml": "runs/new/adapter"}),
+    "GGUF base": Target("base.gguf", {"train gguf.yaml": "runs/new/adapter"}, verified=False),
 }
 
 
@@ -150,7 +152,7 @@ def try_case(case: Case, folder: Path) -> Outcome:
         if ended.code:
             return _judge_refusal(case, work, ended, described, result)
         changed = difference(contents(work / result), expected) if result not in ("", "cache") else ""
-        if changed and not any(word in ended.err for word in TOLD):
+        if changed and target.verified and not any(word in ended.err for word in TOLD):
             return Outcome("silent", described, f"{result}: {changed}; stderr: {ended.err[-300:]}")
         return Outcome("survived", described)
 
