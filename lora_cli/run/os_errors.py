@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lora_cli.errors import LoraError
@@ -23,5 +24,7 @@ def as_lora_error(error: OSError) -> LoraError | None:
 
 def _user(path: Path) -> str | None:
     """Return the id of the process that has locked the run which contains `path`."""
-    run = next((parent for parent in path.absolute().parents if (parent / LOCK).is_file()), None)
-    return user_of_run(run) if run else None
+    with suppress(FileNotFoundError):  # the working folder is gone
+        run = next((parent for parent in path.absolute().parents if (parent / LOCK).is_file()), None)
+        return user_of_run(run) if run else None
+    return None
