@@ -4,6 +4,7 @@ from functools import partial
 
 from tests.faults import damaged_results, links, operation_faults, random_kills, scenarios, two_at_once
 from tests.faults.campaign import Campaign
+from tests.faults.mutations import MUTATIONS
 
 # What a quick campaign is limited to, as each command that is prepared takes seconds.
 QUICK_SCENARIOS = (
@@ -56,5 +57,6 @@ def campaigns(*, quick: bool) -> dict[str, Campaign]:
             links.cases, links.try_case, 700,
         ),
         "two": Campaign("two commands at once", *shared, two_at_once.cases, two_at_once.try_case, 150),
+        **MUTATIONS,
     }  # fmt: skip
     return {key: campaign for key, campaign in table.items() if not (quick and key == "processes")}
