@@ -8,7 +8,7 @@ The commands run in turn. Copying includes writing to the disk (`sync`), as `lor
 imports take in the same round. The fold is reading, merging and writing alone, as `lora merge --verify tensors` prints
 it. PEFT's seconds leave out imports too. On a machine with other load, only the rounds' ratios say something.
 
-Exits with 1 if `lora merge` needs 1.3 GB of memory or more, or more than 4 times the time of copying without imports,
+Exits with 1 if `lora merge` needs 1.3 GB of memory or more, or without imports more than 4 times the time of copying,
 or if the fold runs at less than 60% of the speed of copying.
 """
 

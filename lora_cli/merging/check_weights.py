@@ -158,7 +158,7 @@ def _check_unchanged(name: str, base: CheckpointReader, written: CheckpointReade
     if not base.has(name):
         return [Mismatch(name, NOT_IN_BASE)]
     sources, targets = ([reader.tensors[key] for key in reader.keys_of(name)] for reader in (base, written))
-    if base.is_transformed(name) or [each.shape for each in sources] != [each.shape for each in targets]:
+    if name in base.transforms or [each.shape for each in sources] != [each.shape for each in targets]:
         return _check_values(name, base.read(name), written)
     pairs = zip(sources, targets, strict=True)
     return [found for source, target in pairs for found in _check_copy(name, source, target, files)]

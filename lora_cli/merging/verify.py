@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
@@ -29,6 +27,7 @@ from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import console
 
+MAX_THREADS = 16  # each needs memory for a block
 MIN_RETAINED = 0.5  # of the adapter's effect on the logits
 # A model is read and multiplied once for each of three runs: more tokens than these would take longer than writing it.
 MIN_TOKENS, MAX_TOKENS = 48, 512
@@ -71,28 +70,37 @@ def random_probes(adapter: SavedAdapter, tokens: int) -> Probes:
 @contextmanager
 def open_streams() -> Iterator[Streams]:
     """Yield what the streamed models of one verification share."""
-    with ShardFiles(writable=False) as files, thread_pool() as pool:
+    with ShardFiles(writable=False) as files, thread_pool(MAX_THREADS) as pool:
         yield Streams(files, pool)
 
 
+class BaseWeights(NamedTuple):
+    """The weights of the base that the adapter is merged into."""
+
+    transforms: Transforms  # from the stored weights to them
+    logits: Tensor | None = None  # of these weights with the adapter on the probes, fp32, if they were measured
+
+
 def choose_base_weights(
-    adapter: SavedAdapter, probes: Probes, spec: QuantizationSpec, transforms: Transforms, streams: Streams
-) -> str:
-    """Return which base weights bring the merged model closer to the trained one: `original` or `dequantized`.
+    adapter: SavedAdapter, probes: Probes, spec: QuantizationSpec, dequantized: Transforms, streams: Streams
+) -> BaseWeights:
+    """Choose the original or the dequantized weights: those that bring the merged model closer to the trained one.
 
     Args:
         adapter: trained over a quantized base.
         probes: to compare on.
         spec: how the base was quantized.
-        transforms: from original to dequantized weights.
+        dequantized: transforms from original to dequantized weights.
         streams: for the models.
     """
     task = adapter.base.task
-    trained = _logits(streamed_models.open_trained(adapter, spec, streams).model, probes, task)
+    trained = _logits(streamed_models.open_trained(adapter, spec, streams), probes, task)
+    choices = {"original": BaseWeights({}), "dequantized": BaseWeights(dequantized)}
     agreements = {}
-    for name, applied in (("original", {}), ("dequantized", transforms)):
-        merged = _logits(streamed_models.open_adapted(adapter, applied, streams).model, probes, task)
-        agreements[name] = compare_models.compare_logits(merged, trained, None)
+    for name, choice in choices.items():
+        logits = _logits(streamed_models.open_adapted(adapter, choice.transforms, streams), probes, task)
+        choices[name] = choice._replace(logits=logits)
+        agreements[name] = compare_models.compare_logits(logits, trained, None)
     tokens = not TASKS[task].is_classification
     best = min(agreements, key=lambda name: agreements[name].kl if tokens else agreements[name].max_difference)
     measured = [
@@ -101,7 +109,7 @@ def choose_base_weights(
     console.info(
         f"weights: {best}, closer to the trained {spec.bits}-bit model on {probes.description}: {', '.join(measured)}"
     )
-    return best
+    return choices[best]
 
 
 class Reference(NamedTuple):
@@ -113,7 +121,7 @@ class Reference(NamedTuple):
 
 @contextmanager
 def verification(
-    adapter: SavedAdapter, probes: Probes | None, transforms: Transforms, streams: Streams
+    adapter: SavedAdapter, probes: Probes | None, weights: BaseWeights, streams: Streams
 ) -> Iterator[Callable[[Path], Agreement | None]]:
     """Run base and adapter while the caller writes the merged model; yield the function that verifies it.
 
@@ -122,7 +130,7 @@ def verification(
     Args:
         adapter: to be merged.
         probes: to compare the logits on; None to compare the weights alone.
-        transforms: of the base's weights.
+        weights: of the base.
         streams: for the models.
 
     Yields:
@@ -130,9 +138,9 @@ def verification(
         called once. It raises a LoraError if a weight is wrong, or too little of the adapter's effect is left.
     """
     task = adapter.base.task
-    adapted = streamed_models.open_adapted(adapter, transforms, streams)
+    adapted = streamed_models.open_adapted(adapter, weights.transforms, streams)
     with ThreadPoolExecutor(1) as background:
-        reference = background.submit(_run_reference, adapted, probes, task) if probes else None
+        reference = background.submit(_run_reference, adapted, weights.logits, probes, task) if probes else None
 
         def verify(written: Path) -> Agreement | None:
             expected = reference.result() if reference else None
@@ -147,20 +155,22 @@ def verification(
             raise
 
 
-def _run_reference(adapted: AdaptedModel, probes: Probes, task: TaskName) -> Reference:
-    logits = _logits(adapted.model, probes, task)
+def _run_reference(adapted: AdaptedModel, logits: Tensor | None, probes: Probes, task: TaskName) -> Reference:
+    """Run base and adapter, unless their logits are known, and the base alone."""
+    logits = _logits(adapted, probes, task) if logits is None else logits
     if TASKS[task].is_classification:
         return Reference(logits, None)
     with adapted.model.disable_adapter():
-        return Reference(logits, _logits(adapted.model, probes, task))
+        return Reference(logits, _logits(adapted, probes, task))
 
 
-def _logits(model: PeftModel | PreTrainedModel, probes: Probes, task: TaskName) -> Tensor:
-    """Return the logits of a streamed model; all that is not a product of the streams runs on one core."""
+def _logits(streamed: AdaptedModel | MergedModel, probes: Probes, task: TaskName) -> Tensor:
+    """Return the logits of a model; on one core, except products, which have threads, and quantization."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would wait for each other, and take the cores from the streams' threads
+    if not streamed.reader.transforms:
+        torch.set_num_threads(1)  # small operations on more would wait, and take the cores from the products' threads
     try:
-        return compare_models.probe_logits(model, probes.batch, task)
+        return compare_models.probe_logits(streamed.model, probes.batch, task)
     finally:
         torch.set_num_threads(threads)
 
@@ -177,7 +187,7 @@ def _check_weights(adapted: AdaptedModel, merged: MergedModel, streams: Streams)
 
 def _compare(merged: MergedModel, probes: Probes, reference: Reference, task: TaskName) -> Agreement:
     """Compare the logits of the merged model; raise a LoraError if too little of the adapter's effect is left."""
-    logits = _logits(merged.model, probes, task)
+    logits = _logits(merged, probes, task)
     agreement = compare_models.compare_logits(logits, reference.adapted, reference.base)
     if agreement.retained is not None and not agreement.retained >= MIN_RETAINED:
         raise LoraError(

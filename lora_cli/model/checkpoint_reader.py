@@ -42,9 +42,9 @@ class CheckpointReader:
                 with more rows than are stored gets the mean row, which new tokens start from.
             transforms: of stored values, to values of the same shape.
         """
-        self.tensors = tensors
+        self.tensors, self.transforms = tensors, transforms
         self._mapping, self._keys = mapping, mapping.keys(tied)
-        self._files, self._shapes, self._transforms = files, shapes, transforms
+        self._files, self._shapes = files, shapes
         self._mean_rows: dict[str, Tensor] = {}
         for stored in tensors.values():
             files.open(stored.file)  # only one thread may open a file
@@ -59,13 +59,9 @@ class CheckpointReader:
             return tuple(part.key for part in self._mapping.parts[name])
         return (self._keys[name],) if name in self._keys else ()
 
-    def is_transformed(self, name: str) -> bool:
-        """Return whether the values of the parameter `name` are not those that are stored."""
-        return name in self._transforms
-
     def stored(self, name: str) -> TensorInfo | None:
         """Return the tensor that has the values of the parameter `name`, or its first rows; None if there is none."""
-        return None if name in self._transforms or name not in self._keys else self.tensors[self._keys[name]]
+        return None if name in self.transforms or name not in self._keys else self.tensors[self._keys[name]]
 
     def read(self, name: str) -> Tensor:
         """Return the parameter `name`, in its shape in the model, in the dtype that is stored or transformed to.
@@ -81,7 +77,7 @@ class CheckpointReader:
             if has_new_rows(tuple(value.shape), shape):
                 value = value.float()
                 return torch.cat([value, self._mean_row(name, value).expand(shape[0] - len(value), -1)])
-        return self._transforms[name](value) if name in self._transforms else value
+        return self.transforms[name](value) if name in self.transforms else value
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return [stop - start, ...] of a parameter that is stored: in the dtype of the file, new rows in fp32.
@@ -100,7 +96,7 @@ class CheckpointReader:
         """Return one expert of a parameter that has all experts of a layer, in the dtype that is stored."""
         if self.stored(name) is not None:
             return self.read_rows(name, index, index + 1)[0]
-        if name not in self._transforms:
+        if name not in self.transforms:
             expert = self._mapping.to_expert(name, index, self._read_key)
             if expert is not None:
                 return expert

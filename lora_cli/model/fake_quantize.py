@@ -15,6 +15,7 @@ from lora_cli.model.quantize_experts import packable_weights
 from lora_cli.recipe.schema import QuantizationSpec
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8: larger inputs are outliers; the default of transformers
+PART_WEIGHTS = 1 << 20  # of a weight that are quantized at a time: a multiple of the block size
 
 
 def quantized_weights(
@@ -102,9 +103,19 @@ def _fake_quantize_inputs(x: Tensor) -> Tensor:
 def _fake_quantize_4bit(weight: Tensor, spec: QuantizationSpec) -> Tensor:
     # Flattened to one row, because blocks continue across row ends: for rows that are not a multiple of the block size,
     # the CPU kernel (bitsandbytes 0.50) would apply the scales of other blocks.
-    row = weight.reshape(-1)
-    codes, state = bnbf.quantize_4bit(row, quant_type=spec.type, compress_statistics=spec.double_quant)
-    value: Tensor = bnbf.dequantize_4bit(codes, state)
+    # In parts, because the functions take 20 bytes for each weight; only the scales are quantized all together.
+    parts = weight.reshape(-1).split(PART_WEIGHTS)
+    quantized = [bnbf.quantize_4bit(part, quant_type=spec.type, compress_statistics=False) for part in parts]
+    scales = torch.cat([state.absmax for _, state in quantized])
+    if spec.double_quant:
+        offset = scales.mean()
+        codes, state_of_scales = bnbf.quantize_blockwise(scales - offset, blocksize=256)
+        scales = bnbf.dequantize_blockwise(codes, state_of_scales) + offset
+    value = torch.empty(weight.numel(), dtype=weight.dtype)
+    sizes = [len(state.absmax) for _, state in quantized]
+    for (codes, state), own, target in zip(quantized, scales.split(sizes), value.split(PART_WEIGHTS), strict=True):
+        state.absmax = own
+        target.copy_(bnbf.dequantize_4bit(codes, state).view(-1))
     return value.reshape(weight.shape)
 
 

@@ -14,7 +14,7 @@ from lora_cli.merging.compare_models import Agreement
 from lora_cli.merging.merge_tensors import MergedTensor
 from lora_cli.merging.stream import MergePlan
 from lora_cli.merging.streamed_models import Streams
-from lora_cli.merging.verify import Probes
+from lora_cli.merging.verify import BaseWeights, Probes
 from lora_cli.model import empty_base, fake_quantize, multimodal, prequantized, safetensors_io
 from lora_cli.model.adapter_files import AdapterFiles
 from lora_cli.model.checkpoint_reader import Transforms
@@ -107,13 +107,14 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
         probes = held_out.probes(tokens) or verify.random_probes(adapter, tokens)
     check_free_space([Need(out, plan.size, "the merged model")])
     with verify.open_streams() as streams:
-        transforms = _transforms(adapter, spec, probes, options.weights, streams)
+        weights = _base_weights(adapter, spec, probes, options.weights, streams)
         with (
             verified_folder(out, kind="merged model", published=False, replace=options.replace) as partial,
-            verify.verification(adapter, probes, transforms, streams) as verify_merge,
+            verify.verification(adapter, probes, weights, streams) as verify_merge,
         ):
             console.info(f"merging {adapter.files.method} into {adapter.base.name}: {describe_size(plan)}")
             start = time.perf_counter()
+            transforms = weights.transforms
             merged = write_tensors(plan, partial, max_shard_bytes=options.max_shard_bytes, transforms=transforms)
             seconds = time.perf_counter() - start
             _check_retained(merged, plan)
@@ -141,24 +142,23 @@ def _quantization(adapter: SavedAdapter, weights: str) -> QuantizationSpec | Non
     return None if section is None else QuantizationSpec.model_validate(section)
 
 
-def _transforms(
+def _base_weights(
     adapter: SavedAdapter, spec: QuantizationSpec | None, probes: Probes | None, weights: str, streams: Streams
-) -> Transforms:
-    """Return functions for the base's weights before the update is added: none, or quantize and dequantize."""
+) -> BaseWeights:
+    """Return the base's weights that the update is added to: as stored, or quantized and dequantized."""
     if spec is None or weights == "original":
-        return {}
+        return BaseWeights({})
     names = fake_quantize.quantized_weights(adapter.base.skeleton(), spec)
     dequantized = {
         name: fake_quantize.quantize_dequantize(spec, adapter.base.dtype, transposed=transposed)
         for name, transposed in names.items()
     }
     if weights == "dequantized":
-        return dequantized
+        return BaseWeights(dequantized)
     if probes is None:
         console.info("weights: dequantized, as in training; original weights were not measured")
-        return dequantized
-    best = verify.choose_base_weights(adapter, probes, spec, dequantized, streams)
-    return dequantized if best == "dequantized" else {}
+        return BaseWeights(dequantized)
+    return verify.choose_base_weights(adapter, probes, spec, dequantized, streams)
 
 
 def write_tensors(

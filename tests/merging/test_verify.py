@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_cli.merging import compare_models, verify
-from lora_cli.merging.verify import MAX_LOGITS, MAX_TOKENS, MIN_TOKENS, TOKEN_WEIGHTS, Probes
+from lora_cli.merging.verify import MAX_LOGITS, MAX_TOKENS, MIN_TOKENS, TOKEN_WEIGHTS, BaseWeights, Probes
 from lora_cli.model import save_adapter
 from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.checkpoint_reader import CheckpointReader
@@ -60,7 +60,7 @@ def test_a_merge_that_fails_ends_the_runs_of_its_verification(adapter: SavedAdap
             shutdown(**options)
 
         def merge() -> None:
-            with verify.verification(adapter, Probes(batch, ""), {}, streams):
+            with verify.verification(adapter, Probes(batch, ""), BaseWeights({}), streams):
                 assert started.wait(timeout=60)
                 raise OSError("disk full")
 

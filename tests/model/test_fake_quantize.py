@@ -53,6 +53,21 @@ def test_fake_quantized_weights_equal_the_dequantized_weights_of_the_layers(
 
 
 @pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_weight_that_is_quantized_in_parts_has_the_values_of_one_part(
+    kind: str, double: bool, monkeypatch: pytest.MonkeyPatch
+):
+    spec = QuantizationSpec.model_validate({"type": kind, "double_quant": double})
+    weight = torch.randn(71, 192, generator=torch.Generator().manual_seed(0))
+    apply = fake_quantize.quantize_dequantize(spec, torch.bfloat16, transposed=False)
+    codes, state = bnb.functional.quantize_4bit(weight.bfloat16().view(-1), quant_type=kind, compress_statistics=double)
+    expected = bnb.functional.dequantize_4bit(codes, state).view(weight.shape)
+    for size in (fake_quantize.PART_WEIGHTS, 64 * 5, 64):
+        monkeypatch.setattr(fake_quantize, "PART_WEIGHTS", size)
+        assert torch.equal(apply(weight), expected)
+
+
+@pytest.mark.parametrize("double", [False, True])
 def test_blocks_continue_across_row_ends(double: bool):
     """On a GPU, in_features of a layer may be other than a multiple of the block size."""
     spec = QuantizationSpec.model_validate({"double_quant": double})
