@@ -8,6 +8,7 @@ from tokenizers import Encoding
 
 from lora_cli.data.assistant_spans import Span
 
+SLOW_SEARCH = 10_000_000  # comparisons of a search token by token: some milliseconds
 IGNORE_INDEX = -100  # label of a token without loss, as in torch and transformers
 
 Ints = npt.NDArray[np.int32]
@@ -45,9 +46,8 @@ def skip_stripped(encoding: Encoding, borders: Sequence[int], text: str, rstrip:
         rstrip: ids of the added tokens with the flag `rstrip`, which swallow the white space behind them.
     """
     moved = []
-    for border in borders:
-        token = encoding.char_to_token(border) if rstrip and border < len(text) else None
-        if token is not None and encoding.ids[token] in rstrip:
+    for border, token in zip(borders, _tokens_at(encoding, borders) if rstrip else [None] * len(borders), strict=True):
+        if border < len(text) and token is not None and encoding.ids[token] in rstrip:
             start, stop = encoding.offsets[token]
             border = stop if start < border and text[border:stop].isspace() else border
         moved.append(border)
@@ -61,11 +61,10 @@ def token_positions(encoding: Encoding, borders: Sequence[int], *, length: int) 
     """
     positions = []
     offsets = encoding.offsets
-    for border in borders:
+    for border, token in zip(borders, _tokens_at(encoding, borders), strict=True):
         if border == length:
             positions.append(len(encoding.ids))
             continue
-        token = encoding.char_to_token(border)
         if token is None or offsets[token][0] != border:
             return None
         # If several byte tokens form one character, all have its offsets: the previous token must end at the border.
@@ -73,3 +72,14 @@ def token_positions(encoding: Encoding, borders: Sequence[int], *, length: int) 
             return None
         positions.append(token)
     return positions
+
+
+def _tokens_at(encoding: Encoding, borders: Sequence[int]) -> list[int | None]:
+    """Return the first token that contains each character, as `Encoding.char_to_token` does: it searches all tokens."""
+    if len(borders) * len(encoding.ids) > SLOW_SEARCH:
+        starts, stops = np.array(encoding.offsets, dtype=np.int64).T
+        if (np.diff(starts) >= 0).all() and (np.diff(stops) >= 0).all():
+            found = np.searchsorted(stops, borders, side="right")
+            tokens = zip(found.tolist(), borders, strict=True)
+            return [token if token < len(starts) and starts[token] <= border else None for token, border in tokens]
+    return [encoding.char_to_token(border) for border in borders]

@@ -107,7 +107,7 @@ def _check_sources(recipe: Recipe) -> Iterator[Conflict]:
                     yield Conflict(f"{key}[{index}]", f"'{shorten(second.path)}' is listed twice", fix)
             for index, source in enumerate(value):
                 if source.delimiter is not None and (len(source.delimiter) != 1 or source.delimiter in '"\r\n'):
-                    message = f"'{shorten(source.delimiter)}' cannot separate cells"
+                    message = f"{shorten(repr(source.delimiter))} cannot separate cells"
                     fix = 'write one character in double quotes, such as ";" or "\\t"'
                     yield Conflict(f"{key}[{index}].delimiter", message, fix)
 

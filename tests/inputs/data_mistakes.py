@@ -153,7 +153,7 @@ DATA_MISTAKES = {
     ),
     "the model as recipe": Mistake(
         {},
-        ["error: base is a folder", "hint: pass a recipe (a .yaml file)"],
+        ["error: base is a folder, not a file", "hint: pass a recipe (a .yaml file)"],
         command="train base",
     ),
     "a --set of an unknown key": Mistake(
