@@ -5,7 +5,6 @@ ended with its usual result or with one error.
 """
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
@@ -139,11 +138,10 @@ def _find_problem(case: Case, ended: forked_lora.Ended, work: Path, results: dic
         return f"leftovers: {', '.join(left)}"
     if ended.code:
         return "" if ended.is_told else f"exit code {ended.code}: {ended.last_lines}"
-    result = work / COMMANDS[case.command]
-    found = contents(result, without=("earlier-1", os.path.basename(case.place)))
-    expected = {
-        path: digest for path, digest in results[case.command].items()
-        if not f"{COMMANDS[case.command]}/{path}".startswith(case.place)
-    }  # fmt: skip
-    found = {path: digest for path, digest in found.items() if path in expected}
-    return difference(found, expected)
+    result = COMMANDS[case.command]
+    linked = f"{case.place}/".removeprefix(f"{result}/")  # in the result, if it is there at all
+    found, expected = (
+        {path: digest for path, digest in side.items() if not f"{path}/".startswith(linked)}
+        for side in (contents(work / result, without=("earlier-1",)), results[case.command])
+    )
+    return difference({path: digest for path, digest in found.items() if path in expected}, expected)
