@@ -4,6 +4,7 @@ Libraries are imported in the fixtures: with several test processes, pytest load
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Processes that tests start inherit ignored signals, which a script ignores for its commands in the background.
+for each in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(each) is signal.SIG_IGN:
+        signal.signal(each, signal.default_int_handler if each is signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

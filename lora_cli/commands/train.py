@@ -151,6 +151,8 @@ class Training:
         self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
         wanted = run is not None and self.spec.answer_every is not None
         self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
+        # Of the base as it was loaded: its files are not needed any more.
+        self.trained_on = run_records.trained_on(recipe, inputs, self.model, built, step=0)
         self.manifest: dict[str, Any] = {}
         self.first = 1  # step that this process takes first
         self.done = 0  # optimizer steps
@@ -321,7 +323,7 @@ class Training:
         spec, base = self.recipe.model, self.inputs.base
         save_adapter(self.model, folder, base=spec.path, revision=spec.revision)
         base.tokenizer.save_pretrained(str(folder))
-        write_trained_on(run_records.trained_on(self.recipe, self.inputs, self.model, self.built, step=step), folder)
+        write_trained_on(self.trained_on._replace(step=step), folder)
         if base.labels is not None:
             save_labels(base.labels, folder)
 

@@ -250,6 +250,8 @@ def local_folder(source: ModelSource, *, fetch: bool) -> Path:
     folder = Path(source.path)
     if folder.is_dir():
         return folder
+    if is_removed(source):
+        raise removed_error(source)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"] if fetch else None
@@ -262,3 +264,14 @@ def local_folder(source: ModelSource, *, fetch: bool) -> Path:
                 allow_patterns=patterns,
             )
         )
+
+
+def is_removed(source: ModelSource) -> bool:
+    """Return whether the folder of a local model, which was there when it was found, is missing now."""
+    return source.revision is None and not Path(source.path).is_dir()
+
+
+def removed_error(source: ModelSource) -> LoraError:
+    """Return the error about a local model that was removed; transformers would look for it on the hub."""
+    hint = "put it back, and start again; a run continues with --resume"
+    return LoraError(f"{source.path} was removed or renamed while the command ran", hint=hint, exit_code=1)

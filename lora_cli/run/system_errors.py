@@ -44,15 +44,18 @@ WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # These concern this machine, whatever a library was doing: no other file, URL or model would help.
 OF_THIS_MACHINE = (*WRITING, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 OF_RUST = re.compile(r"\(os error (\d+)\)")
+MISSING = re.compile(r"No such file or directory: (.+)")  # safetensors: a FileNotFoundError without a number
 OF_TORCH = re.compile(r"unable to \w+ .*\((\d+)\)")
 
 
 def system_error(error: BaseException | None) -> OSError | None:
     """Return an exception of any library as OSError with a number, if it reports an error of the operating system."""
-    if isinstance(error, OSError):
-        return None if error.errno is None else error
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
     if error is None or isinstance(error, LoraError):
         return None
+    if missing := MISSING.fullmatch(str(error)):
+        return _error(errno.ENOENT, Path(missing[1]))
     match = OF_RUST.search(str(error)) or (OF_TORCH.search(str(error)) if isinstance(error, RuntimeError) else None)
     return None if match is None else _error(int(match[1]))
 
@@ -71,7 +74,8 @@ def describe(error: OSError) -> str:
 class as_os_error:  # used like a function: `with as_os_error(path, temporary):`
     """Context manager that turns libraries' own exceptions for errors of the operating system into OSError.
 
-    With `result`, errors of writing it name the result instead of a temporary file. All other exceptions pass.
+    With `result`, errors of writing it name the result instead of a temporary file, and any exception becomes one about
+    the result if the temporary folder has vanished. All other exceptions pass.
     """
 
     def __init__(self, result: Path | None = None, temporary: Path | None = None) -> None:
@@ -84,6 +88,9 @@ class as_os_error:  # used like a function: `with as_os_error(path, temporary):`
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._has_vanished() and isinstance(error, Exception) and self._result is not None:
+            # Whatever a library says of it: the folder was removed or renamed.
+            raise _error(errno.ENOENT, self._result) from error
         found = system_error(error)
         if found is None or found.errno not in HINTS:
             return
@@ -92,6 +99,9 @@ class as_os_error:  # used like a function: `with as_os_error(path, temporary):`
             raise _error(found.errno, self._result, self._space(found.errno)) from error
         if found is not error:
             raise found from error
+
+    def _has_vanished(self) -> bool:
+        return self._temporary is not None and not self._temporary.is_dir()
 
     def _is_temporary(self, path: Path) -> bool:
         if self._temporary is not None:

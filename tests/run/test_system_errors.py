@@ -3,11 +3,12 @@
 import errno
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
@@ -41,6 +42,27 @@ def test_exceptions_of_torch_have_the_number_of_the_system(tmp_path: Path):
     found = system_error(caught.value)
     assert found is not None
     assert found.errno == errno.ENOENT
+
+
+def test_a_missing_file_of_safetensors_is_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError) as caught:
+        load_file(tmp_path / "missing.safetensors")
+    found = system_error(caught.value)
+    assert found is not None
+    assert describe(found) == f"{tmp_path}/missing.safetensors: No such file or directory"
+
+
+def test_any_error_is_about_the_result_if_its_folder_has_vanished(tmp_path: Path):
+    def write() -> None:
+        with atomic.folder(tmp_path / "out" / "result") as partial:
+            shutil.rmtree(tmp_path / "out")
+            raise ValueError(f"{partial} is no model")
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        write()
+    assert describe(caught.value) == f"{tmp_path}/out/result: No such file or directory"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
