@@ -11,6 +11,7 @@ from peft import LoraConfig
 from rich.table import Table
 from safetensors.torch import save_file
 
+from lora_cli.data.check_template import check_template_files
 from lora_cli.data.class_labels import LABELS_FILE
 from lora_cli.errors import LoraError
 from lora_cli.merging import low_rank
@@ -239,6 +240,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
     folder = find_adapter(folder)
     check_output_path(out, inputs=[folder], replace=force, command="resize")
+    check_template_files(folder)  # copied into the result
     adapter = low_rank.read_lora(open_adapter(folder))
     if adapter.config.use_dora:
         raise LoraError(
@@ -280,6 +282,7 @@ def combine(
     if len(folders) < 2:
         raise LoraError("combine: there is only one adapter", hint="name two or more")
     check_output_path(out, inputs=folders, replace=force, command="combine")
+    check_template_files(folders[0])  # copied into the result
     adapters = [low_rank.read_lora(open_adapter(folder)) for folder in folders]
     _check_combinable(adapters)
     if method == "concat" and rank is not None:

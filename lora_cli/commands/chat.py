@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.check_template import check_template
+from lora_cli.data.check_template import checked_template
 from lora_cli.data.encode import prefix_tokens
 from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import render_template
@@ -231,7 +231,7 @@ class Chat:
         """
         try:
             source = source or self._tokenizer.get_chat_template()
-            template = check_template("the chat template", source, self._tokenizer)
+            template = checked_template("the chat template", source, self._tokenizer.special_tokens_map)
             return render_template(template, list(messages), generation_prompt=generation_prompt)
         except (BadRow, TemplateSyntaxError, ValueError) as error:  # ValueError: several templates and no default
             first_line = (error.problem if isinstance(error, BadRow) else str(error)).partition("\n")[0]

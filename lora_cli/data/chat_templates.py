@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.data.check_template import MAX_TEMPLATE, check_template
+from lora_cli.data.check_template import MAX_TEMPLATE, checked_template
 from lora_cli.data.named_templates import NAMED_TEMPLATES
 from lora_cli.data.rendering import Template
 from lora_cli.data.template_variables import check_names, uses_date, with_date, with_defaults
@@ -47,7 +47,7 @@ def resolve_template(
                 hint="copy the right one to a file and set data.chat_template to its path",
             ) from None
     try:
-        template = check_template(name, source, tokenizer)
+        template = checked_template(name, source, tokenizer.special_tokens_map)
     except jinja2.TemplateSyntaxError as error:
         raise LoraError(
             f"data.chat_template: {name}, line {error.lineno}: not valid Jinja: {first_line(error)}",

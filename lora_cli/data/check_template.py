@@ -1,9 +1,11 @@
 """Check a chat template before it is used or copied: it ends, fits in memory, and does not try to leave its sandbox."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -15,9 +17,12 @@ from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import FIX_HINT, TRUST_HINT, Template, in_template_process, render_template
 from lora_cli.data.template_variables import parse_template
 from lora_cli.errors import LoraError
+from lora_cli.run.read_file import read_json_object, read_text
 
 MAX_TEMPLATE = 1 << 18  # characters: the longest that is known has a tenth of it
 TYPED_PROBE = "zebra"  # a word that no template writes itself
+
+PROBE_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 # Conversations that every template is tried on before it is used: one question; several turns; a call of a tool.
 FUNCTION = {"name": "probe_tool", "arguments": {"key": "value"}}
@@ -57,13 +62,36 @@ def check_tokenizer_templates(tokenizer: PreTrainedTokenizerBase, where: str) ->
     templates = found if isinstance(found, dict) else {} if found is None else {"": found}
     for key, source in templates.items():
         with suppress(jinja2.TemplateSyntaxError):
-            check_template(
-                f"the chat template {key} of {where}" if key else f"the chat template of {where}", source, tokenizer
-            )
+            name = f"the chat template {key} of {where}" if key else f"the chat template of {where}"
+            checked_template(name, source, tokenizer.special_tokens_map)
 
 
-def check_template(name: str, source: object, tokenizer: PreTrainedTokenizerBase) -> Template:
+def check_template_files(folder: Path) -> None:
+    """Check the chat templates in a tokenizer's files, for a command that copies them without loading the tokenizer.
+
+    Raises:
+        LoraError: as `check_tokenizer_templates`, or a file cannot be read.
+    """
+    templates: list[object] = []
+    if os.path.lexists(folder / "chat_template.jinja"):
+        templates.append(read_text(folder / "chat_template.jinja"))
+    if os.path.lexists(folder / "tokenizer_config.json"):
+        stored = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+        # Several templates: [{"name": "default", "template": "..."}, ...]
+        templates += [stored] if isinstance(stored, str) else stored if isinstance(stored, list) else []
+    for template in templates:
+        source = template.get("template") if isinstance(template, dict) else template
+        with suppress(jinja2.TemplateSyntaxError):
+            checked_template(f"the chat template of {folder}", source, PROBE_TOKENS)
+
+
+def checked_template(name: str, source: object, tokens: Mapping[str, Any]) -> Template:
     """Return a template after it rendered a few short conversations within the limits of its process.
+
+    Args:
+        name: for messages.
+        source: of the template; what a damaged file has in its place is refused.
+        tokens: the tokenizer's special tokens, which the template can refer to by name.
 
     Raises:
         LoraError: it did not, or it tries to leave its sandbox.
@@ -73,7 +101,7 @@ def check_template(name: str, source: object, tokenizer: PreTrainedTokenizerBase
         raise LoraError(f"{name} is not a text", hint=FIX_HINT)
     if len(source) > MAX_TEMPLATE:
         raise LoraError(f"{name} has {len(source):,} characters, more than {MAX_TEMPLATE:,}", hint=FIX_HINT)
-    variables = dict(tokenizer.special_tokens_map)
+    variables = dict(tokens)
     return Template(
         name, source, variables, _try_template(name, source, json.dumps(variables, sort_keys=True, default=str))
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from jinja2 import TemplateSyntaxError
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.check_template import check_template
+from lora_cli.data.check_template import checked_template
 from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import render_template
 
@@ -56,7 +56,9 @@ def render_prompt(
         LoraError: the template does not end, or tries to leave its sandbox.
     """
     try:
-        template = check_template("the tokenizer's chat template", tokenizer.get_chat_template(), tokenizer)
+        template = checked_template(
+            "the tokenizer's chat template", tokenizer.get_chat_template(), tokenizer.special_tokens_map
+        )
         template = template._replace(variables={**template.variables, **variables})
         return render_template(template, list(map(dict, chat)), generation_prompt=generation_prompt)
     except (BadRow, TemplateSyntaxError):

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from lora_cli.data.check_template import check_template
+from lora_cli.data.check_template import checked_template
 from lora_cli.data.template_variables import with_date
 from lora_cli.errors import LoraError
 from lora_cli.model.adapter_files import AdapterFiles, open_adapter
@@ -103,7 +103,7 @@ def _prompting(name: str, adapter: AdapterFiles, tokenizer: PreTrainedTokenizerB
     recorded = trained_on.prompts if trained_on else None
     if template is not None:
         with suppress(TemplateSyntaxError):  # is told when a line is to be rendered
-            check_template(f"the chat template of {adapter.folder}", template, tokenizer)
+            checked_template(f"the chat template of {adapter.folder}", template, tokenizer.special_tokens_map)
             template = with_date(template, date.fromisoformat(day)) if day else template  # as in training
     if tokenizer.chat_template is None and template is None:
         return Prompting("text"), [f"{name}: no chat template: {DESCRIPTIONS['text']}"]
