@@ -21,7 +21,7 @@ from lora_cli.model import safetensors_io
 from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
-from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, TOKENIZER_FILES
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, TOKENIZER_FILES, sets_in_order
 from lora_cli.model.saved_adapter import find_base
 from lora_cli.model.target_modules import layer_index
 from lora_cli.model.trained_on import TRAINED_ON_FILE
@@ -374,7 +374,8 @@ def _write_adapter(
     check_free_space([Need(out, sum(tensor.nbytes for tensor in tensors.values()), "the adapter")])
     with verified_folder(out, kind="adapter", published=True, replace=replace) as partial:
         save_file(tensors, partial / ADAPTER_WEIGHTS, {"format": "pt"})
-        config.save_pretrained(str(partial))
+        with sets_in_order(config):
+            config.save_pretrained(str(partial))
         for name in COPIED_FILES:
             if (like.folder / name).is_file():
                 shutil.copyfile(like.folder / name, partial / name)

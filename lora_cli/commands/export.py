@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from lora_cli.data.check_template import check_tokenizer_templates
 from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS, Exporter
@@ -78,6 +79,7 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
             held_out = HeldOutRows(folder)
             adapter = _open_adapter(open_adapter(folder), request)
             source, over = _adapter_source(adapter, held_out), adapter.base.source.gguf_file
+        check_tokenizer_templates(source.tokenizer, source.name, must_parse=True)
         options = ExportOptions(request.quantize, request.over or over, _runs_in_runtime(exporter, source, request))
         module.check_supported(source, options)
         _check_disk(out, source, module, options, request)

@@ -16,7 +16,7 @@ from lora_cli.data.conversation import Message
 from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import FIX_HINT, TRUST_HINT, Template, in_template_process, render_template
 from lora_cli.data.template_variables import parse_template
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, first_line
 from lora_cli.run.read_file import read_json_object, read_text
 
 MAX_TEMPLATE = 1 << 18  # characters: the longest that is known has a tenth of it
@@ -46,14 +46,13 @@ PROBES: tuple[list[Message], ...] = (
 )
 
 
-def check_tokenizer_templates(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+def check_tokenizer_templates(tokenizer: PreTrainedTokenizerBase, where: str, *, must_parse: bool = False) -> None:
     """Check all chat templates of a tokenizer, which a command uses or copies into its result.
-
-    A template that is not valid Jinja is not an error here: what uses it reports that.
 
     Args:
         tokenizer: of a model or adapter.
         where: its folder or hub id, for messages.
+        must_parse: whether a template that is not valid Jinja is an error; else, what uses it reports that.
 
     Raises:
         LoraError: rendering a short conversation does not end, or the template tries to leave its sandbox.
@@ -61,9 +60,13 @@ def check_tokenizer_templates(tokenizer: PreTrainedTokenizerBase, where: str) ->
     found = tokenizer.chat_template
     templates = found if isinstance(found, dict) else {} if found is None else {"": found}
     for key, source in templates.items():
-        with suppress(jinja2.TemplateSyntaxError):
-            name = f"the chat template {key} of {where}" if key else f"the chat template of {where}"
+        name = f"the chat template {key} of {where}" if key else f"the chat template of {where}"
+        try:
             checked_template(name, source, tokenizer.special_tokens_map)
+        except jinja2.TemplateSyntaxError as error:
+            if must_parse:
+                message = f"{name}, line {error.lineno}: not valid Jinja: {first_line(error)}"
+                raise LoraError(message, hint=FIX_HINT) from None
 
 
 def check_template_files(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Save the adapter as a plain PEFT folder, then reload the folder and compare it with the trained model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +52,25 @@ def save_adapter(model: PeftModel, folder: Path, *, base: str, revision: str | N
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = redact_path(base)
     config.revision = revision
-    model.save_pretrained(str(folder), state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False)
+    with sets_in_order(config):
+        model.save_pretrained(str(folder), state_dict=fp32_weights.saved_state_dict(model), save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's model card is an empty template
+
+
+@contextmanager
+def sets_in_order(config: PeftConfig) -> Iterator[None]:
+    """Make sets in `config`, such as target_modules, sorted lists within the block, in which PEFT saves it.
+
+    PEFT saves a set in its own order, which is another one in each process: equal adapters would have unequal files.
+    """
+    sets = {name: value for name, value in vars(config).items() if isinstance(value, set)}
+    for name, value in sets.items():
+        setattr(config, name, sorted(value))
+    try:
+        yield
+    finally:
+        for name, value in sets.items():
+            setattr(config, name, value)
 
 
 def saved_names(model: PeftModel) -> dict[str, str | None]:

@@ -71,6 +71,8 @@ def test_resize_to_a_rank_and_to_an_energy(trained_run: Path, lora: Lora):
     assert relative(logits(("same", 1.0)), logits(("runs/a/adapter", 1.0))) < 1e-5
     small = lora("adapter", "resize", "runs/a/adapter", "--energy", "0.9", "--out", "small")
     assert small.code == 0, small.err
+    modules = json.loads(Path("small/adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules), "PEFT keeps them in a set, in an order of its own"
     energy = re.search(r"rank ([\d-]+): ([\d.]+)% of the energy kept, read back; least ([\d.]+)%", small.err)
     assert energy is not None
     assert float(energy[2]) >= float(energy[3]) >= 90

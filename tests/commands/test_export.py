@@ -126,7 +126,7 @@ def test_a_runtime_that_is_not_installed_is_reported(trained_run: Path, lora: Lo
         (("base", "--to", "gguf", "--out", "no/a.gguf"), "there is no folder no", "make it first"),
         (("base", "--to", "tflite", "--out", "a"), "--to tflite is not known", "gguf"),
         (("base", "--to", "peft", "--out", "a"), "--to peft needs an adapter, but base is a model", "adapter"),
-        (("base", "--to", "onnx", "--out", "base", "--force"), "is an input of the export", "another place"),
+        (("base", "--to", "onnx", "--out", "base", "--force"), "is an input of the export", "another folder"),
         (
             ("base", "--to", "gguf", "--out", "a.gguf", "--over", "b.gguf"),
             "--over is for --to gguf-adapter",

@@ -45,6 +45,9 @@ def assert_plain_peft_loads(model: PeftModel, folder: Path, family: str = "qwen2
     assert zoo.relative(logits(loaded), logits(zoo.make(family, **options))) > 1e-3
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "abc")
+    modules = model.peft_config["default"].target_modules if "target_modules" in config else None
+    if isinstance(modules, set):  # whose order is another one in each process
+        assert config["target_modules"] == sorted(modules)
 
 
 @pytest.mark.slow
