@@ -25,7 +25,7 @@ def test_the_attention_is_the_models_own_again_after_generation(attention: str, 
 
 def test_the_attention_is_the_models_own_again_after_an_error():
     model = zoo.make("llama", vocab_size=len(TOKENIZER), attention=PACKED_ATTENTION)
-    beyond_the_vocabulary = [PROMPTS[0]._replace(ids=[len(TOKENIZER)])]
+    without_embedding = [PROMPTS[0]._replace(ids=[-1])]
     with torch.no_grad(), pytest.raises(IndexError):
-        generate_answers(model, TOKENIZER, beyond_the_vocabulary, spec=GenerationSpec(), seed=0)
+        generate_answers(model, TOKENIZER, without_embedding, spec=GenerationSpec(), seed=0)
     assert model.config._attn_implementation == PACKED_ATTENTION

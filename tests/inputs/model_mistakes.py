@@ -215,7 +215,7 @@ MODEL_MISTAKES = {
         {"model.path": "nobody/nothing"},
         [
             "error: model.path: nobody/nothing cannot be loaded: We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files.",
-            "hint: HF_HUB_OFFLINE is set and this model is not in the cache; unset it, or give a local path",
+            "hint: offline, and not all of its files are in the cache: unset HF_HUB_OFFLINE, or give a local path",
         ],
     ),
     "an unknown attention": Mistake(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lora_cli.merging import check_weights, streamed_models, verify
 from lora_cli.merging.streamed_models import AdaptedModel, Streams
 from lora_cli.model import safetensors_io
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.saved_adapter import SavedAdapter
 from tests.merging.test_stream import convert_to_bf16, merge, randomize
 from tests.model import zoo
@@ -46,9 +46,7 @@ def streams() -> Iterator[Streams]:
 
 
 def saved(folder: Path) -> SavedAdapter:
-    return SavedAdapter(
-        folder / "adapter", read_adapter_config(folder / "adapter"), checkpoints.checkpoint(folder / "base"), None
-    )
+    return SavedAdapter(open_adapter(folder / "adapter"), checkpoints.checkpoint(folder / "base"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from lora_cli.merging import compare_models, streamed_models, verify
 from lora_cli.model import attach_adapter, save_adapter
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.load_adapter import load_adapter
@@ -52,13 +52,15 @@ def test_an_adapter_on_a_streamed_quantized_base_computes_as_on_the_loaded_one(c
     adapted = attach_adapter.attach(loaded.model, zoo.spec_of(**{**family.adapter, **options}), seed=0, context=context)
     randomize(adapted)
     save_adapter.save_adapter(adapted, tmp_path / "adapter", base="x", revision=None)
-    quantized = load_adapter(base.load(checkpoints.CPU, quantization=spec).model, tmp_path / "adapter", base="base")
+    quantized = load_adapter(
+        base.load(checkpoints.CPU, quantization=spec).model, open_adapter(tmp_path / "adapter"), base="base"
+    )
     upcast_trainable_params(quantized)
     batch = compare_models.random_probes(
         task, tokens=60, vocabulary=80, pad_id=0, start_id=0, end_id=2 if task == "seq-cls" else None
     )
     expected = compare_models.probe_logits(quantized.eval(), batch, task)
-    saved = SavedAdapter(tmp_path / "adapter", read_adapter_config(tmp_path / "adapter"), base, None)
+    saved = SavedAdapter(open_adapter(tmp_path / "adapter"), base)
     with verify.open_streams() as streams:
         trained = streamed_models.open_trained(saved, spec, streams).model
         assert zoo.relative(compare_models.probe_logits(trained, batch, task), expected) < tolerance

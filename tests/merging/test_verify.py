@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lora_cli.merging import compare_models, verify
 from lora_cli.merging.verify import MAX_LOGITS, MAX_TOKENS, MIN_TOKENS, TOKEN_WEIGHTS, BaseWeights, Probes
 from lora_cli.model import save_adapter
-from lora_cli.model.adapter_config import read_adapter_config
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.checkpoint_reader import CheckpointReader
 from lora_cli.model.saved_adapter import SavedAdapter
 from tests.model import zoo
@@ -34,7 +34,7 @@ def adapter(tmp_path: Path) -> SavedAdapter:
     model.save_pretrained(tmp_path / "base")
     save_adapter.save_adapter(zoo.adapted(model), tmp_path / "adapter", base="x", revision=None)
     base = checkpoints.checkpoint(tmp_path / "base")
-    return SavedAdapter(tmp_path / "adapter", read_adapter_config(tmp_path / "adapter"), base, None)
+    return SavedAdapter(open_adapter(tmp_path / "adapter"), base)
 
 
 def test_a_merge_that_fails_ends_the_runs_of_its_verification(adapter: SavedAdapter, monkeypatch: pytest.MonkeyPatch):

@@ -112,7 +112,7 @@ def test_a_gguf_file_is_checked_before_it_is_cached(tmp_path: Path):
     with pytest.raises(LoraError) as caught:
         gguf_base.unpack_gguf(tmp_path / "tiny.gguf", dtype=torch.float32, cache=tmp_path / "cache", info=no_output)
     assert caught.value.message.startswith(f"{tmp_path}/tiny.gguf: model.layers.1.mlp.up_proj.weight has values")
-    assert list(tmp_path.glob("cache/gguf/*")) == []
+    assert [path.name for path in tmp_path.glob("cache/gguf/*") if not path.name.startswith(".lock-")] == []
 
 
 def test_packed_gguf_layers_are_dequantized_for_the_check(monkeypatch: pytest.MonkeyPatch):
