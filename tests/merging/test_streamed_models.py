@@ -8,8 +8,8 @@ import torch
 
 from lora_cli.merging import compare_models, streamed_models, verify
 from lora_cli.model import attach_adapter, save_adapter
-from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.model.saved_adapter import SavedAdapter
