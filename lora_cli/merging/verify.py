@@ -31,7 +31,7 @@ MAX_THREADS = 16  # each needs memory for a block
 MIN_RETAINED = 0.5  # of the adapter's effect on the logits
 # A model is read and multiplied once for each of three runs: more tokens than these would take longer than writing it.
 MIN_TOKENS, MAX_TOKENS = 48, 512
-TOKEN_WEIGHTS = 8 * 10**10  # tokens times weights
+TOKEN_WEIGHTS = 6 * 10**10  # tokens times weights
 MAX_LOGITS = 1 << 24  # of one model
 
 

@@ -111,7 +111,7 @@ def _fake_quantize_4bit(weight: Tensor, spec: QuantizationSpec) -> Tensor:
         offset = scales.mean()
         codes, state_of_scales = bnbf.quantize_blockwise(scales - offset, blocksize=256)
         scales = bnbf.dequantize_blockwise(codes, state_of_scales) + offset
-    value = torch.empty(weight.numel(), dtype=weight.dtype)
+    value = weight.new_empty(weight.numel())
     sizes = [len(state.absmax) for _, state in quantized]
     for (codes, state), own, target in zip(quantized, scales.split(sizes), value.split(PART_WEIGHTS), strict=True):
         state.absmax = own
