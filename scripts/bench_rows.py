@@ -75,7 +75,7 @@ def start_and_kill(arguments: argparse.Namespace, *, at: int) -> None:
     while process.poll() is None and read < at:
         time.sleep(0.05)
         for progress in arguments.folder.glob("cache/encoded/.unfinished-*/progress.json"):
-            read = json.loads(progress.read_text())["tally"]["read"]
+            read = json.loads(progress.read_text())["progress"]["tally"]["read"]
     process.kill()
     process.wait()
     print(f"{'killed':15} {time.monotonic() - started:7.1f} s, {read:,} rows stored")
