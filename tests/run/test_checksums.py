@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.errors import LoraError
@@ -56,6 +56,7 @@ def test_each_kind_of_damage_is_named(folder: Path):
     assert find_damage(folder) == ["weights.bin is no file"]
 
 
+@settings(deadline=None)
 @given(at=st.integers(0, 5119), bit=st.integers(0, 7))
 def test_every_flipped_bit_is_found(at: int, bit: int, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("flip")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_cli.run import metrics_log
@@ -147,6 +147,7 @@ def test_missing_records_of_steps_are_told(path: Path, left: int):
     assert told == [f"{path} lacks the records of {5 - left} of 5 steps, the first is step {left + 1}"]
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=300), at=st.integers(0, 5))
 def test_no_bytes_in_a_log_raise_or_change_another_record(data: bytes, at: int, tmp_path_factory):
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"

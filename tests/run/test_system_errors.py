@@ -125,8 +125,9 @@ def test_a_removed_working_folder_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_process_without_free_descriptors_is_one_error(tmp_path: Path):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    open_files = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 3
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files - 1, before[1]))
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
     try:
         with pytest.raises(OSError, match="Too many open files") as caught:
             atomic.write_text(tmp_path / "result", "a")
