@@ -106,7 +106,7 @@ class as_os_error:  # used like a function: `with as_os_error(path, temporary):`
     def _is_temporary(self, path: Path) -> bool:
         if self._temporary is not None:
             return self._temporary in (path, *path.parents)
-        return self._result is not None and path.parent == self._result.parent
+        return self._result is not None and self._result.parent in path.parents
 
     def _space(self, number: int) -> str:
         """Return how much was written and is free, for the message on a full disk."""

@@ -42,7 +42,7 @@ def open_workspace(path: Path) -> Iterator[Path]:
     while descriptor is None:
         workspace = new_path(path)
         with at_end(partial(_abandon, workspace)):
-            with as_os_error(path, workspace):
+            with as_os_error(path):
                 descriptor = create(workspace)
             if descriptor is None:
                 continue
