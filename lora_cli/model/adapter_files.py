@@ -190,7 +190,9 @@ def _check_factors(adapter: AdapterFiles, config: LoraConfig) -> None:
         raise _mixed(adapter, f"{ADAPTER_WEIGHTS} {found}, and use_dora is {str(bool(config.use_dora)).lower()}")
     modules = sorted({wrapper.replace(WRAPPED, "") for wrapper in pairs})
     found_modules = targeted(adapter.folder / CONFIG_FILE, config, modules)
-    by_name = not config.target_parameters and config.target_modules not in (None, "all-linear")
+    # With ensure_weight_tying, PEFT adapts a tied module that is not named.
+    by_name = not (config.target_parameters or getattr(config, "ensure_weight_tying", False))
+    by_name &= config.target_modules not in (None, "all-linear")
     for wrapper, pair in pairs.items():
         module = wrapper.replace(WRAPPED, "")
         if pair.keys() != {"A", "B"}:
