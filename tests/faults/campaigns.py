@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from tests.faults import damaged_results, links, operation_faults, random_kills, scenarios, two_at_once
+from tests.faults import damaged_results, links, operation_faults, random_kills, scenarios, signals, two_at_once
 from tests.faults.campaign import Campaign
 from tests.faults.mutations import MUTATIONS
 
@@ -55,6 +55,9 @@ def campaigns(*, quick: bool) -> dict[str, Campaign]:
         "links": Campaign(
             "links in place of files", "links", partial(links.prepare, commands=linked),
             links.cases, links.try_case, 700,
+        ),
+        "signals": Campaign(
+            "signals in every phase", "signals", signals.prepare, signals.cases, signals.try_case, 400, 2
         ),
         "two": Campaign("two commands at once", *shared, two_at_once.cases, two_at_once.try_case, 150),
         **MUTATIONS,

@@ -139,7 +139,7 @@ def _become_lora(
     environment: Mapping[str, str],
     before: Callable[[], None] | None,
 ) -> None:
-    from lora_cli.cli import main
+    from lora_cli.__main__ import main
 
     os.chdir(folder)
     os.environ.update(environment)

@@ -129,7 +129,7 @@ def _serve() -> dict[str, Any] | None:
     return None
 
 
-def _become_lora(request: dict[str, Any]) -> None:
+def become_lora(request: dict[str, Any]) -> None:
     """Run one command in this process, with the state of a new one."""
     os.setsid()
     os.chdir(request["folder"])
@@ -159,4 +159,4 @@ def _import_libraries() -> None:
 if __name__ == "__main__":
     _import_libraries()
     if (own := _serve()) is not None:
-        _become_lora(own)
+        become_lora(own)
