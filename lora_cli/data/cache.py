@@ -163,6 +163,7 @@ def _encode(
     complete = False
     while not complete:
         path = folder / PART_NAME.format(len(progress.parts))
+        kept_before = tally.kept
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
             for batch in _batches(reader.rows, encoder, parse_only=lambda: _is_refused(progress, spec)):
                 if complete := not batch.rows:
@@ -173,8 +174,11 @@ def _encode(
                     reported = time.monotonic()
                     speed = (tally.read - before) / (reported - started)
                     info(f"{source.name}: {tally.read:,} rows, {speed:,.0f} rows/s")
-        sync(path)
-        progress.parts[path.name] = checksum(path)
+        if tally.kept == kept_before and progress.parts:
+            path.unlink()  # no row is left for it; an interrupted encoding gives the files of an uninterrupted one
+        else:
+            sync(path)
+            progress.parts[path.name] = checksum(path)
         progress.save(folder, key, reader.unread, encoder)
     if progress.bad.first and spec.on_bad_row == "error":
         raise progress.bad.error(source, encoder.task, read=tally.read)

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.errors import LoraError
+from safetensors import SafetensorError, safe_open
+
+from lora_cli.errors import LoraError, first_line
 from lora_cli.run.read_file import open_regular, printable, read_json_object
 
 SINGLE_FILE = "model.safetensors"
@@ -115,6 +117,7 @@ def read_header(file: Path, *, hint: str = FETCH_HINT) -> dict[str, StoredTensor
     if start + at != size:
         kind = "truncated: " if start + at > size else ""
         raise LoraError(f"{file}: {kind}{size:,} bytes, but its header describes {start + at:,}", hint=hint)
+    _check_with_library(file, hint=hint)
     return {name: tensors[name] for name in header}
 
 
@@ -159,6 +162,15 @@ def _parse(text: bytes, file: Path, *, hint: str) -> dict[str, Any]:
         if problem := _entry_problem(entry):
             raise LoraError(f"{file}: the header's entry of {printable(name)} has {problem}", hint=hint)
     return header
+
+
+def _check_with_library(file: Path, *, hint: str) -> None:
+    """Raise if the library, which reads the tensors later, refuses the file: Python's JSON accepts more than Rust's."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise LoraError(f"{file}: not a safetensors file: {printable(first_line(error))}", hint=hint) from None
 
 
 def _entry_problem(entry: Any) -> str | None:

@@ -75,7 +75,7 @@ def find_base(adapter: AdapterFiles, *, path: str | None, trust_remote_code: boo
         source = find_model(spec, dtype=dtype, device=CPU, info=console.info)
         base_config = load_config(source)
     except LoraError as error:
-        if path is not None:
+        if path is not None or Path(found_path).exists():
             raise
         # The name of a local base is its last part, if training read it from an absolute path.
         found = error.message.removeprefix("model.path: ")

@@ -57,10 +57,15 @@ def free_bytes(folder: Path) -> int | None:
     return usage.free if usage and usage.total else None  # some network file systems report no size
 
 
-def written_bytes(folder: Path) -> int:
-    """Return the bytes of all files in `folder` and below it, such as a checkpoint's; 0 if it does not exist."""
-    sizes = [os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names]
-    return sum(sizes)
+def written_bytes(folder: Path, *, without: str | None = None) -> int:
+    """Return the bytes of all files in `folder` and below it, such as a checkpoint's; 0 if it does not exist.
+
+    Args:
+        folder: the folder.
+        without: name of files that do not count.
+    """
+    files = (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if name != without)
+    return sum(os.lstat(file).st_size for file in files)
 
 
 def _describe(needs: Sequence[Need]) -> str:

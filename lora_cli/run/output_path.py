@@ -37,7 +37,7 @@ def reserve_output_path(out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             if out.name not in ("", ".."):
-                stack.enter_context(reserve(out.absolute()))
+                stack.enter_context(reserve(out))
         except BlockingIOError as error:
             raise LoraError(
                 f"--out {_shortened(out)} is being written by process {error}",

@@ -43,6 +43,7 @@ HINTS = {
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # These concern this machine, whatever a library was doing: no other file, URL or model would help.
 OF_THIS_MACHINE = (*WRITING, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+LOCK = "lock"  # in the folder of a writer, held by it
 OF_RUST = re.compile(r"\(os error (\d+)\)")
 MISSING = re.compile(r"No such file or directory: (.+)")  # safetensors: a FileNotFoundError without a number
 OF_TORCH = re.compile(r"unable to \w+ .*\((\d+)\)")
@@ -95,6 +96,8 @@ class as_os_error:  # used like a function: `with as_os_error(path, temporary):`
         if found is None or found.errno not in HINTS:
             return
         named = None if found.filename is None else Path(os.fsdecode(found.filename))
+        if named is not None and named == self._result:
+            return  # a workspace within this one has described it
         if self._result is not None and (named is None or found.errno in WRITING or self._is_temporary(named)):
             raise _error(found.errno, self._result, self._space(found.errno)) from error
         if found is not error:
@@ -112,7 +115,7 @@ class as_os_error:  # used like a function: `with as_os_error(path, temporary):`
         """Return how much was written and is free, for the message on a full disk."""
         if number != errno.ENOSPC or self._temporary is None or not self._temporary.is_dir():
             return ""
-        written, free = written_bytes(self._temporary), free_bytes(self._temporary)
+        written, free = written_bytes(self._temporary, without=LOCK), free_bytes(self._temporary)
         return f" ({format_bytes(written)} of it were written, {format_bytes(free or 0)} are free)"
 
 

@@ -8,7 +8,6 @@ a replacement of several files that had begun.
 import fcntl
 import glob
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -19,12 +18,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from lora_cli.errors import LoraError
+from lora_cli.run.read_file import read_json_object
 from lora_cli.run.rename import rename_without_replacing
 from lora_cli.run.signals import at_end
-from lora_cli.run.system_errors import as_os_error
+from lora_cli.run.system_errors import LOCK, as_os_error
 
 WORKSPACE = re.compile(r"\.tmp-(?P<name>.+)-[0-9a-f]{8}")
-LOCK = "lock"  # in a workspace: held by its writer
 COMMIT = "commit.json"  # in a workspace: all its files are complete, and are being renamed
 OLD = "old"  # in a workspace: a folder with the result that is being replaced
 REMOVED = "removed"  # in a workspace: a result that is being deleted
@@ -121,16 +121,19 @@ def commit(workspace: Path, paths: Sequence[Path], *, replace: bool) -> None:
     for path in paths:
         if (new := workspace / path.name).exists():
             new.replace(path) if replace else rename_without_replacing(new, path)
-    sync(paths[0].parent)
+    sync(workspace.parent)
 
 
 def _complete(workspace: Path) -> None:
     """Complete a replacement whose writer was killed between two renames."""
     parent = workspace.parent
-    if (workspace / COMMIT).is_file():
-        with suppress(ValueError, FileExistsError):  # a commit file that is cut off: no rename was done
-            commit = json.loads((workspace / COMMIT).read_text(encoding="utf-8"))
-            commit(workspace, [parent / name for name in commit["names"]], replace=commit["replace"])
+    if os.path.lexists(workspace / COMMIT):
+        with suppress(LoraError, FileExistsError):  # a commit file that is cut off: no rename was done
+            record = read_json_object(workspace / COMMIT)
+            names = record.get("names")
+            # Only names in this folder: the workspace may have come with a folder of another user.
+            if isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names):
+                commit(workspace, [parent / name for name in names], replace=record.get("replace") is True)
         return
     for old in (workspace / OLD).iterdir() if (workspace / OLD).is_dir() else ():
         if not os.path.lexists(parent / old.name):

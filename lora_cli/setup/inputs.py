@@ -25,6 +25,7 @@ from lora_cli.data.collate import (
 )
 from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.prepare import PreparedData, prepare_data
+from lora_cli.data.rendering import template_process
 from lora_cli.errors import LoraError
 from lora_cli.model import multimodal, packed_attention, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
@@ -128,6 +129,8 @@ def load_inputs(
         info(f"the chat template writes the date: {template_date} in every prompt of this run (data.template_date)")
     # The tokenizer is saved with the adapter: it must prompt the adapter as in training.
     tokenizer.chat_template = saved_template(data, tokenizer)
+    # As long as it lives, each page of memory that this process writes to is kept twice.
+    template_process().close()
     base = BaseCheckpoint(
         name=model.path,
         source=source,

@@ -227,6 +227,7 @@ def test_an_interruption_behind_the_last_row_changes_no_count(prepared, chatml, 
     turns = [{"role": "user", "content": "q", "name": "Eve", "time": 3}, {"role": "assistant", "content": "a"}]
     files = {"train.jsonl": "".join(json.dumps({"messages": turns, "id": i}) + "\n" for i in range(7))}
     whole = prepared(chatml, files=files, chat_template=template)
+    expected = entry_files(tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr(cache.Tally, "check", interrupt)
@@ -235,6 +236,12 @@ def test_an_interruption_behind_the_last_row_changes_no_count(prepared, chatml, 
     resumed = prepared(chatml, chat_template=template)
     assert resumed.ledger.entries[0].tally == whole.ledger.entries[0].tally
     assert "  message keys not used: time (7 messages)" in resumed.ledger.table()
+    assert entry_files(tmp_path / "cache") == expected
+
+
+def entry_files(cache: Path) -> dict[str, bytes]:
+    (entry,) = (cache / "encoded").glob("[!.]*")
+    return {path.name: path.read_bytes() for path in entry.iterdir()}
 
 
 def interrupt(tally: cache.Tally) -> None:

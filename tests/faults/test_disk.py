@@ -63,7 +63,7 @@ OUTPUTS = {
 # Bytes that a file, or the disk, may have. The tiny model has 500 KB, its adapter 33 KB, its tokenizer 20 KB.
 SIZES = [4_096, 9_000, 18_000, 30_000, 36_000, 50_000, 100_000, 300_000, 520_000, 700_000]
 FULL = re.compile(
-    r"error: out/x\S*: ("
+    r"error: out/[xp]\S*: ("
     r"File too large"
     r"|No space left on device \(.+ of it were written, .+ are free\)"
     r"|[\d.]+ \w+ \([\d,]+ bytes\) are needed for .+, and [\d.]+ \w+ \([\d,]+ bytes\) are free)"

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -168,7 +168,8 @@ def test_a_run_stopped_by_sigint_and_resumed_equals_the_uninterrupted_run(worksp
     assert f"stopped after step {done}" in stderr
     before = records_until(file.parent, done)
     resumed = workspace.train("stopped", resume=True)
-    assert records_until(resumed, done) == before
+    # The signal leaves out the evaluation of its step, which the resumed run makes first.
+    assert records_until(resumed, done)[: len(before)] == before
     assert same_bits(weights(resumed), weights(uninterrupted))
     assert metrics(resumed) == metrics(uninterrupted)
 
@@ -299,7 +300,7 @@ def test_two_processes_whose_launcher_is_killed_stop_and_resume_to_the_same_adap
         assert time.monotonic() < deadline
         time.sleep(0.005)
     workers = psutil.Process(process.pid).children()
-    assert len(workers) == 2
+    assert len(workers) == 2, [worker.cmdline() for worker in workers]
     process.kill()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []
@@ -347,17 +348,21 @@ def test_the_adapter_folder_contains_no_path_of_this_machine(workspace: Workspac
         assert match is None, f"{file.name}: {match}"
 
 
-def test_a_non_finite_loss_ends_the_run_and_resume_reaches_the_same_step(workspace: Workspace, tmp_path: Path):
-    # One token's embedding is infinite: the step that contains the row with this token has a non-finite loss.
-    broken = shutil.copytree(workspace.model, tmp_path / "broken")
-    tensors = load_file(broken / "model.safetensors")
-    broken_workspace = Workspace(tmp_path, broken)
+def test_a_non_finite_loss_ends_the_run_and_resume_reaches_the_same_step(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # One token makes the forward pass overflow: the step that contains the row with this token has a non-finite loss.
+    token = AutoTokenizer.from_pretrained(workspace.model).encode(BELL, add_special_tokens=False)[-1]
+    embed = torch.nn.Embedding.forward
+
+    def overflow(self: torch.nn.Embedding, ids: Tensor) -> Tensor:
+        return embed(self, ids).masked_fill((ids == token)[..., None], torch.inf)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", overflow)
+    broken_workspace = Workspace(tmp_path, workspace.model)
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
     rows[30] = json.dumps(json.loads(rows[30].replace("question", "question \\u0007")))
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    token = AutoTokenizer.from_pretrained(broken).encode(BELL, add_special_tokens=False)
-    tensors["model.embed_tokens.weight"][token[-1]] = torch.inf
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoraError, match=r"step \d+: the loss is not finite; its rows: .*rows\.jsonl:") as caught:
         broken_workspace.train("run", save_every=1, gradient_accumulation=1, keep_checkpoints=50)
     failed = int(caught.value.message.split()[1].rstrip(":"))
