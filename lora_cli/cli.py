@@ -324,7 +324,7 @@ def _run() -> None:
             app()
     except LoraError as mistake:
         _report(mistake)
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         if (found := as_lora_error(error)) is None:
             raise
         resume = ", and a run continues with --resume" if sys.argv[1:2] == ["train"] else ""

@@ -23,6 +23,7 @@ from lora_cli.run import console, metrics_log
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import check_free_space
 from lora_cli.run.folder import RunFolder, open_run
+from lora_cli.run.run_checksums import remove_run_checksums, write_run_checksums
 from lora_cli.run.signals import stop_request
 from lora_cli.setup import run_records
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
@@ -197,6 +198,7 @@ class Training:
         check_free_space(needs, hint=SMALLER)
         if (earlier := self.run.move_earlier_aside()) is not None:
             self.info(f"--fresh: the earlier run is in {earlier}")
+        remove_run_checksums(self.run.path, info=self.info)
         self.run.checkpoints.mkdir(exist_ok=True)
         manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
         self.manifest = {**manifest, "changes": self.state.get("changes", [])}
@@ -356,6 +358,7 @@ class Training:
             "loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped},
         }
         run_records.write_records(self.run, self.recipe, {**self.manifest, "result": result}, info=self.info)
+        write_run_checksums(self.run.path)
         self._print_results(self.run, step)
 
     def _write_verified(self, run: RunFolder, step: int) -> None:

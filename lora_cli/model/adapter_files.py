@@ -26,8 +26,9 @@ from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, TOKENIZER_FILES
 from lora_cli.model.trained_on import TRAINED_ON_FILE, Origin, TrainedOn, read_trained_on
 from lora_cli.run import console
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, read_checksums
-from lora_cli.run.folder import CONFIG_FILE
+from lora_cli.run.folder import CONFIG_FILE, run_of_adapter
 from lora_cli.run.read_file import printable, read_text
+from lora_cli.run.run_checksums import find_changed_records
 
 PREFIX = "base_model.model."  # of the base's parameter names in PEFT's files
 # Files that decide what an adapter computes. A change of another one, such as README.md, is told only.
@@ -103,6 +104,8 @@ def open_adapter(folder: Path) -> AdapterFiles:
     """
     _check_weights_exist(folder)
     _check_damage(folder)
+    for line in find_changed_records(run_of_adapter(folder)):
+        console.info(line)
     config = read_adapter_config(folder)
     tensors = read_header(folder / ADAPTER_WEIGHTS, hint=FETCH_HINT)
     if not tensors:

@@ -27,7 +27,7 @@ from lora_cli.model.mapped_weights import copy_mapped_weights
 from lora_cli.model.model_source import ModelSource, cached_folder, load_config, restore_hint, stored_tensors
 from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
 from lora_cli.model.safetensors_header import has_safetensors, read_headers
-from lora_cli.model.safetensors_io import tensor_info
+from lora_cli.model.safetensors_io import DTYPES
 from lora_cli.model.tasks import TASKS, auto_class
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.recipe.tasks import TaskName
@@ -163,8 +163,8 @@ class BaseCheckpoint(NamedTuple):
             raise finite.not_finite_error(name, path)
         if unused and not self.source.packed:
             stored = stored_tensors(self.source)
-            infos = [(name, tensor_info(stored[name])) for name in sorted(unused) if name in stored]
-            finite.check_file_tensors((name, info) for name, info in infos if info is not None)
+            checked = {name: stored[name] for name in sorted(unused) if name in stored and stored[name].dtype in DTYPES}
+            finite.check_finite(checked, hint=finite.NOT_FINITE_HINT)
 
     def skeleton(self, *, buffers: torch.dtype | None = None) -> PreTrainedModel:
         """Return the modules of the unquantized model: names and shapes without weights, on the meta device.

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lora_cli.errors import LoraError
 from lora_cli.model.safetensors_header import StoredTensor
-from lora_cli.model.safetensors_io import DTYPES, ShardFiles, TensorInfo, as_bytes
+from lora_cli.model.safetensors_io import DTYPES
 from lora_cli.run.read_file import open_regular, printable
 
+NOT_FINITE_HINT = "fetch the model again, or give another one: with such weights it computes NaN"
 BLOCK_BYTES = 16 << 20  # a multiple of every item size
 BLOCK_VALUES = 1 << 22  # of a tensor that is read from a file, or has a dtype that torch does not compare
 
@@ -40,6 +41,12 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
             flags.append(torch.stack(torch.aminmax(part)).isfinite().all())
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     return next((name for name, is_good in zip(names, finite, strict=True) if not is_good), None)
+
+
+def describe_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that is not finite, and what it has: `lora_A has NaN`; None if all are."""
+    name = first_not_finite(tensors.items())
+    return None if name is None else f"{name} has {'NaN' if bool(tensors[name].isnan().any()) else 'an infinity'}"
 
 
 def _parts(values: Tensor) -> Iterator[Tensor]:
@@ -68,33 +75,11 @@ def stored_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
-def check_file_tensors(tensors: Iterable[tuple[str, TensorInfo]]) -> None:
-    """Read tensors of safetensors files block by block, and check them.
-
-    Raises:
-        LoraError: one of them has a value that is not finite, or a file ends too early.
-    """
-    with ShardFiles(writable=False) as files:
-        for name, info in tensors:
-            if not info.dtype.is_floating_point:
-                continue
-            if first_not_finite((name, block) for block in _blocks(info, files)) is not None:
-                raise not_finite_error(name, info.file)
-
-
-def _blocks(info: TensorInfo, files: ShardFiles) -> Iterator[Tensor]:
-    for at in range(0, info.size, BLOCK_VALUES * info.dtype.itemsize):
-        size = min(BLOCK_VALUES * info.dtype.itemsize, info.size - at)
-        block = torch.empty(size // info.dtype.itemsize, dtype=info.dtype)
-        files.read(info.file, as_bytes(block), info.begin + at)
-        yield block
-
-
 def not_finite_error(name: str, where: Path | str) -> LoraError:
     """Return the error for a tensor of a model or of one of its files."""
     return LoraError(
         f"{where}: {name} has values that are not finite (NaN or infinite)",
-        hint="fetch the model again, or give another one: with such weights it computes NaN",
+        hint=NOT_FINITE_HINT,
     )
 
 

@@ -82,11 +82,11 @@ def entry_damage(folder: Path, *, unread: str | None = None) -> str | None:
     """Return what is damaged in the cache entry `folder`, in one line; None if nothing, or if there is no entry."""
     if not os.path.lexists(folder):
         return None
-    if folder.is_symlink() or not folder.is_dir():
-        return "it is a link" if folder.is_symlink() else "it is no folder"
-    if (folder / CHECKSUMS_FILE).is_symlink():
-        return f"{CHECKSUMS_FILE} is a link, not a file"
     try:
+        if folder.is_symlink() or not folder.is_dir():
+            return "it is a link" if folder.is_symlink() else "it is no folder"
+        if (folder / CHECKSUMS_FILE).is_symlink():
+            return f"{CHECKSUMS_FILE} is a link, not a file"
         record = read_checksums(folder)
         if record is None or record.kind != KIND:
             return f"it has no {CHECKSUMS_FILE} (an earlier version wrote it, or a part is missing)"

@@ -7,7 +7,7 @@ in addition, which nobody can forge.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -36,7 +36,7 @@ class FileChecksum(NamedTuple):
 class Checksums(NamedTuple):
     """The record of a folder."""
 
-    kind: str  # adapter, checkpoint, merged model, export or cache entry
+    kind: str  # adapter, checkpoint, merged model, export, cache entry or run
     files: dict[str, FileChecksum]  # by the path in the folder, with slashes
     key: str | None = None  # of a cache entry: the hash of what it was made from
 
@@ -60,17 +60,20 @@ def write_checksums(
     published: bool,
     key: str | None = None,
     known: Mapping[str, FileChecksum] = NONE_KNOWN,
+    names: Sequence[str] | None = None,
 ) -> None:
-    """Write the checksums of all files in `folder` and below it. Call it after all other files are written.
+    """Write the checksums of the files in `folder` and below it. Call it after all other files are written.
 
     Args:
         folder: complete, and not yet at its final place.
-        kind: adapter, checkpoint, merged model, export or cache entry.
+        kind: adapter, checkpoint, merged model, export, cache entry or run.
         published: whether other people get the folder: SHA-256 digests are added.
         key: of a cache entry, which tells it from another one that took its place.
         known: checksums of files that were written long before, so that damage since then is not taken for content.
+        names: of the files; None for all.
     """
-    names = [name for name in list_files(folder) if name != CHECKSUMS_FILE]
+    if names is None:
+        names = [name for name in list_files(folder) if name != CHECKSUMS_FILE]
     files = {name: known.get(name) or checksum(folder / name, sha256=published) for name in names}
     values = {name: _without_none(entry._asdict()) for name, entry in files.items()}
     record = {"tool": TOOL, "kind": kind, "key": key, "files": values}

@@ -14,8 +14,10 @@ from lora_cli.run.workspace import remove_leftovers, sync
 
 LOCK = ".lora-lock"
 CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
+# Files of a run that its checksums.json covers once it is finished.
+RECORDS = ("metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
 # Files and folders of a run, in the order in which --fresh moves them aside.
-RUN_FILES = ("adapter", "checkpoints", "metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
+RUN_FILES = ("checksums.json", "adapter", "checkpoints", *RECORDS)
 NO_RUN = "start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder"
 EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
 
@@ -193,9 +195,14 @@ def _lock(path: Path) -> int:
 
 def recipe_of_adapter(folder: Path) -> Path | None:
     """Return the recipe.yaml of the run whose adapter or checkpoint is in `folder`; None if it is not part of a run."""
+    recipe = run_of_adapter(folder) / "recipe.yaml"
+    return recipe if recipe.is_file() else None
+
+
+def run_of_adapter(folder: Path) -> Path:
+    """Return the folder of the run whose adapter or checkpoint is in `folder`, if it is part of a run."""
     parent = folder.absolute().parent
-    run = parent.parent if parent.name == "checkpoints" else parent
-    return run / "recipe.yaml" if (run / "recipe.yaml").is_file() else None
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def user_of_run(path: Path) -> str | None:

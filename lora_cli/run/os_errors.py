@@ -1,17 +1,23 @@
-"""Turn an error of the operating system that the user can mend into a LoraError: message, hint, exit code. No torch."""
+"""Turn an error of the system that the user can mend into a LoraError: message, hint, exit code. No torch."""
 
 import errno
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from lora_cli.errors import LoraError
+from lora_cli.run.console import format_bytes
 from lora_cli.run.folder import LOCK, user_of_run
 from lora_cli.run.system_errors import HINTS, VANISHED, describe
 
+ALLOCATED = re.compile(r"allocate (\d+) bytes|allocate (?P<size>[\d.]+ [KMGT]iB)")  # torch, on the CPU and on GPUs
 
-def as_lora_error(error: OSError) -> LoraError | None:
+
+def as_lora_error(error: OSError | MemoryError | RuntimeError) -> LoraError | None:
     """Return the error to show for `error`; None if it is a bug, which keeps its traceback."""
+    if not isinstance(error, OSError):
+        return _out_of_memory(error) if is_out_of_memory(error) else None
     number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno  # safetensors gives no number
     if number not in HINTS:
         return None
@@ -20,6 +26,20 @@ def as_lora_error(error: OSError) -> LoraError | None:
     if hint == VANISHED and path and (user := _user(Path(path))) is not None:
         hint = f"process {user} is training in this run: wait for it, or copy the adapter first"
     return LoraError(describe(error), hint=hint, exit_code=1)
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Return whether memory could not be allocated, by Python or by torch on any device."""
+    # On the CPU torch has no exception class of its own for it.
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> LoraError:
+    match = ALLOCATED.search(str(error))
+    size = "" if match is None else f": {match['size'] or format_bytes(int(match[1]))} could not be allocated"
+    place = "the GPU" if type(error).__name__ == "OutOfMemoryError" else "this machine"
+    return LoraError(f"{place} has too little memory{size}", hint=HINTS[errno.ENOMEM], exit_code=1)
 
 
 def _user(path: Path) -> str | None:

@@ -18,11 +18,11 @@ from torch import Tensor
 from lora_cli.errors import LoraError
 from lora_cli.model import save_adapter
 from lora_cli.model.adalora import AdaLoraRankAllocator
+from lora_cli.model.finite import describe_not_finite
 from lora_cli.run import console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.training import checkpoint_folders
 from lora_cli.training.best_step import EvaluationHistory
-from lora_cli.training.check_finite import first_not_finite
 from lora_cli.training.checkpoint_folders import STATE_FILE, SavedState, checkpoint_folder, list_checkpoints
 from lora_cli.training.optimizer import averaged_weights, optimizer_state, restore_optimizer_state
 
@@ -102,7 +102,7 @@ def check_finite(
     Raises:
         LoraError: one has a NaN or an infinity. The hint names the newest checkpoint of `folder`.
     """
-    if found := first_not_finite({**weights, **_readable_names(moments)}):
+    if found := describe_not_finite({**weights, **_readable_names(moments)}):
         hint = "train again with a lower training.learning_rate or a longer training.warmup"
         if checkpoints := list_checkpoints(folder):
             hint = (
@@ -139,7 +139,7 @@ def load_checkpoint(
     load_weights(saved.folder, model, rank_allocator=rank_allocator)
     moments = load_file(saved.folder / OPTIMIZER_STATE)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if found := first_not_finite({**weights, **_readable_names(moments)}):
+    if found := describe_not_finite({**weights, **_readable_names(moments)}):
         raise LoraError(
             f"{saved.folder}: {found}",
             hint="remove this checkpoint: --resume takes the one before it, or starts from the first step",

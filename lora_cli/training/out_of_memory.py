@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from accelerate import Accelerator
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
+from lora_cli.run.os_errors import is_out_of_memory
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def out_of_memory_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Ite
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         size = "tokens_per_batch" if recipe.data.packing else "batch_size"
         message = f"{accelerator.device} has too little memory for a step"
@@ -31,9 +31,3 @@ def out_of_memory_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Ite
             console.info(f"error: {message}")
             console.info(f"hint: {hint}")
         raise LoraError(message, hint=hint, exit_code=1) from None
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    # On the CPU torch has no exception class of its own for it.
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)

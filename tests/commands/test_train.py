@@ -73,6 +73,7 @@ def test_the_run_folder_has_exactly_the_documented_files(finished_run: Path):
         "recipe.yaml",
         "manifest.json",
         "metrics.jsonl",
+        "checksums.json",
         "checkpoints",
         "adapter",
     }

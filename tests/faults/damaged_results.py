@@ -100,6 +100,7 @@ def prepare(folder: Path, names: Iterable[str] = TARGETS) -> None:
         workplace.lora("train recipe.yaml --output runs/stopped --set training.keep_checkpoints=2", work)
         for name in ("adapter", "checkpoints/step-00000004"):
             shutil.rmtree(work / "runs/stopped" / name)
+        (work / "runs/stopped/checksums.json").unlink()  # which a finished run has
         workplace.lora("merge runs/a --out merged", work)
         for name in ("runs/stopped", "merged"):
             shutil.copytree(work / name, template / name)

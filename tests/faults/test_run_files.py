@@ -23,6 +23,7 @@ def half_run(trained_run: Path) -> Path:
     """A run whose last two of four steps are to be done again."""
     shutil.rmtree(trained_run / "adapter")
     shutil.rmtree(trained_run / "checkpoints" / "step-00000004")
+    (trained_run / "checksums.json").unlink()
     return trained_run
 
 
@@ -91,3 +92,34 @@ def test_a_file_that_is_damaged_while_a_run_goes_on_loses_no_result(
     assert "eval loss 7.9420 -> 7.7525" in result.err
     if file == "metrics.jsonl":
         assert len([line for line in result.err.splitlines() if line.startswith("runs/a/metrics.jsonl ")]) == 1
+
+
+RECORDS = ("metrics.jsonl", "manifest.json", "recipe.yaml", "checksums.json")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_changed_file_of_a_finished_run_is_told_by_each_command(name: str, trained_run: Path, lora: Lora):
+    file = trained_run / name
+    file.write_bytes(file.read_bytes().replace(b"0", b"1", 1))
+    for command in (["eval", "runs/a"], ["merge", "runs/a", "--out", "out"], ["train", "recipe.yaml", "--resume"]):
+        result = lora(*command)
+        assert result.code == 0, result.err
+        told = [line for line in result.err.splitlines() if line.startswith("note: this run is not as it was")]
+        assert len(told) == 1, result.err
+        assert "other contents" in told[0] if name == "checksums.json" else name in told[0], told
+    assert "not as it was" not in lora("eval", "runs/a").err  # the resumed run has ended again
+
+
+def test_a_run_that_goes_on_has_no_checksums_of_its_end(trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    assert (trained_run / "checksums.json").is_file()
+    seen: list[bool] = []
+    steps = Training.take_steps
+
+    def look(self: Training, done: int) -> int:
+        seen.append((trained_run / "checksums.json").exists())
+        return steps(self, done)
+
+    monkeypatch.setattr(Training, "take_steps", look)
+    assert lora("train", "recipe.yaml", "--resume").code == 0
+    assert seen == [False]
+    assert (trained_run / "checksums.json").is_file()

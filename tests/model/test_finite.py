@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
 from lora_cli.model import gguf_base
-from lora_cli.model.finite import first_not_finite, is_finite
+from lora_cli.model.finite import describe_not_finite, first_not_finite, is_finite
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import families
 from tests.model.test_gguf_base import no_output, packed_and_dequantized, write_gguf
@@ -46,6 +46,24 @@ def test_one_bad_value_is_found_anywhere(dtype: torch.dtype, shape: tuple[int, .
 def test_integers_empty_tensors_and_largest_values_are_finite():
     tensors = [torch.zeros(0), torch.full((4,), 255, dtype=torch.uint8), torch.full((5000, 9), 65504.0).half()]
     assert first_not_finite((str(n), tensor) for n, tensor in enumerate(tensors)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_described(dtype: torch.dtype):
+    tensors = {
+        "scalar": torch.tensor(3.0),
+        "codes": torch.zeros(4, dtype=torch.uint8),
+        "a": torch.ones(8, 8, dtype=dtype),
+        "b": torch.ones(2, dtype=dtype),
+    }
+    assert describe_not_finite(tensors) is None
+    assert describe_not_finite({}) is None
+    for value, found in zip(BAD, ("has NaN", "has an infinity", "has an infinity"), strict=True):
+        tensors["a"][3, 3] = 1
+        tensors["b"][1] = value
+        assert describe_not_finite(tensors) == f"b {found}"
+        tensors["a"][3, 3] = value
+        assert describe_not_finite(tensors) == f"a {found}"
 
 
 NAMES = ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
@@ -93,7 +111,7 @@ def test_a_tensor_that_the_task_does_not_use_is_checked_too(tmp_path: Path, tiny
     labels = ClassLabels("single", ("a", "b"))
     assert checkpoints.load(tiny_folder, task="seq-cls", labels=labels) is not None
     folder = with_bad_value(tiny_folder, tmp_path / "bad", "lm_head.weight")
-    with pytest.raises(LoraError, match=r"lm_head\.weight has values that are not finite"):
+    with pytest.raises(LoraError, match=r"lm_head\.weight has a value that is not finite"):
         checkpoints.load(folder, task="seq-cls", labels=labels)
 
 

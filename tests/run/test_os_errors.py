@@ -2,9 +2,11 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_cli.run.folder import open_run
 from lora_cli.run.os_errors import as_lora_error
@@ -52,3 +54,31 @@ def test_a_vanished_working_folder_is_told(tmp_path: Path, monkeypatch: pytest.M
 def test_other_errors_are_bugs():
     assert as_lora_error(os_error(errno.EBADF, "file")) is None
     assert as_lora_error(ConnectionError("no number")) is None
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (lambda: torch.empty(10**14), "this machine has too little memory: 372529.0 GiB could not be allocated"),
+        (lambda: bytearray(1 << 60), "this machine has too little memory"),
+        (
+            lambda: raise_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")),
+            "the GPU has too little memory: 2.00 GiB could not be allocated",
+        ),
+    ],
+)
+def test_memory_that_cannot_be_allocated(fail: Callable[[], object], message: str):
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        fail()
+    error = as_lora_error(caught.value)
+    assert error is not None
+    assert error.message == message
+    assert (error.hint, error.exit_code) == ("end other programs, or use a machine with more memory", 1)
+
+
+def raise_error(error: Exception) -> None:
+    raise error
+
+
+def test_other_runtime_errors_are_bugs():
+    assert as_lora_error(RuntimeError("shape mismatch")) is None
