@@ -284,6 +284,9 @@ class Training:
             with metrics_log.MetricsLog(self.run.metrics) if self.run else nullcontext() as metrics:
                 self.evaluations.measure(done, metrics, self.info)
             self._save_checkpoint(done)
+        elif self.run:  # a kill may have stopped the removal of older ones
+            keep, keep_best = self.spec.keep_checkpoints, self.spec.keep == "best"
+            checkpoint.prune(self.run.checkpoints, keep, self.evaluations.history, keep_best=keep_best, info=self.info)
         ended = done == self.total or self.evaluations.should_stop
         if self.run and self.answers and self.answers.is_left_out(done, self.run.answers, ended=ended):
             metrics_log.truncate_after(self.run.answers, done - 1, info=self.info)

@@ -89,9 +89,14 @@ def save_checkpoint(
             history.save_rows(partial)
             values = {"step": step, "trained": len(trainable), "evaluations": history.to_json(), **state}
             (partial / STATE_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    prune(folder, keep, history, keep_best=keep_best, info=info)
+    return target
+
+
+def prune(folder: Path, keep: int, history: EvaluationHistory, *, keep_best: bool, info: Callable[[str], None]) -> None:
+    """Delete the checkpoints in `folder` that `keep` and `keep_best` do not keep, see `save_checkpoint`."""
     best = history.best.step if keep_best and history.best else None
     checkpoint_folders.prune_checkpoints(folder, keep, info=info, best=best)
-    return target
 
 
 def check_finite(

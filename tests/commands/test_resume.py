@@ -527,3 +527,11 @@ def test_a_loss_spike_is_told_counted_and_decided_alike_by_a_resumed_run(
         assert adapter_bytes(copy) == expected
         assert steps_of(copy) == records
         assert json.loads((copy / "manifest.json").read_text())["result"]["loss_spikes"] == counted
+
+
+def test_older_checkpoints_that_a_killed_run_left_are_removed(trained_run: Path, lora: Lora):
+    checkpoints = trained_run / "checkpoints"
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-00000002", "step-00000004"]
+    # As if it had been killed before it removed the older one.
+    assert lora("train", "recipe.yaml", "--resume", "--set", "training.keep_checkpoints=1").code == 0
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]

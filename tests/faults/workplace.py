@@ -146,10 +146,11 @@ def _digest(path: Path) -> str:
         with suppress(ValueError, AttributeError):
             records = [json.loads(line) for line in data.splitlines()]
             data = json.dumps([{k: v for k, v in record.items() if k != "seconds"} for record in records]).encode()
-    if path.name == "checksums.json" and b'"kind": "run"' in data:  # its log has the times of the steps
+    if path.name == "checksums.json":  # the log of a run has times, and the key of a cache entry has paths
         with suppress(ValueError, AttributeError, KeyError):
             record = json.loads(data)
-            data = json.dumps({**record, "files": {**record["files"], "metrics.jsonl": None}}).encode()
+            if record["kind"] in ("run", "cache entry"):
+                data = json.dumps({**record, "key": None, "files": {**record["files"], "metrics.jsonl": None}}).encode()
     if path.parent.name.startswith("step-"):  # a checkpoint also records place, machine and changes of its run
         with suppress(ValueError, AttributeError, KeyError):
             if path.name == "state.json":
