@@ -194,6 +194,8 @@ def find_problem_of_run(here: Contents, old: Contents, new: Contents, checkpoint
     places = [here, *(_below(here, f"earlier-{number}") for number in range(1, 4))]
     old_checkpoints = _below(old, "checkpoints")
     for step, files in _group(_below(here, "checkpoints")).items():
+        if not _below(checkpoints, step) and "checksums.json" in files:
+            continue  # of a step at which workers have stopped; the next command verifies it
         if files not in (_below(checkpoints, step), _below(old_checkpoints, step)) and not _is_temporary(step):
             return f"checkpoint {step} is half: {difference(files, _below(checkpoints, step))}"
     for name, files in _group(old).items():  # of the earlier run: here, or moved aside as a whole
