@@ -6,41 +6,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 from tests.faults import campaign as frame
-from tests.faults.campaign import Campaign, Result
+from tests.faults.campaign import Campaign
 from tests.faults.forked_lora import import_libraries
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 import_libraries()  # before other imports, as it silences warnings that some libraries print when they are imported
 
 from tests.faults.campaigns import campaigns  # noqa: E402
-
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "pyarrow")
-VERDICTS = ("survived", "lost", "traceback", "silent", "hang")
-MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")  # around the table in a Markdown file
-
-
-class Row(NamedTuple):
-    """The figures of one campaign."""
-
-    key: str
-    title: str
-    results: list[Result]
-    seconds: float
-
-    def count(self, verdict: str) -> int:
-        """Return the number of cases with a verdict."""
-        return sum(result.outcome.verdict == verdict for result in self.results)
-
-    @property
-    def tried(self) -> int:
-        """The number of cases whose fault occurred."""
-        return len(self.results) - self.count("not tried")
+from tests.faults.table import MARKS, Row, render, table_rows, write_table  # noqa: E402
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,10 +30,9 @@ def main(arguments: Sequence[str]) -> int:
         for row in _run(chosen, options.scratch or Path(temporary), options, seed):
             rows.append(row)
             _print_failures(row, seed, quick=options.quick)
-    text = render(rows, seed, workers=options.workers)
-    sys.stdout.write(text)
-    if options.markdown:
-        write_table(options.markdown, text)
+            if options.markdown:
+                write_table(options.markdown, table_rows([row], seed))
+    sys.stdout.write(render(table_rows(rows, seed)))
     return int(any(result.outcome.failed for row in rows for result in row.results))
 
 
@@ -75,7 +50,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", action="append", choices=[*table], metavar="KIND", help="may be repeated")
     parser.add_argument("--case", type=int, metavar="NUMBER", help="only this case of one kind and seed")
     parser.add_argument("--workers", type=int, default=CORES, metavar="N", help="cases at once; default: all cores")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help=f"put the table between {' and '.join(MARKS)}")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help=f"put the rows into its table, between {' and '.join(MARKS)}"
+    )
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="keep prepared inputs here, and use them again")
     options = parser.parse_args(arguments)
     if options.case is not None and (options.seed is None or len(options.only or ()) != 1):
@@ -100,7 +77,7 @@ def _run(chosen: dict[str, Campaign], scratch: Path, options: argparse.Namespace
             frame.prepare(campaign, prepared)
             done.touch()
         counts = [count for count in (options.cases, campaign.count) if count is not None]
-        row = Row(key, campaign.title, [], 0.0)
+        row = Row(key, campaign.title, [])
         for result in frame.run_campaign(
             campaign, prepared, seed=seed, count=min(counts, default=None), only=options.case,
             workers=options.workers, until=until,
@@ -108,7 +85,7 @@ def _run(chosen: dict[str, Campaign], scratch: Path, options: argparse.Namespace
             row.results.append(result)
             failed = sum(result.outcome.failed for result in row.results)
             _say(f"{campaign.title}: {row.tried:,} tried, {failed:,} failed")
-        yield row._replace(seconds=time.monotonic() - start)
+        yield row
 
 
 def _say(text: str) -> None:
@@ -127,38 +104,6 @@ def _print_failures(row: Row, seed: int, *, quick: bool) -> None:
                 + f"    scripts/faults{' --quick' * quick} --only {row.key} --seed {seed} --case {number}\n"
             )
     sys.stdout.flush()
-
-
-def render(rows: Sequence[Row], seed: int, *, workers: int) -> str:
-    """Return the table as Markdown, with date, versions and seed."""
-    lines = [f"| kind | tried | {' | '.join(VERDICTS)} |", f"|---|{'--:|' * (len(VERDICTS) + 1)}"]
-    for row in rows:
-        figures = [row.tried, *(row.count(verdict) for verdict in VERDICTS)]
-        lines.append(f"| {row.title} | {' | '.join(f'{figure:,}' for figure in figures)} |")
-    totals = [sum(row.tried for row in rows), *(sum(row.count(verdict) for row in rows) for verdict in VERDICTS)]
-    lines.append(f"| **all** | {' | '.join(f'**{total:,}**' for total in totals)} |")
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    minutes = sum(row.seconds for row in rows) / 60
-    lines += [
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d}, seed {seed}, {minutes:,.0f} minutes with {workers} at once; "
-        f"Python {sys.version.split()[0]}, {versions}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write_table(file: Path, table: str) -> None:
-    """Put the table between MARKS of a Markdown file, which is made if it does not exist.
-
-    Raises:
-        SystemExit: the file exists without MARKS.
-    """
-    text = file.read_text(encoding="utf-8") if file.exists() else "\n".join([*MARKS, ""])
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not begin or not end:
-        raise SystemExit(f"{file} has no lines {MARKS[0]} and {MARKS[1]}")
-    file.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from tests.faults.campaign import Campaign, Outcome, prepare, run_campaign
+from tests.faults.campaign import Campaign, Outcome, Result, prepare, run_campaign
 from tests.faults.operations import Action, call_before_operations, fail_at, kill_after, kill_at, record_in
+from tests.faults.table import MARKS, Row, table_rows, write_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,4 +109,22 @@ def test_a_part_of_each_campaign(tmp_path: Path):
         [*command, "--workers", "2", "--markdown", str(table)], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "| files vanish | 3 | 3 | 0 | 0 | 0 | 0 |" in table.read_text(encoding="utf-8").splitlines()
+    written = table.read_text(encoding="utf-8")
+    assert "\n| files vanish | 3 | 3 | 0 | 0 | 0 | 0 |" in written
+
+
+def test_rows_of_other_campaigns_stay_in_the_table(tmp_path: Path):
+    file = tmp_path / "README.md"
+    file.write_text(f"before\n{MARKS[0]}\n{MARKS[1]}\nafter\n", encoding="utf-8")
+    row = Row("vanish", "files vanish", [Result(0, Outcome("survived", "")), Result(1, Outcome("not tried", ""))])
+    write_table(file, table_rows([row], seed=7))
+    write_table(file, table_rows([Row("kill", "killed before a file operation", [Result(0, Outcome("lost", ""))])], 8))
+    write_table(file, table_rows([row._replace(results=row.results[:1] * 1200)], seed=9))
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    assert lines[4:7] == [
+        f"| killed before a file operation | 1 | 0 | 1 | 0 | 0 | 0 | {today} | 8 |",
+        f"| files vanish | 1,200 | 1,200 | 0 | 0 | 0 | 0 | {today} | 9 |",
+        "| **all** | **1,201** | **1,200** | **1** | **0** | **0** | **0** | | |",
+    ]
