@@ -13,10 +13,17 @@ from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.library_warnings import silence_library_warnings
 from lora_cli.run.os_errors import as_lora_error
-from lora_cli.run.output_path import reserve_output_path
+from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
 from lora_cli.run.signals import handle_signals, stop_with_launcher
 from lora_cli.run.streams import standard_streams
 from lora_cli.run.system_errors import as_os_error
+from lora_cli.setup.adapter_folders import (
+    check_measurable,
+    find_adapter,
+    find_chat_adapters,
+    parse_weighted_adapters,
+)
+from lora_cli.setup.export_paths import check_export_paths, find_exported_adapter
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
@@ -106,6 +113,9 @@ def evaluate(
     other_base: OtherBase = False,
 ) -> None:
     """Measure base, adapters and merged models side by side on held-out rows."""
+    check_output_file("--json", json_file)
+    check_output_file("--predictions", predictions)
+    check_measurable(Path(target))
     if Path(target).is_file():
         from lora_cli.recipe.load import load_recipe
 
@@ -138,6 +148,7 @@ def merge(
     _choice("--weights", weights, "auto", "original", "dequantized")
     _choice("--verify", verify, "logits", "tensors")
     with reserve_output_path(out):
+        check_output_path(out, inputs=[find_adapter(adapter)], replace=force, command="merge")
         from lora_cli.commands import merge as command
 
         request = command.MergeRequest(
@@ -190,6 +201,8 @@ def export(
         missing = "the model, run or adapter" if target is None else "--out"
         raise LoraError(f"lora export: {missing} is missing", hint=f"lora export runs/NAME --to {to} --out PATH")
     with reserve_output_path(out):
+        path = Path(os.path.expanduser(target))
+        check_export_paths(out, path, find_exported_adapter(path), to=to, over=over, replace=force)
         from lora_cli.commands import export as command
 
         request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
@@ -215,6 +228,7 @@ def chat(
     other_base: OtherBase = False,
 ) -> None:
     """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""
+    find_chat_adapters(target, adapters or [])  # a mistake is reported before the import
     from lora_cli.commands import chat as command
 
     options = command.ChatOptions(temperature, max_new_tokens, system, seed)
@@ -237,9 +251,12 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot spectra and sizes.")] = None,
 ) -> None:
     """Print the size of an adapter's updates by kind of module, and how much of its rank they use."""
+    check_output_file("--json", json_file)
+    check_output_file("--plot", plot)
+    folder = find_adapter(adapter)
     from lora_cli.commands.adapter import inspect as command
 
-    command(adapter, base_path=base, json_file=json_file, plot=plot)
+    command(folder, base_path=base, json_file=json_file, plot=plot)
 
 
 @adapter_app.command()
@@ -251,10 +268,14 @@ def resize(
     force: Force = False,
 ) -> None:
     """Write an adapter of lower rank from the largest components, and print the energy that is kept."""
+    if (rank is None) == (energy is None):
+        raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
     with reserve_output_path(out):
+        folder = find_adapter(adapter)
+        check_output_path(out, inputs=[folder], replace=force, command="resize")
         from lora_cli.commands.adapter import resize as command
 
-        command(adapter, out=out, rank=rank, energy=energy, force=force)
+        command(folder, out=out, rank=rank, energy=energy, force=force)
 
 
 @adapter_app.command()
@@ -274,9 +295,11 @@ def combine(
     """Write the weighted sum of several adapters as one."""
     _choice("--method", method, "concat", "svd", "linear", "ties", "dare")
     with reserve_output_path(out):
+        folders, weights = parse_weighted_adapters(adapters)
+        check_output_path(out, inputs=folders, replace=force, command="combine")
         from lora_cli.commands.adapter import combine as command
 
-        command(adapters, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
+        command(folders, weights, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """`lora adapter`: inspect a LoRA adapter, resize it to a smaller rank, combine several adapters into one."""
 
-import math
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +28,8 @@ from lora_cli.model.trained_on import TRAINED_ON_FILE
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
-from lora_cli.run.output_path import check_output_path
 from lora_cli.run.redact import redact_path
 from lora_cli.run.workspace import remove_leftovers
-from lora_cli.setup.adapter_folders import find_adapter
 
 ENERGY_SHARES = (0.9, 0.95, 0.99)
 COPIED_FILES = (
@@ -69,13 +67,8 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         plot: PNG file for spectra and sizes.
 
     Raises:
-        LoraError: `folder` is not a LoRA adapter or was never trained, the folder of an output file does not exist, or
-            matplotlib is not installed.
+        LoraError: `folder` is not a LoRA adapter or was never trained, or matplotlib is not installed.
     """
-    for option, file in (("--json", json_file), ("--plot", plot)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
-    folder = find_adapter(folder)
     adapter = low_rank.read_lora(open_adapter(folder))
     norms = _base_norms(adapter, base_path)
     stats = [_module_stats(module, factors, norms.get(module)) for module, factors in adapter.factors.items()]
@@ -233,13 +226,9 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
         force: replace `out` if it exists.
 
     Raises:
-        LoraError: not exactly one of `rank` and `energy`, or the adapter cannot be resized.
+        LoraError: the adapter cannot be resized.
     """
-    if (rank is None) == (energy is None):
-        raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
     remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
-    folder = find_adapter(folder)
-    check_output_path(out, inputs=[folder], replace=force, command="resize")
     check_template_files(folder)  # copied into the result
     adapter = low_rank.read_lora(open_adapter(folder))
     if adapter.config.use_dora:
@@ -257,12 +246,21 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
 
 
 def combine(
-    items: list[str], *, out: Path, method: str, rank: int | None, density: float, seed: int, force: bool
+    folders: Sequence[Path],
+    weights: Sequence[float],
+    *,
+    out: Path,
+    method: str,
+    rank: int | None,
+    density: float,
+    seed: int,
+    force: bool,
 ) -> None:
     """Write the weighted sum of several adapters of one base as one adapter.
 
     Args:
-        items: `DIR` or `WEIGHT*DIR` each.
+        folders: of the adapters.
+        weights: of each adapter.
         out: folder of the new adapter.
         method: concat, svd, linear, ties or dare.
         rank: of svd, ties and dare; the largest of the adapters if None.
@@ -274,14 +272,6 @@ def combine(
         LoraError: the adapters cannot be combined.
     """
     remove_leftovers(out.absolute().parent, out.name)  # of a command that was killed
-    folders, weights = [], []
-    for item in items:
-        weight, star, path = item.rpartition("*")
-        weights.append(_parse_weight(weight, item) if star else 1.0)
-        folders.append(find_adapter(Path(path)))
-    if len(folders) < 2:
-        raise LoraError("combine: there is only one adapter", hint="name two or more")
-    check_output_path(out, inputs=folders, replace=force, command="combine")
     check_template_files(folders[0])  # copied into the result
     adapters = [low_rank.read_lora(open_adapter(folder)) for folder in folders]
     _check_combinable(adapters)
@@ -319,16 +309,6 @@ def _public_name(folder: Path) -> str:
     """Return the name of an adapter for the model card, without folders of this machine."""
     run = folder.parent.name if folder.name == "adapter" else folder.name
     return run if folder.is_absolute() else str(folder)
-
-
-def _parse_weight(text: str, item: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise LoraError(f"{item}: {text} is not a weight", hint="write 0.5*runs/a/adapter")
-    return weight
 
 
 def _check_combinable(adapters: list[LoraWeights]) -> None:

@@ -23,9 +23,9 @@ from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import render_template
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.generation import StopOnSignal, check_prompt_ids, stop_ids
-from lora_cli.evaluation.report import BASE
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.run import atomic, console
+from lora_cli.run.folder import BASE
 from lora_cli.run.signals import at_end, stop_request
 from lora_cli.setup.chat_model import DESCRIPTIONS, PROMPT_KINDS, LoadedChat, Prompting, PromptKind, load_chat
 

@@ -20,7 +20,7 @@ from lora_cli.evaluation.answers import GenerationOptions, Prompt
 from lora_cli.evaluation.classification_metrics import compute_classification_metrics, missing_packages
 from lora_cli.evaluation.likelihood import RowLikelihoods, measure_row_likelihoods
 from lora_cli.evaluation.predict import predict
-from lora_cli.evaluation.report import BASE, ModelResult
+from lora_cli.evaluation.report import ModelResult
 from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.fp32_weights import upcast_trainable_params
@@ -32,9 +32,10 @@ from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
-from lora_cli.run.folder import CONFIG_FILE, recipe_of_adapter
+from lora_cli.run.folder import BASE, CONFIG_FILE, recipe_of_adapter
 from lora_cli.run.redact import redact_path
-from lora_cli.setup.adapter_folders import check_bases, is_model_folder, parse_named_folder
+from lora_cli.setup.adapter_folders import check_measurable, is_model_folder, parse_named_folder
+from lora_cli.setup.check_bases import check_bases
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base
 from lora_cli.training import cpu
@@ -70,9 +71,6 @@ def evaluate(
     Raises:
         LoraError: a recipe, run, adapter, model or folder does not exist, or they do not fit together.
     """
-    for option, file in (("--json", json_file), ("--predictions", options.file)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
     options.check()
     resolved = _resolve_target(Path(target), adapters)
     recipe = resolved.recipe
@@ -211,6 +209,7 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
         LoraError: a recipe, run or adapter does not exist, or a name is used twice.
     """
     folders: dict[str, Path] = {}
+    check_measurable(target)
     if target.is_file():
         recipe = with_recorded_date(load_recipe(target))
         if (Path(recipe.output) / "adapter").is_dir():
@@ -224,16 +223,12 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
             )
         recipe = load_recipe(recipe_file)
         folders["adapter"] = target
-    elif (target / "recipe.yaml").is_file():
+    else:
         recipe = load_recipe(target / "recipe.yaml")
         if (target / "adapter").is_dir():
             folders["adapter"] = target / "adapter"
         else:
             console.info(f"{target} has no adapter yet: measuring the base alone")
-    else:
-        raise LoraError(
-            f"{target} is not a recipe, run or adapter folder", hint="give a YAML file, or a folder of lora train"
-        )
     models: dict[str, Path] = {}
     for item in options:
         named = parse_named_folder(item, taken=[*folders, *models], accepts_models=True)

@@ -28,15 +28,12 @@ from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
-from lora_cli.run.folder import find_adapter_folder
-from lora_cli.run.output_path import check_output_path
 from lora_cli.run.redact import redact_path
 from lora_cli.run.workspace import remove_leftovers
-from lora_cli.setup.adapter_folders import check_not_unfinished
+from lora_cli.setup.export_paths import VERDICT, find_exported_adapter, verdict_path
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import MergeOptions, write_merged_model
 
-VERDICT = "export.json"
 # Formats that store 16-bit weights exactly; for others the adapter is merged in fp32, so that rounding happens once.
 EXACT_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -62,8 +59,7 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
     """
     exporter = EXPORTERS[request.to]
     remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
-    folder = _adapter_folder(Path(os.path.expanduser(target)))
-    _check_paths(out, Path(os.path.expanduser(target)), folder, exporter, request)
+    folder = find_exported_adapter(Path(os.path.expanduser(target)))
     module = exporter.load()
     if request.verify == "runtime":
         exporter.require_runtime()
@@ -95,28 +91,6 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
         for line in module.usage(source, out, options):
             console.info(line)
     console.out.print(str(out))
-
-
-def _adapter_folder(target: Path) -> Path | None:
-    """Return the adapter folder that `target` is or contains; None for a model."""
-    folder = find_adapter_folder(target)
-    if folder is None:
-        check_not_unfinished(target)
-    return folder
-
-
-def _check_paths(out: Path, target: Path, adapter: Path | None, exporter: Exporter, request: ExportRequest) -> None:
-    if request.over is not None and request.to != "gguf-adapter":
-        raise LoraError(f"--over is for --to gguf-adapter, not for {request.to}", hint="leave it out")
-    if exporter.suffix and out.suffix != exporter.suffix:
-        raise LoraError(
-            f"--out {out}: {request.to} is one file, whose name ends in {exporter.suffix}",
-            hint=f"write --out {out.with_name(out.name + exporter.suffix)}",
-        )
-    inputs = [path for path in (target, adapter, request.over) if path is not None]
-    for path in (out, _verdict_path(out)) if exporter.suffix else (out,):
-        kind = "file" if exporter.suffix else "folder"
-        check_output_path(path, inputs=inputs, replace=request.force, command="export", kind=kind)
 
 
 def _open_model(target: str, request: ExportRequest) -> ExportSource:
@@ -218,16 +192,11 @@ def _merge_options(source: ExportSource, request: ExportRequest) -> MergeOptions
 def _output(out: Path, exporter: Exporter, request: ExportRequest) -> Iterator[tuple[Path, Path]]:
     """Yield the temporary path that the export is written to, and the path of the verdict (export.json)."""
     if exporter.suffix:
-        with atomic.files([out, _verdict_path(out)], replace=request.force) as (partial, verdict):
+        with atomic.files([out, verdict_path(out)], replace=request.force) as (partial, verdict):
             yield partial, verdict
     else:
         with verified_folder(out, kind="export", published=True, replace=request.force) as partial:
             yield partial, partial / VERDICT
-
-
-def _verdict_path(file: Path) -> Path:
-    """Return the path of the verdict of an export that is one file."""
-    return file.with_suffix(f".{VERDICT}")
 
 
 def _run_checks(module: ModuleType, source: ExportSource, partial: Path, options: ExportOptions) -> list[Check]:

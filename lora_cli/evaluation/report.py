@@ -14,8 +14,8 @@ from lora_cli.evaluation.generation import Answer
 from lora_cli.evaluation.likelihood import RowLikelihoods
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName
+from lora_cli.run.folder import BASE
 
-BASE = "base"  # name of the base model among the results
 MIN_ROWS = 5  # fewer rows give no meaningful interval
 
 

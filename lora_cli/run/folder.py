@@ -13,6 +13,7 @@ from lora_cli.run.read_file import read_json_object
 from lora_cli.run.workspace import remove_leftovers, sync
 
 LOCK = ".lora-lock"
+BASE = "base"  # name of the base model among the adapters of a command
 CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
 # Files of a run that its checksums.json covers once it is finished.
 RECORDS = ("metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")

@@ -92,6 +92,12 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
         )
 
 
+def check_output_file(option: str, file: Path | None) -> None:
+    """Raise if a file that an option names, such as --json, cannot be written because its folder is missing."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
+
+
 def _mode(out: Path, another: str) -> int | None:
     """Return the mode of `out`; None if it does not exist."""
     try:

@@ -1,17 +1,16 @@
-"""Find the adapters that a command line names: a run, a checkpoint or an adapter folder, `DIR` or `NAME=DIR`."""
+"""Find the adapters that a command line names: a run, a checkpoint or an adapter folder, `DIR` or `NAME=DIR`. No torch.
 
+The command line calls these functions before it imports a command, which takes seconds: a mistake is told at once.
+"""
+
+import math
 import os
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.errors import LoraError
-from lora_cli.evaluation.report import BASE
-from lora_cli.model.adapter_files import AdapterFiles
-from lora_cli.model.base_model import BaseCheckpoint
-from lora_cli.model.saved_adapter import check_same_base
-from lora_cli.run.folder import CONFIG_FILE, LOCK, find_adapter_folder, user_of_run
+from lora_cli.run.folder import BASE, CONFIG_FILE, LOCK, find_adapter_folder, user_of_run
 from lora_cli.training.checkpoint_folders import list_checkpoints
 
 HINT = "give a run of lora train, or an adapter folder"
@@ -57,6 +56,65 @@ def check_not_unfinished(target: Path) -> None:
     )
 
 
+def find_chat_adapters(target: Path, adapters: Sequence[str]) -> dict[str, Path]:
+    """Return the adapter folders of `lora chat` by the names that /use accepts; empty for a model.
+
+    Args:
+        target: a run, adapter or model folder, or a .gguf file.
+        adapters: further adapters of the same base, `DIR` or `NAME=DIR`.
+
+    Raises:
+        LoraError: one of them is none of these.
+    """
+    folders: dict[str, Path] = {}
+    if target.suffix != ".gguf" and not is_model_folder(target):
+        folders["adapter"] = find_adapter(target, hint="give a run of lora train, an adapter folder or a model")
+    elif adapters:
+        raise LoraError("--adapter needs an adapter or a run as target", hint="write one of the adapters as the target")
+    for item in adapters:
+        name, folder = parse_named_folder(item, taken=folders)
+        folders[name] = folder
+    return folders
+
+
+def check_measurable(target: Path) -> None:
+    """Raise if `lora eval` cannot measure `target`.
+
+    Raises:
+        LoraError: it is no file, and no folder of an adapter or a run.
+    """
+    if not (target.is_file() or os.path.lexists(target / CONFIG_FILE) or (target / "recipe.yaml").is_file()):
+        raise LoraError(
+            f"{target} is not a recipe, run or adapter folder", hint="give a YAML file, or a folder of lora train"
+        )
+
+
+def parse_weighted_adapters(items: Sequence[str]) -> tuple[list[Path], list[float]]:
+    """Return the adapter folders and weights of `lora adapter combine`, `DIR` or `WEIGHT*DIR` each.
+
+    Raises:
+        LoraError: a folder has no adapter, a weight is not a number, or there are fewer than two.
+    """
+    folders, weights = [], []
+    for item in items:
+        weight, star, path = item.rpartition("*")
+        weights.append(_parse_weight(weight, item) if star else 1.0)
+        folders.append(find_adapter(Path(path)))
+    if len(folders) < 2:
+        raise LoraError("combine: there is only one adapter", hint="name two or more")
+    return folders, weights
+
+
+def _parse_weight(text: str, item: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise LoraError(f"{item}: {text} is not a weight", hint="write 0.5*runs/a/adapter")
+    return weight
+
+
 class NamedFolder(NamedTuple):
     """A folder and the name that the user sees."""
 
@@ -95,23 +153,6 @@ def parse_named_folder(item: str, *, taken: Collection[str], accepts_models: boo
 def is_model_folder(folder: Path) -> bool:
     """Return whether `folder` has the configuration of a model, and none of an adapter."""
     return os.path.isfile(folder / "config.json") and not os.path.lexists(folder / CONFIG_FILE)
-
-
-@contextmanager
-def check_bases(adapters: Iterable[AdapterFiles], base: BaseCheckpoint, *, allowed: bool) -> Iterator[None]:
-    """Context manager around the loading of `base`: compare its weights with those that the adapters were trained on.
-
-    A local model is compared before the block; a hub model after it, because only then are its files in the cache.
-
-    Raises:
-        LoraError: the weights differ, and `allowed` is False.
-    """
-    local = base.source.gguf_file is not None or Path(base.source.path).is_dir()
-    for adapter in adapters if local else ():
-        check_same_base(adapter, base, allowed=allowed)
-    yield
-    for adapter in () if local else adapters:
-        check_same_base(adapter, base, allowed=allowed)
 
 
 def _split(item: str) -> tuple[str | None, str]:

@@ -24,7 +24,8 @@ from lora_cli.model.model_source import find_model, load_config, load_tokenizer
 from lora_cli.model.saved_adapter import find_base
 from lora_cli.recipe.schema import ModelSpec, QuantizationSpec
 from lora_cli.run import console
-from lora_cli.setup.adapter_folders import check_bases, find_adapter, is_model_folder, parse_named_folder
+from lora_cli.setup.adapter_folders import find_chat_adapters
+from lora_cli.setup.check_bases import check_bases
 from lora_cli.training import cpu
 
 PromptKind = Literal["chat", "text"]
@@ -72,7 +73,7 @@ def load_chat(target: Path, adapters: Sequence[str], base_path: str | None, *, o
     device = pick_device()
     if device.type == "cpu":
         cpu.set_up_cpu()
-    opened = {name: open_adapter(folder) for name, folder in _adapter_folders(target, adapters).items()}
+    opened = {name: open_adapter(folder) for name, folder in find_chat_adapters(target, adapters).items()}
     if not opened:
         base = _open_model(target, device)
         notes = [] if base.tokenizer.chat_template else [f"no chat template: {DESCRIPTIONS['text']}"]
@@ -126,16 +127,3 @@ def _open_model(target: Path, device: torch.device) -> BaseCheckpoint:
     source = find_model(ModelSpec(path=str(target)), dtype=dtype, device=device, info=console.info)
     config, tokenizer = load_config(source), load_tokenizer(source)
     return BaseCheckpoint(str(target), source, config, tokenizer, task="causal-lm", dtype=dtype)
-
-
-def _adapter_folders(target: Path, adapters: Sequence[str]) -> dict[str, Path]:
-    """Return the adapter folders by the names that /use accepts; empty for a model."""
-    folders: dict[str, Path] = {}
-    if target.suffix != ".gguf" and not is_model_folder(target):
-        folders["adapter"] = find_adapter(target, hint="give a run of lora train, an adapter folder or a model")
-    elif adapters:
-        raise LoraError("--adapter needs an adapter or a run as target", hint="write one of the adapters as the target")
-    for item in adapters:
-        name, folder = parse_named_folder(item, taken=folders)
-        folders[name] = folder
-    return folders

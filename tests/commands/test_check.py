@@ -126,8 +126,20 @@ def light_imports() -> float:
         (["methods"], 0, 3),
         (["train", "bad.yaml"], 2, 5),
         (["eval", "bad.yaml"], 2, 5),
+        *[
+            (command.split(), 2, 3)
+            for command in (
+                "merge nothing --out x",
+                "eval nothing",
+                "export nothing --to gguf --out x",
+                "chat nothing",
+                "adapter inspect nothing",
+                "adapter resize nothing --rank 2 --out x",
+                "adapter combine nothing nothing --out x",
+            )
+        ],
     ],
-    ids=["help", "train --help", "init", "methods", "rejected by train", "rejected by eval"],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_light_commands_import_no_heavy_library_and_take_little_time(
     arguments: list[str], code: int, limit: float, light_imports: float, workdir: Path

@@ -1,0 +1,58 @@
+"""What `lora export` reads and where it writes, checked before it is imported. No torch."""
+
+from pathlib import Path
+
+from lora_cli.errors import LoraError
+from lora_cli.export import EXPORTERS
+from lora_cli.run.folder import find_adapter_folder
+from lora_cli.run.output_path import check_output_path
+from lora_cli.setup.adapter_folders import check_not_unfinished
+
+VERDICT = "export.json"
+
+
+def find_exported_adapter(target: Path) -> Path | None:
+    """Return the adapter folder that `target` is or contains; None for a model.
+
+    Raises:
+        LoraError: it is a run that has no adapter yet.
+    """
+    folder = find_adapter_folder(target)
+    if folder is None:
+        check_not_unfinished(target)
+    return folder
+
+
+def check_export_paths(
+    out: Path, target: Path, adapter: Path | None, *, to: str, over: Path | None, replace: bool
+) -> None:
+    """Check where an export is written, and its options that name files.
+
+    Args:
+        out: file or folder of the export.
+        target: the model, run or adapter.
+        adapter: its adapter folder; None for a model.
+        to: key of EXPORTERS.
+        over: base in GGUF, for a GGUF adapter.
+        replace: whether an existing `out` is replaced.
+
+    Raises:
+        LoraError: `out` cannot be written, see `check_output_path`; or it, or `over`, does not fit the format.
+    """
+    suffix = EXPORTERS[to].suffix
+    if over is not None and to != "gguf-adapter":
+        raise LoraError(f"--over is for --to gguf-adapter, not for {to}", hint="leave it out")
+    if suffix and out.suffix != suffix:
+        raise LoraError(
+            f"--out {out}: {to} is one file, whose name ends in {suffix}",
+            hint=f"write --out {out.with_name(out.name + suffix)}",
+        )
+    inputs = [path for path in (target, adapter, over) if path is not None]
+    for path in (out, verdict_path(out)) if suffix else (out,):
+        kind = "file" if suffix else "folder"
+        check_output_path(path, inputs=inputs, replace=replace, command="export", kind=kind)
+
+
+def verdict_path(file: Path) -> Path:
+    """Return the path of the verdict of an export that is one file."""
+    return file.with_suffix(f".{VERDICT}")
