@@ -96,7 +96,7 @@ class BaseCheckpoint(NamedTuple):
         if attention is not None:
             arguments["attn_implementation"] = attention
         if quantization is not None:
-            arguments["quantization_config"] = bnb_config(quantization)
+            arguments["quantization_config"] = bnb_config(quantization, dtype)
         if quantization is not None or prequantized.detect_prequantized(self.config) is not None:
             # Packed weights cannot be moved after loading; some would stay on the CPU.
             arguments["device_map"] = {"": device}

@@ -1,10 +1,18 @@
 """Choose the device (GPU or CPU) of this process, and the dtype that it computes in."""
 
 import os
+import time
 
 import torch
 
 from lora_cli.recipe.schema import QuantizationSpec
+
+MIN_SLOWDOWN = 1.5  # of a dtype that is told
+# By dtype, the instructions of CPUs that multiply it, by torch's name; without one of them, it is emulated.
+CPU_INSTRUCTIONS = {
+    torch.bfloat16: ("amx_bf16", "avx512_bf16", "bf16"),
+    torch.float16: ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
 
 
 def pick_device() -> torch.device:
@@ -22,14 +30,58 @@ def pick_dtype(name: str, device: torch.device, quantization: QuantizationSpec |
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
+    if quantization is not None and quantization.bits == 4 and quantization.compute_dtype != "auto":
+        return resolve_compute_dtype(quantization, torch.float32)
+    return torch.bfloat16 if multiplies(device, torch.bfloat16) else torch.float32
+
+
+def describe_emulation(dtype: torch.dtype, quantization: QuantizationSpec | None, device: torch.device) -> list[str]:
+    """Return a line for each dtype that a run on `device` computes in, and that the device only emulates.
+
+    Args:
+        dtype: of the model.
+        quantization: with its compute dtype; None for none.
+        device: of the run.
+    """
+    keys = {dtype: "model.dtype"}
     if quantization is not None and quantization.bits == 4:
-        computed: torch.dtype = getattr(torch, quantization.compute_dtype)
-        return computed
+        keys.setdefault(resolve_compute_dtype(quantization, dtype), "quantization.compute_dtype")
+    lines = []
+    for each, key in keys.items():
+        if not multiplies(device, each) and (slowdown := _slowdown(each, device)) > MIN_SLOWDOWN:
+            name, kind = str(each).removeprefix("torch."), "GPU" if device.type == "cuda" else "CPU"
+            lines.append(
+                f"note: this {kind} has no instructions for {name}: a matrix product takes {slowdown:.0f} times the "
+                f"time of float32; {key}: auto takes what is fast here"
+            )
+    return lines
+
+
+def resolve_compute_dtype(spec: QuantizationSpec, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that 4-bit weights are dequantized to in a model of `dtype`."""
+    compute_dtype: torch.dtype = dtype if spec.compute_dtype == "auto" else getattr(torch, spec.compute_dtype)
+    return compute_dtype
+
+
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `device` multiplies matrices of `dtype` in hardware."""
+    if dtype not in CPU_INSTRUCTIONS:
+        return True
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
-
-
-def _cpu_multiplies_bf16() -> bool:
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return any(capabilities.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
+
+
+def _slowdown(dtype: torch.dtype, device: torch.device) -> float:
+    """Measure how many times longer a matrix product takes in `dtype` than in float32."""
+    seconds = {}
+    for each in (torch.float32, dtype):
+        a, b = torch.ones(64, 512, dtype=each, device=device), torch.ones(512, 512, dtype=each, device=device)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            float((a @ b)[0, 0])  # waits for a GPU
+            times.append(time.perf_counter() - start)
+        seconds[each] = min(times)
+    return seconds[dtype] / seconds[torch.float32]

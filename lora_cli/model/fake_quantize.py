@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from lora_cli.model.device import resolve_compute_dtype
 from lora_cli.model.quantize import bnb_config
 from lora_cli.model.quantize_experts import packable_weights
 from lora_cli.recipe.schema import QuantizationSpec
@@ -30,7 +31,7 @@ def quantized_weights(
     """
     transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
     stacked = packable_weights(skeleton) if spec.bits == 4 and with_experts else []
-    quantizer = AutoHfQuantizer.from_config(bnb_config(spec))
+    quantizer = AutoHfQuantizer.from_config(bnb_config(spec, torch.float32))
     quantizer.preprocess_model(model=skeleton, device_map={"": "cpu"})
     layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     quantized = (name for name, module in skeleton.named_modules() if isinstance(module, layers))
@@ -77,7 +78,7 @@ def compute_as_quantized(layer: nn.Module, spec: QuantizationSpec, dtype: torch.
     Returns:
         The dtype that its weight and bias must have.
     """
-    compute_dtype: torch.dtype = torch.float32 if spec.bits == 8 else getattr(torch, spec.compute_dtype)
+    compute_dtype: torch.dtype = torch.float32 if spec.bits == 8 else resolve_compute_dtype(spec, dtype)
 
     def change_inputs(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (_fake_quantize_inputs(args[0]) if spec.bits == 8 else args[0].to(compute_dtype), *args[1:])

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 from transformers import PreTrainedModel
 
+from lora_cli.model.device import resolve_compute_dtype
 from lora_cli.model.experts import expert_weights
 from lora_cli.model.memory import quantized_sizes
 from lora_cli.model.prequantized import Prequantized
@@ -47,8 +48,9 @@ def describe_quantization(
             else lines
         )
     double = ", double quantization" if spec.double_quant else ""
+    computed = str(resolve_compute_dtype(spec, dtype)).removeprefix("torch.")
     layers = "linear layers and experts" if stacked else "linear layers"
-    line = f"  its {layers}: 4-bit {spec.type}{double}, computed in {spec.compute_dtype}"
+    line = f"  its {layers}: 4-bit {spec.type}{double}, computed in {computed}"
     return [line, _shares(skeleton, spec, 4, dtype)]
 
 

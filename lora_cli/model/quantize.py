@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
+from lora_cli.model.device import resolve_compute_dtype
 from lora_cli.model.multimodal import is_inside, outside_text
 from lora_cli.model.quantize_experts import register_quantizers
 from lora_cli.recipe.schema import QuantizationSpec
@@ -15,8 +16,8 @@ from lora_cli.recipe.schema import QuantizationSpec
 BLOCK_SIZE = 64  # weights that share one scale
 
 
-def bnb_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
-    """Return the recipe's quantization as a BitsAndBytesConfig.
+def bnb_config(spec: QuantizationSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the recipe's quantization of a model of `dtype` as a BitsAndBytesConfig.
 
     4-bit is QLoRA's storage (Dettmers et al., arXiv:2305.14314, section 3): 4-bit codes, and scales that may be
     quantized too. 8-bit is LLM.int8. Loading with 4 bits packs the stacked weights of experts too.
@@ -29,7 +30,7 @@ def bnb_config(spec: QuantizationSpec) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.type,
         bnb_4bit_use_double_quant=spec.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, spec.compute_dtype),
+        bnb_4bit_compute_dtype=resolve_compute_dtype(spec, dtype),
         bnb_4bit_quant_storage=getattr(torch, spec.storage_dtype),
     )
 

@@ -41,8 +41,9 @@ class QuantizationSpec(Section):
     """4-bit data type: nf4 (default; made for normally distributed weights) or fp4. Not for 8 bits."""
     double_quant: Switch | None = None
     """Quantize the scales of the 4-bit weights too; saves about 0.4 bits per weight. Default true. Not for 8 bits."""
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype that 4-bit weights are dequantized to for each matrix product. No effect with 8 bits."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype that 4-bit weights are dequantized to for each matrix product: auto (default; model.dtype), bfloat16,
+    float16 or float32. No effect with 8 bits."""
     storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] | None = None
     """Dtype of the tensors that store the packed 4-bit weights (default uint8). FSDP shards floating-point dtypes only.
     Not for 8 bits."""
@@ -287,6 +288,13 @@ class Recipe(Section):
             object.__setattr__(self, "data", filled.data)
             object.__setattr__(self, "training", filled.training)
         return self
+
+    def with_compute_dtype(self, dtype: str) -> Self:
+        """Return the recipe with the dtype that 4-bit weights are dequantized to, if it leaves it open."""
+        spec = self.quantization
+        if spec is None or spec.bits != 4 or spec.compute_dtype != "auto":
+            return self
+        return self.model_copy(update={"quantization": spec.model_copy(update={"compute_dtype": dtype})})
 
     def with_packing(self, packing: bool) -> Self:
         """Return the recipe with this packing, and the batch size that applies with or without it."""

@@ -29,7 +29,7 @@ from lora_cli.data.rendering import template_process
 from lora_cli.errors import LoraError
 from lora_cli.model import multimodal, packed_attention, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
-from lora_cli.model.device import pick_device, pick_dtype
+from lora_cli.model.device import describe_emulation, pick_device, pick_dtype
 from lora_cli.model.library_errors import panics_as_errors
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer, restore_hint
 from lora_cli.model.packing_support import packing_obstacle
@@ -93,6 +93,9 @@ def load_inputs(
     model, data, task = recipe.model, data or recipe.data, recipe.task
     device = pick_device()
     dtype = pick_dtype(model.dtype, device, recipe.quantization)
+    recipe = recipe.with_compute_dtype(str(dtype).removeprefix("torch."))
+    for line in describe_emulation(dtype, recipe.quantization, device):
+        info(line)
     source = find_model(model, dtype=dtype, device=device, info=info, weights=weights)
     # The fast checks of the model come before the rows are encoded, which can take minutes.
     config = load_config(source)

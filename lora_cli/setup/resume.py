@@ -101,7 +101,8 @@ def find_run_state(recipe: Recipe, *, info: Info | None) -> SavedState | None:
     if saved is None:
         return None
     _check_values(saved)
-    changes = [c for c in find_changes(_recipe_of(saved), recipe) if not (c.after is None and c.key in FILLED_IN)]
+    changes = find_changes(_recipe_of(saved), recipe)
+    changes = [c for c in changes if not (c.key in FILLED_IN and c.after in (None, "auto"))]
     refused = [c.line() for c in changes if c.effect == "learned"]
     # Epochs are steps only when the rows are known.
     total = recipe.training.max_steps

@@ -74,7 +74,6 @@ def told(err: str) -> list[str]:
                 "quantization.bits: null -> 4",
                 "quantization.type: null -> nf4",
                 "quantization.double_quant: null -> true",
-                "quantization.compute_dtype: null -> bfloat16",
             ],
         ),
         (["training.max_steps=8"], ["training.max_steps: 4 -> 8"]),

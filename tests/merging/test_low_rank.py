@@ -86,8 +86,8 @@ def test_the_factors_of_experts_equal_pefts_updates_and_are_written_back(kind: s
             assert zoo.relative(update.T if kind == "gpt-oss" else update, each[name]) < 1e-6
     adapter.resize(folders[0], out=tmp_path / "same", rank=6, energy=None, force=False)
     adapter.resize(folders[0], out=tmp_path / "small", rank=None, energy=0.9, force=False)
-    items = [str(folders[0]), f"-0.5*{folders[1]}"]
-    adapter.combine(items, out=tmp_path / "sum", method="concat", rank=None, density=1.0, seed=0, force=False)
+    options = {"method": "concat", "rank": None, "density": 1.0, "seed": 0, "force": False}
+    adapter.combine(folders[:2], [1.0, -0.5], out=tmp_path / "sum", **options)
     same, small, total = (updates(tmp_path / name) for name in ("same", "small", "sum"))
     for name, update in expected[0].items():
         assert zoo.relative(same[name], update) < 1e-5

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_the_section_becomes_a_bitsandbytes_config(section: dict[str, object], expected: dict[str, object]):
-    config = quantize.bnb_config(QuantizationSpec.model_validate(section))
+    config = quantize.bnb_config(QuantizationSpec.model_validate(section), torch.bfloat16)
     assert {name: getattr(config, name) for name in expected} == expected
 
 

@@ -17,7 +17,7 @@ from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.quantize import BLOCK_SIZE, bnb_config
 from lora_cli.recipe.schema import QuantizationSpec
 
-NF4_SPEC = QuantizationSpec(bits=4)  # QLoRA's: nf4, double quantization, computed in bfloat16
+NF4_SPEC = QuantizationSpec(bits=4, compute_dtype="bfloat16")  # QLoRA's: nf4, double quantization
 NESTED_BLOCK_SIZE = 256  # blocks of weights whose scales (absmax) share a scale
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 LONGEST_FLOAT = "-2.2250738585072014e-308"  # no float has a longer repr in Python
@@ -56,7 +56,7 @@ def weights_in_nf4(source: ExportSource) -> dict[str, bool]:
 
 def quantization_config() -> dict[str, Any]:
     """Return the `quantization_config` section of config.json."""
-    section: dict[str, Any] = bnb_config(NF4_SPEC).to_dict()
+    section: dict[str, Any] = bnb_config(NF4_SPEC, torch.bfloat16).to_dict()
     return section
 
 
