@@ -16,8 +16,8 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation import lm_eval_harness, text_metrics
 from lora_cli.evaluation.generation import Answer, generate, prompt_ids, reference_ids, stop_ids
 from lora_cli.evaluation.likelihood import Stopping, never
-from lora_cli.model import packed_attention
 from lora_cli.model.tasks import TASKS
+from lora_cli.model.varlen_attention import OWN_ATTENTION
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import console
@@ -154,7 +154,7 @@ def generate_answers(
 def _padding_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, the model has an attention that supports padding; the packed attention does not."""
     before = model.config._attn_implementation
-    if before == packed_attention.PACKED_ATTENTION:
+    if before in OWN_ATTENTION:
         model.set_attn_implementation("sdpa")
     try:
         yield

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
-from lora_cli.model import packed_attention
+from lora_cli.model import packed_attention, varlen_attention
 from lora_cli.model.packing_support import stateful_layers
 from lora_cli.recipe.tasks import TaskName
 
@@ -176,33 +176,41 @@ def model_inputs(model: PreTrainedModel, batch: Batch, *, task: TaskName = "caus
     if batch.attention_mask is not None:
         mask = batch.attention_mask.to(device)
         inputs["attention_mask"] = mask if task == "causal-lm" else mask.long()
-    elif model.config._attn_implementation == packed_attention.PACKED_ATTENTION:
-        inputs["row_plan"] = packed_attention.plan_rows(batch.lengths)
-    if (
-        task == "causal-lm"
-        and len(batch.lengths) > 1
-        and batch.attention_mask is None
-        and stateful_layers(model.config)
-    ):
-        inputs |= _row_boundaries(batch.lengths, device)
+    elif task == "causal-lm":
+        inputs |= _row_borders(model, batch.lengths, device)
     return inputs
 
 
-def _row_boundaries(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Return the borders of packed rows for the kernels of state-space, linear-attention and convolution layers.
+def _row_borders(model: PreTrainedModel, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Return what the attention and the stateful layers of `model` need to keep packed rows of `lengths` apart.
 
-    `seq_idx` is int32 [1, tokens], the number of each token's row; `cu_seq_lens_q` and `cu_seq_lens_k` are int32
-    [rows + 1], the position of each row's first token and the total; the largest length is a Python int.
+    Flash attention of transformers and the kernels of state-space, linear-attention and convolution layers get
+    `cu_seq_lens_q` and `cu_seq_lens_k`, int32 [rows + 1], and the largest length as a Python int: without them, every
+    layer would find the rows anew, and wait for the device. `seq_idx` is int32 [1, tokens], the number of each token's
+    row.
     """
+    attention = model.config._attn_implementation
+    if attention == packed_attention.PACKED_ATTENTION:
+        return {"row_plan": packed_attention.plan_rows(lengths, device), **_borders_of_states(model, lengths, device)}
+    if attention == varlen_attention.VARLEN_ATTENTION:
+        bounds = varlen_attention.row_bounds(lengths, device)
+        return {"row_bounds": bounds, **_borders_of_states(model, lengths, device)}
+    flash = len(lengths) > 1 and attention.startswith("flash_attention")
+    borders = _flash_borders(lengths, device) if flash else {}
+    return borders | _borders_of_states(model, lengths, device)
+
+
+def _borders_of_states(model: PreTrainedModel, lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    if len(lengths) == 1 or not stateful_layers(model.config):
+        return {}
     rows = torch.tensor(lengths)
-    starts = torch.cat([torch.zeros(1, dtype=rows.dtype), rows.cumsum(0)]).to(device, torch.int32)
-    return {
-        "seq_idx": torch.repeat_interleave(torch.arange(len(rows)), rows)[None].to(device, torch.int32),
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
+    numbers = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), rows)[None]
+    return {"seq_idx": numbers.to(device, non_blocking=True), **_flash_borders(lengths, device)}
+
+
+def _flash_borders(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
+    starts, longest = varlen_attention.row_bounds(lengths, device)
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def unit_logits(model: PeftModel | PreTrainedModel, inputs: dict[str, Any], batch: Batch, *, task: TaskName) -> Tensor:

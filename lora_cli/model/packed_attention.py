@@ -1,11 +1,11 @@
-"""Attention for packed rows (packing) on the CPU: each row attends to itself only; no score is computed across rows.
+"""Attention for packed rows (packing) by matrix products: each row attends to itself only.
 
 The rows of a packed batch are concatenated along the sequence. Rows of similar length are gathered into small padded
-groups and multiplied as one batch of matrices; each long row goes through torch's flash kernel alone. On GPUs,
-flash-attention does the same from the row boundaries, so this module is used on the CPU only.
+groups and multiplied as one batch of matrices; each long row goes through torch's own kernels alone. It is made for the
+CPU, and used on GPUs where flash attention (`varlen_attention.py`) does not run: older ones, and in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # Value of `_attn_implementation` in the model's config. transformers creates no mask for a name that it does not know.
 PACKED_ATTENTION = "lora_rows"
 
+CPU = torch.device("cpu")
 # Tokens. For longer rows torch's flash kernel is faster than full score matrices (break-even on 2 cores: 256 to 400).
 LONG_ROW = 320
 # A group's shortest row has at least this share of its longest row's tokens, or lacks at most this many tokens. This
@@ -53,8 +54,13 @@ class RowPlan(NamedTuple):
     order: Tensor  # int64 [T]: for each position of the pack, its index in the concatenated results of groups and long
 
 
-def plan_rows(lengths: Sequence[int]) -> RowPlan:
-    """Group the rows of a pack by similar length; `lengths` are tokens per row, in pack order."""
+def plan_rows(lengths: Sequence[int], device: torch.device = CPU) -> RowPlan:
+    """Group the rows of a pack by similar length, with positions on `device`.
+
+    Args:
+        lengths: tokens per row, in pack order.
+        device: of the attention; the copy to a GPU does not wait for it.
+    """
     starts = [0]
     for length in lengths:
         starts.append(starts[-1] + length)
@@ -69,7 +75,13 @@ def plan_rows(lengths: Sequence[int]) -> RowPlan:
         short = short[count:]
     positions = [group.gather[group.real] for group in groups]
     positions += [torch.arange(row.start, row.stop) for row in long]
-    return RowPlan(tuple(lengths), tuple(groups), long, torch.argsort(torch.cat(positions)))
+    order = torch.argsort(torch.cat(positions))
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
+
+    moved = tuple(group._replace(gather=move(group.gather), real=move(group.real)) for group in groups)
+    return RowPlan(tuple(lengths), moved, long, move(order))
 
 
 def _group(rows: list[tuple[int, int]], length: int) -> RowGroup:
@@ -122,29 +134,59 @@ def _group_attention(
         x = x.index_select(0, group.gather).view(rows, length, kv_heads, -1, x.shape[-1])
         return x.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, -1, x.shape[-1])
 
-    mask = _causal(length, window, query.dtype).repeat(queries_per_key, 1)[None]
+    mask = _causal(length, window, query).repeat(queries_per_key, 1)[None]
     out: Tensor = _ShortRows.apply(padded(query), padded(key), padded(value), scale, mask)  # type: ignore[no-untyped-call]
     out = out.view(rows, kv_heads, queries_per_key, length, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(rows * length, heads, -1).index_select(0, group.real)
 
 
-def _causal(length: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Return [L, L] in `dtype`: 0 where a query (row) may attend to a key (column), else -inf."""
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+def _causal(length: int, window: int | None, like: Tensor) -> Tensor:
+    """Return [L, L], of dtype and device of `like`: 0 where a query (row) may attend to a key (column), else -inf."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=like.device)
+    hidden = visible.triu(1)
     if window is not None:
-        hidden |= torch.ones(length, length, dtype=torch.bool).tril(-window)
-    return torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, float("-inf"))
+        hidden |= visible.tril(-window)
+    return like.new_zeros(length, length).masked_fill_(hidden, float("-inf"))
 
 
 def _long_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
     """Compute attention for one row with torch's flash kernel; shapes as in `_group_attention`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     windowed = window is not None and query.shape[0] > window
-    mask = _causal(query.shape[0], window, query.dtype) if windowed else None
+    mask = _causal(query.shape[0], window, query) if windowed else None
     out = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=not windowed, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out[0].transpose(0, 1)
+
+
+def unsupported_options(
+    kwargs: Mapping[str, Any],
+    *,
+    attention_mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    has_rows: bool,
+) -> list[str]:
+    """Return the options of a call of an attention function that change its result, and that ours do not have.
+
+    Args:
+        kwargs: keyword arguments that the function does not name.
+        attention_mask: of the call.
+        dropout: of the call.
+        is_causal: of the call.
+        has_rows: whether the rows were passed on to the attention.
+    """
+    unsupported = [name for name, value in kwargs.items() if value is not None and name not in IGNORED_KEYWORDS]
+    if is_causal is False:
+        unsupported.append("attention to later tokens")
+    if not has_rows:
+        unsupported.append("a forward pass that does not pass keyword arguments to its attention layers")
+    if dropout:
+        unsupported.append("attention dropout")
+    if attention_mask is not None:
+        unsupported.append("a custom attention mask")
+    return unsupported
 
 
 def packed_attention_forward(
@@ -182,15 +224,9 @@ def packed_attention_forward(
     Raises:
         NotImplementedError: the model requests an option that changes the result and is not implemented here.
     """
-    unsupported = [name for name, value in kwargs.items() if value is not None and name not in IGNORED_KEYWORDS]
-    if is_causal is False:
-        unsupported.append("attention to later tokens")
-    if row_plan is None:
-        unsupported.append("a forward pass that does not pass keyword arguments to its attention layers")
-    if dropout:
-        unsupported.append("attention dropout")
-    if attention_mask is not None:
-        unsupported.append("a custom attention mask")
+    unsupported = unsupported_options(
+        kwargs, attention_mask=attention_mask, dropout=dropout, is_causal=is_causal, has_rows=row_plan is not None
+    )
     if unsupported or row_plan is None:
         raise NotImplementedError(f"not supported: {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

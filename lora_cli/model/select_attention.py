@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from lora_cli.data.collate import Batch
-from lora_cli.errors import LoraError
-from lora_cli.model import packed_attention
+from lora_cli.errors import LoraError, first_line
+from lora_cli.model import packed_attention, varlen_attention
 from lora_cli.model.experts import expert_weights
 from lora_cli.model.loss import logits_at, model_inputs
 
@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 0.1, torch
 MAX_LEAK = 1e-5
 # Largest change of logits when a later token changes; not zero because of MoE experts, as above.
 MAX_LOOKAHEAD = 1e-3
-# Values of `layer_types` in the model's config that the packed attention for the CPU supports.
+# Values of `layer_types` in the model's config that our attention for packed rows supports.
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 COMPARED_TOKENS = 16  # last tokens of each row whose logits are compared
 
@@ -48,10 +48,15 @@ def candidates(requested: str, *, packing: bool, device: torch.device, dtype: to
     if requested != "auto":
         return [requested]
     if device.type == "cuda":
-        # flash-attention supports row boundaries, in half precision only; without it, sdpa uses a mask between rows.
-        # This project was developed without a GPU and has never run either of them with packed rows.
+        # This project was developed without a GPU, and has never run any of them there with packed rows.
         flash = ["flash_attention_2"] if is_flash_attn_2_available() and dtype != torch.float32 else []
-        return [*flash, "sdpa", "eager"]
+        if not packing:
+            return [*flash, "sdpa", "eager"]
+        varlen = varlen_attention.runs_on(device, dtype)
+        # With sdpa, every layer has a mask of tokens x tokens between the rows. A cap on the scores (Gemma 2) is
+        # computed by flash and flex attention.
+        own = [varlen_attention.VARLEN_ATTENTION, *flash] if varlen else [*flash, packed_attention.PACKED_ATTENTION]
+        return [*own, "flex_attention", "sdpa", "eager"]
     return [packed_attention.PACKED_ATTENTION, "sdpa", "eager"] if packing else ["sdpa", "eager"]
 
 
@@ -112,14 +117,16 @@ def _choose(model: PreTrainedModel, requested: str, *, packing: bool) -> LeakChe
     tried = []
     for name in candidates(requested, packing=packing, device=model.device, dtype=dtype):
         try:
-            model.set_attn_implementation(name)
+            _set_attention(model, name)
             if not packing:
                 return None
             check = _measure_leak(model, name)
-        except (RuntimeError, ValueError, ImportError) as reason:
-            if isinstance(reason, torch.OutOfMemoryError):
+        except (RuntimeError, ValueError, ImportError, TypeError, AttributeError) as reason:
+            # Builds of flash attention that do not fit raise errors of any kind; in our own code, these are bugs.
+            is_bug = isinstance(reason, (TypeError, AttributeError)) and not name.startswith(("flash", "flex"))
+            if isinstance(reason, torch.OutOfMemoryError) or is_bug:
                 raise
-            tried.append(f"{name} ({str(reason).splitlines()[0]})")
+            tried.append(f"{name} ({first_line(reason)})")
             continue
         if check.leak <= MAX_LEAK and check.difference <= TOLERANCE[dtype]:
             return check
@@ -144,6 +151,18 @@ def _choose(model: PreTrainedModel, requested: str, *, packing: bool) -> LeakChe
     )
 
 
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention implementation of `model`.
+
+    Raises:
+        NotImplementedError: the model's code has its own attention, so that transformers keeps that one.
+    """
+    model.set_attn_implementation(name)
+    found = model.config._attn_implementation
+    if found != name:
+        raise NotImplementedError(f"{type(model).__name__} keeps {found}, which was set when it was built")
+
+
 def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
     """Return the least precise dtype that `model` multiplies in.
 
@@ -163,7 +182,7 @@ def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
 def _measure_leak(model: PreTrainedModel, name: str) -> LeakCheck:
     """Measure the attention `name`, which is set on `model` already; leaves mode and attention unchanged."""
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or SUPPORTED_LAYER_TYPES)
-    if name == packed_attention.PACKED_ATTENTION and not layer_types <= SUPPORTED_LAYER_TYPES:
+    if name in varlen_attention.OWN_ATTENTION and not layer_types <= SUPPORTED_LAYER_TYPES:
         raise NotImplementedError(f"not supported: {', '.join(sorted(layer_types - SUPPORTED_LAYER_TYPES))}")
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]

@@ -27,7 +27,7 @@ from lora_cli.data.dataset import EncodedDataset
 from lora_cli.data.prepare import PreparedData, prepare_data
 from lora_cli.data.rendering import template_process
 from lora_cli.errors import LoraError
-from lora_cli.model import multimodal, packed_attention, prequantized
+from lora_cli.model import multimodal, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
 from lora_cli.model.device import describe_emulation, pick_device, pick_dtype
 from lora_cli.model.library_errors import panics_as_errors
@@ -35,6 +35,7 @@ from lora_cli.model.model_source import find_model, load_config, load_tokenizer,
 from lora_cli.model.packing_support import packing_obstacle
 from lora_cli.model.tasks import PREFIX_MODELS, TASKS, is_supported
 from lora_cli.model.trained_on import TRAINED_ON_FILE
+from lora_cli.model.varlen_attention import OWN_ATTENTION
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run.cache_folder import cache_folder
@@ -267,11 +268,7 @@ def _check_text_pairs(data: PreparedData, config: PretrainedConfig) -> None:
 
 
 def _check_attention(name: str) -> None:
-    known = sorted(
-        key
-        for key in ALL_ATTENTION_FUNCTIONS.valid_keys()
-        if "|" not in key and key != packed_attention.PACKED_ATTENTION
-    )
+    known = sorted(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key and key not in OWN_ATTENTION)
     # A name with a slash is a kernel of the hub, which is looked up when the model is loaded.
     if name not in ("auto", "eager", *known) and "/" not in name:
         raise LoraError(f"model.attention: {name} is not known", hint=f"use one of auto, eager, {', '.join(known)}")

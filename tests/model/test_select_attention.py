@@ -11,22 +11,29 @@ from lora_cli.errors import LoraError
 from lora_cli.model import packed_attention, select_attention
 from lora_cli.model.packed_attention import PACKED_ATTENTION
 from lora_cli.model.select_attention import TOLERANCE, candidates, choose_attention
+from lora_cli.model.varlen_attention import VARLEN_ATTENTION
 from tests.model import zoo
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-FP32, BF16 = torch.float32, torch.bfloat16
+CPU, CUDA, TURING = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+REST = ["flex_attention", "sdpa", "eager"]
 
 
 @pytest.mark.parametrize(
     ("requested", "packing", "device", "dtype", "flash", "expected"),
+    # On GPUs with packing, flex_attention, sdpa and eager follow.
     [
         ("auto", True, CPU, FP32, False, [PACKED_ATTENTION, "sdpa", "eager"]),
         ("auto", True, CPU, BF16, True, [PACKED_ATTENTION, "sdpa", "eager"]),
         ("auto", False, CPU, FP32, False, ["sdpa", "eager"]),
-        ("auto", True, CUDA, BF16, True, ["flash_attention_2", "sdpa", "eager"]),
+        ("auto", True, CUDA, BF16, True, [VARLEN_ATTENTION, "flash_attention_2", *REST]),
+        ("auto", True, TURING, BF16, True, ["flash_attention_2", PACKED_ATTENTION, *REST]),
+        ("auto", True, TURING, FP16, False, [PACKED_ATTENTION, *REST]),
         ("auto", False, CUDA, BF16, True, ["flash_attention_2", "sdpa", "eager"]),
-        ("auto", True, CUDA, BF16, False, ["sdpa", "eager"]),
-        ("auto", True, CUDA, FP32, True, ["sdpa", "eager"]),  # flash-attention does not support fp32
+        ("auto", True, CUDA, BF16, False, [VARLEN_ATTENTION, *REST]),
+        ("auto", True, CUDA, FP16, False, [VARLEN_ATTENTION, *REST]),
+        ("auto", True, CUDA, FP32, True, [PACKED_ATTENTION, *REST]),  # flash attention does not support fp32
+        ("auto", False, CUDA, FP32, True, ["sdpa", "eager"]),
         ("eager", True, CPU, FP32, False, ["eager"]),
         ("flash_attention_2", False, CUDA, BF16, False, ["flash_attention_2"]),
     ],
@@ -41,6 +48,7 @@ def test_the_implementations_that_are_tried(
     expected: list[str],
 ):
     monkeypatch.setattr(select_attention, "is_flash_attn_2_available", lambda: flash)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device == TURING else (8, 9))
     assert candidates(requested, packing=packing, device=device, dtype=dtype) == expected
 
 
@@ -213,3 +221,45 @@ def test_a_model_that_is_not_causal_raises(packing: bool):
     choose_attention(encoder, "auto", packing=False, causal=False)
     decoder = BertLMHeadModel(BertConfig(vocab_size=zoo.VOCABULARY, is_decoder=True, **small)).eval()
     choose_attention(decoder, "auto", packing=False)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("unexpected keyword"), AttributeError("no such symbol"), ImportError("ABI")]
+)
+def test_a_build_of_flash_attention_that_does_not_work_is_a_candidate_that_failed(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    model = zoo.make("llama")
+    setting = type(model).set_attn_implementation
+
+    def fail(model: Any, name: str) -> None:
+        if name == "flash_attention_2":
+            raise error
+        setting(model, name)
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", fail)
+    monkeypatch.setattr(select_attention, "candidates", lambda *_, **__: ["flash_attention_2", "sdpa"])
+    check = choose_attention(model, "auto", packing=True)
+    assert check is not None
+    assert check.attention == "sdpa"
+    monkeypatch.setattr(select_attention, "candidates", lambda *_, **__: ["flash_attention_2"])
+    with pytest.raises(LoraError, match=rf"tried flash_attention_2 \({error}\)"):
+        choose_attention(model, "auto", packing=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}),
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}),
+        ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 64}),
+    ],
+)
+def test_a_model_that_keeps_its_attention_is_not_said_to_have_another(family: str, sizes: dict[str, int]):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    before = model.config._attn_implementation
+    other = "eager" if before != "eager" else "sdpa"
+    with pytest.raises(LoraError, match=f"{other} .*keeps {before}, which was set when it was built"):
+        choose_attention(model, other, packing=False)
+    choose_attention(model, "auto", packing=False)
+    assert model.config._attn_implementation == before
