@@ -1,4 +1,7 @@
-"""Checksums of the files that a finished run has beside its adapter and checkpoints, which have their own. No torch."""
+"""Checksums of the files that a finished run has beside its adapter and checkpoints, which have their own. No torch.
+
+They cover the checksums of the adapter too: an adapter without them would be taken for one of another tool.
+"""
 
 import os
 from collections.abc import Callable
@@ -13,8 +16,8 @@ KIND = "run"  # in checksums.json
 
 
 def write_run_checksums(run: Path) -> None:
-    """Write the checksums of a run that is finished: of its recipe, manifest and logs."""
-    names = [name for name in RECORDS if os.path.lexists(run / name)]
+    """Write the checksums of a run that is finished: of its recipe, manifest and logs, and of its adapter's."""
+    names = [name for name in (*RECORDS, f"adapter/{CHECKSUMS_FILE}") if os.path.lexists(run / name)]
     write_checksums(run, kind=KIND, published=False, names=names)
 
 

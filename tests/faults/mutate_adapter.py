@@ -142,8 +142,9 @@ def try_case(case: Case, folder: Path) -> Outcome:
         shutil.copytree(run, "runs/pristine")
         try:
             adapter = run / "adapter"
-            if not case.with_checksums:
+            if not case.with_checksums:  # as an adapter of another tool
                 (adapter / CHECKSUMS_FILE).unlink(missing_ok=True)
+                (run / CHECKSUMS_FILE).unlink()
             before = _contents(adapter)
             damage = DAMAGES[case.kind](adapter, random.Random(f"{case.seed} {case.number}"))
             result = _run_command(case.command, case.source)

@@ -110,6 +110,13 @@ def test_a_changed_file_of_a_finished_run_is_told_by_each_command(name: str, tra
     assert "not as it was" not in lora("eval", "runs/a").err  # the resumed run has ended again
 
 
+def test_an_adapter_without_its_checksums_is_told(trained_run: Path, lora: Lora):
+    (trained_run / "adapter" / "checksums.json").unlink()
+    result = lora("merge", "runs/a", "--out", "out")
+    assert result.code == 0
+    assert "note: this run is not as it was when it ended: adapter/checksums.json is missing" in result.err.splitlines()
+
+
 def test_a_run_that_goes_on_has_no_checksums_of_its_end(trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
     assert (trained_run / "checksums.json").is_file()
     seen: list[bool] = []
