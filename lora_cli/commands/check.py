@@ -92,7 +92,7 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
         trainable=trainable,
         tokens=tokens,
         longest=int(inputs.data.train.lengths.max()),
-        checkpointing=recipe.training.gradient_checkpointing is True,
+        every=1 if recipe.training.gradient_checkpointing is True else None,
         quantization=recipe.quantization,
         on_cpu=inputs.device.type == "cpu",
         optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
@@ -103,8 +103,8 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     console.out.print(f"memory, estimated: {total_memory} ({parts}); free now: {free_memory}")
     if plan.total > free:
         console.out.print(
-            "  more than is free: gradient checkpointing is switched on if it is auto; smaller batches "
-            "(training.tokens_per_batch), quantization or a smaller adapter.rank need less"
+            "  more than is free: with gradient_checkpointing: auto, layers are recomputed, and then batches run in "
+            "parts; smaller batches (training.tokens_per_batch), quantization or a smaller adapter.rank need less"
         )
     _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
 

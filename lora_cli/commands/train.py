@@ -179,6 +179,7 @@ class Training:
             history=self.evaluations.history,
         )
         self.spikes.restore(saved.values["loss_spikes"])
+        self.built.ladder.restore(saved.values["memory"])
         self.state["changes"] = record_changes(saved, changes)
         self.info(f"resuming after step {saved.step}")
 
@@ -199,10 +200,11 @@ class Training:
         if (earlier := self.run.move_earlier_aside()) is not None:
             self.info(f"--fresh: the earlier run is in {earlier}")
         remove_run_checksums(self.run.path, info=self.info)
-        self.run.checkpoints.mkdir(exist_ok=True)
         manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
         self.manifest = {**manifest, "changes": self.state.get("changes", [])}
+        # The recipe comes first: a folder with a part of a run, but without it, could be neither started nor resumed.
         run_records.write_records(self.run, self.recipe, self.manifest, info=self.info)
+        self.run.checkpoints.mkdir(exist_ok=True)
         # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
         metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, complete_from=1)
         metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
@@ -245,6 +247,7 @@ class Training:
                 task=self.recipe.task,
                 rank_allocator=self.rank_allocator,
                 spikes=self.spikes,
+                ladder=self.built.ladder,
             ):
                 self.done = step.number
                 if metrics:
@@ -314,7 +317,7 @@ class Training:
                 self.model,
                 self.optimizer,
                 step=step,
-                state={**self.state, "loss_spikes": self.spikes.to_json()},
+                state={**self.state, "loss_spikes": self.spikes.to_json(), "memory": self.built.ladder.to_json()},
                 keep=self.spec.keep_checkpoints,
                 write_adapter=lambda folder: self._write_adapter_files(folder, step),
                 rank_allocator=self.rank_allocator,
@@ -359,10 +362,15 @@ class Training:
             "keep": self.spec.keep,
             "evaluations": self.evaluations.history.to_json(),
             "loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped},
+            "memory": self.built.ladder.to_json(),
         }
         run_records.write_records(self.run, self.recipe, {**self.manifest, "result": result}, info=self.info)
+        if summary := self.spikes.summary():
+            self.info(summary)
         write_run_checksums(self.run.path)
-        self._print_results(self.run, step)
+        for line in run_records.describe_results(self.run, self.recipe, self.evaluations.history, step=step):
+            self.info(line)
+        console.out.print(f"{self.recipe.output}/adapter")
 
     def _write_verified(self, run: RunFolder, step: int) -> None:
         """Write the model's adapter to a temporary folder, load it back, compare it, then move it to its place."""
@@ -384,17 +392,6 @@ class Training:
             (difference := compare_reloaded(self.model, partial, self._probe_logits)).check(self.inputs.base.dtype)
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
-
-    def _print_results(self, run: RunFolder, step: int) -> None:
-        if line := self.spikes.summary():
-            self.info(line)
-        results = list(run_records.results(run.metrics, self.recipe, self.evaluations.history, step=step).values())
-        if len(results) == 2:
-            before, after = (result["loss"] for result in results)
-            self.info(f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})")
-        for note in run_records.publishing_notes(self.recipe):
-            self.info(note)
-        console.out.print(f"{self.recipe.output}/adapter")
 
     @torch.no_grad()
     def _probe_logits(self, model: PeftModel) -> torch.Tensor:

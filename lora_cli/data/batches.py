@@ -114,6 +114,27 @@ class BatchPlan:
         """Return the tensors of one batch of the rows `indices`; `Batch` gives shapes and dtypes."""
         return self._collate([self.rows[i] for i in indices], indices, self.pad_id)
 
+    def largest_batch(self) -> Batch:
+        """Return the batch with the most tokens, padding included."""
+        lengths = self.rows.lengths
+        size = (lambda b: int(lengths[b].sum())) if self.packing else (lambda b: int(lengths[b].max()) * len(b))
+        return self.make_batch(max(self.epoch(0), key=size))
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the batch that has the most."""
+        return max(map(len, self.epoch(0)))
+
+    def split(self, batch: Batch, parts: int) -> list[Batch]:
+        """Return the rows of `batch` as at most `parts` batches of about as many tokens each, in the same order."""
+        if parts == 1 or len(batch.rows) == 1:
+            return [batch]
+        rows = np.array(batch.rows)
+        ends = self.rows.lengths[rows].cumsum(dtype=np.int64)
+        middles = ends - self.rows.lengths[rows] / 2
+        numbers = np.minimum(middles * parts // ends[-1], parts - 1)
+        return [self.make_batch(rows[numbers == number].tolist()) for number in np.unique(numbers)]
+
     def all_batches(self, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield every batch of `rank` once, in a fixed order, for evaluation."""
         for indices in self.epoch(0)[rank::world_size]:

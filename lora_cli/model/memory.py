@@ -38,7 +38,7 @@ def plan_memory(
     trainable: int,
     tokens: int,
     longest: int,
-    checkpointing: bool,
+    every: int | None,
     quantization: QuantizationSpec | None,
     on_cpu: bool,
     optimizer_bytes: int | None = None,
@@ -56,7 +56,7 @@ def plan_memory(
         trainable: number of adapter parameters.
         tokens: in one batch.
         longest: tokens of the longest row.
-        checkpointing: whether gradient checkpointing is on.
+        every: of how many layers one is recomputed (gradient checkpointing); None: none is.
         quantization: the recipe's section; None for a 16-bit or fp32 base.
         on_cpu: whether training runs on the CPU.
         optimizer_bytes: state of the optimizer; None for AdamW's two fp32 moments.
@@ -70,7 +70,9 @@ def plan_memory(
     if on_cpu:  # attention saves the probabilities of short rows, see model/packed_attention.py
         per_layer += itemsize * heads * min(longest, 320)
     per_layer += itemsize * _expert_values(model, config)
-    saved = itemsize * hidden * layers + per_layer if checkpointing else per_layer * layers
+    recomputed = 0 if every is None else -(-layers // every)
+    # Of a recomputed layer its input is saved; one at a time has all that it saves otherwise.
+    saved = itemsize * hidden * recomputed + per_layer * (layers - recomputed + min(recomputed, 1))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return MemoryPlan(
         weights=_weight_bytes(model, dtype, quantization),

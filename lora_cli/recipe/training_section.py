@@ -69,7 +69,8 @@ class TrainingSpec(Section):
     """NEFTune (arXiv:2310.05914): uniform noise of size alpha/sqrt(tokens·hidden size) on the embeddings of each row,
     in training only. Above 0. Default null: no noise."""
     gradient_checkpointing: Literal["auto"] | Switch = "auto"
-    """Recompute activations in the backward pass: less memory, a third more time. auto: only if memory requires it."""
+    """Recompute activations in the backward pass: less memory, half as much time again. auto (default): of as few
+    layers as memory requires, tried on a GPU before the first step; true: of every layer; false: of none."""
     on_spike: Literal["warn", "skip"] = "warn"
     """A step whose loss is more than 6 standard deviations above the mean of the last 128 steps: warn (default), or
     skip: its gradients are not used, the step counts. skip also skips a loss or gradient that is not finite, which is

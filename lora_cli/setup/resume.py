@@ -59,6 +59,12 @@ class _RecordedSpikes(_Recorded):
     losses: list[float]
 
 
+class _RecordedRung(_Recorded):
+    every: int | None
+    offload: bool
+    parts: int
+
+
 class _RecordedValues(_Recorded):
     """What state.json must have; other keys are passed over."""
 
@@ -80,6 +86,7 @@ class _RecordedValues(_Recorded):
     machine: dict[str, str | int]
     evaluations: list[list[float]]
     loss_spikes: _RecordedSpikes
+    memory: _RecordedRung
     changes: list[dict[str, Any]] = []
 
 

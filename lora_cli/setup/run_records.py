@@ -58,7 +58,16 @@ def trained_on(recipe: Recipe, inputs: RunInputs, model: PeftModel, built: Train
     )
 
 
-def publishing_notes(recipe: Recipe) -> list[str]:
+def describe_results(run: RunFolder, recipe: Recipe, history: EvaluationHistory, *, step: int) -> list[str]:
+    """Return lines on the adapter of `step` for the end of a run: its loss, and what to do before it is published."""
+    losses = [result["loss"] for result in results(run.metrics, recipe, history, step=step).values()]
+    if len(losses) != 2:
+        return _publishing_notes(recipe)
+    before, after = losses
+    return [f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})", *_publishing_notes(recipe)]
+
+
+def _publishing_notes(recipe: Recipe) -> list[str]:
     """Return what to do before the adapter is published, if its configuration names a base of this machine."""
     if not Path(os.path.expanduser(recipe.model.path)).exists():
         return []

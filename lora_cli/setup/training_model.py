@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -34,9 +34,11 @@ from lora_cli.run import console
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.inputs import RunInputs
+from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_shapes
 
 Info = Callable[[str], None]
+MAX_SHARE = 0.9  # of the free memory that an estimate may take
 MAX_PADDING_EFFECT = 0.05  # relative change of a row's logits next to a longer row; rounding in bf16 is well below
 
 
@@ -56,6 +58,7 @@ class TrainableModel(NamedTuple):
     leak_check: select_attention.LeakCheck | None
     optimizer: str  # name that training.optimizer resolves to
     origins: list[Origin]  # adapters that training goes on from, the oldest first; empty for a new adapter
+    ladder: MemoryLadder
 
 
 def load_base(recipe: Recipe, inputs: RunInputs, *, info: Info = console.no_output) -> BaseForTraining:
@@ -146,9 +149,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     for line in coverage_table(model, layers, trainable, recipe.adapter):
         info(line)
     optimizer_bytes = state_bytes(optimizer, trained_shapes(model))
-    if _use_gradient_checkpointing(recipe, inputs, base, trainable, optimizer_bytes, plan.max_tokens, info):
-        base.activation_checkpointing_enable({"use_reentrant": False})
-        base.enable_input_require_grads()
+    ladder = _memory_ladder(recipe, inputs, model, plan, optimizer_bytes, info)
     upcast_trainable_params(model)
     origins = []
     if source:
@@ -160,7 +161,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     attach_adapter.check_gradients_reach(model, lambda: LossFunction(model, task=recipe.task)(probe).loss)
     if recipe.task == "seq-cls" and model.active_peft_config.is_prompt_learning:
         _check_padding(model, recipe, inputs, plan)
-    return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins)
+    return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins, ladder)
 
 
 def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> AdapterFiles | None:
@@ -296,30 +297,44 @@ def coverage_table(
     return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]
 
 
-def _use_gradient_checkpointing(
-    recipe: Recipe, inputs: RunInputs, model: Any, trainable: int, optimizer_bytes: int, tokens: int, info: Info
-) -> bool:
-    """Return whether to recompute activations; with `auto`, if the memory plan does not fit without it."""
-    setting = recipe.training.gradient_checkpointing
-    if setting != "auto":
-        return setting
-    if recipe.adapter.method == "prefix":
-        return False  # its keys and values are in the cache, and recomputation runs without a cache
-    estimate = memory.plan_memory(
-        model,
-        dtype=inputs.base.dtype,
-        trainable=trainable,
-        tokens=tokens,
-        longest=int(inputs.data.train.lengths.max()),
-        checkpointing=False,
-        quantization=recipe.quantization,
-        on_cpu=inputs.device.type == "cpu",
-        optimizer_bytes=optimizer_bytes,
+def _memory_ladder(
+    recipe: Recipe, inputs: RunInputs, model: PeftModel, plan: BatchPlan, optimizer_bytes: int, info: Info
+) -> MemoryLadder:
+    """Return the memory ladder of a run; on the CPU, with the first rung whose estimate fits."""
+    base = model.get_base_model()
+    ladder = MemoryLadder(
+        base,
+        setting=recipe.training.gradient_checkpointing,
+        # Its keys and values are in the cache, and recomputation runs without a cache.
+        can_recompute=recipe.adapter.method != "prefix",
+        use_reentrant=getattr(base, "is_loaded_in_8bit", False),
+        max_parts=plan.max_rows,
+        reserve=optimizer_bytes,
+        info=info,
     )
+    if recipe.training.gradient_checkpointing != "auto" or inputs.device.type != "cpu":
+        return ladder
+    free = memory.available_memory(inputs.device)
+    rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts == 1]
+    needs = {
+        rung: memory.plan_memory(
+            base,
+            dtype=inputs.base.dtype,
+            trainable=_count_trainable(model),
+            tokens=plan.max_tokens,
+            longest=int(inputs.data.train.lengths.max()),
+            every=rung.every,
+            quantization=recipe.quantization,
+            on_cpu=True,
+            optimizer_bytes=optimizer_bytes,
+        )
+        for rung in rungs
+    }
     # The weights are loaded already, so the free memory has to fit everything else.
-    rest, free = estimate.total - estimate.weights - estimate.process, memory.available_memory(inputs.device)
-    if rest > 0.9 * free:
-        need, left = console.format_bytes(rest), console.format_bytes(free)
-        info(f"gradient checkpointing: on, a step needs about {need} and {left} is free")
-        return True
-    return False
+    rest = {rung: need.total - need.weights - need.process for rung, need in needs.items()}
+    fitting = next((rung for rung in rungs if rest[rung] <= MAX_SHARE * free), rungs[-1])
+    if fitting != ladder.rung:
+        need, left = console.format_bytes(rest[ladder.rung]), console.format_bytes(free)
+        info(f"memory: {fitting.describe()}, as a step without it needs about {need} and {left} is free")
+        ladder.set(fitting)
+    return ladder

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, Literal, NamedTuple
 
@@ -19,10 +19,12 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.run import console
+from lora_cli.run.os_errors import is_out_of_memory
 from lora_cli.training import cpu
-from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum
+from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum, any_process
 from lora_cli.training.loss_spikes import LossSpikes, Spike, describe_rows
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
+from lora_cli.training.memory_ladder import MemoryLadder, drop_gradients, release_memory
 
 
 class Step(NamedTuple):
@@ -74,6 +76,7 @@ def fit(
     task: TaskName = "causal-lm",
     rank_allocator: AdaLoraRankAllocator | None = None,
     spikes: LossSpikes | None = None,
+    ladder: MemoryLadder | None = None,
 ) -> Iterator[Step]:
     """Take optimizer steps `start`+1 to `total`, and yield after each.
 
@@ -86,9 +89,12 @@ def fit(
     parameters nor optimizer state. The learning rate follows from the number of the step, which advances. `spikes` has
     the losses of the steps before `start`.
 
+    With a `ladder`, a step that runs out of memory is taken again in a form that needs less, on all processes; on a GPU
+    the largest batch is tried first. The tokens of a step stay the same.
+
     Raises:
-        LoraError: the loss or the gradient is not finite, or too many steps in a row were skipped; raised before the
-            parameters change.
+        LoraError: the loss or the gradient is not finite, too many steps in a row were skipped, or a step needs too
+            much memory in every form; raised before the parameters change.
     """
     spikes = spikes or LossSpikes()
     loss_fn = LossFunction(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
@@ -96,6 +102,8 @@ def fit(
     world, rank = accelerator.num_processes, accelerator.process_index
     model.train()
     with closing(loss_fn):
+        if ladder is not None and accelerator.device.type != "cpu":
+            _rehearse(loss_fn, plan, ladder, trained, accelerator, started=bool(optimizer.state))
         for number in range(start, total):
             start_time = time.perf_counter()
             batches = list(plan.batches_of_step(number, rank=rank, world_size=world))
@@ -103,18 +111,15 @@ def fit(
                 [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
             )
             supervised, tokens = all_reduce_sum(accelerator, counts).tolist()
-            loss_sum = torch.zeros((), device=accelerator.device)
-            losses: list[tuple[Batch, Tensor]] = []  # of the batches of this process, each a sum: fp32 []
-            # Gradient accumulation: the gradients of all batches of the step add up before one optimizer step.
-            for position, batch in batches:
-                if len(batch.targets) == 0:
-                    continue
-                torch.manual_seed(_seed(spec.seed, number, position))
-                loss = loss_fn(batch).loss
-                # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
-                loss.backward()
-                losses.append((batch, loss.detach()))
-                loss_sum += loss.detach()
+            while True:
+                losses = _accumulate_gradients(loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder)
+                if ladder is None or not any_process(accelerator, losses is None):
+                    break
+                drop_gradients(trained)
+                release_memory(accelerator.device)
+                ladder.go_down(f"step {number + 1}")
+            assert losses is not None
+            loss_sum = sum((loss for _, loss in losses), start=torch.zeros((), device=accelerator.device))
             all_reduce_gradients(trained, accelerator, share=max(1, supervised))
             if rank_allocator is not None:
                 rank_allocator.orthogonality_loss().backward()
@@ -145,6 +150,61 @@ def fit(
                 seconds=time.perf_counter() - start_time,
                 spike=spike,
             )
+
+
+def _accumulate_gradients(
+    loss_fn: LossFunction,
+    plan: BatchPlan,
+    batches: Sequence[tuple[int, Batch]],
+    *,
+    seed: int,
+    number: int,
+    ladder: MemoryLadder | None,
+) -> list[tuple[Batch, Tensor]] | None:
+    """Add up the gradients of all batches of a step on this process (gradient accumulation).
+
+    Returns:
+        The batches, or their parts, with their losses, each a sum: fp32 []. None if memory ran out, and `ladder` has
+        another form of the step; then the gradients are of no use.
+    """
+    losses: list[tuple[Batch, Tensor]] = []
+    try:
+        for position, batch in batches:
+            torch.manual_seed(_seed(seed, number, position))
+            for part in plan.split(batch, ladder.rung.parts if ladder else 1):
+                if len(part.targets) == 0:
+                    continue
+                loss = loss_fn(part).loss
+                # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
+                loss.backward()
+                losses.append((part, loss.detach()))
+    except (MemoryError, RuntimeError) as error:
+        if ladder is None or not is_out_of_memory(error):
+            raise
+        return None
+    return losses
+
+
+def _rehearse(
+    loss_fn: LossFunction,
+    plan: BatchPlan,
+    ladder: MemoryLadder,
+    trained: list[nn.Parameter],
+    accelerator: Accelerator,
+    *,
+    started: bool,
+) -> None:
+    """Try the largest batch before the first step, on a GPU; it changes nothing."""
+    batch = plan.largest_batch()
+
+    def run_batch() -> None:
+        try:
+            for part in plan.split(batch, ladder.rung.parts):
+                loss_fn(part).loss.backward()
+        finally:
+            drop_gradients(trained)
+
+    ladder.rehearse(run_batch, accelerator, tokens=batch.tokens, started=started)
 
 
 def _seed(run_seed: int, step: int, position: int) -> int:

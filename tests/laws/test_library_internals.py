@@ -34,7 +34,7 @@ class Use(NamedTuple):
 PRIVATE: dict[str, Use] = {
     # transformers
     "_attn_implementation": Use(
-        "evaluation/answers.py model/loss.py setup/run_records.py setup/training_model.py",
+        "evaluation/answers.py model/loss.py model/select_attention.py setup/run_records.py setup/training_model.py",
         library_checks.attention_name,
     ),
     "_can_set_experts_implementation": Use("export/onnx/model.py", library_checks.experts_models),
@@ -142,7 +142,7 @@ IMPORTED: dict[str, Use] = {
         "model/quantize_experts.py", moe_checks.eight_bit_loader
     ),
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": Use(
-        "model/packed_attention.py setup/inputs.py", library_checks.attention_functions
+        "model/packed_attention.py model/varlen_attention.py setup/inputs.py", library_checks.attention_functions
     ),
     "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
     "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer": Use(

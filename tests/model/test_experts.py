@@ -277,7 +277,7 @@ def test_the_share_of_quantized_weights_is_told(bits: int, expected: list[str], 
     names = quantized_weights(checkpoints.checkpoint(folders["mixtral"]).skeleton(), spec)
     assert names.keys() == memory.quantized_sizes(skeleton, spec).keys()
     planned = memory.plan_memory(
-        skeleton, dtype=torch.bfloat16, trainable=0, tokens=1, longest=1, checkpointing=False, quantization=spec,
+        skeleton, dtype=torch.bfloat16, trainable=0, tokens=1, longest=1, every=None, quantization=spec,
         on_cpu=False,
     )  # fmt: skip
     loaded = load(folders["mixtral"], spec, dtype=torch.bfloat16)

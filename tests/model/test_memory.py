@@ -41,7 +41,7 @@ for tokens in sizes:
     list(fit(peft_model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=1))
     estimate = memory.plan_memory(
         model, dtype=torch.float32, trainable=sum(p.numel() for p in trained), tokens=tokens, longest=longest,
-        checkpointing=False, quantization=None, on_cpu=True,
+        every=None, quantization=None, on_cpu=True,
     )
     print(cpu.peak_memory(device), estimate.total)
 """
@@ -67,7 +67,7 @@ def test_the_estimate_is_close_to_the_measured_peak_of_a_step(demo_folder: Path)
 
 
 def plan_of(**options: object) -> memory.MemoryPlan:
-    defaults = {"dtype": torch.bfloat16, "trainable": 1000, "tokens": 256, "longest": 64, "checkpointing": False}
+    defaults = {"dtype": torch.bfloat16, "trainable": 1000, "tokens": 256, "longest": 64, "every": None}
     return memory.plan_memory(zoo.make("llama"), **{**defaults, "quantization": None, "on_cpu": False, **options})
 
 
@@ -87,7 +87,7 @@ def test_weights_and_adapter_are_counted_exactly():
 @pytest.mark.parametrize(
     ("less", "more"),
     [
-        ({"checkpointing": True}, {}),
+        ({"every": 1}, {}),
         ({}, {"tokens": 512}),
         ({}, {"dtype": torch.float32}),
         ({"on_cpu": True}, {"on_cpu": True, "longest": 128}),

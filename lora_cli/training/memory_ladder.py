@@ -1,0 +1,202 @@
+"""The memory ladder: what a step that runs out of memory is taken again with, from the fastest form to the smallest.
+
+    all activations are kept -> every 4th layer is recomputed in the backward pass -> every 2nd -> every layer
+    -> their inputs wait in host memory -> batches are run in 2 parts, in 4, ...
+
+Parts of a batch are accumulated, so that the tokens of a step stay what they are. On a GPU the largest batch is tried
+before the first step; on the CPU, where the system ends a process rather than refuse it memory, the first rung follows
+from the estimate of `model/memory.py`. A step that runs out later is taken again from its begin: nothing of it is kept.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_cli.errors import LoraError
+from lora_cli.run.console import format_bytes
+from lora_cli.run.os_errors import is_out_of_memory
+from lora_cli.training.cpu import peak_memory
+from lora_cli.training.distributed import any_process
+
+EVERY = (4, 2, 1)  # of how many layers one is recomputed
+
+
+class Rung(NamedTuple):
+    """One form of running a batch."""
+
+    every: int | None = None  # of how many layers one is recomputed in the backward pass; None: none is
+    offload: bool = False  # whether the inputs of recomputed layers wait in host memory
+    parts: int = 1  # in which each batch is run
+
+    def describe(self) -> str:
+        """Return the form in words: `every 2nd layer is recomputed`."""
+        names = {None: "all activations are kept", 1: "every layer is recomputed", 2: "every 2nd layer is recomputed"}
+        words = [names.get(self.every, f"every {self.every}th layer is recomputed")]
+        words += ["their inputs wait in host memory"] if self.offload else []
+        words += [f"batches are run in {self.parts} parts"] if self.parts > 1 else []
+        return ", ".join(words)
+
+
+def rungs_below(rung: Rung, *, setting: bool | str, can_recompute: bool, on_cpu: bool, max_parts: int) -> list[Rung]:
+    """Return the rungs below `rung`, the fastest first.
+
+    Args:
+        rung: the present one.
+        setting: `training.gradient_checkpointing`: false forbids recomputation, true means every layer.
+        can_recompute: whether the model supports it.
+        on_cpu: whether activations are in host memory anyway.
+        max_parts: rows of the largest batch: more parts would be empty.
+    """
+    forms = [Rung()]
+    if can_recompute and setting is not False:
+        forms += [Rung(every) for every in EVERY]
+        forms += [] if on_cpu else [Rung(1, offload=True)]
+    if can_recompute and setting is True:
+        forms = [form for form in forms if form.every == 1]
+    parts = 2
+    while parts <= max_parts:
+        forms.append(forms[-1]._replace(parts=parts))
+        parts *= 2
+    return forms[forms.index(rung) + 1 :] if rung in forms else forms
+
+
+class MemoryLadder:
+    """The rung of a run, which only goes down.
+
+    A class, because the loop takes the next rung while it runs, and checkpoints record it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        setting: bool | str,
+        can_recompute: bool,
+        use_reentrant: bool,
+        max_parts: int,
+        reserve: int,
+        info: Callable[[str], None],
+    ) -> None:
+        """Start with all activations kept, or with every layer recomputed if `setting` is true.
+
+        Args:
+            model: the base.
+            setting: `training.gradient_checkpointing`.
+            can_recompute: whether the model supports it with this adapter.
+            use_reentrant: form of torch's checkpointing; bitsandbytes' int8 layers need it, because they keep their
+                inputs where torch's other form does not see them.
+            max_parts: rows of the largest batch.
+            reserve: bytes that the optimizer takes at the first step.
+            info: prints the rung when it changes.
+        """
+        self._model, self._setting, self._use_reentrant, self._info = model, setting, use_reentrant, info
+        self._can_recompute = can_recompute and model.supports_gradient_checkpointing
+        self._max_parts, self._reserve = max_parts, reserve
+        self.rung = Rung()
+        if setting is True:
+            self.set(Rung(1))
+
+    def set(self, rung: Rung) -> None:
+        """Run batches in the form of `rung` from now on."""
+        if rung.every is not None and rung[:2] != self.rung[:2]:
+            self._model.activation_checkpointing_enable(
+                {"use_reentrant": self._use_reentrant}, every_n_layers=rung.every, offload=rung.offload
+            )
+            self._model.enable_input_require_grads()
+        self.rung = rung
+
+    def below(self) -> list[Rung]:
+        """Return the rungs that are left, the fastest first."""
+        return rungs_below(
+            self.rung,
+            setting=self._setting,
+            can_recompute=self._can_recompute,
+            on_cpu=self._model.device.type == "cpu",
+            max_parts=self._max_parts,
+        )
+
+    def go_down(self, what: str) -> None:
+        """Take the next rung, after `what` ran out of memory: `step 7`.
+
+        Raises:
+            LoraError: there is none.
+        """
+        left = self.below()
+        if not left:
+            raise LoraError(
+                f"{self._model.device} has too little memory for {what}: {self.rung.describe()}, and that is the "
+                "smallest form",
+                hint="lower data.max_length or training.tokens_per_batch, quantize the base (quantization), or lower "
+                "adapter.rank; with training.gradient_checkpointing: false, write auto",
+                exit_code=1,
+            )
+        self.set(left[0])
+        self._info(f"{what} ran out of memory: {self.rung.describe()} from here on")
+
+    def rehearse(self, run_batch: Callable[[], None], accelerator: Accelerator, *, tokens: int, started: bool) -> None:
+        """Try the largest batch, and go down until it fits; for GPUs.
+
+        Args:
+            run_batch: computes loss and gradients of the largest batch, and drops the gradients.
+            accelerator: all processes take the same rung.
+            tokens: of that batch.
+            started: whether the optimizer has its memory already.
+
+        Raises:
+            LoraError: it does not fit in any form.
+        """
+        device = self._model.device
+        start = time.perf_counter()
+        while True:
+            if not any_process(accelerator, self._runs_out(run_batch, 0 if started else self._reserve, device)):
+                break
+            self.go_down(f"the largest batch ({tokens:,} tokens)")
+        self._info(
+            f"memory: {self.rung.describe()}; the largest batch ({tokens:,} tokens) peaks at "
+            f"{format_bytes(peak_memory(device))}, tried in {time.perf_counter() - start:.1f} s"
+        )
+
+    def _runs_out(self, run_batch: Callable[[], None], reserve: int, device: torch.device) -> bool:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            held = torch.empty(reserve, dtype=torch.uint8, device=device)
+            run_batch()
+            del held
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            ran_out = True
+        else:
+            ran_out = False
+        release_memory(device)
+        return ran_out
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the rung for a checkpoint."""
+        return dict(self.rung._asdict())
+
+    def restore(self, values: Mapping[str, Any]) -> None:
+        """Take the rung of a checkpoint, if it is below the present one: a resumed run takes the same steps."""
+        rung = Rung(**values)
+        if rung in self.below():
+            self.set(rung)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a step that ran out has left: call it where nothing refers to its tensors or its exception."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def drop_gradients(parameters: list[nn.Parameter]) -> None:
+    """Drop the gradients of a step that is not taken."""
+    for parameter in parameters:
+        parameter.grad = None
