@@ -24,6 +24,7 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import QuantizationSpec, TrainingSpec
 from lora_cli.training.loop import fit
+from lora_cli.training.memory_ladder import MemoryLadder, Rung, drop_gradients
 from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
 from tests.support import checkpoints
@@ -148,6 +149,29 @@ def test_checkpointed_gradients_are_the_same(nf4: Any):
     nf4.enable_input_require_grads()
     checkpointed = gradients()
     assert all(torch.equal(a, b) for a, b in zip(checkpointed, expected, strict=True))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_an_8_bit_base_changes_no_gradient(every: int, tiny_folder: Path):
+    """With the form of checkpointing that is not reentrant, int8 layers would keep their inputs in memory."""
+    model = zoo.adapted(load(tiny_folder, QuantizationSpec(bits=8)), dropout=0.2)
+    ids = torch.arange(3, 40)[None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plan = BatchPlan(zoo.rows_of([30]), packing=False, size=1, batches_per_step=1, seed=0)
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        found = [p.grad for p in trained]
+        drop_gradients(trained)
+        return found
+
+    expected = gradients()
+    MemoryLadder(
+        model.get_base_model(), setting="auto", can_recompute=True, use_reentrant=True, max_parts=plan.max_rows,
+        reserve=0, info=print,
+    ).set(Rung(every))  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
 
 
 CONTEXT = AdapterContext(
