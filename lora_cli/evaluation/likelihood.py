@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import rows_of_labels
@@ -63,18 +64,20 @@ def measure_row_likelihoods(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     training = loss_fn.base.training
     loss_fn.base.eval()
-    count = len(plan.rows)
-    loss, correct, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
+    measured: list[tuple[NDArray[np.int64], Tensor, Tensor]] = []  # on the device until all are computed
     for batch in plan.all_batches(rank=rank, world_size=world):
         if stopping():
             break
         losses, is_correct = loss_fn.per_token(batch)
         within_batch = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
-        rows = np.array(batch.rows)[within_batch]  # [units]
-        np.add.at(loss, rows, losses.double().cpu().numpy())
-        np.add.at(correct, rows, is_correct.double().cpu().numpy())
-        np.add.at(units, rows, 1)
+        measured.append((np.array(batch.rows)[within_batch], losses.double(), is_correct.double()))
     loss_fn.base.train(training)
+    count = len(plan.rows)
+    loss, correct, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
+    for rows, losses, is_correct in measured:  # [units] each
+        np.add.at(loss, rows, losses.cpu().numpy())
+        np.add.at(correct, rows, is_correct.cpu().numpy())
+        np.add.at(units, rows, 1)
     if accelerator is not None and world > 1:
         # A row is in the batch of one process, and zero in all others.
         own = torch.from_numpy(np.stack([loss, correct, units])).to(loss_fn.device)
@@ -95,18 +98,21 @@ def measure_likelihood(
     training = loss_fn.base.training
     loss_fn.base.eval()
     # fp64: a sum over millions of tokens must not depend on how they were batched.
-    totals = torch.zeros(3, dtype=torch.float64, device=loss_fn.device)
+    totals = torch.zeros(2, dtype=torch.float64, device=loss_fn.device)
+    tokens = 0
     for batch in plan.all_batches(rank=rank, world_size=world):
         if stopping():
             break
         result = loss_fn(batch)
-        totals += torch.stack([result.loss.double(), result.correct.double(), totals.new_tensor(result.tokens)])
+        totals += torch.stack([result.loss.double(), result.correct.double()])
+        tokens += result.tokens
     loss_fn.base.train(training)
-    if accelerator is not None:
-        totals = accelerator.reduce(totals, reduction="sum")
-    loss, correct, tokens = (float(value) for value in totals)
-    accuracy = None if _is_regression(loss_fn) else correct / max(1.0, tokens)
-    return Likelihood(loss / max(1.0, tokens), accuracy, int(tokens))
+    if accelerator is not None and world > 1:
+        both = accelerator.reduce(torch.cat([totals, totals.new_tensor([tokens])]), reduction="sum")
+        totals, tokens = both[:2], int(both[2])
+    loss, correct = totals.tolist()
+    accuracy = None if _is_regression(loss_fn) else correct / max(1, tokens)
+    return Likelihood(loss / max(1, tokens), accuracy, tokens)
 
 
 def _is_regression(loss_fn: LossFunction) -> bool:

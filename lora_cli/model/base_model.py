@@ -97,8 +97,10 @@ class BaseCheckpoint(NamedTuple):
             arguments["attn_implementation"] = attention
         if quantization is not None:
             arguments["quantization_config"] = bnb_config(quantization, dtype)
-        if quantization is not None or prequantized.detect_prequantized(self.config) is not None:
-            # Packed weights cannot be moved after loading; some would stay on the CPU.
+        packed = quantization is not None or prequantized.detect_prequantized(self.config) is not None
+        if packed or device.type != "cpu":
+            # Tensor by tensor onto the device: the memory of the host would have to hold a whole model of each process.
+            # Packed weights cannot be moved after loading at all; some would stay on the CPU.
             arguments["device_map"] = {"": device}
         if self.labels is not None:
             arguments |= _head_arguments(self.labels)

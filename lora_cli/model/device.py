@@ -16,9 +16,12 @@ CPU_INSTRUCTIONS = {
 
 
 def pick_device() -> torch.device:
-    """Return the GPU of this process (LOCAL_RANK), or the CPU where there is no GPU."""
+    """Return the GPU of this process (LOCAL_RANK), or the CPU where there is no GPU.
+
+    Under Slurm each process may see only its own GPU, whatever its rank.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 

@@ -65,9 +65,10 @@ class LossFunction:
         """Return sums over the units of `batch`; zeros if it has no units."""
         if self._noise:
             self._noise.lengths = batch.lengths
-        targets = batch.targets.to(self.device)
+        targets = batch.targets.to(self.device, non_blocking=True)
         if self.plain_head:
-            label_positions, inputs = batch.label_positions.to(self.device), self.inputs(batch)
+            label_positions = batch.label_positions.to(self.device, non_blocking=True)
+            inputs = self.inputs(batch)
             hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[label_positions]
             head = self.base.get_output_embeddings()
             loss, correct = ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -155,11 +156,12 @@ class NEFTuneNoise:
         """Return `output` [rows, length, width] with noise, in its dtype."""
         if not layer.training:
             return output
-        sizes = torch.tensor(self.lengths, dtype=torch.float32, device=output.device)
+        sizes = torch.tensor(self.lengths, dtype=torch.float32)
         if output.shape[0] == 1 and output.shape[1] == sum(self.lengths):  # packed
             sizes = sizes.repeat_interleave(sizes.long())[None]
         else:
             sizes = sizes[:, None].expand(output.shape[:2])
+        sizes = sizes.to(output.device, non_blocking=True)
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1)
         return output + (noise * (self.alpha / math.sqrt(output.shape[-1])) * sizes.rsqrt()[..., None]).to(output.dtype)
 
@@ -167,14 +169,14 @@ class NEFTuneNoise:
 def model_inputs(model: PreTrainedModel, batch: Batch, *, task: TaskName = "causal-lm") -> dict[str, Any]:
     """Return the keyword arguments of the forward of `model` for `batch`, row boundaries included, on its device."""
     device = model.get_input_embeddings().weight.device
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device)}
-    inputs |= {name: tensor.to(device) for name, tensor in batch.extra.items()}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids.to(device, non_blocking=True)}
+    inputs |= {name: tensor.to(device, non_blocking=True) for name, tensor in batch.extra.items()}
     if task == "causal-lm":
-        inputs["position_ids"] = batch.position_ids.to(device)
+        inputs["position_ids"] = batch.position_ids.to(device, non_blocking=True)
     if task in ("causal-lm", "seq2seq-lm"):
         inputs["use_cache"] = False
     if batch.attention_mask is not None:
-        mask = batch.attention_mask.to(device)
+        mask = batch.attention_mask.to(device, non_blocking=True)
         inputs["attention_mask"] = mask if task == "causal-lm" else mask.long()
     elif task == "causal-lm":
         inputs |= _row_borders(model, batch.lengths, device)

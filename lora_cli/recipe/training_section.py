@@ -51,9 +51,9 @@ class TrainingSpec(Section):
     """Linear warmup of the learning rate from 0: a fraction of all steps if below 1, else a number of steps.
     At least 0. Default 0.03."""
     optimizer: Literal["auto"] | OptimizerName = "adamw"
-    """adamw (default): torch's fused AdamW; -8bit: moments in 8 bits; paged-: moments that move to CPU memory when
-    the GPU is full; auto: paged-adamw on a GPU with a quantized base, else adamw, and prints the choice. muon: for
-    LoRA's matrices, adamw for the rest; schedule-free-adamw: saves the average of the weights."""
+    """adamw (default, and auto): torch's fused AdamW; -8bit: moments in 8 bits; paged-: moments that move to CPU memory
+    when the GPU is full; muon: for LoRA's matrices, adamw for the rest; schedule-free-adamw: saves the average of the
+    weights."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW's decay rate of the first moment (mean of the gradients). From 0 to below 1. Default 0.9."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -34,6 +34,7 @@ from lora_cli.run import console
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.inputs import RunInputs
+from lora_cli.training.gpu import set_up_gpu
 from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_shapes
 
@@ -123,6 +124,8 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     Raises:
         LoraError: a part of the recipe does not fit the model or this machine.
     """
+    if inputs.device.type == "cuda":
+        set_up_gpu(inputs.base.dtype)
     optimizer = resolve_optimizer(recipe, inputs)
     source = open_source(recipe, inputs, info=info)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
@@ -199,7 +202,7 @@ def check_before_rows(recipe: Recipe) -> None:
     Raises:
         LoraError: the optimizer does not work on this machine, or there is no adapter to go on from.
     """
-    choose_optimizer(recipe.training.optimizer, device=pick_device(), quantized=recipe.quantization is not None)
+    choose_optimizer(recipe.training.optimizer, device=pick_device())
     find_source(recipe.adapter)
 
 
@@ -252,8 +255,7 @@ def resolve_optimizer(recipe: Recipe, inputs: RunInputs) -> str:
     Raises:
         LoraError: it does not work on this machine.
     """
-    quantized = recipe.quantization is not None or inputs.prequantized is not None
-    return choose_optimizer(recipe.training.optimizer, device=inputs.device, quantized=quantized)
+    return choose_optimizer(recipe.training.optimizer, device=inputs.device)
 
 
 def describe_quantization(recipe: Recipe, inputs: RunInputs) -> list[str]:

@@ -27,6 +27,14 @@ def all_reduce_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
     return reduced
 
 
+def all_reduce_counts(accelerator: Accelerator, counts: tuple[int, ...]) -> list[int]:
+    """Return the sums of some counts over all processes; with one process, without waiting for its device."""
+    if accelerator.num_processes == 1:
+        return list(counts)
+    summed: list[int] = all_reduce_sum(accelerator, torch.tensor(counts, device=accelerator.device)).tolist()
+    return summed
+
+
 def all_reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: int) -> None:
     """Sum the gradients of all processes in one message and divide them by `share`, in place.
 

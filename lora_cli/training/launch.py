@@ -17,6 +17,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DistributedSpec
 from lora_cli.run.signals import LAUNCHED, SIGNALS, receive_signals
 from lora_cli.training.cpu import available_cores
+from lora_cli.training.gpu import link_settings, set_up_allocator
 
 # Long, because the first process may write or unpack files for hours while the others wait. A process that dies is
 # noticed without this timeout: its peers get a closed connection, or the launcher ends them.
@@ -35,6 +36,7 @@ def is_worker() -> bool:
 
 def join_processes(*, cpu: bool) -> Accelerator:
     """Join the process group and return the Accelerator of this process."""
+    set_up_allocator()
     return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)])
 
 
@@ -97,6 +99,7 @@ def launch_workers(processes: int, arguments: list[str]) -> int:
         # torch would use all cores in each worker; the workers then set their own number.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // processes)),
         LAUNCHED: "1",
+        **link_settings(),
     }
     received: list[signal.Signals] = []
 

@@ -21,10 +21,11 @@ from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.run import console
 from lora_cli.run.os_errors import is_out_of_memory
 from lora_cli.training import cpu
-from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum, any_process
+from lora_cli.training.distributed import all_reduce_counts, all_reduce_gradients, all_reduce_sum, any_process
 from lora_cli.training.loss_spikes import LossSpikes, Spike, describe_rows
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
 from lora_cli.training.memory_ladder import MemoryLadder, drop_gradients, release_memory
+from lora_cli.training.prefetch import prefetch
 
 
 class Step(NamedTuple):
@@ -101,25 +102,24 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     world, rank = accelerator.num_processes, accelerator.process_index
     model.train()
-    with closing(loss_fn):
+    device = accelerator.device
+    with closing(loss_fn), closing(prefetch(plan, start, total, rank=rank, world_size=world, device=device)) as steps:
         if ladder is not None and accelerator.device.type != "cpu":
             _rehearse(loss_fn, plan, ladder, trained, accelerator, started=bool(optimizer.state))
         for number in range(start, total):
             start_time = time.perf_counter()
-            batches = list(plan.batches_of_step(number, rank=rank, world_size=world))
-            counts = torch.tensor(
-                [sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)], device=accelerator.device
-            )
-            supervised, tokens = all_reduce_sum(accelerator, counts).tolist()
+            batches = next(steps)
+            own = sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)
+            supervised, tokens = all_reduce_counts(accelerator, own)
             while True:
                 losses = _accumulate_gradients(loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder)
                 if ladder is None or not any_process(accelerator, losses is None):
                     break
                 drop_gradients(trained)
-                release_memory(accelerator.device)
+                release_memory(device)
                 ladder.go_down(f"step {number + 1}")
             assert losses is not None
-            loss_sum = sum((loss for _, loss in losses), start=torch.zeros((), device=accelerator.device))
+            loss_sum = sum((loss for _, loss in losses), start=torch.zeros((), device=device))
             all_reduce_gradients(trained, accelerator, share=max(1, supervised))
             if rank_allocator is not None:
                 rank_allocator.orthogonality_loss().backward()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Adafactor
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, first_line
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.training.muon import MuonWithAdamW, is_matrix, make_muon
 from lora_cli.training.schedule_free import ScheduleFreeAdamW
@@ -30,20 +30,33 @@ LION_BETAS = (0.9, 0.99)  # Chen et al., arXiv:2302.06675, section 4.1
 TRAINING_WEIGHTS = "training_weights"  # key in the state of schedule-free optimizers, whose adapter is an average
 
 
-def choose_optimizer(name: str, *, device: torch.device, quantized: bool) -> str:
-    """Return the optimizer for `training.optimizer`; auto is paged AdamW if the base is quantized, as in QLoRA.
+def choose_optimizer(name: str, *, device: torch.device) -> str:
+    """Return the optimizer for `training.optimizer`; auto is AdamW: the moments of an adapter are small.
 
     Raises:
-        LoraError: a paged optimizer without a CUDA GPU, whose unified memory it needs.
+        LoraError: a paged optimizer without a CUDA GPU, whose unified memory it needs, or on one that has none.
     """
     if name == "auto":
-        return "paged-adamw" if device.type == "cuda" and quantized else "adamw"
+        return "adamw"
+    if name.startswith("paged") and device.type == "cuda":
+        _try_unified_memory(name, device)
     if name.startswith("paged") and device.type != "cuda":
         raise LoraError(
             f"training.optimizer: {name} pages between a CUDA GPU and the host, but this run is on the {device.type}",
             hint=f"write {name.removeprefix('paged-')}, or auto",
         )
     return name
+
+
+def _try_unified_memory(name: str, device: torch.device) -> None:
+    """Allocate a little unified memory, which virtual GPUs and WSL lack."""
+    try:
+        bitsandbytes.functional.get_paged(256, dtype=torch.float32, device=device)
+    except RuntimeError as error:
+        raise LoraError(
+            f"training.optimizer: {name} needs unified memory, which this GPU does not allocate: {first_line(error)}",
+            hint=f"write {name.removeprefix('paged-')}, or auto",
+        ) from None
 
 
 def state_bytes(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:

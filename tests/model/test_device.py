@@ -39,6 +39,15 @@ def test_the_dtype_follows_the_gpu(has_bf16: bool, monkeypatch: pytest.MonkeyPat
     assert multiplies(GPU, torch.float16)
 
 
+@pytest.mark.parametrize(("gpus", "rank", "index"), [(1, "0", 0), (8, "5", 5), (1, "5", 0), (2, "3", 1)])
+def test_the_gpu_of_a_process_is_one_that_it_sees(gpus: int, rank: str, index: int, monkeypatch: pytest.MonkeyPatch):
+    """Under Slurm, a process of any rank may see its own GPU alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert device.pick_device() == torch.device("cuda", index)
+
+
 def test_an_emulated_dtype_is_told_with_its_key_and_its_cost(monkeypatch: pytest.MonkeyPatch):
     have_instructions(monkeypatch)
     monkeypatch.setattr(device, "_slowdown", lambda dtype, device: 39.6)

@@ -340,28 +340,36 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "quantized", "expected"),
+    ("name", "device", "expected"),
     [
-        ("auto", CPU, False, "adamw"),
-        ("auto", CPU, True, "adamw"),
-        ("auto", GPU, False, "adamw"),
-        ("auto", GPU, True, "paged-adamw"),
-        ("adamw", GPU, True, "adamw"),
-        ("adamw-8bit", CPU, False, "adamw-8bit"),
-        ("paged-adamw", GPU, False, "paged-adamw"),
-        ("paged-adamw-8bit", GPU, True, "paged-adamw-8bit"),
+        ("auto", CPU, "adamw"),
+        ("auto", GPU, "adamw"),
+        ("adamw", GPU, "adamw"),
+        ("adamw-8bit", CPU, "adamw-8bit"),
+        ("paged-adamw", GPU, "paged-adamw"),
+        ("paged-adamw-8bit", GPU, "paged-adamw-8bit"),
     ],
 )
-def test_auto_depends_on_device_and_quantization(name: str, device: torch.device, quantized: bool, expected: str):
-    assert choose_optimizer(name, device=device, quantized=quantized) == expected
+def test_auto_is_adamw_on_every_device(name: str, device: torch.device, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bitsandbytes.functional, "get_paged", lambda *_, **__: None)
+    assert choose_optimizer(name, device=device) == expected
 
 
 @pytest.mark.parametrize(("name", "instead"), [("paged-adamw", "adamw"), ("paged-adamw-8bit", "adamw-8bit")])
 def test_a_paged_optimizer_on_a_cpu_is_an_error_with_a_hint(name: str, instead: str):
     with pytest.raises(LoraError) as caught:
-        choose_optimizer(name, device=CPU, quantized=True)
+        choose_optimizer(name, device=CPU)
     assert caught.value.message.startswith(f"training.optimizer: {name} pages between a CUDA GPU and the host")
     assert caught.value.hint == f"write {instead}, or auto"
+
+
+def test_a_gpu_without_unified_memory_is_told_before_the_rows_are_read(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not supported")
+
+    monkeypatch.setattr(bitsandbytes.functional, "get_paged", fail)
+    with pytest.raises(LoraError, match="needs unified memory, which this GPU does not allocate: operation not"):
+        choose_optimizer("paged-lion", device=GPU)
 
 
 def losses(name: str, *, method: str = "lora", steps: int = 30) -> tuple[list[float], torch.optim.Optimizer]:
