@@ -34,7 +34,7 @@ from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
 from lora_cli.run.folder import BASE, CONFIG_FILE, recipe_of_adapter
 from lora_cli.run.redact import redact_path
-from lora_cli.setup.adapter_folders import check_measurable, is_model_folder, parse_named_folder
+from lora_cli.setup.adapter_folders import check_measurable, find_adapter, is_model_folder, parse_named_folder
 from lora_cli.setup.check_bases import check_bases
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base
@@ -212,8 +212,8 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
     check_measurable(target)
     if target.is_file():
         recipe = with_recorded_date(load_recipe(target))
-        if (Path(recipe.output) / "adapter").is_dir():
-            folders["adapter"] = Path(recipe.output) / "adapter"
+        if os.path.lexists(Path(recipe.output) / "adapter"):
+            folders["adapter"] = find_adapter(Path(recipe.output))
     elif os.path.lexists(target / CONFIG_FILE):
         recipe_file = recipe_of_adapter(target)
         if recipe_file is None:
@@ -225,8 +225,8 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
         folders["adapter"] = target
     else:
         recipe = load_recipe(target / "recipe.yaml")
-        if (target / "adapter").is_dir():
-            folders["adapter"] = target / "adapter"
+        if os.path.lexists(target / "adapter"):
+            folders["adapter"] = find_adapter(target)
         else:
             console.info(f"{target} has no adapter yet: measuring the base alone")
     models: dict[str, Path] = {}

@@ -23,12 +23,14 @@ from lora_cli.model.library_errors import library_errors
 from lora_cli.model.safetensors_header import StoredTensor, check_weights_are_floats, has_safetensors, read_headers
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run.cache_folder import cache_folder
+from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, read_checksums
 from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
 from lora_cli.run.read_file import RESTORE, describe_kind, open_regular, read_json_object
 
 Info = Callable[[str], None]
 
+OWN_MODELS = ("merged model", "export")  # kinds of checksums.json
 EDGE_BYTES = 1 << 20  # of each weight file, from its start and its end, that the fingerprint reads
 
 
@@ -80,12 +82,31 @@ def find_model(
                 f"model.path: {spec.path} is a model and an adapter: it has config.json and {ADAPTER_CONFIG_FILE}",
                 hint="move the files of one of them to another folder",
             )
+        _check_own_model(path, weights=weights)
         return ModelSource(str(path), trust)
     if os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
         raise LoraError(f"model.path: {spec.path} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
     if path.is_absolute() or spec.path.startswith(("./", "../", "~")) or spec.path.count("/") > 1:
         raise LoraError(f"model.path: there is no folder {spec.path}", hint=_suggest_path(path))
     return _find_on_hub(spec, info)
+
+
+def _check_own_model(folder: Path, *, weights: bool) -> None:
+    """Verify a model that `lora merge` or `lora export` wrote; the weights only if they will be read.
+
+    Raises:
+        LoraError: a file is not the one that was written.
+    """
+    record = read_checksums(folder)
+    if record is None or record.kind not in OWN_MODELS:
+        return
+    names = [name for name in record.files if not name.endswith((".md", *(() if weights else (".safetensors",))))]
+    if damage := find_damage(folder, names, follow_links=True):
+        more = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
+        raise LoraError(
+            f"model.path: {folder} is not the model that was verified: {damage[0]}{more}",
+            hint=f"write it again, or restore it; if you changed it yourself, remove {folder / CHECKSUMS_FILE}",
+        )
 
 
 def _find_on_hub(spec: ModelSpec, info: Info) -> ModelSource:

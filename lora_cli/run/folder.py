@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from lora_cli.errors import LoraError
-from lora_cli.run.read_file import read_json_object
+from lora_cli.run.read_file import describe_kind, read_json_object
 from lora_cli.run.workspace import remove_leftovers, sync
 
 LOCK = ".lora-lock"
@@ -18,7 +18,8 @@ CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
 # Files of a run that its checksums.json covers once it is finished.
 RECORDS = ("metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
 # Files and folders of a run, in the order in which --fresh moves them aside.
-RUN_FILES = ("checksums.json", "adapter", "checkpoints", *RECORDS)
+FOLDERS = ("adapter", "checkpoints")
+RUN_FILES = ("checksums.json", *FOLDERS, *RECORDS)
 NO_RUN = "start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder"
 EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
 
@@ -142,6 +143,9 @@ def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
         if (run.path / name).is_symlink():
             hint = "replace it by the folder or file that it links to; the run folder itself may be a link"
             raise LoraError(f"{run.path / name} is a link to {os.readlink(run.path / name)}", hint=hint)
+        if name in FOLDERS and not (run.path / name).is_dir():
+            hint = "move it elsewhere: --resume goes on from the checkpoints that are left, or from the first step"
+            raise LoraError(f"{run.path / name} is {describe_kind(run.path / name)}, not a folder", hint=hint)
     if existing and not (resume or fresh):
         hint = "--resume continues it, --fresh moves it aside and starts again; or set another output"
         raise LoraError(f"{run.path} contains a run already", hint=hint)

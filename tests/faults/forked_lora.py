@@ -55,9 +55,13 @@ class Ended(NamedTuple):
 
     @property
     def is_told(self) -> bool:
-        """Whether the last two lines are one error and one hint, and the exit code fits."""
+        """Whether the last two lines are one error and one hint, and the exit code fits.
+
+        Several problems of a recipe are a line each, with what to do, before the error.
+        """
         lines = self.err.splitlines()
         told = len(lines) >= 2 and lines[-2].startswith("error: ") and lines[-1].startswith("hint: ")
+        told |= len(lines) >= 3 and lines[-1].startswith("error: ") and " problems in " in lines[-1]
         return told and self.code in (1, 2)
 
 

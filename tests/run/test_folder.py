@@ -189,3 +189,13 @@ def test_second_process_gets_the_pid_of_the_lock_holder(tmp_path: Path):
         holder.kill()  # the lock ends with its process, even if that is killed
         holder.wait()
         open_run(path).close()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter"])
+def test_a_file_in_place_of_a_folder_of_the_run_is_named(name: str, tmp_path: Path):
+    path = make_run(tmp_path / "a")
+    (path / name).rmdir()
+    (path / name).touch()
+    with pytest.raises(LoraError, match=f"{path / name} is a file, not a folder"):
+        open_run(path, resume=True)
+    open_run(path, fresh=True).close()
