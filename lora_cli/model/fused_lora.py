@@ -1,11 +1,11 @@
 """Fused LoRA linear layers: base product and update in one autograd step, registered with PEFT as custom layers.
 
 PEFT's layer makes about eight passes over activations (casts, dropout, scaling, sums), and saves several copies.
-Here the matrix product itself adds the update in place (addmm), only x and x·Aᵀ are saved, and dropout draws one random
-number per dropped element instead of one per element. A 4-bit W is dequantized for each of the two products and kept
-for neither. The results are those of PEFT's layer: a test compares outputs and gradients. Only LoRA on plain and on
-4-bit linear layers on the CPU is fused; other layers, and inference, run PEFT's forward. On a GPU this file was never
-measured, so it is not used there.
+Here the matrix product itself adds the update in place (addmm), and only x and x·Aᵀ are saved. Dropout draws one random
+number per dropped element on the CPU, where drawing is expensive, and a mask on a GPU, where the number of dropped
+elements is not known without waiting for it. A 4-bit W is dequantized for each of the two products and kept for
+neither. The results are those of PEFT's layer: a test compares outputs and gradients. Only LoRA on plain and on 4-bit
+linear layers is fused; other layers, and inference, run PEFT's forward.
 """
 
 import math
@@ -83,7 +83,7 @@ def _fused_layer(
 
 
 def is_fusable(layer: nn.Module) -> bool:
-    """Return whether `layer` is one of ours whose training forward is fused: plain LoRA, one adapter, on the CPU."""
+    """Return whether `layer` is one of ours whose training forward is fused: plain LoRA, with one adapter."""
     if not isinstance(layer, (FusedLora, FusedLora4bit)):
         return False
     lora: Any = layer
@@ -92,7 +92,7 @@ def is_fusable(layer: nn.Module) -> bool:
         len(adapters) == 1
         and adapters[0] in lora.lora_A
         and adapters[0] not in lora.lora_variant  # DoRA and similar methods change the formula
-        and base.weight.device.type == "cpu"
+        and base.weight.device.type in ("cpu", "cuda")
         and lora.lora_B[adapters[0]].bias is None
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
@@ -108,12 +108,23 @@ def _fused_forward(layer: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tenso
     dropout, scale = layer.lora_dropout[name], layer.scaling[name]
     dropped = None
     if isinstance(dropout, nn.Dropout) and layer.training:
-        dropped = draw_dropout_positions(x.numel(), dropout.p)
+        dropped = draw_dropped(x, dropout.p)
         scale = scale / (1 - dropout.p)
     fused: Tensor = FusedLoraFunction.apply(  # type: ignore[no-untyped-call]
         x, weight, layer.base_layer.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
     )
     return fused
+
+
+def draw_dropped(x: Tensor, p: float) -> Tensor:
+    """Return what dropout with probability `p` zeroes in x.
+
+    Returns:
+        On the CPU, int64 [dropped]: positions in the flattened x. Elsewhere bool in the shape of x: true if dropped.
+    """
+    if x.device.type == "cpu":
+        return draw_dropout_positions(x.numel(), p)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
 
 
 def draw_dropout_positions(count: int, p: float) -> Tensor:
@@ -135,12 +146,18 @@ def draw_dropout_positions(count: int, p: float) -> Tensor:
     return positions[: int(torch.searchsorted(positions, count))]
 
 
-def _zero_positions(x: Tensor, positions: Tensor | None) -> Tensor:
-    if positions is None:
-        return x
-    copy = x.clone(memory_format=torch.contiguous_format)  # else a transposed x would have no flat view
-    copy.view(-1)[positions] = 0
-    return copy
+def _without(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """Return x with zeros where it is dropped, see `draw_dropped`; x itself if nothing is."""
+    # A contiguous copy: a transposed x would have no flat view.
+    return x if dropped is None else _drop_(x.clone(memory_format=torch.contiguous_format), dropped)
+
+
+def _drop_(x: Tensor, dropped: Tensor) -> Tensor:
+    """Write zeros into the contiguous x where it is dropped."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped.view(x.shape), 0)
+    x.view(-1)[dropped] = 0
+    return x
 
 
 class FusedLoraFunction(torch.autograd.Function):
@@ -167,7 +184,7 @@ class FusedLoraFunction(torch.autograd.Function):
             a: [r, in], fp32.
             b: [out, r], fp32.
             scale: alpha/r, times 1/(1-p) with dropout.
-            dropped: int64 positions in the flattened x that are zeroed for the adapter, or None.
+            dropped: what of x is zeroed for the adapter, see `draw_dropped`; or None.
         """
         flat, w = x.reshape(-1, x.shape[-1]), weight()
         # The result is no view of another tensor: models may add to it in place, which autograd forbids on a view.
@@ -177,7 +194,7 @@ class FusedLoraFunction(torch.autograd.Function):
             torch.mm(flat, w.T, out=y)
         else:
             torch.addmm(bias, flat, w.T, out=y)
-        masked = _zero_positions(flat, dropped)
+        masked = _without(flat, dropped)
         a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
         inner = masked @ a_cast.T
         y.addmm_(inner, b_cast.T, alpha=scale)
@@ -198,15 +215,13 @@ class FusedLoraFunction(torch.autograd.Function):
         grad_a = None
         if flat is not None:
             # Mask x again: saving its masked copy in the forward pass would need more memory.
-            grad_a = (grad_inner.T @ _zero_positions(flat, dropped)).to(ctx.a_dtype)
+            grad_a = (grad_inner.T @ _without(flat, dropped)).to(ctx.a_dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ ctx.weight()
             if dropped is None:
                 grad_x.addmm_(grad_inner, a_cast)
             else:
-                through_a = grad_inner @ a_cast
-                through_a.view(-1)[dropped] = 0
-                grad_x.add_(through_a)
+                grad_x.add_(_drop_(grad_inner @ a_cast, dropped))
             grad_x = grad_x.view(shape)
         return grad_x, None, None, grad_a, grad_b, None, None

@@ -19,7 +19,8 @@ from lora_cli.model import packed_attention, varlen_attention
 from lora_cli.model.packing_support import stateful_layers
 from lora_cli.recipe.tasks import TaskName
 
-CHUNK_TOKENS = 256  # supervised tokens whose logits exist at the same time
+CHUNK_TOKENS = 256  # supervised tokens whose logits exist at the same time, on the CPU; the least elsewhere
+GPU_CHUNK_BYTES = 256 << 20  # of fp32 logits: products of fewer tokens leave a GPU idle
 
 
 class BatchLoss(NamedTuple):
@@ -88,7 +89,8 @@ class LossFunction:
         label_positions, inputs = batch.label_positions.to(self.device), self.inputs(batch)
         hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[label_positions]
         head = self.base.get_output_embeddings()
-        chunks = zip(hidden.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        size = chunk_tokens(head.weight.shape[0], hidden.device)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
         results = [self._loss(head(part), part_targets) for part, part_targets in chunks]
         losses, correct = zip(*results, strict=True)
         return torch.cat(losses), torch.cat(correct)
@@ -250,6 +252,11 @@ def logits_at(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor)
     return kept[positions // width, column]
 
 
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
+    """Return the supervised tokens whose logits, over `vocabulary` ids, exist at the same time on `device`."""
+    return CHUNK_TOKENS if device.type == "cpu" else max(CHUNK_TOKENS, GPU_CHUNK_BYTES // (4 * vocabulary))
+
+
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a frozen linear head, with d loss/d hidden = (softmax(logits) - target)·W per chunk.
 
@@ -274,8 +281,9 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=precise, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(targets), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        size = chunk_tokens(weight.shape[0], hidden.device)
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
             logits = nn.functional.linear(hidden[part], weight, bias).to(precise)
             target = targets[part, None]
             picked = logits.gather(1, target)

@@ -20,6 +20,7 @@ from lora_cli.model.fused_lora import (
     FusedLora4bit,
     FusedLoraFunction,
     draw_dropout_positions,
+    draw_dropped,
     is_fusable,
     register_custom_layers,
 )
@@ -86,9 +87,10 @@ def test_a_4_bit_layer_of_another_compute_dtype_runs_pefts_forward(tmp_path: Pat
     assert torch.equal(layer(x), LoraLinear4bit.forward(layer, x))
 
 
+@pytest.mark.parametrize("device", ["cpu", "another"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_dropout_equals_pefts_formula_at_the_same_positions(p: float, transposed: bool):
+def test_dropout_equals_pefts_formula_at_the_same_positions(p: float, transposed: bool, device: str):
     generator = torch.Generator().manual_seed(2)
 
     def draw(*shape: int) -> Tensor:
@@ -101,6 +103,8 @@ def test_dropout_equals_pefts_formula_at_the_same_positions(p: float, transposed
     dropped = draw_dropout_positions(x.numel(), p)
     kept = torch.ones(x.numel(), dtype=torch.float64)
     kept[dropped] = 0
+    if device == "another":  # which gets a mask
+        dropped = (kept == 0).view(x.shape)
     weights = draw(9, 5)
     expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
     output = FusedLoraFunction.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
@@ -177,6 +181,12 @@ def test_other_layers_are_not_fused(family: str, spec: dict[str, object]):
     model = zoo.adapted(zoo.make(family), **spec)
     assert layers(model)
     assert not zoo.fused_layers(model)
+
+
+def test_another_device_gets_a_mask_without_a_value_that_the_host_waits_for():
+    x = torch.empty(4, 5, 6, device="meta")
+    dropped = draw_dropped(x, 0.1)
+    assert (dropped.dtype, dropped.device, dropped.shape) == (torch.bool, x.device, x.shape)
 
 
 def test_layers_on_another_device_are_not_fused():

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from lora_cli.data.collate import Batch, collate_packed, collate_padded
 from lora_cli.model import packed_attention
-from lora_cli.model.loss import CHUNK_TOKENS, ChunkedLinearCrossEntropy, LossFunction
+from lora_cli.model.loss import CHUNK_TOKENS, ChunkedLinearCrossEntropy, LossFunction, chunk_tokens
 from tests.model import families, zoo
 
 # (dtype, tolerance of the loss, of the gradient); for bf16 the reference is computed in fp32 from the same values.
@@ -230,3 +230,11 @@ def test_neftune_noise_is_added_in_classifiers_too(tmp_path: Path):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     assert loss_fn(batch).loss != loss_in_eval
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "device", "expected"),
+    [(128_256, "cpu", 256), (128_256, "cuda", 523), (32_000, "cuda", 2097), (10**7, "cuda", 256)],
+)
+def test_the_chunk_of_tokens_follows_vocabulary_and_device(vocabulary: int, device: str, expected: int):
+    assert chunk_tokens(vocabulary, torch.device(device)) == expected
