@@ -7,25 +7,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.data.class_labels import save_labels
 from lora_cli.model import adalora
 from lora_cli.model.device import pick_device
-from lora_cli.model.loss import LossFunction
-from lora_cli.model.save_adapter import compare_reloaded, save_adapter
-from lora_cli.model.trained_on import write_trained_on
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.resume_keys import Change
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console, metrics_log
-from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import check_free_space
 from lora_cli.run.folder import RunFolder, open_run
 from lora_cli.run.run_checksums import remove_run_checksums, write_run_checksums
 from lora_cli.run.signals import stop_request
 from lora_cli.setup import run_records
+from lora_cli.setup.adapter_writer import AdapterWriter
 from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.resume import check_inputs, check_model, describe_changes, find_run_state, record_changes
@@ -35,8 +30,10 @@ from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.checkpoint_folders import SavedState
 from lora_cli.training.distributed import any_process, broadcast_adapter
 from lora_cli.training.loop import fit
+from lora_cli.training.loss_scale import LossScale
 from lora_cli.training.loss_spikes import LossSpikes
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
+from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.model_card import render_model_card
 from lora_cli.training.optimizer import averaged_weights, make_optimizer
 from lora_cli.training.out_of_memory import out_of_memory_as_lora_error
@@ -148,12 +145,18 @@ class Training:
         self.optimizer = make_optimizer(self.model, self.spec, name=built.optimizer, lr_ratio=lr_ratio)
         self.rank_allocator = adalora.rank_allocator(self.model)
         self.state = {**state, **run_records.model_state(built)}
-        self.spikes = LossSpikes()
+        self.spikes, self.scale = LossSpikes(), LossScale(enabled=torch.float16 in inputs.compute_dtypes)
+        self.recorded: dict[str, LossSpikes | MemoryLadder | LossScale] = {
+            "loss_spikes": self.spikes,
+            "memory": built.ladder,
+            "loss_scale": self.scale,
+        }
         self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
         wanted = run is not None and self.spec.answer_every is not None
         self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
         # Of the base as it was loaded: its files are not needed any more.
-        self.trained_on = run_records.trained_on(recipe, inputs, self.model, built, step=0)
+        trained_on = run_records.trained_on(recipe, inputs, self.model, built, step=0)
+        self.writer = AdapterWriter(self.model, recipe, inputs, trained_on)
         self.manifest: dict[str, Any] = {}
         self.first = 1  # step that this process takes first
         self.done = 0  # optimizer steps
@@ -178,8 +181,8 @@ class Training:
             rank_allocator=self.rank_allocator,
             history=self.evaluations.history,
         )
-        self.spikes.restore(saved.values["loss_spikes"])
-        self.built.ladder.restore(saved.values["memory"])
+        for name, part in self.recorded.items():
+            part.restore(saved.values[name])
         self.state["changes"] = record_changes(saved, changes)
         self.info(f"resuming after step {saved.step}")
 
@@ -248,6 +251,7 @@ class Training:
                 rank_allocator=self.rank_allocator,
                 spikes=self.spikes,
                 ladder=self.built.ladder,
+                scale=self.scale,
             ):
                 self.done = step.number
                 if metrics:
@@ -255,6 +259,8 @@ class Training:
                     progress.step(step.number, step.figures(self.inputs.device))
                 if step.spike:
                     info(step.spike.line(step.number))
+                if step.overflows:
+                    info(f"step {step.number}: the gradient overflowed float16; loss scale {self.scale.value:g} now")
                 last = step.number == self.total
                 # Before the checkpoint: a resumed run continues after both, or completes them.
                 evaluated = last or self.evaluations.is_due(step.number)
@@ -317,23 +323,14 @@ class Training:
                 self.model,
                 self.optimizer,
                 step=step,
-                state={**self.state, "loss_spikes": self.spikes.to_json(), "memory": self.built.ladder.to_json()},
+                state={**self.state, **{name: part.to_json() for name, part in self.recorded.items()}},
                 keep=self.spec.keep_checkpoints,
-                write_adapter=lambda folder: self._write_adapter_files(folder, step),
+                write_adapter=lambda folder: self.writer.write_files(folder, step),
                 rank_allocator=self.rank_allocator,
                 history=self.evaluations.history,
                 keep_best=self.spec.keep == "best",
             )
         self.accelerator.wait_for_everyone()
-
-    def _write_adapter_files(self, folder: Path, step: int) -> None:
-        """Write a plain PEFT adapter, with the tokenizer that it was trained with."""
-        spec, base = self.recipe.model, self.inputs.base
-        save_adapter(self.model, folder, base=spec.path, revision=spec.revision)
-        base.tokenizer.save_pretrained(str(folder))
-        write_trained_on(self.trained_on._replace(step=step), folder)
-        if base.labels is not None:
-            save_labels(base.labels, folder)
 
     def write_adapter(self) -> None:
         """Write the adapter of the last or the best step, and complete the manifest.
@@ -363,6 +360,7 @@ class Training:
             "evaluations": self.evaluations.history.to_json(),
             "loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped},
             "memory": self.built.ladder.to_json(),
+            "loss_scale": self.scale.to_json(),
         }
         run_records.write_records(self.run, self.recipe, {**self.manifest, "result": result}, info=self.info)
         if summary := self.spikes.summary():
@@ -373,7 +371,7 @@ class Training:
         console.out.print(f"{self.recipe.output}/adapter")
 
     def _write_verified(self, run: RunFolder, step: int) -> None:
-        """Write the model's adapter to a temporary folder, load it back, compare it, then move it to its place."""
+        """Write the model's adapter and its card, compared with what is read back."""
         model_card = render_model_card(
             self.recipe,
             recipe_text=dump_recipe(self.recipe),
@@ -386,19 +384,8 @@ class Training:
         checkpoint.check_finite(trained, step=step, folder=run.checkpoints)
         if self.rank_allocator is not None:
             self.rank_allocator.prune()
-        with verified_folder(run.adapter, kind="adapter", published=True, replace=True) as partial:
-            self._write_adapter_files(partial, step)
-            (partial / "README.md").write_text(model_card, encoding="utf-8")
-            (difference := compare_reloaded(self.model, partial, self._probe_logits)).check(self.inputs.base.dtype)
-        logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
-        self.info(f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})")
-
-    @torch.no_grad()
-    def _probe_logits(self, model: PeftModel) -> torch.Tensor:
-        """Return the logits of the shortest of the first 64 rows, in eval mode: fp64 [units, outputs]."""
-        model.eval()
-        batch = self.plan.make_batch([int(self.inputs.data.train.lengths[:64].argmin())])
-        return LossFunction(model, task=self.recipe.task).logits(batch).double()
+        probe = self.plan.make_batch([int(self.inputs.data.train.lengths[:64].argmin())])  # a short row
+        self.info(self.writer.write_verified(run.adapter, step, model_card=model_card, probe=probe))
 
 
 def _is_due(step: int, every: int | None) -> bool:

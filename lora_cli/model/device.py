@@ -26,7 +26,9 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, quantization: QuantizationSpec | None = None) -> torch.dtype:
-    """Return the dtype of weights and compute; `auto`: bfloat16 where `device` multiplies it in hardware, else float32.
+    """Return the dtype of weights and compute; `auto`: bfloat16 where `device` multiplies it in hardware.
+
+    Without it, a GPU computes in float16, with a loss scale, and a CPU in float32.
 
     Over a 4-bit base, `auto` is the compute dtype of the 4-bit layers, so that no activation is cast between layers.
     """
@@ -35,7 +37,9 @@ def pick_dtype(name: str, device: torch.device, quantization: QuantizationSpec |
         return dtype
     if quantization is not None and quantization.bits == 4 and quantization.compute_dtype != "auto":
         return resolve_compute_dtype(quantization, torch.float32)
-    return torch.bfloat16 if multiplies(device, torch.bfloat16) else torch.float32
+    if multiplies(device, torch.bfloat16):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def describe_emulation(dtype: torch.dtype, quantization: QuantizationSpec | None, device: torch.device) -> list[str]:

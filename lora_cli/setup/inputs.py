@@ -29,7 +29,7 @@ from lora_cli.data.rendering import template_process
 from lora_cli.errors import LoraError
 from lora_cli.model import multimodal, prequantized
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
-from lora_cli.model.device import describe_emulation, pick_device, pick_dtype
+from lora_cli.model.device import describe_emulation, pick_device, pick_dtype, resolve_compute_dtype
 from lora_cli.model.library_errors import panics_as_errors
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer, restore_hint
 from lora_cli.model.packing_support import packing_obstacle
@@ -69,6 +69,12 @@ class RunInputs(NamedTuple):
     data: PreparedData
     prequantized: prequantized.Prequantized | None  # how the base was quantized before this run
     template_date: str | None = None  # that the chat template writes, as 2026-01-31; None if it writes none
+
+    @property
+    def compute_dtypes(self) -> set[torch.dtype]:
+        """The dtypes that the base multiplies in: its own, and that of its 4-bit layers."""
+        spec, dtype = self.recipe.quantization, self.base.dtype
+        return {dtype, resolve_compute_dtype(spec, dtype)} if spec is not None and spec.bits == 4 else {dtype}
 
 
 def load_inputs(

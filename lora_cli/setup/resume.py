@@ -65,6 +65,12 @@ class _RecordedRung(_Recorded):
     parts: int
 
 
+class _RecordedScale(_Recorded):
+    value: float
+    overflows: int
+    steps: int
+
+
 class _RecordedValues(_Recorded):
     """What state.json must have; other keys are passed over."""
 
@@ -87,6 +93,7 @@ class _RecordedValues(_Recorded):
     evaluations: list[list[float]]
     loss_spikes: _RecordedSpikes
     memory: _RecordedRung
+    loss_scale: _RecordedScale
     changes: list[dict[str, Any]] = []
 
 

@@ -35,7 +35,7 @@ def all_reduce_counts(accelerator: Accelerator, counts: tuple[int, ...]) -> list
     return summed
 
 
-def all_reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: int) -> None:
+def all_reduce_gradients(trained: list[nn.Parameter], accelerator: Accelerator, *, share: float) -> None:
     """Sum the gradients of all processes in one message and divide them by `share`, in place.
 
     An adapter is small: one flat all-reduce costs less than DDP's buckets and hooks, and processes may have different

@@ -22,6 +22,7 @@ from lora_cli.run import console
 from lora_cli.run.os_errors import is_out_of_memory
 from lora_cli.training import cpu
 from lora_cli.training.distributed import all_reduce_counts, all_reduce_gradients, all_reduce_sum, any_process
+from lora_cli.training.loss_scale import LossScale
 from lora_cli.training.loss_spikes import LossSpikes, Spike, describe_rows
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
 from lora_cli.training.memory_ladder import MemoryLadder, drop_gradients, release_memory
@@ -40,10 +41,12 @@ class Step(NamedTuple):
     supervised: int  # tokens, words or rows that carried loss
     seconds: float  # wall time of this step
     spike: Spike | None = None  # what is unusual in it
+    overflows: int = 0  # of its gradient in float16, after each of which it was taken again with half the loss scale
 
     def record(self) -> dict[str, Any]:
         """Return its line of metrics.jsonl: `step` is what `metrics_log.truncate_after` reads; null: not finite."""
-        values = {name: value for name, value in self._asdict().items() if name not in ("number", "spike")}
+        left_out = ("number", "spike", *(() if self.overflows else ("overflows",)))
+        values = {name: value for name, value in self._asdict().items() if name not in left_out}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         return {"step": self.number, **finite, **(self.spike.record() if self.spike else {})}
 
@@ -78,6 +81,7 @@ def fit(
     rank_allocator: AdaLoraRankAllocator | None = None,
     spikes: LossSpikes | None = None,
     ladder: MemoryLadder | None = None,
+    scale: LossScale | None = None,
 ) -> Iterator[Step]:
     """Take optimizer steps `start`+1 to `total`, and yield after each.
 
@@ -91,13 +95,14 @@ def fit(
     the losses of the steps before `start`.
 
     With a `ladder`, a step that runs out of memory is taken again in a form that needs less, on all processes; on a GPU
-    the largest batch is tried first. The tokens of a step stay the same.
+    the largest batch is tried first. The tokens of a step stay the same. With an enabled loss `scale`, a step whose
+    gradient overflows float16 is taken again with a lower one.
 
     Raises:
         LoraError: the loss or the gradient is not finite, too many steps in a row were skipped, or a step needs too
             much memory in every form; raised before the parameters change.
     """
-    spikes = spikes or LossSpikes()
+    spikes, scale = spikes or LossSpikes(), scale or LossScale(enabled=False)
     loss_fn = LossFunction(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
     trained = [p for p in model.parameters() if p.requires_grad]
     world, rank = accelerator.num_processes, accelerator.process_index
@@ -111,22 +116,29 @@ def fit(
             batches = next(steps)
             own = sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)
             supervised, tokens = all_reduce_counts(accelerator, own)
-            while True:
-                losses = _accumulate_gradients(loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder)
-                if ladder is None or not any_process(accelerator, losses is None):
+            overflows = scale.overflows
+            while True:  # until the step fits into memory and into float16
+                losses = _accumulate_gradients(
+                    loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder, scale=scale.value
+                )
+                if ladder is not None and any_process(accelerator, losses is None):
+                    drop_gradients(trained)
+                    release_memory(device)
+                    ladder.go_down(f"step {number + 1}")
+                    continue
+                assert losses is not None
+                all_reduce_gradients(trained, accelerator, share=max(1, supervised) * scale.value)
+                if rank_allocator is not None:
+                    rank_allocator.orthogonality_loss().backward()
+                grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+                loss_sum = sum((loss for _, loss in losses), start=torch.zeros((), device=device))
+                loss_sum = all_reduce_sum(accelerator, loss_sum)
+                # One transfer of both: the host waits for the device once, before the parameters change.
+                summed, norm = torch.stack((loss_sum, grad_norm.to(loss_sum.device))).tolist()
+                if math.isfinite(norm) or not math.isfinite(summed) or not scale.lower():
                     break
                 drop_gradients(trained)
-                release_memory(device)
-                ladder.go_down(f"step {number + 1}")
-            assert losses is not None
-            loss_sum = sum((loss for _, loss in losses), start=torch.zeros((), device=device))
-            all_reduce_gradients(trained, accelerator, share=max(1, supervised))
-            if rank_allocator is not None:
-                rank_allocator.orthogonality_loss().backward()
-            grad_norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-            loss_sum = all_reduce_sum(accelerator, loss_sum)
-            # One transfer of both: the host waits for the device once, before the parameters change.
-            summed, norm = torch.stack((loss_sum, grad_norm.to(loss_sum.device))).tolist()
+            scale.count_step()
             # A step may have no label: rows of one token, for example.
             loss_of_step = summed / supervised if supervised else None
             spike = _find_spike(number + 1, loss_of_step, norm, losses, plan, spikes=spikes, on_spike=spec.on_spike)
@@ -149,6 +161,7 @@ def fit(
                 supervised=supervised,
                 seconds=time.perf_counter() - start_time,
                 spike=spike,
+                overflows=scale.overflows - overflows,
             )
 
 
@@ -160,8 +173,9 @@ def _accumulate_gradients(
     seed: int,
     number: int,
     ladder: MemoryLadder | None,
+    scale: float,
 ) -> list[tuple[Batch, Tensor]] | None:
-    """Add up the gradients of all batches of a step on this process (gradient accumulation).
+    """Add up the gradients of all batches of a step on this process (gradient accumulation), multiplied by `scale`.
 
     Returns:
         The batches, or their parts, with their losses, each a sum: fp32 []. None if memory ran out, and `ladder` has
@@ -176,7 +190,7 @@ def _accumulate_gradients(
                     continue
                 loss = loss_fn(part).loss
                 # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
-                loss.backward()
+                (loss if scale == 1 else loss * scale).backward()
                 losses.append((part, loss.detach()))
     except (MemoryError, RuntimeError) as error:
         if ladder is None or not is_out_of_memory(error):

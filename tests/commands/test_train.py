@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lora_cli.run import console, metrics_log
 from lora_cli.run.checksums import write_checksums
 from lora_cli.run.folder import LOCK
+from lora_cli.run.metrics_log import read_metrics
 from lora_cli.training import launch
 from tests.commands.conftest import LORA_ON_ONE_CORE, CommandResult, Lora, WriteRecipe, write_inputs, write_recipe
 
@@ -317,3 +318,14 @@ def test_a_damaged_checkpoint_does_not_change_the_result(trained_run: Path, lora
     assert "resuming after step 2" in result.err
     name = "adapter/adapter_model.safetensors"
     assert (Path("runs/b") / name).read_bytes() == (trained_run / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_in_float16_learns_with_a_loss_scale(recipe: WriteRecipe, lora: Lora):
+    result = lora("train", recipe({"model.dtype": "float16"}))
+    assert result.code == 0, result.err
+    assert "verified: the adapter on disk" in result.err
+    scale = json.loads(Path("runs/a/manifest.json").read_text())["result"]["loss_scale"]
+    assert scale["value"] > 1
+    losses = [record["loss"] for record in read_metrics(Path("runs/a/metrics.jsonl")) if "loss" in record]
+    assert losses[-1] < losses[0]

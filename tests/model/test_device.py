@@ -35,7 +35,8 @@ def test_the_dtype_follows_the_cpu_also_over_a_4_bit_base(
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_the_dtype_follows_the_gpu(has_bf16: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert pick_dtype("auto", GPU) == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert pick_dtype("auto", GPU) == (torch.bfloat16 if has_bf16 else torch.float16)
+    assert pick_dtype("auto", GPU, NF4) == (torch.bfloat16 if has_bf16 else torch.float16)
     assert multiplies(GPU, torch.float16)
 
 
