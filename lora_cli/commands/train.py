@@ -141,6 +141,7 @@ class Training:
         self.info: Info = console.info if run else console.no_output
         self.model = built.model
         broadcast_adapter(self.model, accelerator)
+        built.ladder.agree(accelerator)
         lr_ratio = recipe.adapter.lr_ratio
         self.optimizer = make_optimizer(self.model, self.spec, name=built.optimizer, lr_ratio=lr_ratio)
         self.rank_allocator = adalora.rank_allocator(self.model)

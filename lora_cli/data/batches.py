@@ -129,6 +129,8 @@ class BatchPlan:
         """Return the rows of `batch` as at most `parts` batches of about as many tokens each, in the same order."""
         if parts == 1 or len(batch.rows) == 1:
             return [batch]
+        if parts >= len(batch.rows):
+            return [self.make_batch([row]) for row in batch.rows]
         rows = np.array(batch.rows)
         ends = self.rows.lengths[rows].cumsum(dtype=np.int64)
         middles = ends - self.rows.lengths[rows] / 2

@@ -25,6 +25,15 @@ def pick_device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a small tensor of the CPU to `device`; from page-locked memory, so that the host does not wait for a GPU."""
+    return tensor if device.type == "cpu" else _pinned(tensor).to(device, non_blocking=True)
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
 def pick_dtype(name: str, device: torch.device, quantization: QuantizationSpec | None = None) -> torch.dtype:
     """Return the dtype of weights and compute; `auto`: bfloat16 where `device` multiplies it in hardware.
 

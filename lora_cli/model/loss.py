@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
 from lora_cli.model import packed_attention, varlen_attention
+from lora_cli.model.device import to_device
 from lora_cli.model.packing_support import stateful_layers
 from lora_cli.recipe.tasks import TaskName
 
@@ -163,7 +164,7 @@ class NEFTuneNoise:
             sizes = sizes.repeat_interleave(sizes.long())[None]
         else:
             sizes = sizes[:, None].expand(output.shape[:2])
-        sizes = sizes.to(output.device, non_blocking=True)
+        sizes = to_device(sizes, output.device)
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1)
         return output + (noise * (self.alpha / math.sqrt(output.shape[-1])) * sizes.rsqrt()[..., None]).to(output.dtype)
 
@@ -199,7 +200,7 @@ def _row_borders(model: PreTrainedModel, lengths: Sequence[int], device: torch.d
     if attention == varlen_attention.VARLEN_ATTENTION:
         bounds = varlen_attention.row_bounds(lengths, device)
         return {"row_bounds": bounds, **_borders_of_states(model, lengths, device)}
-    flash = len(lengths) > 1 and attention.startswith("flash_attention")
+    flash = len(lengths) > 1 and varlen_attention.is_flash(attention)
     borders = _flash_borders(lengths, device) if flash else {}
     return borders | _borders_of_states(model, lengths, device)
 
@@ -209,7 +210,7 @@ def _borders_of_states(model: PreTrainedModel, lengths: Sequence[int], device: t
         return {}
     rows = torch.tensor(lengths)
     numbers = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), rows)[None]
-    return {"seq_idx": numbers.to(device, non_blocking=True), **_flash_borders(lengths, device)}
+    return {"seq_idx": to_device(numbers, device), **_flash_borders(lengths, device)}
 
 
 def _flash_borders(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from lora_cli.model.safetensors_header import StoredTensor, check_weights_are_fl
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run.cache_folder import cache_folder
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, read_checksums
+from lora_cli.run.console import format_bytes
 from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
 from lora_cli.run.read_file import RESTORE, describe_kind, open_regular, read_json_object
 
 Info = Callable[[str], None]
 
+SLOW_BYTES = 2 << 30  # to verify: it takes seconds
 OWN_MODELS = ("merged model", "export")  # kinds of checksums.json
 EDGE_BYTES = 1 << 20  # of each weight file, from its start and its end, that the fingerprint reads
 
@@ -82,7 +84,8 @@ def find_model(
                 f"model.path: {spec.path} is a model and an adapter: it has config.json and {ADAPTER_CONFIG_FILE}",
                 hint="move the files of one of them to another folder",
             )
-        _check_own_model(path, weights=weights)
+        # Of several processes, one reads all weights twice.
+        _check_own_model(path, weights=weights and os.environ.get("RANK", "0") == "0", info=info)
         return ModelSource(str(path), trust)
     if os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
         raise LoraError(f"model.path: {spec.path} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
@@ -91,7 +94,7 @@ def find_model(
     return _find_on_hub(spec, info)
 
 
-def _check_own_model(folder: Path, *, weights: bool) -> None:
+def _check_own_model(folder: Path, *, weights: bool, info: Info) -> None:
     """Verify a model that `lora merge` or `lora export` wrote; the weights only if they will be read.
 
     Raises:
@@ -101,6 +104,9 @@ def _check_own_model(folder: Path, *, weights: bool) -> None:
     if record is None or record.kind not in OWN_MODELS:
         return
     names = [name for name in record.files if not name.endswith((".md", *(() if weights else (".safetensors",))))]
+    size = sum(record.files[name].bytes for name in names)
+    if size > SLOW_BYTES:
+        info(f"verifying {folder}: {format_bytes(size)}")
     if damage := find_damage(folder, names, follow_links=True):
         more = f", and {len(damage) - 1} more" if len(damage) > 1 else ""
         raise LoraError(

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_cli.model.device import to_device
+
 # Value of `_attn_implementation` in the model's config. transformers creates no mask for a name that it does not know.
 PACKED_ATTENTION = "lora_rows"
 
@@ -76,12 +78,10 @@ def plan_rows(lengths: Sequence[int], device: torch.device = CPU) -> RowPlan:
     positions = [group.gather[group.real] for group in groups]
     positions += [torch.arange(row.start, row.stop) for row in long]
     order = torch.argsort(torch.cat(positions))
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
-
-    moved = tuple(group._replace(gather=move(group.gather), real=move(group.real)) for group in groups)
-    return RowPlan(tuple(lengths), moved, long, move(order))
+    moved = tuple(
+        group._replace(gather=to_device(group.gather, device), real=to_device(group.real, device)) for group in groups
+    )
+    return RowPlan(tuple(lengths), moved, long, to_device(order, device))
 
 
 def _group(rows: list[tuple[int, int]], length: int) -> RowGroup:
@@ -152,6 +152,10 @@ def _causal(length: int, window: int | None, like: Tensor) -> Tensor:
 def _long_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None) -> Tensor:
     """Compute attention for one row with torch's flash kernel; shapes as in `_group_attention`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    queries_per_key = q.shape[1] // k.shape[1]
+    if q.device.type == "cuda" and queries_per_key > 1:
+        # Without flash attention, torch has no kernel for grouped queries, and would compute full score matrices.
+        k, v = (x.repeat_interleave(queries_per_key, dim=1) for x in (k, v))
     windowed = window is not None and query.shape[0] > window
     mask = _causal(query.shape[0], window, query) if windowed else None
     out = scaled_dot_product_attention(

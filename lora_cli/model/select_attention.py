@@ -55,8 +55,8 @@ def candidates(requested: str, *, packing: bool, device: torch.device, dtype: to
         varlen = varlen_attention.runs_on(device, dtype)
         # With sdpa, every layer has a mask of tokens x tokens between the rows. A cap on the scores (Gemma 2) is
         # computed by flash and flex attention.
-        own = [varlen_attention.VARLEN_ATTENTION, *flash] if varlen else [*flash, packed_attention.PACKED_ATTENTION]
-        return [*own, "flex_attention", "sdpa", "eager"]
+        own = [varlen_attention.VARLEN_ATTENTION] if varlen else []
+        return [*own, *flash, packed_attention.PACKED_ATTENTION, "flex_attention", "sdpa", "eager"]
     return [packed_attention.PACKED_ATTENTION, "sdpa", "eager"] if packing else ["sdpa", "eager"]
 
 
@@ -159,7 +159,8 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
     """
     model.set_attn_implementation(name)
     found = model.config._attn_implementation
-    if found != name:
+    # For flash attention without its package, transformers takes a kernel of the hub, with another name.
+    if found != name and not (varlen_attention.is_flash(name) and varlen_attention.is_flash(found)):
         raise NotImplementedError(f"{type(model).__name__} keeps {found}, which was set when it was built")
 
 

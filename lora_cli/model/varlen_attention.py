@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lora_cli.model.device import to_device
 from lora_cli.model.packed_attention import PACKED_ATTENTION, unsupported_options
 
 # Value of `_attn_implementation` in the model's config. transformers creates no mask for a name that it does not know.
@@ -32,6 +33,11 @@ class RowBounds(NamedTuple):
     longest: int  # tokens of the longest row
 
 
+def is_flash(attention: str) -> bool:
+    """Return whether the attention of this name is a build of flash attention, of a package or a kernel of the hub."""
+    return "flash" in attention
+
+
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernel runs on `device` with queries of `dtype`."""
     return device.type == "cuda" and dtype in DTYPES and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
@@ -39,8 +45,13 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 
 def row_bounds(lengths: Sequence[int], device: torch.device) -> RowBounds:
     """Return the borders of rows of `lengths` tokens, in pack order; the copy to a GPU does not wait for it."""
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, pin_memory=device.type == "cuda")
-    return RowBounds(starts.to(device, non_blocking=True), max(lengths))
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return RowBounds(to_device(starts, device), max(lengths))
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Return x [T, H, D] with heads of `width` dimensions; x itself if it has them, as padding by nothing copies."""
+    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
 def varlen_attention_forward(
@@ -90,7 +101,7 @@ def varlen_attention_forward(
         unsupported.append(f"attention in {str(query.dtype).removeprefix('torch.')}")
     if unsupported or row_bounds is None:
         raise NotImplementedError(f"not supported: {', '.join(unsupported)}")
-    q, k, v = (functional.pad(x[0].transpose(0, 1), (0, padded - x.shape[-1])) for x in (query, key, value))
+    q, k, v = (_widened(x[0].transpose(0, 1), padded) for x in (query, key, value))
     out = varlen_attn(
         q,
         k,

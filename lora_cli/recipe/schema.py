@@ -19,7 +19,8 @@ class ModelSpec(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model. Default null: the main branch. Not for local models."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the base weights and of the computation. auto: bfloat16 if the device computes in it, else float32."""
+    """Dtype of the base weights and of the computation. auto: bfloat16 if the device computes in it, else
+    float16 on a GPU (with a loss scale), float32 on a CPU."""
     attention: str = "auto"
     """Attention implementation of transformers: sdpa, eager, flash_attention_2, ... auto: the fastest that works for
     the model; with packing, the fastest without attention between packed rows."""

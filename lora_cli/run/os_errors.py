@@ -11,6 +11,12 @@ from lora_cli.run.console import format_bytes
 from lora_cli.run.folder import LOCK, user_of_run
 from lora_cli.run.system_errors import HINTS, VANISHED, describe
 
+# torch has no exception class of its own for these: of the CPU, of CUDA outside of its allocator, of cuBLAS.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 ALLOCATED = re.compile(r"allocate (\d+) bytes|allocate (?P<size>[\d.]+ [KMGT]iB)")  # torch, on the CPU and on GPUs
 
 
@@ -30,9 +36,8 @@ def as_lora_error(error: OSError | MemoryError | RuntimeError) -> LoraError | No
 
 def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
     """Return whether memory could not be allocated, by Python or by torch on any device."""
-    # On the CPU torch has no exception class of its own for it.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return known or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _out_of_memory(error: MemoryError | RuntimeError) -> LoraError:

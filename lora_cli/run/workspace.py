@@ -132,13 +132,18 @@ def _complete(workspace: Path) -> None:
             record = read_json_object(workspace / COMMIT)
             names = record.get("names")
             # Only names in this folder: the workspace may have come with a folder of another user.
-            if isinstance(names, list) and all(isinstance(name, str) and Path(name).name == name for name in names):
+            if isinstance(names, list) and all(map(_is_name, names)):
                 commit(workspace, [parent / name for name in names], replace=record.get("replace") is True)
         return
     for old in (workspace / OLD).iterdir() if (workspace / OLD).is_dir() else ():
         if not os.path.lexists(parent / old.name):
             old.rename(parent / old.name)
             sync(parent)
+
+
+def _is_name(name: object) -> bool:
+    """Return whether a value is the name of an entry of a folder, not a path out of it."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _clean(workspace: Path) -> None:

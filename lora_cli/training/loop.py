@@ -116,7 +116,7 @@ def fit(
             batches = next(steps)
             own = sum(len(b.targets) for _, b in batches), sum(b.tokens for _, b in batches)
             supervised, tokens = all_reduce_counts(accelerator, own)
-            overflows = scale.overflows
+            before = scale.to_json()
             while True:  # until the step fits into memory and into float16
                 losses = _accumulate_gradients(
                     loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder, scale=scale.value
@@ -138,10 +138,15 @@ def fit(
                 if math.isfinite(norm) or not math.isfinite(summed) or not scale.lower():
                     break
                 drop_gradients(trained)
-            scale.count_step()
+            if math.isfinite(norm):
+                scale.count_step()
+            else:
+                scale.restore(before)  # no scale helps, so that it was no overflow
             # A step may have no label: rows of one token, for example.
             loss_of_step = summed / supervised if supervised else None
-            spike = _find_spike(number + 1, loss_of_step, norm, losses, plan, spikes=spikes, on_spike=spec.on_spike)
+            spike = _find_spike(
+                number + 1, loss_of_step, norm, losses, plan, spikes=spikes, on_spike=spec.on_spike, half=scale.enabled
+            )
             rate = learning_rate(number, spec=spec, total=total)
             if spike is None or not spike.skipped:
                 set_learning_rate(optimizer, rate)
@@ -161,7 +166,7 @@ def fit(
                 supervised=supervised,
                 seconds=time.perf_counter() - start_time,
                 spike=spike,
-                overflows=scale.overflows - overflows,
+                overflows=scale.overflows - before["overflows"],
             )
 
 
@@ -235,11 +240,12 @@ def _find_spike(
     *,
     spikes: LossSpikes,
     on_spike: Literal["warn", "skip"],
+    half: bool,
 ) -> Spike | None:
     """Return what is unusual in step `number` (from 1); `loss` and `grad_norm` are equal on all processes.
 
-    All processes call it. `loss` is None in a step without labels. Only for an unusual step, the host waits for the
-    `losses` of the batches.
+    All processes call it. `loss` is None in a step without labels; `half` means that the run is in float16. Only for an
+    unusual step, the host waits for the `losses` of the batches.
 
     Raises:
         LoraError: the loss or the gradient is not finite and not skipped, or too many steps in a row were skipped.
@@ -253,7 +259,8 @@ def _find_spike(
         if not skip:
             raise LoraError(
                 f"step {number}: {problem}; {describe_rows(rows)}",
-                hint="try a lower training.learning_rate or a longer training.warmup, and inspect these rows; the last "
+                hint=("the activations of some models overflow float16: try model.dtype: float32; or " if half else "")
+                + "try a lower training.learning_rate or a longer training.warmup, and inspect these rows; the last "
                 "checkpoint is from before this step; --resume --set training.on_spike=skip leaves such steps out",
                 exit_code=1,
             )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -51,7 +52,7 @@ def rungs_below(rung: Rung, *, setting: bool | str, can_recompute: bool, on_cpu:
         setting: `training.gradient_checkpointing`: false forbids recomputation, true means every layer.
         can_recompute: whether the model supports it.
         on_cpu: whether activations are in host memory anyway.
-        max_parts: rows of the largest batch: more parts would be empty.
+        max_parts: rows of the largest batch: further parts would be empty.
     """
     forms = [Rung()]
     if can_recompute and setting is not False:
@@ -59,10 +60,8 @@ def rungs_below(rung: Rung, *, setting: bool | str, can_recompute: bool, on_cpu:
         forms += [] if on_cpu else [Rung(1, offload=True)]
     if can_recompute and setting is True:
         forms = [form for form in forms if form.every == 1]
-    parts = 2
-    while parts <= max_parts:
-        forms.append(forms[-1]._replace(parts=parts))
-        parts *= 2
+    while forms[-1].parts < max_parts:
+        forms.append(forms[-1]._replace(parts=forms[-1].parts * 2))
     return forms[forms.index(rung) + 1 :] if rung in forms else forms
 
 
@@ -178,13 +177,19 @@ class MemoryLadder:
         release_memory(device)
         return ran_out
 
+    def agree(self, accelerator: Accelerator) -> None:
+        """Take the lowest rung of all processes: each has estimated its own free memory."""
+        if accelerator.num_processes > 1:
+            rungs = [Rung(*values) for values in gather_object([tuple(self.rung)])]
+            self.set(max(rungs, key=lambda rung: (1 / rung.every if rung.every else 0, rung.offload, rung.parts)))
+
     def to_json(self) -> dict[str, Any]:
         """Return the rung for a checkpoint."""
         return dict(self.rung._asdict())
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Take the rung of a checkpoint, if it is below the present one: a resumed run takes the same steps."""
-        rung = Rung(**values)
+        rung = Rung(*(values[name] for name in Rung._fields))
         if rung in self.below():
             self.set(rung)
 

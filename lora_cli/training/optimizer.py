@@ -1,5 +1,6 @@
 """The optimizers of torch, bitsandbytes (8-bit, paged) and transformers, the choice of `auto`, and their state."""
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil, prod
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Adafactor
 
-from lora_cli.errors import LoraError, first_line
+from lora_cli.errors import LoraError
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.training.muon import MuonWithAdamW, is_matrix, make_muon
 from lora_cli.training.schedule_free import ScheduleFreeAdamW
@@ -26,6 +27,7 @@ BITSANDBYTES: dict[str, type[Any]] = {
 }
 OPTIMIZERS = ("adamw", *BITSANDBYTES, "adafactor", "muon", "schedule-free-adamw")
 MIN_8BIT_VALUES, VALUES_PER_SCALE = 4096, 256  # bitsandbytes: smaller tensors stay in 32 bits; values per fp32 scale
+MANAGED_MEMORY = 83  # CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY of the CUDA driver
 LION_BETAS = (0.9, 0.99)  # Chen et al., arXiv:2302.06675, section 4.1
 TRAINING_WEIGHTS = "training_weights"  # key in the state of schedule-free optimizers, whose adapter is an average
 
@@ -38,8 +40,11 @@ def choose_optimizer(name: str, *, device: torch.device) -> str:
     """
     if name == "auto":
         return "adamw"
-    if name.startswith("paged") and device.type == "cuda":
-        _try_unified_memory(name, device)
+    if name.startswith("paged") and device.type == "cuda" and not has_unified_memory(device.index or 0):
+        raise LoraError(
+            f"training.optimizer: {name} needs unified memory, which this GPU does not have",
+            hint=f"write {name.removeprefix('paged-')}, or auto",
+        )
     if name.startswith("paged") and device.type != "cuda":
         raise LoraError(
             f"training.optimizer: {name} pages between a CUDA GPU and the host, but this run is on the {device.type}",
@@ -48,15 +53,19 @@ def choose_optimizer(name: str, *, device: torch.device) -> str:
     return name
 
 
-def _try_unified_memory(name: str, device: torch.device) -> None:
-    """Allocate a little unified memory, which virtual GPUs and WSL lack."""
+def has_unified_memory(index: int) -> bool:
+    """Return whether the GPU `index` allocates memory that moves to the host; virtual GPUs do not.
+
+    The driver is asked: bitsandbytes ends the process where the allocation fails.
+    """
     try:
-        bitsandbytes.functional.get_paged(256, dtype=torch.float32, device=device)
-    except RuntimeError as error:
-        raise LoraError(
-            f"training.optimizer: {name} needs unified memory, which this GPU does not allocate: {first_line(error)}",
-            hint=f"write {name.removeprefix('paged-')}, or auto",
-        ) from None
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True  # not known
+    value = ctypes.c_int(1)
+    if not driver.cuInit(0):
+        driver.cuDeviceGetAttribute(ctypes.byref(value), MANAGED_MEMORY, index)
+    return bool(value.value)
 
 
 def state_bytes(name: str, shapes: Mapping[str, tuple[int, ...]]) -> int:

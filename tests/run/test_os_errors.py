@@ -65,6 +65,14 @@ def test_other_errors_are_bugs():
             lambda: raise_error(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")),
             "the GPU has too little memory: 2.00 GiB could not be allocated",
         ),
+        (
+            lambda: raise_error(RuntimeError("CUDA error: out of memory")),
+            "this machine has too little memory",
+        ),
+        (
+            lambda: raise_error(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
+            "this machine has too little memory",
+        ),
     ],
 )
 def test_memory_that_cannot_be_allocated(fail: Callable[[], object], message: str):

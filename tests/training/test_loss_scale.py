@@ -10,15 +10,16 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.training import loss_scale
 from lora_cli.training.loop import Step, fit
-from lora_cli.training.loss_scale import GROWTH_INTERVAL, HIGHEST, LOWEST, START, LossScale
+from lora_cli.training.loss_scale import GROWTH_INTERVAL, HIGHEST, START, LossScale
 from tests.model import zoo
 
 
-def train(model: PeftModel, scale: LossScale | None, *, total: int = 4) -> list[Step]:
+def train(model: PeftModel, scale: LossScale | None, *, on_spike: str = "warn") -> list[Step]:
     plan = BatchPlan(zoo.rows_of([3, 9, 30, 12, 7, 5]), packing=True, size=40, batches_per_step=1, seed=1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    spec, accelerator = TrainingSpec(learning_rate=1e-2, warmup=0), Accelerator(cpu=True)
-    return list(fit(model, plan, spec=spec, optimizer=optimizer, accelerator=accelerator, total=total, scale=scale))
+    spec = TrainingSpec.model_validate({"learning_rate": 1e-2, "warmup": 0, "on_spike": on_spike})
+    accelerator = Accelerator(cpu=True)
+    return list(fit(model, plan, spec=spec, optimizer=optimizer, accelerator=accelerator, total=4, scale=scale))
 
 
 def make_model() -> PeftModel:
@@ -65,8 +66,24 @@ def test_a_gradient_that_no_scale_makes_finite_is_an_error():
     overflow(model, above=0, scale=scale)
     with pytest.raises(LoraError, match="step 1: the gradient is not finite"):
         train(model, scale)
-    assert scale.value == LOWEST
+    assert (scale.value, scale.overflows) == (START, 0)  # it was no overflow
     assert all(torch.equal(a, b) for a, b in zip(before, trained(model), strict=True))
+
+
+def test_a_skipped_step_of_nan_leaves_the_scale_as_it_was():
+    model, scale, calls = make_model(), LossScale(enabled=True), []
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+
+    def nan_in_step_2(grad: torch.Tensor) -> torch.Tensor:
+        calls.append(scale.value)
+        return grad * torch.nan if 1 < len(calls) < 23 else grad
+
+    parameter.register_hook(nan_in_step_2)
+    steps = train(model, scale, on_spike="skip")
+    assert calls[1:22] == [START / 2**n for n in range(21)]
+    assert [bool(step.spike) for step in steps] == [False, True, False, False]
+    assert [step.overflows for step in steps] == [0] * 4
+    assert scale.value == calls[-1] == START
 
 
 def test_without_float16_an_overflow_is_an_error_at_once():

@@ -1,5 +1,7 @@
 """Learning rate schedules and optimizers, against their definitions and against the libraries."""
 
+from typing import Any
+
 import bitsandbytes
 import pytest
 import torch
@@ -22,6 +24,7 @@ from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.training_rules import WITHOUT_MATRICES, check_optimizer
 from lora_cli.recipe.training_section import TrainingSpec
+from lora_cli.training import optimizer as optimizer_module
 from lora_cli.training.lr_schedule import (
     check_schedule_fits,
     describe_schedule,
@@ -351,7 +354,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_auto_is_adamw_on_every_device(name: str, device: torch.device, expected: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bitsandbytes.functional, "get_paged", lambda *_, **__: None)
+    monkeypatch.setattr(optimizer_module, "has_unified_memory", lambda index: True)
     assert choose_optimizer(name, device=device) == expected
 
 
@@ -364,12 +367,34 @@ def test_a_paged_optimizer_on_a_cpu_is_an_error_with_a_hint(name: str, instead: 
 
 
 def test_a_gpu_without_unified_memory_is_told_before_the_rows_are_read(monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("operation not supported")
-
-    monkeypatch.setattr(bitsandbytes.functional, "get_paged", fail)
-    with pytest.raises(LoraError, match="needs unified memory, which this GPU does not allocate: operation not"):
+    monkeypatch.setattr(optimizer_module, "has_unified_memory", lambda index: False)
+    with pytest.raises(LoraError, match="paged-lion needs unified memory, which this GPU does not have"):
         choose_optimizer("paged-lion", device=GPU)
+
+
+class Driver:
+    """CUDA's driver, with a GPU that has unified memory or not."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuDeviceGetAttribute(self, pointer: Any, attribute: int, index: int) -> int:
+        assert attribute == optimizer_module.MANAGED_MEMORY
+        pointer._obj.value = self.value
+        return 0
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_the_driver_says_whether_there_is_unified_memory(value: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(optimizer_module.ctypes, "CDLL", lambda name: Driver(value))
+    assert optimizer_module.has_unified_memory(0) == bool(value)
+
+
+def test_without_a_driver_unified_memory_is_assumed():
+    assert optimizer_module.has_unified_memory(0)
 
 
 def losses(name: str, *, method: str = "lora", steps: int = 30) -> tuple[list[float], torch.optim.Optimizer]:
