@@ -122,7 +122,7 @@ def _pad_rows(rows: Sequence[Row], indices: Sequence[int], pad_id: int) -> Batch
     no_labels = torch.empty(0, dtype=torch.int64)
     return Batch(
         input_ids=_to_tensor(_pad([row.input_ids for row in rows], pad_id)),
-        position_ids=positions.repeat(len(rows), 1),
+        position_ids=positions.repeat(len(rows), 1),  # no view: rows that share memory cannot be pinned
         attention_mask=mask,
         lengths=lengths,
         label_positions=no_labels,

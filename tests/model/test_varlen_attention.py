@@ -1,7 +1,4 @@
-"""Attention of packed rows on GPUs, with an eager loop over the rows in place of torch's kernel, which has no CPU form.
-
-The loop checks the arguments as the kernel does: dtypes, shapes, the device of the borders, Python integers.
-"""
+"""Attention of packed rows on GPUs, with an eager loop over the rows in place of torch's kernel (`eager_varlen.py`)."""
 
 from typing import Any
 
@@ -12,56 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_cli.model import loss, select_attention, varlen_attention
+from lora_cli.model import loss, select_attention
 from lora_cli.model.packed_attention import LONG_ROW, packed_attention_forward, plan_rows
 from lora_cli.model.select_attention import TOLERANCE, choose_attention
 from lora_cli.model.varlen_attention import VARLEN_ATTENTION, row_bounds, varlen_attention_forward
 from tests.laws.test_packing import logits_packed, packed
 from tests.model import zoo
+from tests.support.eager_varlen import use_eager_varlen
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
-def eager_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """Compute what torch's `varlen_attn` documents, row by row: query [T, H, D], key and value [T, K, D]."""
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
-    assert query.shape[-1] % 8 == 0
-    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    assert query.dtype == key.dtype == value.dtype
-    assert cu_seq_q is cu_seq_k
-    assert (cu_seq_q.dtype, cu_seq_q.device, cu_seq_q.ndim) == (torch.int32, query.device, 1)
-    assert type(max_q) is int
-    lengths = cu_seq_q.diff().tolist()
-    assert max_q == max_k == max(lengths)
-    assert sum(lengths) == len(query)
-    assert window_size[1] == 0
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    rows = []
-    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
-        visible = (distance >= 0) & ((window_size[0] < 0) | (distance <= window_size[0]))
-        rows.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v))
-    return torch.cat(rows)
-
-
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen_attention, "varlen_attn", eager_varlen)
-    monkeypatch.setattr(varlen_attention, "DTYPES", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+    use_eager_varlen(monkeypatch)
 
 
 @pytest.mark.slow

@@ -73,3 +73,12 @@ def test_every_tensor_of_a_batch_is_pinned_where_there_is_a_gpu(monkeypatch: pyt
     assert found._replace(extra=batch.extra) == batch
     tensors = [value for value in batch if isinstance(value, torch.Tensor)]
     assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in (*tensors, *batch.extra.values())}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_no_values_of_a_batch_share_memory(packing: bool):
+    """torch copies into pinned memory of the same strides, and refuses if several values are in one place there."""
+    plan = BatchPlan(zoo.rows_of([3, 5, 2]), packing=packing, size=10, batches_per_step=1, seed=1)
+    batch = plan.make_batch([0, 1, 2])
+    tensors = [value for value in (*batch, *batch.extra.values()) if isinstance(value, torch.Tensor)]
+    assert all(tensor.is_contiguous() for tensor in tensors)

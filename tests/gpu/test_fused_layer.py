@@ -1,0 +1,99 @@
+"""Fused LoRA = PEFT's layer on the device: output and gradients, over plain and NF4 layers, with the same dropout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from torch import Tensor, nn
+
+from lora_cli.model import fused_lora
+from lora_cli.model.fused_lora import FusedLora, FusedLora4bit, is_fusable
+from tests.gpu.tiny_runs import adapt, load_base
+from tests.model import zoo
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}  # relative to the largest value
+TOKENS = 37
+
+
+class FixedDropout(nn.Module):
+    """Dropout that zeroes given values, in place of random ones."""
+
+    def __init__(self, kept: Tensor, p: float) -> None:
+        super().__init__()
+        self.kept, self.p = kept, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., in] with zeros where it is dropped, scaled by 1/(1 - p)."""
+        return x * self.kept.to(x.dtype) / (1 - self.p)
+
+
+def kept_values(dropped: Tensor, shape: torch.Size) -> Tensor:
+    """Return bool `shape` from what `draw_dropped` returned: a mask, or on the CPU the positions."""
+    if dropped.dtype == torch.bool:
+        return ~dropped.view(shape)
+    kept = torch.ones(shape.numel(), dtype=torch.bool)
+    kept[dropped] = False
+    return kept.view(shape)
+
+
+def output_and_gradients(forward: Any, layer: Any, x: Tensor, weights: Tensor) -> list[Tensor]:
+    """Return the output of `forward`, and the gradients of x, A and B."""
+    x = x.clone().requires_grad_()
+    y = forward(x)
+    factors = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), (x, *factors))]
+
+
+def assert_equals_peft(layer: Any, peft_class: type, dtype: torch.dtype, device: torch.device, p: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((1, TOKENS, layer.in_features), generator=generator).to(device, dtype)
+    weights = torch.randn((1, TOKENS, layer.out_features), generator=generator).to(device, dtype)
+    drawn: list[Tensor] = []
+    draw = fused_lora.draw_dropped
+    layer.train()
+    assert is_fusable(layer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_lora, "draw_dropped", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+        found = output_and_gradients(layer, layer, x, weights)
+    assert len(drawn) == (p > 0)
+    if drawn:
+        assert drawn[0].device == x.device
+        layer.lora_dropout["default"] = FixedDropout(kept_values(drawn[0], x.shape), p)
+    expected = output_and_gradients(lambda value: peft_class.forward(layer, value), layer, x, weights)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.dtype, mine.shape, mine.device) == (theirs.dtype, theirs.shape, theirs.device)
+        assert zoo.relative(mine.double(), theirs.double()) < TOLERANCE[dtype]
+
+
+def layers(model: PeftModel, kind: type) -> list[Any]:
+    return [module for module in model.modules() if type(module) is kind]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # without and with biases
+def test_the_fused_layer_is_pefts_over_a_plain_layer(family: str, p: float, dtype: torch.dtype, device: torch.device):
+    model = zoo.adapted(zoo.make(family, dtype=dtype), dropout=p).to(device)
+    found = layers(model, FusedLora)
+    assert len(found) == 14
+    for layer in found[:7]:
+        assert_equals_peft(layer, LoraLinear, dtype, device, p)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("double", [True, False])
+def test_the_fused_layer_is_pefts_over_an_nf4_layer(
+    tmp_path: Path, double: bool, p: float, dtype: torch.dtype, device: torch.device
+):
+    zoo.make("qwen2", dtype=dtype).save_pretrained(tmp_path)
+    compute = str(dtype).removeprefix("torch.")
+    model = adapt(load_base(tmp_path, device, dtype=dtype, compute_dtype=compute, double_quant=double), dropout=p)
+    found = layers(model, FusedLora4bit)
+    assert len(found) == 14
+    for layer in found[:7]:
+        assert_equals_peft(layer, LoraLinear4bit, dtype, device, p)
