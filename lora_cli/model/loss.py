@@ -227,9 +227,9 @@ def unit_logits(model: PeftModel | PreTrainedModel, inputs: dict[str, Any], batc
         batch: with the positions of the units.
         task: of the model.
     """
-    positions = batch.label_positions.to(inputs["input_ids"].device)
     if task == "causal-lm" and not isinstance(model, PeftModel):
-        return logits_at(model, inputs, positions)
+        return logits_at(model, inputs, batch.label_positions)
+    positions = to_device(batch.label_positions, inputs["input_ids"].device)
     logits: Tensor = model(**inputs).logits
     if task == "seq-cls":
         return logits
@@ -239,18 +239,20 @@ def unit_logits(model: PeftModel | PreTrainedModel, inputs: dict[str, Any], batc
 
 
 def logits_at(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """Return logits [n, vocabulary], in the model's dtype, at `positions` (int64 [n]) of the flattened batch.
+    """Return logits [n, vocabulary], in the model's dtype, at positions of the flattened batch: int64 [n], on the CPU.
 
     The model's own head computes them, only for the columns of the batch with a position if the model's forward
     supports that.
     """
+    device = inputs["input_ids"].device
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         logits: Tensor = model(**inputs).logits.flatten(0, 1)
-        return logits[positions]
+        return logits[to_device(positions, device)]
     width = inputs["input_ids"].shape[1]
+    # On the CPU: a GPU does not know the number of columns without a wait.
     columns, column = (positions % width).unique(return_inverse=True)
-    kept: Tensor = model(**inputs, logits_to_keep=columns).logits
-    return kept[positions // width, column]
+    kept: Tensor = model(**inputs, logits_to_keep=to_device(columns, device)).logits
+    return kept[to_device(positions // width, device), to_device(column, device)]
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:

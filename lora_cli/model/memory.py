@@ -8,12 +8,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_cli.model.experts import expert_weights, is_packable
+from lora_cli.model.loss import chunk_tokens
 from lora_cli.model.target_modules import linear_layers
 from lora_cli.recipe.schema import QuantizationSpec
 
 GIB = 1 << 30
 PROCESS_BYTES = 700 << 20  # resident memory of Python, torch and transformers (measured on Linux)
-LOGITS_BYTES_PER_ID = 256 * 3 * 4  # 256 supervised tokens in one chunk, three fp32 copies: see model/loss.py
+LOGITS_COPIES = 3  # of a chunk of logits, fp32: see model/loss.py
 
 
 class MemoryPlan(NamedTuple):
@@ -78,7 +79,7 @@ def plan_memory(
         weights=_weight_bytes(model, dtype, quantization),
         adapter=trainable * (4 + 4) + (8 * trainable if optimizer_bytes is None else optimizer_bytes),
         activations=saved * tokens + _dense_expert_bytes(model, itemsize),
-        logits=vocabulary * LOGITS_BYTES_PER_ID,
+        logits=vocabulary * chunk_tokens(vocabulary, torch.device("cpu" if on_cpu else "cuda")) * LOGITS_COPIES * 4,
         process=PROCESS_BYTES if on_cpu else 0,
     )
 

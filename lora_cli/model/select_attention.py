@@ -226,5 +226,5 @@ def _inputs(model: PreTrainedModel, rows: Sequence[Tensor]) -> dict[str, Any]:
 def _logits(model: PreTrainedModel, rows: Sequence[Tensor]) -> Tensor:
     """Return the logits [tokens, vocabulary] fp64 of the last COMPARED_TOKENS tokens of each packed row."""
     is_compared = torch.cat([torch.arange(len(row)) >= (len(row) - COMPARED_TOKENS) for row in rows])
-    positions = is_compared.nonzero().flatten().to(model.device)
+    positions = is_compared.nonzero().flatten()
     return logits_at(model, _inputs(model, rows), positions).double()

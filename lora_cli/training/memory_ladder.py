@@ -164,16 +164,15 @@ class MemoryLadder:
     def _runs_out(self, run_batch: Callable[[], None], reserve: int, device: torch.device) -> bool:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        ran_out, held = False, None
         try:
             held = torch.empty(reserve, dtype=torch.uint8, device=device)
             run_batch()
-            del held
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             ran_out = True
-        else:
-            ran_out = False
+        del held
         release_memory(device)
         return ran_out
 
