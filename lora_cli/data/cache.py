@@ -70,6 +70,7 @@ def encode_source(
     content = content_hash(source)
     folder = cache / "encoded" / _key(source, spec, encoder, content)
     if entry_damage(folder) is None and (cached := _load(folder, source, content)) is not None:
+        remove_leftovers(folder.parent, folder.name)  # of a process that was killed after the entry was complete
         return cached
     what = f"the rows of {source.name}"
     with lock_entry(folder, what=what, info=info):

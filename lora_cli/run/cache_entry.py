@@ -37,6 +37,7 @@ def cached_entry(
         LoraError: the cache cannot be written; and what `make` raises.
     """
     if reuse and entry_damage(folder, unread=unread) is None and folder.is_dir():
+        remove_leftovers(folder.parent, folder.name)  # of a process that was killed after the entry was complete
         return folder
     with lock_entry(folder, what=what, info=info):
         if not (reuse and is_intact(folder, what=what, info=info, unread=unread)):

@@ -22,6 +22,7 @@ FOLDERS = ("adapter", "checkpoints")
 RUN_FILES = ("checksums.json", *FOLDERS, *RECORDS)
 NO_RUN = "start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder"
 EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
+MOVING = ".moving"  # a file in such a folder: not all files of the run are in it yet
 
 
 class RunFolder:
@@ -73,13 +74,12 @@ class RunFolder:
         if not self.stale:
             return None
         number = 1
-        while os.path.lexists(folder := self.path / EARLIER.format(number)) and not _is_half_moved(folder):
+        while os.path.lexists(folder := self.path / EARLIER.format(number)) and not _is_empty(folder):
             number += 1
         folder.mkdir(exist_ok=True)
-        for name in self.stale:
-            (self.path / name).rename(folder / name)
+        (folder / MOVING).touch()
         sync(folder)
-        sync(self.path)
+        _complete_move(folder)
         self.stale = []
         return folder
 
@@ -137,6 +137,9 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
 def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
     for folder in (run.path, run.checkpoints):
         remove_leftovers(folder)
+    for marker in run.path.glob(f"{EARLIER.format('*')}/{MOVING}"):  # a kill has stopped --fresh
+        if not marker.parent.is_symlink():
+            _complete_move(marker.parent)
     existing = [name for name in RUN_FILES if os.path.lexists(run.path / name)]
     for name in existing if not fresh else ():
         # Writing through a link would change files outside the run.
@@ -175,9 +178,20 @@ def is_run(path: Path) -> bool:
     return isinstance(versions, dict) and "lora-cli" in versions and (path / "recipe.yaml").is_file()
 
 
-def _is_half_moved(folder: Path) -> bool:
-    """Return whether a kill stopped `move_earlier_aside`, which moves the last of RUN_FILES at the end."""
-    return not folder.is_symlink() and folder.is_dir() and not (folder / RUN_FILES[-1]).exists()
+def _complete_move(folder: Path) -> None:
+    """Move the files of the earlier run that are not in `folder` yet; those of a new one are written afterwards."""
+    for name in RUN_FILES:
+        if os.path.lexists(folder.parent / name) and not os.path.lexists(folder / name):
+            (folder.parent / name).rename(folder / name)
+    sync(folder)
+    sync(folder.parent)
+    (folder / MOVING).unlink()
+    sync(folder)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Return whether `folder` is one that a kill has left before anything was moved to it."""
+    return not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
 
 
 def _lock(path: Path) -> int:

@@ -177,8 +177,10 @@ def _try_again(case: Case, work: Path, record: Record, described: str) -> Outcom
         if ended.code == 0:
             break
     assert ended is not None
-    # Without --force, an existing result is refused: rightly if it is the complete new one.
-    if ended.code and (before or "exists" not in ended.err):
+    # Without --force, an existing result is refused: rightly if it is the complete new one, which the command may have
+    # completed before it looked.
+    new = not before or not scenarios.is_new(work, case.scenario, record)
+    if ended.code and not (new and "exists" in ended.err):
         return Outcome("lost", described, f"the next command fails: {ended.last_lines}")
     if problem := scenarios.find_problem(work, case.scenario, record) or scenarios.is_new(work, case.scenario, record):
         return Outcome("lost", described, f"after the next command: {problem}")

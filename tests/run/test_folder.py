@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.run.folder import LOCK, open_run
+from lora_cli.run.folder import LOCK, MOVING, open_run
 from tests.support.workspaces import leave_workspace
 
 
@@ -73,15 +73,31 @@ def test_fresh_moves_the_run_aside_and_nothing_else(tmp_path: Path):
     assert (path / "earlier-1" / "checkpoints" / "step").exists()
 
 
-def test_a_kill_while_a_run_is_moved_aside_is_completed_by_the_next_fresh(tmp_path: Path):
+@pytest.mark.parametrize("options", [{"fresh": True}, {"resume": True}, {}])
+def test_a_killed_move_is_completed_by_the_next_command(options: dict[str, bool], tmp_path: Path):
     path = make_run(tmp_path / "a")
     (path / "earlier-1").mkdir()
     (path / "earlier-1" / "recipe.yaml").touch()
     (path / "earlier-2").mkdir()
+    (path / "earlier-2" / MOVING).touch()
     (path / "adapter").rename(path / "earlier-2" / "adapter")  # killed here
+    if "resume" in options:
+        with pytest.raises(LoraError, match="contains no run to resume"):
+            open_run(path, **options)
+    else:
+        with open_run(path, **options) as run:
+            assert run.move_earlier_aside() is None
+    assert {entry.name for entry in path.iterdir()} == {LOCK, "earlier-1", "earlier-2"}
+    moved = {entry.name for entry in (path / "earlier-2").iterdir()}
+    assert moved == {"adapter", "checkpoints", "recipe.yaml", "manifest.json", "metrics.jsonl"}
+
+
+def test_a_folder_that_a_kill_left_before_anything_was_moved_is_used(tmp_path: Path):
+    path = make_run(tmp_path / "a")
+    (path / "earlier-1").mkdir()
     with open_run(path, fresh=True) as run:
-        assert run.move_earlier_aside() == path / "earlier-2"
-    assert {"adapter", "checkpoints", "recipe.yaml"} <= {entry.name for entry in (path / "earlier-2").iterdir()}
+        assert run.move_earlier_aside() == path / "earlier-1"
+    assert not (path / "earlier-1" / MOVING).exists()
 
 
 @pytest.mark.parametrize("name", ["adapter", "checkpoints", "metrics.jsonl", "recipe.yaml"])
