@@ -113,7 +113,9 @@ def _matches(value: Any, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(each) for each in arguments))
+        # In an order of our own: Python gives a union in the order in which an equal one was made first, anywhere.
+        kinds = {_describe(each) for each in arguments}
+        return " or ".join(sorted(kinds, key=lambda kind: (kind == "null", not kind.startswith("a list"), kind)))
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin in (list, tuple):

@@ -92,6 +92,7 @@ def test_chat_prompts_each_adapter_as_its_rows_did(
     assert json.loads(Path("runs/v1.0/adapter/trained_on.json").read_text())["prompts"] == "text"
     assert json.loads(Path("runs/a/adapter/trained_on.json").read_text())["prompts"] == "chat"
     shutil.copytree("runs/v1.0", "runs/keys")
+    Path("runs/keys/checksums.json").unlink()
     (remove_checksums(Path("runs/keys/adapter")) / "trained_on.json").unlink()
     lines = ["Q: who? 9 A:", "/compare Q: who? 3 A:", "/reset now", "/use keys", "/use chat", "/system hi", "/use v1.0",
              "/system hi", "/prompt", "/prompt sms", "/prompt chat"]  # fmt: skip

@@ -134,7 +134,7 @@ def test_a_quantized_base_trains_with_auto_and_8bit_optimizers(
     assert result.code == 0, result.err
     for text in (checked.out, result.err):
         assert ("optimizer: adamw (auto)" in text) is (optimizer == "auto")
-    description = "4-bit nf4, double quantization, computed in bfloat16" if bits == 4 else "int8 (LLM.int8)"
+    description = "4-bit nf4, double quantization, computed in float32" if bits == 4 else "int8 (LLM.int8)"
     assert f"its linear layers: {description}" in result.err
     size = re.search(r"([\d,]+) weights in \d+ KiB: (0\.\d+) bytes each", result.err)
     assert (size is not None) is (bits == 4)

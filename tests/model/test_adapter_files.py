@@ -100,7 +100,7 @@ CONFUSED: list[tuple[str, Any, str]] = [
     ("lora_alpha", float("inf"), "inf is not a finite number"),
     ("lora_alpha", 0, "is not the scale of an update"),
     ("lora_alpha", 1e-300, "is not the scale of an update"),
-    ("lora_alpha", "8", "is not an integer or a number"),
+    ("lora_alpha", "8", "is not a number or an integer"),
     ("lora_dropout", 2, "is not a probability"),
     ("bias", "some", "is not none or all or lora_only"),
     ("target_modules", {"q": 1}, "is not a list of texts or a text or null"),
