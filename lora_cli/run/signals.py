@@ -91,13 +91,15 @@ def handle_signals() -> Iterator[None]:
     _handled[:] = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    decided = threading.Semaphore(0)  # counts the signals after which the process goes on
+    # A byte for each signal after which the process goes on. A pipe, because a second signal interrupts the handler of
+    # the first: it would wait for a lock of Python's that the first one holds.
+    go_on, decide_end = os.pipe()
 
     def wait_for_decision(_: int, __: FrameType | None) -> None:
         """Stop the main thread, which must not use files while they are removed."""
-        decided.acquire()
+        os.read(go_on, 1)
 
-    thread = threading.Thread(target=_decide, args=(read_end, decided), name="signals", daemon=True)
+    thread = threading.Thread(target=_decide, args=(read_end, decide_end), name="signals", daemon=True)
     thread.start()
     # The interpreter writes each signal's number to the pipe at once; handlers have to wait for the main thread.
     previous_descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -111,6 +113,8 @@ def handle_signals() -> Iterator[None]:
         signal.set_wakeup_fd(previous_descriptor)
         os.close(write_end)
         thread.join()
+        os.close(go_on)
+        os.close(decide_end)
         _handled.clear()
 
 
@@ -128,7 +132,7 @@ def _wait_for_launcher() -> None:
     os.kill(os.getpid(), signal.SIGTERM)  # another process of the run does not answer, so this one waits for it
 
 
-def _decide(read_end: int, decided: threading.Semaphore) -> None:
+def _decide(read_end: int, decide_end: int) -> None:
     """Read the numbers of signals until the pipe is closed, and decide what each one does."""
     with os.fdopen(read_end, "rb", buffering=0) as numbers:
         while byte := numbers.read(1):
@@ -137,7 +141,7 @@ def _decide(read_end: int, decided: threading.Semaphore) -> None:
             number = signal.Signals(byte[0])
             if not (_receivers and _receivers[-1](number)):
                 _end_process(number)
-            decided.release()
+            os.write(decide_end, b"\0")
 
 
 def _end_process(number: signal.Signals) -> None:

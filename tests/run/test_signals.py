@@ -145,3 +145,30 @@ def test_the_second_signal_and_one_that_is_not_accepted_end_the_process():
     assert run(body, signal.SIGTERM) == (143, "stopped by SIGTERM\n")
     body = "with stop_request(signal.SIGINT) as stop:\n    say()\n    while True: pass"
     assert run(body, signal.SIGTERM) == (143, "stopped by SIGTERM\n")
+
+
+def test_signals_that_interrupt_the_handler_of_another_signal_block_nothing():
+    """As pressed twice: the second one arrives while the main thread waits for the decision on the first."""
+    code = (
+        "import os, sys, threading, time\n"
+        "from lora_cli.run.signals import *\n"
+        "received = []\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "threading.Thread(target=exec, args=('while True: pass',), daemon=True).start()\n"
+        "with receive_signals(lambda number: received.append(number) or True):\n"
+        "    os.write(1, b'x')\n"
+        "    end = time.monotonic() + 1.5\n"
+        "    while time.monotonic() < end: pass\n"
+        "os.write(1, f'{len(received)}'.encode())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        for number in range(1500):
+            process.send_signal(SIGNALS[number % len(SIGNALS)])
+            time.sleep(0.0005)
+        try:
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+        assert int(process.stdout.read()) > 3
