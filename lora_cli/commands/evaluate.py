@@ -34,7 +34,7 @@ from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
 from lora_cli.run.folder import BASE, CONFIG_FILE, recipe_of_adapter
 from lora_cli.run.redact import redact_path
-from lora_cli.setup.adapter_folders import check_measurable, find_adapter, is_model_folder, parse_named_folder
+from lora_cli.setup.adapter_folders import find_adapter, is_model_folder, parse_named_folder
 from lora_cli.setup.check_bases import check_bases
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base
@@ -202,14 +202,13 @@ def _resolve_target(target: Path, options: Sequence[str]) -> Target:
     """Return the recipe, adapters and models to measure.
 
     Args:
-        target: a recipe, run folder or adapter folder.
+        target: a recipe, run folder or adapter folder, see `check_measurable`.
         options: values of --adapter, `DIR` or `NAME=DIR`.
 
     Raises:
         LoraError: a recipe, run or adapter does not exist, or a name is used twice.
     """
     folders: dict[str, Path] = {}
-    check_measurable(target)
     if target.is_file():
         recipe = with_recorded_date(load_recipe(target))
         if os.path.lexists(Path(recipe.output) / "adapter"):

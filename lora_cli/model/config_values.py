@@ -25,6 +25,7 @@ from lora_cli.run.read_file import printable
 VALUE_HINT = "restore the file from its origin, or correct the value"
 MAX_TEXT = 20_000  # characters of one text: target_modules that Unsloth writes as a regex have some hundreds
 MAX_NAME = 255  # bytes of one part of a path
+MAX_PATH = 4096  # bytes, with the zero at its end
 MAX_MATCH_S = 5.0  # to match the patterns with all names of a model: some hundredths of a second are usual
 # Keys whose type in PEFT is int, but which may be any number.
 REAL_NUMBERS = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha", "delora_lambda")
@@ -57,7 +58,7 @@ def check_values(file: Path, values: Mapping[str, Any], config_class: type[PeftC
         accepted = str | bool | None if key in FREE_TEXTS else hint | float if key in REAL_NUMBERS else hint
         if not _matches(value, accepted):
             raise LoraError(f"{file}: {key}: {_shown(value)} is not {_describe(accepted)}", hint=VALUE_HINT)
-        if key == "base_model_name_or_path" and any(len(part.encode()) > MAX_NAME for part in (value or "").split("/")):
+        if key == "base_model_name_or_path" and not _is_path(value or ""):
             raise LoraError(f"{file}: {key}: {_shown(value)} is not a path or hub id", hint=VALUE_HINT)
         if (range_ := _range_of(key, value)) is not None:
             raise LoraError(f"{file}: {key}: {_shown(value)} is not {range_}", hint=VALUE_HINT)
@@ -77,6 +78,11 @@ def _unusable(value: Any) -> str | None:
             return f"{value[:60]!a} has characters that cannot be printed"
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     return next((problem for part in parts if (problem := _unusable(part))), None)
+
+
+def _is_path(text: str) -> bool:
+    """Return whether no file system refuses a text as a path because it, or a name in it, is too long."""
+    return len(text.encode()) < MAX_PATH and all(len(part.encode()) <= MAX_NAME for part in text.split("/"))
 
 
 def _matches(value: Any, hint: Any) -> bool:

@@ -18,7 +18,7 @@ from lora_cli.run.read_file import open_regular, printable
 
 NOT_FINITE_HINT = "fetch the model again, or give another one: with such weights it computes NaN"
 BLOCK_BYTES = 16 << 20  # a multiple of every item size
-BLOCK_VALUES = 1 << 22  # of a tensor that is read from a file, or has a dtype that torch does not compare
+BLOCK_VALUES = 1 << 22  # of a tensor that has a dtype which torch does not compare
 
 
 def is_finite(values: Tensor) -> bool:

@@ -164,29 +164,22 @@ def _long_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, 
     return out[0].transpose(0, 1)
 
 
-def unsupported_options(
-    kwargs: Mapping[str, Any],
-    *,
-    attention_mask: Tensor | None,
-    dropout: float,
-    is_causal: bool | None,
-    has_rows: bool,
-) -> list[str]:
+def unsupported_options(kwargs: Mapping[str, Any], *, attention_mask: Tensor | None, has_rows: bool) -> list[str]:
     """Return the options of a call of an attention function that change its result, and that ours do not have.
 
     Args:
-        kwargs: keyword arguments that the function does not name.
+        kwargs: keyword arguments that the function does not name: None, `dropout` 0, `is_causal` true, and those of
+            IGNORED_KEYWORDS change nothing.
         attention_mask: of the call.
-        dropout: of the call.
-        is_causal: of the call.
         has_rows: whether the rows were passed on to the attention.
     """
-    unsupported = [name for name, value in kwargs.items() if value is not None and name not in IGNORED_KEYWORDS]
-    if is_causal is False:
+    known = {*IGNORED_KEYWORDS, "dropout", "is_causal"}
+    unsupported = [name for name, value in kwargs.items() if value is not None and name not in known]
+    if kwargs.get("is_causal") is False:
         unsupported.append("attention to later tokens")
     if not has_rows:
         unsupported.append("a forward pass that does not pass keyword arguments to its attention layers")
-    if dropout:
+    if kwargs.get("dropout"):
         unsupported.append("attention dropout")
     if attention_mask is not None:
         unsupported.append("a custom attention mask")
@@ -202,9 +195,7 @@ def packed_attention_forward(
     *,
     row_plan: RowPlan | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
-    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention inside each row of a pack; a function for transformers' attention interface.
@@ -217,10 +208,8 @@ def packed_attention_forward(
         attention_mask: must be None: `row_plan` replaces it.
         row_plan: rows of the pack, passed to the model's forward as a keyword argument.
         scaling: factor of QKᵀ; 1/sqrt(D) if None.
-        dropout: must be 0.
         sliding_window: largest number of keys that a query attends to, itself included; None for all.
-        is_causal: must not be False.
-        kwargs: must be None or listed in IGNORED_KEYWORDS.
+        kwargs: must change nothing, see `unsupported_options`.
 
     Returns:
         The output [1, T, H, E] in the dtype of the query, and None for the attention weights.
@@ -228,9 +217,7 @@ def packed_attention_forward(
     Raises:
         NotImplementedError: the model requests an option that changes the result and is not implemented here.
     """
-    unsupported = unsupported_options(
-        kwargs, attention_mask=attention_mask, dropout=dropout, is_causal=is_causal, has_rows=row_plan is not None
-    )
+    unsupported = unsupported_options(kwargs, attention_mask=attention_mask, has_rows=row_plan is not None)
     if unsupported or row_plan is None:
         raise NotImplementedError(f"not supported: {', '.join(unsupported)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

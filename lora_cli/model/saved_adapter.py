@@ -3,6 +3,7 @@
 No weight is read here.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def find_base(adapter: AdapterFiles, *, path: str | None, trust_remote_code: boo
         source = find_model(spec, dtype=dtype, device=CPU, info=console.info)
         base_config = load_config(source)
     except LoraError as error:
-        if path is not None or Path(found_path).exists():
+        if path is not None or os.path.exists(found_path):  # False for a name that is too long
             raise
         # The name of a local base is its last part, if training read it from an absolute path.
         found = error.message.removeprefix("model.path: ")

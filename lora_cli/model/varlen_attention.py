@@ -63,9 +63,7 @@ def varlen_attention_forward(
     *,
     row_bounds: RowBounds | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
-    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute causal attention inside each row of a pack; a function for transformers' attention interface.
@@ -78,10 +76,8 @@ def varlen_attention_forward(
         attention_mask: must be None: `row_bounds` replaces it.
         row_bounds: borders of the rows, passed to the model's forward as a keyword argument.
         scaling: factor of QKᵀ; 1/sqrt(D) if None.
-        dropout: must be 0.
         sliding_window: largest number of keys that a query attends to, itself included; None for all.
-        is_causal: must not be False.
-        kwargs: must be None, or without effect on the result.
+        kwargs: must change nothing, see `unsupported_options`.
 
     Returns:
         The output [1, T, H, E] in the dtype of the query, and None for the attention weights.
@@ -90,9 +86,7 @@ def varlen_attention_forward(
         NotImplementedError: the model requests an option that changes the result and is not implemented here, or has
             heads that the kernel does not take.
     """
-    unsupported = unsupported_options(
-        kwargs, attention_mask=attention_mask, dropout=dropout, is_causal=is_causal, has_rows=row_bounds is not None
-    )
+    unsupported = unsupported_options(kwargs, attention_mask=attention_mask, has_rows=row_bounds is not None)
     width, value_width = query.shape[-1], value.shape[-1]
     padded = -(-max(width, value_width) // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
     if padded > MAX_HEAD_DIM:
