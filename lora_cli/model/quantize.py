@@ -1,10 +1,12 @@
 """4-bit and 8-bit quantization: the recipe's section as BitsAndBytesConfig, and k-bit training preparation."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lora_cli.errors import LoraError
@@ -36,16 +38,17 @@ def bnb_config(spec: QuantizationSpec, dtype: torch.dtype) -> BitsAndBytesConfig
 
 
 def prepare_for_kbit_training(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Freeze a quantized base and run its norms in fp32, as QLoRA's authors do; everything else unquantized in `dtype`.
+    """Freeze a quantized base; norms compute in fp32, as QLoRA's authors do, everything else unquantized in `dtype`.
 
-    Embeddings, output head and hidden states are in `dtype`, whatever dtype a pre-quantized checkpoint stores them in.
-    PEFT's function of this name converts them to fp32, which doubles the memory of the largest unquantized tensors.
+    Most norms compute in fp32 whatever the dtype of their input, and need nothing. Embeddings, output head and hidden
+    states are in `dtype`, whatever dtype a pre-quantized checkpoint stores them in. PEFT's function of this name
+    converts them to fp32, which doubles the memory of the largest unquantized tensors.
     """
     for module in model.modules():
         norm = _is_norm(module)
         if norm or type(module) is nn.Linear or isinstance(module, nn.Embedding):
             module.to(dtype)
-        if norm and dtype in (torch.float16, torch.bfloat16):
+        if norm and dtype in (torch.float16, torch.bfloat16) and not _computes_in_fp32(module):
             module.to(torch.float32)
             module.register_forward_pre_hook(_as_fp32)
             module.register_forward_hook(_back_to(dtype))
@@ -59,6 +62,39 @@ def prepare_for_kbit_training(model: PreTrainedModel, dtype: torch.dtype) -> Pre
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+
+
+class _RootDtypes(TorchDispatchMode):
+    """Records the dtypes that roots are taken in: float32 for the operations of torch that do it within their kernel."""
+
+    KERNELS = ("native_layer_norm", "_fused_rms_norm")  # they accumulate in fp32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("rsqrt", "sqrt"):
+            self.found.add(args[0].dtype)
+        elif name in self.KERNELS:
+            self.found.add(torch.float32)
+        elif name == "pow" and args[1] == -0.5:
+            self.found.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _computes_in_fp32(norm: nn.Module) -> bool:
+    """Return whether `norm` computes in fp32 for an input in the dtype of its weight: it is run on one.
+
+    A norm that needs more than its input, a gate for example, counts as one that does not.
+    """
+    weight = norm._parameters.get("weight")
+    if weight is None:
+        return False
+    with torch.no_grad(), _RootDtypes() as roots, suppress(TypeError, AttributeError):
+        norm(weight.new_ones(1, 1, weight.shape[-1]))
+    return roots.found == {torch.float32}
 
 
 def _as_fp32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

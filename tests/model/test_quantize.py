@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
@@ -122,17 +123,56 @@ def test_the_storage_dtype_of_codes_does_not_change_results(tiny_folder: Path, s
     assert torch.equal(model(ids).logits, plain(ids).logits)
 
 
-def test_norms_are_fp32_and_everything_else_is_in_the_compute_dtype(tiny_folder: Path):
+class Bf16Norm(nn.Module):
+    """A norm that computes in the dtype of its input; its name ends as those of transformers do."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight * x * (x * x).mean(-1, keepdim=True).rsqrt()
+
+
+class CoarseRMSNorm(Bf16Norm):
+    pass
+
+
+class GatedRMSNorm(Bf16Norm):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        assert gate is None or gate.dtype == x.dtype
+        return super().forward(x) * gate.sigmoid()  # type: ignore[union-attr]
+
+
+def test_norms_compute_in_fp32_without_a_hook_where_they_do_so_anyway(tiny_folder: Path):
     model = load(tiny_folder, QuantizationSpec(), dtype=torch.bfloat16)
-    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point() and not p.requires_grad}
-    assert {dtype for name, dtype in dtypes.items() if "norm" in name} == {torch.float32}
-    assert {dtype for name, dtype in dtypes.items() if "norm" not in name} == {torch.bfloat16}
-    output_dtypes: list[torch.dtype] = []
-    for layer in model.model.layers:
-        layer.input_layernorm.register_forward_hook(lambda _, args, out: output_dtypes.append(out.dtype))
-        layer.register_forward_hook(lambda _, args, out: output_dtypes.append(out.dtype))
-    assert model(torch.arange(3, 9)[None]).logits.dtype == torch.bfloat16
-    assert set(output_dtypes) == {torch.bfloat16}
+    norms = [module for module in model.modules() if type(module).__name__ == "LlamaRMSNorm"]
+    assert norms
+    assert not any(norm._forward_hooks or norm._forward_pre_hooks for norm in norms)
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+    assert dtypes == {torch.bfloat16}
+    x = (torch.randn(1, 5, norms[0].weight.shape[0]) * 30).bfloat16()
+    exact = nn.functional.rms_norm(x.double(), x.shape[-1:], norms[0].weight.double(), norms[0].variance_epsilon)
+    assert ((norms[0](x) - exact).abs() <= exact.abs() * 2**-7).all()  # two roundings to 8 bits
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_the_norms_of_torch_need_no_hook(kind: Any):
+    model = nn.Sequential(kind(8).bfloat16())
+    quantize.prepare_for_kbit_training(model, torch.bfloat16)  # type: ignore[arg-type]
+    assert model[0].weight.dtype == torch.bfloat16
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("kind", [CoarseRMSNorm, GatedRMSNorm])
+def test_norms_that_compute_in_their_dtype_get_fp32(kind: type[Bf16Norm]):
+    model = nn.Sequential(kind(8))
+    quantize.prepare_for_kbit_training(model, torch.bfloat16)  # type: ignore[arg-type]
+    seen: list[torch.dtype] = []
+    model[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    x = torch.randn(3, 8).bfloat16()
+    output = model[0](x, torch.zeros(3, 8)) if kind is GatedRMSNorm else model[0](x)
+    assert (model[0].weight.dtype, seen, output.dtype) == (torch.float32, [torch.float32], torch.bfloat16)
 
 
 def test_checkpointed_gradients_are_the_same(nf4: Any):
