@@ -29,12 +29,12 @@ warnings wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree xmlrpc.cl
 zoneinfo
 """
 
-MAX_ANSWER = 300  # characters; longer docstrings are manuals, not answers
-MIN_ANSWER = 30
+MAX_SUMMARY = 200  # characters; longer first paragraphs are manuals, not answers
+MIN_SUMMARY = 30
 
 
 def rows() -> Iterator[dict[str, object]]:
-    """Yield a row for each documented name, in the order of MODULES, then alphabetically; each answer occurs once."""
+    """Yield a row for each documented name, in the order of MODULES, then alphabetically; each summary occurs once."""
     seen: set[str] = set()
     for module_name in MODULES.split():
         try:
@@ -42,14 +42,14 @@ def rows() -> Iterator[dict[str, object]]:
         except ImportError:  # optional in some builds of Python
             continue
         for name, member in documented_members(module_name, module):
-            answer = first_paragraphs(inspect.getdoc(member) or "")
-            if answer is None or answer in seen:
+            summary = first_paragraph(inspect.getdoc(member) or "")
+            if summary is None or summary in seen:
                 continue
-            seen.add(answer)
+            seen.add(summary)
             yield {
                 "messages": [
                     {"role": "user", "content": question(name, member, number=len(seen))},
-                    {"role": "assistant", "content": answer},
+                    {"role": "assistant", "content": answer(name, module_name, member, summary)},
                 ]
             }
 
@@ -69,19 +69,29 @@ def documented_members(module_name: str, module: types.ModuleType) -> Iterator[t
                     yield f"{module_name}.{name}.{method_name}", getattr(member, method_name)
 
 
-def first_paragraphs(doc: str) -> str | None:
-    """Return the first paragraphs that fit, without the signature line; None if they do not make a good answer."""
+def first_paragraph(doc: str) -> str | None:
+    """Return the first paragraph after the signature, in one line; None if it does not make a good answer."""
     paragraphs = [p for p in re.split(r"\n\s*\n", doc.strip()) if p.strip()]
     if paragraphs and re.fullmatch(r"[\w.]+\(.*\)(\s*->.*)?", paragraphs[0].strip(), flags=re.DOTALL):
         paragraphs = paragraphs[1:]
-    answer = ""
-    for paragraph in paragraphs:
-        longer = f"{answer}\n\n{paragraph}".strip()
-        if len(longer) > MAX_ANSWER:
-            break
-        answer = longer
+    summary = " ".join(paragraphs[0].split()) if paragraphs else ""
     # Memory addresses differ from run to run.
-    return answer if len(answer) >= MIN_ANSWER and " at 0x" not in answer else None
+    return summary if MIN_SUMMARY <= len(summary) <= MAX_SUMMARY and " at 0x" not in summary else None
+
+
+def answer(name: str, module_name: str, member: object, summary: str) -> str:
+    """Return an answer: what `name` is, its summary, and how to import it. All have this form, which is soon learned."""
+    if inspect.ismodule(member):
+        return f"`{name}` is a module of the standard library.\n\n{summary}\n\nImport it with `import {name}`."
+    if inspect.isclass(member):
+        kind = "class"
+    elif name.removeprefix(f"{module_name}.").count(".") == 0:
+        kind = "function"
+    else:
+        kind = "property" if isinstance(member, property) else "method"
+    return (
+        f"`{name}` is a {kind} of the module `{module_name}`.\n\n{summary}\n\nImport it with `import {module_name}`."
+    )
 
 
 def question(name: str, member: object, *, number: int) -> str:

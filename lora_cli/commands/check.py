@@ -28,6 +28,7 @@ from lora_cli.setup.training_model import (
     adapter_context,
     check_before_rows,
     check_new_tokens_trainable,
+    choose_performance,
     coverage_table,
     describe_quantization,
     open_source,
@@ -62,6 +63,8 @@ def check(recipe: Recipe, *, rows: int) -> None:
     )
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
+    for choice in choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation):
+        out(choice.line())
     check_schedule_fits(recipe.training, total)
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
     for line in describe_schedule(recipe.training, total):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.checkpoint_folders import SavedState
+from lora_cli.training.device_errors import device_errors_as_lora_error
 from lora_cli.training.distributed import any_process, broadcast_adapter
 from lora_cli.training.loop import fit
 from lora_cli.training.loss_scale import LossScale
@@ -36,7 +38,6 @@ from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.model_card import render_model_card
 from lora_cli.training.optimizer import averaged_weights, make_optimizer
-from lora_cli.training.out_of_memory import out_of_memory_as_lora_error
 
 
 def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) -> int:
@@ -67,7 +68,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
             console.info(f"starting {processes} processes")
             return launch.launch_workers(processes, arguments)
     on_cpu = pick_device().type == "cpu"
-    accelerator = launch.join_processes(cpu=on_cpu)
+    accelerator = launch.join_processes(cpu=on_cpu, deterministic=recipe.performance.deterministic)
     if on_cpu:
         cpu.set_up_cpu(launch.local_world_size(accelerator))
     with launch.report_lost_peer():
@@ -103,7 +104,7 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
         info(line)
     state = run_records.resume_state(recipe, inputs, plan, total=total, processes=accelerator.num_processes)
     changes = check_inputs(saved, recipe, state) if saved else []
-    with out_of_memory_as_lora_error(recipe, accelerator):
+    with device_errors_as_lora_error(recipe, accelerator):
         model = build_model(recipe, inputs, plan, total=total, info=info)
         training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run, state=state)
         if resume:
@@ -224,6 +225,7 @@ class Training:
             self._complete_step(done)
         metrics = metrics_log.MetricsLog(self.run.metrics) if self.run else None
         answer_log = metrics_log.MetricsLog(self.run.answers) if self.run and self.answers else None
+        timeout = timedelta(minutes=self.recipe.distributed.timeout_minutes)
         if done == 0:
             self._evaluate_start(metrics, answer_log)
         elif done < self.total and self.evaluations.should_stop:
@@ -233,6 +235,7 @@ class Training:
                 f"training.stop_after: {self.spec.stop_after}"
             )
             return 0
+        launch.set_timeout(timeout)
         with (
             stop_request() as stop,
             console.step_progress(
@@ -269,9 +272,11 @@ class Training:
                     evaluated = self.evaluations.measure(step.number, metrics, info, stop.is_set)
                 self.stopped_early = evaluated and not last and self.evaluations.should_stop
                 last = last or self.stopped_early
-                if self.answers and answer_log and (last or self.answers.is_due(step.number)):
-                    self.answers.answer(step.number, answer_log, info, stop.is_set)
-                stopping = any_process(self.accelerator, stop.is_set())  # all leave the loop at the same step
+                answering = last or _is_due(step.number, self.spec.answer_every)
+                with launch.one_works_alone(timeout) if answering else nullcontext():
+                    if self.answers and answer_log and answering:
+                        self.answers.answer(step.number, answer_log, info, stop.is_set)
+                    stopping = any_process(self.accelerator, stop.is_set())  # all leave the loop at the same step
                 new_best = evaluated and self.evaluations.is_new_best(step.number)
                 if last or stopping or new_best or _is_due(step.number, self.spec.save_every):
                     self._save_checkpoint(step.number)

@@ -65,12 +65,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _RootDtypes(TorchDispatchMode):
-    """Records the dtypes that roots are taken in: float32 for the operations of torch that do it within their kernel."""
+    """Records the dtypes that roots are taken in: float32 for the operations of torch that do it in their kernel."""
 
     KERNELS = ("native_layer_norm", "_fused_rms_norm")  # they accumulate in fp32
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,7 +94,7 @@ def _computes_in_fp32(norm: nn.Module) -> bool:
         return False
     with torch.no_grad(), _RootDtypes() as roots, suppress(TypeError, AttributeError):
         norm(weight.new_ones(1, 1, weight.shape[-1]))
-    return roots.found == {torch.float32}
+    return bool(roots.found == {torch.float32})
 
 
 def _as_fp32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

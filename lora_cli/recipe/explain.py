@@ -18,6 +18,7 @@ MAIN_KEY = {
     "DataSpec": "train",
     "SourceSpec": "path",
     "DistributedSpec": "processes",
+    "PerformanceSpec": "kernels",
 }
 
 

@@ -136,6 +136,10 @@ RESUME_EFFECTS: dict[str, Effect] = {
     "generation.max_new_tokens": "none",
     "distributed.strategy": "rounding",
     "distributed.processes": "batches_per_step",
+    "distributed.timeout_minutes": "none",
+    "performance.kernels": "rounding",
+    "performance.compile": "rounding",
+    "performance.deterministic": "rounding",
     "output": "place",
 }
 # Keys that the base or the rows decide on if the recipe leaves them out: they are compared after that.

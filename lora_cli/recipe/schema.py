@@ -246,6 +246,23 @@ class DistributedSpec(Section):
     """ddp: every process has the full model and processes an equal share of the batches of each step."""
     processes: Literal["auto"] | Count = "auto"
     """Number of processes on this machine. At least 1. auto: one per GPU, or one on the CPU."""
+    timeout_minutes: Count = 10
+    """Longest time in a step that processes wait for one that does not answer, in minutes; then the run ends with an
+    error. While one process prepares files for all, they wait longer. At least 1. Default 10."""
+
+
+class PerformanceSpec(Section):
+    """Switches of speed. Leave the section out: each is chosen for model and device, and printed."""
+
+    kernels: Literal["auto", "none", "liger"] = "auto"
+    """Kernels of norms, rotary embeddings and gated MLPs. liger: those of the package liger-kernel, on a GPU; compared
+    with the model's own before training. auto: liger where it is installed and has the architecture; none."""
+    compile: Literal["auto"] | Switch = "auto"
+    """torch.compile of each decoder layer: a start of minutes, then faster steps. auto: on a GPU, for runs of 1,000
+    batches or more; not on the CPU, where it gains little."""
+    deterministic: Switch = False
+    """On a GPU, only operations that give the same bits each time, so that a resumed run equals an uninterrupted one
+    exactly; slower. On the CPU that is always so. Default false."""
 
 
 class Recipe(Section):
@@ -268,6 +285,8 @@ class Recipe(Section):
     """Decoding of the answers that `lora eval` generates."""
     distributed: DistributedSpec = DistributedSpec()
     """Data parallelism over processes."""
+    performance: PerformanceSpec = PerformanceSpec()
+    """Switches of speed."""
     output: str = Field(default="runs/lora", min_length=1)
     """Run folder: recipe, manifest, metrics, checkpoints and adapter. Default runs/lora."""
 

@@ -143,6 +143,7 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
         "task": recipe.task,
         "labels": data.labels and data.labels._asdict(),
         "optimizer": built.optimizer,
+        "performance": built.performance,
         "packing_proof": built.leak_check._asdict() if built.leak_check else None,
         "data_fingerprint": data.fingerprint,
         "ledger": data.ledger.to_json(),

@@ -24,8 +24,10 @@ from lora_cli.model import (
 from lora_cli.model.adapter_context import AdapterContext, StateDict
 from lora_cli.model.adapter_files import AdapterFiles, open_adapter
 from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.compile_layers import CompileChoice, choose_compile, compile_layers
 from lora_cli.model.device import pick_device
 from lora_cli.model.fp32_weights import upcast_trainable_params
+from lora_cli.model.kernels import KernelChoice, apply_kernels, choose_kernels
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
 from lora_cli.model.trained_on import Origin
@@ -60,6 +62,7 @@ class TrainableModel(NamedTuple):
     optimizer: str  # name that training.optimizer resolves to
     origins: list[Origin]  # adapters that training goes on from, the oldest first; empty for a new adapter
     ladder: MemoryLadder
+    performance: dict[str, str]  # each switch of speed that was chosen, and why
 
 
 def load_base(recipe: Recipe, inputs: RunInputs, *, info: Info = console.no_output) -> BaseForTraining:
@@ -128,7 +131,11 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
         set_up_gpu(inputs.base.dtype)
     optimizer = resolve_optimizer(recipe, inputs)
     source = open_source(recipe, inputs, info=info)
+    kernels, compiled = choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
+    if kernels.name != "none":
+        difference = apply_kernels(base, kernels.name)
+        kernels = kernels._replace(reason=f"{kernels.reason}; logits differ by {difference:.0e} of their size")
     layers = target_modules.linear_layers(base, heads)
     check_new_tokens_trainable(recipe, base)
     context = adapter_context(recipe, inputs, heads=heads, plan=plan, total=total)
@@ -161,10 +168,27 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
         step = "" if source.step is None else f", step {source.step}"
         info(f"adapter: goes on from {source.folder}{step}, {len(origins)} in its chain; the optimizer starts anew")
     probe = plan.make_batch([int(inputs.data.train.lengths[:64].argmin())])
-    attach_adapter.check_gradients_reach(model, lambda: LossFunction(model, task=recipe.task)(probe).loss)
+    loss_fn = LossFunction(model, task=recipe.task)
+    attach_adapter.check_gradients_reach(model, lambda: loss_fn(probe).loss)
+    if compiled.on:
+        compiled = compile_layers(base, lambda: loss_fn(probe).loss, setting=recipe.performance.compile)
     if recipe.task == "seq-cls" and model.active_peft_config.is_prompt_learning:
         _check_padding(model, recipe, inputs, plan)
-    return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins, ladder)
+    for choice in (kernels, compiled):
+        info(choice.line())
+    performance = {"kernels": kernels.line(), "compile": compiled.line()}
+    return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins, ladder, performance)
+
+
+def choose_performance(recipe: Recipe, inputs: RunInputs, *, batches: int) -> tuple[KernelChoice, CompileChoice]:
+    """Return the kernels of a run of `batches` device batches, and whether its layers are compiled.
+
+    Raises:
+        LoraError: the recipe names kernels that cannot be used here.
+    """
+    spec, model_type = recipe.performance, inputs.base.config.model_type
+    kernels = choose_kernels(spec.kernels, model_type=model_type, device=inputs.device, task=recipe.task)
+    return kernels, choose_compile(spec.compile, device=inputs.device, batches=batches)
 
 
 def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> AdapterFiles | None:

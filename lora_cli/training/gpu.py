@@ -23,6 +23,19 @@ def set_up_gpu(dtype: torch.dtype) -> None:
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
 
 
+def set_up_determinism() -> None:
+    """Have torch, cuBLAS and flash attention take only operations that give the same bits each time.
+
+    Call it before the first product on a GPU, which reads cuBLAS' setting. An operation that has no such form raises.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read by transformers; torch's own kernel asks torch
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Nothing here reads memory that was not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def link_settings() -> dict[str, str]:
     """Return NCCL's settings for worker processes: several RTX 40xx with old drivers hang on their direct links."""
     names = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")

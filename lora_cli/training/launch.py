@@ -12,16 +12,17 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DistributedSpec
 from lora_cli.run.signals import LAUNCHED, SIGNALS, receive_signals
 from lora_cli.training.cpu import available_cores
-from lora_cli.training.gpu import link_settings, set_up_allocator
+from lora_cli.training.gpu import link_settings, set_up_allocator, set_up_determinism
 
-# Long, because the first process may write or unpack files for hours while the others wait. A process that dies is
-# noticed without this timeout: its peers get a closed connection, or the launcher ends them.
-PROCESS_GROUP_TIMEOUT = timedelta(days=1)
+# The first process may write or unpack files for hours while the others wait. A process that dies is noticed without a
+# timeout: its peers get a closed connection, or the launcher ends them.
+PREPARING_TIMEOUT = timedelta(days=1)
 WORKER = (sys.executable, "-m", "lora_cli")  # its command, before the arguments
 POLL_S = 0.1  # seconds between two looks at the workers
 # What the other workers get after one has failed, in seconds from then. The second SIGTERM ends a process at once.
@@ -34,10 +35,12 @@ def is_worker() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join_processes(*, cpu: bool) -> Accelerator:
-    """Join the process group and return the Accelerator of this process."""
+def join_processes(*, cpu: bool, deterministic: bool = False) -> Accelerator:
+    """Join the process group and return the Accelerator of this process; `deterministic` is about GPUs."""
     set_up_allocator()
-    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)])
+    if deterministic and not cpu:
+        set_up_determinism()
+    return Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PREPARING_TIMEOUT)])
 
 
 def local_world_size(accelerator: Accelerator) -> int:
@@ -45,16 +48,39 @@ def local_world_size(accelerator: Accelerator) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """Set how long this process waits for others in the operations that follow; all processes must call it.
+
+    Its default is PREPARING_TIMEOUT. It does nothing in a run of one process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _set_pg_timeout(timeout)
+
+
+@contextmanager
+def one_works_alone(timeout: timedelta) -> Iterator[None]:
+    """Within the block, wait as long as it takes while one process works; afterwards again for `timeout`."""
+    set_timeout(PREPARING_TIMEOUT)
+    yield
+    set_timeout(timeout)
+
+
 @contextmanager
 def report_lost_peer() -> Iterator[None]:
-    """Within the block, report a lost peer as an error without traceback: the peer has printed its own reason.
+    """Within the block, report a lost or hanging peer as an error without traceback.
 
     Raises:
-        LoraError: another process of the run has ended.
+        LoraError: another process of the run has ended, which has printed its own reason, or does not answer.
     """
     try:
         yield
     except RuntimeError as error:  # gloo has no exception class of its own
+        if any(text in str(error) for text in ("Timed out waiting", "timed out in")):
+            raise LoraError(
+                "a process of this run has not answered within distributed.timeout_minutes",
+                hint="see what its machine and GPU do; if it only was slow, raise distributed.timeout_minutes",
+                exit_code=1,
+            ) from None
         if not any(text in str(error) for text in ("reset by peer", "closed by peer", "Broken pipe")):
             raise
         time.sleep(5)  # a launcher ends this process in this time and names the process that failed first

@@ -1,11 +1,16 @@
 """Settings of a process that trains on a GPU, and of the workers of several GPUs."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from lora_cli.training import gpu
+from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import Recipe
+from lora_cli.training import gpu, launch
+from lora_cli.training.device_errors import device_errors_as_lora_error
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +46,37 @@ def test_links_that_hang_are_switched_off(gpus: int, works: bool, set_names: int
     assert len(gpu.link_settings()) == set_names
     monkeypatch.setenv("NCCL_P2P_DISABLE", "0")
     assert "NCCL_P2P_DISABLE" not in gpu.link_settings()  # the user has decided
+
+
+@pytest.fixture
+def nothing_deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.delenv("FLASH_ATTENTION_DETERMINISTIC", raising=False)
+    benchmark, fill = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory = benchmark, fill
+
+
+@pytest.mark.usefixtures("nothing_deterministic")
+def test_deterministic_operations_are_requested_of_every_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: torch.are_deterministic_algorithms_enabled())
+    assert not launch.join_processes(cpu=True, deterministic=True)  # the CPU's are anyway
+    assert not launch.join_processes(cpu=False)
+    assert launch.join_processes(cpu=False, deterministic=True)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
+
+
+@pytest.mark.usefixtures("nothing_deterministic")
+def test_an_operation_that_is_not_deterministic_is_an_error_that_names_the_key():
+    gpu.set_up_determinism()
+    recipe = Recipe.model_validate({"model": {"path": "base"}, "data": {"train": "rows.jsonl"}})
+    with (
+        pytest.raises(
+            LoraError, match=r"^performance\.deterministic: torch has no deterministic form of put_, which"
+        ) as raised,
+        device_errors_as_lora_error(recipe, Accelerator(cpu=True)),
+    ):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+    assert raised.value.hint == "write `performance: {deterministic: false}`"

@@ -103,6 +103,66 @@ def test_the_local_world_size_counts_the_processes_of_this_machine(monkeypatch: 
     assert launch.local_world_size(accelerator) == 16
 
 
+HANGING_PEER = """
+import os, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from lora_cli.errors import LoraError
+from lora_cli.training import launch
+dist.init_process_group("gloo", timeout=launch.PREPARING_TIMEOUT)
+if os.environ["RANK"] == "1":
+    time.sleep(6)  # prepares alone
+ones = torch.ones(1)
+dist.all_reduce(ones)
+launch.set_timeout(timedelta(seconds=2))
+with launch.one_works_alone(timedelta(seconds=2)):
+    if os.environ["RANK"] == "1":
+        time.sleep(4)  # works alone
+    dist.all_reduce(ones)
+print("all answered", flush=True)
+if os.environ["RANK"] == "1":
+    time.sleep(60)
+start = time.monotonic()
+try:
+    with launch.report_lost_peer():
+        dist.all_reduce(ones)
+except LoraError as error:
+    print(error.message, time.monotonic() - start < 30, flush=True)
+    os._exit(error.exit_code)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_run_but_one_that_works_alone_does_not():
+    store = launch.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANGING_PEER],
+            env=environment | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        output, _ = processes[0].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert output.splitlines() == [
+        "all answered",
+        "a process of this run has not answered within distributed.timeout_minutes True",
+    ]
+    assert processes[0].returncode == 1
+
+
 def test_a_lost_peer_is_an_error_without_traceback(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(LoraError, match="another process of this run has ended"), launch.report_lost_peer():

@@ -1,4 +1,4 @@
-"""Report too little memory of the device, GPU or CPU, as an error that names the keys which lower the need."""
+"""Report what a device cannot do, too little memory above all, as an error that names the keys to change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,26 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
 from lora_cli.run.os_errors import is_out_of_memory
 
+NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch has no exception class of its own for it
+
 
 @contextmanager
-def out_of_memory_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
+def device_errors_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
     """Within the block, raise a LoraError in place of torch's error.
 
     Raises:
-        LoraError: the device of `accelerator` has too little memory.
+        LoraError: the device of `accelerator` has too little memory, or an operation that is not deterministic.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if NOT_DETERMINISTIC in str(error):
+            operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
+            raise LoraError(
+                f"performance.deterministic: torch has no deterministic form of {operation}, which this run needs",
+                hint="write `performance: {deterministic: false}`",
+                exit_code=1,
+            ) from None
         if not is_out_of_memory(error):
             raise
         size = "tokens_per_batch" if recipe.data.packing else "batch_size"
