@@ -28,7 +28,6 @@ MIXES_ROWS = {
     "big_bird": "its attention reads random blocks of the sequence",
     "biogpt": FULL_MASK,
     "cpmant": FULL_MASK,
-    "falcon": FULL_MASK,
     "gpt_oss": FULL_MASK,
     "openai-gpt": FULL_MASK,
     "xglm": FULL_MASK,
@@ -78,6 +77,8 @@ def packing_obstacle(config: PretrainedConfig, device: torch.device) -> str | No
         return f"{layers}; the kernels that keep rows apart need {' and '.join(missing)}" if missing else None
     if (reason := MIXES_ROWS.get(config.model_type)) is not None:
         return reason
+    if config.model_type == "falcon" and config.alibi:  # without ALiBi, see falcon_attention.py
+        return FULL_MASK
     model_class = _causal_class(config)
     if model_class is not None and "position_ids" not in inspect.signature(model_class.forward).parameters:
         return "its forward takes no position_ids, so that it counts the tokens of all rows as one"

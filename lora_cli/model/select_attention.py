@@ -12,6 +12,7 @@ from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError, first_line
 from lora_cli.model import packed_attention, varlen_attention
 from lora_cli.model.experts import expert_weights
+from lora_cli.model.falcon_attention import use_attention_interface
 from lora_cli.model.loss import logits_at, model_inputs
 
 # Largest difference between the logits of packed rows and of each row alone with eager attention, relative to the
@@ -75,6 +76,7 @@ def choose_attention(model: PreTrainedModel, requested: str, *, packing: bool, c
     Raises:
         LoraError: no attention works or isolates packed rows in this model, or the model is not causal.
     """
+    use_attention_interface(model)
     try:
         check = _choose(model, requested, packing=packing)
     except LoraError:

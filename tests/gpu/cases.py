@@ -49,7 +49,7 @@ TINY = {
 }
 SHAPES = {
     "llama-8b": Shape("llama", LLAMA_8B, ("16-bit", "nf4"), tokens=4096, median=250),
-    "falcon-7b": Shape("falcon", FALCON_7B, ("nf4",), tokens=4096, median=250, packing=False),
+    "falcon-7b": Shape("falcon", FALCON_7B, ("nf4",), tokens=4096, median=250),
     "long": Shape("llama", LLAMA_8B, ("16-bit", "nf4"), tokens=16384, median=16384),
     "tiny": Shape("llama", TINY, ("16-bit", "nf4"), tokens=128, median=20),
 }
@@ -67,6 +67,8 @@ WAYS = {
     "lora-sdpa": Way("lora, attention by sdpa"),
     "lora-peft-layers": Way("lora, PEFT's LoRA layers", on_cpu=True),
     "lora-no-prefetch": Way("lora, no prefetch"),
+    "lora-no-kernels": Way("lora, no kernels of liger"),
+    "lora-compiled": Way("lora, compiled layers"),
     "peft": Way("PEFT", on_cpu=True),
     "peft-recompute": Way("PEFT, every layer recomputed"),
     "trl": Way("TRL", on_cpu=True),

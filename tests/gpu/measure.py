@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 from unittest.mock import patch
 
 import torch
@@ -22,8 +22,11 @@ from transformers import PreTrainedModel
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model.attach_adapter import attach
+from lora_cli.model.compile_layers import compile_layers
 from lora_cli.model.device import pick_device, pick_dtype
 from lora_cli.model.fp32_weights import upcast_trainable_params
+from lora_cli.model.kernels import apply_kernels, choose_kernels
+from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import check_cpu_4bit, prepare_for_kbit_training
 from lora_cli.model.select_attention import choose_attention
 from lora_cli.recipe.schema import AdapterSpec
@@ -78,7 +81,15 @@ class Prepared(NamedTuple):
     how: Callable[[], str]  # asked after the steps
 
 
-def lora(work: Work, *, attention: str = "auto", fused: bool = True, prefetched: bool = True) -> Prepared:
+def lora(
+    work: Work,
+    *,
+    attention: str = "auto",
+    fused: bool = True,
+    prefetched: bool = True,
+    kernels: Literal["auto", "none"] = "auto",
+    compiled: bool = False,
+) -> Prepared:
     """Train with `fit` as `lora train` does, with single parts of it replaced by those of the libraries."""
     if work.device.type == "cuda":
         set_up_gpu(work.dtype)
@@ -88,6 +99,9 @@ def lora(work: Work, *, attention: str = "auto", fused: bool = True, prefetched:
         check_cpu_4bit(base)
         prepare_for_kbit_training(base, work.dtype)
     choose_attention(base, attention, packing=work.shape.packing)
+    choice = choose_kernels(kernels, model_type=base.config.model_type, device=work.device, task="causal-lm")
+    if choice.name != "none":
+        apply_kernels(base, choice.name)
     spec = AdapterSpec.model_validate({"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT})
     model = attach(base, spec, seed=0) if fused else get_peft_model(base, lora_config())
     training = TrainingSpec(learning_rate=LEARNING_RATE, warmup=0)
@@ -101,6 +115,10 @@ def lora(work: Work, *, attention: str = "auto", fused: bool = True, prefetched:
         info=lambda line: None,
     )
     upcast_trainable_params(model)
+    how = [f"kernels {choice.name}"]
+    if compiled:
+        probe = plan.largest_batch()
+        how.append(compile_layers(base, lambda: LossFunction(model)(probe).loss, setting=True).line())
     steps = loop.fit(
         model,
         plan,
@@ -115,7 +133,7 @@ def lora(work: Work, *, attention: str = "auto", fused: bool = True, prefetched:
     here = partial(_without_thread, CPU)
     swap = nullcontext() if prefetched else patch.object(loop, "prefetch", here)
     counts = (Count(step.tokens, step.supervised, step.loss) for step in _within(swap, steps))
-    return Prepared(counts, lambda: f"{rows}, {base.config._attn_implementation}, {ladder.rung.describe()}")
+    return Prepared(counts, lambda: ", ".join([rows, base.config._attn_implementation, *how, ladder.rung.describe()]))
 
 
 def _within(context: AbstractContextManager[Any], steps: Iterator[loop.Step]) -> Iterator[loop.Step]:
@@ -207,6 +225,8 @@ PREPARE: dict[str, Callable[[Work], Prepared]] = {
     "lora-sdpa": partial(lora, attention="sdpa"),
     "lora-peft-layers": partial(lora, fused=False),
     "lora-no-prefetch": partial(lora, prefetched=False),
+    "lora-no-kernels": partial(lora, kernels="none"),
+    "lora-compiled": partial(lora, compiled=True),
     "peft": peft,
     "peft-recompute": partial(peft, recompute=True),
     "trl": trl,

@@ -97,9 +97,12 @@ FAMILIES: dict[str, Family] = {
         "gemma3_text", GATED, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}, packs=True
     ),
     "phi3": Family("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, packs=True),
-    "falcon": Family("falcon", FUSED, {"multi_query": True, "ffn_hidden_size": 128}),
+    "falcon": Family("falcon", FUSED, {"multi_query": True, "ffn_hidden_size": 128}, packs=True),
     "falcon-40b": Family(
-        "falcon", FUSED, {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128}
+        "falcon",
+        FUSED,
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 128},
+        packs=True,
     ),
     "falcon-alibi": Family("falcon", FUSED, {"alibi": True, "ffn_hidden_size": 128}),
     "gpt2": Family(

@@ -250,7 +250,10 @@ def test_a_build_of_flash_attention_that_does_not_work_is_a_candidate_that_faile
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
-        ("falcon", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}),
+        (
+            "falcon",
+            {"alibi": True, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64},
+        ),
         ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}),
         ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 64}),
     ],
