@@ -1,12 +1,8 @@
-"""The loss where there is a label, and nowhere else: logits of unsupervised tokens are never computed.
-
-Output head and cross-entropy are one step, over a few hundred tokens at a time: the [tokens, vocabulary] logits, often
-the largest tensor of a training step, never exist in full, and their gradient overwrites them in place.
-"""
+"""The loss where there is a label, and nowhere else: logits of unsupervised tokens are never computed."""
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +13,15 @@ from transformers import PreTrainedModel
 from lora_cli.data.collate import Batch
 from lora_cli.model import packed_attention, varlen_attention
 from lora_cli.model.device import to_device
+from lora_cli.model.head_loss import (
+    ChunkedHeadCrossEntropy,
+    ChunkedLinearCrossEntropy,
+    chunk_tokens,
+    leaves_of,
+    logit_functions,
+)
 from lora_cli.model.packing_support import stateful_layers
 from lora_cli.recipe.tasks import TaskName
-
-CHUNK_TOKENS = 256  # supervised tokens whose logits exist at the same time, on the CPU; the least elsewhere
-GPU_CHUNK_BYTES = 256 << 20  # of fp32 logits: products of fewer tokens leave a GPU idle
 
 
 class BatchLoss(NamedTuple):
@@ -32,11 +32,25 @@ class BatchLoss(NamedTuple):
     tokens: int  # units
 
 
+class OutputHead(NamedTuple):
+    """The output head of a model, applied to chunks of hidden states."""
+
+    layer: nn.Module
+    function: Callable[[Tensor], Tensor]  # what the model does to its logits: a cap, a factor, or nothing
+    vocabulary: int  # logits of a token
+    plain: bool  # whether it is a frozen linear layer, and nothing is done to its logits
+    trained: tuple[Tensor, ...]  # the parameters of the head that are trained
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [n, vocabulary] of hidden states [n, h], in their dtype."""
+        return self.function(self.layer(hidden))
+
+
 class LossFunction:
     """Loss and correct predictions of batches under one model.
 
     Differentiable in the adapter if gradients are enabled. It uses the adapter that is active at the call. It tests
-    once, when it is created, whether the model's head is a plain linear layer.
+    once, when it is created, what the model does with its head.
     """
 
     def __init__(
@@ -54,7 +68,7 @@ class LossFunction:
         # PEFT's own forward puts virtual tokens before a row; other adapters are part of the base's modules.
         prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         self._prompted: PeftModel | None = model if prompted and isinstance(model, PeftModel) else None
-        self.plain_head = task == "causal-lm" and not prompted and self._has_plain_head()
+        self.head = self._find_head() if task == "causal-lm" and not prompted else None
         self._smoothing = label_smoothing
         self._noise = NEFTuneNoise(neftune_alpha, self.base) if neftune_alpha else None
 
@@ -68,16 +82,16 @@ class LossFunction:
         if self._noise:
             self._noise.lengths = batch.lengths
         targets = batch.targets.to(self.device, non_blocking=True)
-        if self.plain_head:
-            label_positions = batch.label_positions.to(self.device, non_blocking=True)
-            inputs = self.inputs(batch)
-            hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[label_positions]
-            head = self.base.get_output_embeddings()
-            loss, correct = ChunkedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                hidden, head.weight, head.bias, targets, self._smoothing
-            )
+        if self.head is not None:
+            hidden, smoothing = self._hidden(batch), self._smoothing
+            if self.head.plain:
+                weight, bias = self.head.layer.weight, self.head.layer.bias
+                loss, correct = ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
+            else:
+                loss, correct = ChunkedHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                    hidden, targets, self.head.logits, self.head.vocabulary, smoothing, *self.head.trained
+                )
             return BatchLoss(loss, correct, len(targets))
-        # Heads that do more than multiply (caps, scales, adapters of their own) compute the logits themselves.
         losses, correct_units = self._loss(self.logits(batch), targets)
         return BatchLoss(losses.sum(), correct_units.sum(), len(targets))
 
@@ -85,14 +99,12 @@ class LossFunction:
     def per_token(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of every unit, fp32 [units], and whether its most likely label is right, bool [units]."""
         targets = batch.targets.to(self.device)
-        if not self.plain_head:
+        if self.head is None:
             return self._loss(self.logits(batch), targets)
-        label_positions, inputs = batch.label_positions.to(self.device), self.inputs(batch)
-        hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[label_positions]
-        head = self.base.get_output_embeddings()
-        size = chunk_tokens(head.weight.shape[0], hidden.device)
+        hidden, head = self._hidden(batch), self.head
+        size = chunk_tokens(head.vocabulary, hidden.device)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
-        results = [self._loss(head(part), part_targets) for part, part_targets in chunks]
+        results = [self._loss(head.logits(part), part_targets) for part, part_targets in chunks]
         losses, correct = zip(*results, strict=True)
         return torch.cat(losses), torch.cat(correct)
 
@@ -121,23 +133,38 @@ class LossFunction:
                 inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return inputs
 
-    def _has_plain_head(self) -> bool:
-        """Return whether logits are head(last hidden state) and nothing more: compared exactly, on two tokens."""
-        head = self.base.get_output_embeddings()
-        if type(head) is not nn.Linear or head.weight.requires_grad or self.base.base_model is self.base:
-            return False
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Return the last hidden states [units, h] of the units of `batch`, in the compute dtype."""
+        label_positions = batch.label_positions.to(self.device, non_blocking=True)
+        hidden: Tensor = self.base.base_model(**self.inputs(batch)).last_hidden_state
+        return hidden.flatten(0, 1)[label_positions]
+
+    def _find_head(self) -> OutputHead | None:
+        """Return the head, if logits are a known function of head(last hidden state): compared exactly, on two tokens.
+
+        None for a model that does something else: it computes its logits itself, of all units at once.
+        """
+        layer = self.base.get_output_embeddings()
+        if layer is None or self.base.base_model is self.base:
+            return None
         ids = torch.tensor([0, 1])
-        probe = Batch(ids[None], ids[None], None, (2,), ids[:0], ids[:0], ())
-        inputs = self.inputs(probe)
+        inputs = self.inputs(Batch(ids[None], ids[None], None, (2,), ids[:0], ids[:0], ()))
         training = self.base.training
         self.base.eval()
         try:
             with torch.no_grad():
                 logits = self.base(**inputs).logits
-                plain = head(self.base.base_model(**inputs).last_hidden_state)
+                hidden = self.base.base_model(**inputs).last_hidden_state
+                before = layer(hidden)
+            with torch.enable_grad():
+                trained = leaves_of(layer(hidden.detach()))
         finally:
             self.base.train(training)
-        return torch.equal(logits, plain)
+        for function in logit_functions(self.base.config):
+            if torch.equal(logits, function(before)):
+                plain = type(layer) is nn.Linear and not trained and torch.equal(logits, before)
+                return OutputHead(layer, function, logits.shape[-1], plain, trained)
+        return None
 
 
 class NEFTuneNoise:
@@ -253,66 +280,3 @@ def logits_at(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor)
     columns, column = (positions % width).unique(return_inverse=True)
     kept: Tensor = model(**inputs, logits_to_keep=to_device(columns, device)).logits
     return kept[to_device(positions // width, device), to_device(column, device)]
-
-
-def chunk_tokens(vocabulary: int, device: torch.device) -> int:
-    """Return the supervised tokens whose logits, over `vocabulary` ids, exist at the same time on `device`."""
-    return CHUNK_TOKENS if device.type == "cpu" else max(CHUNK_TOKENS, GPU_CHUNK_BYTES // (4 * vocabulary))
-
-
-class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of a frozen linear head, with d loss/d hidden = (softmax(logits) - target)·W per chunk.
-
-    `target` is one-hot; with label smoothing e, (1 - e)·onehot + e/V (Szegedy et al., arXiv:1512.00567, section 7).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss, an fp32 scalar (fp64 for fp64 inputs), and the correct predictions, an int64 scalar.
-
-        Args:
-            ctx: of autograd.
-            hidden: [n, h], in the compute dtype.
-            weight: [V, h], in the compute dtype.
-            bias: [V], in the compute dtype, or None.
-            targets: int64 [n].
-            smoothing: of labels, 0 to 1.
-        """
-        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss = torch.zeros((), dtype=precise, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = chunk_tokens(weight.shape[0], hidden.device)
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            logits = nn.functional.linear(hidden[part], weight, bias).to(precise)
-            target = targets[part, None]
-            picked = logits.gather(1, target)
-            top, best = logits.max(dim=1, keepdim=True)
-            correct += (best == target).sum()
-            # The expected logit under the target distribution: the loss is log-sum-exp minus this.
-            expected = (
-                picked if not smoothing else (1 - smoothing) * picked + smoothing * logits.mean(dim=1, keepdim=True)
-            )
-            # One exponential serves both the sum and the gradient: softmax = exp(z - max) / sum.
-            weights = logits.sub_(top).exp_()
-            total = weights.sum(dim=1, keepdim=True)
-            loss += (total.log() + top - expected).sum()
-            if grad is not None:
-                weights.div_(total)
-                if smoothing:
-                    weights.sub_(smoothing / weights.shape[1])
-                weights.scatter_add_(1, target, torch.full_like(picked, smoothing - 1.0))
-                grad[part] = weights.to(weight.dtype) @ weight
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient [n, h] of `hidden`, in its dtype; `grad_loss` is the scalar factor of the summed loss."""
-        (grad,) = ctx.saved_tensors
-        # A 0-dim fp32 factor: the product is computed in fp32; a bf16 factor would be wrong by up to 0.4 %.
-        return grad * grad_loss, None, None, None, None

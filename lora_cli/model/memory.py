@@ -8,13 +8,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_cli.model.experts import expert_weights, is_packable
-from lora_cli.model.loss import chunk_tokens
+from lora_cli.model.head_loss import chunk_tokens
 from lora_cli.model.target_modules import linear_layers
 from lora_cli.recipe.schema import QuantizationSpec
 
 GIB = 1 << 30
 PROCESS_BYTES = 700 << 20  # resident memory of Python, torch and transformers (measured on Linux)
-LOGITS_COPIES = 3  # of a chunk of logits, fp32: see model/loss.py
+LOGITS_COPIES = 3  # of a chunk of logits, fp32: see model/head_loss.py
 
 
 class MemoryPlan(NamedTuple):

@@ -1,15 +1,18 @@
-"""The chunked head and loss equal torch's cross-entropy; a head that does more than multiply is run by the model."""
+"""The chunked head and loss equal torch's cross-entropy, whatever a model does with its head."""
 
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
 from lora_cli.data.collate import Batch, collate_packed, collate_padded
-from lora_cli.model import packed_attention
-from lora_cli.model.loss import CHUNK_TOKENS, ChunkedLinearCrossEntropy, LossFunction, chunk_tokens
+from lora_cli.model import head_loss, packed_attention
+from lora_cli.model.fp32_weights import upcast_trainable_params
+from lora_cli.model.head_loss import CHUNK_TOKENS, ChunkedLinearCrossEntropy, chunk_tokens
+from lora_cli.model.loss import LossFunction
 from tests.model import families, zoo
 
 # (dtype, tolerance of the loss, of the gradient); for bf16 the reference is computed in fp32 from the same values.
@@ -86,7 +89,8 @@ def test_the_loss_equals_that_of_transformers(family: str, packing: bool):
     capped = family == "gemma2"
     model.set_attn_implementation("eager" if capped else packed_attention.PACKED_ATTENTION if packing else "sdpa")
     loss_fn = LossFunction(peft_model)
-    assert loss_fn.plain_head == PLAIN[family]
+    assert loss_fn.head is not None
+    assert loss_fn.head.plain == PLAIN[family]
     result = loss_fn((collate_packed if packing else collate_padded)(all_rows, range(4), 0))
     assert float(result.loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert result.tokens == sum(int((row.labels[1:] != -100).sum()) for row in all_rows)
@@ -100,10 +104,73 @@ def _library_loss(model: torch.nn.Module, row: zoo.Row) -> float:
     return float(out.loss) * int((row.labels[1:] != -100).sum())
 
 
-def test_a_head_with_an_adapter_is_not_plain():
-    model = zoo.make("llama")
-    assert LossFunction(zoo.adapted(model)).plain_head
-    assert not LossFunction(zoo.adapted(zoo.make("llama"), target_modules=["q_proj", "lm_head"])).plain_head
+HEADS = {
+    "cap": ("gemma2", {}),
+    "division": ("granite", {}),
+    "factor": ("cohere", {}),
+    "lora": ("llama", {"target_modules": ["q_proj", "lm_head"]}),
+    "lora, tied": ("llama-tied", {"target_modules": ["q_proj", "lm_head"]}),
+    "lora and a cap": ("gemma2", {"target_modules": ["q_proj", "lm_head"]}),
+    "trained": ("llama", {"modules_to_save": ["lm_head"]}),
+    "trained tokens of a tied head": ("llama-tied", {"trainable_tokens": ["ab", "abcde"]}),
+}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_is_chunked_with_the_loss_and_gradients_of_all_logits_at_once(
+    head: str, smoothing: float, monkeypatch: pytest.MonkeyPatch
+):
+    family, options = HEADS[head]
+    model = zoo.adapted(zoo.make(family), **options)
+    upcast_trainable_params(model)
+    rows = zoo.rows_of([12, 5, 31, 8])
+    batch = collate_padded([rows[i] for i in range(4)], range(4), 0)
+    loss_fn = LossFunction(model, label_smoothing=smoothing)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    logits = loss_fn.logits(batch)
+    expected = cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=smoothing)
+    gradients = torch.autograd.grad(expected, list(trained.values()), allow_unused=True)
+
+    monkeypatch.setattr(head_loss, "CHUNK_TOKENS", 7)
+    sizes: list[int] = []
+    assert loss_fn.head is not None
+    assert not loss_fn.head.plain
+    handle = loss_fn.head.layer.register_forward_hook(lambda _, args, out: sizes.append(out.shape[0]))
+    result = loss_fn(batch)
+    result.loss.backward()
+    handle.remove()
+    assert max(sizes) == 7
+    assert sum(sizes) == result.tokens > 14
+    assert float(result.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert int(result.correct) == int((logits.argmax(-1) == batch.targets).sum())
+    for name, gradient in zip(trained, gradients, strict=True):
+        found = trained[name].grad
+        assert (found is None) == (gradient is None), name
+        if gradient is not None:
+            assert zoo.relative(found, gradient) < 1e-4, name
+    losses, correct = loss_fn.per_token(batch)
+    assert float(losses.sum()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert int(correct.sum()) == int(result.correct)
+
+
+def test_only_a_frozen_linear_head_is_plain():
+    def head_of(**options: Any) -> Any:
+        return LossFunction(zoo.adapted(zoo.make("llama"), **options)).head
+
+    assert head_of().plain
+    assert not head_of(target_modules=["q_proj", "lm_head"]).plain
+
+
+def test_a_model_that_does_something_unknown_computes_its_own_logits(monkeypatch: pytest.MonkeyPatch):
+    model = zoo.make("gemma2")
+    monkeypatch.setattr(head_loss, "LOGIT_KEYS", {})
+    loss_fn = LossFunction(model)
+    assert loss_fn.head is None
+    rows = zoo.rows_of([12, 31])
+    batch = collate_padded([rows[0], rows[1]], range(2), 0)
+    monkeypatch.undo()
+    assert loss_fn(batch).loss.item() == pytest.approx(LossFunction(model)(batch).loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -137,8 +204,7 @@ def test_a_head_computes_logits_only_at_labels(family: str, packing: bool):
     model.get_output_embeddings().register_forward_hook(lambda _, args, out: positions.append(out.numel() // 97))
     result = loss_fn(batch)
     assert result.tokens == 8
-    # In a padded batch, the head computes full columns: at most four rows for each label.
-    assert positions == [8] or (not packing and positions[0] <= 4 * 8)
+    assert positions == [8]
     total, _ = zoo.loss_row_by_row(model, rows)
     assert result.loss.item() == pytest.approx(total.item(), rel=1e-5)
 
@@ -163,12 +229,13 @@ def test_label_smoothing_of_the_chunked_loss_equals_torch(smoothing: float, dtyp
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_label_smoothing_is_the_same_for_both_kinds_of_head(family: str):
-    """Llama's head is plain and uses ChunkedLinearCrossEntropy; Gemma 2's caps its logits and uses torch's loss."""
+    """Llama's head is plain, and has a formula for its gradient; Gemma 2's caps its logits."""
     model = zoo.adapted(zoo.make(family))
     rows = zoo.rows_of([12, 31])
     batch = collate_padded([rows[0], rows[1]], range(2), 0)
     loss_fn = LossFunction(model, label_smoothing=0.2)
-    assert loss_fn.plain_head is (family == "llama")
+    assert loss_fn.head is not None
+    assert loss_fn.head.plain is (family == "llama")
     logits = loss_fn.logits(batch).double()
     expected = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=0.2)
     assert loss_fn(batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -86,7 +86,9 @@ def test_text_trains_the_decoder_and_the_merged_model_has_the_towers_unchanged(f
     assert packing == (check is not None)
     fp32_weights.upcast_trainable_params(adapted)
     if family.kind != "llama4":  # its head is the text model's, and the loss calls the whole model
-        assert LossFunction(adapted).plain_head
+        head = LossFunction(adapted).head
+        assert head is not None
+        assert head.plain
     plan = plan_of(packing=packing)
     batch = next(plan.all_batches())
     attach_adapter.check_gradients_reach(adapted, lambda: LossFunction(adapted)(batch).loss)
