@@ -72,4 +72,5 @@ WAYS = {
     "peft": Way("PEFT", on_cpu=True),
     "peft-recompute": Way("PEFT, every layer recomputed"),
     "trl": Way("TRL", on_cpu=True),
+    "trl-packed": Way("TRL, packed", on_cpu=True),
 }

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 from unittest.mock import patch
@@ -39,16 +40,18 @@ from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.optimizer import make_optimizer, state_bytes, trained_shapes
 from lora_cli.training.prefetch import prefetch
 from tests.gpu.cases import SHAPES, Base, Shape
+from tests.gpu.library_inputs import library_inputs
 from tests.gpu.machine import synchronize
-from tests.gpu.padded_inputs import padded_inputs
 from tests.gpu.random_models import make_base, matrix_parameters, rows_of
 from tests.model.zoo import MemoryRows
 
 RANK, ALPHA, DROPOUT, LEARNING_RATE = 16, 32, 0.05, 2e-4
+LAST_STEPS = 5  # of the end, whose mean loss is told
 CPU = torch.device("cpu")
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """What is measured: a shape on a device."""
 
     shape: Shape
@@ -194,7 +197,7 @@ def _peft_steps(model: PeftModel, plan: BatchPlan, work: Work) -> Iterator[Count
     model.train()
     for number in range(work.steps):
         for _, batch in plan.batches_of_step(number):
-            moved = {name: tensor.to(work.device) for name, tensor in padded_inputs(batch).items()}
+            moved = {name: tensor.to(work.device) for name, tensor in library_inputs(batch).items()}
             with torch.autocast(work.device.type, work.dtype) if half else nullcontext():
                 loss = model(**moved, use_cache=False).loss
             loss.backward()
@@ -204,10 +207,11 @@ def _peft_steps(model: PeftModel, plan: BatchPlan, work: Work) -> Iterator[Count
             yield Count(batch.tokens, len(batch.targets), loss.item())
 
 
-def trl(work: Work) -> Prepared:
-    """Train with TRL's SFTTrainer, every layer recomputed as by its default, on the same padded rows."""
-    model, plan = peft_model(work, recompute=False), padded_plan(work)
-    return Prepared(_trl_steps(model, plan, work), lambda: "padded, every layer is recomputed")
+def trl(work: Work, *, packing: bool = False) -> Prepared:
+    """Train with TRL's SFTTrainer, every layer recomputed as by its default, on the same rows."""
+    model, plan = peft_model(work, recompute=False), packed_plan(work) if packing else padded_plan(work)
+    rows = "packed" if packing else "padded"
+    return Prepared(_trl_steps(model, plan, work), lambda: f"{rows}, every layer is recomputed")
 
 
 def _trl_steps(model: PeftModel, plan: BatchPlan, work: Work) -> Iterator[Count]:
@@ -230,6 +234,7 @@ PREPARE: dict[str, Callable[[Work], Prepared]] = {
     "peft": peft,
     "peft-recompute": partial(peft, recompute=True),
     "trl": trl,
+    "trl-packed": partial(trl, packing=True),
 }
 
 
@@ -259,17 +264,27 @@ def measure(work: Work, prepare: Callable[[Work], Prepared]) -> dict[str, Any]:
         "tokens": tokens,
         "supervised": supervised,
         "first_loss": first.loss,
+        "last_loss": _mean_loss(counts[-LAST_STEPS:]),
         "dtype": str(work.dtype).removeprefix("torch."),
         "how": prepared.how(),
     }
 
 
+def _mean_loss(counts: list[Count]) -> float:
+    """Return the mean loss of the supervised tokens of some steps."""
+    return sum(count.loss * count.supervised for count in counts) / sum(count.supervised for count in counts)
+
+
 def main(arguments: list[str]) -> int:
-    """Measure as the command line says, and print the result; running out of memory is a result too."""
+    """Measure as the command line says, and print the result."""
     shape, base, way, steps = arguments
     device = pick_device()
     set_up_allocator()
-    work = Work(SHAPES[shape], cast(Base, base), int(steps), device, pick_dtype("auto", device))
+    return print_result(Work(SHAPES[shape], cast(Base, base), int(steps), device, pick_dtype("auto", device)), way)
+
+
+def print_result(work: Work, way: str) -> int:
+    """Measure a way of PREPARE, and print the result in one line; running out of memory is a result too."""
     try:
         result = measure(work, PREPARE[way])
     except LoraError as error:

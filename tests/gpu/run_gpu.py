@@ -31,21 +31,21 @@ def main(arguments: Sequence[str]) -> int:
     """Check and measure as the command line says; return 1 if a law failed, else 0."""
     options = _parse(arguments)
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    machine = _json_of(["-m", "tests.gpu.machine"], until)
+    machine = run_json(["-m", "tests.gpu.machine"], until)
     if "error" in machine:
-        _say(f"this machine cannot be described: {machine['error']}")
+        say(f"this machine cannot be described: {machine['error']}")
         return 1
     report: Record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **machine, "laws": [], "speed": []}
-    _say(describe_machine(machine))
+    say(describe_machine(machine))
     if options.only in (None, "laws"):
         report["laws"] = check_laws(until)
-        _say(law_table(report["laws"]))
+        say(law_table(report["laws"]))
     if options.only in (None, "speed"):
         report["speed"] = list(_measure_all(options, machine, until))
-        _say(speed_table(report["speed"]))
+        say(speed_table(report["speed"]))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        _say(f"written: {options.json}")
+        say(f"written: {options.json}")
     return int(any(law["failed"] for law in report["laws"]))
 
 
@@ -125,13 +125,13 @@ def _measure_all(options: argparse.Namespace, machine: Record, until: float | No
         for base in SHAPES[shape].bases:
             for way, (title, on_cpu) in WAYS.items():
                 record = {"shape": shape, "base": base, "way": title}
-                if way == "trl" and not machine["versions"]["trl"]:
+                if way.startswith("trl") and not machine["versions"]["trl"]:
                     record["error"] = "left out: trl is not installed"
                 elif not on_gpu and not on_cpu:
                     record["error"] = "left out: needs a GPU"
                 else:
-                    _say(f"measuring: {shape} {base}, {title}")
-                    record |= _json_of(["-m", "tests.gpu.measure", shape, base, way, str(options.steps)], until)
+                    say(f"measuring: {shape} {base}, {title}")
+                    record |= run_json(["-m", "tests.gpu.measure", shape, base, way, str(options.steps)], until)
                 if on_gpu and "operations_per_second" in record:
                     rate = machine["product_rate"]["operations_per_second"]
                     record["share_of_product_rate"] = record["operations_per_second"] / rate
@@ -154,7 +154,7 @@ def speed_table(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def _json_of(arguments: list[str], until: float | None) -> Record:
+def run_json(arguments: list[str], until: float | None) -> Record:
     """Run Python with `arguments`, and return the JSON of the last line it prints; `error` says why there is none."""
     process = _run(arguments, until, stdout=subprocess.PIPE)
     if process is None:
@@ -181,7 +181,7 @@ def _run(arguments: list[str], until: float | None, *, stdout: Any) -> subproces
         return None
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_cli.data.batches import BatchPlan
-from tests.gpu.padded_inputs import padded_inputs
+from tests.gpu.library_inputs import library_inputs
 from tests.inputs.tiny_tokenizers import CHATML, build
 
 
@@ -66,7 +66,7 @@ def train_with_trl(
     tokenizer = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML)
     tokenizer.pad_token = "<|endoftext|>"
     trainer = _OwnBatches(model, args=settings, train_dataset=rows, processing_class=tokenizer, callbacks=[handed])
-    trainer.batches = [padded_inputs(batch) for batch in batches]
+    trainer.batches = [library_inputs(batch) for batch in batches]
 
     def run() -> None:
         failed: BaseException | None = None

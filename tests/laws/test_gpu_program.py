@@ -16,7 +16,8 @@ from tests.gpu.measure import PREPARE
 KEYS = {"date", "device", "versions", "lacks", "product_rate", "laws", "speed"}
 MEASURED = {
     "shape", "base", "way", "tokens_per_second", "operations_per_second", "peak_memory", "steps", "seconds", "tokens",
-    "supervised", "first_loss", "dtype", "how",
+    "supervised", "first_loss",
+    "last_loss", "dtype", "how",
 }  # fmt: skip
 
 
@@ -73,12 +74,12 @@ def test_a_measurement_without_a_result_is_a_line():
 
 
 def test_what_follows_the_time_limit_is_left_out():
-    assert run_gpu._json_of(["-c", "print(1)"], until=0.0) == {"error": "left out: no time was left"}
+    assert run_gpu.run_json(["-c", "print(1)"], until=0.0) == {"error": "left out: no time was left"}
 
 
 def test_a_process_that_fails_gives_its_error():
-    assert run_gpu._json_of(["-c", "raise ValueError('no head')"], until=None) == {"error": "ValueError: no head"}
-    assert run_gpu._json_of(["-c", "import sys; sys.exit(3)"], until=None) == {"error": "ended with exit code 3"}
+    assert run_gpu.run_json(["-c", "raise ValueError('no head')"], until=None) == {"error": "ValueError: no head"}
+    assert run_gpu.run_json(["-c", "import sys; sys.exit(3)"], until=None) == {"error": "ended with exit code 3"}
 
 
 @pytest.mark.parametrize("steps", ["0", "1"])
