@@ -92,7 +92,6 @@ def is_fusable(layer: nn.Module) -> bool:
         len(adapters) == 1
         and adapters[0] in lora.lora_A
         and adapters[0] not in lora.lora_variant  # DoRA and similar methods change the formula
-        and base.weight.device.type in ("cpu", "cuda")
         and lora.lora_B[adapters[0]].bias is None
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)

@@ -16,8 +16,7 @@ from tests.gpu.measure import PREPARE
 KEYS = {"date", "device", "versions", "lacks", "product_rate", "laws", "speed"}
 MEASURED = {
     "shape", "base", "way", "tokens_per_second", "operations_per_second", "peak_memory", "steps", "seconds", "tokens",
-    "supervised", "first_loss",
-    "last_loss", "dtype", "how",
+    "supervised", "first_loss", "last_loss", "dtype", "how",
 }  # fmt: skip
 
 
