@@ -10,17 +10,19 @@ def main() -> None:
     if sys.platform == "win32":
         sys.stderr.write("error: lora runs on Linux and macOS; on Windows, use it in WSL\n")
         sys.exit(2)
-    from lora_cli.run.openmp import limit_spinning
+    from lora_cli.run.openmp import limit_spinning, read_cpu_times
+
+    started = read_cpu_times()
     from lora_cli.run.signals import handle_signals
     from lora_cli.run.streams import standard_streams
 
-    limit_spinning()
     # Python's own handler prints a traceback. This one is in effect before and after the block.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     with standard_streams(), handle_signals():
         from lora_cli import cli
 
+        limit_spinning(started)
         try:
             cli.main()
         finally:

@@ -75,10 +75,10 @@ def measure_row_likelihoods(
     count = len(plan.rows)
     loss, correct, units = np.zeros(count), np.zeros(count), np.zeros(count, dtype=np.int64)
     if measured:
-        all_rows, losses, correct_units = zip(*measured, strict=True)
+        all_rows, all_losses, all_correct = zip(*measured, strict=True)
         rows = np.concatenate(all_rows)  # of each unit, as the two others
         # One transfer of all: the host waits for a GPU once.
-        both = torch.stack((torch.cat(losses), torch.cat(correct_units))).cpu().numpy()
+        both = torch.stack((torch.cat(all_losses), torch.cat(all_correct))).cpu().numpy()
         np.add.at(loss, rows, both[0])
         np.add.at(correct, rows, both[1])
         np.add.at(units, rows, 1)

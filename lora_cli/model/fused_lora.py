@@ -2,15 +2,16 @@
 
 PEFT's layer makes about eight passes over activations (casts, dropout, scaling, sums), and saves several copies.
 Here the matrix product itself adds the update in place (addmm), and only x and x·Aᵀ are saved. Dropout draws one random
-number per dropped element on the CPU, where drawing is expensive, and a mask on a GPU, where the number of dropped
-elements is not known without waiting for it. A 4-bit W is dequantized for each of the two products and kept for
-neither. The results are those of PEFT's layer: a test compares outputs and gradients. Only LoRA on plain and on 4-bit
-linear layers is fused; other layers, and inference, run PEFT's forward.
+number per dropped element on the CPU, where drawing is expensive. On a GPU, where the number of dropped elements is not
+known without waiting for it, it draws a mask, and in the backward pass the same mask again, from the same seed. A 4-bit
+W is dequantized for each of the two products and kept for neither. The results are those of PEFT's layer: a test
+compares outputs and gradients. Only LoRA on plain and on 4-bit linear layers is fused; other layers, and inference, run
+PEFT's forward.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -115,15 +116,31 @@ def _fused_forward(layer: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tenso
     return fused
 
 
-def draw_dropped(x: Tensor, p: float) -> Tensor:
+class SeededMask(NamedTuple):
+    """What dropout zeroes, drawn anew from its seed wherever it is used.
+
+    Kept for the backward pass, the masks of all layers of an 8B model would take 5 GB at 4,096 tokens.
+    """
+
+    seed: int
+    p: float
+
+    def draw(self, x: Tensor) -> Tensor:
+        """Return bool in the shape and on the device of x: true if dropped."""
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(self.p, generator=generator)
+
+
+def draw_dropped(x: Tensor, p: float) -> Tensor | SeededMask:
     """Return what dropout with probability `p` zeroes in x.
 
     Returns:
-        On the CPU, int64 [dropped]: positions in the flattened x. Elsewhere bool in the shape of x: true if dropped.
+        On the CPU, int64 [dropped]: positions in the flattened x. Elsewhere a mask, with a seed from torch's default
+        generator of the CPU, so that the host does not wait.
     """
     if x.device.type == "cpu":
         return draw_dropout_positions(x.numel(), p)
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p)
+    return SeededMask(int(torch.randint(1 << 62, ())), p)
 
 
 def draw_dropout_positions(count: int, p: float) -> Tensor:
@@ -145,16 +162,16 @@ def draw_dropout_positions(count: int, p: float) -> Tensor:
     return positions[: int(torch.searchsorted(positions, count))]
 
 
-def _without(x: Tensor, dropped: Tensor | None) -> Tensor:
+def _without(x: Tensor, dropped: Tensor | SeededMask | None) -> Tensor:
     """Return x with zeros where it is dropped, see `draw_dropped`; x itself if nothing is."""
     # A contiguous copy: a transposed x would have no flat view.
     return x if dropped is None else _drop_(x.clone(memory_format=torch.contiguous_format), dropped)
 
 
-def _drop_(x: Tensor, dropped: Tensor) -> Tensor:
-    """Write zeros into the contiguous x where it is dropped."""
-    if dropped.dtype == torch.bool:
-        return x.masked_fill_(dropped.view(x.shape), 0)
+def _drop_(x: Tensor, dropped: Tensor | SeededMask) -> Tensor:
+    """Write zeros into the contiguous x [tokens, in] where it is dropped."""
+    if isinstance(dropped, SeededMask):
+        return x.masked_fill_(dropped.draw(x), 0)
     x.view(-1)[dropped] = 0
     return x
 
@@ -171,7 +188,7 @@ class FusedLoraFunction(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
-        dropped: Tensor | None,
+        dropped: Tensor | SeededMask | None,
     ) -> Tensor:
         """Return y [..., out] in the dtype of x.
 
@@ -199,14 +216,16 @@ class FusedLoraFunction(torch.autograd.Function):
         y.addmm_(inner, b_cast.T, alpha=scale)
         # A frozen A (LoRA-FA) has no gradient, so its input, the largest saved tensor, is not saved.
         kept = flat if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(kept, a_cast, b_cast, inner, dropped)
+        ctx.mask = dropped if isinstance(dropped, SeededMask) else None
+        ctx.save_for_backward(kept, a_cast, b_cast, inner, None if ctx.mask else dropped)
         ctx.scale, ctx.a_dtype, ctx.b_dtype, ctx.weight = scale, a.dtype, b.dtype, weight
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B; `grad` is [..., out]."""
-        flat, a_cast, b_cast, inner, dropped = ctx.saved_tensors
+        flat, a_cast, b_cast, inner, positions = ctx.saved_tensors
+        dropped = positions if ctx.mask is None else ctx.mask
         shape = (*grad.shape[:-1], a_cast.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
         grad_inner = (grad @ b_cast).mul_(ctx.scale)

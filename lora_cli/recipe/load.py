@@ -12,6 +12,7 @@ from lora_cli.recipe.validate import validate_recipe
 from lora_cli.recipe.yaml_tree import parse_yaml
 from lora_cli.run.folder import is_run
 from lora_cli.run.read_file import read_bytes
+from lora_cli.run.run_checksums import find_changed_records
 
 MAX_BYTES = 256 * 1024  # a recipe has a few kilobytes; a model file passed by mistake has gigabytes
 PASS_A_RECIPE = "pass a recipe (a .yaml file)"
@@ -72,4 +73,7 @@ def _read(path: Path) -> str:
 def _invalid_recipe(path: Path, problems: list[Problem]) -> LoraError:
     in_order = sorted(set(problems), key=lambda problem: (problem.location.order, problems.index(problem)))
     count = f"{len(in_order)} problems" if len(in_order) > 1 else "1 problem"
-    return LoraError(f"{count} in {path}", details=[problem.line() for problem in in_order])
+    hint = None
+    if path.name == "recipe.yaml" and any("recipe.yaml" in line for line in find_changed_records(path.parent)):
+        hint = f"{path} is not as it was when this run ended: restore it from a copy"
+    return LoraError(f"{count} in {path}", hint=hint, details=[problem.line() for problem in in_order])

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lora_cli.run.openmp import limit_spinning
+from lora_cli.run.openmp import limit_spinning, read_cpu_times
 from tests.bench.cases import CASES, WAYS, Case
 from tests.gpu.run_gpu import GIB, ROOT, Record, run_json, say
 
@@ -25,7 +25,7 @@ DATA = ROOT / "data" / "quickstart.jsonl"
 def main(arguments: Sequence[str]) -> int:
     """Measure as the command line says, and print the table."""
     options = _parse(arguments)
-    limit_spinning()  # the measuring processes import torch
+    limit_spinning(read_cpu_times())  # of the measuring processes, which import torch
     machine = run_json(["-m", "tests.bench.machine"], None)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     size = f"{machine['threads']} threads, {machine['memory'] / GIB:.0f} GiB"

@@ -110,6 +110,17 @@ def test_a_changed_file_of_a_finished_run_is_told_by_each_command(name: str, tra
     assert "not as it was" not in lora("eval", "runs/a").err  # the resumed run has ended again
 
 
+def test_a_damaged_recipe_of_a_finished_run_is_an_error_that_says_so(trained_run: Path, lora: Lora):
+    file = trained_run / "recipe.yaml"
+    file.write_bytes(file.read_bytes()[:-40] + b"\x8d")
+    result = lora("eval", "runs/a")
+    assert result.code == 2
+    assert result.last_two == [
+        "error: 1 problem in runs/a/recipe.yaml",
+        "hint: runs/a/recipe.yaml is not as it was when this run ended: restore it from a copy",
+    ]
+
+
 def test_an_adapter_without_its_checksums_is_told(trained_run: Path, lora: Lora):
     (trained_run / "adapter" / "checksums.json").unlink()
     result = lora("merge", "runs/a", "--out", "out")

@@ -11,7 +11,7 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor, nn
 
 from lora_cli.model import fused_lora
-from lora_cli.model.fused_lora import FusedLora, FusedLora4bit, is_fusable
+from lora_cli.model.fused_lora import FusedLora, FusedLora4bit, SeededMask, is_fusable
 from tests.gpu.tiny_runs import adapt, load_base
 from tests.model import zoo
 
@@ -31,13 +31,13 @@ class FixedDropout(nn.Module):
         return x * self.kept.to(x.dtype) / (1 - self.p)
 
 
-def kept_values(dropped: Tensor, shape: torch.Size) -> Tensor:
-    """Return bool `shape` from what `draw_dropped` returned: a mask, or on the CPU the positions."""
-    if dropped.dtype == torch.bool:
-        return ~dropped.view(shape)
-    kept = torch.ones(shape.numel(), dtype=torch.bool)
+def kept_values(dropped: Tensor | SeededMask, x: Tensor) -> Tensor:
+    """Return bool in the shape of x from what `draw_dropped` returned: a mask, or on the CPU the positions."""
+    if isinstance(dropped, SeededMask):
+        return ~dropped.draw(x.reshape(-1, x.shape[-1])).view(x.shape)
+    kept = torch.ones(x.numel(), dtype=torch.bool)
     kept[dropped] = False
-    return kept.view(shape)
+    return kept.view(x.shape)
 
 
 def output_and_gradients(forward: Any, layer: Any, x: Tensor, weights: Tensor) -> list[Tensor]:
@@ -52,7 +52,7 @@ def assert_equals_peft(layer: Any, peft_class: type, dtype: torch.dtype, device:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn((1, TOKENS, layer.in_features), generator=generator).to(device, dtype)
     weights = torch.randn((1, TOKENS, layer.out_features), generator=generator).to(device, dtype)
-    drawn: list[Tensor] = []
+    drawn: list[Tensor | SeededMask] = []
     draw = fused_lora.draw_dropped
     layer.train()
     assert is_fusable(layer)
@@ -61,8 +61,7 @@ def assert_equals_peft(layer: Any, peft_class: type, dtype: torch.dtype, device:
         found = output_and_gradients(layer, layer, x, weights)
     assert len(drawn) == (p > 0)
     if drawn:
-        assert drawn[0].device == x.device
-        layer.lora_dropout["default"] = FixedDropout(kept_values(drawn[0], x.shape), p)
+        layer.lora_dropout["default"] = FixedDropout(kept_values(drawn[0], x), p)
     expected = output_and_gradients(lambda value: peft_class.forward(layer, value), layer, x, weights)
     for mine, theirs in zip(found, expected, strict=True):
         assert (mine.dtype, mine.shape, mine.device) == (theirs.dtype, theirs.shape, theirs.device)

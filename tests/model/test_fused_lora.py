@@ -15,10 +15,12 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
 
+from lora_cli.model import fused_lora
 from lora_cli.model.fused_lora import (
     FusedLora,
     FusedLora4bit,
     FusedLoraFunction,
+    SeededMask,
     draw_dropout_positions,
     draw_dropped,
     is_fusable,
@@ -104,7 +106,8 @@ def test_dropout_equals_pefts_formula_at_the_same_positions(p: float, transposed
     kept = torch.ones(x.numel(), dtype=torch.float64)
     kept[dropped] = 0
     if device == "another":  # which gets a mask
-        dropped = (kept == 0).view(x.shape)
+        dropped = SeededMask(4, p)
+        kept = (~dropped.draw(x)).double()
     weights = draw(9, 5)
     expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
     output = FusedLoraFunction.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
@@ -185,16 +188,47 @@ def test_other_layers_are_not_fused(family: str, spec: dict[str, object]):
 
 def test_another_device_gets_a_mask_without_a_value_that_the_host_waits_for():
     x = torch.empty(4, 5, 6, device="meta")
-    dropped = draw_dropped(x, 0.1)
-    assert (dropped.dtype, dropped.device, dropped.shape) == (torch.bool, x.device, x.shape)
+    torch.manual_seed(0)
+    first, second = draw_dropped(x, 0.1), draw_dropped(x, 0.1)
+    assert isinstance(first, SeededMask)
+    assert first != second
+    torch.manual_seed(0)
+    assert draw_dropped(x, 0.1) == first
 
 
-def test_layers_on_another_device_are_not_fused():
-    with torch.device("meta"):
-        model = zoo.make("llama").to("meta")
-    model = zoo.attach_adapter.attach(model, zoo.AdapterSpec(), seed=0)
-    assert layers(model)
-    assert not zoo.fused_layers(model)
+def test_a_mask_is_the_same_wherever_it_is_drawn_and_drops_its_share():
+    x = torch.empty(300, 400)
+    mask = SeededMask(5, 0.1).draw(x)
+    assert (mask.dtype, mask.shape) == (torch.bool, x.shape)
+    assert torch.equal(SeededMask(5, 0.1).draw(x), mask)
+    assert not torch.equal(SeededMask(6, 0.1).draw(x), mask)
+    assert abs(float(mask.float().mean()) - 0.1) < 5 * math.sqrt(0.09 / x.numel())
+
+
+@pytest.mark.parametrize("every", [None, 1], ids=["kept", "recomputed"])
+def test_a_model_with_masks_from_seeds_has_the_gradients_of_one_that_keeps_them(
+    every: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    ids = torch.randint(3, zoo.VOCABULARY, (1, 30))
+
+    def gradients(draw: Any) -> list[Tensor]:
+        monkeypatch.setattr(fused_lora, "draw_dropped", draw)
+        model = zoo.adapted(zoo.make("llama"), dropout=0.3).train()
+        if every:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+            model.get_base_model().enable_input_require_grads()
+        torch.manual_seed(7)
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    def positions_of_mask(x: Tensor, p: float) -> Tensor:
+        return seeded(x, p).draw(x.reshape(-1, x.shape[-1])).flatten().nonzero().flatten()
+
+    def seeded(x: Tensor, p: float) -> SeededMask:
+        return SeededMask(int(torch.randint(1 << 62, ())), p)
+
+    for mine, theirs in zip(gradients(seeded), gradients(positions_of_mask), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_only_a_single_active_adapter_is_fused():
