@@ -189,6 +189,11 @@ def describe_changes(saved: SavedState, changes: Sequence[Change], state: State)
     others = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     if others:
         lines.append(f"--resume: {', '.join(others)}: the result equals an uninterrupted run's within rounding only")
+    elif state["machine"]["device"] != "cpu" and not state["recipe"]["performance"]["deterministic"]:
+        lines.append(
+            "--resume: on a GPU the result equals an uninterrupted run's within rounding; exactly, if both have "
+            "performance.deterministic: true"
+        )
     return lines
 
 

@@ -34,9 +34,12 @@ class Use(NamedTuple):
 PRIVATE: dict[str, Use] = {
     # transformers
     "_attn_implementation": Use(
-        "evaluation/answers.py model/loss.py model/select_attention.py setup/run_records.py setup/training_model.py",
+        "evaluation/answers.py model/falcon_attention.py model/loss.py model/select_attention.py setup/run_records.py "
+        "setup/training_model.py",
         library_checks.attention_name,
     ),
+    "_can_set_attn_implementation": Use("model/falcon_attention.py", library_checks.falcon_layers),
+    "_split_heads": Use("model/falcon_attention.py", library_checks.falcon_layers),
     "_can_set_experts_implementation": Use("export/onnx/model.py", library_checks.experts_models),
     "_is_stateful": Use("export/onnx/model.py model/packing_support.py", library_checks.stateful_models),
     "_apply_gate": Use("model/experts_lora.py", moe_checks.experts_module),
@@ -50,16 +53,23 @@ PRIVATE: dict[str, Use] = {
     "_MOE_TARGET_MODULE_MAPPING": Use("model/expert_targets.py", moe_checks.names_read_as_experts),
     "_did_swap_in_out_features": Use("model/experts_lora.py", moe_checks.parameter_layer),
     "_register_custom_module": Use("model/fused_lora.py", peft_checks.custom_layers),
+    # liger-kernel
+    "_apply_liger_kernel_to_instance": Use("model/kernels.py", library_checks.liger_functions),
     # datasets
     "_fingerprint": Use("data/sources.py", library_checks.fingerprint),
     # torch
     "_C": Use("model/streamed_weights.py", library_checks.tensor_subclass),
+    "_compiled_call_impl": Use("model/compile_layers.py", library_checks.compiled_layer),
+    "_dynamo": Use("model/compile_layers.py", library_checks.compiled_layer),
     "_make_wrapper_subclass": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_modules": Use("model/experts.py model/fp32_weights.py", library_checks.module_dictionaries),
     "_parameters": Use(
-        "model/empty_base.py model/experts.py model/experts_lora.py model/fp32_weights.py model/quantize_experts.py",
+        "model/empty_base.py model/experts.py model/experts_lora.py model/fp32_weights.py model/quantize.py "
+        "model/quantize_experts.py",
         library_checks.module_dictionaries,
     ),
+    "_python_dispatch": Use("model/quantize.py", library_checks.dispatch_mode),
+    "_set_pg_timeout": Use("training/launch.py", library_checks.group_timeout),
     "_pytree": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_softmax_backward_data": Use("model/packed_attention.py", library_checks.softmax_backward),
 }
@@ -115,6 +125,7 @@ IMPORTED: dict[str, Use] = {
     "peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING": Use(
         "model/expert_targets.py", moe_checks.names_read_as_experts
     ),
+    "torch.distributed.distributed_c10d._set_pg_timeout": Use("training/launch.py", library_checks.group_timeout),
     "torch.distributed.TCPStore": Use("training/launch.py", library_checks.launchers_store),
     "transformers.conversion_mapping.get_model_conversion_mapping": Use(
         "model/conversion.py", library_checks.weight_conversion
@@ -142,7 +153,14 @@ IMPORTED: dict[str, Use] = {
         "model/quantize_experts.py", moe_checks.eight_bit_loader
     ),
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": Use(
-        "model/packed_attention.py model/varlen_attention.py setup/inputs.py", library_checks.attention_functions
+        "model/falcon_attention.py model/packed_attention.py model/varlen_attention.py setup/inputs.py",
+        library_checks.attention_functions,
+    ),
+    "transformers.models.falcon.modeling_falcon.FalconAttention": Use(
+        "model/falcon_attention.py", library_checks.falcon_layers
+    ),
+    "transformers.models.falcon.modeling_falcon.apply_rotary_pos_emb": Use(
+        "model/falcon_attention.py", library_checks.falcon_layers
     ),
     "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
     "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer": Use(
@@ -161,6 +179,10 @@ IMPORTED: dict[str, Use] = {
 # Public names without a documented meaning: attributes of layers and models, class names that are compared as strings,
 # attributes that lora_cli replaces. This table is kept by hand; the last part of a name occurs in the listed files.
 UNDOCUMENTED: dict[str, Use] = {
+    "liger_kernel.transformers.monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN": Use(
+        "model/kernels.py", library_checks.liger_functions
+    ),
+    "torch.utils.deterministic.fill_uninitialized_memory": Use("training/gpu.py", library_checks.deterministic_switch),
     "transformers.modeling_gguf_pytorch_utils.tqdm": Use("model/gguf_base.py", library_checks.gguf_progress_bar),
     "GgufLinear.input_permutation": Use("model/gguf_base.py", library_checks.packed_linear),
     "PreTrainedModel.hf_quantizer": Use("model/quantize.py", library_checks.loaded_model),

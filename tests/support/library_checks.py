@@ -3,6 +3,7 @@
 Each check fails if a name is missing or behaves differently. `tests/laws/test_library_internals.py` lists the names.
 """
 
+import inspect
 import socket
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,15 +28,24 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree
-from transformers import conversion_mapping, core_model_loading, modeling_gguf_pytorch_utils
+from torch.utils import _python_dispatch, _pytree
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    conversion_mapping,
+    core_model_loading,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.gguf import dequant
 from transformers.integrations.gguf import utils as gguf_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import chat_template_utils
 
+from lora_cli.model.falcon_attention import FalconInterfaceAttention
+from lora_cli.model.kernels import LIGER_LEFT_OUT
 from lora_cli.model.library_errors import is_panic
 from lora_cli.model.tokenizer_files import silent_panics
 from tests.model import zoo
@@ -296,6 +306,75 @@ def module_dictionaries() -> None:
     parametrize.register_parametrization(module, "weight", nn.Identity(), unsafe=True)
     assert module._modules["parametrizations"]["weight"].original is module.parametrizations.weight.original
     assert "parametrizations.weight.original" in module.state_dict()
+
+
+def compiled_layer() -> None:
+    """A layer is compiled in place and plain again without its compiled call; a backend that fails raises."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        raise ValueError("no compiler")
+
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.cos() + 1
+
+    layer, x = Layer(), torch.ones(1, 3)
+    layer.compile(backend=backend)
+    assert layer._compiled_call_impl is not None
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="no compiler"):
+        layer(x)
+    layer._compiled_call_impl = None
+    assert layer(x).shape == (1, 3)
+
+
+def dispatch_mode() -> None:
+    class Seen(_python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Seen():
+        torch.ones(2).rsqrt()
+        nn.LayerNorm(2)(torch.ones(1, 2))
+    assert "rsqrt" in names
+    assert "native_layer_norm" in names
+
+
+def group_timeout() -> None:
+    """The timeout of a process group can be changed; `tests/training/test_launch.py` shows that it is kept."""
+    signature = inspect.signature(torch.distributed.distributed_c10d._set_pg_timeout)
+    assert "timeout" in signature.parameters
+    assert signature.parameters["group"].default is None
+
+
+def deterministic_switch() -> None:
+    assert isinstance(torch.utils.deterministic.fill_uninitialized_memory, bool)
+
+
+def liger_functions() -> None:
+    """The table has functions that take what `model/kernels.py` leaves out, and the model."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance, monkey_patch
+
+    parameters = inspect.signature(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN["llama"]).parameters
+    assert {*LIGER_LEFT_OUT, "model"} <= parameters.keys()
+    assert "model" in inspect.signature(_apply_liger_kernel_to_instance).parameters
+
+
+def falcon_layers() -> None:
+    """Its attention has the attributes and arguments that our subclass reads, and keeps its implementation."""
+    config = AutoConfig.for_model(
+        "falcon", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=64, multi_query=True
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    layer = model.transformer.h[0].self_attention
+    assert type(layer) is modeling_falcon.FalconAttention
+    assert (layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.new_decoder_architecture) == (4, 1, 8, False)
+    query, key, value = layer._split_heads(layer.query_key_value(torch.ones(1, 3, 32)))
+    assert (query.shape, key.shape, value.shape) == ((1, 3, 4, 8), (1, 3, 1, 8), (1, 3, 1, 8))
+    assert not model._can_set_attn_implementation()
+    ours = inspect.signature(FalconInterfaceAttention.forward).parameters.keys()
+    assert ours == inspect.signature(modeling_falcon.FalconAttention.forward).parameters.keys()
 
 
 class _Wrapper(torch.Tensor):
