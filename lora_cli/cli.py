@@ -60,7 +60,8 @@ def check(
     from lora_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    from lora_cli.commands import check as command
+    with console.loading_libraries():
+        from lora_cli.commands import check as command
 
     if no_model:
         command.check_without_model(loaded)
@@ -84,7 +85,8 @@ def train(
     settings += [f"output={json.dumps(output)}"] if output else []
     settings += [f"distributed.processes={processes}"] if processes else []
     loaded = load_recipe(recipe, settings)
-    from lora_cli.commands.train import train as command
+    with console.loading_libraries():
+        from lora_cli.commands.train import train as command
 
     raise typer.Exit(command(loaded, resume=resume, fresh=fresh, arguments=sys.argv[1:]))
 
@@ -120,8 +122,9 @@ def evaluate(
         from lora_cli.recipe.load import load_recipe
 
         load_recipe(Path(target))  # a bad recipe is reported before the seconds that importing torch takes
-    from lora_cli.commands.evaluate import evaluate as command
-    from lora_cli.evaluation.answers import GenerationOptions
+    with console.loading_libraries():
+        from lora_cli.commands.evaluate import evaluate as command
+        from lora_cli.evaluation.answers import GenerationOptions
 
     options = GenerationOptions(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
     command(target, adapters=adapters or [], data=data, json_file=json_file, options=options, other_base=other_base)
@@ -149,7 +152,8 @@ def merge(
     _choice("--verify", verify, "logits", "tensors")
     with reserve_output_path(out):
         check_output_path(out, inputs=[find_adapter(adapter)], replace=force, command="merge")
-        from lora_cli.commands import merge as command
+        with console.loading_libraries():
+            from lora_cli.commands import merge as command
 
         request = command.MergeRequest(
             base=base,
@@ -203,7 +207,8 @@ def export(
     with reserve_output_path(out):
         path = Path(os.path.expanduser(target))
         check_export_paths(out, path, find_exported_adapter(path), to=to, over=over, replace=force)
-        from lora_cli.commands import export as command
+        with console.loading_libraries():
+            from lora_cli.commands import export as command
 
         request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
         command.export(target, out=out, request=request)
@@ -229,7 +234,8 @@ def chat(
 ) -> None:
     """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""
     find_chat_adapters(target, adapters or [])  # a mistake is reported before the import
-    from lora_cli.commands import chat as command
+    with console.loading_libraries():
+        from lora_cli.commands import chat as command
 
     options = command.ChatOptions(temperature, max_new_tokens, system, seed)
     command.chat(target, adapters=adapters or [], base_path=base, options=options, other_base=other_base)
@@ -254,7 +260,8 @@ def inspect(
     check_output_file("--json", json_file)
     check_output_file("--plot", plot)
     folder = find_adapter(adapter)
-    from lora_cli.commands.adapter import inspect as command
+    with console.loading_libraries():
+        from lora_cli.commands.adapter import inspect as command
 
     command(folder, base_path=base, json_file=json_file, plot=plot)
 
@@ -273,7 +280,8 @@ def resize(
     with reserve_output_path(out):
         folder = find_adapter(adapter)
         check_output_path(out, inputs=[folder], replace=force, command="resize")
-        from lora_cli.commands.adapter import resize as command
+        with console.loading_libraries():
+            from lora_cli.commands.adapter import resize as command
 
         command(folder, out=out, rank=rank, energy=energy, force=force)
 
@@ -297,7 +305,8 @@ def combine(
     with reserve_output_path(out):
         folders, weights = parse_weighted_adapters(adapters)
         check_output_path(out, inputs=folders, replace=force, command="combine")
-        from lora_cli.commands.adapter import combine as command
+        with console.loading_libraries():
+            from lora_cli.commands.adapter import combine as command
 
         command(folders, weights, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
 

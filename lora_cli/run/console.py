@@ -38,6 +38,21 @@ def no_output(_: str) -> None:
     """Print nothing: `info` for all processes except the first."""
 
 
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Within the block, say on a terminal that libraries are imported, which takes seconds; the line is removed."""
+    if not err.is_terminal or err.is_dumb_terminal or os.environ.get("LOCAL_RANK", "0") != "0":
+        yield
+        return
+    err.file.write("loading torch, transformers and PEFT ...")
+    err.file.flush()
+    try:
+        yield
+    finally:
+        err.file.write("\r\x1b[K")
+        err.file.flush()
+
+
 class StepProgress:
     """Progress of training steps: a bar on a terminal, else a line every `every` steps."""
 

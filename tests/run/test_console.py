@@ -36,3 +36,23 @@ def test_the_cells_of_a_wide_table_are_not_wrapped(monkeypatch: pytest.MonkeyPat
 )  # fmt: skip
 def test_bytes_are_formatted_with_two_or_three_digits(count: int, text: str):
     assert console.format_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("terminal", "rank", "text"),
+    [
+        (True, "0", "loading torch, transformers and PEFT ...\r\x1b[K"),
+        (True, "1", ""),
+        (False, "0", ""),
+    ],
+)
+def test_a_terminal_is_told_that_libraries_are_loaded(
+    terminal: bool, rank: str, text: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("TERM", "xterm")
+    file = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=file, force_terminal=terminal))
+    with console.loading_libraries():
+        pass
+    assert file.getvalue() == text
