@@ -235,6 +235,7 @@ class Training:
                 f"training.stop_after: {self.spec.stop_after}"
             )
             return 0
+        self.accelerator.wait_for_everyone()  # for the first process, which answers prompts alone
         launch.set_timeout(timeout)
         with (
             stop_request() as stop,
@@ -279,7 +280,8 @@ class Training:
                     stopping = any_process(self.accelerator, stop.is_set())  # all leave the loop at the same step
                 new_best = evaluated and self.evaluations.is_new_best(step.number)
                 if last or stopping or new_best or _is_due(step.number, self.spec.save_every):
-                    self._save_checkpoint(step.number)
+                    with launch.one_works_alone(timeout):
+                        self._save_checkpoint(step.number)
                 if stopping:
                     info(f"stopped after step {step.number}, which is saved; --resume continues from there")
                     return stop.exit_code or 1

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from peft import PeftModel
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -137,7 +138,8 @@ def generate_answers(
     """Return the answer of `model` to each prompt, generated as `spec` describes; none if `stopping` returned True."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     longest = max(prompt.longest for prompt in prompts)
-    with _padding_attention(base):
+    # Each length of the cache would be a graph of its own, and layers have a limited number of them.
+    with _padding_attention(base), torch.compiler.set_stance("force_eager"):
         return generate(
             model,
             tokenizer,

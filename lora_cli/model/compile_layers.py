@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_cli.errors import LoraError, first_line
-from lora_cli.model.kernels import TOLERANCE
+from lora_cli.model.select_attention import TOLERANCE, matmul_dtype
 
 MIN_BATCHES = 1000  # device batches of a run that pays for the start of minutes
 BACKEND = "inductor"
@@ -32,12 +32,16 @@ class CompileChoice(NamedTuple):
         return f"compile: {'each decoder layer' if self.on else 'no'} ({self.reason})"
 
 
-def choose_compile(setting: Literal["auto"] | bool, *, device: torch.device, batches: int) -> CompileChoice:
-    """Return whether a run of `batches` device batches on `device` compiles its layers."""
+def choose_compile(
+    setting: Literal["auto"] | bool, *, device: torch.device, batches: int, dropout: bool
+) -> CompileChoice:
+    """Return whether a run of `batches` device batches on `device`, whose adapter may have dropout, compiles."""
     if setting != "auto":
         return CompileChoice(setting, "performance.compile")
     if device.type != "cuda":
         return CompileChoice(False, "on a CPU it takes minutes to start, and gains little")
+    if dropout:
+        return CompileChoice(False, "adapter.dropout draws a seed in each layer, which parts the compiled graphs")
     if batches < MIN_BATCHES:
         return CompileChoice(False, f"pays from {MIN_BATCHES:,} batches on; this run has {batches:,}")
     return CompileChoice(True, f"the run has {batches:,} batches")
@@ -60,15 +64,17 @@ def compile_layers(
     trained = [p for p in model.parameters() if p.requires_grad]
     layers, training, start = decoder_layers(model), model.training, time.perf_counter()
     model.eval()
+    problem = None
     try:
         plain = _loss_and_gradient(loss, trained)
         for layer in layers:
             layer.compile(backend=backend, dynamic=True)
         compiled = _loss_and_gradient(loss, trained)
-        difference = max(
-            float((a - b).norm() / b.norm().clamp_min(1e-12)) for a, b in zip(compiled, plain, strict=True)
-        )
-        problem = None if difference <= TOLERANCE[model.dtype] else f"loss or gradient changed by {difference:.1g}"
+        differences = [_relative_difference(a, b) for a, b in zip(compiled, plain, strict=True)]
+        if not all(difference <= TOLERANCE[matmul_dtype(model)] for difference in differences):  # one may be NaN
+            problem = f"loss or gradient changed by {max(differences):.1g}"
+        elif not layers:
+            problem = "this architecture has no decoder layers that are known"
     except TorchDynamoException as error:  # without a C compiler or Triton, for example
         problem = f"torch.compile failed: {first_line(error)}"
     finally:

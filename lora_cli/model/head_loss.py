@@ -167,8 +167,10 @@ class ChunkedHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `hidden` and of `trained`; `grad_loss` is the scalar factor of the summed loss."""
-        grad, *sums = (saved if saved is None else saved * grad_loss for saved in ctx.saved_tensors)
-        return grad, None, None, None, None, *sums
+        grad, *sums = ctx.saved_tensors
+        # In place: those of a fully trained head are as large as the head.
+        scaled = (total if total is None else total.mul_(grad_loss) for total in sums)
+        return grad * grad_loss, None, None, None, None, *scaled
 
 
 def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:

@@ -78,7 +78,7 @@ def collect_corda_statistics(model: PreTrainedModel, config: LoraConfig, context
     """
     assert context.plan is not None
     batches = list(_single_rows(context.plan))
-    loss_fn = LossFunction(model, task=context.task)
+    loss_fn = _loss_of_whole_batches(model, context)
     corda_config = copy.copy(config)
     corda_config.corda_config = CordaConfig(corda_method="ipm")
     if corda_config.target_modules == target_modules.ALL_LINEAR:  # PEFT's preprocessing would read it as a regex
@@ -143,7 +143,7 @@ def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> No
             f"adapter.method: eva needs batches of at least {needed} tokens, twice the rank; all batches have fewer",
             hint="lower adapter.rank, or raise training.tokens_per_batch or batch_size",
         )
-    loss_fn = LossFunction(model, task=context.task)
+    loss_fn = _loss_of_whole_batches(model, context)
     _check_enough_vectors(model, loss_fn, batches[0], min_vectors=needed)
     base, training = model.get_base_model(), model.get_base_model().training
     initialize_lora_eva_weights(
@@ -156,6 +156,14 @@ def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> No
         show_progress_bar=False,
     )
     base.train(training)
+
+
+def _loss_of_whole_batches(model: PeftModel, context: AdapterContext) -> LossFunction:
+    """Return a loss in which every adapted layer gets all vectors of a batch at once, also an adapted head."""
+    loss_fn = LossFunction(model, task=context.task)
+    if loss_fn.head is not None and not loss_fn.head.plain:
+        loss_fn.head = None
+    return loss_fn
 
 
 @torch.no_grad()

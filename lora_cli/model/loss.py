@@ -88,8 +88,10 @@ class LossFunction:
                 weight, bias = self.head.layer.weight, self.head.layer.bias
                 loss, correct = ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
             else:
+                # Without gradients, autograd would still ask for those of parameters.
+                trained = self.head.trained if torch.is_grad_enabled() else ()
                 loss, correct = ChunkedHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                    hidden, targets, self.head.logits, self.head.vocabulary, smoothing, *self.head.trained
+                    hidden, targets, self.head.logits, self.head.vocabulary, smoothing, *trained
                 )
             return BatchLoss(loss, correct, len(targets))
         losses, correct_units = self._loss(self.logits(batch), targets)

@@ -16,6 +16,7 @@ from lora_cli.model.quantize_experts import register_quantizers
 from lora_cli.recipe.schema import QuantizationSpec
 
 BLOCK_SIZE = 64  # weights that share one scale
+NOT_RUN = (TypeError, AttributeError, RuntimeError, ValueError, IndexError)  # by a layer that needs another input
 
 
 def bnb_config(spec: QuantizationSpec, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -87,12 +88,12 @@ class _RootDtypes(TorchDispatchMode):
 def _computes_in_fp32(norm: nn.Module) -> bool:
     """Return whether `norm` computes in fp32 for an input in the dtype of its weight: it is run on one.
 
-    A norm that needs more than its input, a gate for example, counts as one that does not.
+    A norm that needs more than its input, a gate for example, or another shape, counts as one that does not.
     """
     weight = norm._parameters.get("weight")
     if weight is None:
         return False
-    with torch.no_grad(), _RootDtypes() as roots, suppress(TypeError, AttributeError):
+    with torch.no_grad(), _RootDtypes() as roots, suppress(*NOT_RUN):
         norm(weight.new_ones(1, 1, weight.shape[-1]))
     return bool(roots.found == {torch.float32})
 

@@ -259,7 +259,7 @@ class PerformanceSpec(Section):
     with the model's own before training. auto: liger where it is installed and has the architecture; none."""
     compile: Literal["auto"] | Switch = "auto"
     """torch.compile of each decoder layer: a start of minutes, then faster steps. auto: on a GPU, for runs of 1,000
-    batches or more; not on the CPU, where it gains little."""
+    batches or more without adapter.dropout; not on the CPU, where it gains little."""
     deterministic: Switch = False
     """On a GPU, only operations that give the same bits each time, so that a resumed run equals an uninterrupted one
     exactly; slower. On the CPU that is always so. Default false."""

@@ -38,11 +38,15 @@ class CpuTimes(NamedTuple):
 
 def read_cpu_times() -> CpuTimes | None:
     """Return the times so far; None where the system does not tell them."""
-    if sys.platform != "linux" or not STAT.is_file():
+    if sys.platform != "linux":
+        return None
+    try:
+        text = STAT.read_text(encoding="ascii")
+    except (OSError, ValueError):
         return None
     cores, tick = os.sched_getaffinity(0), os.sysconf("SC_CLK_TCK")
     total = idle = 0
-    for line in STAT.read_text(encoding="ascii").splitlines():
+    for line in text.splitlines():
         name, *values = line.split()
         if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
             numbers = [int(value) for value in values[:8]]  # without the time of guests, which is part of user's

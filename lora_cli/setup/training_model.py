@@ -133,9 +133,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     source = open_source(recipe, inputs, info=info)
     kernels, compiled = choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
-    if kernels.name != "none":
-        difference = apply_kernels(base, kernels.name)
-        kernels = kernels._replace(reason=f"{kernels.reason}; logits differ by {difference:.0e} of their size")
+    kernels = apply_kernels(base, kernels, setting=recipe.performance.kernels)
     layers = target_modules.linear_layers(base, heads)
     check_new_tokens_trainable(recipe, base)
     context = adapter_context(recipe, inputs, heads=heads, plan=plan, total=total)
@@ -188,7 +186,8 @@ def choose_performance(recipe: Recipe, inputs: RunInputs, *, batches: int) -> tu
     """
     spec, model_type = recipe.performance, inputs.base.config.model_type
     kernels = choose_kernels(spec.kernels, model_type=model_type, device=inputs.device, task=recipe.task)
-    return kernels, choose_compile(spec.compile, device=inputs.device, batches=batches)
+    dropout = bool(recipe.adapter.dropout)
+    return kernels, choose_compile(spec.compile, device=inputs.device, batches=batches, dropout=dropout)
 
 
 def open_source(recipe: Recipe, inputs: RunInputs, *, info: Info) -> AdapterFiles | None:

@@ -103,8 +103,7 @@ def lora(
         prepare_for_kbit_training(base, work.dtype)
     choose_attention(base, attention, packing=work.shape.packing)
     choice = choose_kernels(kernels, model_type=base.config.model_type, device=work.device, task="causal-lm")
-    if choice.name != "none":
-        apply_kernels(base, choice.name)
+    choice = apply_kernels(base, choice, setting=kernels)
     spec = AdapterSpec.model_validate({"rank": RANK, "alpha": ALPHA, "dropout": DROPOUT})
     model = attach(base, spec, seed=0) if fused else get_peft_model(base, lora_config())
     training = TrainingSpec(learning_rate=LEARNING_RATE, warmup=0)
@@ -118,7 +117,7 @@ def lora(
         info=lambda line: None,
     )
     upcast_trainable_params(model)
-    how = [f"kernels {choice.name}"]
+    how = [choice.line()]
     if compiled:
         probe = plan.largest_batch()
         how.append(compile_layers(base, lambda: LossFunction(model)(probe).loss, setting=True).line())

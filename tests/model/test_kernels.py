@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+from triton.errors import TritonError
 
 from lora_cli.errors import LoraError
 from lora_cli.model import kernels
 from tests.model import zoo
+from tests.model.families import FAMILIES as EXPERT_FAMILIES
+from tests.model.families import config_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-FAMILIES = ("llama", "qwen3", "gemma2", "granite")
+FAMILIES = ("llama", "qwen3", "gemma2")
 
 
 def choose(setting: Any = "auto", *, model_type: str = "llama", device: torch.device = GPU, task: Any = "causal-lm"):
@@ -50,6 +55,13 @@ def test_a_package_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch
     assert raised.value.hint == "pip install 'lora-cli[liger]', or write none"
 
 
+AUTO = kernels.KernelChoice("liger", "auto")
+
+
+def apply(model: Any, setting: str = "liger") -> kernels.KernelChoice:
+    return kernels.apply_kernels(model, AUTO, setting=setting)
+
+
 def replace_norms(model: Any, scale: float) -> None:
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
@@ -63,7 +75,7 @@ def test_kernels_that_compute_something_else_are_refused(scale: float, monkeypat
     monkeypatch.setitem(kernels.KERNELS, "liger", wrong)
     model = zoo.make("llama")
     with pytest.raises(LoraError, match="liger computes something else on this model: logits differ by") as raised:
-        kernels.apply_kernels(model, "liger")
+        apply(model)
     assert raised.value.hint == "write `performance: {kernels: none}`"
 
 
@@ -71,20 +83,63 @@ def test_kernels_that_compute_the_same_are_taken_and_the_mode_of_the_model_stays
     same = kernels.KERNELS["liger"]._replace(apply=lambda model: replace_norms(model, 1 + 1e-7))
     monkeypatch.setitem(kernels.KERNELS, "liger", same)
     model = zoo.make("llama").train()
-    assert 0 < kernels.apply_kernels(model, "liger") < 1e-5
+    choice = apply(model, "auto")
+    assert choice.line().startswith("kernels: liger (auto; logits differ by ")
+    assert choice.reason.endswith(("e-07 of the largest", "e-06 of the largest"))
     assert model.training
 
 
-def _fail(model: Any) -> None:
-    raise AttributeError("'LlamaModel' object has no attribute 'norm'\nmore")
+class WrongCompiler(subprocess.CalledProcessError):
+    def __init__(self) -> None:
+        super().__init__(1, ["gcc"])
 
 
-def test_kernels_that_do_not_run_are_an_error_in_one_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(kernels.KERNELS, "liger", kernels.KERNELS["liger"]._replace(apply=_fail))
-    with pytest.raises(
-        LoraError, match=r"liger does not run on this model: 'LlamaModel' object has no attribute 'norm'$"
-    ):
-        kernels.apply_kernels(zoo.make("llama"), "liger")
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AttributeError("'LlamaModel' has no attribute 'norm'\nmore"), "'LlamaModel' has no attribute 'norm'"),
+        (AssertionError("no"), "no"),
+        (WrongCompiler(), "Command '['gcc']' returned non-zero exit status 1."),
+        (TritonError("kernel"), "kernel"),
+    ],
+)
+def test_kernels_that_do_not_run_leave_the_model_as_it_was(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(model: Any) -> None:
+        replace_norms(model, 2.0)
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", None)
+        raise error
+
+    monkeypatch.setitem(kernels.KERNELS, "liger", kernels.KERNELS["liger"]._replace(apply=fail))
+    model, ids = zoo.make("llama"), torch.arange(3, 12)[None]
+    before = model(ids).logits
+    assert apply(model, "auto").line() == f"kernels: none (liger does not run on this model: {told})"
+    assert torch.equal(model(ids).logits, before)
+    with pytest.raises(LoraError) as raised:
+        apply(model)
+    assert raised.value.message == f"performance.kernels: liger does not run on this model: {told}"
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_too_little_memory_is_not_taken_for_kernels_that_do_not_run(monkeypatch: pytest.MonkeyPatch):
+    def fail(model: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setitem(kernels.KERNELS, "liger", kernels.KERNELS["liger"]._replace(apply=fail))
+    with pytest.raises(torch.OutOfMemoryError):
+        apply(zoo.make("llama"), "auto")
+
+
+def test_the_experts_of_a_model_keep_their_own_function(monkeypatch: pytest.MonkeyPatch):
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "liger_kernel.transformers._apply_liger_kernel_to_instance", lambda **kwargs: given.update(kwargs)
+    )
+    kernels.KERNELS["liger"].apply(zoo.make("llama"))
+    assert "swiglu" not in given
+    kernels.KERNELS["liger"].apply(AutoModelForCausalLM.from_config(config_of(EXPERT_FAMILIES["qwen3-moe"])))
+    assert given["swiglu"] is False
 
 
 @pytest.mark.slow
@@ -97,5 +152,6 @@ def test_liger_computes_the_logits_loss_and_gradients_of_the_model():
     for result in results:
         assert {name[-3:] for name in result["replaced"]} == {"MLP", "orm"}, result
         assert result["rotary"] == "liger_rotary_pos_emb", result
-        assert max(result["logits"], result["loss"]) < 1e-5, result
+        assert result["choice"].startswith("kernels: liger (test; logits differ by "), result
+        assert result["loss"] < 1e-5, result
         assert result["gradient"] < 1e-5, result

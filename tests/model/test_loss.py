@@ -154,6 +154,24 @@ def test_every_head_is_chunked_with_the_loss_and_gradients_of_all_logits_at_once
     assert int(correct.sum()) == int(result.correct)
 
 
+@pytest.mark.parametrize("head", ["lora", "trained"])
+def test_an_evaluation_computes_no_gradient_of_a_trained_head(head: str, monkeypatch: pytest.MonkeyPatch):
+    family, options = HEADS[head]
+    loss_fn = LossFunction(zoo.adapted(zoo.make(family), **options))
+    rows = zoo.rows_of([12, 31])
+    batch = collate_padded([rows[0], rows[1]], range(2), 0)
+    expected = loss_fn(batch).loss.item()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a gradient")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with torch.no_grad():
+        assert loss_fn(batch).loss.item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(AssertionError, match="a gradient"):
+        loss_fn(batch)
+
+
 def test_only_a_frozen_linear_head_is_plain():
     def head_of(**options: Any) -> Any:
         return LossFunction(zoo.adapted(zoo.make("llama"), **options)).head

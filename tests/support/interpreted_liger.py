@@ -66,7 +66,7 @@ def compare(family: str) -> dict[str, Any]:
 
     loss, gradient = loss_and_gradient()
     before = {name: type(module).forward for name, module in model.named_modules()}
-    logits = kernels.apply_kernels(model, "liger")
+    choice = kernels.apply_kernels(model, kernels.KernelChoice("liger", "test"), setting="liger")
     replaced = sorted(
         {
             type(m).__name__
@@ -76,7 +76,7 @@ def compare(family: str) -> dict[str, Any]:
     )
     new_loss, new_gradient = loss_and_gradient()
     return {
-        "logits": logits,
+        "choice": choice.line(),
         "loss": float((new_loss - loss).abs() / loss.abs()),
         "gradient": zoo.relative(new_gradient, gradient),
         "replaced": replaced,
