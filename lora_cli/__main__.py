@@ -26,9 +26,11 @@ def main() -> None:
         try:
             cli.main()
         finally:
-            # At its end, Python would search the objects of all libraries for garbage: 1.5 s. Triton's, if left out,
-            # are reported on stderr as leaked.
-            if "triton" not in sys.modules:
+            # At its end, Python would search the objects of all libraries for garbage: 1.5 s. Triton's, if they are
+            # left out, are reported on stderr as leaked.
+            if "triton" in sys.modules:
+                gc.unfreeze()
+            else:
                 gc.freeze()
 
 
