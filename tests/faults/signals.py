@@ -17,7 +17,7 @@ from tests.commands.conftest import write_recipe
 from tests.faults import forked_lora, workplace
 from tests.faults.campaign import Outcome
 from tests.faults.signal_phases import PHASES, SIGNALS, End, Phase, find_problems, send_at, send_in_phase
-from tests.faults.workplace import contents, difference
+from tests.faults.workplace import Contents, contents, difference
 from tests.support import warm_lora
 
 BY_NAME = {f"{phase.command} {phase.name}": phase for phase in PHASES}
@@ -68,14 +68,17 @@ class ForkingLora(warm_lora.WarmLora):
 
 
 def prepare(folder: Path) -> None:
-    """Prepare working folders with the recipe that the phases need, and train it without a signal."""
+    """Prepare working folders with the recipe that the phases need, and train it without a signal, in each form."""
     workplace.prepare(folder)
     changes = {"training.max_steps": 12, "training.save_every": 6, "training.eval_every": 4, "output": RUN}
     write_recipe(folder / "template" / "recipe.yaml", changes)
-    with workplace.fresh(folder) as work:
-        shutil.rmtree(work / RUN)
-        workplace.lora("train recipe.yaml", work)
-        (folder / "run.json").write_text(json.dumps(contents(work / RUN)))
+    runs = {}
+    for command in {" ".join(phase.arguments) for phase in BY_NAME.values() if phase.command == "train"}:
+        with workplace.fresh(folder) as work:
+            shutil.rmtree(work / RUN)
+            workplace.lora(command, work)
+            runs[command] = _result(work)
+    (folder / "runs.json").write_text(json.dumps(runs))
 
 
 def cases(seed: int, folder: Path) -> Iterator[Case]:
@@ -104,7 +107,8 @@ def try_case(case: Case, folder: Path) -> Outcome:
             if problems := find_problems(end, training=phase.command == "train"):
                 verdict = "traceback" if any("stderr" in problem for problem in problems) else "lost"
                 return Outcome(verdict, described, f"{'; '.join(problems)}; stderr: {end.err[-600:]}")
-            problem = _find_problem_after(phase, work, json.loads((folder / "run.json").read_text()), end)
+            runs = json.loads((folder / "runs.json").read_text())
+            problem = _find_problem_after(phase, work, runs.get(" ".join(phase.arguments), {}), end)
         except TimeoutError as error:
             return Outcome("hang", described, str(error))
         return Outcome("lost", described, problem) if problem else Outcome("survived", described)
@@ -119,7 +123,14 @@ def _send(case: Case, phase: Phase, work: Path, numbers: list[signal.Signals]) -
     return send_in_phase(lora, phase, work, numbers, ignored=ignored)
 
 
-def _find_problem_after(phase: Phase, work: Path, run: dict[str, str], end: End) -> str:
+def _result(work: Path) -> Contents:
+    """Return the contents of the finished run, with the last of its checkpoints: a signal makes another one before."""
+    found = contents(work / RUN)
+    last = max((path.split("/")[1] for path in found if path.startswith("checkpoints/")), default="")
+    return {path: digest for path, digest in found.items() if path.split("/")[0] != "checkpoints" or last in path}
+
+
+def _find_problem_after(phase: Phase, work: Path, run: Contents, end: End) -> str:
     """Run the next command, and return what is not as it must be."""
     out = work / phase.arguments[phase.arguments.index("--out") + 1] if "--out" in phase.arguments else None
     if out is not None and end.code and out.exists():
@@ -129,7 +140,7 @@ def _find_problem_after(phase: Phase, work: Path, run: dict[str, str], end: End)
         again = forked_lora.run([*phase.arguments, *resume], work, environment=workplace.environment(work))
         if again.code:
             return f"the next command fails: {again.last_lines}"
-    if phase.command == "train" and (changed := difference(contents(work / RUN), run)):
+    if phase.command == "train" and (changed := difference(_result(work), run)):
         return f"the finished run is another one: {changed}"
     left = workplace.leftovers(work)
     return f"leftovers after the next command: {', '.join(left)}" if left else ""
