@@ -89,9 +89,7 @@ def answer(name: str, module_name: str, member: object, summary: str) -> str:
         kind = "function"
     else:
         kind = "property" if isinstance(member, property) else "method"
-    return (
-        f"`{name}` is a {kind} of the module `{module_name}`.\n\n{summary}\n\nImport it with `import {module_name}`."
-    )
+    return f"`{name}` is a {kind} of the module `{module_name}`.\n\n{summary}\n\nImport it with `import {module_name}`."
 
 
 def question(name: str, member: object, *, number: int) -> str:
