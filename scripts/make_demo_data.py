@@ -80,7 +80,7 @@ def first_paragraph(doc: str) -> str | None:
 
 
 def answer(name: str, module_name: str, member: object, summary: str) -> str:
-    """Return an answer: what `name` is, its summary, and how to import it. All have this form, which is soon learned."""
+    """Return an answer of a form that is soon learned: what `name` is, its summary, and how to import it."""
     if inspect.ismodule(member):
         return f"`{name}` is a module of the standard library.\n\n{summary}\n\nImport it with `import {name}`."
     if inspect.isclass(member):
