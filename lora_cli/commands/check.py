@@ -16,6 +16,7 @@ from lora_cli.data.remote import is_url
 from lora_cli.data.token_text import token_texts
 from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
+from lora_cli.model.fused_lora import is_fusable
 from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
@@ -98,6 +99,7 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
         every=1 if recipe.training.gradient_checkpointing is True else None,
         quantization=recipe.quantization,
         on_cpu=inputs.device.type == "cpu",
+        fused=any(is_fusable(module) for module in adapted.modules()),
         optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
     )
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)

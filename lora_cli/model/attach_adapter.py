@@ -18,6 +18,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import expert_targets, experts, init_adapter, multimodal, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.fused_lora import register_custom_layers
+from lora_cli.model.fused_mlp import fuse_mlps
 from lora_cli.model.peft_config import METHODS
 from lora_cli.model.target_modules import Targets
 from lora_cli.model.tasks import TASKS
@@ -54,6 +55,7 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
         _set_model_sizes(config, model)
     if isinstance(config, LoraConfig):
         register_custom_layers(config)
+        fuse_mlps(model)
     if method.pre_init and context.plan is not None:
         method.pre_init(model, config, context)
     torch.manual_seed(seed)

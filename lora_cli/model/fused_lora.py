@@ -1,16 +1,9 @@
 """Fused LoRA linear layers: base product and update in one autograd step, registered with PEFT as custom layers.
 
-PEFT's layer makes about eight passes over activations (casts, dropout, scaling, sums), and saves several copies.
-Here the matrix product itself adds the update in place (addmm), and only x and x·Aᵀ are saved. Dropout draws one random
-number per dropped element on the CPU, where drawing is expensive. On a GPU, where the number of dropped elements is not
-known without waiting for it, it draws a mask, and in the backward pass the same mask again, from the same seed. A 4-bit
-W is dequantized for each of the two products and kept for neither. The results are those of PEFT's layer: a test
-compares outputs and gradients. Only LoRA on plain and on 4-bit linear layers is fused; other layers, and inference, run
-PEFT's forward.
+The computation is that of `lora_product.py`. The results are those of PEFT's layer: a test compares outputs and
+gradients. Only LoRA on plain and on 4-bit linear layers is fused; other layers, and inference, run PEFT's forward.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +16,13 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.integrations.gguf.utils import GgufLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lora_cli.model.experts_lora import experts_layer
 from lora_cli.model.gguf_base import PackedLora
+from lora_cli.model.lora_product import LoraProduct, draw_dropped
+
+PLAIN_LAYERS = (nn.Linear, FalconLinear)  # that multiply with their weight, and add their bias
 
 
 class FusedLora(LoraLinear):  # type: ignore[misc]  # PEFT has no types
@@ -33,10 +30,10 @@ class FusedLora(LoraLinear):  # type: ignore[misc]  # PEFT has no types
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return W·x + b + scale·B·A·x for x [..., in], as [..., out] in the dtype of x."""
-        if args or kwargs or not _runs_fused(self):
+        if args or kwargs or not runs_fused(self, x.dtype):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        return _fused_forward(self, x, lambda: self.base_layer.weight)
+        return _fused_forward(self, x)
 
 
 class FusedLora4bit(LoraLinear4bit):  # type: ignore[misc]  # PEFT has no types
@@ -44,13 +41,10 @@ class FusedLora4bit(LoraLinear4bit):  # type: ignore[misc]  # PEFT has no types
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return W·x + b + scale·B·A·x for x [..., in], as [..., out] in the dtype of x."""
-        base = self.base_layer
-        # If x has another dtype than the layer, PEFT and the base layer cast it: run PEFT's forward.
-        same_dtype = base.compute_dtype == x.dtype and (base.bias is None or base.bias.dtype == x.dtype)
-        if args or kwargs or not same_dtype or not _runs_fused(self):
+        if args or kwargs or not runs_fused(self, x.dtype):
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
-        return _fused_forward(self, x, lambda: dequantize_4bit(base.weight.data, base.weight.quant_state).to(x.dtype))
+        return _fused_forward(self, x)
 
 
 def register_custom_layers(config: LoraConfig) -> None:
@@ -70,7 +64,7 @@ def _fused_layer(
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if parameter_name is not None or config.fan_in_fan_out:
         return None
-    if type(base) is nn.Linear and type(base.weight) is nn.Parameter:
+    if type(base) in PLAIN_LAYERS and type(base.weight) is nn.Parameter:
         return FusedLora(target, adapter_name, config=config, **options)
     if type(base) is Linear4bit and options.get("loaded_in_4bit"):
         packed: Any = base.weight
@@ -88,158 +82,109 @@ def is_fusable(layer: nn.Module) -> bool:
     if not isinstance(layer, (FusedLora, FusedLora4bit)):
         return False
     lora: Any = layer
-    adapters, base = lora.active_adapters, lora.base_layer
+    adapters = lora.active_adapters
     return bool(
         len(adapters) == 1
         and adapters[0] in lora.lora_A
         and adapters[0] not in lora.lora_variant  # DoRA and similar methods change the formula
         and lora.lora_B[adapters[0]].bias is None
-        and not base.weight.requires_grad
-        and (base.bias is None or not base.bias.requires_grad)
+        and is_frozen(lora.base_layer)
     )
 
 
-def _runs_fused(layer: Any) -> bool:
-    return torch.is_grad_enabled() and not layer.disable_adapters and not layer.merged and is_fusable(layer)
+def is_frozen(base: nn.Module) -> bool:
+    """Return whether no parameter of `base` is trained."""
+    return not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def _fused_forward(layer: Any, x: Tensor, weight: Callable[[], Tensor]) -> Tensor:
+def runs_fused(layer: Any, dtype: torch.dtype) -> bool:
+    """Return whether the forward pass of `layer` on a tensor of `dtype` is fused: in training, if it computes in it."""
+    return (
+        torch.is_grad_enabled()
+        and not layer.disable_adapters
+        and not layer.merged
+        and is_fusable(layer)
+        and multiplies_in(layer.base_layer, dtype)
+    )
+
+
+def multiplies_in(base: Any, dtype: torch.dtype) -> bool:
+    """Return whether a tensor of `dtype` is multiplied as it is: a 4-bit `base` may cast it."""
+    if not isinstance(base, Linear4bit):
+        return True
+    return bool(base.compute_dtype == dtype and (base.bias is None or base.bias.dtype == dtype))
+
+
+class FusedProduct(NamedTuple):
+    """The product with a layer, and its factors; A and B are None if it has no adapter."""
+
+    product: LoraProduct
+    a: Tensor | None  # [r, in], fp32
+    b: Tensor | None  # [out, r], fp32
+
+
+def base_product(base: Any, dtype: torch.dtype) -> FusedProduct:
+    """Return the product with a plain or 4-bit linear layer alone, computed in `dtype`."""
+
+    def weight() -> Tensor:
+        if isinstance(base, Linear4bit):
+            dense: Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
+            return dense.to(dtype)
+        plain: Tensor = base.weight
+        return plain
+
+    return FusedProduct(LoraProduct(weight, base.bias, 1.0, None), None, None)
+
+
+def lora_product(layer: Any, x: Tensor) -> FusedProduct:
+    """Return the product with a layer whose forward pass on x is fused, see `runs_fused`.
+
+    Args:
+        layer: one of ours.
+        x: [..., in]; only its shape, dtype and device are read.
+    """
     name = layer.active_adapters[0]
     dropout, scale = layer.lora_dropout[name], layer.scaling[name]
     dropped = None
     if isinstance(dropout, nn.Dropout) and layer.training:
         dropped = draw_dropped(x, dropout.p)
         scale = scale / (1 - dropout.p)
-    fused: Tensor = FusedLoraFunction.apply(  # type: ignore[no-untyped-call]
-        x, weight, layer.base_layer.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, scale, dropped
-    )
+    product = base_product(layer.base_layer, x.dtype).product._replace(scale=scale, dropped=dropped)
+    return FusedProduct(product, layer.lora_A[name].weight, layer.lora_B[name].weight)
+
+
+def _fused_forward(layer: Any, x: Tensor) -> Tensor:
+    product, a, b = lora_product(layer, x)
+    fused: Tensor = FusedLoraFunction.apply(x, a, b, product)  # type: ignore[no-untyped-call]
     return fused
 
 
-class SeededMask(NamedTuple):
-    """What dropout zeroes, drawn anew from its seed wherever it is used.
-
-    Kept for the backward pass, the masks of all layers of an 8B model would take 5 GB at 4,096 tokens.
-    """
-
-    seed: int
-    p: float
-
-    def draw(self, x: Tensor) -> Tensor:
-        """Return bool in the shape and on the device of x: true if dropped."""
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(self.p, generator=generator)
-
-
-def draw_dropped(x: Tensor, p: float) -> Tensor | SeededMask:
-    """Return what dropout with probability `p` zeroes in x.
-
-    Returns:
-        On the CPU, int64 [dropped]: positions in the flattened x. Elsewhere a mask, with a seed from torch's default
-        generator of the CPU, so that the host does not wait.
-    """
-    if x.device.type == "cpu":
-        return draw_dropout_positions(x.numel(), p)
-    return SeededMask(int(torch.randint(1 << 62, ())), p)
-
-
-def draw_dropout_positions(count: int, p: float) -> Tensor:
-    """Return the positions out of `count` that dropout with probability `p` zeroes: int64 [dropped], ascending.
-
-    Each position is dropped independently. The gaps between dropped positions are geometric,
-    floor(log(1-u)/log(1-p)) + 1 for uniform u, so that p·count numbers are drawn instead of count: drawing is the
-    expensive part of dropout on the CPU. The numbers come from torch's default generator.
-    """
-    # Six standard deviations more than expected: a second round is drawn once in a billion calls.
-    size = int(count * p + 6 * math.sqrt(count * p) + 16)
-    parts: list[Tensor] = []
-    last = -1
-    while last < count:
-        gaps = torch.rand(size).neg_().log1p_().div_(math.log1p(-p)).floor_().add_(1)
-        parts.append(gaps.to(torch.int64).cumsum_(0).add_(last))
-        last = int(parts[-1][-1])
-    positions = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return positions[: int(torch.searchsorted(positions, count))]
-
-
-def _without(x: Tensor, dropped: Tensor | SeededMask | None) -> Tensor:
-    """Return x with zeros where it is dropped, see `draw_dropped`; x itself if nothing is."""
-    # A contiguous copy: a transposed x would have no flat view.
-    return x if dropped is None else _drop_(x.clone(memory_format=torch.contiguous_format), dropped)
-
-
-def _drop_(x: Tensor, dropped: Tensor | SeededMask) -> Tensor:
-    """Write zeros into the contiguous x [tokens, in] where it is dropped."""
-    if isinstance(dropped, SeededMask):
-        return x.masked_fill_(dropped.draw(x), 0)
-    x.view(-1)[dropped] = 0
-    return x
-
-
 class FusedLoraFunction(torch.autograd.Function):
-    """y = x·Wᵀ + b + scale·((x∘kept)·Aᵀ)·Bᵀ (LoRA, arXiv:2106.09685, eq. 3), with gradients of x, A and B."""
+    """A product of `lora_product.py`, with gradients of x, A and B."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Callable[[], Tensor],
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-        dropped: Tensor | SeededMask | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, product: LoraProduct) -> Tensor:
         """Return y [..., out] in the dtype of x.
 
         Args:
             ctx: of autograd.
             x: [..., in], in the compute dtype.
-            weight: returns W [out, in], in the compute dtype.
-            bias: [out], in the compute dtype, or None.
             a: [r, in], fp32.
             b: [out, r], fp32.
-            scale: alpha/r, times 1/(1-p) with dropout.
-            dropped: what of x is zeroed for the adapter, see `draw_dropped`; or None.
+            product: what is computed.
         """
-        flat, w = x.reshape(-1, x.shape[-1]), weight()
-        # The result is no view of another tensor: models may add to it in place, which autograd forbids on a view.
-        result = x.new_empty(*x.shape[:-1], w.shape[0])
-        y = result.view(-1, w.shape[0])
-        if bias is None:
-            torch.mm(flat, w.T, out=y)
-        else:
-            torch.addmm(bias, flat, w.T, out=y)
-        masked = _without(flat, dropped)
-        a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
-        inner = masked @ a_cast.T
-        y.addmm_(inner, b_cast.T, alpha=scale)
+        y, inner = product.forward(x, a, b)
         # A frozen A (LoRA-FA) has no gradient, so its input, the largest saved tensor, is not saved.
-        kept = flat if ctx.needs_input_grad[3] else None
-        ctx.mask = dropped if isinstance(dropped, SeededMask) else None
-        ctx.save_for_backward(kept, a_cast, b_cast, inner, None if ctx.mask else dropped)
-        ctx.scale, ctx.a_dtype, ctx.b_dtype, ctx.weight = scale, a.dtype, b.dtype, weight
-        return result
+        kept = x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        ctx.product, positions = product.split()
+        ctx.save_for_backward(kept, inner, a, b, positions)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, A and B; `grad` is [..., out]."""
-        flat, a_cast, b_cast, inner, positions = ctx.saved_tensors
-        dropped = positions if ctx.mask is None else ctx.mask
-        shape = (*grad.shape[:-1], a_cast.shape[1])
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_inner = (grad @ b_cast).mul_(ctx.scale)
-        grad_b = (grad.T @ inner).to(ctx.b_dtype).mul_(ctx.scale)
-        grad_a = None
-        if flat is not None:
-            # Mask x again: saving its masked copy in the forward pass would need more memory.
-            grad_a = (grad_inner.T @ _without(flat, dropped)).to(ctx.a_dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.weight()
-            if dropped is None:
-                grad_x.addmm_(grad_inner, a_cast)
-            else:
-                grad_x.add_(_drop_(grad_inner @ a_cast, dropped))
-            grad_x = grad_x.view(shape)
-        return grad_x, None, None, grad_a, grad_b, None, None
+        *saved, positions = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        product = ctx.product.join(positions)
+        grad_x, grad_a, grad_b = product.backward(flat, *saved, for_x=ctx.needs_input_grad[0])
+        return None if grad_x is None else grad_x.view(*grad.shape[:-1], grad_x.shape[-1]), grad_a, grad_b, None

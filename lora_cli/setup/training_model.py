@@ -27,6 +27,7 @@ from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.compile_layers import CompileChoice, choose_compile, compile_layers
 from lora_cli.model.device import pick_device
 from lora_cli.model.fp32_weights import upcast_trainable_params
+from lora_cli.model.fused_lora import is_fusable
 from lora_cli.model.kernels import KernelChoice, apply_kernels, choose_kernels
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
@@ -351,6 +352,7 @@ def _memory_ladder(
             every=rung.every,
             quantization=recipe.quantization,
             on_cpu=True,
+            fused=any(is_fusable(module) for module in model.modules()),
             optimizer_bytes=optimizer_bytes,
         )
         for rung in rungs

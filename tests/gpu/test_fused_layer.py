@@ -11,7 +11,8 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor, nn
 
 from lora_cli.model import fused_lora
-from lora_cli.model.fused_lora import FusedLora, FusedLora4bit, SeededMask, is_fusable
+from lora_cli.model.fused_lora import FusedLora, FusedLora4bit, is_fusable
+from lora_cli.model.lora_product import SeededMask
 from tests.gpu.tiny_runs import adapt, load_base
 from tests.model import zoo
 

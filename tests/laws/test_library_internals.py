@@ -58,6 +58,10 @@ PRIVATE: dict[str, Use] = {
     # datasets
     "_fingerprint": Use("data/sources.py", library_checks.fingerprint),
     # torch
+    "_backward_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
+    "_backward_pre_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
+    "_forward_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
+    "_forward_pre_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
     "_C": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_compiled_call_impl": Use("model/compile_layers.py", library_checks.compiled_layer),
     "_dynamo": Use("model/compile_layers.py", library_checks.compiled_layer),
@@ -156,6 +160,11 @@ IMPORTED: dict[str, Use] = {
         "model/falcon_attention.py model/packed_attention.py model/varlen_attention.py setup/inputs.py",
         library_checks.attention_functions,
     ),
+    "transformers.activations.GELUActivation": Use("model/fused_mlp.py", library_checks.activations),
+    "transformers.activations.GELUTanh": Use("model/fused_mlp.py", library_checks.activations),
+    "transformers.activations.NewGELUActivation": Use("model/fused_mlp.py", library_checks.activations),
+    "transformers.activations.SiLUActivation": Use("model/fused_mlp.py", library_checks.activations),
+    "transformers.models.falcon.modeling_falcon.FalconLinear": Use("model/fused_lora.py", library_checks.falcon_linear),
     "transformers.models.falcon.modeling_falcon.FalconAttention": Use(
         "model/falcon_attention.py", library_checks.falcon_layers
     ),
@@ -182,6 +191,10 @@ UNDOCUMENTED: dict[str, Use] = {
     "liger_kernel.transformers.monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN": Use(
         "model/kernels.py", library_checks.liger_functions
     ),
+    "liger_kernel.ops.swiglu.swiglu_forward": Use("model/fused_mlp.py", library_checks.liger_gates),
+    "liger_kernel.ops.swiglu.swiglu_backward": Use("model/fused_mlp.py", library_checks.liger_gates),
+    "liger_kernel.ops.geglu.geglu_forward": Use("model/fused_mlp.py", library_checks.liger_gates),
+    "liger_kernel.ops.geglu.geglu_backward": Use("model/fused_mlp.py", library_checks.liger_gates),
     "torch.utils.deterministic.fill_uninitialized_memory": Use("training/gpu.py", library_checks.deterministic_switch),
     "transformers.modeling_gguf_pytorch_utils.tqdm": Use("model/gguf_base.py", library_checks.gguf_progress_bar),
     "GgufLinear.input_permutation": Use("model/gguf_base.py", library_checks.packed_linear),

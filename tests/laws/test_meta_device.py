@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_cli.data.batches import BatchPlan
 from lora_cli.evaluation.answers import Prompt, generate_answers
 from lora_cli.evaluation.likelihood import measure_likelihood, measure_row_likelihoods
-from lora_cli.model import fused_lora, varlen_attention
+from lora_cli.model import lora_product, varlen_attention
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.save_adapter import save_adapter
@@ -48,7 +48,7 @@ def mixing_kernel(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *_:
 def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen_attention, "varlen_attn", mixing_kernel)
     # There is no generator of meta tensors.
-    monkeypatch.setattr(fused_lora.SeededMask, "draw", lambda mask, x: torch.empty_like(x, dtype=torch.bool))
+    monkeypatch.setattr(lora_product.SeededMask, "draw", lambda mask, x: torch.empty_like(x, dtype=torch.bool))
     own = torch.optim.AdamW
     # The fused kernel has no form for meta tensors; the one for lists of tensors has as few launches.
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: own(groups, foreach=True, **options))

@@ -14,20 +14,20 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lora_cli.model import fused_lora
 from lora_cli.model.fused_lora import (
     FusedLora,
     FusedLora4bit,
     FusedLoraFunction,
-    SeededMask,
-    draw_dropout_positions,
-    draw_dropped,
     is_fusable,
     register_custom_layers,
 )
+from lora_cli.model.lora_product import LoraProduct, SeededMask, draw_dropout_positions, draw_dropped
 from lora_cli.recipe.schema import QuantizationSpec
-from tests.model import zoo
+from tests.model import families, zoo
+from tests.model.families import config_of
 from tests.support import checkpoints
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
@@ -65,6 +65,14 @@ def test_the_fused_layer_equals_pefts_layer(dtype: torch.dtype, shape: tuple[int
     model = zoo.adapted(zoo.make(family, dtype=dtype), method=method)
     assert {type(layer) for layer in layers(model)} == {FusedLora}
     assert_equals_peft(layers(model)[0], LoraLinear, shape, dtype)
+
+
+@pytest.mark.parametrize("family", ["falcon", "falcon-40b"])  # whose linear layers are a class of their own
+def test_falcons_layers_are_fused(family: str):
+    model = zoo.adapted(AutoModelForCausalLM.from_config(config_of(families.FAMILIES[family])))
+    assert {type(layer) for layer in layers(model)} == {FusedLora}
+    for layer in layers(model)[:4]:
+        assert_equals_peft(layer, LoraLinear, (2, 5), torch.float32)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -110,7 +118,7 @@ def test_dropout_equals_pefts_formula_at_the_same_positions(p: float, transposed
         kept = (~dropped.draw(x)).double()
     weights = draw(9, 5)
     expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
-    output = FusedLoraFunction.apply(x, lambda: w, bias, a, b, 2.0 / (1 - p), dropped)
+    output = FusedLoraFunction.apply(x, a, b, LoraProduct(lambda: w, bias, 2.0 / (1 - p), dropped))
     assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
         torch.autograd.grad((output * weights).sum(), leaves),

@@ -151,6 +151,8 @@ def test_liger_computes_the_logits_loss_and_gradients_of_the_model():
     assert [result["family"] for result in results] == list(FAMILIES), ended.stderr[-2000:]
     for result in results:
         assert {name[-3:] for name in result["replaced"]} == {"MLP", "orm"}, result
+        # The MLP is one step over the functions of these kernels.
+        assert result["mlp"] == ["LigerGEGLUMLP" if result["family"] == "gemma2" else "LigerSwiGLUMLP"], result
         assert result["rotary"] == "liger_rotary_pos_emb", result
         assert result["choice"].startswith("kernels: liger (test; logits differ by "), result
         assert result["loss"] < 1e-5, result

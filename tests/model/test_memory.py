@@ -88,6 +88,7 @@ def test_weights_and_adapter_are_counted_exactly():
     ("less", "more"),
     [
         ({"every": 1}, {}),
+        ({}, {"fused": False}),
         ({}, {"tokens": 512}),
         ({}, {"dtype": torch.float32}),
         ({"on_cpu": True}, {"on_cpu": True, "longest": 128}),

@@ -19,7 +19,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from lora_cli.model import kernels
+from lora_cli.model import fused_mlp, kernels
 from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.loss import LossFunction
 from tests.model import zoo
@@ -54,32 +54,26 @@ def compare(family: str) -> dict[str, Any]:
     """Return the differences of logits, loss and gradients between the kernels and the model's own layers."""
     plan = zoo.BatchPlan(zoo.rows_of([30, 41, 12]), packing=True, size=96, batches_per_step=1, seed=0)
     batch = plan.make_batch([0, 1, 2])
-    model = zoo.make(family)
-    adapted = zoo.adapted(model)
-    upcast_trainable_params(adapted)
-    trained = [p for p in adapted.parameters() if p.requires_grad]
 
-    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        adapted = zoo.adapted(model)
+        upcast_trainable_params(adapted)
         loss = LossFunction(adapted)(batch).loss
-        gradients = torch.autograd.grad(loss, trained)
+        gradients = torch.autograd.grad(loss, [p for p in adapted.parameters() if p.requires_grad])
         return loss.detach(), torch.cat([g.flatten() for g in gradients])
 
-    loss, gradient = loss_and_gradient()
-    before = {name: type(module).forward for name, module in model.named_modules()}
+    loss, gradient = loss_and_gradient(zoo.make(family))
+    model = zoo.make(family)  # the same weights
     choice = kernels.apply_kernels(model, kernels.KernelChoice("liger", "test"), setting="liger")
-    replaced = sorted(
-        {
-            type(m).__name__
-            for name, m in model.named_modules()
-            if getattr(m.forward, "__func__", None) is not before[name]
-        }
-    )
-    new_loss, new_gradient = loss_and_gradient()
+    replaced = sorted({type(m).__name__ for m in model.modules() if "forward" in vars(m)})
+    new_loss, new_gradient = loss_and_gradient(model)
+    forms = {vars(m)[fused_mlp.FORM][0].source[1] for m in model.modules() if fused_mlp.FORM in vars(m)}
     return {
         "choice": choice.line(),
         "loss": float((new_loss - loss).abs() / loss.abs()),
         "gradient": zoo.relative(new_gradient, gradient),
         "replaced": replaced,
+        "mlp": sorted(forms),
         "rotary": sys.modules[type(model).__module__].apply_rotary_pos_emb.__name__,  # type: ignore[attr-defined]
     }
 

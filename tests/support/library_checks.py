@@ -45,6 +45,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import chat_template_utils
 
 from lora_cli.model.falcon_attention import FalconInterfaceAttention
+from lora_cli.model.fused_mlp import GRADIENTS
 from lora_cli.model.kernels import LIGER_LEFT_OUT
 from lora_cli.model.library_errors import is_panic
 from lora_cli.model.tokenizer_files import silent_panics
@@ -359,6 +360,41 @@ def liger_functions() -> None:
     parameters = inspect.signature(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN["llama"]).parameters
     assert {*LIGER_LEFT_OUT, "model"} <= parameters.keys()
     assert "model" in inspect.signature(_apply_liger_kernel_to_instance).parameters
+
+
+def liger_gates() -> None:
+    """The kernels of gated MLPs take gate and up, and the gradient of their product last; results: see test_kernels."""
+    from liger_kernel.ops import geglu, swiglu
+
+    for forward, backward in (
+        (swiglu.swiglu_forward, swiglu.swiglu_backward),
+        (geglu.geglu_forward, geglu.geglu_backward),
+    ):
+        assert list(inspect.signature(forward).parameters)[:2] == ["a", "b"]
+        assert list(inspect.signature(backward).parameters)[:3] == ["a", "b", "dc"]
+
+
+def activations() -> None:
+    """Each has the derivative that the fused MLP computes."""
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64, requires_grad=True)
+    for kind, gradient in GRADIENTS.items():
+        (expected,) = torch.autograd.grad(kind()(x).sum(), x)
+        assert torch.allclose(gradient(torch.ones_like(x), x.detach()), expected, atol=1e-6), kind
+
+
+def hooks_of_a_module() -> None:
+    """The dictionaries of a module hold its hooks."""
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        layer = torch.nn.Linear(2, 2)
+        getattr(layer, f"register_{kind}_hook")(lambda *args: None)
+        dictionary = f"_{kind.removeprefix('full_')}_hooks"
+        assert len(getattr(layer, dictionary)) == 1, kind
+
+
+def falcon_linear() -> None:
+    """It multiplies with its weight and adds its bias."""
+    layer, x = modeling_falcon.FalconLinear(3, 2), torch.randn(4, 3)
+    assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
 
 
 def falcon_layers() -> None:
