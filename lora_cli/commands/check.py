@@ -56,7 +56,7 @@ def check(recipe: Recipe, *, rows: int) -> None:
         out(_row_text(inputs.data.train[number], inputs, recipe))
     if rows and recipe.task == "causal-lm":
         out("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
-    plan = batch_plan(recipe, inputs, inputs.data.train, batches_per_step=recipe.training.gradient_accumulation)
+    plan = batch_plan(recipe, inputs, inputs.data.train, processes=1)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
     out(
         f"steps: {total:,} in one process, {plan.steps_per_epoch:,} per epoch; "
@@ -64,7 +64,7 @@ def check(recipe: Recipe, *, rows: int) -> None:
     )
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
-    for choice in choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation):
+    for choice in choose_performance(recipe, inputs, batches=total * recipe.training.batches_per_step):
         out(choice.line())
     check_schedule_fits(recipe.training, total)
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
@@ -90,11 +90,12 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable, recipe.adapter)]:
         console.out.print(line)
+    auto = recipe.training.tokens_per_batch == "auto"
     plan = memory.plan_memory(
         inputs.base.skeleton(),  # the other one has the adapter's layers now
         dtype=inputs.base.dtype,
         trainable=trainable,
-        tokens=tokens,
+        tokens=recipe.data.max_length if auto else tokens,
         longest=int(inputs.data.train.lengths.max()),
         every=1 if recipe.training.gradient_checkpointing is True else None,
         quantization=recipe.quantization,
@@ -106,6 +107,11 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     free = memory.available_memory(inputs.device)
     total_memory, free_memory = console.format_bytes(plan.total), console.format_bytes(free)
     console.out.print(f"memory, estimated: {total_memory} ({parts}); free now: {free_memory}")
+    if auto:
+        console.out.print(
+            f"  with batches of {recipe.data.max_length:,} tokens; tokens_per_batch: auto takes up to {tokens:,} "
+            "where they fit"
+        )
     if plan.total > free:
         console.out.print(
             "  more than is free: with gradient_checkpointing: auto, layers are recomputed, and then batches run in "

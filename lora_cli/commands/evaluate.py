@@ -120,7 +120,7 @@ class Evaluation:
         """`rows` are those of `inputs` to measure on."""
         self.recipe, self.rows, self.options = recipe, rows, options
         self.tokenizer, self.labels = inputs.base.tokenizer, inputs.data.labels
-        self.plan: BatchPlan = batch_plan(recipe, inputs, rows, batches_per_step=1)
+        self.plan: BatchPlan = batch_plan(recipe, inputs, rows, processes=None)
         self.prompts: list[Prompt] = answers.select_prompts(
             rows, options.prompts, tokenizer=self.tokenizer, task=recipe.task, loss_on=recipe.data.loss_on
         )

@@ -94,8 +94,7 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     recipe = with_date(inputs.recipe, inputs.template_date)  # the run's recipe records it
     for line in inputs.data.ledger.table():
         info(line)
-    batches_per_step = accelerator.num_processes * recipe.training.gradient_accumulation
-    plan = batch_plan(recipe, inputs, inputs.data.train, batches_per_step=batches_per_step)
+    plan = batch_plan(recipe, inputs, inputs.data.train, processes=accelerator.num_processes)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
     info(plan.describe(total))
     check_schedule_fits(recipe.training, total)

@@ -203,7 +203,7 @@ REPLACED: dict[str, str] = {
         "use training.tokens_per_batch, or training.batch_size with `packing: false`",
     ),
     "global_batch_size": "write training.batch_size and training.gradient_accumulation",
-    "auto_find_batch_size": "write a smaller training.batch_size or training.tokens_per_batch",
+    "auto_find_batch_size": "with packing, write training.tokens_per_batch: auto and training.gradient_accumulation",
     "max_steps_per_epoch": "write training.max_steps instead of training.epochs",
     "eval_strategy": "write training.eval_every in steps, or null for none",
     "evaluation_strategy": "write training.eval_every in steps, or null for none",

@@ -35,8 +35,14 @@ def check_batches(recipe: Recipe) -> Iterator[Conflict]:
     if data.packing is not False and training.batch_size is not None:
         fix = "write tokens_per_batch, or `data: {packing: false}`"
         yield Conflict("training.batch_size", "has no effect with packing", fix, ("data.packing",))
-    if data.packing and training.tokens_per_batch and training.tokens_per_batch < data.max_length:
-        message = f"{training.tokens_per_batch} is less than data.max_length, {data.max_length}"
+    tokens = training.tokens_per_batch
+    if tokens == "auto" and training.gradient_accumulation == 1:
+        fix = (
+            "raise training.gradient_accumulation: a step has as many times data.max_length tokens; or remove this key"
+        )
+        yield Conflict("training.tokens_per_batch", "auto has no batches to join", fix)
+    elif data.packing and isinstance(tokens, int) and tokens < data.max_length:
+        message = f"{tokens} is less than data.max_length, {data.max_length}"
         fix = "raise it, or lower data.max_length: a batch must have room for the longest row"
         yield Conflict("training.tokens_per_batch", message, fix, ("data.packing", "data.max_length"))
 

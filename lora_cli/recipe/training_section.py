@@ -28,8 +28,9 @@ class TrainingSpec(Section):
     """Passes over the training rows; fractions are allowed. Above 0. Default 1. Not together with max_steps."""
     max_steps: Count | None = None
     """Optimizer steps to train for, instead of epochs. At least 1."""
-    tokens_per_batch: Count | None = None
-    """With packing: tokens per device batch. At least data.max_length, which is the default."""
+    tokens_per_batch: Literal["auto"] | Count | None = None
+    """With packing: tokens per device batch. At least data.max_length, which is the default. auto: a device's step of
+    gradient_accumulation times data.max_length tokens is one batch, run in as few parts as memory allows."""
     batch_size: Count | None = None
     """Without packing: rows per device batch. At least 1. Default 4."""
     gradient_accumulation: Count = 1
@@ -98,6 +99,11 @@ class TrainingSpec(Section):
     """Number of held-out prompts that answer_every answers: the first ones. At least 1. Default 4."""
     log_every: Count = 1
     """Optimizer steps between progress lines; metrics.jsonl records every step. At least 1. Default 1."""
+
+    @property
+    def batches_per_step(self) -> int:
+        """Planned batches of a step on one device."""
+        return 1 if self.tokens_per_batch == "auto" else self.gradient_accumulation
 
     @model_validator(mode="before")
     @classmethod

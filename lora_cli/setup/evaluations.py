@@ -74,7 +74,7 @@ class Evaluations:
         self.recipe, self.spec, self.inputs = recipe, recipe.training, inputs
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
         held_out = inputs.data.eval
-        self.plan = batch_plan(recipe, inputs, held_out, batches_per_step=1) if held_out else None
+        self.plan = batch_plan(recipe, inputs, held_out, processes=None) if held_out else None
         self._loss_fn = LossFunction(model, task=recipe.task)
         self.history = EvaluationHistory(start_is_candidate=recipe.adapter.source is not None)
 

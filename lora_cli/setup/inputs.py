@@ -285,21 +285,29 @@ def _check_attention(name: str) -> None:
         )
 
 
-def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, batches_per_step: int) -> BatchPlan:
+def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, processes: int | None) -> BatchPlan:
     """Plan the batches of `rows` with the packing and batch size of the recipe, which is `inputs.recipe`.
+
+    Args:
+        recipe: of the run, resolved.
+        inputs: of the run.
+        rows: of training or evaluation.
+        processes: that take the steps together; None for evaluation, where each batch is one of its own.
 
     Raises:
         LoraError: the config of a seq2seq model has no decoder_start_token_id.
     """
-    packing = bool(recipe.data.packing)
-    size = recipe.training.tokens_per_batch if packing else recipe.training.batch_size
+    packing, training = bool(recipe.data.packing), recipe.training
+    size = training.tokens_per_batch if packing else training.batch_size
+    if size == "auto":
+        size = recipe.data.max_length * (1 if processes is None else training.gradient_accumulation)
     assert size is not None  # the schema fills in the one that packing uses
     assert inputs.base.pad_id is not None
     return BatchPlan(
         rows,
         packing=packing,
         size=size,
-        batches_per_step=batches_per_step,
+        batches_per_step=1 if processes is None else processes * training.batches_per_step,
         seed=recipe.training.seed,
         pad_id=inputs.base.pad_id,
         collate=collate_for(inputs.base, packing=packing),

@@ -148,7 +148,8 @@ def check_inputs(saved: SavedState, recipe: Recipe, state: State) -> list[Change
     """
     changes = find_changes(_recipe_of(saved), recipe)
     differing = {name for name in FACTS if saved.values[name] != state[name]}
-    refused = [change.line() for change in changes if change.effect == "learned" or change.effect in differing]
+    learned = {"training.gradient_accumulation"} if recipe.training.tokens_per_batch == "auto" else set()  # batch size
+    refused = [c.line() for c in changes if c.effect == "learned" or c.effect in differing or c.key in learned]
     total = int(state["total_steps"])
     if not differing & {"data", "batches_per_step"}:  # which change the number of steps
         refused += _refused_rates(saved, changes, recipe.training, total=total)
@@ -282,7 +283,8 @@ def _explain_weights(before: State, now: State) -> list[str]:
 
 def _explain_batches(before: State, now: State) -> list[str]:
     batches, processes = before["batches_per_step"], now["machine"]["processes"]
-    fix = "" if batches % processes else f"; write training.gradient_accumulation: {batches // processes}"
+    given = now["recipe"]["training"]["tokens_per_batch"] != "auto" and batches % processes == 0
+    fix = f"; write training.gradient_accumulation: {batches // processes}" if given else ""
     return [
         f"batches per step: {batches} -> {now['batches_per_step']}, with {_plural(processes, 'process', 'es')}{fix}"
     ]

@@ -43,6 +43,7 @@ from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_s
 
 Info = Callable[[str], None]
 MAX_SHARE = 0.9  # of the free memory that an estimate may take
+HEAP_SHARE = 0.5  # where batches are made as large as fits: the heap of a process leaves gaps between its tensors
 MAX_PADDING_EFFECT = 0.05  # relative change of a row's logits next to a longer row; rounding in bf16 is well below
 
 
@@ -132,7 +133,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
         set_up_gpu(inputs.base.dtype)
     optimizer = resolve_optimizer(recipe, inputs)
     source = open_source(recipe, inputs, info=info)
-    kernels, compiled = choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation)
+    kernels, compiled = choose_performance(recipe, inputs, batches=total * recipe.training.batches_per_step)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
     kernels = apply_kernels(base, kernels, setting=recipe.performance.kernels)
     layers = target_modules.linear_layers(base, heads)
@@ -328,6 +329,8 @@ def _memory_ladder(
 ) -> MemoryLadder:
     """Return the memory ladder of a run; on the CPU, with the first rung whose estimate fits."""
     base = model.get_base_model()
+    auto = recipe.training.tokens_per_batch == "auto"
+    cheap_parts = recipe.training.gradient_accumulation if auto else 1
     ladder = MemoryLadder(
         base,
         setting=recipe.training.gradient_checkpointing,
@@ -337,18 +340,20 @@ def _memory_ladder(
         max_parts=plan.max_rows,
         reserve=optimizer_bytes,
         info=info,
+        cheap_parts=cheap_parts,
     )
-    if recipe.training.gradient_checkpointing != "auto" or inputs.device.type != "cpu":
+    if (recipe.training.gradient_checkpointing != "auto" and cheap_parts == 1) or inputs.device.type != "cpu":
         return ladder
-    free = memory.available_memory(inputs.device)
-    rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts == 1]
+    free, longest = memory.available_memory(inputs.device), int(inputs.data.train.lengths.max())
+    rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= cheap_parts]
     needs = {
         rung: memory.plan_memory(
             base,
             dtype=inputs.base.dtype,
             trainable=_count_trainable(model),
-            tokens=plan.max_tokens,
-            longest=int(inputs.data.train.lengths.max()),
+            # Parts have whole rows, so that one may have up to half a row more than its share.
+            tokens=plan.max_tokens if rung.parts == 1 else plan.max_tokens // rung.parts + longest // 2,
+            longest=longest,
             every=rung.every,
             quantization=recipe.quantization,
             on_cpu=True,
@@ -359,7 +364,10 @@ def _memory_ladder(
     }
     # The weights are loaded already, so the free memory has to fit everything else.
     rest = {rung: need.total - need.weights - need.process for rung, need in needs.items()}
-    fitting = next((rung for rung in rungs if rest[rung] <= MAX_SHARE * free), rungs[-1])
+    share = HEAP_SHARE if auto else MAX_SHARE
+    fitting = next((rung for rung in rungs if rest[rung] <= share * free), rungs[-1])
+    if auto:
+        info(f"tokens_per_batch: auto: each device's step is one batch of up to {plan.max_tokens:,} tokens")
     if fitting != ladder.rung:
         need, left = console.format_bytes(rest[ladder.rung]), console.format_bytes(free)
         info(f"memory: {fitting.describe()}, as a step without it needs about {need} and {left} is free")

@@ -3,6 +3,9 @@
     all activations are kept -> every 4th layer is recomputed in the backward pass -> every 2nd -> every layer
     -> their inputs wait in host memory -> batches are run in 2 parts, in 4, ...
 
+With `training.tokens_per_batch: auto`, where a batch is a whole step, running it in as many parts as the recipe
+accumulates comes first, before any recomputation.
+
 Parts of a batch are accumulated, so that the tokens of a step stay what they are. On a GPU the largest batch is tried
 before the first step; on the CPU, where the system ends a process rather than refuse it memory, the first rung follows
 from the estimate of `model/memory.py`. A step that runs out later is taken again from its begin: nothing of it is kept.
@@ -44,25 +47,28 @@ class Rung(NamedTuple):
         return ", ".join(words)
 
 
-def rungs_below(rung: Rung, *, setting: bool | str, can_recompute: bool, on_cpu: bool, max_parts: int) -> list[Rung]:
-    """Return the rungs below `rung`, the fastest first.
+def all_rungs(
+    *, setting: bool | str, can_recompute: bool, on_cpu: bool, max_parts: int, cheap_parts: int = 1
+) -> list[Rung]:
+    """Return the rungs of a run, the fastest first.
 
     Args:
-        rung: the present one.
         setting: `training.gradient_checkpointing`: false forbids recomputation, true means every layer.
         can_recompute: whether the model supports it.
         on_cpu: whether activations are in host memory anyway.
         max_parts: rows of the largest batch: further parts would be empty.
+        cheap_parts: parts of a batch that are tried before layers are recomputed.
     """
-    forms = [Rung()]
+    first = Rung(1 if can_recompute and setting is True else None)
+    forms = [first]
+    while forms[-1].parts < cheap_parts:
+        forms.append(first._replace(parts=min(2 * forms[-1].parts, cheap_parts)))
     if can_recompute and setting is not False:
-        forms += [Rung(every) for every in EVERY]
-        forms += [] if on_cpu else [Rung(1, offload=True)]
-    if can_recompute and setting is True:
-        forms = [form for form in forms if form.every == 1]
+        forms += [Rung(every, parts=cheap_parts) for every in EVERY if first.every is None]
+        forms += [] if on_cpu else [Rung(1, offload=True, parts=cheap_parts)]
     while forms[-1].parts < max_parts:
         forms.append(forms[-1]._replace(parts=forms[-1].parts * 2))
-    return forms[forms.index(rung) + 1 :] if rung in forms else forms
+    return forms
 
 
 class MemoryLadder:
@@ -81,6 +87,7 @@ class MemoryLadder:
         max_parts: int,
         reserve: int,
         info: Callable[[str], None],
+        cheap_parts: int = 1,
     ) -> None:
         """Start with all activations kept, or with every layer recomputed if `setting` is true.
 
@@ -93,13 +100,26 @@ class MemoryLadder:
             max_parts: rows of the largest batch.
             reserve: bytes that the optimizer takes at the first step.
             info: prints the rung when it changes.
+            cheap_parts: parts of a batch that are tried before layers are recomputed.
+
+        Raises:
+            LoraError: `setting` is true, and the model's layers cannot be recomputed.
         """
-        self._model, self._setting, self._use_reentrant, self._info = model, setting, use_reentrant, info
-        self._can_recompute = can_recompute and model.supports_gradient_checkpointing
-        self._max_parts, self._reserve = max_parts, reserve
+        if setting is True and not model.supports_gradient_checkpointing:
+            raise LoraError(
+                f"training.gradient_checkpointing: {model.config.model_type} models cannot recompute their layers",
+                hint="write auto or false",
+            )
+        self._model, self._use_reentrant, self._info, self._reserve = model, use_reentrant, info, reserve
+        self._rungs = all_rungs(
+            setting=setting,
+            can_recompute=can_recompute and model.supports_gradient_checkpointing,
+            on_cpu=model.device.type == "cpu",
+            max_parts=max_parts,
+            cheap_parts=min(cheap_parts, max_parts),
+        )
         self.rung = Rung()
-        if setting is True:
-            self.set(Rung(1))
+        self.set(self._rungs[0])
 
     def set(self, rung: Rung) -> None:
         """Run batches in the form of `rung` from now on."""
@@ -112,13 +132,7 @@ class MemoryLadder:
 
     def below(self) -> list[Rung]:
         """Return the rungs that are left, the fastest first."""
-        return rungs_below(
-            self.rung,
-            setting=self._setting,
-            can_recompute=self._can_recompute,
-            on_cpu=self._model.device.type == "cpu",
-            max_parts=self._max_parts,
-        )
+        return self._rungs[self._rungs.index(self.rung) + 1 :]
 
     def go_down(self, what: str) -> None:
         """Take the next rung, after `what` ran out of memory: `step 7`.
@@ -180,7 +194,7 @@ class MemoryLadder:
         """Take the lowest rung of all processes: each has estimated its own free memory."""
         if accelerator.num_processes > 1:
             rungs = [Rung(*values) for values in gather_object([tuple(self.rung)])]
-            self.set(max(rungs, key=lambda rung: (1 / rung.every if rung.every else 0, rung.offload, rung.parts)))
+            self.set(max(rungs, key=self._rungs.index))
 
     def to_json(self) -> dict[str, Any]:
         """Return the rung for a checkpoint."""
@@ -191,6 +205,11 @@ class MemoryLadder:
         rung = Rung(*(values[name] for name in Rung._fields))
         if rung in self.below():
             self.set(rung)
+        elif rung.parts != self.rung.parts:  # with dropout, each part draws its own numbers
+            self._info(
+                f"--resume: less memory is free than when the run started: {self.rung.describe()} (before: "
+                f"{rung.describe()}); the result differs from an uninterrupted run's by dropout and rounding"
+            )
 
 
 def release_memory(device: torch.device) -> None:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lora_cli.model import memory
 from lora_cli.run import console, metrics_log
 from lora_cli.run.checksums import write_checksums
 from lora_cli.run.folder import LOCK
@@ -329,3 +330,77 @@ def test_a_run_in_float16_learns_with_a_loss_scale(recipe: WriteRecipe, lora: Lo
     assert scale["value"] > 1
     losses = [record["loss"] for record in read_metrics(Path("runs/a/metrics.jsonl")) if "loss" in record]
     assert losses[-1] < losses[0]
+
+
+FILLED = {"data.max_length": 64, "training.tokens_per_batch": "auto", "training.gradient_accumulation": 3}
+
+
+def test_batches_take_the_memory_there_is_and_steps_keep_their_tokens(
+    recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    runs = {}
+    for name, free in (("large", 1 << 40), ("small", 0)):
+        monkeypatch.setattr(memory, "available_memory", lambda device, free=free: free)
+        recipe({**FILLED, "adapter.dropout": 0.0, "output": f"runs/{name}"})
+        result = lora("train", "recipe.yaml")
+        assert result.code == 0, result.err
+        runs[name] = result.err.splitlines()
+    said = "tokens_per_batch: auto: each device's step is one batch of up to 19"
+    for lines in runs.values():
+        assert any(line.startswith(said) for line in lines)
+    chosen = "memory: every layer is recomputed, batches are run in 3 parts, as a step without it needs about "
+    assert [line for line in runs["small"] if line.startswith(chosen)], runs["small"]
+    assert not any("parts" in line for line in runs["large"])
+    large, small = (metrics(Path("runs") / name) for name in runs)
+    for a, b in zip(large, small, strict=True):
+        assert {k: v for k, v in a.items() if k in ("step", "tokens", "supervised")} == {
+            k: v for k, v in b.items() if k in ("step", "tokens", "supervised")
+        }
+        assert a.get("loss", 0.0) == pytest.approx(b.get("loss", 0.0), rel=1e-4)
+    assert max(record.get("tokens", 0) for record in large) > 64
+    adapters = [load_file(Path("runs") / name / "adapter" / "adapter_model.safetensors") for name in runs]
+    for name, tensor in adapters[0].items():
+        assert torch.allclose(tensor, adapters[1][name], atol=1e-3), name
+
+
+def test_a_resumed_run_keeps_the_parts_of_its_batches(recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 0)
+    recipe({**FILLED, "training.schedule": "constant", "training.warmup": 0})
+    lora("train", "recipe.yaml")
+    expected = adapter_bytes(Path("runs/a"))
+    lora("train", "recipe.yaml", "--output", "runs/b", "--set", "training.max_steps=2")
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1 << 40)
+    resumed = lora("train", "recipe.yaml", "--output", "runs/b", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert adapter_bytes(Path("runs/b")) == expected
+    refused = lora("train", "recipe.yaml", "--resume", "--set", "training.gradient_accumulation=4")
+    assert "training.gradient_accumulation: 3 -> 4" in refused.err.splitlines()
+    assert refused.code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"training.gradient_accumulation": 1}, "training.tokens_per_batch: auto has no batches to join — raise "),
+        ({"data.packing": False}, "training.tokens_per_batch: has no effect without packing — "),
+        ({"training.tokens_per_batch": "most"}, "training.tokens_per_batch: "),
+    ],
+)
+def test_where_there_is_nothing_to_fill_auto_is_refused(
+    changes: dict[str, Any], error: str, recipe: WriteRecipe, lora: Lora
+):
+    recipe({**FILLED, **changes})
+    for command in ("train", "check"):
+        result = lora(command, "recipe.yaml")
+        assert result.code == 2
+        assert error in result.err
+
+
+def test_check_shows_the_memory_of_the_smallest_batches(recipe: WriteRecipe, lora: Lora):
+    result = lora("check", recipe(FILLED))
+    assert result.code == 0, result.err
+    assert re.search(
+        r"^  with batches of 64 tokens; tokens_per_batch: auto takes up to 19\d where they fit$",
+        result.out,
+        re.MULTILINE,
+    )

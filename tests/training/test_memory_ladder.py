@@ -16,7 +16,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.training.loop import Step, fit
-from lora_cli.training.memory_ladder import MemoryLadder, Rung, rungs_below
+from lora_cli.training.memory_ladder import MemoryLadder, Rung, all_rungs
 from tests.model import zoo
 
 LENGTHS = [3, 9, 30, 12, 7, 5, 21, 14, 2, 33]
@@ -142,17 +142,41 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_setting_of_the_recipe_bounds_the_ladder():
-    def below(rung: Rung, setting: bool | str, *, can_recompute: bool = True, on_cpu: bool = False) -> list[Rung]:
-        return rungs_below(rung, setting=setting, can_recompute=can_recompute, on_cpu=on_cpu, max_parts=3)
+    def rungs(setting: bool | str, *, can_recompute: bool = True, on_cpu: bool = False, cheap: int = 1) -> list[Rung]:
+        options = {"can_recompute": can_recompute, "on_cpu": on_cpu, "max_parts": 3}
+        return all_rungs(setting=setting, cheap_parts=cheap, **options)
 
     offloaded = Rung(1, offload=True)
     parts = [offloaded._replace(parts=2), offloaded._replace(parts=4)]  # the last has single rows
-    assert below(Rung(), "auto") == [Rung(4), Rung(2), Rung(1), offloaded, *parts]
-    assert below(Rung(), "auto", on_cpu=True) == [Rung(4), Rung(2), Rung(1), Rung(1, parts=2), Rung(1, parts=4)]
-    assert below(Rung(2), "auto", on_cpu=True)[0] == Rung(1)
-    assert below(Rung(1), True) == [offloaded, *parts]
-    assert below(Rung(), False) == below(Rung(), "auto", can_recompute=False) == [Rung(parts=2), Rung(parts=4)]
-    assert below(parts[-1], "auto") == []
+    assert rungs("auto") == [Rung(), Rung(4), Rung(2), Rung(1), offloaded, *parts]
+    assert rungs("auto", on_cpu=True) == [Rung(), Rung(4), Rung(2), Rung(1), Rung(1, parts=2), Rung(1, parts=4)]
+    assert rungs(True) == [Rung(1), offloaded, *parts]
+    assert rungs(False) == rungs("auto", can_recompute=False) == [Rung(), Rung(parts=2), Rung(parts=4)]
+    # A batch that is a whole step is first divided into as many parts as the recipe accumulates.
+    assert rungs("auto", on_cpu=True, cheap=3) == [
+        Rung(),
+        Rung(parts=2),
+        Rung(parts=3),
+        *(Rung(every, parts=3) for every in (4, 2, 1)),
+    ]
+    assert rungs(True, cheap=2) == [
+        Rung(1),
+        Rung(1, parts=2),
+        Rung(1, offload=True, parts=2),
+        Rung(1, offload=True, parts=4),
+    ]
+    assert rungs(False, cheap=3) == [Rung(), Rung(parts=2), Rung(parts=3)]
+
+
+def test_a_model_that_cannot_recompute_is_refused_where_the_recipe_asks_for_it():
+    model = make_model()
+    type(model.get_base_model()).supports_gradient_checkpointing = False
+    try:
+        with pytest.raises(LoraError, match="gradient_checkpointing: llama models cannot recompute their layers"):
+            make_ladder(model, make_plan(), setting=True)
+        assert make_ladder(model, make_plan()).below()[0] == Rung(parts=2)
+    finally:
+        type(model.get_base_model()).supports_gradient_checkpointing = True
 
 
 class Rehearsal:
@@ -198,6 +222,21 @@ def test_a_resumed_run_takes_the_rung_of_its_checkpoint():
     assert ladder.rung == Rung(2)
     ladder.restore(dict(Rung()._asdict()))  # of a machine with more memory
     assert ladder.rung == Rung(2)
+
+
+def test_a_resumed_run_whose_batches_need_more_parts_says_so():
+    plan, told = make_plan(), []
+    ladder = make_ladder(make_model(), plan, told, cheap_parts=2)
+    ladder.set(Rung(parts=2))
+    ladder.restore(dict(Rung(parts=2)._asdict()))
+    assert told == []
+    ladder.restore(dict(Rung()._asdict()))
+    assert ladder.rung == Rung(parts=2)
+    assert told == [
+        "--resume: less memory is free than when the run started: all activations are kept, batches are run in 2 "
+        "parts (before: all activations are kept); the result differs from an "
+        "uninterrupted run's by dropout and rounding"
+    ]
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
