@@ -46,6 +46,8 @@ def main() -> None:
     counts = sorted(set(arguments.rows or (1_000, 1_000_000)))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(arguments.folder / "cache", ignore_errors=True)
+    write_rows(rows_file(arguments.folder, 1), 1)
+    run(arguments, 1)  # unpacks the model, once
     for count in counts:
         if not rows_file(arguments.folder, count).is_file():
             write_rows(rows_file(arguments.folder, count), count)

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.text import Text
 from torch import nn
 
+from lora_cli.data.batches import BatchPlan
 from lora_cli.data.dataset import show_mask
 from lora_cli.data.encoded_rows import Row
 from lora_cli.data.examples import check_rows
@@ -16,7 +17,6 @@ from lora_cli.data.remote import is_url
 from lora_cli.data.token_text import token_texts
 from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
-from lora_cli.model.fused_lora import is_fusable
 from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
@@ -32,10 +32,12 @@ from lora_cli.setup.training_model import (
     choose_performance,
     coverage_table,
     describe_quantization,
+    fused_values,
     open_source,
     resolve_optimizer,
 )
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
+from lora_cli.training.memory_ladder import check_can_recompute
 from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 
@@ -64,17 +66,17 @@ def check(recipe: Recipe, *, rows: int) -> None:
     )
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
-    for choice in choose_performance(recipe, inputs, batches=total * recipe.training.batches_per_step):
+    for choice in choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation):
         out(choice.line())
     check_schedule_fits(recipe.training, total)
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
     for line in describe_schedule(recipe.training, total):
         out(line)
-    _print_sizes(recipe, inputs, tokens=plan.max_tokens, total=total, optimizer=optimizer)
+    _print_sizes(recipe, inputs, plan, total=total, optimizer=optimizer)
     out(f"ok: lora train would train {redact_path(recipe.model.path)} on these rows")
 
 
-def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, optimizer: str) -> None:
+def _print_sizes(recipe: Recipe, inputs: RunInputs, batches: BatchPlan, *, total: int, optimizer: str) -> None:
     """Print target modules and memory plan, computed from the modules' shapes on the meta device."""
     model = inputs.base.skeleton()
     heads = task_heads(model, recipe.task)
@@ -82,6 +84,7 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     if recipe.quantization is not None and recipe.quantization.bits == 4 and inputs.device.type == "cpu":
         check_cpu_widths(model, layers)
     check_new_tokens_trainable(recipe, model)
+    check_can_recompute(model, recipe.training.gradient_checkpointing)
     context = adapter_context(recipe, inputs, heads=heads, plan=None, total=total)
     adapted = attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
     source = open_source(recipe, inputs, info=console.info)
@@ -90,32 +93,33 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, *, tokens: int, total: int, 
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable, recipe.adapter)]:
         console.out.print(line)
-    auto = recipe.training.tokens_per_batch == "auto"
+    tokens = batches.tokens_of_part(batches.parts)
     plan = memory.plan_memory(
         inputs.base.skeleton(),  # the other one has the adapter's layers now
         dtype=inputs.base.dtype,
         trainable=trainable,
-        tokens=recipe.data.max_length if auto else tokens,
+        tokens=tokens,
         longest=int(inputs.data.train.lengths.max()),
         every=1 if recipe.training.gradient_checkpointing is True else None,
         quantization=recipe.quantization,
         on_cpu=inputs.device.type == "cpu",
-        fused=any(is_fusable(module) for module in adapted.modules()),
+        mlp_values=fused_values(adapted),
         optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
     )
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
     free = memory.available_memory(inputs.device)
     total_memory, free_memory = console.format_bytes(plan.total), console.format_bytes(free)
     console.out.print(f"memory, estimated: {total_memory} ({parts}); free now: {free_memory}")
-    if auto:
+    smaller = "data.max_length" if batches.parts > 1 else "training.tokens_per_batch"
+    if batches.parts > 1:
         console.out.print(
-            f"  with batches of {recipe.data.max_length:,} tokens; tokens_per_batch: auto takes up to {tokens:,} "
+            f"  with batches of up to {tokens:,} tokens; tokens_per_batch: auto takes up to {batches.max_tokens:,} "
             "where they fit"
         )
     if plan.total > free:
         console.out.print(
             "  more than is free: with gradient_checkpointing: auto, layers are recomputed, and then batches run in "
-            "parts; smaller batches (training.tokens_per_batch), quantization or a smaller adapter.rank need less"
+            f"more parts; smaller batches ({smaller}), quantization or a smaller adapter.rank need less"
         )
     _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
 

@@ -36,7 +36,7 @@ from lora_cli.run.folder import BASE, CONFIG_FILE, recipe_of_adapter
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter, is_model_folder, parse_named_folder
 from lora_cli.setup.check_bases import check_bases
-from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_recorded_date
+from lora_cli.setup.inputs import RunInputs, evaluation_plan, load_inputs, with_recorded_date
 from lora_cli.setup.training_model import load_base, prepare_base
 from lora_cli.training import cpu
 
@@ -120,7 +120,7 @@ class Evaluation:
         """`rows` are those of `inputs` to measure on."""
         self.recipe, self.rows, self.options = recipe, rows, options
         self.tokenizer, self.labels = inputs.base.tokenizer, inputs.data.labels
-        self.plan: BatchPlan = batch_plan(recipe, inputs, rows, processes=None)
+        self.plan: BatchPlan = evaluation_plan(recipe, inputs, rows)
         self.prompts: list[Prompt] = answers.select_prompts(
             rows, options.prompts, tokenizer=self.tokenizer, task=recipe.task, loss_on=recipe.data.loss_on
         )

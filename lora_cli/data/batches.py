@@ -38,6 +38,7 @@ class BatchPlan:
         seed: int,
         pad_id: int = 0,
         collate: Collate | None = None,
+        parts: int = 1,
     ) -> None:
         """Plan the batches of `rows`.
 
@@ -49,6 +50,7 @@ class BatchPlan:
             seed: seed of the row order.
             pad_id: padding token id.
             collate: makes a batch from rows of the task; default: packed or padded causal-lm batches.
+            parts: that a batch may be run in by the recipe, without want of memory.
         """
         self.rows = rows
         self._collate = collate or (collate_packed if packing else collate_padded)
@@ -57,6 +59,7 @@ class BatchPlan:
         self.batches_per_step = batches_per_step
         self.seed = seed
         self.pad_id = pad_id
+        self.parts = parts
         self._epoch = -1
         self._batches: list[list[int]] = []
         self.batches_per_epoch = len(self.epoch(0))
@@ -80,6 +83,12 @@ class BatchPlan:
         if self.packing:
             return max(int(lengths[batch].sum()) for batch in self.epoch(0))
         return max(int(lengths[batch].max()) * len(batch) for batch in self.epoch(0))
+
+    def tokens_of_part(self, parts: int) -> int:
+        """Return the tokens that one of `parts` parts of a batch can have: `split` keeps rows whole."""
+        if parts == 1:
+            return self.max_tokens
+        return min(self.max_tokens, self.max_tokens // parts + int(self.rows.lengths.max()))
 
     @property
     def token_share(self) -> float:

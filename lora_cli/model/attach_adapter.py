@@ -20,6 +20,7 @@ from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.fused_mlp import fuse_mlps
 from lora_cli.model.peft_config import METHODS
+from lora_cli.model.shared_input import share_inputs
 from lora_cli.model.target_modules import Targets
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.methods import METHOD_FACTS
@@ -85,6 +86,8 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
     _freeze(adapted, ".ranknum.")
     # `bias: all` of PEFT includes the biases of towers that text does not pass through.
     _freeze(adapted, *(f".{part.name}." for part in multimodal.outside_text(adapted.get_base_model())))
+    if isinstance(config, LoraConfig):
+        share_inputs(adapted.get_base_model())
     return adapted
 
 

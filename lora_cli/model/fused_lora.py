@@ -4,6 +4,7 @@ The computation is that of `lora_product.py`. The results are those of PEFT's la
 gradients. Only LoRA on plain and on 4-bit linear layers is fused; other layers, and inference, run PEFT's forward.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from lora_cli.model.experts_lora import experts_layer
 from lora_cli.model.gguf_base import PackedLora
-from lora_cli.model.lora_product import LoraProduct, draw_dropped
+from lora_cli.model.lora_product import Factors, LoraProduct, draw_dropped, multiply, multiply_backward
 
+SHARED = "_shared_input"  # attribute of a layer that has its input in common with others, see shared_input.py
 PLAIN_LAYERS = (nn.Linear, FalconLinear)  # that multiply with their weight, and add their bias
 
 
@@ -115,15 +117,22 @@ def multiplies_in(base: Any, dtype: torch.dtype) -> bool:
     return bool(base.compute_dtype == dtype and (base.bias is None or base.bias.dtype == dtype))
 
 
-class FusedProduct(NamedTuple):
-    """The product with a layer, and its factors; A and B are None if it has no adapter."""
+def is_wrapped(module: Any) -> bool:
+    """Return whether a call of `module` does more than the forward of its class: it has hooks, or a new forward."""
+    if not isinstance(module, nn.Module):
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+class FusedLayer(NamedTuple):
+    """What a layer multiplies with."""
 
     product: LoraProduct
-    a: Tensor | None  # [r, in], fp32
-    b: Tensor | None  # [out, r], fp32
+    factors: Factors
 
 
-def base_product(base: Any, dtype: torch.dtype) -> FusedProduct:
+def base_product(base: Any, dtype: torch.dtype) -> FusedLayer:
     """Return the product with a plain or 4-bit linear layer alone, computed in `dtype`."""
 
     def weight() -> Tensor:
@@ -133,10 +142,10 @@ def base_product(base: Any, dtype: torch.dtype) -> FusedProduct:
         plain: Tensor = base.weight
         return plain
 
-    return FusedProduct(LoraProduct(weight, base.bias, 1.0, None), None, None)
+    return FusedLayer(LoraProduct(weight, base.bias, 1.0, None), Factors(None, None))
 
 
-def lora_product(layer: Any, x: Tensor) -> FusedProduct:
+def layer_product(layer: Any, x: Tensor) -> FusedLayer:
     """Return the product with a layer whose forward pass on x is fused, see `runs_fused`.
 
     Args:
@@ -150,41 +159,69 @@ def lora_product(layer: Any, x: Tensor) -> FusedProduct:
         dropped = draw_dropped(x, dropout.p)
         scale = scale / (1 - dropout.p)
     product = base_product(layer.base_layer, x.dtype).product._replace(scale=scale, dropped=dropped)
-    return FusedProduct(product, layer.lora_A[name].weight, layer.lora_B[name].weight)
+    return FusedLayer(product, Factors(layer.lora_A[name].weight, layer.lora_B[name].weight))
 
 
 def _fused_forward(layer: Any, x: Tensor) -> Tensor:
-    product, a, b = lora_product(layer, x)
-    fused: Tensor = FusedLoraFunction.apply(x, a, b, product)  # type: ignore[no-untyped-call]
-    return fused
+    shared = layer.__dict__.get(SHARED)
+    if shared is not None and not torch.compiler.is_compiling():
+        return shared.output(layer, x)  # type: ignore[no-any-return]
+    return multiply_fused(x, [layer_product(layer, x)])[0]
+
+
+def multiply_fused(x: Tensor, layers: Sequence[FusedLayer]) -> tuple[Tensor, ...]:
+    """Return y [..., out] of each layer for the same x [..., in], as one autograd step."""
+    factors = [tensor for layer in layers for tensor in layer.factors]
+    products = tuple(layer.product for layer in layers)
+    outputs: tuple[Tensor, ...] = FusedLoraFunction.apply(x, products, *factors)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 class FusedLoraFunction(torch.autograd.Function):
-    """A product of `lora_product.py`, with gradients of x, A and B."""
+    """Products of `lora_product.py` with the same x, with gradients of x and of all A and B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, product: LoraProduct) -> Tensor:
-        """Return y [..., out] in the dtype of x.
+    def forward(ctx: Any, x: Tensor, products: tuple[LoraProduct, ...], *factors: Tensor | None) -> tuple[Tensor, ...]:
+        """Return y [..., out] of each product, in the dtype of x.
 
         Args:
             ctx: of autograd.
             x: [..., in], in the compute dtype.
-            a: [r, in], fp32.
-            b: [out, r], fp32.
-            product: what is computed.
+            products: what is computed.
+            factors: A [r, in] and B [out, r], fp32, of each product in turn; None where it has no adapter.
         """
-        y, inner = product.forward(x, a, b)
+        outputs, inners = multiply(x, products, in_pairs(factors))
         # A frozen A (LoRA-FA) has no gradient, so its input, the largest saved tensor, is not saved.
-        kept = x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        ctx.product, positions = product.split()
-        ctx.save_for_backward(kept, inner, a, b, positions)
-        return y
+        kept = x.reshape(-1, x.shape[-1]) if any(ctx.needs_input_grad[2::2]) else None
+        split = [product.split() for product in products]
+        ctx.products = tuple(product for product, _ in split)
+        ctx.save_for_backward(kept, *factors, *inners, *(positions for _, positions in split))
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x, A and B; `grad` is [..., out]."""
-        *saved, positions = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        product = ctx.product.join(positions)
-        grad_x, grad_a, grad_b = product.backward(flat, *saved, for_x=ctx.needs_input_grad[0])
-        return None if grad_x is None else grad_x.view(*grad.shape[:-1], grad_x.shape[-1]), grad_a, grad_b, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x and of the factors; `grads` are [..., out]."""
+        count, needs = len(ctx.products), ctx.needs_input_grad
+        x, *saved = ctx.saved_tensors
+        positions = saved[3 * count :]
+        grad_x, gradients = multiply_backward(
+            [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads],
+            x,
+            [product.join(each) for product, each in zip(ctx.products, positions, strict=True)],
+            in_pairs(saved[: 2 * count]),
+            saved[2 * count : 3 * count],
+            trained_a=needs[2::2],
+            for_x=needs[0],
+        )
+        return (
+            None if grad_x is None else grad_x.view(ctx.shape),
+            None,
+            *(tensor for each in gradients for tensor in each),
+        )
+
+
+def in_pairs(tensors: Sequence[Tensor | None]) -> list[Factors]:
+    """Return A and B of each layer, from a flat sequence."""
+    return [Factors(*pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]

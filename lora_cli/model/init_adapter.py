@@ -141,7 +141,7 @@ def init_eva(model: PeftModel, spec: AdapterSpec, context: AdapterContext) -> No
     if not batches:
         raise LoraError(
             f"adapter.method: eva needs batches of at least {needed} tokens, twice the rank; all batches have fewer",
-            hint="lower adapter.rank, or raise training.tokens_per_batch or batch_size",
+            hint="lower adapter.rank, or raise data.max_length, training.tokens_per_batch or batch_size",
         )
     loss_fn = _loss_of_whole_batches(model, context)
     _check_enough_vectors(model, loss_fn, batches[0], min_vectors=needed)
@@ -313,7 +313,8 @@ def init_dora_magnitudes(model: PeftModel) -> None:
 
 
 def _batches(plan: BatchPlan) -> list[Batch]:
-    return [plan.make_batch(indices) for indices in plan.epoch(0)[:STATISTICS_BATCHES]]
+    whole = (plan.make_batch(indices) for indices in plan.epoch(0)[:STATISTICS_BATCHES])
+    return [part for batch in whole for part in plan.split(batch, plan.parts)][:STATISTICS_BATCHES]
 
 
 def _single_rows(plan: BatchPlan) -> Iterator[Batch]:

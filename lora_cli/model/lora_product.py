@@ -8,7 +8,7 @@ from the same seed. A 4-bit W is dequantized for each of the two products and ke
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,10 +76,7 @@ def _drop_(x: Tensor, dropped: Tensor | SeededMask) -> Tensor:
 
 
 class LoraProduct(NamedTuple):
-    """y = x·Wᵀ + b + scale·((x∘kept)·Aᵀ)·Bᵀ (LoRA, arXiv:2106.09685, eq. 3), all but its tensors that are trained.
-
-    x is [..., in], in the compute dtype. A [r, in] and B [out, r] are fp32; None if the layer has no adapter.
-    """
+    """y = x·Wᵀ + b + scale·((x∘kept)·Aᵀ)·Bᵀ (LoRA, arXiv:2106.09685, eq. 3), all but x and the trained A and B."""
 
     weight: Callable[[], Tensor]  # W [out, in], in the compute dtype
     bias: Tensor | None  # [out], in the compute dtype
@@ -95,8 +92,8 @@ class LoraProduct(NamedTuple):
         """Return it with the positions of `split`."""
         return self if positions is None else self._replace(dropped=positions)
 
-    def forward(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return y [..., out], and (x∘kept)·Aᵀ [tokens, r], or None without an adapter."""
+    def base_output(self, x: Tensor) -> Tensor:
+        """Return x·Wᵀ + b, [..., out]."""
         w, flat = self.weight(), x.reshape(-1, x.shape[-1])
         # The result is no view of another tensor: models may add to it in place, which autograd forbids on a view.
         result = x.new_empty(*x.shape[:-1], w.shape[0])
@@ -105,47 +102,127 @@ class LoraProduct(NamedTuple):
             torch.mm(flat, w.T, out=y)
         else:
             torch.addmm(self.bias, flat, w.T, out=y)
-        if a is None or b is None:
-            return result, None
-        inner = _without(flat, self.dropped) @ a.to(x.dtype).T
-        y.addmm_(inner, b.to(x.dtype).T, alpha=self.scale)
-        return result, inner
+        return result
 
-    def backward(
-        self,
-        grad: Tensor,
-        x: Tensor | None,
-        inner: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        *,
-        for_x: bool,
-        add_to: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of x [tokens, in], in the compute dtype, and of A and B, fp32; None for what has none.
 
-        Args:
-            grad: of y, [tokens, out].
-            x: [tokens, in], or None for a frozen A.
-            inner: of `forward`.
-            a: as in `forward`.
-            b: as in `forward`.
-            for_x: whether x needs a gradient.
-            add_to: a gradient of x to add to, in place.
-        """
-        grad_inner = grad_a = grad_b = None
-        if a is not None and b is not None and inner is not None:
-            grad_inner = (grad @ b.to(grad.dtype)).mul_(self.scale)
-            grad_b = (grad.T @ inner).to(b.dtype).mul_(self.scale)
-            if x is not None:
-                # Mask x again: saving its masked copy in the forward pass would need more memory.
-                grad_a = (grad_inner.T @ _without(x, self.dropped)).to(a.dtype)
-        if not for_x:
-            return None, grad_a, grad_b
-        grad_x = grad @ self.weight() if add_to is None else add_to.addmm_(grad, self.weight())
-        if a is not None and grad_inner is not None:
-            if self.dropped is None:
-                grad_x.addmm_(grad_inner, a.to(grad.dtype))
-            else:
-                grad_x.add_(_drop_(grad_inner @ a.to(grad.dtype), self.dropped))
-        return grad_x, grad_a, grad_b
+class Factors(NamedTuple):
+    """The trained tensors of one layer, fp32; None if it has no adapter."""
+
+    a: Tensor | None  # [r, in]
+    b: Tensor | None  # [out, r]
+
+
+class Gradients(NamedTuple):
+    """Of the factors of one layer, fp32; None for what has none."""
+
+    a: Tensor | None
+    b: Tensor | None
+
+
+def multiply(
+    x: Tensor, products: Sequence[LoraProduct], factors: Sequence[Factors]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return the products of several layers with the same x [..., in].
+
+    Returns:
+        y [..., out] of each, and its (x∘kept)·Aᵀ [tokens, r], which the gradients need; None without an adapter.
+    """
+    outputs = [product.base_output(x) for product in products]
+    flat = x.reshape(-1, x.shape[-1])
+    inners = _inner_products(flat, products, [None if each.a is None else each.a.to(x.dtype) for each in factors])
+    for product, y, inner, each in zip(products, outputs, inners, factors, strict=True):
+        if inner is not None and each.b is not None:
+            y.view(-1, y.shape[-1]).addmm_(inner, each.b.to(x.dtype).T, alpha=product.scale)
+    return outputs, inners
+
+
+def _inner_products(x: Tensor, products: Sequence[LoraProduct], a: Sequence[Tensor | None]) -> list[Tensor | None]:
+    present = [each for each in a if each is not None]
+    if len(present) > 1 and all(product.dropped is None for product in products):
+        # One product with all A, which are narrow: x is read once.
+        parts = iter((x @ torch.cat(present).T).split([each.shape[0] for each in present], dim=1))
+        return [None if each is None else next(parts) for each in a]
+    return [
+        None if each is None else _without(x, product.dropped) @ each.T
+        for product, each in zip(products, a, strict=True)
+    ]
+
+
+def multiply_backward(
+    grads: Sequence[Tensor | None],
+    x: Tensor | None,
+    products: Sequence[LoraProduct],
+    factors: Sequence[Factors],
+    inners: Sequence[Tensor | None],
+    *,
+    trained_a: Sequence[bool],
+    for_x: bool,
+) -> tuple[Tensor | None, list[Gradients]]:
+    """Return the gradients of x [tokens, in], in the compute dtype, and of the factors, from those of `multiply`.
+
+    Args:
+        grads: of each y, [tokens, out]; None for a y that is not used.
+        x: [tokens, in]; None if no A is trained.
+        products: as in `multiply`.
+        factors: as in `multiply`.
+        inners: of `multiply`.
+        trained_a: whether each A needs a gradient.
+        for_x: whether x needs one.
+    """
+    grad_x: Tensor | None = None
+    gradients, narrow = [], []
+    for grad, product, (a, b), inner, trained in zip(grads, products, factors, inners, trained_a, strict=True):
+        if grad is None:
+            gradients.append(Gradients(None, None))
+            continue
+        if for_x:
+            w = product.weight()
+            grad_x = grad @ w if grad_x is None else grad_x.addmm_(grad, w)
+        if a is None or b is None or inner is None:
+            gradients.append(Gradients(None, None))
+            continue
+        grad_inner = (grad @ b.to(grad.dtype)).mul_(product.scale)
+        grad_b = (grad.T @ inner).to(b.dtype).mul_(product.scale)
+        narrow.append(_Narrow(len(gradients), product, a, grad_inner, trained))
+        gradients.append(Gradients(None, grad_b))
+    for group in _groups(narrow):
+        _narrow_backward(group, x, grad_x, gradients)
+    return grad_x, gradients
+
+
+class _Narrow(NamedTuple):
+    """The narrow products of a layer in the backward pass."""
+
+    number: int  # of the layer
+    product: LoraProduct
+    a: Tensor
+    grad_inner: Tensor  # [tokens, r]
+    trained: bool
+
+
+def _groups(narrow: list[_Narrow]) -> list[list[_Narrow]]:
+    """Return the layers that are multiplied together: all without dropout, which have the same x."""
+    together = [each for each in narrow if each.product.dropped is None]
+    return [*([together] if together else []), *([each] for each in narrow if each.product.dropped is not None)]
+
+
+def _narrow_backward(group: list[_Narrow], x: Tensor | None, grad_x: Tensor | None, gradients: list[Gradients]) -> None:
+    """Set the gradients of A, and add to that of x in place, for layers whose x has the same elements dropped."""
+    dropped = group[0].product.dropped
+    wide = [each for each in group if each.trained]
+    if x is not None and wide:
+        # Mask x again: saving its masked copy in the forward pass would need more memory.
+        of_a = _cat([each.grad_inner for each in wide], dim=1).T @ _without(x, dropped)
+        for each, part in zip(wide, of_a.split([each.a.shape[0] for each in wide]), strict=True):
+            gradients[each.number] = gradients[each.number]._replace(a=part.to(each.a.dtype))
+    if grad_x is not None:
+        grad_inner = _cat([each.grad_inner for each in group], dim=1)
+        a = _cat([each.a for each in group], dim=0).to(grad_x.dtype)
+        if dropped is None:
+            grad_x.addmm_(grad_inner, a)
+        else:
+            grad_x.add_(_drop_(grad_inner @ a, dropped))
+
+
+def _cat(parts: list[Tensor], *, dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

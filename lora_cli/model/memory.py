@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_cli.model.experts import expert_weights, is_packable
-from lora_cli.model.fused_mlp import values_kept
 from lora_cli.model.head_loss import chunk_tokens
 from lora_cli.model.target_modules import linear_layers
 from lora_cli.recipe.schema import QuantizationSpec
@@ -43,16 +42,16 @@ def plan_memory(
     every: int | None,
     quantization: QuantizationSpec | None,
     on_cpu: bool,
-    fused: bool = True,
+    mlp_values: int | None = None,
     optimizer_bytes: int | None = None,
 ) -> MemoryPlan:
     """Estimate the bytes of a training step at its peak.
 
     Activations per token and layer of a decoder with a gated MLP (h: hidden size, i: intermediate size): two norms save
     their inputs in fp32 (8h bytes), the projections save their inputs (4h + i values), attention saves q, k and v (3h),
-    and the gate saves three more (3i); of the 4i, an MLP that runs as one step keeps 2i (fused_mlp.py). This counts the
-    tensors that the backward pass needs, as Korthikanti et al. (arXiv:2205.05198, section 4.1) do for full training;
-    frozen weights need fewer.
+    and the gate saves three more (3i). An MLP that runs as one step keeps `mlp_values` times i in place of the 4i. This
+    counts the tensors that the backward pass needs, as Korthikanti et al. (arXiv:2205.05198, section 4.1) do for full
+    training; frozen weights need fewer.
 
     Args:
         model: the base; may be on the meta device.
@@ -63,7 +62,7 @@ def plan_memory(
         every: of how many layers one is recomputed (gradient checkpointing); None: none is.
         quantization: the recipe's section; None for a 16-bit or fp32 base.
         on_cpu: whether training runs on the CPU.
-        fused: whether the adapter is one whose layers are fused (`fused_lora.is_fusable`).
+        mlp_values: of `fused_mlp.values_kept`.
         optimizer_bytes: state of the optimizer; None for AdamW's two fp32 moments.
     """
     itemsize = dtype.itemsize
@@ -71,7 +70,7 @@ def plan_memory(
     hidden, layers = config.hidden_size, config.num_hidden_layers
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     heads = getattr(config, "num_attention_heads", 1)
-    between = (values_kept(model) if fused and not expert_weights(model) else None) or 4
+    between = 4 if mlp_values is None or expert_weights(model) else mlp_values
     per_layer = 2 * 4 * hidden + itemsize * (7 * hidden + between * intermediate)
     if on_cpu:  # attention saves the probabilities of short rows, see model/packed_attention.py
         per_layer += itemsize * heads * min(longest, 320)

@@ -143,10 +143,11 @@ RESUME_EFFECTS: dict[str, Effect] = {
     "output": "place",
 }
 # Keys that the base or the rows decide on if the recipe leaves them out: they are compared after that.
-FILLED_IN = (
-    *("data.packing", "data.template_date", "training.tokens_per_batch", "training.batch_size"),
-    "quantization.compute_dtype",
-)
+# With the value that leaves them open.
+FILLED_IN: dict[str, str | None] = {
+    **dict.fromkeys(("data.packing", "data.template_date", "training.tokens_per_batch", "training.batch_size")),
+    "quantization.compute_dtype": "auto",
+}
 SECTIONS = {key.partition(".")[0] for key in RESUME_EFFECTS if "." in key}
 SOURCES = ("data.train", "data.eval")
 VALUE_SHOWN = 200  # characters of a value in a diff

@@ -36,7 +36,7 @@ def check_batches(recipe: Recipe) -> Iterator[Conflict]:
         fix = "write tokens_per_batch, or `data: {packing: false}`"
         yield Conflict("training.batch_size", "has no effect with packing", fix, ("data.packing",))
     tokens = training.tokens_per_batch
-    if tokens == "auto" and training.gradient_accumulation == 1:
+    if data.packing is not False and tokens == "auto" and training.gradient_accumulation == 1:
         fix = (
             "raise training.gradient_accumulation: a step has as many times data.max_length tokens; or remove this key"
         )

@@ -29,12 +29,13 @@ class TrainingSpec(Section):
     max_steps: Count | None = None
     """Optimizer steps to train for, instead of epochs. At least 1."""
     tokens_per_batch: Literal["auto"] | Count | None = None
-    """With packing: tokens per device batch. At least data.max_length, which is the default. auto: a device's step of
-    gradient_accumulation times data.max_length tokens is one batch, run in as few parts as memory allows."""
+    """With packing: tokens per device batch. At least data.max_length, which is the default. auto, with
+    gradient_accumulation N above 1: one batch of N times data.max_length tokens, in as few parts as memory allows."""
     batch_size: Count | None = None
     """Without packing: rows per device batch. At least 1. Default 4."""
     gradient_accumulation: Count = 1
-    """Device batches per optimizer step; the loss is the mean over their supervised tokens. At least 1. Default 1."""
+    """Device batches per optimizer step, which tokens_per_batch: auto joins; the loss is the mean over their supervised
+    tokens. At least 1. Default 1."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Peak learning rate. Above 0, at most 10. Default 2e-4. Usual for LoRA: adamw, muon, adafactor 1e-4 to 5e-4; lion
     2e-5 to 1e-4; schedule-free-adamw 2e-4 to 2e-3."""
@@ -99,11 +100,6 @@ class TrainingSpec(Section):
     """Number of held-out prompts that answer_every answers: the first ones. At least 1. Default 4."""
     log_every: Count = 1
     """Optimizer steps between progress lines; metrics.jsonl records every step. At least 1. Default 1."""
-
-    @property
-    def batches_per_step(self) -> int:
-        """Planned batches of a step on one device."""
-        return 1 if self.tokens_per_batch == "auto" else self.gradient_accumulation
 
     @model_validator(mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import GenerationSpec, Recipe
 from lora_cli.run.metrics_log import MetricsLog, read_metrics
-from lora_cli.setup.inputs import RunInputs, batch_plan
+from lora_cli.setup.inputs import RunInputs, evaluation_plan
 from lora_cli.training.best_step import EvaluationHistory, RowLosses
 from lora_cli.training.distributed import any_process
 from lora_cli.training.optimizer import averaged_weights
@@ -74,7 +74,7 @@ class Evaluations:
         self.recipe, self.spec, self.inputs = recipe, recipe.training, inputs
         self._model, self._optimizer, self._accelerator = model, optimizer, accelerator
         held_out = inputs.data.eval
-        self.plan = batch_plan(recipe, inputs, held_out, processes=None) if held_out else None
+        self.plan = evaluation_plan(recipe, inputs, held_out) if held_out else None
         self._loss_fn = LossFunction(model, task=recipe.task)
         self.history = EvaluationHistory(start_is_candidate=recipe.adapter.source is not None)
 

@@ -285,14 +285,30 @@ def _check_attention(name: str) -> None:
         )
 
 
-def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, processes: int | None) -> BatchPlan:
-    """Plan the batches of `rows` with the packing and batch size of the recipe, which is `inputs.recipe`.
+def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, processes: int) -> BatchPlan:
+    """Plan the steps of training on `rows` by `processes`, with packing and batches of the recipe, `inputs.recipe`.
 
-    Args:
-        recipe: of the run, resolved.
-        inputs: of the run.
-        rows: of training or evaluation.
-        processes: that take the steps together; None for evaluation, where each batch is one of its own.
+    With `tokens_per_batch: auto`, the batches of a step on one device are planned as one, with as many parts.
+
+    Raises:
+        LoraError: the config of a seq2seq model has no decoder_start_token_id.
+    """
+    count, auto = recipe.training.gradient_accumulation, recipe.training.tokens_per_batch == "auto"
+    joined = count if auto else 1
+    return _plan(recipe, inputs, rows, batches_per_step=processes * count // joined, joined=joined)
+
+
+def evaluation_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset) -> BatchPlan:
+    """Plan the batches of an evaluation on `rows`: those of training, none of them joined.
+
+    Raises:
+        LoraError: the config of a seq2seq model has no decoder_start_token_id.
+    """
+    return _plan(recipe, inputs, rows, batches_per_step=1, joined=1)
+
+
+def _plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, batches_per_step: int, joined: int) -> BatchPlan:
+    """Return the plan, with the tokens of `joined` batches in each where the size is auto.
 
     Raises:
         LoraError: the config of a seq2seq model has no decoder_start_token_id.
@@ -300,17 +316,18 @@ def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, proce
     packing, training = bool(recipe.data.packing), recipe.training
     size = training.tokens_per_batch if packing else training.batch_size
     if size == "auto":
-        size = recipe.data.max_length * (1 if processes is None else training.gradient_accumulation)
+        size = recipe.data.max_length * joined
     assert size is not None  # the schema fills in the one that packing uses
     assert inputs.base.pad_id is not None
     return BatchPlan(
         rows,
         packing=packing,
         size=size,
-        batches_per_step=1 if processes is None else processes * training.batches_per_step,
+        batches_per_step=batches_per_step,
         seed=recipe.training.seed,
         pad_id=inputs.base.pad_id,
         collate=collate_for(inputs.base, packing=packing),
+        parts=joined,
     )
 
 

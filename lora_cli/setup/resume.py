@@ -78,6 +78,7 @@ class _RecordedValues(_Recorded):
     step: int
     total_steps: int
     batches_per_step: int
+    batch_size: int
     data: str
     sources: list[_RecordedSource]
     template: str
@@ -116,7 +117,7 @@ def find_run_state(recipe: Recipe, *, info: Info | None) -> SavedState | None:
         return None
     _check_values(saved)
     changes = find_changes(_recipe_of(saved), recipe)
-    changes = [c for c in changes if not (c.key in FILLED_IN and c.after in (None, "auto"))]
+    changes = [c for c in changes if not (c.key in FILLED_IN and c.after == FILLED_IN[c.key])]
     refused = [c.line() for c in changes if c.effect == "learned"]
     # Epochs are steps only when the rows are known.
     total = recipe.training.max_steps
@@ -148,8 +149,7 @@ def check_inputs(saved: SavedState, recipe: Recipe, state: State) -> list[Change
     """
     changes = find_changes(_recipe_of(saved), recipe)
     differing = {name for name in FACTS if saved.values[name] != state[name]}
-    learned = {"training.gradient_accumulation"} if recipe.training.tokens_per_batch == "auto" else set()  # batch size
-    refused = [c.line() for c in changes if c.effect == "learned" or c.effect in differing or c.key in learned]
+    refused = [change.line() for change in changes if change.effect == "learned" or change.effect in differing]
     total = int(state["total_steps"])
     if not differing & {"data", "batches_per_step"}:  # which change the number of steps
         refused += _refused_rates(saved, changes, recipe.training, total=total)
@@ -283,11 +283,20 @@ def _explain_weights(before: State, now: State) -> list[str]:
 
 def _explain_batches(before: State, now: State) -> list[str]:
     batches, processes = before["batches_per_step"], now["machine"]["processes"]
-    given = now["recipe"]["training"]["tokens_per_batch"] != "auto" and batches % processes == 0
+    joined = any(state["recipe"]["training"]["tokens_per_batch"] == "auto" for state in (before, now))
+    given = not joined and batches % processes == 0
     fix = f"; write training.gradient_accumulation: {batches // processes}" if given else ""
     return [
         f"batches per step: {batches} -> {now['batches_per_step']}, with {_plural(processes, 'process', 'es')}{fix}"
     ]
+
+
+def _explain_size(before: State, now: State) -> list[str]:
+    """Return a line on the batch size where it follows from other keys; else the diff has its key."""
+    if any(state["recipe"]["training"]["tokens_per_batch"] != "auto" for state in (before, now)):
+        return []
+    keys = "gradient_accumulation times data.max_length"
+    return [f"training.tokens_per_batch: auto: {keys}: {before['batch_size']:,} -> {now['batch_size']:,}"]
 
 
 # Values of a state that must stay the same, with the lines that tell how they differ.
@@ -296,5 +305,6 @@ FACTS: dict[str, Callable[[State, State], list[str]]] = {
     "dtype": lambda before, now: [f"dtype of the run (model.dtype): {before['dtype']} -> {now['dtype']}"],
     "data": _explain_data,
     "batches_per_step": _explain_batches,
+    "batch_size": _explain_size,
     "optimizer": lambda before, now: [f"optimizer of the run: {before['optimizer']} -> {now['optimizer']}"],
 }

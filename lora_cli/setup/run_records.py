@@ -98,6 +98,7 @@ def resume_state(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: i
         "recipe": recipe.model_dump(mode="json"),
         "total_steps": total,
         "batches_per_step": plan.batches_per_step,
+        "batch_size": plan.size,
         "data": data.fingerprint,
         "sources": [
             {"source": e.source, "split": e.split, "content": e.content, "read": e.tally.read, "kept": e.tally.kept}

@@ -1,5 +1,6 @@
 """Build the model that a recipe describes: base, attention, adapter, dtypes, checkpointing; print the choices."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.compile_layers import CompileChoice, choose_compile, compile_layers
 from lora_cli.model.device import pick_device
 from lora_cli.model.fp32_weights import upcast_trainable_params
-from lora_cli.model.fused_lora import is_fusable
+from lora_cli.model.fused_mlp import values_kept
 from lora_cli.model.kernels import KernelChoice, apply_kernels, choose_kernels
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
@@ -43,7 +44,7 @@ from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_s
 
 Info = Callable[[str], None]
 MAX_SHARE = 0.9  # of the free memory that an estimate may take
-HEAP_SHARE = 0.5  # where batches are made as large as fits: the heap of a process leaves gaps between its tensors
+HEAP_SHARE = 0.5  # the same for batches that are larger than necessary: a heap leaves gaps between its tensors
 MAX_PADDING_EFFECT = 0.05  # relative change of a row's logits next to a longer row; rounding in bf16 is well below
 
 
@@ -133,7 +134,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
         set_up_gpu(inputs.base.dtype)
     optimizer = resolve_optimizer(recipe, inputs)
     source = open_source(recipe, inputs, info=info)
-    kernels, compiled = choose_performance(recipe, inputs, batches=total * recipe.training.batches_per_step)
+    kernels, compiled = choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
     kernels = apply_kernels(base, kernels, setting=recipe.performance.kernels)
     layers = target_modules.linear_layers(base, heads)
@@ -324,13 +325,17 @@ def coverage_table(
     return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]
 
 
+def fused_values(model: PeftModel) -> int | None:
+    """Return the values of the intermediate size that an MLP of the text model keeps, see `fused_mlp.values_kept`."""
+    intermediate = getattr(model.get_base_model().config.get_text_config(), "intermediate_size", None)
+    return values_kept(model, intermediate=intermediate) if isinstance(intermediate, int) else None
+
+
 def _memory_ladder(
     recipe: Recipe, inputs: RunInputs, model: PeftModel, plan: BatchPlan, optimizer_bytes: int, info: Info
 ) -> MemoryLadder:
     """Return the memory ladder of a run; on the CPU, with the first rung whose estimate fits."""
     base = model.get_base_model()
-    auto = recipe.training.tokens_per_batch == "auto"
-    cheap_parts = recipe.training.gradient_accumulation if auto else 1
     ladder = MemoryLadder(
         base,
         setting=recipe.training.gradient_checkpointing,
@@ -340,36 +345,38 @@ def _memory_ladder(
         max_parts=plan.max_rows,
         reserve=optimizer_bytes,
         info=info,
-        cheap_parts=cheap_parts,
+        parts_first=plan.parts,
     )
-    if (recipe.training.gradient_checkpointing != "auto" and cheap_parts == 1) or inputs.device.type != "cpu":
+    auto = recipe.training.tokens_per_batch == "auto"
+    if auto:
+        info(f"tokens_per_batch: auto: a step of a device is one batch of up to {plan.max_tokens:,} tokens")
+    if (recipe.training.gradient_checkpointing != "auto" and not auto) or inputs.device.type != "cpu":
         return ladder
-    free, longest = memory.available_memory(inputs.device), int(inputs.data.train.lengths.max())
-    rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= cheap_parts]
+    # Each process of a run on one machine sees the same free memory.
+    free = memory.available_memory(inputs.device) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= plan.parts]
     needs = {
         rung: memory.plan_memory(
             base,
             dtype=inputs.base.dtype,
             trainable=_count_trainable(model),
-            # Parts have whole rows, so that one may have up to half a row more than its share.
-            tokens=plan.max_tokens if rung.parts == 1 else plan.max_tokens // rung.parts + longest // 2,
-            longest=longest,
+            tokens=plan.tokens_of_part(rung.parts),
+            longest=int(inputs.data.train.lengths.max()),
             every=rung.every,
             quantization=recipe.quantization,
             on_cpu=True,
-            fused=any(is_fusable(module) for module in model.modules()),
+            mlp_values=fused_values(model),
             optimizer_bytes=optimizer_bytes,
         )
         for rung in rungs
     }
     # The weights are loaded already, so the free memory has to fit everything else.
     rest = {rung: need.total - need.weights - need.process for rung, need in needs.items()}
-    share = HEAP_SHARE if auto else MAX_SHARE
-    fitting = next((rung for rung in rungs if rest[rung] <= share * free), rungs[-1])
-    if auto:
-        info(f"tokens_per_batch: auto: each device's step is one batch of up to {plan.max_tokens:,} tokens")
+    shares = {rung: HEAP_SHARE if rung.parts < plan.parts else MAX_SHARE for rung in rungs}
+    fitting = next((rung for rung in rungs if rest[rung] <= shares[rung] * free), rungs[-1])
     if fitting != ladder.rung:
         need, left = console.format_bytes(rest[ladder.rung]), console.format_bytes(free)
-        info(f"memory: {fitting.describe()}, as a step without it needs about {need} and {left} is free")
+        share = f", of which larger batches may take {HEAP_SHARE:.0%}" if auto else ""
+        info(f"memory: {fitting.describe()}, as a step without it needs about {need} and {left} is free{share}")
         ladder.set(fitting)
     return ladder

@@ -32,9 +32,11 @@ def device_errors_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Ite
             ) from None
         if not is_out_of_memory(error):
             raise
-        size = "tokens_per_batch" if recipe.data.packing else "batch_size"
+        size = "training.tokens_per_batch" if recipe.data.packing else "training.batch_size"
+        if recipe.training.tokens_per_batch == "auto":
+            size = "data.max_length"
         message = f"{accelerator.device} has too little memory for a step"
-        hint = f"lower training.{size}, or set training.gradient_checkpointing to true"
+        hint = f"lower {size}, or set training.gradient_checkpointing to true"
         if not accelerator.is_local_main_process:
             # It may have happened in this process alone, and `main` prints only for the first process of a machine.
             console.info(f"error: {message}")

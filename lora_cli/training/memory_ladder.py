@@ -48,7 +48,7 @@ class Rung(NamedTuple):
 
 
 def all_rungs(
-    *, setting: bool | str, can_recompute: bool, on_cpu: bool, max_parts: int, cheap_parts: int = 1
+    *, setting: bool | str, can_recompute: bool, on_cpu: bool, max_parts: int, parts_first: int = 1
 ) -> list[Rung]:
     """Return the rungs of a run, the fastest first.
 
@@ -57,18 +57,31 @@ def all_rungs(
         can_recompute: whether the model supports it.
         on_cpu: whether activations are in host memory anyway.
         max_parts: rows of the largest batch: further parts would be empty.
-        cheap_parts: parts of a batch that are tried before layers are recomputed.
+        parts_first: parts of a batch that are tried before layers are recomputed.
     """
     first = Rung(1 if can_recompute and setting is True else None)
     forms = [first]
-    while forms[-1].parts < cheap_parts:
-        forms.append(first._replace(parts=min(2 * forms[-1].parts, cheap_parts)))
+    while forms[-1].parts < parts_first:
+        forms.append(first._replace(parts=min(2 * forms[-1].parts, parts_first)))
     if can_recompute and setting is not False:
-        forms += [Rung(every, parts=cheap_parts) for every in EVERY if first.every is None]
-        forms += [] if on_cpu else [Rung(1, offload=True, parts=cheap_parts)]
+        forms += [Rung(every, parts=parts_first) for every in EVERY if first.every is None]
+        forms += [] if on_cpu else [Rung(1, offload=True, parts=parts_first)]
     while forms[-1].parts < max_parts:
         forms.append(forms[-1]._replace(parts=forms[-1].parts * 2))
     return forms
+
+
+def check_can_recompute(model: PreTrainedModel, setting: bool | str) -> None:
+    """Check `training.gradient_checkpointing` against the model.
+
+    Raises:
+        LoraError: it is true, and the model's layers cannot be recomputed.
+    """
+    if setting is True and not model.supports_gradient_checkpointing:
+        raise LoraError(
+            f"training.gradient_checkpointing: {model.config.model_type} models cannot recompute their layers",
+            hint="write auto or false",
+        )
 
 
 class MemoryLadder:
@@ -87,7 +100,7 @@ class MemoryLadder:
         max_parts: int,
         reserve: int,
         info: Callable[[str], None],
-        cheap_parts: int = 1,
+        parts_first: int = 1,
     ) -> None:
         """Start with all activations kept, or with every layer recomputed if `setting` is true.
 
@@ -100,23 +113,19 @@ class MemoryLadder:
             max_parts: rows of the largest batch.
             reserve: bytes that the optimizer takes at the first step.
             info: prints the rung when it changes.
-            cheap_parts: parts of a batch that are tried before layers are recomputed.
+            parts_first: parts of a batch that are tried before layers are recomputed.
 
         Raises:
             LoraError: `setting` is true, and the model's layers cannot be recomputed.
         """
-        if setting is True and not model.supports_gradient_checkpointing:
-            raise LoraError(
-                f"training.gradient_checkpointing: {model.config.model_type} models cannot recompute their layers",
-                hint="write auto or false",
-            )
+        check_can_recompute(model, setting)
         self._model, self._use_reentrant, self._info, self._reserve = model, use_reentrant, info, reserve
         self._rungs = all_rungs(
             setting=setting,
             can_recompute=can_recompute and model.supports_gradient_checkpointing,
             on_cpu=model.device.type == "cpu",
             max_parts=max_parts,
-            cheap_parts=min(cheap_parts, max_parts),
+            parts_first=min(parts_first, max_parts),
         )
         self.rung = Rung()
         self.set(self._rungs[0])
@@ -145,8 +154,8 @@ class MemoryLadder:
             raise LoraError(
                 f"{self._model.device} has too little memory for {what}: {self.rung.describe()}, and that is the "
                 "smallest form",
-                hint="lower data.max_length or training.tokens_per_batch, quantize the base (quantization), or lower "
-                "adapter.rank; with training.gradient_checkpointing: false, write auto",
+                hint="lower data.max_length, quantize the base (quantization), or lower adapter.rank; "
+                "with training.gradient_checkpointing: false, write auto",
                 exit_code=1,
             )
         self.set(left[0])
@@ -205,10 +214,15 @@ class MemoryLadder:
         rung = Rung(*(values[name] for name in Rung._fields))
         if rung in self.below():
             self.set(rung)
-        elif rung.parts != self.rung.parts:  # with dropout, each part draws its own numbers
+            return
+        # With dropout, each part of a batch draws its own numbers: as many parts, if this run has such a form.
+        same = next((each for each in (self.rung, *self.below()) if each.parts == rung.parts), None)
+        if same is not None:
+            self.set(same)
+        else:
             self._info(
-                f"--resume: less memory is free than when the run started: {self.rung.describe()} (before: "
-                f"{rung.describe()}); the result differs from an uninterrupted run's by dropout and rounding"
+                f"--resume: {self.rung.describe()}; before: {rung.describe()}: "
+                "the result differs from an uninterrupted run's by dropout and rounding"
             )
 
 

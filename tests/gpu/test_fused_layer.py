@@ -1,4 +1,4 @@
-"""Fused LoRA = PEFT's layer on the device: output and gradients, over plain and NF4 layers, with the same dropout."""
+"""Fused LoRA = PEFT's layer on the device, and several layers as one step = one by one, with the same dropout."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor, nn
 
 from lora_cli.model import fused_lora
-from lora_cli.model.fused_lora import FusedLora, FusedLora4bit, is_fusable
+from lora_cli.model.fused_lora import SHARED, FusedLora, FusedLora4bit, is_fusable
+from lora_cli.model.fused_mlp import KIND
 from lora_cli.model.lora_product import SeededMask
 from tests.gpu.tiny_runs import adapt, load_base
 from tests.model import zoo
@@ -56,6 +57,7 @@ def assert_equals_peft(layer: Any, peft_class: type, dtype: torch.dtype, device:
     drawn: list[Tensor | SeededMask] = []
     draw = fused_lora.draw_dropped
     layer.train()
+    vars(layer).pop(SHARED, None)  # this layer alone
     assert is_fusable(layer)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_lora, "draw_dropped", lambda *args: drawn.append(draw(*args)) or drawn[-1])
@@ -97,3 +99,34 @@ def test_the_fused_layer_is_pefts_over_an_nf4_layer(
     assert len(found) == 14
     for layer in found[:7]:
         assert_equals_peft(layer, LoraLinear4bit, dtype, device, p)
+
+
+def gradients(model: PeftModel, device: torch.device) -> list[Tensor]:
+    """Return the loss, and the gradients of all factors, after the same random numbers."""
+    ids = torch.randint(3, zoo.VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(2)).to(device)
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_several_layers_as_one_step_have_the_gradients_of_one_by_one(
+    tmp_path: Path, p: float, nf4: bool, device: torch.device
+):
+    zoo.make("llama").save_pretrained(tmp_path)
+    options = {"compute_dtype": "float32"} if nf4 else {}
+    model = adapt(load_base(tmp_path, device, dtype=torch.float32, **options), dropout=p).train()
+    found = gradients(model, device)
+    count = 0
+    for module in model.modules():
+        if KIND in vars(module):
+            del module.forward
+            count += 1
+        vars(module).pop(SHARED, None)
+    assert count == 2
+    for mine, theirs in zip(found, gradients(model, device), strict=True):
+        assert mine.device.type == device.type
+        assert zoo.relative(mine.double(), theirs.double()) < TOLERANCE[torch.float32]

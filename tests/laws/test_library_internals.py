@@ -58,10 +58,10 @@ PRIVATE: dict[str, Use] = {
     # datasets
     "_fingerprint": Use("data/sources.py", library_checks.fingerprint),
     # torch
-    "_backward_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
-    "_backward_pre_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
-    "_forward_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
-    "_forward_pre_hooks": Use("model/fused_mlp.py", library_checks.hooks_of_a_module),
+    "_backward_hooks": Use("model/fused_lora.py", library_checks.hooks_of_a_module),
+    "_backward_pre_hooks": Use("model/fused_lora.py", library_checks.hooks_of_a_module),
+    "_forward_hooks": Use("model/fused_lora.py", library_checks.hooks_of_a_module),
+    "_forward_pre_hooks": Use("model/fused_lora.py", library_checks.hooks_of_a_module),
     "_C": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_compiled_call_impl": Use("model/compile_layers.py", library_checks.compiled_layer),
     "_dynamo": Use("model/compile_layers.py", library_checks.compiled_layer),

@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from lora_cli.model import fused_lora
 from lora_cli.model.fused_lora import (
+    FusedLayer,
     FusedLora,
     FusedLora4bit,
-    FusedLoraFunction,
     is_fusable,
+    multiply_fused,
     register_custom_layers,
 )
-from lora_cli.model.lora_product import LoraProduct, SeededMask, draw_dropout_positions, draw_dropped
+from lora_cli.model.lora_product import Factors, LoraProduct, SeededMask, draw_dropout_positions, draw_dropped
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import families, zoo
 from tests.model.families import config_of
@@ -118,7 +119,8 @@ def test_dropout_equals_pefts_formula_at_the_same_positions(p: float, transposed
         kept = (~dropped.draw(x)).double()
     weights = draw(9, 5)
     expected = x @ w.T + bias + 2.0 * ((x * kept.view(9, 6) / (1 - p)) @ a.T) @ b.T
-    output = FusedLoraFunction.apply(x, a, b, LoraProduct(lambda: w, bias, 2.0 / (1 - p), dropped))
+    product = LoraProduct(lambda: w, bias, 2.0 / (1 - p), dropped)
+    (output,) = multiply_fused(x, [FusedLayer(product, Factors(a, b))])
     assert torch.allclose(output, expected, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(
         torch.autograd.grad((output * weights).sum(), leaves),

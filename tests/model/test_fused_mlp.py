@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lora_cli.model import fused_mlp
-from lora_cli.model.fused_mlp import FORM, fuse_mlps
+from lora_cli.model.fused_mlp import KIND, fuse_mlps, values_kept
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import zoo
 from tests.model.families import FAMILIES as OTHER_FAMILIES
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
 
 def mlps(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if FORM in module.__dict__]
+    return [module for module in model.modules() if KIND in module.__dict__]
 
 
 def results(forward: Callable[[Tensor], Tensor], mlp: nn.Module, x: Tensor, weights: Tensor) -> list[Tensor]:
@@ -42,8 +42,8 @@ def results(forward: Callable[[Tensor], Tensor], mlp: nn.Module, x: Tensor, weig
 def assert_equals_own(mlp: Any, dtype: torch.dtype, shape: tuple[int, ...] = (2, 5)) -> None:
     """Compare the fused step with the module's own forward, whose layers are fused one by one and equal PEFT's."""
     generator = torch.Generator().manual_seed(1)
-    form, own = mlp.__dict__[FORM]
-    width = getattr(mlp, form.wide[0]).in_features
+    kind, own = mlp.__dict__[KIND]
+    width = getattr(mlp, kind.wide[0]).in_features
     x, weights = (torch.randn((*shape, width), generator=generator).to(dtype) for _ in range(2))
     expected = results(lambda x: own(mlp, x), mlp, x, weights)
     mine = results(mlp, mlp, x, weights)
@@ -129,7 +129,7 @@ def test_no_tokens_give_no_output_and_gradients_of_zero():
 
 def test_an_input_without_a_gradient_gets_none():
     mlp = mlps(zoo.adapted(zoo.make("llama")))[0]
-    own = mlp.__dict__[FORM][1]
+    own = mlp.__dict__[KIND][1]
     x, trained = torch.randn(5, 64), [p for p in mlp.parameters() if p.requires_grad]
     mine, expected = (torch.autograd.grad(forward(x).square().sum(), trained) for forward in (mlp, partial(own, mlp)))
     for a, b in zip(mine, expected, strict=True):
@@ -172,9 +172,9 @@ def saved_bytes(*, without: nn.Module) -> Iterator[dict[int, int]]:
 )
 def test_tensors_of_the_intermediate_size_that_are_kept(family: str, targets: Any, mine: int, own: int):
     mlp = mlps(zoo.adapted(zoo.make(family), target_modules=targets, rank=1))[0]
-    form, forward = mlp.__dict__[FORM]
+    kind, forward = mlp.__dict__[KIND]
     tokens, x = 1000, torch.randn(1000, 64, requires_grad=True)
-    wide, inputs = tokens * getattr(mlp, form.last).in_features * 4, x.nbytes
+    wide, inputs = tokens * getattr(mlp, kind.last).in_features * 4, x.nbytes
     for run, expected in ((mlp, mine), (partial(forward, mlp), own)):
         with saved_bytes(without=mlp) as kept:
             run(x)
@@ -203,7 +203,7 @@ def test_where_a_layer_does_more_than_multiply_the_modules_own_forward_runs(case
     assert calls(mlp, x) == 1
     with REPLACED[case](model):
         assert calls(mlp, x) == 0
-        assert torch.equal(mlp(x), mlp.__dict__[FORM][1](mlp, x))
+        assert torch.equal(mlp(x), mlp.__dict__[KIND][1](mlp, x))
 
 
 @pytest.mark.parametrize("spec", [{"method": "dora"}, {"bias": "all"}, {"method": "ia3"}])
@@ -269,6 +269,47 @@ def test_dropout_of_a_model_with_fused_mlps_draws_what_it_drew(every: int | None
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     fused = gradients()
-    monkeypatch.setattr(fused_mlp, "FORMS", ())
+    monkeypatch.setattr(fused_mlp, "KINDS", ())
     for mine, theirs in zip(fused, gradients(), strict=True):
         assert zoo.relative(mine, theirs) < 1e-5
+
+
+class TypedWeight(nn.Parameter):
+    """Stands for the weights of a quantization library, which are tensors of their own type."""
+
+
+def test_a_layer_with_weights_of_another_type_runs_its_own_forward():
+    model, x = zoo.adapted(zoo.make("llama"), target_modules=["q_proj"]), torch.randn(3, 64)
+    mlp = mlps(model)[0]
+    assert calls(mlp, x) == 1
+    mlp.up_proj.weight = TypedWeight(mlp.up_proj.weight.detach(), requires_grad=False)
+    assert calls(mlp, x) == 0
+
+
+def test_a_layer_or_an_activation_that_was_changed_runs_its_own_forward():
+    model, x = zoo.adapted(zoo.make("llama")), torch.randn(3, 64)
+    mlp, other = mlps(model)
+    own = mlp.up_proj.forward
+    mlp.up_proj.forward = lambda x: own(x) * 3
+    assert calls(mlp, x) == 0
+    other.act_fn.register_forward_hook(lambda module, args, output: output * 2)
+    assert calls(other, x) == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "expected"),
+    [
+        ("llama", {}, 2),
+        ("gpt-neox", {}, 1),
+        ("phi3", {}, 2),
+        ("llama", {"method": "dora"}, None),
+        ("llama", {"method": "dora", "target_modules": ["q_proj"]}, 2),  # its MLPs are plain
+        ("gpt2", {}, None),
+    ],
+)
+def test_the_values_that_an_mlp_keeps_are_told_to_the_memory_estimate(
+    family: str, spec: dict[str, Any], expected: int | None
+):
+    model = zoo.adapted(zoo.make(family), **spec)
+    assert values_kept(model, intermediate=128) == expected
+    assert values_kept(model, intermediate=64) is None  # of a tower, for example

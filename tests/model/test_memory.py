@@ -22,6 +22,7 @@ from lora_cli.model import attach_adapter, memory, select_attention
 from lora_cli.recipe.schema import AdapterSpec, TrainingSpec
 from lora_cli.training import cpu
 from lora_cli.training.loop import fit
+from lora_cli.model.fused_mlp import values_kept
 from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
 from tests.support import checkpoints
@@ -42,6 +43,7 @@ for tokens in sizes:
     estimate = memory.plan_memory(
         model, dtype=torch.float32, trainable=sum(p.numel() for p in trained), tokens=tokens, longest=longest,
         every=None, quantization=None, on_cpu=True,
+        mlp_values=values_kept(peft_model, intermediate=model.config.intermediate_size),
     )
     print(cpu.peak_memory(device), estimate.total)
 """
@@ -88,7 +90,7 @@ def test_weights_and_adapter_are_counted_exactly():
     ("less", "more"),
     [
         ({"every": 1}, {}),
-        ({}, {"fused": False}),
+        ({"mlp_values": 2}, {}),
         ({}, {"tokens": 512}),
         ({}, {"dtype": torch.float32}),
         ({"on_cpu": True}, {"on_cpu": True, "longest": 128}),

@@ -67,13 +67,13 @@ def compare(family: str) -> dict[str, Any]:
     choice = kernels.apply_kernels(model, kernels.KernelChoice("liger", "test"), setting="liger")
     replaced = sorted({type(m).__name__ for m in model.modules() if "forward" in vars(m)})
     new_loss, new_gradient = loss_and_gradient(model)
-    forms = {vars(m)[fused_mlp.FORM][0].source[1] for m in model.modules() if fused_mlp.FORM in vars(m)}
+    kinds = {vars(m)[fused_mlp.KIND][0].source[1] for m in model.modules() if fused_mlp.KIND in vars(m)}
     return {
         "choice": choice.line(),
         "loss": float((new_loss - loss).abs() / loss.abs()),
         "gradient": zoo.relative(new_gradient, gradient),
         "replaced": replaced,
-        "mlp": sorted(forms),
+        "mlp": sorted(kinds),
         "rotary": sys.modules[type(model).__module__].apply_rotary_pos_emb.__name__,  # type: ignore[attr-defined]
     }
 

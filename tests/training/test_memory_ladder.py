@@ -144,7 +144,7 @@ def test_other_errors_pass(monkeypatch: pytest.MonkeyPatch):
 def test_the_setting_of_the_recipe_bounds_the_ladder():
     def rungs(setting: bool | str, *, can_recompute: bool = True, on_cpu: bool = False, cheap: int = 1) -> list[Rung]:
         options = {"can_recompute": can_recompute, "on_cpu": on_cpu, "max_parts": 3}
-        return all_rungs(setting=setting, cheap_parts=cheap, **options)
+        return all_rungs(setting=setting, parts_first=cheap, **options)
 
     offloaded = Rung(1, offload=True)
     parts = [offloaded._replace(parts=2), offloaded._replace(parts=4)]  # the last has single rows
@@ -226,17 +226,23 @@ def test_a_resumed_run_takes_the_rung_of_its_checkpoint():
 
 def test_a_resumed_run_whose_batches_need_more_parts_says_so():
     plan, told = make_plan(), []
-    ladder = make_ladder(make_model(), plan, told, cheap_parts=2)
+    ladder = make_ladder(make_model(), plan, told, parts_first=2)
     ladder.set(Rung(parts=2))
     ladder.restore(dict(Rung(parts=2)._asdict()))
     assert told == []
     ladder.restore(dict(Rung()._asdict()))
     assert ladder.rung == Rung(parts=2)
     assert told == [
-        "--resume: less memory is free than when the run started: all activations are kept, batches are run in 2 "
-        "parts (before: all activations are kept); the result differs from an "
-        "uninterrupted run's by dropout and rounding"
+        "--resume: all activations are kept, batches are run in 2 parts; before: all activations are kept: "
+        "the result differs from an uninterrupted run's by dropout and rounding"
     ]
+
+
+def test_a_resumed_run_takes_as_many_parts_in_the_form_that_it_has():
+    plan, told = make_plan(), []
+    ladder = make_ladder(make_model(), plan, told, setting=False)
+    ladder.restore(dict(Rung(1, offload=True, parts=2)._asdict()))  # of a GPU, with recomputation
+    assert (ladder.rung, told) == (Rung(parts=2), [])
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
