@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import all_keys
@@ -170,3 +171,17 @@ def test_check_shows_whole_characters_of_a_byte_level_tokenizer(recipe: WriteRec
     assert "你好，мир?" in result.out
     assert "[[世界 👍🏽<|im_end|>]]" in result.out
     assert "\ufffd" not in result.out
+
+
+def test_check_and_train_refuse_recomputation_where_the_model_has_none(
+    recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    recipe({"training.gradient_checkpointing": True})
+    for command in ("check", "train"):
+        result = lora(command, "recipe.yaml")
+        assert result.code == 2
+        assert result.last_two == [
+            "error: training.gradient_checkpointing: llama models cannot recompute their layers",
+            "hint: write auto or false",
+        ]
