@@ -1,5 +1,6 @@
 """`lora adapter`: inspect a LoRA adapter, resize it to a smaller rank, combine several adapters into one."""
 
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -125,7 +126,8 @@ def _base_norms(adapter: LoraWeights, base_path: str | None) -> dict[str, float]
         base = find_base(adapter.files, path=base_path, trust_remote_code=False).base
         tensors = safetensors_io.list_tensors(local_folder(base.source, fetch=False))
     except LoraError as reason:
-        if base_path is not None:
+        name = adapter.config.base_model_name_or_path
+        if base_path is not None or (name and os.path.lexists(name)):  # it is here, and cannot be opened
             raise
         console.info(f"without the norms of the base: {reason.message}")
         return {}

@@ -26,7 +26,7 @@ from lora_cli.model.saved_adapter import CPU, SavedAdapter, check_same_base, fin
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
-from lora_cli.run.checksums import verified_folder
+from lora_cli.run.checksums import list_files, verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.redact import redact_path
 from lora_cli.run.workspace import remove_leftovers
@@ -87,7 +87,7 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
             console.info(f"writing {request.to}" + (f" ({request.quantize})" if request.quantize else ""))
             module.write(source, partial, options)
             checks = _run_checks(module, source, partial, options)
-            atomic.write_json(verdict, _verdict(target, adapter, source, partial, checks, request))
+            atomic.write_json_unpublished(verdict, _verdict(target, adapter, source, partial, checks, request))
         for line in module.usage(source, out, options):
             console.info(line)
     console.out.print(str(out))
@@ -233,7 +233,7 @@ def _verdict(
     request: ExportRequest,
 ) -> dict[str, Any]:
     """Return the content of export.json: hashes of inputs and outputs, checks and versions."""
-    files = sorted(partial.rglob("*")) if partial.is_dir() else [partial]
+    files = [partial / name for name in list_files(partial)] if partial.is_dir() else [partial]
     return {
         "source": {
             "target": redact_path(target),

@@ -88,7 +88,7 @@ def encode_source(
             atomic.remove(unfinished)  # the rows or the options have to change
             raise
         keep_only(unfinished, progress)
-        atomic.write_json(unfinished / TALLY_FILE, progress.tally.to_json())
+        atomic.write_json_unpublished(unfinished / TALLY_FILE, progress.tally.to_json())
         write_checksums(unfinished, kind=KIND, published=False, key=folder.name, known=progress.parts)
         atomic.move_folder(unfinished, folder, replace=True)
         encoded = _load(folder, source, content)

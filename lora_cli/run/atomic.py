@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_cli.run.rename import exchange, rename_without_replacing
+from lora_cli.run.system_errors import as_os_error
 from lora_cli.run.workspace import COMMIT, OLD, REMOVED, commit, open_workspace, remove_leftovers, sync
 
 
@@ -34,7 +35,34 @@ def write_json(path: Path, value: object) -> None:
     Raises:
         TypeError, ValueError: a value that JSON cannot represent, such as NaN; an existing file is unchanged.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _to_json(value))
+
+
+def write_json_unpublished(path: Path, value: object) -> None:
+    """Write `value` as indented JSON to a file of a folder that is not yet at its final place; it may be a part of one.
+
+    In place: a temporary place inside the folder could be left there, and be published with it.
+
+    Raises:
+        TypeError, ValueError: as for `write_json`; an existing file is unchanged.
+        OSError: it cannot be written, or `path` is a link.
+    """
+    text = _to_json(value)
+    with as_os_error(path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with os.fdopen(os.open(path, flags, 0o666), "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def raise_error(error: OSError) -> None:
+    """Raise the error of a folder that cannot be listed: by default, `os.walk` passes over it."""
+    raise error
 
 
 @contextmanager
@@ -66,7 +94,7 @@ def move_folder(new: Path, path: Path, *, replace: bool = False) -> None:
     Raises:
         FileExistsError: `path` exists and `replace` is False.
     """
-    for parent, _, names in os.walk(new):
+    for parent, _, names in os.walk(new, onerror=raise_error):
         for name in names:
             # safetensors makes files readable by their owner only, but another user may serve the adapter.
             Path(parent, name).chmod(0o666 & ~_umask())

@@ -61,23 +61,26 @@ def write_checksums(
     key: str | None = None,
     known: Mapping[str, FileChecksum] = NONE_KNOWN,
     names: Sequence[str] | None = None,
+    in_use: bool = False,
 ) -> None:
     """Write the checksums of the files in `folder` and below it. Call it after all other files are written.
 
     Args:
-        folder: complete, and not yet at its final place.
+        folder: complete.
         kind: adapter, checkpoint, merged model, export, cache entry or run.
         published: whether other people get the folder: SHA-256 digests are added.
         key: of a cache entry, which tells it from another one that took its place.
         known: checksums of files that were written long before, so that damage since then is not taken for content.
         names: of the files; None for all.
+        in_use: whether the folder is at its final place, where a reader must find the old or the new checksums.
     """
     if names is None:
         names = [name for name in list_files(folder) if name != CHECKSUMS_FILE]
     files = {name: known.get(name) or checksum(folder / name, sha256=published) for name in names}
     values = {name: _without_none(entry._asdict()) for name, entry in files.items()}
     record = {"tool": TOOL, "kind": kind, "key": key, "files": values}
-    atomic.write_json(folder / CHECKSUMS_FILE, _without_none(record))
+    write = atomic.write_json if in_use else atomic.write_json_unpublished
+    write(folder / CHECKSUMS_FILE, _without_none(record))
 
 
 def read_checksums(folder: Path) -> Checksums | None:
@@ -143,9 +146,13 @@ def _difference(path: Path, name: str, expected: FileChecksum, follow_links: boo
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the paths of all entries in `folder` and below it that are not folders, with slashes, sorted."""
+    """Return the paths of all entries in `folder` and below it that are not folders, with slashes, sorted.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
     names = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=atomic.raise_error):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         names += [Path(parent, name).relative_to(folder).as_posix() for name in (*files, *links)]
     return sorted(names)

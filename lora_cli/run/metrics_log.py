@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
-from lora_cli.run.read_file import open_regular
+from lora_cli.run.read_file import UnreadableError, open_regular
 from lora_cli.run.set_aside import set_aside
 from lora_cli.run.system_errors import as_os_error
 
@@ -64,9 +64,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all readable records, each with its `step`; empty if the file does not exist or cannot be read."""
+    """Return all readable records, each with its `step`; empty if there is no such file.
+
+    Raises:
+        UnreadableError: the system refuses to open it.
+    """
     try:
         return [line.record for line in _lines(path) if line.record is not None]
+    except UnreadableError:
+        raise
     except LoraError:
         return []
 
@@ -84,6 +90,7 @@ def truncate_after(path: Path, step: int, *, info: Info, complete_from: int | No
             are reported. None: it need not have any.
 
     Raises:
+        UnreadableError: the system refuses to open it.
         OSError: the log cannot be written.
     """
     kept, problem = [], None
@@ -96,6 +103,8 @@ def truncate_after(path: Path, step: int, *, info: Info, complete_from: int | No
                 kept.append(line.text)
                 if "loss" in line.record:
                     steps.add(line.record["step"])
+    except UnreadableError:
+        raise
     except (LoraError, OSError) as error:
         problem = error.message.removeprefix(f"{path} ") if isinstance(error, LoraError) else error.strerror
     expected = range(step + 1 if complete_from is None else complete_from, step + 1)

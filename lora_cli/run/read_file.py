@@ -3,6 +3,7 @@
 A pipe (FIFO) or a device under a file's name would be read forever; a damaged file raises many kinds of exceptions.
 """
 
+import errno
 import json
 import os
 import stat
@@ -16,18 +17,28 @@ MAX_SHOWN = 200  # characters of a path in a message
 RESTORE = "restore the file from its origin"
 
 
+class UnreadableError(LoraError):
+    """The operating system refuses to open a file, which may be whole: nobody may take it for a damaged one."""
+
+
+# Of a path that leads nowhere: what is there is no file that anything could be read from.
+_NO_FILE = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENOTDIR)
+
+
 def open_regular(path: Path, *, hint: str = RESTORE) -> BinaryIO:
     """Open the regular file `path`, or the one that a link names, for reading; it never waits for a pipe.
 
     Raises:
-        LoraError: `path` is missing, not a regular file, or cannot be read.
+        LoraError: `path` is missing, or not a regular file.
+        UnreadableError: the system refuses to open it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise LoraError(f"{path} does not exist", hint=hint) from None
     except OSError as error:  # no permission, a loop of links, a name that is too long
-        raise LoraError(f"{shorten_path(path)} cannot be read: {error.strerror}", hint=hint) from None
+        error_type = LoraError if error.errno in _NO_FILE else UnreadableError
+        raise error_type(f"{shorten_path(path)} cannot be read: {error.strerror}", hint=hint) from None
     except ValueError:
         raise LoraError(f"{shorten_path(path)}: a path cannot contain a NUL character", hint=hint) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -18,7 +18,7 @@ KIND = "run"  # in checksums.json
 def write_run_checksums(run: Path) -> None:
     """Write the checksums of a run that is finished: of its recipe, manifest and logs, and of its adapter's."""
     names = [name for name in (*RECORDS, f"adapter/{CHECKSUMS_FILE}") if os.path.lexists(run / name)]
-    write_checksums(run, kind=KIND, published=False, names=names)
+    write_checksums(run, kind=KIND, published=False, names=names, in_use=True)
 
 
 def remove_run_checksums(run: Path, *, info: Callable[[str], None]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_cli.errors import LoraError
+from lora_cli.run.read_file import UnreadableError
 from lora_cli.run.workspace import sync
 
 
@@ -26,12 +27,15 @@ def set_aside_damaged(path: Path, read: Callable[[Path], object], *, info: Calla
     """Set `path` aside and report it, if it exists and `read` raises a LoraError: it will be written anew.
 
     Raises:
+        UnreadableError: the system refuses to open it; it may be whole.
         OSError: it cannot be renamed.
     """
     if not os.path.lexists(path):
         return
     try:
         read(path)
+    except UnreadableError:
+        raise
     except LoraError as error:
         problem = error.message.removeprefix(f"{path} ")
         info(f"{path} is damaged: {problem}; set aside as {set_aside(path).name}, and written anew")

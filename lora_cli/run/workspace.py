@@ -113,14 +113,22 @@ def _locked_folder(folder: Path) -> Iterator[None]:
 
 
 def commit(workspace: Path, paths: Sequence[Path], *, replace: bool) -> None:
-    """Rename the files that are still in the workspace to their places."""
+    """Rename the files that are still in the workspace to their places; new ones all, or, after an error, none."""
     if replace:
         for description in paths[1:]:
             if (workspace / description.name).exists():
                 description.unlink(missing_ok=True)  # of the result that is replaced next
-    for path in paths:
-        if (new := workspace / path.name).exists():
-            new.replace(path) if replace else rename_without_replacing(new, path)
+    done: list[Path] = []
+    try:
+        for path in paths:
+            if (new := workspace / path.name).exists():
+                new.replace(path) if replace else rename_without_replacing(new, path)
+                done.append(path)
+    except OSError:
+        for path in done if not replace else ():
+            with suppress(OSError):
+                path.rename(workspace / path.name)
+        raise
     sync(workspace.parent)
 
 

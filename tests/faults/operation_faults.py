@@ -180,7 +180,7 @@ def _try_again(case: Case, work: Path, record: Record, described: str) -> Outcom
     # Without --force, an existing result is refused: rightly if it is the complete new one, which the command may have
     # completed before it looked.
     new = not before or not scenarios.is_new(work, case.scenario, record)
-    if ended.code and not (new and "exists" in ended.err):
+    if ended.code and not (new and any(words in ended.err for words in ("exists", "contains a run already"))):
         return Outcome("lost", described, f"the next command fails: {ended.last_lines}")
     if problem := scenarios.find_problem(work, case.scenario, record) or scenarios.is_new(work, case.scenario, record):
         return Outcome("lost", described, f"after the next command: {problem}")

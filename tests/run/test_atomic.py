@@ -1,5 +1,6 @@
 """Atomic writes: a reader finds the complete old or new result, even if the writer was killed."""
 
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.run import atomic, rename
+from lora_cli.run import atomic, rename, workspace
 from lora_cli.run.workspace import REMOVED, remove_leftovers, reserve
 from tests.support.workspaces import leave_workspace
 
@@ -298,3 +299,53 @@ def test_sigkill_at_any_point_leaves_old_or_new(tmp_path: Path, milliseconds: in
     numbers = {(tmp_path / "folder" / name).read_text() for name in "abc"}
     assert len(numbers) == 1
     assert names(tmp_path) == {"file", "folder"}
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, target: object, name: str, *, at: int, code: int = errno.EIO) -> None:
+    """Let the call number `at` (from 1) of a function fail with an error of the operating system."""
+    own, calls = getattr(target, name), count(1)
+
+    def call(*args: object, **options: object) -> object:
+        if next(calls) == at:
+            raise OSError(code, os.strerror(code))
+        return own(*args, **options)
+
+    monkeypatch.setattr(target, name, call)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def write() -> None:
+        with atomic.folder(tmp_path / "out") as partial:
+            (partial / "a").write_text("a")
+            fail_once(monkeypatch, os, "scandir", at=1)
+
+    with pytest.raises(OSError, match="Input/output error"):
+        write()
+    assert not (tmp_path / "out").exists()
+
+
+def test_new_files_that_belong_together_appear_all_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def write() -> None:
+        with atomic.files([tmp_path / "a.gguf", tmp_path / "export.json"]) as new:
+            for path in new:
+                path.write_text("new")
+
+    fail_once(monkeypatch, workspace, "rename_without_replacing", at=2)
+    with pytest.raises(OSError, match="Input/output error"):
+        write()
+    assert names(tmp_path) == set()
+
+
+def test_a_file_of_an_unpublished_folder_is_written_in_place(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text("a longer part of an earlier one")
+    atomic.write_json_unpublished(path, {"ü": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ü": 1}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        atomic.write_json_unpublished(path, float("nan"))
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ü": 1}
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(OSError, match="link"):
+        atomic.write_json_unpublished(tmp_path / "link", 2)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ü": 1}
+    assert names(tmp_path) == {"a.json", "link"}

@@ -83,3 +83,14 @@ def test_a_damaged_record_is_refused(record: object, tmp_path: Path):
     (tmp_path / CHECKSUMS_FILE).write_text(json.dumps(record))
     with pytest.raises(LoraError, match=r"checksums\.json"):
         find_damage(tmp_path)
+
+
+def test_checksums_of_a_folder_that_cannot_be_listed_are_not_written(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    before = (folder / CHECKSUMS_FILE).read_bytes()
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(PermissionError):
+        write_checksums(folder, kind="export", published=True)
+    assert (folder / CHECKSUMS_FILE).read_bytes() == before

@@ -1,5 +1,7 @@
 """The metrics log is readable after a kill, and a resumed run continues it from its checkpoint."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 
 from lora_cli.run import metrics_log
 from lora_cli.run.metrics_log import MetricsLog, read_metrics, remove_evaluation, truncate_after
+from lora_cli.run.read_file import UnreadableError, read_text
+from lora_cli.run.set_aside import set_aside_damaged
 from tests.faults.damage import damages
 from tests.faults.test_disk import limit_file_size
 
@@ -176,3 +180,31 @@ def test_the_evaluation_of_one_step_is_removed(path: Path):
     assert read_metrics(path) == before[:-1]
     remove_evaluation(path, 3)
     assert read_metrics(path) == before[:-1]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_log_that_the_system_refuses_to_open_is_not_taken_for_a_damaged_one(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "m"
+    path.write_text('{"step": 1}\n')
+
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.run.read_file.os.open", fail)
+        for read in (read_metrics, lambda path: truncate_after(path, 1, info=pytest.fail)):
+            with pytest.raises(UnreadableError, match="cannot be read"):
+                read(path)
+        with pytest.raises(UnreadableError, match="cannot be read"):
+            set_aside_damaged(path, read_text, info=pytest.fail)
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_link_to_itself_in_place_of_a_log_is_set_aside(tmp_path: Path):
+    path, told = tmp_path / "m", []
+    path.symlink_to(path)
+    set_aside_damaged(path, read_text, info=told.append)
+    assert not os.path.lexists(path)
+    assert len(told) == 1
