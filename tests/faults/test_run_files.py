@@ -100,7 +100,12 @@ RECORDS = ("metrics.jsonl", "manifest.json", "recipe.yaml", "checksums.json")
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_changed_file_of_a_finished_run_is_told_by_each_command(name: str, trained_run: Path, lora: Lora):
     file = trained_run / name
-    file.write_bytes(file.read_bytes().replace(b"0", b"1", 1))
+    text = file.read_bytes()
+    if name == "checksums.json":  # a digest, not a size, which varies
+        start = text.index(b'"xxh3": "') + len(b'"xxh3": "')
+        file.write_bytes(text[:start] + (b"1" if text[start : start + 1] == b"0" else b"0") + text[start + 1 :])
+    else:
+        file.write_bytes(text.replace(b"0", b"1", 1))
     for command in (["eval", "runs/a"], ["merge", "runs/a", "--out", "out"], ["train", "recipe.yaml", "--resume"]):
         result = lora(*command)
         assert result.code == 0, result.err
