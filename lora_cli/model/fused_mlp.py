@@ -3,9 +3,9 @@
 Of a gated MLP, down(act(gate(x)) * up(x)), autograd keeps four tensors of the intermediate size: gate(x), act(gate(x)),
 up(x) and their product. Here only gate(x) and up(x) are kept, and the others are computed again in the backward pass,
 which is cheap beside a matrix product. The gradients of x from gate and up are added within the products. Each of the
-layers may have LoRA or not (`lora_product.py`). Whether a module computes one of these kinds is read from the code of
-its forward function, which must be that of a class of transformers, or of the kernels that replaced it. Where a layer
-is of another kind, and in inference, the module's own forward runs.
+layers may have LoRA or not (`lora_product.py`). Whether a module is such an MLP is read from the code of its forward
+function, which must be that of a class of transformers, or of the kernels that replaced it. Where a layer does more
+than multiply, and in inference, the module's own forward runs.
 """
 
 import sys

@@ -19,22 +19,10 @@ from lora_cli.model.shared_input import layers_with_one_input, share_inputs
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import zoo
 from tests.model.families import FAMILIES, config_of
+from tests.model.zoo import gradients
 from tests.support import checkpoints
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-def gradients(model: PeftModel, *, recomputed: bool = False) -> list[Tensor]:
-    """Return the loss, and the gradients of all trained parameters, after the same random numbers."""
-    if recomputed:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=1)
-        model.get_base_model().enable_input_require_grads()
-    ids = torch.randint(3, zoo.VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
-    model.zero_grad()
-    torch.manual_seed(7)
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def one_by_one(model: PeftModel) -> PeftModel:

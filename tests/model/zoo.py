@@ -132,6 +132,19 @@ def adapted(model: PreTrainedModel, *, seed: int = 0, **options: Any) -> PeftMod
     return peft_model
 
 
+def gradients(model: PeftModel, *, recomputed: bool = False) -> list[Tensor]:
+    """Return the loss, and the gradients of all trained parameters, on the same tokens and random numbers each time."""
+    if recomputed:
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=1)
+        model.get_base_model().enable_input_require_grads()
+    ids = torch.randint(3, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    torch.manual_seed(7)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
 def fused_layers(model: PeftModel) -> list[torch.nn.Module]:
     """Return the LoRA layers whose training forward is fused."""
     return [module for module in model.modules() if is_fusable(module)]
