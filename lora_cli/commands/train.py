@@ -96,7 +96,8 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
         info(line)
     plan = batch_plan(recipe, inputs, inputs.data.train, processes=accelerator.num_processes)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
-    info(plan.describe(total))
+    for line in plan.describe(total):
+        info(line)
     check_schedule_fits(recipe.training, total)
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=info)
     for line in describe_schedule(recipe.training, total):

@@ -12,8 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.data.collate import Batch, Collate, collate_packed, collate_padded
+from lora_cli.data.divide import PlannedBatch, balance, divide, evenness
 from lora_cli.data.encoded_rows import Row
 from lora_cli.data.packing import group_by_length, pack
+
+STEPS_MEASURED = 64  # steps from which the share of each process is estimated
+WAITING = 0.1  # share of a step that processes wait for each other, from which it is told what to do
 
 
 class RowSource(Protocol):
@@ -38,7 +42,8 @@ class BatchPlan:
         seed: int,
         pad_id: int = 0,
         collate: Collate | None = None,
-        parts: int = 1,
+        join: bool = False,
+        processes: int = 1,
     ) -> None:
         """Plan the batches of `rows`.
 
@@ -50,7 +55,8 @@ class BatchPlan:
             seed: seed of the row order.
             pad_id: padding token id.
             collate: makes a batch from rows of the task; default: packed or padded causal-lm batches.
-            parts: that a batch may be run in by the recipe, without want of memory.
+            join: run the batches of a step on a device as one, as far as its memory allows.
+            processes: among which the batches of a step are divided.
         """
         self.rows = rows
         self._collate = collate or (collate_packed if packing else collate_padded)
@@ -59,30 +65,66 @@ class BatchPlan:
         self.batches_per_step = batches_per_step
         self.seed = seed
         self.pad_id = pad_id
-        self.parts = parts
+        self.join = join
+        self.processes = processes
         self._epoch = -1
         self._batches: list[list[int]] = []
         self.batches_per_epoch = len(self.epoch(0))
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / batches_per_step)
 
+    @property
+    def batches_of_device(self) -> int:
+        """Batches of a step on one device, before they are joined."""
+        return max(1, self.batches_per_step // self.processes)
+
+    @property
+    def parts(self) -> int:
+        """Parts in which a batch of a device is run by the recipe, without want of memory."""
+        return self.batches_of_device if self.join else 1
+
     def steps_in(self, *, epochs: float | None, max_steps: int | None) -> int:
         """Return the number of optimizer steps of a run: `max_steps`, or those of `epochs` if `max_steps` is None."""
         return max_steps or max(1, round((epochs or 1.0) * self.steps_per_epoch))
 
-    def describe(self, total: int) -> str:
-        """Return a line on the batches of a run of `total` optimizer steps."""
-        return (
-            f"{total:,} step{'s' * (total > 1)} of {self.batches_per_step} batch{'es' * (self.batches_per_step > 1)}, "
+    def describe(self, total: int) -> list[str]:
+        """Return lines on the batches of a run of `total` optimizer steps, and on their division among processes."""
+        size = f"{self.batches_per_step} batch{'es' * (self.batches_per_step > 1)}"
+        if self.join:
+            size = f"up to {self.batches_per_step * self.size:,} tokens"
+        lines = [
+            f"{total:,} step{'s' * (total > 1)} of {size}, "
             f"{self.steps_per_epoch:,} per epoch; {self.token_share:.1%} of each batch is tokens"
-        )
+        ]
+        if self.processes > 1:
+            steps = range(min(self.steps_per_epoch, STEPS_MEASURED))
+            busy = [evenness(self.shares_of_step(step), self.rows.lengths) for step in steps]
+            share = sum(busy) / len(busy)
+            lines.append(
+                f"each step is divided among {self.processes} processes, which compute {share:.1%} of the time"
+            )
+            if share < 1 - WAITING:
+                lines.append("  a step has too few rows to divide them evenly: more tokens or rows per step waste less")
+        return lines
 
     @property
     def max_tokens(self) -> int:
-        """Tokens in the largest batch, padding included."""
-        lengths = self.rows.lengths
-        if self.packing:
-            return max(int(lengths[batch].sum()) for batch in self.epoch(0))
-        return max(int(lengths[batch].max()) * len(batch) for batch in self.epoch(0))
+        """Tokens in the largest batch of a device, padding included."""
+        return self._tokens(self._largest())
+
+    def _tokens(self, rows: list[int]) -> int:
+        """Return the tokens of a batch of these rows, padding included."""
+        lengths = self.rows.lengths[rows]
+        return int(lengths.sum()) if self.packing else int(lengths.max()) * len(rows)
+
+    def _largest(self) -> list[int]:
+        """Return the rows of the largest batch of a device; if batches are joined or divided, of the fullest step."""
+        batches = self.epoch(0)
+        if self.join or self.batches_per_step < self.processes:
+            starts = range(0, len(batches), self.batches_per_step)
+            sizes = [sum(map(self._tokens, batches[i : i + self.batches_per_step])) for i in starts]
+            shares = self.shares_of_step(sizes.index(max(sizes)))
+            batches = [batch.rows for share in shares for batch in share]
+        return max(batches, key=self._tokens)
 
     def tokens_of_part(self, parts: int) -> int:
         """Return the tokens that one of `parts` parts of a batch can have: `split` keeps rows whole."""
@@ -109,30 +151,39 @@ class BatchPlan:
             self._epoch = number
         return self._batches
 
-    def batches_of_step(self, number: int, *, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Batch]]:
-        """Yield the batches of optimizer step `number` (from 0) for `rank`, each with its position in the step.
+    def shares_of_step(self, number: int) -> list[list[PlannedBatch]]:
+        """Return the batches of optimizer step `number` (from 0) for each process.
 
-        The last step of an epoch may have fewer batches than the others, or none for some ranks.
+        The last step of an epoch may have fewer rows than the others, and with padding none for some processes.
         """
         epoch, within = divmod(number, self.steps_per_epoch)
         batches = self.epoch(epoch)[within * self.batches_per_step : (within + 1) * self.batches_per_step]
-        for position in range(rank, len(batches), world_size):
-            yield position, self.make_batch(batches[position])
+        lengths, size, packing = self.rows.lengths, self.size, self.packing
+        if packing:
+            batches = balance(batches, lengths, count=self.batches_per_step, size=size)
+        shares = divide(batches, lengths, processes=self.processes, size=size, packing=packing)
+        if not self.join:
+            return shares
+        joined = [[row for batch in share for row in batch.rows] for share in shares]
+        return [[PlannedBatch(rank, rows)] if rows else [] for rank, rows in enumerate(joined)]
+
+    def batches_of_step(self, number: int, *, rank: int = 0) -> Iterator[tuple[int, Batch]]:
+        """Yield the batches of optimizer step `number` (from 0) for `rank`, each with its position in the step."""
+        for position, rows in self.shares_of_step(number)[rank]:
+            yield position, self.make_batch(rows)
 
     def make_batch(self, indices: Sequence[int]) -> Batch:
         """Return the tensors of one batch of the rows `indices`; `Batch` gives shapes and dtypes."""
         return self._collate([self.rows[i] for i in indices], indices, self.pad_id)
 
     def largest_batch(self) -> Batch:
-        """Return the batch with the most tokens, padding included."""
-        lengths = self.rows.lengths
-        size = (lambda b: int(lengths[b].sum())) if self.packing else (lambda b: int(lengths[b].max()) * len(b))
-        return self.make_batch(max(self.epoch(0), key=size))
+        """Return the batch of a device with the most tokens, padding included."""
+        return self.make_batch(self._largest())
 
     @property
     def max_rows(self) -> int:
-        """Rows of the batch that has the most."""
-        return max(map(len, self.epoch(0)))
+        """Rows of the batch that has the most; of joined batches, as many as that could have."""
+        return max(map(len, self.epoch(0))) * self.parts
 
     def split(self, batch: Batch, parts: int) -> list[Batch]:
         """Return the rows of `batch` as at most `parts` batches of about as many tokens each, in the same order."""

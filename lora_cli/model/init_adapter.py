@@ -313,8 +313,7 @@ def init_dora_magnitudes(model: PeftModel) -> None:
 
 
 def _batches(plan: BatchPlan) -> list[Batch]:
-    whole = (plan.make_batch(indices) for indices in plan.epoch(0)[:STATISTICS_BATCHES])
-    return [part for batch in whole for part in plan.split(batch, plan.parts)][:STATISTICS_BATCHES]
+    return [plan.make_batch(indices) for indices in plan.epoch(0)[:STATISTICS_BATCHES]]
 
 
 def _single_rows(plan: BatchPlan) -> Iterator[Batch]:

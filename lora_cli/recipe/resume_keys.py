@@ -104,6 +104,8 @@ RESUME_EFFECTS: dict[str, Effect] = {
     "training.tokens_per_batch": "learned",
     "training.batch_size": "learned",
     "training.gradient_accumulation": "batches_per_step",
+    "training.tokens_per_step": "batches_per_step",
+    "training.rows_per_step": "batches_per_step",
     "training.learning_rate": "rates",
     "training.min_learning_rate": "rates",
     "training.schedule": "rates",

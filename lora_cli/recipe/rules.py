@@ -19,6 +19,7 @@ from lora_cli.recipe.training_rules import (
     check_evaluations,
     check_optimizer,
     check_schedule,
+    check_step_size,
     check_steps,
 )
 from lora_cli.recipe.yaml_scalars import parse_scalar
@@ -337,6 +338,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     _check_max_loss,
     check_steps,
     check_batches,
+    check_step_size,
     check_schedule,
     check_optimizer,
     check_evaluations,

@@ -301,7 +301,8 @@ class Recipe(Section):
             # LLM.int8 chooses outlier columns over the full batch, so packed rows would change each other's results.
             int8 = self.quantization is not None and self.quantization.bits == 8
             possible = self.task == "causal-lm" and METHOD_FACTS[self.adapter.method].supports_packing and not int8
-            packing = possible if tokens is not None or not possible else None
+            wanted = tokens is not None or self.training.tokens_per_step is not None
+            packing = possible if wanted or not possible else None
         if packing is not None:
             filled = self.with_packing(packing)
             # The model is frozen, but validation is still building it here.
@@ -322,6 +323,8 @@ class Recipe(Section):
         if packing and training.tokens_per_batch is None:
             training = training.model_copy(update={"tokens_per_batch": self.data.max_length})
         if not packing and training.batch_size is None:
-            training = training.model_copy(update={"batch_size": 4})
+            rows = training.rows_per_step or 4
+            size = max(count for count in range(1, 5) if rows % count == 0)
+            training = training.model_copy(update={"batch_size": size})
         data = self.data.model_copy(update={"packing": packing})
         return self.model_copy(update={"data": data, "training": training})

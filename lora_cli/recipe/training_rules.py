@@ -36,15 +36,50 @@ def check_batches(recipe: Recipe) -> Iterator[Conflict]:
         fix = "write tokens_per_batch, or `data: {packing: false}`"
         yield Conflict("training.batch_size", "has no effect with packing", fix, ("data.packing",))
     tokens = training.tokens_per_batch
-    if data.packing is not False and tokens == "auto" and training.gradient_accumulation == 1:
-        fix = (
-            "raise training.gradient_accumulation: a step has as many times data.max_length tokens; or remove this key"
-        )
+    alone = training.gradient_accumulation == 1 and training.tokens_per_step is None
+    if data.packing is not False and tokens == "auto" and alone:
+        fix = "write training.tokens_per_step, or raise training.gradient_accumulation; or remove this key"
         yield Conflict("training.tokens_per_batch", "auto has no batches to join", fix)
     elif data.packing and isinstance(tokens, int) and tokens < data.max_length:
         message = f"{tokens} is less than data.max_length, {data.max_length}"
         fix = "raise it, or lower data.max_length: a batch must have room for the longest row"
         yield Conflict("training.tokens_per_batch", message, fix, ("data.packing", "data.max_length"))
+
+
+def check_step_size(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield conflicts of the tokens or rows of a step."""
+    training, packing = recipe.training, recipe.data.packing
+    for key, value, other, fits in (
+        ("training.tokens_per_step", training.tokens_per_step, "rows_per_step", packing is not False),
+        ("training.rows_per_step", training.rows_per_step, "tokens_per_step", packing is False),
+    ):
+        if value is None:
+            continue
+        if not fits:
+            fix = f"write {other}, or `data: {{packing: {'true' if packing is False else 'false'}}}`"
+            message = f"has no effect with{'out' * (packing is False)} packing"
+            yield Conflict(key, message, fix, ("data.packing",))
+        elif training.gradient_accumulation != 1:
+            message = "gradient_accumulation and this key both say how large a step is"
+            yield Conflict(key, message, "keep one", ("training.gradient_accumulation",))
+        else:
+            yield from _check_multiple(recipe, key, value)
+
+
+def _check_multiple(recipe: Recipe, key: str, value: int) -> Iterator[Conflict]:
+    training, packing = recipe.training, recipe.data.packing is not False
+    name = "training.tokens_per_batch" if packing else "training.batch_size"
+    size = training.tokens_per_batch if packing else training.batch_size
+    if packing and size == "auto":
+        name, size = "data.max_length", recipe.data.max_length
+        fits = value >= size
+    else:
+        fits = size is None or value % int(size) == 0
+    if not fits:
+        count = value // int(size or 1)
+        choices = " or ".join(f"{int(size or 1) * number}" for number in (count, count + 1) if number)
+        what = "less than" if training.tokens_per_batch == "auto" and packing else "no multiple of"
+        yield Conflict(key, f"{value} is {what} {name}, {size}", f"write {choices}", (name,))
 
 
 def check_schedule(recipe: Recipe) -> Iterator[Conflict]:

@@ -29,13 +29,20 @@ class TrainingSpec(Section):
     max_steps: Count | None = None
     """Optimizer steps to train for, instead of epochs. At least 1."""
     tokens_per_batch: Literal["auto"] | Count | None = None
-    """With packing: tokens per device batch. At least data.max_length, which is the default. auto, with
-    gradient_accumulation N above 1: one batch of N times data.max_length tokens, in as few parts as memory allows."""
+    """With packing: tokens per device batch. At least data.max_length, which is the default. auto: all tokens of a step
+    on a device in one batch, in as few parts as memory allows: gradient_accumulation times data.max_length, or its
+    share of tokens_per_step."""
     batch_size: Count | None = None
     """Without packing: rows per device batch. At least 1. Default 4."""
     gradient_accumulation: Count = 1
-    """Device batches per optimizer step, which tokens_per_batch: auto joins; the loss is the mean over their supervised
-    tokens. At least 1. Default 1."""
+    """Batches per optimizer step on each device, which tokens_per_batch: auto joins; the loss is the mean over the
+    supervised tokens of all devices. At least 1. Default 1."""
+    tokens_per_step: Count | None = None
+    """With packing: tokens per optimizer step, over all devices, in place of gradient_accumulation: a step has the same
+    rows for any number of devices. A multiple of tokens_per_batch. Default null: a step grows with the devices."""
+    rows_per_step: Count | None = None
+    """Without packing: rows per optimizer step, over all devices, in place of gradient_accumulation. A multiple of
+    batch_size. Default null: a step grows with the devices."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-4
     """Peak learning rate. Above 0, at most 10. Default 2e-4. Usual for LoRA: adamw, muon, adafactor 1e-4 to 5e-4; lion
     2e-5 to 1e-4; schedule-free-adamw 2e-4 to 2e-3."""

@@ -288,14 +288,27 @@ def _check_attention(name: str) -> None:
 def batch_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, processes: int) -> BatchPlan:
     """Plan the steps of training on `rows` by `processes`, with packing and batches of the recipe, `inputs.recipe`.
 
-    With `tokens_per_batch: auto`, the batches of a step on one device are planned as one, with as many parts.
+    The rows of a step are the same for any number of processes if the recipe gives their tokens or number; otherwise
+    each process adds `gradient_accumulation` batches. With `tokens_per_batch: auto`, the batches of a step on one
+    device are joined.
 
     Raises:
-        LoraError: the config of a seq2seq model has no decoder_start_token_id.
+        LoraError: a step has fewer rows than there are processes, or the config of a seq2seq model has no
+            decoder_start_token_id.
     """
-    count, auto = recipe.training.gradient_accumulation, recipe.training.tokens_per_batch == "auto"
-    joined = count if auto else 1
-    return _plan(recipe, inputs, rows, batches_per_step=processes * count // joined, joined=joined)
+    training, packing = recipe.training, bool(recipe.data.packing)
+    count, per_step = training.gradient_accumulation, training.tokens_per_step if packing else training.rows_per_step
+    join = packing and training.tokens_per_batch == "auto"
+    size = _batch_size(recipe)
+    batches = processes * count if per_step is None else per_step // size
+    if join and per_step is not None:
+        size = per_step // batches  # a step need not be a multiple of max_length
+    if not packing and batches * size < processes:
+        raise LoraError(
+            f"training.rows_per_step: {batches * size} rows cannot be divided among {processes} processes",
+            hint=f"write at least {processes}, or distributed.processes: {batches * size}",
+        )
+    return _plan(recipe, inputs, rows, size=size, batches_per_step=batches, processes=processes, join=join)
 
 
 def evaluation_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset) -> BatchPlan:
@@ -304,20 +317,33 @@ def evaluation_plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset) -> 
     Raises:
         LoraError: the config of a seq2seq model has no decoder_start_token_id.
     """
-    return _plan(recipe, inputs, rows, batches_per_step=1, joined=1)
+    return _plan(recipe, inputs, rows, size=_batch_size(recipe), batches_per_step=1, processes=1)
 
 
-def _plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, batches_per_step: int, joined: int) -> BatchPlan:
-    """Return the plan, with the tokens of `joined` batches in each where the size is auto.
+def _batch_size(recipe: Recipe) -> int:
+    """Return the tokens of a batch with packing, the rows without; max_length where the size is auto."""
+    training = recipe.training
+    size = training.tokens_per_batch if recipe.data.packing else training.batch_size
+    assert size is not None  # the schema fills in the one that packing uses
+    return recipe.data.max_length if size == "auto" else size
+
+
+def _plan(
+    recipe: Recipe,
+    inputs: RunInputs,
+    rows: EncodedDataset,
+    *,
+    size: int,
+    processes: int,
+    batches_per_step: int,
+    join: bool = False,
+) -> BatchPlan:
+    """Return the plan of batches of `size`.
 
     Raises:
         LoraError: the config of a seq2seq model has no decoder_start_token_id.
     """
-    packing, training = bool(recipe.data.packing), recipe.training
-    size = training.tokens_per_batch if packing else training.batch_size
-    if size == "auto":
-        size = recipe.data.max_length * joined
-    assert size is not None  # the schema fills in the one that packing uses
+    packing = bool(recipe.data.packing)
     assert inputs.base.pad_id is not None
     return BatchPlan(
         rows,
@@ -327,7 +353,8 @@ def _plan(recipe: Recipe, inputs: RunInputs, rows: EncodedDataset, *, batches_pe
         seed=recipe.training.seed,
         pad_id=inputs.base.pad_id,
         collate=collate_for(inputs.base, packing=packing),
-        parts=joined,
+        join=join,
+        processes=processes,
     )
 
 

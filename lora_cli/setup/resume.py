@@ -149,13 +149,14 @@ def check_inputs(saved: SavedState, recipe: Recipe, state: State) -> list[Change
     """
     changes = find_changes(_recipe_of(saved), recipe)
     differing = {name for name in FACTS if saved.values[name] != state[name]}
-    refused = [change.line() for change in changes if change.effect == "learned" or change.effect in differing]
+    guilty = [change for change in changes if change.effect == "learned" or change.effect in differing]
+    refused = [change.line() for change in guilty]
     total = int(state["total_steps"])
     if not differing & {"data", "batches_per_step"}:  # which change the number of steps
         refused += _refused_rates(saved, changes, recipe.training, total=total)
     for name in (name for name in FACTS if name in differing):
         values = saved.values[name], state[name]
-        if not any((change.before, change.after) == values for change in changes):
+        if not any((change.before, change.after) == values for change in guilty):
             refused += FACTS[name](saved.values, state)
     if not refused and "data" in differing:
         refused.append("data: the same files give other tokens or another order: see the versions in manifest.json")
@@ -283,8 +284,11 @@ def _explain_weights(before: State, now: State) -> list[str]:
 
 def _explain_batches(before: State, now: State) -> list[str]:
     batches, processes = before["batches_per_step"], now["machine"]["processes"]
-    joined = any(state["recipe"]["training"]["tokens_per_batch"] == "auto" for state in (before, now))
-    given = not joined and batches % processes == 0
+    specs = [state["recipe"]["training"] for state in (before, now)]
+    other = any(
+        spec["tokens_per_batch"] == "auto" or spec["tokens_per_step"] or spec["rows_per_step"] for spec in specs
+    )
+    given = not other and batches % processes == 0
     fix = f"; write training.gradient_accumulation: {batches // processes}" if given else ""
     return [
         f"batches per step: {batches} -> {now['batches_per_step']}, with {_plural(processes, 'process', 'es')}{fix}"
@@ -295,8 +299,7 @@ def _explain_size(before: State, now: State) -> list[str]:
     """Return a line on the batch size where it follows from other keys; else the diff has its key."""
     if any(state["recipe"]["training"]["tokens_per_batch"] != "auto" for state in (before, now)):
         return []
-    keys = "gradient_accumulation times data.max_length"
-    return [f"training.tokens_per_batch: auto: {keys}: {before['batch_size']:,} -> {now['batch_size']:,}"]
+    return [f"training.tokens_per_batch: auto: tokens of a batch: {before['batch_size']:,} -> {now['batch_size']:,}"]
 
 
 # Values of a state that must stay the same, with the lines that tell how they differ.

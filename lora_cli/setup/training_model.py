@@ -134,7 +134,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
         set_up_gpu(inputs.base.dtype)
     optimizer = resolve_optimizer(recipe, inputs)
     source = open_source(recipe, inputs, info=info)
-    kernels, compiled = choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation)
+    kernels, compiled = choose_performance(recipe, inputs, batches=total * plan.batches_of_device)
     base, heads, leak_check = load_base(recipe, inputs, info=info)
     kernels = apply_kernels(base, kernels, setting=recipe.performance.kernels)
     layers = target_modules.linear_layers(base, heads)

@@ -105,10 +105,9 @@ def fit(
     spikes, scale = spikes or LossSpikes(), scale or LossScale(enabled=False)
     loss_fn = LossFunction(model, task=task, label_smoothing=spec.label_smoothing, neftune_alpha=spec.neftune_alpha)
     trained = [p for p in model.parameters() if p.requires_grad]
-    world, rank = accelerator.num_processes, accelerator.process_index
     model.train()
-    device = accelerator.device
-    with closing(loss_fn), closing(prefetch(plan, start, total, rank=rank, world_size=world, device=device)) as steps:
+    device, rank = accelerator.device, accelerator.process_index
+    with closing(loss_fn), closing(prefetch(plan, start, total, rank=rank, device=device)) as steps:
         if ladder is not None and accelerator.device.type != "cpu":
             _rehearse(loss_fn, plan, ladder, trained, accelerator, started=bool(optimizer.state))
         for number in range(start, total):

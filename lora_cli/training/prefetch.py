@@ -11,20 +11,18 @@ from lora_cli.data.collate import Batch
 StepBatches = list[tuple[int, Batch]]  # the batches of one step for this process, with their positions in it
 
 
-def prefetch(
-    plan: BatchPlan, start: int, total: int, *, rank: int, world_size: int, device: torch.device
-) -> Generator[StepBatches]:
+def prefetch(plan: BatchPlan, start: int, total: int, *, rank: int, device: torch.device) -> Generator[StepBatches]:
     """Yield the batches of the steps `start` to `total` - 1; on a GPU, those of the next step are made meanwhile.
 
     On the CPU a second thread would take a core from the step. Only this function may use `plan.epoch` meanwhile.
     """
     if device.type == "cpu":
         for number in range(start, total):
-            yield list(plan.batches_of_step(number, rank=rank, world_size=world_size))
+            yield list(plan.batches_of_step(number, rank=rank))
         return
 
     def make(number: int) -> StepBatches:
-        batches = plan.batches_of_step(number, rank=rank, world_size=world_size)
+        batches = plan.batches_of_step(number, rank=rank)
         return [(position, pin(batch)) for position, batch in batches]
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:

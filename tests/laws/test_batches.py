@@ -1,5 +1,7 @@
 """Properties of batch plans: every row once, no batch too large, little padding, reproducible on every process."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -96,38 +98,93 @@ def test_packed_and_padded_batches_have_the_same_labels(lengths: list[int], seed
         assert real.tolist() == np.concatenate([row.input_ids for row in encoded]).tolist()
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_divide_a_step_without_overlap(world_size: int, packing: bool):
-    rows = zoo.rows_of([5, 9, 30, 12, 7, 22, 3, 18, 26, 11, 4])
-    plan = BatchPlan(rows, packing=packing, size=30 if packing else 2, batches_per_step=4, seed=3)
-    assert plan.batches_per_epoch % plan.batches_per_step  # the last step has fewer batches
-    for step in range(2 * plan.steps_per_epoch):
-        expected = {position: batch.rows for position, batch in plan.batches_of_step(step)}
-        combined: dict[int, tuple[int, ...]] = {}
-        for rank in range(world_size):
-            own = {
-                position: batch.rows for position, batch in plan.batches_of_step(step, rank=rank, world_size=world_size)
-            }
-            assert not combined.keys() & own.keys()
-            combined |= own
-        assert combined == expected
-    epochs = [
-        sorted(
-            i
-            for n in range(plan.steps_per_epoch)
-            for _, b in plan.batches_of_step(e * plan.steps_per_epoch + n)
-            for i in b.rows
+def plans_of(
+    lengths: list[int], *, packing: bool, size: int, batches_per_step: int, join: bool = False
+) -> list[BatchPlan]:
+    """Return the plan of the same rows for 1 to 8 processes."""
+    rows = zoo.rows_of(lengths)
+    return [
+        BatchPlan(
+            rows,
+            packing=packing,
+            size=size,
+            batches_per_step=batches_per_step,
+            seed=3,
+            join=join,
+            processes=processes,
         )
-        for e in range(2)
+        for processes in range(1, 9)
     ]
-    assert epochs == [list(range(len(rows)))] * 2
-    assert (
-        sorted(
-            i for rank in range(world_size) for b in plan.all_batches(rank=rank, world_size=world_size) for i in b.rows
-        )
-        == epochs[0]
-    )
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), batches_per_step=st.integers(1, 9))
+def test_processes_divide_each_step_without_loss_or_repetition(
+    lengths: list[int], batches_per_step: int, packing: bool
+):
+    plans = plans_of(lengths, packing=packing, size=30 if packing else 3, batches_per_step=batches_per_step)
+    alone = plans[0]
+    for plan in plans:
+        assert plan.steps_per_epoch == alone.steps_per_epoch
+        for step in range(2 * plan.steps_per_epoch):
+            batches = [batch for share in plan.shares_of_step(step) for batch in share]
+            assert len({batch.position for batch in batches}) == len(batches)
+            # The rows of a step are the same for any number of processes.
+            expected = sorted(row for batch in alone.shares_of_step(step)[0] for row in batch.rows)
+            assert sorted(row for batch in batches for row in batch.rows) == expected
+            for batch in batches:
+                assert 1 <= len(batch.rows) <= (30 if packing else 3)
+                assert not packing or sum(lengths[row] for row in batch.rows) <= 30
+        for epoch in range(2):
+            steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+            rows = [
+                row for step in steps for share in plan.shares_of_step(step) for batch in share for row in batch.rows
+            ]
+            assert sorted(rows) == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize(
+    ("packing", "size", "batches_per_step", "join"),
+    [(True, 1024, 16, False), (True, 1024, 16, True), (True, 1024, 36, False), (False, 4, 32, False)],
+)
+def test_processes_get_about_as_many_tokens_in_every_step(packing: bool, size: int, batches_per_step: int, join: bool):
+    lengths = text_like(3000, 1024, 1)
+    options: dict[str, Any] = {"packing": packing, "size": size, "batches_per_step": batches_per_step, "join": join}
+    for plan in plans_of(lengths.tolist(), **options):
+        for step in range(plan.steps_per_epoch):
+            tokens = [sum(int(lengths[b.rows].sum()) for b in share) for share in plan.shares_of_step(step)]
+            mean = sum(tokens) / len(tokens)
+            assert max(tokens) <= 1.06 * mean or (step == plan.steps_per_epoch - 1 and max(tokens) <= mean + 512)
+
+
+def test_joined_batches_are_one_batch_of_each_process():
+    for plan in plans_of(text_like(500, 64, 2).tolist(), packing=True, size=64, batches_per_step=8, join=True):
+        largest = 0
+        for step in range(plan.steps_per_epoch):
+            shares = plan.shares_of_step(step)
+            assert [[batch.position for batch in share] for share in shares if share] == [
+                [rank] for rank, share in enumerate(shares) if share
+            ]
+            largest = max([largest, *(int(plan.rows.lengths[b.rows].sum()) for share in shares for b in share)])
+        assert plan.parts == max(1, 8 // plan.processes)
+        assert plan.max_tokens <= largest <= 1.1 * plan.max_tokens  # that of the fullest step
+
+
+def test_batches_stay_whole_where_that_is_even():
+    """Random numbers belong to the position of a batch: so the step is the same for any number of processes."""
+    plans = plans_of([20, 10] * 40, packing=True, size=30, batches_per_step=8)
+    alone = {batch.position: batch.rows for batch in plans[0].shares_of_step(0)[0]}
+    for processes in (2, 4, 8):
+        shares = plans[processes - 1].shares_of_step(0)
+        assert [len(share) for share in shares] == [8 // processes] * processes
+        assert {batch.position: batch.rows for share in shares for batch in share} == alone
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_processes_divide_the_batches_of_an_evaluation(world_size: int):
+    plan = BatchPlan(zoo.rows_of([5, 9, 30, 12, 7, 22]), packing=True, size=30, batches_per_step=1, seed=3)
+    rows = [i for rank in range(world_size) for b in plan.all_batches(rank=rank, world_size=world_size) for i in b.rows]
+    assert sorted(rows) == list(range(6))
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -253,6 +253,36 @@ def test_two_processes_equal_one(two: Path, uninterrupted: Path):
         assert float((tensor - weights(uninterrupted)[name]).norm() / tensor.norm()) < 1e-5
 
 
+def test_a_run_in_one_process_goes_on_in_two(workspace: Workspace):
+    """The recipe says how many tokens a step has, so the steps are the same; here without dropout's random numbers."""
+    size = {"tokens_per_batch": "auto", "tokens_per_step": 512, "gradient_accumulation": 1}
+    size |= {"save_every": 7, "keep_checkpoints": 9}
+
+    def without_dropout(run: str) -> Path:
+        path = workspace.recipe(run, **size)
+        sections = yaml.safe_load(path.read_text())
+        sections["adapter"]["dropout"] = 0.0
+        path.write_text(yaml.safe_dump(sections))
+        return path
+
+    assert train(load_recipe(without_dropout("whole")), resume=False, fresh=False, arguments=[]) == 0
+    whole = workspace.folder / "whole"
+    copy = shutil.copytree(whole, workspace.folder / "more")
+    shutil.rmtree(copy / "adapter")
+    for later in sorted((copy / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+    command = [sys.executable, "-m", "lora_cli", "train", str(without_dropout("more")), "--processes", "2", "--resume"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "processes 1 -> 2" in done.stderr
+    assert "resuming after step 7" in done.stderr
+    assert "each step is divided among 2 processes" in done.stderr
+    assert losses(copy) == pytest.approx(losses(whole), rel=1e-5)
+    for name, tensor in weights(copy).items():
+        assert float((tensor - weights(whole)[name]).norm() / tensor.norm()) < 1e-4
+    assert records_until(copy, STEPS) != records_until(whole, STEPS)  # it did resume
+
+
 def test_two_processes_stopped_by_sigint_save_one_checkpoint_and_report_it_once(workspace: Workspace):
     process = workspace.start_two_processes("pair", max_steps=2000, eval_every=None)
     file = workspace.folder / "pair" / "metrics.jsonl"

@@ -22,8 +22,8 @@ RANK, ALPHA = 4, 8
 IDS = torch.randint(3, zoo.VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-def plan_of(lengths: list[int], *, packing: bool = True, size: int = 120, parts: int = 1) -> BatchPlan:
-    return BatchPlan(zoo.rows_of(lengths), packing=packing, size=size, batches_per_step=1, seed=0, parts=parts)
+def plan_of(lengths: list[int], *, packing: bool = True, size: int = 120, join: bool = False) -> BatchPlan:
+    return BatchPlan(zoo.rows_of(lengths), packing=packing, size=size, batches_per_step=1, seed=0, join=join)
 
 
 def peft_pissa(model: torch.nn.Module) -> PeftModel:
@@ -160,14 +160,12 @@ def hooks_of(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
 
 
-def test_eva_measures_a_joined_batch_in_its_parts():
-    """With tokens_per_batch: auto, a batch is a whole step, which may be larger than the memory."""
-    lengths = [30, 41, 12, 25, 60, 7, 33, 8]
-    plan = plan_of(lengths, size=120, parts=3)
+def test_eva_measures_joined_batches_one_by_one():
+    """With tokens_per_batch: auto, the batches of a step, which may be larger than the memory, are joined."""
+    plan = plan_of([30, 41, 12, 25, 60, 7, 33, 8], size=60, join=True)
     batches = init_adapter._batches(plan)
-    rows = [row for indices in plan.epoch(0) for row in indices][: sum(len(batch.rows) for batch in batches)]
-    assert [row for batch in batches for row in batch.rows] == rows
-    assert max(batch.tokens for batch in batches) < max(plan.make_batch(b).tokens for b in plan.epoch(0))
+    assert [list(batch.rows) for batch in batches] == plan.epoch(0)[: len(batches)]
+    assert max(batch.tokens for batch in batches) <= 60
 
 
 def test_eva_needs_batches_of_enough_tokens():

@@ -22,7 +22,7 @@ def make_plan() -> BatchPlan:
 @pytest.mark.parametrize(("start", "total"), [(0, 5), (3, 7), (4, 4)])
 def test_the_batches_are_those_of_the_plan(device: torch.device, start: int, total: int):
     expected = [list(make_plan().batches_of_step(number)) for number in range(start, total)]
-    found = list(prefetch(make_plan(), start, total, rank=0, world_size=1, device=device))
+    found = list(prefetch(make_plan(), start, total, rank=0, device=device))
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert [position for position, _ in one] == [position for position, _ in other]
@@ -40,7 +40,7 @@ def test_the_next_step_is_made_while_the_present_one_is_computed(monkeypatch: py
         made.release()
 
     monkeypatch.setattr(BatchPlan, "batches_of_step", count)
-    steps = prefetch(plan, 0, 4, rank=0, world_size=1, device=GPU)
+    steps = prefetch(plan, 0, 4, rank=0, device=GPU)
     next(steps)
     assert all(made.acquire(timeout=30) for _ in range(2))  # nobody has asked for the second step yet
     steps.close()
@@ -57,7 +57,7 @@ def test_an_error_of_the_thread_is_raised_at_its_step(monkeypatch: pytest.Monkey
         return batches_of_step(self, number, **options)
 
     monkeypatch.setattr(BatchPlan, "batches_of_step", fail)
-    steps = prefetch(make_plan(), 0, 4, rank=0, world_size=1, device=GPU)
+    steps = prefetch(make_plan(), 0, 4, rank=0, device=GPU)
     next(steps)
     with pytest.raises(ValueError, match="a row changed"):
         next(steps)
