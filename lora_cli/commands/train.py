@@ -10,8 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from lora_cli.data.batches import BatchPlan
+from lora_cli.data.collate import Batch
 from lora_cli.model import adalora
 from lora_cli.model.device import pick_device
+from lora_cli.model.sharding import free_gathered, is_sharded
 from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.resume_keys import Change
 from lora_cli.recipe.schema import Recipe
@@ -26,6 +28,7 @@ from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evalua
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.resume import check_inputs, check_model, describe_changes, find_run_state, record_changes
 from lora_cli.setup.run_size import SMALLER, run_needs
+from lora_cli.setup.strategy import choose_strategy
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
 from lora_cli.training import checkpoint, cpu, launch
 from lora_cli.training.checkpoint_folders import SavedState
@@ -105,7 +108,10 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     state = run_records.resume_state(recipe, inputs, plan, total=total, processes=accelerator.num_processes)
     changes = check_inputs(saved, recipe, state) if saved else []
     with device_errors_as_lora_error(recipe, accelerator):
-        model = build_model(recipe, inputs, plan, total=total, info=info)
+        strategy = choose_strategy(recipe, inputs, plan, accelerator)
+        if strategy.why:
+            info(f"strategy: {strategy.name} ({strategy.why})")
+        model = build_model(recipe, inputs, plan, total=total, info=info, whole=strategy.kept_whole)
         training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run, state=state)
         if resume:
             training.resume(saved, changes)
@@ -154,8 +160,10 @@ class Training:
             "loss_scale": self.scale,
         }
         self.evaluations = Evaluations(recipe, inputs, self.model, self.optimizer, accelerator)
-        wanted = run is not None and self.spec.answer_every is not None
-        self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer) if wanted else None
+        self.sharded = is_sharded(self.model)
+        # All processes answer with a sharded model, as they gather its layers together.
+        wanted = (run is not None or self.sharded) and self.spec.answer_every is not None
+        self.answers = HeldOutAnswers(recipe, inputs, self.model, self.optimizer, accelerator) if wanted else None
         # Of the base as it was loaded: its files are not needed any more.
         trained_on = run_records.trained_on(recipe, inputs, self.model, built, step=0)
         self.writer = AdapterWriter(self.model, recipe, inputs, trained_on)
@@ -275,7 +283,7 @@ class Training:
                 last = last or self.stopped_early
                 answering = last or _is_due(step.number, self.spec.answer_every)
                 with launch.one_works_alone(timeout) if answering else nullcontext():
-                    if self.answers and answer_log and answering:
+                    if self.answers and answering:
                         self.answers.answer(step.number, answer_log, info, stop.is_set)
                     stopping = any_process(self.accelerator, stop.is_set())  # all leave the loop at the same step
                 new_best = evaluated and self.evaluations.is_new_best(step.number)
@@ -305,9 +313,11 @@ class Training:
             keep, keep_best = self.spec.keep_checkpoints, self.spec.keep == "best"
             checkpoint.prune(self.run.checkpoints, keep, self.evaluations.history, keep_best=keep_best, info=self.info)
         ended = done == self.total or self.evaluations.should_stop
-        if self.run and self.answers and self.answers.is_left_out(done, self.run.answers, ended=ended):
-            metrics_log.truncate_after(self.run.answers, done - 1, info=self.info)
-            with metrics_log.MetricsLog(self.run.answers) as answers:
+        left_out = bool(self.run and self.answers and self.answers.is_left_out(done, self.run.answers, ended=ended))
+        if any_process(self.accelerator, left_out) and self.answers:
+            if self.run:
+                metrics_log.truncate_after(self.run.answers, done - 1, info=self.info)
+            with metrics_log.MetricsLog(self.run.answers) if self.run else nullcontext() as answers:
                 self.answers.answer(done, answers, self.info)
 
     def _evaluate_start(self, metrics: metrics_log.MetricsLog | None, answers: metrics_log.MetricsLog | None) -> None:
@@ -319,7 +329,7 @@ class Training:
         measured = f"the base with the adapter in {source}" if source else "the base"
         self.info(f"measuring {measured} on {len(evaluations.plan.rows):,} held-out rows")
         evaluations.measure(0, metrics, self.info)
-        if self.answers and answers:
+        if self.answers:
             self.answers.answer(0, answers, self.info)
         if evaluations.is_new_best(0):
             self._save_checkpoint(0)
@@ -339,6 +349,7 @@ class Training:
                 keep_best=self.spec.keep == "best",
             )
         self.accelerator.wait_for_everyone()
+        free_gathered(self.model)
 
     def write_adapter(self) -> None:
         """Write the adapter of the last or the best step, and complete the manifest.
@@ -346,7 +357,10 @@ class Training:
         Raises:
             LoraError: the written adapter differs from the trained one, or the best checkpoint is missing.
         """
+        probe = self.plan.make_batch([int(self.inputs.data.train.lengths[:64].argmin())])  # a short row
         if self.run is None:
+            if self.sharded:
+                self.writer.verify_along(probe)
             return
         metrics_log.truncate_after(self.run.metrics, self.done, info=self.info, complete_from=self.first)
         step, best = self.done, self.evaluations.history.best
@@ -356,10 +370,10 @@ class Training:
             step = best.step
         if step == self.done:
             with averaged_weights(self.optimizer):
-                self._write_verified(self.run, step)
+                self._write_verified(self.run, step, probe)
         else:
             checkpoint.load_best(self.run.checkpoints, step, self.model, rank_allocator=self.rank_allocator)
-            self._write_verified(self.run, step)
+            self._write_verified(self.run, step, probe)
         result = {
             "steps_done": self.done,
             "stopped_early": self.stopped_early,
@@ -378,7 +392,7 @@ class Training:
             self.info(line)
         console.out.print(f"{self.recipe.output}/adapter")
 
-    def _write_verified(self, run: RunFolder, step: int) -> None:
+    def _write_verified(self, run: RunFolder, step: int, probe: Batch) -> None:
         """Write the model's adapter and its card, compared with what is read back."""
         model_card = render_model_card(
             self.recipe,
@@ -392,7 +406,6 @@ class Training:
         checkpoint.check_finite(trained, step=step, folder=run.checkpoints)
         if self.rank_allocator is not None:
             self.rank_allocator.prune()
-        probe = self.plan.make_batch([int(self.inputs.data.train.lengths[:64].argmin())])  # a short row
         self.info(self.writer.write_verified(run.adapter, step, model_card=model_card, probe=probe))
 
 

@@ -1,7 +1,7 @@
 """Loss, perplexity and accuracy of a model on held-out rows, per supervised token, word or row."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.data.collate import rows_of_labels
+from lora_cli.data.collate import Batch, rows_of_labels
 from lora_cli.model.loss import LossFunction
+from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.tasks import TaskName
 
 Stopping = Callable[[], bool]  # whether a signal has asked to stop
@@ -65,10 +66,12 @@ def measure_row_likelihoods(
     training = loss_fn.base.training
     loss_fn.base.eval()
     measured: list[tuple[NDArray[np.int64], Tensor, Tensor]] = []  # on the device until all are computed
-    for batch in plan.all_batches(rank=rank, world_size=world):
+    for batch, counts in _batches(loss_fn, plan, rank, world):
         if stopping():
             break
         losses, is_correct = loss_fn.per_token(batch)
+        if not counts:
+            continue
         within_batch = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
         measured.append((np.array(batch.rows)[within_batch], losses.double(), is_correct.double()))
     loss_fn.base.train(training)
@@ -104,10 +107,12 @@ def measure_likelihood(
     # fp64: a sum over millions of tokens must not depend on how they were batched.
     totals = torch.zeros(2, dtype=torch.float64, device=loss_fn.device)
     tokens = 0
-    for batch in plan.all_batches(rank=rank, world_size=world):
+    for batch, counts in _batches(loss_fn, plan, rank, world):
         if stopping():
             break
         result = loss_fn(batch)
+        if not counts:
+            continue
         totals += torch.stack([result.loss.double(), result.correct.double()])
         tokens += result.tokens
     loss_fn.base.train(training)
@@ -117,6 +122,18 @@ def measure_likelihood(
     loss, correct = totals.tolist()
     accuracy = None if _is_regression(loss_fn) else correct / max(1, tokens)
     return Likelihood(loss / max(1, tokens), accuracy, tokens)
+
+
+def _batches(loss_fn: LossFunction, plan: BatchPlan, rank: int, world: int) -> Iterator[tuple[Batch, bool]]:
+    """Yield the batches of process `rank`, and whether each counts.
+
+    All processes gather the layers of a sharded base together, so that each runs as many batches: some of them twice.
+    """
+    last = None
+    for last in plan.all_batches(rank=rank, world_size=world):
+        yield last, True
+    if is_sharded(loss_fn.base) and plan.batches_per_epoch % world > 0 and rank >= plan.batches_per_epoch % world:
+        yield last or plan.make_batch(plan.epoch(0)[0]), False
 
 
 def _is_regression(loss_fn: LossFunction) -> bool:

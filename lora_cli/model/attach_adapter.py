@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import expert_targets, experts, init_adapter, multimodal, target_modules
+from lora_cli.model import expert_targets, experts, init_adapter, multimodal, sharding, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.fused_mlp import fuse_mlps
@@ -62,7 +62,7 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
     torch.manual_seed(seed)
     try:
         # fp32 master weights: AdamW's small updates would be rounded away in bf16.
-        with experts.placeholders(model):
+        with experts.placeholders(model), sharding.placeholders(model):
             adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError) as reason:
         first = _first_line(str(reason)) or type(reason).__name__

@@ -22,6 +22,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from lora_cli.model.experts_lora import experts_layer
 from lora_cli.model.gguf_base import PackedLora
 from lora_cli.model.lora_product import Factors, LoraProduct, draw_dropped, multiply, multiply_backward
+from lora_cli.model.sharding import quant_state_of
 
 SHARED = "_shared_input"  # attribute of a layer that has its input in common with others, see shared_input.py
 PLAIN_LAYERS = (nn.Linear, FalconLinear)  # that multiply with their weight, and add their bias
@@ -137,7 +138,7 @@ def base_product(base: Any, dtype: torch.dtype) -> FusedLayer:
 
     def weight() -> Tensor:
         if isinstance(base, Linear4bit):
-            dense: Tensor = dequantize_4bit(base.weight.data, base.weight.quant_state)
+            dense: Tensor = dequantize_4bit(base.weight.data, quant_state_of(base))
             return dense.to(dtype)
         plain: Tensor = base.weight
         return plain

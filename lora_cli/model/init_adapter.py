@@ -26,6 +26,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import fp32_weights, target_modules
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.loss import LossFunction
+from lora_cli.model.sharding import gathered_weight
 from lora_cli.recipe.schema import AdapterSpec
 
 ADAPTER_NAME = "default"  # PEFT's name for the one adapter
@@ -267,7 +268,8 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 def _base_weight(layer: Any) -> Tensor:
     """Return the base's weight [out, in] in fp32, dequantized if it is quantized."""
     base: nn.Module = layer.get_base_layer()
-    weight: Tensor = dequantize_module_weight(base).detach().float()
+    weight = gathered_weight(base)
+    weight = (dequantize_module_weight(base) if weight is None else weight).detach().float()
     return weight.T if isinstance(base, Conv1D) else weight
 
 

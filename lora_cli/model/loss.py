@@ -21,6 +21,7 @@ from lora_cli.model.head_loss import (
     logit_functions,
 )
 from lora_cli.model.packing_support import stateful_layers
+from lora_cli.model.sharding import gathered
 from lora_cli.recipe.tasks import TaskName
 
 
@@ -85,8 +86,9 @@ class LossFunction:
         if self.head is not None:
             hidden, smoothing = self._hidden(batch), self._smoothing
             if self.head.plain:
-                weight, bias = self.head.layer.weight, self.head.layer.bias
-                loss, correct = ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
+                with gathered(self.head.layer):  # its weight is not needed in the backward pass
+                    weight, bias = self.head.layer.weight, self.head.layer.bias
+                    loss, correct = ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
             else:
                 # Without gradients, autograd would still ask for those of parameters.
                 trained = self.head.trained if torch.is_grad_enabled() else ()

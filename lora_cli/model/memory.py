@@ -1,5 +1,6 @@
 """Estimate the peak memory of a training step, part by part, from the model's shapes alone."""
 
+import os
 from typing import NamedTuple
 
 import psutil
@@ -140,6 +141,12 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def free_for_process(device: torch.device) -> int:
+    """Return the bytes that one process may take: those of a run on one machine see the same free host memory."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device.type == "cpu" else 1
+    return available_memory(device) // processes
 
 
 def fits_in_memory(parameters: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
-from lora_cli.model import adalora, experts, fp32_weights
+from lora_cli.model import adalora, experts, fp32_weights, sharding
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.run.redact import redact_path
 
@@ -142,7 +142,13 @@ def compare_reloaded(model: PeftModel, folder: Path, logits: Callable[[PeftModel
         register_custom_layers(config)
     base = _unwrap_base(model)
     with experts.placeholders(base):
-        reloaded = PeftModel.from_pretrained(base, str(folder), config=config)
+        if sharding.is_sharded(base):
+            # The two parts of `from_pretrained`: loading tensors needs the sharded weights in place.
+            with sharding.placeholders(base):
+                reloaded = get_peft_model(base, config)
+            reloaded.load_adapter(str(folder), reloaded.active_adapter)
+        else:
+            reloaded = PeftModel.from_pretrained(base, str(folder), config=config)
     adalora.restore_fp32_tensors(reloaded, load_file(folder / ADAPTER_WEIGHTS))
     fp32_weights.upcast_trainable_params(reloaded)
     loaded = adapter_tensors(reloaded)

@@ -41,6 +41,7 @@ class MethodFacts(NamedTuple):
     mergeable: bool = True  # into the weights of the base
     lora_config: bool = False  # whether it is PEFT's LoraConfig
     adapts_experts: bool = False  # whether it can adapt the stacked weights of experts, which are no linear layers
+    shardable: bool = True  # whether it can be created and trained on a base that is sharded over processes
 
 
 TARGET_OPTIONS: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": None, "layers": None}
@@ -112,6 +113,7 @@ METHOD_FACTS: dict[MethodName, MethodFacts] = {
         bits=(),
         no_quantization_reason=INIT_FROM_FULL_WEIGHTS,
         lora_config=True,
+        shardable=False,
     ),
     "eva": MethodFacts(
         "LoRA with A initialized to the principal components of the layer inputs on training rows (arXiv:2410.07170)",
@@ -124,6 +126,7 @@ METHOD_FACTS: dict[MethodName, MethodFacts] = {
         bits=(4,),
         needs_bits=4,
         lora_config=True,
+        shardable=False,
     ),
     "adalora": MethodFacts(
         "LoRA that starts at rank and drops the least important components to a mean of final_rank (arXiv:2303.10512)",

@@ -13,6 +13,7 @@ from lora_cli.recipe.message_names import MESSAGE_FIELDS, ROLE_TARGETS
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.problem import Conflict, join_words, shorten
 from lora_cli.recipe.schema import DataSpec, QuantizationSpec, Recipe, SourceSpec
+from lora_cli.recipe.sharding_rules import check_sharding
 from lora_cli.recipe.tasks import TASK_FORMATS
 from lora_cli.recipe.training_rules import (
     check_batches,
@@ -342,5 +343,6 @@ RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     check_schedule,
     check_optimizer,
     check_evaluations,
+    check_sharding,
     _check_paths,
 )

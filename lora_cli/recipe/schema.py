@@ -242,8 +242,9 @@ class GenerationSpec(Section):
 class DistributedSpec(Section):
     """Data parallelism over processes. Leave the section out to use all GPUs of this machine, else the CPU."""
 
-    strategy: Literal["ddp"] = "ddp"
-    """ddp: every process has the full model and processes an equal share of the batches of each step."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every process has the full model and computes an equal share of each step. fsdp: the same, with the base
+    sharded over the processes, which gather one layer at a time. auto: fsdp where the full model does not fit."""
     processes: Literal["auto"] | Count = "auto"
     """Number of processes on this machine. At least 1. auto: one per GPU, or one on the CPU."""
     timeout_minutes: Count = 10

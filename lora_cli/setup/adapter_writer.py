@@ -11,6 +11,7 @@ from lora_cli.data.class_labels import save_labels
 from lora_cli.data.collate import Batch
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.save_adapter import compare_reloaded, save_adapter
+from lora_cli.model.sharding import free_gathered
 from lora_cli.model.trained_on import TrainedOn, write_trained_on
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.checksums import verified_folder
@@ -49,16 +50,22 @@ class AdapterWriter(NamedTuple):
         Raises:
             LoraError: the adapter on disk is not the trained one.
         """
-
-        @torch.no_grad()
-        def probe_logits(model: PeftModel) -> Tensor:
-            """Return the logits of `probe` in eval mode: fp64 [units, outputs]."""
-            model.eval()
-            return LossFunction(model, task=self.recipe.task).logits(probe).double()
-
         with verified_folder(target, kind="adapter", published=True, replace=True) as partial:
             self.write_files(partial, step)
             (partial / "README.md").write_text(model_card, encoding="utf-8")
-            (difference := compare_reloaded(self.model, partial, probe_logits)).check(self.inputs.base.dtype)
+            difference = compare_reloaded(self.model, partial, lambda model: self._logits(model, probe))
+            difference.check(self.inputs.base.dtype)
         logits = f", logits within {difference.logits:.0e}" if difference.logits else ""
         return f"verified: the adapter on disk, loaded back, equals the trained model (difference 0{logits})"
+
+    def verify_along(self, probe: Batch) -> None:
+        """Run the model as often as `write_verified` does, which the first process calls, to gather a sharded base."""
+        for _ in range(2):
+            self._logits(self.model, probe)
+
+    @torch.no_grad()
+    def _logits(self, model: PeftModel, probe: Batch) -> Tensor:
+        """Return the logits of `probe` in eval mode: fp64 [units, outputs]."""
+        model.eval()
+        free_gathered(model)
+        return LossFunction(model, task=self.recipe.task).logits(probe).double()

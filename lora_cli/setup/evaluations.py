@@ -20,6 +20,7 @@ from lora_cli.evaluation.likelihood import (
     never,
 )
 from lora_cli.model.loss import LossFunction
+from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import GenerationSpec, Recipe
 from lora_cli.run.metrics_log import MetricsLog, read_metrics
@@ -59,6 +60,11 @@ def check_evaluations(recipe: Recipe, *, total: int, held_out: bool, info: Info)
         info(f"note: stop_after: {spec.stop_after} cannot end this run early: it has {count} evaluation{plural}")
 
 
+def synchronized(stopping: Stopping, model: PeftModel, accelerator: Accelerator) -> Stopping:
+    """Return `stopping` as all processes of a sharded model must see it, which run it equally often."""
+    return (lambda: any_process(accelerator, stopping())) if is_sharded(model) else stopping
+
+
 class Evaluations:
     """Evaluations of one run: when they are due, their results, and what follows from them."""
 
@@ -95,6 +101,7 @@ class Evaluations:
         """
         if self.plan is None:
             return True
+        stopping = synchronized(stopping, self._model, self._accelerator)
         with averaged_weights(self._optimizer):
             rows = None
             if self.spec.keep == "best":
@@ -178,9 +185,17 @@ def _compare(history: EvaluationHistory, step: int, other: int) -> str:
 class HeldOutAnswers:
     """Greedy answers to the first held-out prompts during training, in answers.jsonl."""
 
-    def __init__(self, recipe: Recipe, inputs: RunInputs, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: RunInputs,
+        model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+    ) -> None:
         """`model` is in training with `optimizer`; the run has held-out rows."""
         self.spec, self._recipe, self._model, self._optimizer = recipe.training, recipe, model, optimizer
+        self._accelerator = accelerator
         self._tokenizer = inputs.base.tokenizer
         assert inputs.data.eval is not None, "Evaluations.check"
         self.prompts: list[Prompt] = select_prompts(
@@ -207,8 +222,10 @@ class HeldOutAnswers:
         written = sum(record.get("step") == step for record in read_metrics(file))
         return (ended or self.is_due(step)) and written < len(self.prompts)
 
-    def answer(self, step: int, log: MetricsLog, info: Info, stopping: Stopping = never) -> None:
+    def answer(self, step: int, log: MetricsLog | None, info: Info, stopping: Stopping = never) -> None:
         """Answer the prompts, write the answers to `log`, and print the first one. Training is not affected.
+
+        Only the first process has a log; the others answer too if the model is sharded.
 
         If a signal stops it, it writes none.
         """
@@ -218,9 +235,14 @@ class HeldOutAnswers:
         cuda = torch.cuda.is_available()
         with averaged_weights(self._optimizer), torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []):
             answers = generate_answers(
-                self._model, self._tokenizer, self.prompts, spec=spec, seed=self.spec.seed, stopping=stopping
+                self._model,
+                self._tokenizer,
+                self.prompts,
+                spec=spec,
+                seed=self.spec.seed,
+                stopping=synchronized(stopping, self._model, self._accelerator),
             )
-        if not answers:
+        if not answers or log is None:
             return
         for prompt, answer in zip(self.prompts, answers, strict=True):
             log.write(

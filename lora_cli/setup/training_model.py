@@ -1,7 +1,6 @@
 """Build the model that a recipe describes: base, attention, adapter, dtypes, checkpointing; print the choices."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +31,8 @@ from lora_cli.model.fused_mlp import values_kept
 from lora_cli.model.kernels import KernelChoice, apply_kernels, choose_kernels
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
+from lora_cli.model.sharded_base import load_sharded
+from lora_cli.model.sharding import gathered_bytes, is_sharded
 from lora_cli.model.trained_on import Origin
 from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.run import console
@@ -68,29 +69,37 @@ class TrainableModel(NamedTuple):
     performance: dict[str, str]  # each switch of speed that was chosen, and why
 
 
-def load_base(recipe: Recipe, inputs: RunInputs, *, info: Info = console.no_output) -> BaseForTraining:
+def load_base(
+    recipe: Recipe, inputs: RunInputs, *, info: Info = console.no_output, whole: Sequence[str] | None = None
+) -> BaseForTraining:
     """Load the frozen base with the head of the task, choose its attention, and with packing, check for leaks.
+
+    With `whole`, it is sharded over all processes, but for these modules.
 
     Raises:
         LoraError: it cannot be loaded, or no attention works on it.
     """
-    return prepare_base(inputs.base, recipe, inputs.device, info=info)
+    return prepare_base(inputs.base, recipe, inputs.device, info=info, whole=whole)
 
 
 def prepare_base(
-    base: BaseCheckpoint, recipe: Recipe, device: torch.device, *, info: Info = console.no_output
+    base: BaseCheckpoint,
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    info: Info = console.no_output,
+    whole: Sequence[str] | None = None,
 ) -> BaseForTraining:
     """Load a checkpoint as `load_base` does, in place of the run's base; a merged model, for example.
 
     Raises:
         LoraError: it cannot be loaded, or no attention works on it.
     """
-    loaded = base.load(
-        device,
-        attention=None if recipe.model.attention == "auto" else recipe.model.attention,
-        quantization=recipe.quantization,
-        seed=recipe.training.seed,
-    )
+    attention = None if recipe.model.attention == "auto" else recipe.model.attention
+    if whole is None:
+        loaded = base.load(device, attention=attention, quantization=recipe.quantization, seed=recipe.training.seed)
+    else:
+        loaded = load_sharded(base, device, attention=attention, quantization=recipe.quantization, whole=whole)
     for note in loaded.notes:
         info(note)
     leak_check = select_attention.choose_attention(
@@ -124,8 +133,18 @@ def _unquantized_weights(base: BaseCheckpoint, seed: int) -> StateDict:
     return weights
 
 
-def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, info: Info) -> TrainableModel:
+def build_model(
+    recipe: Recipe,
+    inputs: RunInputs,
+    plan: BatchPlan,
+    *,
+    total: int,
+    info: Info,
+    whole: Sequence[str] | None = None,
+) -> TrainableModel:
     """Load the base, choose its attention, attach the adapter, and print the choices.
+
+    With `whole`, the base is sharded over all processes, but for these modules.
 
     Raises:
         LoraError: a part of the recipe does not fit the model or this machine.
@@ -135,7 +154,7 @@ def build_model(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: in
     optimizer = resolve_optimizer(recipe, inputs)
     source = open_source(recipe, inputs, info=info)
     kernels, compiled = choose_performance(recipe, inputs, batches=total * plan.batches_of_device)
-    base, heads, leak_check = load_base(recipe, inputs, info=info)
+    base, heads, leak_check = load_base(recipe, inputs, info=info, whole=whole)
     kernels = apply_kernels(base, kernels, setting=recipe.performance.kernels)
     layers = target_modules.linear_layers(base, heads)
     check_new_tokens_trainable(recipe, base)
@@ -350,10 +369,11 @@ def _memory_ladder(
     auto = recipe.training.tokens_per_batch == "auto"
     if auto:
         info(f"tokens_per_batch: auto: a step of a device is one batch of up to {plan.max_tokens:,} tokens")
-    if (recipe.training.gradient_checkpointing != "auto" and not auto) or inputs.device.type != "cpu":
+    # On a GPU, the largest batch is tried; not if the base is sharded, as one process alone cannot try again.
+    tried = inputs.device.type != "cpu" and not is_sharded(model)
+    if (recipe.training.gradient_checkpointing != "auto" and not auto) or tried:
         return ladder
-    # Each process of a run on one machine sees the same free memory.
-    free = memory.available_memory(inputs.device) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    free = memory.free_for_process(inputs.device) - gathered_bytes(model)
     rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= plan.parts]
     needs = {
         rung: memory.plan_memory(
@@ -364,7 +384,7 @@ def _memory_ladder(
             longest=int(inputs.data.train.lengths.max()),
             every=rung.every,
             quantization=recipe.quantization,
-            on_cpu=True,
+            on_cpu=inputs.device.type == "cpu",
             mlp_values=fused_values(model),
             optimizer_bytes=optimizer_bytes,
         )

@@ -1,4 +1,4 @@
-"""Distributed data parallelism (DDP): all-reduce the adapter's gradients over processes, broadcast a fresh adapter."""
+"""Data parallelism: all-reduce the adapter's gradients over processes, broadcast a fresh adapter."""
 
 import torch
 from accelerate import Accelerator
@@ -57,3 +57,11 @@ def any_process(accelerator: Accelerator, value: bool) -> bool:
     if accelerator.num_processes == 1:
         return value
     return bool(all_reduce_sum(accelerator, torch.tensor(int(value), device=accelerator.device)))
+
+
+def max_of_processes(accelerator: Accelerator, value: int) -> int:
+    """Return the largest `value` of all processes, which must all call it."""
+    if accelerator.num_processes == 1:
+        return value
+    values = accelerator.gather(torch.tensor([value], device=accelerator.device))
+    return int(values.max())

@@ -16,12 +16,19 @@ from lora_cli.data.collate import Batch
 from lora_cli.errors import LoraError
 from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.model.loss import LossFunction
+from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.recipe.training_section import TrainingSpec
 from lora_cli.run import console
 from lora_cli.run.os_errors import is_out_of_memory
 from lora_cli.training import cpu
-from lora_cli.training.distributed import all_reduce_counts, all_reduce_gradients, all_reduce_sum, any_process
+from lora_cli.training.distributed import (
+    all_reduce_counts,
+    all_reduce_gradients,
+    all_reduce_sum,
+    any_process,
+    max_of_processes,
+)
 from lora_cli.training.loss_scale import LossScale
 from lora_cli.training.loss_spikes import LossSpikes, Spike, describe_rows
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
@@ -107,8 +114,9 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     device, rank = accelerator.device, accelerator.process_index
+    idle = IdleBatch(plan, accelerator) if is_sharded(model) else None
     with closing(loss_fn), closing(prefetch(plan, start, total, rank=rank, device=device)) as steps:
-        if ladder is not None and accelerator.device.type != "cpu":
+        if ladder is not None and idle is None and accelerator.device.type != "cpu":
             _rehearse(loss_fn, plan, ladder, trained, accelerator, started=bool(optimizer.state))
         for number in range(start, total):
             start_time = time.perf_counter()
@@ -118,9 +126,9 @@ def fit(
             before = scale.to_json()
             while True:  # until the step fits into memory and into float16
                 losses = _accumulate_gradients(
-                    loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder, scale=scale.value
+                    loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder, scale=scale.value, idle=idle
                 )
-                if ladder is not None and any_process(accelerator, losses is None):
+                if ladder is not None and idle is None and any_process(accelerator, losses is None):
                     drop_gradients(trained)
                     release_memory(device)
                     ladder.go_down(f"step {number + 1}")
@@ -178,6 +186,7 @@ def _accumulate_gradients(
     number: int,
     ladder: MemoryLadder | None,
     scale: float,
+    idle: "IdleBatch | None",
 ) -> list[tuple[Batch, Tensor]] | None:
     """Add up the gradients of all batches of a step on this process (gradient accumulation), multiplied by `scale`.
 
@@ -196,11 +205,27 @@ def _accumulate_gradients(
                 # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
                 (loss if scale == 1 else loss * scale).backward()
                 losses.append((part, loss.detach()))
+        if idle is not None:
+            idle.keep_pace(loss_fn, len(losses))
     except (MemoryError, RuntimeError) as error:
-        if ladder is None or not is_out_of_memory(error):
+        # The other processes wait for this one to gather a layer, so that a sharded step cannot be taken again.
+        if ladder is None or idle is not None or not is_out_of_memory(error):
             raise
         return None
     return losses
+
+
+class IdleBatch:
+    """A short batch without gradients, for a process that has fewer batches than others: all gather a sharded base."""
+
+    def __init__(self, plan: BatchPlan, accelerator: Accelerator) -> None:
+        self._batch = plan.make_batch([int(plan.rows.lengths.argmin())])
+        self._accelerator = accelerator
+
+    def keep_pace(self, loss_fn: LossFunction, passes: int) -> None:
+        """Run forward and backward as often as the process with the most; this one has done it `passes` times."""
+        for _ in range(max_of_processes(self._accelerator, passes) - passes):
+            (loss_fn(self._batch).loss * 0).backward()
 
 
 def _rehearse(

@@ -116,7 +116,9 @@ IMPORTED: dict[str, Use] = {
     "peft.utils.integrations.dequantize_module_weight": Use("model/init_adapter.py", peft_checks.dequantized_matrix),
     "peft.utils.merge_utils.dare_linear": Use("merging/low_rank.py", peft_checks.combined_updates),
     "peft.utils.merge_utils.ties": Use("merging/low_rank.py", peft_checks.combined_updates),
-    "peft.utils.other.AuxiliaryTrainingWrapper": Use("model/save_adapter.py", peft_checks.modules_to_save_wrapper),
+    "peft.utils.other.AuxiliaryTrainingWrapper": Use(
+        "model/save_adapter.py setup/strategy.py", peft_checks.modules_to_save_wrapper
+    ),
     "peft.utils.other.get_pattern_key": Use(
         "merging/low_rank.py model/adapter_files.py model/config_values.py", peft_checks.pattern_keys
     ),
@@ -130,6 +132,14 @@ IMPORTED: dict[str, Use] = {
         "model/expert_targets.py", moe_checks.names_read_as_experts
     ),
     "torch.distributed.distributed_c10d._set_pg_timeout": Use("training/launch.py", library_checks.group_timeout),
+    **dict.fromkeys(
+        ("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.device_mesh.init_device_mesh"),
+        Use("model/sharded_base.py", library_checks.sharded_layer),
+    ),
+    "torch.distributed.fsdp.fully_shard": Use("model/sharded_base.py", library_checks.sharded_layer),
+    "torch.distributed.fsdp.FSDPModule": Use("model/sharding.py", library_checks.sharded_layer),
+    "torch.distributed.tensor.DTensor": Use("model/sharded_base.py model/sharding.py", library_checks.sharded_layer),
+    "torch.distributed.tensor.Shard": Use("model/sharded_base.py", library_checks.sharded_layer),
     "torch.distributed.TCPStore": Use("training/launch.py", library_checks.launchers_store),
     "transformers.conversion_mapping.get_model_conversion_mapping": Use(
         "model/conversion.py", library_checks.weight_conversion

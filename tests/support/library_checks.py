@@ -349,6 +349,27 @@ def group_timeout() -> None:
     assert signature.parameters["group"].default is None
 
 
+def sharded_layer() -> None:
+    """A layer's shards can be set before its first pass, and are whole in a pass; `tests/laws/test_sharding.py` too."""
+    with TemporaryDirectory() as folder:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+            layer = torch.nn.Linear(4, 3, bias=False, device="meta").requires_grad_(False)
+            torch.distributed.fsdp.fully_shard(layer, mesh=mesh, ignored_params=set())
+            assert isinstance(layer, torch.distributed.fsdp.FSDPModule)
+            placements = [torch.distributed.tensor.Shard(0)]
+            values = torch.distributed.tensor.DTensor.from_local(torch.ones(3, 4), mesh, placements, run_check=False)
+            layer.weight = torch.nn.Parameter(values, requires_grad=False)
+            assert torch.equal(layer(torch.ones(1, 4)), torch.full((1, 3), 4.0))
+            layer.reshard()
+            assert isinstance(layer.weight, torch.distributed.tensor.DTensor)
+            layer.unshard()
+            assert not isinstance(layer.weight, torch.distributed.tensor.DTensor)
+        finally:
+            torch.distributed.destroy_process_group()
+
+
 def deterministic_switch() -> None:
     assert isinstance(torch.utils.deterministic.fill_uninitialized_memory, bool)
 

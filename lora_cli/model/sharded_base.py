@@ -1,0 +1,201 @@
+"""A frozen base whose weights are sharded over the processes of a run (FSDP2, torch's `fully_shard`).
+
+Each process reads its rows of each weight from the checkpoint. A weight that is quantized is read and quantized by all,
+one at a time, and each keeps its part of the codes. Each decoder layer is gathered before it computes and freed after,
+in the forward and in the backward pass. Adapters, and what they train in full, stay whole on each process: they are
+small, and so gradients, optimizer, checkpoints and the saved adapter are those of any run.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers import GenerationConfig, PreTrainedModel
+
+from lora_cli.errors import LoraError
+from lora_cli.model import fake_quantize, finite
+from lora_cli.model.base_model import BaseCheckpoint, LoadedBase
+from lora_cli.model.checkpoint_reader import CheckpointReader
+from lora_cli.model.conversion import CheckpointMapping
+from lora_cli.model.device import resolve_compute_dtype
+from lora_cli.model.empty_base import tied_parameters
+from lora_cli.model.experts import expert_weights
+from lora_cli.model.model_source import local_folder
+from lora_cli.model.quantize import BLOCK_SIZE, check_cpu_4bit, prepare_for_kbit_training
+from lora_cli.model.safetensors_io import ShardFiles, list_tensors
+from lora_cli.model.streamed_weights import Slot, find_slots
+from lora_cli.recipe.schema import QuantizationSpec
+
+
+def load_sharded(
+    base: BaseCheckpoint,
+    device: torch.device,
+    *,
+    attention: str | None = None,
+    quantization: QuantizationSpec | None = None,
+    whole: Sequence[str] = (),
+) -> LoadedBase:
+    """Load the frozen base of a language model, sharded over all processes, which must all call it.
+
+    Args:
+        base: a checkpoint in safetensors, not quantized.
+        device: of this process.
+        attention: attention implementation, by transformers' name; None for its default.
+        quantization: 4 bits, or None.
+        whole: modules whose weights are not sharded, because they are trained; by the last parts of their names.
+
+    Raises:
+        LoraError: the model has no decoder layers that can be sharded, lacks weights, or a weight is not finite.
+    """
+    model = base.skeleton(buffers=base.dtype)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(str(local_folder(base.source, fetch=True)))
+    quantized = _quantize_skeleton(model, base, quantization) if quantization is not None else set()
+    tied = tied_parameters(model)
+    slots = find_slots(model)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    _shard(model, mesh, whole=whole)
+    tensors = list_tensors(local_folder(base.source, fetch=True))
+    with ShardFiles(writable=False) as files:
+        mapping = CheckpointMapping(base.skeleton(), tensors)
+        shapes = {name: tuple(slot.value.shape) for name, slot in slots.items() if name not in quantized}
+        reader = CheckpointReader(tensors, mapping, files, tied=tied, shapes=shapes, transforms={})
+        if missing := [name for name in slots if not reader.has(name)]:
+            raise LoraError(
+                f"model.path: the checkpoint has no weights for {', '.join(missing[:3])}",
+                hint=f"not a complete {type(model).__name__} checkpoint: give another model",
+            )
+        names = {name: group[0] for group in tied for name in group}
+        filled: dict[str, nn.Parameter] = {}  # tied parameters are one
+        for name, slot in slots.items():
+            first = names.get(name, name)
+            if first not in filled:
+                filled[first] = _read(
+                    name, slot, reader, base, device, mesh, spec=quantization if name in quantized else None
+                )
+            setattr(slot.module, slot.key, filled[first])
+    if quantization is not None:
+        check_cpu_4bit(model)
+    return LoadedBase(model.requires_grad_(False), (), ())
+
+
+def _quantize_skeleton(model: PreTrainedModel, base: BaseCheckpoint, spec: QuantizationSpec) -> set[str]:
+    """Put 4-bit layers, on the meta device, in place of those that are quantized; return the names of their weights.
+
+    Raises:
+        LoraError: the base has experts, whose packed weights cannot be sharded.
+    """
+    if expert_weights(model):
+        raise LoraError(
+            "distributed.strategy: the 4-bit weights of experts cannot be sharded",
+            hint="write strategy: ddp, or leave quantization out",
+        )
+    names = set(fake_quantize.quantized_weights(base.skeleton(), spec))
+    for name in names:
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        packed = Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=resolve_compute_dtype(spec, base.dtype),
+            compress_statistics=spec.double_quant,
+            quant_type=spec.type,
+            device="meta",
+        )
+        codes = torch.empty((layer.weight.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
+        packed.weight = nn.Parameter(codes, requires_grad=False)
+        packed.bias = layer.bias
+        model.set_submodule(path, packed)
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    prepare_for_kbit_training(model, base.dtype)
+    return names
+
+
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str]) -> None:
+    """Shard decoder layers, embeddings and head; a head that is the embeddings, and trained modules, stay whole.
+
+    Raises:
+        LoraError: the model does not say which of its modules are decoder layers.
+    """
+    kinds = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not layers or model.base_model is model:
+        raise LoraError(
+            f"distributed.strategy: {model.config.model_type} models cannot be sharded: their decoder layers are not "
+            "known",
+            hint="write strategy: ddp",
+        )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    kept = [module for name, module in model.named_modules() if any(f".{name}".endswith(f".{part}") for part in whole)]
+    if head is None or head.weight is embeddings.weight or type(head) is not nn.Linear:
+        kept += [embeddings, *([] if head is None else [head])]
+    ignored = {parameter for module in kept for parameter in module.parameters()}
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    fully_shard(model.base_model, mesh=mesh, ignored_params=ignored)
+    if head is not None and head not in kept:
+        fully_shard(head, mesh=mesh, reshard_after_forward=True)
+
+
+def _read(
+    name: str,
+    slot: Slot,
+    reader: CheckpointReader,
+    base: BaseCheckpoint,
+    device: torch.device,
+    mesh: DeviceMesh,
+    *,
+    spec: QuantizationSpec | None,
+) -> nn.Parameter:
+    """Return a parameter with its values, or this process's part of them; with `spec`, of its 4-bit codes.
+
+    Raises:
+        LoraError: a value is not finite.
+    """
+    before = slot.value
+    dtype = base.dtype if spec is not None or not before.is_floating_point() else before.dtype
+
+    def check(values: Tensor) -> Tensor:
+        if not finite.is_finite(values):
+            raise finite.not_finite_error(name, str(base.source.path))
+        return values
+
+    if not isinstance(before, DTensor):
+        return nn.Parameter(check(reader.read(name)).to(device, dtype), requires_grad=False)
+    rows = _own_rows(before.shape[0], mesh)
+    if spec is not None:
+        dense = check(reader.read(name)).to(device, dtype).contiguous()
+        codes, state = quantize_4bit(
+            dense, blocksize=BLOCK_SIZE, compress_statistics=spec.double_quant, quant_type=spec.type
+        )
+        module: Any = slot.module
+        module.quant_state = state
+        local = codes[rows].clone()
+    elif reader.stored(name) is not None:
+        local = check(reader.read_rows(name, rows.start, rows.stop)).to(device, dtype)
+    else:
+        local = check(reader.read(name)[rows]).to(device, dtype).clone()
+    shape, stride = before.shape, before.stride()
+    sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+    return nn.Parameter(sharded, requires_grad=False)
+
+
+def _own_rows(count: int, mesh: DeviceMesh) -> slice:
+    """Return the rows of this process: as many each as torch.chunk gives, the last ones fewer or none."""
+    size = -(-count // mesh.size())
+    start = min(count, size * mesh.get_local_rank())
+    return slice(start, min(count, start + size))

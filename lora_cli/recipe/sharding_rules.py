@@ -1,0 +1,34 @@
+"""What cannot be trained on a base that is sharded over processes (distributed.strategy: fsdp). No torch."""
+
+from collections.abc import Iterator
+
+from lora_cli.recipe.methods import METHOD_FACTS
+from lora_cli.recipe.problem import Conflict
+from lora_cli.recipe.schema import Recipe
+
+KEY = "distributed.strategy"
+
+
+def check_sharding(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield conflicts of `strategy: fsdp`."""
+    if recipe.distributed.strategy == "fsdp":
+        yield from sharding_conflicts(recipe)
+
+
+def sharding_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """Yield what keeps the base of a recipe from being sharded."""
+    fix = "write ddp"
+    method = recipe.adapter.method
+    if recipe.task != "causal-lm":
+        yield Conflict(KEY, f"fsdp is for causal-lm, not for {recipe.task}", fix, ("task",))
+    if not METHOD_FACTS[method].shardable:
+        message = f"fsdp cannot shard the base of {method}, which is created from its full weights"
+        yield Conflict(KEY, message, "write ddp, or another method", ("adapter.method",))
+    if recipe.quantization is not None and recipe.quantization.bits == 8:
+        yield Conflict(KEY, "fsdp cannot shard 8-bit weights", "write ddp, or bits: 4", ("quantization.bits",))
+    if recipe.model.gguf == "packed":
+        yield Conflict(KEY, "fsdp cannot shard a packed GGUF base", "write ddp, or gguf: dequantized", ("model.gguf",))
+    if recipe.model.new_tokens:
+        yield Conflict(KEY, "fsdp cannot add model.new_tokens", fix, ("model.new_tokens",))
+    if recipe.performance.compile is True:
+        yield Conflict(KEY, "fsdp does not compile layers", "write ddp, or compile: false", ("performance.compile",))

@@ -1,0 +1,107 @@
+"""Choose how a run is spread over processes: the full model in each (ddp), or the base sharded over them (fsdp)."""
+
+from typing import Literal, NamedTuple
+
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from lora_cli.data.batches import BatchPlan
+from lora_cli.errors import LoraError
+from lora_cli.model import attach_adapter, memory
+from lora_cli.model.base_model import task_heads
+from lora_cli.recipe.methods import METHOD_FACTS
+from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.sharding_rules import sharding_conflicts
+from lora_cli.run import console
+from lora_cli.setup.inputs import RunInputs
+from lora_cli.setup.training_model import adapter_context, fused_values, resolve_optimizer
+from lora_cli.training.distributed import any_process
+from lora_cli.training.optimizer import state_bytes, trained_shapes
+
+MAX_SHARE = 0.9  # of the free memory that the estimate of a full model may take
+
+
+class Strategy(NamedTuple):
+    """How a run is spread over its processes."""
+
+    name: Literal["ddp", "fsdp"]
+    why: str = ""
+    whole: tuple[str, ...] = ()  # with fsdp: modules whose weights are not sharded, because they are trained
+
+    @property
+    def kept_whole(self) -> tuple[str, ...] | None:
+        """The modules that are not sharded; None if nothing is."""
+        return self.whole if self.name == "fsdp" else None
+
+
+def choose_strategy(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, accelerator: Accelerator) -> Strategy:
+    """Return the strategy that the recipe requests, or that `auto` chooses: fsdp if the full model does not fit.
+
+    All processes must call it, and get the same.
+
+    Raises:
+        LoraError: the recipe requests fsdp, and the base cannot be sharded.
+    """
+    wanted = recipe.distributed.strategy
+    if accelerator.num_processes == 1:
+        return Strategy("ddp", "one process has nothing to shard" if wanted == "fsdp" else "")
+    if wanted == "ddp":
+        return Strategy("ddp")
+    obstacle = next(sharding_conflicts(recipe), None)
+    problem = obstacle.message if obstacle else _base_problem(inputs)
+    if wanted == "fsdp":
+        if problem:
+            raise LoraError(f"distributed.strategy: {problem}", hint="write strategy: ddp")
+        return Strategy("fsdp", "set in the recipe", _trained_modules(recipe, inputs))
+    need, free = _needed(recipe, inputs, plan), memory.free_for_process(inputs.device)
+    texts = f"a full model in each process needs about {console.format_bytes(need)}"
+    texts += f", and {console.format_bytes(free)} is free"
+    if not any_process(accelerator, need > MAX_SHARE * free):
+        return Strategy("ddp", f"auto: {texts}")
+    if problem:
+        return Strategy("ddp", f"auto: {texts}; but {problem}")
+    return Strategy("fsdp", f"auto: {texts}", _trained_modules(recipe, inputs))
+
+
+def _base_problem(inputs: RunInputs) -> str:
+    """Return what keeps this base from being sharded; empty if nothing does."""
+    if inputs.prequantized is not None:
+        return "fsdp cannot shard a checkpoint that is quantized already"
+    return "fsdp cannot shard a packed GGUF base" if inputs.base.source.packed else ""
+
+
+def _needed(recipe: Recipe, inputs: RunInputs, plan: BatchPlan) -> int:
+    """Return the bytes of a full model and its step, in the smallest form that does not divide batches."""
+    adapted = _adapted_skeleton(recipe, inputs)
+    optimizer = resolve_optimizer(recipe, inputs)
+    return memory.plan_memory(
+        inputs.base.skeleton(),
+        dtype=inputs.base.dtype,
+        trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        tokens=plan.tokens_of_part(plan.parts),
+        longest=int(inputs.data.train.lengths.max()),
+        every=None if recipe.training.gradient_checkpointing is False else 1,
+        quantization=recipe.quantization,
+        on_cpu=inputs.device.type == "cpu",
+        mlp_values=fused_values(adapted),
+        optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
+    ).total
+
+
+def _adapted_skeleton(recipe: Recipe, inputs: RunInputs) -> PeftModel:
+    model = inputs.base.skeleton()
+    context = adapter_context(recipe, inputs, heads=task_heads(model, recipe.task), plan=None, total=1)
+    return attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
+
+
+def _trained_modules(recipe: Recipe, inputs: RunInputs) -> tuple[str, ...]:
+    """Return the modules that the adapter trains in full, and embeddings or head if they carry it, by full name."""
+    before = inputs.base.skeleton()
+    ends = {before.get_input_embeddings(), before.get_output_embeddings()}
+    names = {name: type(module) for name, module in before.named_modules() if module in ends}
+    adapted = dict(_adapted_skeleton(recipe, inputs).get_base_model().named_modules())
+    if "virtual_tokens" in METHOD_FACTS[recipe.adapter.method].options:
+        return tuple(names)  # PEFT looks up the embeddings of the tokens itself
+    wrapped = [name for name, module in adapted.items() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return tuple(dict.fromkeys([*wrapped, *(name for name, kind in names.items() if type(adapted[name]) is not kind)]))

@@ -1,0 +1,147 @@
+"""Compare sharded bases (FSDP2) with whole ones; run by several processes: `torchrun ... sharded_cases.py FOLDER`.
+
+The first process prints one line of JSON: by case, or by base, the largest relative difference of loss and gradients.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from lora_cli.data.batches import BatchPlan
+from lora_cli.model.adapter_context import AdapterContext
+from lora_cli.model.attach_adapter import attach
+from lora_cli.model.base_model import BaseCheckpoint, LoadedBase
+from lora_cli.model.fp32_weights import upcast_trainable_params
+from lora_cli.model.loss import LossFunction
+from lora_cli.model.model_source import ModelSource
+from lora_cli.model.select_attention import choose_attention
+from lora_cli.model.sharded_base import load_sharded
+from lora_cli.model.sharding import is_sharded
+from lora_cli.recipe.methods import METHOD_FACTS
+from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
+from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum
+from lora_cli.training.loop import IdleBatch
+from tests.model import zoo
+
+BASES = ("untied", "tied", "mixtral")  # folders; "untied" is that of the cases
+LENGTHS = [30, 41, 12, 25, 60, 7, 33, 9, 18]
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Return the cases: keys of the adapter section, and `bits`, `every` (recomputed layers), `whole`, `packing`."""
+    shardable = [name for name, facts in METHOD_FACTS.items() if facts.shardable]
+    by_method: dict[str, dict[str, Any]] = {
+        f"method {name}": {"method": name, "packing": METHOD_FACTS[name].supports_packing} for name in shardable
+    }
+    for name in ("prompt", "p-tuning"):  # PEFT looks up the embeddings of the tokens itself
+        by_method[f"method {name}"]["whole"] = ("embed_tokens",)
+    by_method |= {
+        f"4 bits, {name}": {"method": name, "bits": 4}
+        for name in shardable
+        if 4 in METHOD_FACTS[name].bits and METHOD_FACTS[name].lora_config
+    }
+    return by_method | {
+        "every 2nd layer recomputed": {"every": 2},
+        "4 bits, every layer recomputed": {"every": 1, "bits": 4},
+        "padded batches": {"packing": False},
+        "head trained in full": {"modules_to_save": ["lm_head"], "whole": ("lm_head",)},
+        "norms trained in full": {"modules_to_save": ["input_layernorm"], "whole": ("input_layernorm",)},
+        "adapter on the head": {"target_modules": ["q_proj", "lm_head"], "whole": ("lm_head",)},
+        "adapter on the embeddings": {"target_modules": ["q_proj", "embed_tokens"], "whole": ("embed_tokens",)},
+    }
+
+
+class Cases:
+    """The processes, and the folders of the bases."""
+
+    def __init__(self, folder: Path) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        self.folder = folder
+
+    def plan(self, *, packing: bool, processes: int) -> BatchPlan:
+        """Return a plan whose only step has fewer batches than 4 processes."""
+        size = 100 if packing else 3
+        return BatchPlan(
+            zoo.rows_of(LENGTHS), packing=packing, size=size, batches_per_step=3, seed=0, processes=processes
+        )
+
+    def base(self, name: str) -> BaseCheckpoint:
+        path = str(self.folder / name)
+        tokenizer: Any = PreTrainedTokenizerBase()
+        source = ModelSource(path, trust_remote_code=False)
+        return BaseCheckpoint(path, source, AutoConfig.from_pretrained(path), tokenizer, "causal-lm")
+
+    def gradients(self, loaded: LoadedBase, spec: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the loss of the step and its gradients, by name; of all processes if the base is sharded."""
+        spec = dict(spec)
+        every, packing = spec.pop("every", None), spec.pop("packing", True)
+        base = loaded.model
+        sharded = is_sharded(base)
+        plan = self.plan(packing=packing, processes=self.accelerator.num_processes if sharded else 1)
+        choose_attention(base, "auto", packing=packing, causal=True)
+        adapter = AdapterSpec.model_validate({"rank": 4, "alpha": 8, "dropout": 0.0, **spec})
+        context = AdapterContext(total_steps=10, plan=plan)
+        model = attach(base, adapter, seed=1, context=context)
+        upcast_trainable_params(model)
+        if every is not None:
+            base.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+            base.enable_input_require_grads()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for number, parameter in enumerate(trained.values()):
+            generator = torch.Generator().manual_seed(number)
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        model.train()
+        loss_fn = LossFunction(model)
+        losses = [torch.zeros(())]
+        for _, batch in plan.batches_of_step(0, rank=self.accelerator.process_index if sharded else 0):
+            torch.manual_seed(0)
+            loss = loss_fn(batch).loss
+            loss.backward()
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum()
+        if sharded:
+            IdleBatch(plan, self.accelerator).keep_pace(loss_fn, len(losses) - 1)
+            all_reduce_gradients(list(trained.values()), self.accelerator, share=1)
+            total = all_reduce_sum(self.accelerator, total)
+        return {"loss": total} | {name: p.grad for name, p in trained.items() if p.grad is not None}
+
+    def difference(self, base: str, spec: dict[str, Any]) -> float:
+        """Return the largest relative difference between the sharded and the whole base."""
+        spec = dict(spec)
+        bits, whole = spec.pop("bits", None), spec.pop("whole", ())
+        section = {"bits": bits, "compute_dtype": "float32"}
+        quantization = None if bits is None else QuantizationSpec.model_validate(section)
+        checkpoint, cpu = self.base(base), torch.device("cpu")
+        found = self.gradients(load_sharded(checkpoint, cpu, quantization=quantization, whole=whole), spec)
+        if not self.accelerator.is_main_process:
+            return 0.0
+        expected = self.gradients(checkpoint.load(cpu, quantization=quantization), spec)
+        assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+        return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+def main() -> None:
+    """Run the cases, or those whose names are given."""
+    torch.set_num_threads(1)
+    folder, *names = sys.argv[1:]
+    run = Cases(Path(folder))
+    found = {}
+    for name, spec in cases().items():
+        if not names or name in names:
+            found[name] = run.difference("untied", spec)
+    for base in BASES[1:]:
+        if not names or base in names:
+            found[base] = run.difference(base, {})
+    if run.accelerator.is_main_process:
+        print(json.dumps(found))
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
