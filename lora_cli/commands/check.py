@@ -25,6 +25,7 @@ from lora_cli.run.redact import redact_path
 from lora_cli.setup.evaluations import check_evaluations
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.run_size import SMALLER, run_needs
+from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
     check_before_rows,
@@ -32,7 +33,6 @@ from lora_cli.setup.training_model import (
     choose_performance,
     coverage_table,
     describe_quantization,
-    fused_values,
     open_source,
     resolve_optimizer,
 )
@@ -94,18 +94,8 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, batches: BatchPlan, *, total
     for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable, recipe.adapter)]:
         console.out.print(line)
     tokens = batches.tokens_of_part(batches.parts)
-    plan = memory.plan_memory(
-        inputs.base.skeleton(),  # the other one has the adapter's layers now
-        dtype=inputs.base.dtype,
-        trainable=trainable,
-        tokens=tokens,
-        longest=int(inputs.data.train.lengths.max()),
-        every=1 if recipe.training.gradient_checkpointing is True else None,
-        quantization=recipe.quantization,
-        on_cpu=inputs.device.type == "cpu",
-        mlp_values=fused_values(adapted),
-        optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
-    )
+    of_run = memory_of_run(recipe, inputs, adapted, optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)))
+    plan = of_run.plan(tokens, every=1 if recipe.training.gradient_checkpointing is True else None)
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
     free = memory.available_memory(inputs.device)
     total_memory, free_memory = console.format_bytes(plan.total), console.format_bytes(free)
