@@ -67,6 +67,7 @@ class TrainingMemory(NamedTuple):
     dense: int  # bytes of one quantized layer's weights in the compute dtype, which it is multiplied in
     vocabulary: int
     on_cpu: bool
+    paged: bool = False  # whether the state of the optimizer can move to the host when the GPU is full
 
     def plan(self, tokens: int, *, every: int | None = None, offload: bool = False) -> MemoryPlan:
         """Return the bytes of each part for a batch of `tokens`, in a form of the memory ladder.
@@ -92,7 +93,7 @@ class TrainingMemory(NamedTuple):
 
 
 def training_memory(
-    model: PeftModel, setup: TrainingSetup, *, weights: StoredWeights, optimizer_bytes: int
+    model: PeftModel, setup: TrainingSetup, *, weights: StoredWeights, optimizer_bytes: int, paged: bool = False
 ) -> TrainingMemory:
     """Count what `model` takes in training.
 
@@ -101,6 +102,7 @@ def training_memory(
         setup: of the run.
         weights: of the base.
         optimizer_bytes: state of the optimizer.
+        paged: whether it can move to the host.
     """
     inside = {id(p) for layer in text_layers(model.get_base_model()).values() for p in layer.parameters()}
     added = {
@@ -128,6 +130,7 @@ def training_memory(
         dense=setup.dtype.itemsize * weights.largest,
         vocabulary=model.get_base_model().get_input_embeddings().weight.shape[0],
         on_cpu=setup.on_cpu,
+        paged=paged,
     )
 
 

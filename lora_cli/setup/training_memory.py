@@ -7,12 +7,13 @@ from lora_cli.model.memory import TrainingMemory, training_memory
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import QuantizationSpec, Recipe
 from lora_cli.setup.inputs import RunInputs
+from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 
-def memory_of_run(recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimizer_bytes: int) -> TrainingMemory:
+def memory_of_run(recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimizer: str) -> TrainingMemory:
     """Count what training of `model`, with the adapter, takes on the device of `inputs`.
 
-    `model` may be on the meta device. `optimizer_bytes` is the state of the optimizer.
+    `model` may be on the meta device. `optimizer` is its resolved name.
     """
     setup = TrainingSetup(
         dtype=inputs.base.dtype,
@@ -26,7 +27,8 @@ def memory_of_run(recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimi
         dtype=inputs.base.dtype,
         quantization=_quantization(recipe, inputs),
     )
-    return training_memory(model, setup, weights=weights, optimizer_bytes=optimizer_bytes)
+    state = state_bytes(optimizer, trained_shapes(model))
+    return training_memory(model, setup, weights=weights, optimizer_bytes=state, paged=optimizer.startswith("paged"))
 
 
 def _quantization(recipe: Recipe, inputs: RunInputs) -> QuantizationSpec | None:

@@ -222,13 +222,15 @@ def find_source(spec: AdapterSpec) -> AdapterFiles | None:
     return source
 
 
-def check_before_rows(recipe: Recipe) -> None:
+def check_before_rows(recipe: Recipe, device: torch.device | None = None) -> None:
     """Check what needs neither rows nor base, because the rows can take minutes: optimizer and adapter.from.
+
+    `device` is that of the run; None for this machine's.
 
     Raises:
         LoraError: the optimizer does not work on this machine, or there is no adapter to go on from.
     """
-    choose_optimizer(recipe.training.optimizer, device=pick_device())
+    choose_optimizer(recipe.training.optimizer, device=device or pick_device())
     find_source(recipe.adapter)
 
 
@@ -349,7 +351,7 @@ def _memory_ladder(
     # Each process of a run on one machine sees the same free memory.
     free = memory.available_memory(inputs.device) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= plan.parts]
-    of_run = memory_of_run(recipe, inputs, model, optimizer_bytes=optimizer_bytes)
+    of_run = memory_of_run(recipe, inputs, model, optimizer=resolve_optimizer(recipe, inputs))
     needs = {rung: of_run.plan(plan.tokens_of_part(rung.parts), every=rung.every) for rung in rungs}
     # The weights are loaded already, so the free memory has to fit everything else.
     rest = {rung: need.total - need.loaded for rung, need in needs.items()}
