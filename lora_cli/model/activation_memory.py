@@ -10,6 +10,8 @@ Rules, for a decoder layer that is trained through with a frozen base; a test co
   activation function, and the factor that a gate is multiplied with. Each of the k experts of a token saves a copy of
   its input and output, too.
 
+Kernels of liger-kernel save less for norms, and compiled layers may: there the estimate is too large.
+
 Korthikanti et al. (arXiv:2205.05198, section 4.1) count full training in the same way.
 """
 
@@ -27,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.model.experts import expert_weights
 from lora_cli.model.fused_lora import SHARED, is_fusable
-from lora_cli.model.fused_mlp import KIND, values_kept
+from lora_cli.model.fused_mlp import KIND, MlpKind, values_kept
 from lora_cli.model.packed_attention import LONG_ROW
 from lora_cli.model.weight_memory import text_layers
 
@@ -133,7 +135,8 @@ class _Layer:
         self._modules, self._config, self._setup = dict(_parts(layer)), config, setup
         self._item, self._hidden = setup.dtype.itemsize, int(config.hidden_size)
         self._sizes = _attention_sizes(config)
-        self._mlps = [_Mlp(module, setup) for module in self._modules.values() if _is_mlp(module, self._hidden)]
+        found = ((module, _mlp_layers(module, self._hidden)) for module in self._modules.values())
+        self._mlps = [_Mlp(module, layers, setup) for module, layers in found if layers]
         self._has_attention = any(_is_attention(module) for module in self._modules.values())
         self._experts = bool(expert_weights(layer))
 
@@ -259,11 +262,10 @@ class _Layer:
 class _Mlp:
     """An MLP: a module with layers that multiply its input, and one that multiplies what is made of their outputs."""
 
-    def __init__(self, module: nn.Module, setup: TrainingSetup) -> None:
+    def __init__(self, module: nn.Module, layers: list[nn.Module], setup: TrainingSetup) -> None:
         self._module, self._item = module, setup.dtype.itemsize
-        self.layers = [child for child in module.children() if _is_linear(child)]
-        self.layers.sort(key=_inputs)  # the last one is the widest
-        self.width = _inputs(self.layers[-1])
+        self.layers = layers  # the last one multiplies what is made of the outputs of the others
+        self.width = _inputs(layers[-1])
         self.kept = values_kept(module) if setup.fused else None
 
     def saved(self) -> int:
@@ -303,15 +305,17 @@ def _is_attention(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
-def _is_mlp(module: nn.Module, hidden: int) -> bool:
-    """Return whether `module` has layers from the hidden states to a width, and one back."""
+def _mlp_layers(module: nn.Module, hidden: int) -> list[nn.Module]:
+    """Return the layers of an MLP, one or two from the hidden states to a width, and last one back; else none."""
     layers = [child for child in module.children() if _is_linear(child)]
     if KIND in module.__dict__:
-        return True
-    if _is_attention(module) or len(layers) not in (2, 3):
-        return False
-    *wide, last = sorted(layers, key=_inputs)
-    return all(_inputs(layer) == hidden for layer in wide) and _outputs(last) == hidden and _inputs(last) != hidden
+        kind: MlpKind = module.__dict__[KIND][0]
+        return [getattr(module, name) for name in (*kind.wide, kind.last)]
+    back = [layer for layer in layers if _inputs(layer) != hidden and _outputs(layer) == hidden]
+    if _is_attention(module) or len(layers) not in (2, 3) or len(back) != 1:
+        return []
+    wide = [layer for layer in layers if layer is not back[0]]
+    return [*wide, *back] if all(_inputs(layer) == hidden for layer in wide) else []
 
 
 def _dense_expert_bytes(model: nn.Module, itemsize: int) -> int:
