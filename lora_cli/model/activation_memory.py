@@ -120,12 +120,18 @@ class _AttentionSizes(NamedTuple):
         return self.heads * self.key
 
 
+def _number(config: PretrainedConfig, *names: str) -> int:
+    """Return the first of these keys of `config` that is set, 0 if none is; of numbers for each layer, the largest."""
+    values = (getattr(config, name, None) for name in names)
+    return next((int(max(value) if isinstance(value, (list, tuple)) else value) for value in values if value), 0)
+
+
 def _attention_sizes(config: PretrainedConfig) -> _AttentionSizes:
-    heads: int = getattr(config, "num_attention_heads", None) or 1
-    head: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = _number(config, "num_attention_heads") or 1
+    head = _number(config, "head_dim") or config.hidden_size // heads
     if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: each head has its own keys
         return _AttentionSizes(heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
-    return _AttentionSizes(heads, getattr(config, "num_key_value_heads", None) or heads, head, head)
+    return _AttentionSizes(heads, _number(config, "num_key_value_heads") or heads, head, head)
 
 
 class _Layer:
@@ -251,12 +257,10 @@ class _Layer:
         return self._experts_of_token() * (2 * self._hidden + 4 * self._expert_width())
 
     def _experts_of_token(self) -> int:
-        names = ("num_experts_per_tok", "moe_topk", "num_experts_per_token")
-        return next((int(k) for name in names if (k := getattr(self._config, name, None))), 1)
+        return _number(self._config, "num_experts_per_tok", "moe_topk") or 1
 
     def _expert_width(self) -> int:
-        names = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-        return next((int(n) for name in names if isinstance(n := getattr(self._config, name, None), int)), 0)
+        return _number(self._config, "moe_intermediate_size", "intermediate_size")
 
 
 class _Mlp:

@@ -125,7 +125,8 @@ def changes_that_help(
     best = min(
         plan_strategies(changed, [form], gpus=gpus.number, budget=gpus.memory), key=lambda plan: plan.forms[0].total
     )
-    if changed is not memory or recipe.training.gradient_checkpointing is False:
+    smaller = changed is not memory or recipe.training.gradient_checkpointing is False
+    if smaller:
         total = best.forms[0].total
         fits = "fits" if best.best else "does not fit"
         name = best.name if gpus.number > 1 else "a step"
@@ -140,4 +141,4 @@ def changes_that_help(
         )
     count = fewest_gpus(changed, form, budget=gpus.memory)
     if best.best is None and count is not None and count > gpus.number:
-        yield f"--gpus {count}: with that, it fits on {count} such GPUs with fsdp"
+        yield f"--gpus {count}: {'with that, ' if smaller else ''}it fits on {count} such GPUs with fsdp"
