@@ -11,6 +11,7 @@ import typer
 
 from lora_cli.errors import LoraError
 from lora_cli.run import console
+from lora_cli.run.byte_size import parse_size
 from lora_cli.run.library_warnings import silence_library_warnings
 from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
@@ -55,10 +56,19 @@ def check(
     overrides: Overrides = None,
     no_model: Annotated[bool, typer.Option("--no-model", help="Check only the recipe and the row format.")] = False,
     rows: Annotated[int, typer.Option(min=0, help="Rows to print token by token.")] = 2,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Plan the memory for N GPUs, which need not be here.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of each GPU, such as 80GB; default: this machine's.")
+    ] = None,
 ) -> None:
     """Validate a recipe: rows, label mask, target modules and memory, without loading weights."""
     from lora_cli.recipe.load import load_recipe
 
+    size = None if budget is None else parse_size(budget, option="--budget", example="80GB")
+    if no_model and (gpus is not None or size is not None):
+        raise LoraError("--gpus and --budget plan the model's memory", hint="leave out --no-model")
     loaded = load_recipe(recipe, overrides or [])
     with console.loading_libraries():
         from lora_cli.commands import check as command
@@ -66,7 +76,7 @@ def check(
     if no_model:
         command.check_without_model(loaded)
     else:
-        command.check(loaded, rows=rows)
+        command.check(loaded, rows=rows, gpus=gpus, budget=size)
 
 
 @app.command()

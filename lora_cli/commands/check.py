@@ -2,8 +2,10 @@
 
 import glob
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -17,6 +19,7 @@ from lora_cli.data.remote import is_url
 from lora_cli.data.token_text import token_texts
 from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
+from lora_cli.model.gpu_plan import Form, StrategyPlan, plan_strategies
 from lora_cli.model.quantize import check_cpu_widths
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
@@ -24,7 +27,18 @@ from lora_cli.run.disk_space import free_bytes
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.evaluations import check_evaluations
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
+from lora_cli.setup.planned_gpus import (
+    GPU,
+    GPUS_OF_MACHINE,
+    PlannedGpus,
+    changes_that_help,
+    forms_of,
+    host_bytes,
+    on_planned_gpus,
+    planned_gpus,
+)
 from lora_cli.setup.run_size import SMALLER, run_needs
+from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
     check_before_rows,
@@ -32,24 +46,27 @@ from lora_cli.setup.training_model import (
     choose_performance,
     coverage_table,
     describe_quantization,
-    fused_values,
     open_source,
     resolve_optimizer,
 )
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.memory_ladder import check_can_recompute
-from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 
-def check(recipe: Recipe, *, rows: int) -> None:
+def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | None = None) -> None:
     """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan.
 
+    With `gpus` or `budget`, bytes of memory of each, the plan is for these GPUs, which this machine need not have.
+
     Raises:
-        LoraError: recipe, rows or model do not fit together.
+        LoraError: recipe, rows or model do not fit together, or the GPUs are not described.
     """
     out = console.out.print
-    check_before_rows(recipe)
+    planned = planned_gpus(gpus, budget)
+    check_before_rows(recipe, device=GPU if planned else None)
     inputs = load_inputs(recipe, info=console.info, weights=False)
+    if planned:
+        inputs = on_planned_gpus(recipe, inputs)
     recipe = inputs.recipe
     optimizer = resolve_optimizer(recipe, inputs)
     for line in inputs.data.ledger.table():
@@ -58,10 +75,12 @@ def check(recipe: Recipe, *, rows: int) -> None:
         out(_row_text(inputs.data.train[number], inputs, recipe))
     if rows and recipe.task == "causal-lm":
         out("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
-    plan = batch_plan(recipe, inputs, inputs.data.train, processes=1)
+    processes = planned.number if planned else 1
+    plan = batch_plan(recipe, inputs, inputs.data.train, processes=processes)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
     out(
-        f"steps: {total:,} in one process, {plan.steps_per_epoch:,} per epoch; "
+        f"steps: {total:,} in {f'{processes} processes' if processes > 1 else 'one process'}, "
+        f"{plan.steps_per_epoch:,} per epoch; "
         f"{plan.token_share:.1%} of each batch is tokens"
     )
     if recipe.training.optimizer == "auto":
@@ -72,11 +91,19 @@ def check(recipe: Recipe, *, rows: int) -> None:
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
     for line in describe_schedule(recipe.training, total):
         out(line)
-    _print_sizes(recipe, inputs, plan, total=total, optimizer=optimizer)
+    _print_sizes(recipe, inputs, plan, total=total, optimizer=optimizer, planned=planned)
     out(f"ok: lora train would train {redact_path(recipe.model.path)} on these rows")
 
 
-def _print_sizes(recipe: Recipe, inputs: RunInputs, batches: BatchPlan, *, total: int, optimizer: str) -> None:
+def _print_sizes(
+    recipe: Recipe,
+    inputs: RunInputs,
+    batches: BatchPlan,
+    *,
+    total: int,
+    optimizer: str,
+    planned: PlannedGpus | None,
+) -> None:
     """Print target modules and memory plan, computed from the modules' shapes on the meta device."""
     model = inputs.base.skeleton()
     heads = task_heads(model, recipe.task)
@@ -93,21 +120,19 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, batches: BatchPlan, *, total
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable, recipe.adapter)]:
         console.out.print(line)
+    of_run = memory_of_run(recipe, inputs, adapted, optimizer=optimizer)
+    if planned:
+        _print_gpu_plan(recipe, inputs, of_run, forms_of(recipe, adapted, batches), planned)
+    else:
+        _print_memory(recipe, of_run, batches, free=memory.available_memory(inputs.device))
+    _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
+
+
+def _print_memory(recipe: Recipe, of_run: memory.TrainingMemory, batches: BatchPlan, *, free: int) -> None:
+    """Print the memory of a step on this machine, of which `free` bytes are free."""
     tokens = batches.tokens_of_part(batches.parts)
-    plan = memory.plan_memory(
-        inputs.base.skeleton(),  # the other one has the adapter's layers now
-        dtype=inputs.base.dtype,
-        trainable=trainable,
-        tokens=tokens,
-        longest=int(inputs.data.train.lengths.max()),
-        every=1 if recipe.training.gradient_checkpointing is True else None,
-        quantization=recipe.quantization,
-        on_cpu=inputs.device.type == "cpu",
-        mlp_values=fused_values(adapted),
-        optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
-    )
+    plan = of_run.plan(tokens, every=1 if recipe.training.gradient_checkpointing is True else None)
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
-    free = memory.available_memory(inputs.device)
     total_memory, free_memory = console.format_bytes(plan.total), console.format_bytes(free)
     console.out.print(f"memory, estimated: {total_memory} ({parts}); free now: {free_memory}")
     smaller = "data.max_length" if batches.parts > 1 else "training.tokens_per_batch"
@@ -121,7 +146,78 @@ def _print_sizes(recipe: Recipe, inputs: RunInputs, batches: BatchPlan, *, total
             "  more than is free: with gradient_checkpointing: auto, layers are recomputed, and then batches run in "
             f"more parts; smaller batches ({smaller}), quantization or a smaller adapter.rank need less"
         )
-    _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
+
+
+def _print_gpu_plan(
+    recipe: Recipe, inputs: RunInputs, of_run: memory.TrainingMemory, forms: list[Form], gpus: PlannedGpus
+) -> None:
+    """Print what training takes on each of the planned GPUs, for each strategy and form, and which ones fit."""
+    plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory)
+    console.out.print(f"memory of each GPU, estimated, for {gpus.describe()}:")
+    names = [plan.name for plan in plans] if len(plans) > 1 else ["one GPU"]
+    _print_columns(["", *names], _part_rows(of_run, forms[0], plans))
+    console.out.print("with saved activations, and the most tokens at a time that fit:")
+    columns = [column for name in names for column in (name, "fits")]
+    _print_columns(["", "tokens", "activations", *columns], _form_rows(of_run, plans))
+    for name, plan in zip(names, plans, strict=True):
+        best = plan.best
+        if best is None:
+            console.out.print(f"{name}: no form fits")
+            continue
+        host, machine = console.format_bytes(host_bytes(of_run, plan, gpus)), min(gpus.number, GPUS_OF_MACHINE)
+        console.out.print(
+            f"{name}: {best.form.name}: {console.format_bytes(best.total)}, {best.total / gpus.memory:.0%} of a GPU; "
+            f"host memory of a machine with {machine} of them: {host} at least"
+        )
+    if all(plan.best is None for plan in plans):
+        console.out.print("what would need less:")
+        for line in changes_that_help(recipe, inputs, of_run, plans, gpus):
+            console.out.print(f"  {line}")
+
+
+def _print_columns(headers: list[str], rows: Iterator[tuple[str, ...]]) -> None:
+    """Print a table without lines, all columns but the first right-aligned."""
+    table = Table(box=None, pad_edge=False)
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="right" if number else "left")
+    for name, *values in rows:
+        table.add_row(f"  {name}", *values)
+    console.print_table(table)
+
+
+def _part_rows(of_run: memory.TrainingMemory, first: Form, plans: list[StrategyPlan]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the parts, without activations; `first` is the form whose tokens they are for."""
+    names = {
+        "weights": "weights, as stored",
+        "constants": "scales of quantized weights",
+        "adapter": "adapter",
+        "gradients": "gradients",
+        "optimizer": "optimizer state",
+        "paged": "(optimizer state, where it fits; else in host memory)",
+        "gathered": "layers gathered from other GPUs",
+        "exchanged": "(gradients exchanged, after activations are freed)",
+        "context": "CUDA and its libraries",
+    }
+    for field, name in names.items():
+        values = [getattr(plan.parts, field) for plan in plans]
+        if any(values):
+            yield name, *(console.format_bytes(value) if value else "-" for value in values)
+    step = of_run.plan(first.tokens)
+    yield "logits", *(console.format_bytes(step.logits) for _ in plans)
+    yield "temporary tensors of one layer", *(console.format_bytes(step.temporary) for _ in plans)
+
+
+def _form_rows(of_run: memory.TrainingMemory, plans: list[StrategyPlan]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of the forms: those that run whole batches, and parts of batches as far as they are needed."""
+    fitting = [[each.fits for each in plan.forms] for plan in plans]
+    needed = max(fits.index(True) if True in fits else 0 for fits in fitting)
+    for number, (form, *_) in enumerate(plans[0].forms):
+        if number > needed and form.tokens < plans[0].forms[0].form.tokens:
+            break
+        saved = of_run.plan(form.tokens, every=form.every, offload=form.offload).activations
+        totals = [plan.forms[number] for plan in plans]
+        cells = [cell for each in totals for cell in (console.format_bytes(each.total), f"{each.largest:,}")]
+        yield form.name, f"{form.tokens:,}", console.format_bytes(saved), *cells
 
 
 def _print_disk(recipe: Recipe, model: nn.Module, *, base: Path, optimizer: str, total: int) -> None:

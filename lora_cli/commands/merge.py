@@ -11,6 +11,7 @@ from lora_cli.model.model_source import find_model, local_folder
 from lora_cli.model.saved_adapter import CPU, SavedAdapter, base_path, check_same_base, find_base
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run import console
+from lora_cli.run.byte_size import parse_size
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
@@ -51,7 +52,7 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
         LoraError: adapter, base and options do not fit, the method cannot be merged, or the merged model is wrong.
     """
     remove_leftovers(out.absolute().parent, out.name)  # of a merge that was killed
-    max_shard_bytes = safetensors_io.parse_size(request.max_shard_size)
+    max_shard_bytes = parse_size(request.max_shard_size, option="--max-shard-size", example="5GB")
     files = open_adapter(find_adapter(folder))
     check_method_merges(files)
     _check_paths(files, out, request)

@@ -178,24 +178,20 @@ def fuse_mlps(model: nn.Module) -> int:
     return count
 
 
-def values_kept(model: nn.Module, *, intermediate: int) -> int | None:
-    """Return how many values an MLP of `model` keeps as one step, for each of the inputs of its last layer.
+def values_kept(mlp: nn.Module) -> int | None:
+    """Return how many values `mlp` keeps as one step, for each of the inputs of its last layer.
 
     Args:
-        model: with the adapter attached.
-        intermediate: inputs of the last layer: MLPs of another width, of a vision tower for example, do not count.
+        mlp: with the adapter attached.
 
     Returns:
-        None if there is no such MLP, or one runs its own forward.
+        None if it is not an MLP of a known kind, or runs its own forward.
     """
-    kept: list[int | None] = []
-    for module in model.modules():
-        kind = module.__dict__[KIND][0] if KIND in module.__dict__ else None
-        if kind and getattr(getattr(module, kind.last), "in_features", None) == intermediate:
-            layers = [getattr(module, name) for name in (*kind.wide, kind.last)]
-            kept.append(kind.kept if all(_is_multiplication(layer) for layer in layers) else None)
-    values = [each for each in kept if each is not None]
-    return max(values) if values and len(values) == len(kept) else None
+    if KIND not in mlp.__dict__:
+        return None
+    kind: MlpKind = mlp.__dict__[KIND][0]
+    layers = [getattr(mlp, name) for name in (*kind.wide, kind.last)]
+    return kind.kept if all(_is_multiplication(layer) for layer in layers) else None
 
 
 def _kind_of(module: nn.Module) -> MlpKind | None:

@@ -1,29 +1,36 @@
-"""Estimate the peak memory of a training step, part by part, from the model's shapes alone."""
+"""Estimate the peak memory of a training step, part by part, from the model's shapes alone.
+
+Weights and adapter are exact (`weight_memory.py`); activations are an estimate (`activation_memory.py`).
+"""
 
 import os
 from typing import NamedTuple
 
 import psutil
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_cli.model.experts import expert_weights, is_packable
+from lora_cli.model.activation_memory import ActivationBytes, TrainingSetup, activation_bytes
 from lora_cli.model.head_loss import chunk_tokens
-from lora_cli.model.target_modules import linear_layers
-from lora_cli.recipe.schema import QuantizationSpec
+from lora_cli.model.weight_memory import StoredWeights, text_layers
 
-GIB = 1 << 30
+FP32 = 4  # bytes
 PROCESS_BYTES = 700 << 20  # resident memory of Python, torch and transformers (measured on Linux)
 LOGITS_COPIES = 3  # of a chunk of logits, fp32: see model/head_loss.py
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes of each part at the peak of a training step on one device; an estimate for decoder models."""
+    """Bytes of each part at the peak of a training step on one device."""
 
-    weights: int
-    adapter: int  # fp32 weights and gradients, and the state of the optimizer
-    activations: int
+    weights: int  # as stored
+    constants: int  # of quantized weights: their scales
+    adapter: int  # weights, fp32
+    gradients: int  # fp32
+    optimizer: int  # its state
+    activations: int  # saved for the backward pass
+    temporary: int  # that exist only while one layer runs backward
     logits: int
     process: int  # Python and its libraries; 0 on a GPU
 
@@ -32,108 +39,100 @@ class MemoryPlan(NamedTuple):
         """Return the sum of all parts, in bytes."""
         return sum(self)
 
+    @property
+    def loaded(self) -> int:
+        """Return the bytes that are in memory as soon as the base is loaded."""
+        return self.weights + self.constants + self.process
 
-def plan_memory(
-    model: PreTrainedModel,
-    *,
-    dtype: torch.dtype,
-    trainable: int,
-    tokens: int,
-    longest: int,
-    every: int | None,
-    quantization: QuantizationSpec | None,
-    on_cpu: bool,
-    mlp_values: int | None = None,
-    optimizer_bytes: int | None = None,
-) -> MemoryPlan:
-    """Estimate the bytes of a training step at its peak.
 
-    Activations per token and layer of a decoder with a gated MLP (h: hidden size, i: intermediate size): two norms save
-    their inputs in fp32 (8h bytes), the projections save their inputs (4h + i values), attention saves q, k and v (3h),
-    and the gate saves three more (3i). An MLP that runs as one step keeps `mlp_values` times i in place of the 4i. This
-    counts the tensors that the backward pass needs, as Korthikanti et al. (arXiv:2205.05198, section 4.1) do for full
-    training; frozen weights need fewer.
+class AdapterValues(NamedTuple):
+    """Numbers of values, by place."""
+
+    layers: int  # in decoder layers
+    outside: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.layers + self.outside
+
+
+class TrainingMemory(NamedTuple):
+    """What a model takes in training, in parts that a plan for a number of tokens is made of."""
+
+    weights: StoredWeights
+    adapter: AdapterValues  # all, frozen ones included
+    trained: AdapterValues
+    optimizer: int  # bytes of its state
+    activations: ActivationBytes
+    dense: int  # bytes of one quantized layer's weights in the compute dtype, which it is multiplied in
+    vocabulary: int
+    on_cpu: bool
+    paged: bool = False  # whether the state of the optimizer can move to the host when the GPU is full
+
+    def plan(self, tokens: int, *, every: int | None = None, offload: bool = False) -> MemoryPlan:
+        """Return the bytes of each part for a batch of `tokens`, in a form of the memory ladder.
+
+        Args:
+            tokens: in one batch, padding included.
+            every: of how many layers one is recomputed; None: none is.
+            offload: whether the inputs of recomputed layers wait in host memory.
+        """
+        weights = self.weights.whole
+        chunk = min(tokens, chunk_tokens(self.vocabulary, torch.device("cpu" if self.on_cpu else "cuda")))
+        return MemoryPlan(
+            weights=weights.plain + weights.codes,
+            constants=weights.constants,
+            adapter=FP32 * self.adapter.total,
+            gradients=FP32 * self.trained.total,
+            optimizer=self.optimizer,
+            activations=self.activations.saved(every=every, offload=offload) * tokens,
+            temporary=self.activations.temporary * tokens + self.activations.fixed + self.dense,
+            logits=self.vocabulary * chunk * LOGITS_COPIES * FP32,
+            process=PROCESS_BYTES if self.on_cpu else 0,
+        )
+
+
+def training_memory(
+    model: PeftModel, setup: TrainingSetup, *, weights: StoredWeights, optimizer_bytes: int, paged: bool = False
+) -> TrainingMemory:
+    """Count what `model` takes in training.
 
     Args:
-        model: the base; may be on the meta device.
-        dtype: of weights and activations.
-        trainable: number of adapter parameters.
-        tokens: in one batch.
-        longest: tokens of the longest row.
-        every: of how many layers one is recomputed (gradient checkpointing); None: none is.
-        quantization: the recipe's section; None for a 16-bit or fp32 base.
-        on_cpu: whether training runs on the CPU.
-        mlp_values: of `fused_mlp.values_kept`.
-        optimizer_bytes: state of the optimizer; None for AdamW's two fp32 moments.
+        model: with the adapter; may be on the meta device.
+        setup: of the run.
+        weights: of the base.
+        optimizer_bytes: state of the optimizer.
+        paged: whether it can move to the host.
     """
-    itemsize = dtype.itemsize
-    config: PretrainedConfig = model.config.get_text_config()
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    heads = getattr(config, "num_attention_heads", 1)
-    between = 4 if mlp_values is None or expert_weights(model) else mlp_values
-    per_layer = 2 * 4 * hidden + itemsize * (7 * hidden + between * intermediate)
-    if on_cpu:  # attention saves the probabilities of short rows, see model/packed_attention.py
-        per_layer += itemsize * heads * min(longest, 320)
-    per_layer += itemsize * _expert_values(model, config)
-    recomputed = 0 if every is None else -(-layers // every)
-    # Of a recomputed layer its input is saved; one at a time has all that it saves otherwise.
-    saved = itemsize * hidden * recomputed + per_layer * (layers - recomputed + min(recomputed, 1))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return MemoryPlan(
-        weights=_weight_bytes(model, dtype, quantization),
-        adapter=trainable * (4 + 4) + (8 * trainable if optimizer_bytes is None else optimizer_bytes),
-        activations=saved * tokens + _dense_expert_bytes(model, itemsize),
-        logits=vocabulary * chunk_tokens(vocabulary, torch.device("cpu" if on_cpu else "cuda")) * LOGITS_COPIES * 4,
-        process=PROCESS_BYTES if on_cpu else 0,
+    inside = {id(p) for layer in text_layers(model.get_base_model()).values() for p in layer.parameters()}
+    added = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name, p in module.named_parameters()
+        if "base_layer." not in f".{name}"
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) in added]
+
+    def values(parameters: list[nn.Parameter]) -> AdapterValues:
+        total, layers = (
+            sum(p.numel() for p in each) for each in (parameters, [p for p in parameters if id(p) in inside])
+        )
+        return AdapterValues(layers, total - layers)
+
+    return TrainingMemory(
+        weights=weights,
+        adapter=values([*trained, *frozen]),
+        trained=values(trained),
+        optimizer=optimizer_bytes,
+        activations=activation_bytes(model, setup),
+        dense=setup.dtype.itemsize * weights.largest,
+        vocabulary=model.get_base_model().get_input_embeddings().weight.shape[0],
+        on_cpu=setup.on_cpu,
+        paged=paged,
     )
-
-
-def _weight_bytes(model: PreTrainedModel, dtype: torch.dtype, quantization: QuantizationSpec | None) -> int:
-    total: int = sum(p.numel() for p in model.parameters())
-    if quantization is None:
-        return total * int(dtype.itemsize)
-    quantized = sum(quantized_sizes(model, quantization).values())
-    # Scales: one fp32 per 64 weights, or about 0.127 bits per weight if they are quantized too (QLoRA, section 3).
-    scales = 0.127 / 8 if quantization.double_quant else 4 / 64
-    per_weight = 1.0 if quantization.bits == 8 else 0.5 + scales
-    return int(quantized * per_weight) + (total - quantized) * int(dtype.itemsize)
-
-
-def quantized_sizes(model: PreTrainedModel, quantization: QuantizationSpec) -> dict[str, int]:
-    """Return the number of weights of each parameter that loading with `quantization` quantizes, by full name.
-
-    These are the linear layers without the output head, and with 4 bits the stacked weights of experts.
-    """
-    layers = linear_layers(model).items()
-    sizes = {f"{name}.weight": layer.weight.numel() for name, layer in layers if isinstance(layer, nn.Linear)}
-    if quantization.bits == 4:
-        weights = expert_weights(model).items()
-        sizes |= {name: weight.shape.numel() for name, weight in weights if is_packable(weight.shape)}
-    return sizes
-
-
-def _expert_values(model: PreTrainedModel, config: PretrainedConfig) -> int:
-    """Return the values that the experts of one layer save for each token, in addition to those of a dense MLP.
-
-    Each of the k experts of a token saves a copy of its input and its output (2h), and four times the values between
-    its two products (4i), as the dense MLP does that the estimate counts already.
-    """
-    if not expert_weights(model):
-        return 0
-    k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
-    dense: int = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    inner: int = getattr(config, "moe_intermediate_size", None) or dense
-    return max(0, int(k) * (2 * int(config.hidden_size) + 4 * inner) - 4 * dense)
-
-
-def _dense_expert_bytes(model: PreTrainedModel, itemsize: int) -> int:
-    """Return the bytes of W + scale·BA in fp32 and in the compute dtype, and of its gradient.
-
-    Only experts with a forward function of their own need them, one layer at a time: see `experts_lora.py`.
-    """
-    own = [w.shape.numel() for w in expert_weights(model).values() if not hasattr(w.module, "has_gate")]
-    return max(own, default=0) * (4 + 4 + 2 * itemsize)
 
 
 def available_memory(device: torch.device) -> int:

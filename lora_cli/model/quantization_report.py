@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 
 from lora_cli.model.device import resolve_compute_dtype
 from lora_cli.model.experts import expert_weights
-from lora_cli.model.memory import quantized_sizes
 from lora_cli.model.prequantized import Prequantized
+from lora_cli.model.weight_memory import quantized_sizes
 from lora_cli.recipe.schema import QuantizationSpec
 from lora_cli.run.console import format_bytes
 

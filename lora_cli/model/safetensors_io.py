@@ -6,7 +6,6 @@
 import json
 import math
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FSYNC_EVERY_S = 0.5
-SIZE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 class TensorInfo(NamedTuple):
@@ -213,15 +211,3 @@ def plan_shards(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return placed
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `5GB`, `500MB` or `2GiB`.
-
-    Raises:
-        LoraError: `text` is not a size above zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise LoraError(f"--max-shard-size {text} is not a size", hint="write a number with a unit, such as 5GB")
-    return int(float(match[1]) * SIZE_UNITS[(match[2] or "").upper()])

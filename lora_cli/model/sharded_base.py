@@ -63,8 +63,8 @@ def load_sharded(
     tied = tied_parameters(model)
     slots = find_slots(model)
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     _shard(model, mesh, whole=whole)
     tensors = list_tensors(local_folder(base.source, fetch=True))

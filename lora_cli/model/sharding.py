@@ -99,7 +99,7 @@ def placeholders(model: nn.Module) -> Iterator[None]:
         values = zeros[parameter.dtype][: parameter.numel()].view(parameter.shape)
         if isinstance(module, Linear4bit) and name == "weight":
             state: Any = module.quant_state
-            module._parameters[name] = Params4bit(
+            packed = Params4bit(
                 values,
                 requires_grad=False,
                 quant_state=state,
@@ -108,10 +108,11 @@ def placeholders(model: nn.Module) -> Iterator[None]:
                 quant_type=state.quant_type,
                 bnb_quantized=True,
             )
+            setattr(module, name, packed)
         else:
-            module._parameters[name] = nn.Parameter(values, requires_grad=False)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
     try:
         yield
     finally:
         for module, name, parameter in sharded:
-            module._parameters[name] = parameter
+            setattr(module, name, parameter)

@@ -15,9 +15,9 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.sharding_rules import sharding_conflicts
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs
-from lora_cli.setup.training_model import adapter_context, fused_values, resolve_optimizer
+from lora_cli.setup.training_memory import memory_of_run
+from lora_cli.setup.training_model import adapter_context, resolve_optimizer
 from lora_cli.training.distributed import any_process
-from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 MAX_SHARE = 0.9  # of the free memory that the estimate of a full model may take
 
@@ -73,20 +73,10 @@ def _base_problem(inputs: RunInputs) -> str:
 
 def _needed(recipe: Recipe, inputs: RunInputs, plan: BatchPlan) -> int:
     """Return the bytes of a full model and its step, in the smallest form that does not divide batches."""
-    adapted = _adapted_skeleton(recipe, inputs)
     optimizer = resolve_optimizer(recipe, inputs)
-    return memory.plan_memory(
-        inputs.base.skeleton(),
-        dtype=inputs.base.dtype,
-        trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        tokens=plan.tokens_of_part(plan.parts),
-        longest=int(inputs.data.train.lengths.max()),
-        every=None if recipe.training.gradient_checkpointing is False else 1,
-        quantization=recipe.quantization,
-        on_cpu=inputs.device.type == "cpu",
-        mlp_values=fused_values(adapted),
-        optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted)),
-    ).total
+    of_run = memory_of_run(recipe, inputs, _adapted_skeleton(recipe, inputs), optimizer=optimizer)
+    every = None if recipe.training.gradient_checkpointing is False else 1
+    return of_run.plan(plan.tokens_of_part(plan.parts), every=every).total
 
 
 def _adapted_skeleton(recipe: Recipe, inputs: RunInputs) -> PeftModel:

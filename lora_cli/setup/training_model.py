@@ -27,7 +27,6 @@ from lora_cli.model.base_model import BaseCheckpoint
 from lora_cli.model.compile_layers import CompileChoice, choose_compile, compile_layers
 from lora_cli.model.device import pick_device
 from lora_cli.model.fp32_weights import upcast_trainable_params
-from lora_cli.model.fused_mlp import values_kept
 from lora_cli.model.kernels import KernelChoice, apply_kernels, choose_kernels
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.quantize import quantized_bytes
@@ -39,6 +38,7 @@ from lora_cli.run import console
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.inputs import RunInputs
+from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.training.gpu import set_up_gpu
 from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_shapes
@@ -241,13 +241,15 @@ def find_source(spec: AdapterSpec) -> AdapterFiles | None:
     return source
 
 
-def check_before_rows(recipe: Recipe) -> None:
+def check_before_rows(recipe: Recipe, device: torch.device | None = None) -> None:
     """Check what needs neither rows nor base, because the rows can take minutes: optimizer and adapter.from.
+
+    `device` is that of the run; None for this machine's.
 
     Raises:
         LoraError: the optimizer does not work on this machine, or there is no adapter to go on from.
     """
-    choose_optimizer(recipe.training.optimizer, device=pick_device())
+    choose_optimizer(recipe.training.optimizer, device=device or pick_device())
     find_source(recipe.adapter)
 
 
@@ -344,12 +346,6 @@ def coverage_table(
     return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]
 
 
-def fused_values(model: PeftModel) -> int | None:
-    """Return the values of the intermediate size that an MLP of the text model keeps, see `fused_mlp.values_kept`."""
-    intermediate = getattr(model.get_base_model().config.get_text_config(), "intermediate_size", None)
-    return values_kept(model, intermediate=intermediate) if isinstance(intermediate, int) else None
-
-
 def _memory_ladder(
     recipe: Recipe, inputs: RunInputs, model: PeftModel, plan: BatchPlan, optimizer_bytes: int, info: Info
 ) -> MemoryLadder:
@@ -375,23 +371,10 @@ def _memory_ladder(
         return ladder
     free = memory.free_for_process(inputs.device) - gathered_bytes(model)
     rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= plan.parts]
-    needs = {
-        rung: memory.plan_memory(
-            base,
-            dtype=inputs.base.dtype,
-            trainable=_count_trainable(model),
-            tokens=plan.tokens_of_part(rung.parts),
-            longest=int(inputs.data.train.lengths.max()),
-            every=rung.every,
-            quantization=recipe.quantization,
-            on_cpu=inputs.device.type == "cpu",
-            mlp_values=fused_values(model),
-            optimizer_bytes=optimizer_bytes,
-        )
-        for rung in rungs
-    }
+    of_run = memory_of_run(recipe, inputs, model, optimizer=resolve_optimizer(recipe, inputs))
+    needs = {rung: of_run.plan(plan.tokens_of_part(rung.parts), every=rung.every) for rung in rungs}
     # The weights are loaded already, so the free memory has to fit everything else.
-    rest = {rung: need.total - need.weights - need.process for rung, need in needs.items()}
+    rest = {rung: need.total - need.loaded for rung, need in needs.items()}
     shares = {rung: HEAP_SHARE if rung.parts < plan.parts else MAX_SHARE for rung in rungs}
     fitting = next((rung for rung in rungs if rest[rung] <= shares[rung] * free), rungs[-1])
     if fitting != ladder.rung:

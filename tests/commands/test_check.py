@@ -3,15 +3,19 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import all_keys
+from lora_cli.setup.planned_gpus import PlannedGpus, planned_gpus
 from tests.commands.conftest import Lora, WriteRecipe
 from tests.model.test_gguf_base import write_gguf
 
@@ -185,3 +189,103 @@ def test_check_and_train_refuse_recomputation_where_the_model_has_none(
             "error: training.gradient_checkpointing: llama models cannot recompute their layers",
             "hint: write auto or false",
         ]
+
+
+# --- memory of GPUs that are not here ----------------------------------------------------------------------------
+
+
+def plan_lines(out: str) -> list[str]:
+    lines = out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("memory of each GPU"))
+    return lines[start:]
+
+
+def test_a_plan_for_gpus_that_are_not_here(recipe: WriteRecipe, lora: Lora):
+    result = lora("check", recipe({"model.dtype": "auto"}), "--gpus", "8", "--budget", "80GB")
+    assert result.code == 0, result.err
+    assert "in 8 processes" in result.out
+    assert "memory, estimated: " not in result.out
+    plan = plan_lines(result.out)
+    assert plan[0] == "memory of each GPU, estimated, for 8 GPUs with 74.5 GiB (80.0 GB) each:"
+    text = "\n".join(plan)
+    for part in ("weights, as stored", "adapter", "gradients", "optimizer state", "logits", "temporary tensors"):
+        assert part in text
+    for form in ("all activations are kept", "every 4th layer", "every 2nd layer", "inputs wait in host memory"):
+        assert form in text
+    assert "ddp: all activations are kept: " in text
+    assert "fsdp: all activations are kept: " in text
+    assert "disk, estimated: " in text
+    assert not Path("runs").exists()
+
+
+def test_a_plan_needs_no_weights_and_a_budget_alone_means_one_gpu(recipe: WriteRecipe, lora: Lora):
+    Path("bare").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(f"base/{name}", f"bare/{name}")
+    if Path("base/chat_template.jinja").is_file():
+        shutil.copyfile("base/chat_template.jinja", "bare/chat_template.jinja")
+    result = lora("check", recipe({"model.path": "bare"}), "--budget", "24GiB")
+    assert result.code == 0, result.err
+    plan = plan_lines(result.out)
+    assert plan[0] == "memory of each GPU, estimated, for one GPU with 24.0 GiB (25.8 GB):"
+    assert any(line.startswith("one GPU: all activations are kept: ") for line in plan)
+    assert "fsdp" not in "".join(plan)
+
+
+def test_a_plan_for_gpus_has_what_needs_one(recipe: WriteRecipe, lora: Lora):
+    path = recipe({"training.optimizer": "paged-adamw-8bit", "quantization": {"bits": 4}, "model.dtype": "auto"})
+    assert "pages between a CUDA GPU and the host" in lora("check", path).err
+    result = lora("check", path, "--budget", "24GB")
+    assert result.code == 0, result.err
+    assert "scales of quantized weights" in result.out
+    assert "(optimizer state, where it fits; else in host memory)" in result.out
+    assert "computed in bfloat16" in result.out
+
+
+def test_what_to_change_is_told_where_nothing_fits(recipe: WriteRecipe, lora: Lora):
+    path = recipe({"training.gradient_checkpointing": False})
+    result = lora("check", path, "--gpus", "2", "--budget", "513MiB")
+    assert result.code == 0, result.err
+    plan = plan_lines(result.out)
+    assert [line for line in plan if line.endswith(": no form fits")] == ["ddp: no form fits", "fsdp: no form fits"]
+    told = plan[plan.index("what would need less:") + 1 :]
+    assert told[0].startswith("  quantization: {bits: 4}: the weights take ")
+    assert told[1].startswith("  training.gradient_checkpointing: auto: ")
+    assert told[2].startswith("    with that, ")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "hint"),
+    [
+        (
+            ["--gpus", "8"],
+            "--gpus 8: this machine has no GPU whose memory could be planned with",
+            "give the memory of one GPU: --budget 80GB",
+        ),
+        (["--budget", "80G"], "--budget 80G is not a size", "write a number with a unit, such as 80GB"),
+        (
+            ["--budget", "80"],
+            "--budget: a GPU needs 512 MiB before any tensor, and this is 80 bytes",
+            "write the memory of one GPU with its unit: --budget 80GB",
+        ),
+        (
+            ["--budget", "80GB", "--no-model"],
+            "--gpus and --budget plan the model's memory",
+            "leave out --no-model",
+        ),
+    ],
+)
+def test_mistakes_in_a_plan(
+    options: list[str], error: str, hint: str, recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = lora("check", recipe(), *options)
+    assert (result.code, result.last_two) == (2, [f"error: {error}", f"hint: {hint}"])
+
+
+def test_gpus_alone_have_the_memory_of_those_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=48 << 30))
+    assert planned_gpus(4, None) == PlannedGpus(4, 48 << 30)
+    assert planned_gpus(4, 24 << 30) == PlannedGpus(4, 24 << 30)
+    assert planned_gpus(None, None) is None

@@ -72,6 +72,7 @@ PRIVATE: dict[str, Use] = {
         "model/quantize_experts.py",
         library_checks.module_dictionaries,
     ),
+    "_no_split_modules": Use("model/sharded_base.py", library_checks.decoder_layers),
     "_python_dispatch": Use("model/quantize.py", library_checks.dispatch_mode),
     "_set_pg_timeout": Use("training/launch.py", library_checks.group_timeout),
     "_pytree": Use("model/streamed_weights.py", library_checks.tensor_subclass),
@@ -87,8 +88,8 @@ IMPORTED: dict[str, Use] = {
         "merging/check_weights.py merging/deltas.py model/fused_lora.py model/gguf_base.py", peft_checks.custom_layers
     ),
     "peft.tuners.lora.LoraLayer": Use(
-        "export/gguf/adapter.py export/hf/vllm_adapter.py model/fp32_weights.py model/fused_lora.py "
-        "model/init_adapter.py",
+        "export/gguf/adapter.py export/hf/vllm_adapter.py model/activation_memory.py model/fp32_weights.py "
+        "model/fused_lora.py model/init_adapter.py",
         peft_checks.lora_layer,
     ),
     "peft.tuners.lora.bnb.Linear4bit": Use("model/fused_lora.py", peft_checks.lora_on_a_4_bit_layer),
@@ -98,7 +99,8 @@ IMPORTED: dict[str, Use] = {
     "peft.tuners.lora.layer.ParamWrapper": Use("model/experts_lora.py", moe_checks.parameter_layer),
     "peft.tuners.oft.OFTLayer": Use("model/attach_adapter.py", peft_checks.oft_layer),
     "peft.tuners.tuners_utils.BaseTunerLayer": Use(
-        "merging/deltas.py model/attach_adapter.py model/experts_lora.py model/fused_lora.py model/save_adapter.py",
+        "merging/deltas.py model/activation_memory.py model/attach_adapter.py model/experts_lora.py "
+        "model/fused_lora.py model/memory.py model/save_adapter.py",
         peft_checks.lora_layer,
     ),
     "peft.tuners.tuners_utils.cast_adapter_dtype": Use("model/attach_adapter.py", peft_checks.cast_to_fp32),
@@ -172,7 +174,9 @@ IMPORTED: dict[str, Use] = {
     ),
     "transformers.activations.GELUActivation": Use("model/fused_mlp.py", library_checks.activations),
     "transformers.activations.GELUTanh": Use("model/fused_mlp.py", library_checks.activations),
-    "transformers.activations.NewGELUActivation": Use("model/fused_mlp.py", library_checks.activations),
+    "transformers.activations.NewGELUActivation": Use(
+        "model/activation_memory.py model/fused_mlp.py", library_checks.activations
+    ),
     "transformers.activations.SiLUActivation": Use("model/fused_mlp.py", library_checks.activations),
     "transformers.models.falcon.modeling_falcon.FalconLinear": Use("model/fused_lora.py", library_checks.falcon_linear),
     "transformers.models.falcon.modeling_falcon.FalconAttention": Use(
@@ -187,6 +191,10 @@ IMPORTED: dict[str, Use] = {
     ),
     "transformers.quantizers.quantizer_bnb_8bit.Bnb8BitHfQuantizer": Use(
         "model/quantize_experts.py", moe_checks.eight_bit_loader
+    ),
+    "transformers.quantizers.base.get_keys_to_not_convert": Use("model/weight_memory.py", library_checks.left_out),
+    "transformers.quantizers.quantizers_utils.should_convert_module": Use(
+        "model/weight_memory.py", library_checks.left_out
     ),
     "transformers.quantizers.auto.AutoHfQuantizer": Use("model/fake_quantize.py", library_checks.quantizer),
     "transformers.utils.cached_file": Use("model/model_source.py", library_checks.missing_file),
@@ -253,7 +261,7 @@ UNDOCUMENTED: dict[str, Use] = {
     "GgufLinear.ggml_type": Use("model/gguf_base.py", library_checks.packed_linear),
     "ParamWrapper.parameter_name": Use("model/attach_adapter.py model/experts_lora.py", moe_checks.parameter_layer),
     "Experts.is_transposed": Use("model/experts_lora.py", moe_checks.experts_module),
-    "Experts.has_gate": Use("model/experts_lora.py model/memory.py", moe_checks.experts_module),
+    "Experts.has_gate": Use("model/experts_lora.py model/activation_memory.py", moe_checks.experts_module),
     "Linear8bitLt": Use("model/fake_quantize.py model/select_attention.py", library_checks.quantizer),
     "bitsandbytes.functional.int8_vectorwise_quant": Use("model/fake_quantize.py", library_checks.int8_functions),
     "bitsandbytes.functional.int8_vectorwise_dequant": Use("model/fake_quantize.py", library_checks.int8_functions),

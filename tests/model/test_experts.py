@@ -17,7 +17,6 @@ from lora_cli.model import (
     expert_targets,
     experts,
     fp32_weights,
-    memory,
     quantization_report,
     quantize,
     save_adapter,
@@ -26,6 +25,7 @@ from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.fake_quantize import quantize_dequantize, quantized_weights
 from lora_cli.model.load_adapter import load_adapter
 from lora_cli.model.loss import LossFunction
+from lora_cli.model.weight_memory import quantized_sizes
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import families, zoo
 from tests.model.families import FAMILIES
@@ -116,7 +116,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(section: dict[str, Any], fol
         parts = torch.stack([packed.expert(number, scales) for number in range(weight.shape[0])])
         assert torch.equal(parts, packed.dense())
     size, count = quantize.quantized_bytes(quantized)
-    assert count == sum(memory.quantized_sizes(load(folders["mixtral"], None), spec).values())
+    assert count == sum(quantized_sizes(load(folders["mixtral"], None), spec).values())
     assert size / count < 0.6
 
 
@@ -275,15 +275,4 @@ def test_the_share_of_quantized_weights_is_told(bits: int, expected: list[str], 
     lines = quantization_report.describe_quantization(skeleton, spec, existing=None, dtype=torch.bfloat16)
     assert lines == expected
     names = quantized_weights(checkpoints.checkpoint(folders["mixtral"]).skeleton(), spec)
-    assert names.keys() == memory.quantized_sizes(skeleton, spec).keys()
-    planned = memory.plan_memory(
-        skeleton, dtype=torch.bfloat16, trainable=0, tokens=1, longest=1, every=None, quantization=spec,
-        on_cpu=False,
-    )  # fmt: skip
-    loaded = load(folders["mixtral"], spec, dtype=torch.bfloat16)
-    stored = sum(p.numel() * p.element_size() for p in loaded.parameters())
-    if bits == 4:
-        size, _ = quantize.quantized_bytes(loaded)
-        packed = sum(p.numel() * p.element_size() for p in loaded.parameters() if hasattr(p, "quant_state"))
-        stored += size - packed
-    assert planned.weights == pytest.approx(stored, rel=0.1)  # tables of codes, which are large in a tiny model
+    assert names.keys() == quantized_sizes(skeleton, spec).keys()

@@ -3,12 +3,18 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from lora_cli.model import memory
+from lora_cli.model.activation_memory import TrainingSetup
+from lora_cli.model.memory import TrainingMemory, training_memory
+from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import QuantizationSpec
+from lora_cli.training.optimizer import state_bytes, trained_shapes
 from tests.model import zoo
 
 LONGEST = 64  # tokens of a row
@@ -22,30 +28,30 @@ from lora_cli.model import attach_adapter, memory, select_attention
 from lora_cli.recipe.schema import AdapterSpec, TrainingSpec
 from lora_cli.training import cpu
 from lora_cli.training.loop import fit
-from lora_cli.model.fused_mlp import values_kept
-from lora_cli.training.optimizer import make_optimizer
+from lora_cli.model.activation_memory import TrainingSetup, score_width
+from lora_cli.model.weight_memory import stored_weights
+from lora_cli.training.optimizer import make_optimizer, state_bytes, trained_shapes
 from tests.model import zoo
 from tests.support import checkpoints
 
 folder, longest, *sizes = sys.argv[1], *map(int, sys.argv[2:])
 cpu.set_up_cpu(os.cpu_count())  # one thread: several that wait for each other are slow on a busy machine
 device = torch.device("cpu")
+weights = stored_weights(checkpoints.checkpoint(folder).skeleton(), dtype=torch.float32, quantization=None)
 model = checkpoints.load(folder, attention="sdpa")
 select_attention.choose_attention(model, "auto", packing=True)
 peft_model = attach_adapter.attach(model, AdapterSpec(rank=16), seed=0)
-trained = [p for p in peft_model.parameters() if p.requires_grad]
 spec = TrainingSpec()
 optimizer = make_optimizer(peft_model, spec)
+setup = TrainingSetup(torch.float32, packed=True, on_cpu=True, scores=score_width([longest]))
+of_run = memory.training_memory(
+    peft_model, setup, weights=weights, optimizer_bytes=state_bytes("adamw", trained_shapes(peft_model))
+)
 for tokens in sizes:
     rows = zoo.rows_of([longest] * (tokens // longest))
     plan = BatchPlan(rows, packing=True, size=tokens, batches_per_step=1, seed=0)
     list(fit(peft_model, plan, spec=spec, optimizer=optimizer, accelerator=Accelerator(cpu=True), total=1))
-    estimate = memory.plan_memory(
-        model, dtype=torch.float32, trainable=sum(p.numel() for p in trained), tokens=tokens, longest=longest,
-        every=None, quantization=None, on_cpu=True,
-        mlp_values=values_kept(peft_model, intermediate=model.config.intermediate_size),
-    )
-    print(cpu.peak_memory(device), estimate.total)
+    print(cpu.peak_memory(device), of_run.plan(tokens).total)
 """
 
 
@@ -68,35 +74,77 @@ def test_the_estimate_is_close_to_the_measured_peak_of_a_step(demo_folder: Path)
     assert 0.35 < expected / growth < 1.35, f"planned {expected >> 20} MiB more, measured {growth >> 20} MiB"
 
 
-def plan_of(**options: object) -> memory.MemoryPlan:
-    defaults = {"dtype": torch.bfloat16, "trainable": 1000, "tokens": 256, "longest": 64, "every": None}
-    return memory.plan_memory(zoo.make("llama"), **{**defaults, "quantization": None, "on_cpu": False, **options})
+def memory_of(
+    model: PreTrainedModel | None = None,
+    *,
+    optimizer: str = "adamw",
+    quantization: QuantizationSpec | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    on_cpu: bool = False,
+    scores: int = 64,
+    fused: bool = True,
+    **adapter: Any,
+) -> TrainingMemory:
+    base = model or zoo.make("llama")
+    weights = stored_weights(base, dtype=dtype, quantization=quantization)
+    adapted = zoo.attached(base, **adapter)
+    setup = TrainingSetup(dtype, packed=True, on_cpu=on_cpu, scores=scores, fused=fused)
+    return training_memory(
+        adapted, setup, weights=weights, optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted))
+    )
 
 
-def test_weights_and_adapter_are_counted_exactly():
-    model = zoo.make("llama")
-    total = sum(p.numel() for p in model.parameters())
-    assert plan_of().weights == 2 * total
-    assert plan_of(dtype=torch.float32).weights == 4 * total
-    assert plan_of().adapter == 16 * 1000  # weight, gradient and two moments in fp32
-    assert plan_of(optimizer_bytes=2 * 1000).adapter == 10 * 1000
-    linear = sum(layer.weight.numel() for layer in memory.linear_layers(model).values())
-    assert plan_of(quantization=QuantizationSpec(bits=8)).weights == linear + 2 * (total - linear)
-    in_4_bits = plan_of(quantization=QuantizationSpec.model_validate({})).weights - 2 * (total - linear)
-    assert 0.5 * linear < in_4_bits < 0.52 * linear
+def test_the_adapter_is_counted_exactly():
+    adapted = zoo.attached(zoo.make("llama"))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    plan = memory_of().plan(256)
+    assert (plan.adapter, plan.gradients, plan.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+    assert memory_of(optimizer="lion").plan(256).optimizer == 4 * trained
+    frozen_a = memory_of(freeze_a=True)
+    assert frozen_a.adapter.total == trained  # A is stored, and has no gradient
+    assert frozen_a.trained.total < trained
+    head = memory_of(modules_to_save=["lm_head"])
+    assert head.trained.outside == zoo.VOCABULARY * zoo.COMMON["hidden_size"]
+    assert head.trained.layers == trained
+
+
+def test_the_parts_add_up():
+    plan = memory_of().plan(256)
+    assert plan.total == sum(plan)
+    assert plan.loaded == plan.weights + plan.constants
+    on_cpu = memory_of(on_cpu=True).plan(256)
+    assert on_cpu.loaded == on_cpu.weights + on_cpu.constants + memory.PROCESS_BYTES
+
+
+def test_logits_exist_for_one_chunk_and_no_more_than_the_tokens():
+    assert memory_of().plan(10).logits == 10 * zoo.VOCABULARY * 4 * memory.LOGITS_COPIES
+    chunk = memory_of(on_cpu=True).plan(10_000).logits
+    assert chunk == memory_of(on_cpu=True).plan(1_000).logits
+
+
+QLORA = QuantizationSpec.model_validate({"bits": 4})
 
 
 @pytest.mark.parametrize(
     ("less", "more"),
     [
-        ({"every": 1}, {}),
-        ({"mlp_values": 2}, {}),
-        ({}, {"tokens": 512}),
+        ({"quantization": QLORA}, {}),
         ({}, {"dtype": torch.float32}),
-        ({"on_cpu": True}, {"on_cpu": True, "longest": 128}),
-        ({}, {"trainable": 2000}),
-        ({"quantization": QuantizationSpec.model_validate({})}, {}),
+        ({"on_cpu": True}, {"on_cpu": True, "scores": 128}),
+        ({}, {"rank": 8}),
+        ({"optimizer": "lion"}, {}),
+        ({}, {"fused": False}),
+        ({}, {"method": "dora"}),
     ],
 )
-def test_the_estimate_grows_with_everything_that_takes_memory(less: dict[str, object], more: dict[str, object]):
-    assert plan_of(**less).total < plan_of(**more).total
+def test_the_estimate_grows_with_everything_that_takes_memory(less: dict[str, Any], more: dict[str, Any]):
+    assert memory_of(**less).plan(256).total < memory_of(**more).plan(256).total
+
+
+def test_the_estimate_grows_with_tokens_and_shrinks_down_the_memory_ladder():
+    of_run = memory_of(zoo.make("llama", num_hidden_layers=8))
+    assert of_run.plan(256).total < of_run.plan(512).total
+    totals = [of_run.plan(256, every=every).total for every in (None, 4, 2, 1)]
+    totals.append(of_run.plan(256, every=1, offload=True).total)
+    assert totals == sorted(totals, reverse=True)
+    assert len(set(totals)) == len(totals)

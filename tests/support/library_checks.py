@@ -42,6 +42,8 @@ from transformers.integrations.gguf import utils as gguf_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import chat_template_utils
 
 from lora_cli.model.falcon_attention import FalconInterfaceAttention
@@ -185,6 +187,14 @@ def quantizer() -> None:
         found = AutoHfQuantizer.from_config(transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
         found.preprocess_model(model=model, device_map={"": "cpu"})
         assert type(model.model.layers[0].self_attn.q_proj).__name__ == kind
+
+
+def left_out() -> None:
+    """The head is left out of quantization, and what is left out by name is not converted."""
+    names = get_keys_to_not_convert(zoo.make("llama"))
+    assert "lm_head" in names
+    assert not should_convert_module("lm_head", names)
+    assert should_convert_module("model.layers.0.self_attn.q_proj", names)
 
 
 def loaded_model() -> None:
@@ -347,6 +357,12 @@ def group_timeout() -> None:
     signature = inspect.signature(torch.distributed.distributed_c10d._set_pg_timeout)
     assert "timeout" in signature.parameters
     assert signature.parameters["group"].default is None
+
+
+def decoder_layers() -> None:
+    """Models name the classes of their decoder layers."""
+    model = zoo.make("llama")
+    assert set(model._no_split_modules) == {type(layer).__name__ for layer in model.model.layers}
 
 
 def sharded_layer() -> None:

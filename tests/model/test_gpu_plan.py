@@ -1,0 +1,94 @@
+"""The plan for several GPUs: what is whole on each, what is spread, and which batches fit."""
+
+import pytest
+import torch
+
+from lora_cli.model.gpu_plan import (
+    CONTEXT_BYTES,
+    Form,
+    ddp_parts,
+    fewest_gpus,
+    fsdp_parts,
+    plan_strategies,
+    step_bytes,
+)
+from lora_cli.model.memory import TrainingMemory
+from lora_cli.recipe.schema import QuantizationSpec
+from tests.model import zoo
+from tests.model.test_memory import memory_of
+
+KEPT, RECOMPUTED = Form("kept", None, False, 512), Form("recomputed", 1, False, 512)
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def memory() -> TrainingMemory:
+    return memory_of(zoo.make("llama", num_hidden_layers=LAYERS))
+
+
+def test_ddp_has_the_whole_model_on_each_gpu(memory: TrainingMemory):
+    one, eight = ddp_parts(memory, 1), ddp_parts(memory, 8)
+    plan = memory.plan(512)
+    assert one[:5] == eight[:5] == plan[:5]
+    assert one.exchanged == 0
+    assert eight.exchanged == 2 * plan.gradients  # the message, and its sum
+    step = step_bytes(memory, KEPT, 512)
+    assert one.total(step) == plan.total + CONTEXT_BYTES
+
+
+def test_what_is_exchanged_after_the_activations_are_freed_is_not_added_to_them(memory: TrainingMemory):
+    parts = ddp_parts(memory, 8)
+    assert parts.total(parts.exchanged) == parts.total(0) == parts.total(parts.exchanged + 1) - 1
+
+
+@pytest.mark.parametrize("gpus", [2, 4, 64])
+def test_fsdp_spreads_the_layers_and_nothing_else(memory: TrainingMemory, gpus: int):
+    parts, whole = fsdp_parts(memory, gpus), ddp_parts(memory, gpus)
+    outside, inside = memory.weights.outside.total, sum(layer.total for layer in memory.weights.layers)
+    assert parts.weights == pytest.approx(outside + inside / gpus, abs=1)
+    assert parts.gathered == pytest.approx(2 * inside / LAYERS, rel=0.01)
+    assert parts._replace(weights=whole.weights, gathered=0) == whole
+
+
+def test_scales_of_quantized_weights_are_whole_with_fsdp():
+    quantized = memory_of(quantization=QuantizationSpec.model_validate({"bits": 4}))
+    assert fsdp_parts(quantized, 8).constants == ddp_parts(quantized, 8).constants > 0
+
+
+def test_paged_state_does_not_count(memory: TrainingMemory):
+    paged = memory._replace(paged=True)
+    for parts in (ddp_parts, fsdp_parts):
+        own, other = parts(paged, 4), parts(memory, 4)
+        assert (own.optimizer, own.paged) == (0, other.optimizer)
+        assert own.total(0) == other.total(0) - other.optimizer
+
+
+def test_the_largest_batch_fits_and_one_more_token_does_not(memory: TrainingMemory):
+    budget = ddp_parts(memory, 1).total(step_bytes(memory, KEPT, 300))
+    (plan,) = plan_strategies(memory, [KEPT, RECOMPUTED], gpus=1, budget=budget)
+    kept, recomputed = plan.forms
+    assert kept.largest == 300
+    assert not kept.fits
+    assert recomputed.fits
+    assert plan.best is recomputed
+    assert plan.largest == recomputed.largest > 300
+    over = ddp_parts(memory, 1).total(step_bytes(memory, RECOMPUTED, recomputed.largest + 1))
+    assert over > budget
+
+
+def test_a_budget_that_the_weights_exceed_has_no_batch(memory: TrainingMemory):
+    plans = plan_strategies(memory, [KEPT], gpus=2, budget=1)
+    assert [plan.name for plan in plans] == ["ddp", "fsdp"]
+    assert [(plan.best, plan.largest) for plan in plans] == [(None, 0), (None, 0)]
+    assert fewest_gpus(memory, KEPT, budget=1) is None
+
+
+def test_the_fewest_gpus_fit_and_half_of_them_do_not():
+    large = memory_of(
+        zoo.make("llama", num_hidden_layers=4, hidden_size=512, intermediate_size=2048), dtype=torch.float32
+    )
+    step = step_bytes(large, KEPT, KEPT.tokens)
+    budget = fsdp_parts(large, 16).total(step)
+    count = fewest_gpus(large, KEPT, budget=budget)
+    assert count == 16
+    assert fsdp_parts(large, 8).total(step) > budget

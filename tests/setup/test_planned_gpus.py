@@ -1,0 +1,85 @@
+"""What to change in a recipe whose model does not fit the planned GPUs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, PreTrainedModel
+
+from lora_cli.model.gpu_plan import Form, fsdp_parts, plan_strategies, step_bytes
+from lora_cli.model.memory import TrainingMemory
+from lora_cli.setup.planned_gpus import PlannedGpus, changes_that_help, host_bytes
+from tests.model.test_memory import memory_of
+from tests.support.checkpoints import skeleton_of
+
+ROW = Form("every layer is recomputed, their inputs wait in host memory", every=1, offload=True, tokens=1024)
+ONE = PlannedGpus(1, 1 << 30)
+
+
+def skeleton() -> PreTrainedModel:
+    return skeleton_of(LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, vocab_size=1000))
+
+
+@pytest.fixture(scope="module")
+def memory() -> TrainingMemory:
+    return memory_of(skeleton(), rank=64, alpha=64)
+
+
+def lines(
+    memory: TrainingMemory, gpus: PlannedGpus, *, quantization: Any = None, checkpointing: Any = "auto"
+) -> list[str]:
+    recipe: Any = SimpleNamespace(
+        quantization=quantization,
+        adapter=SimpleNamespace(rank=64),
+        training=SimpleNamespace(gradient_checkpointing=checkpointing),
+    )
+    base = SimpleNamespace(skeleton=skeleton, dtype=torch.bfloat16)
+    inputs: Any = SimpleNamespace(base=base, prequantized=None)
+    form = ROW._replace(every=None, offload=False) if checkpointing is False else ROW
+    plans = plan_strategies(memory, [form], gpus=gpus.number, budget=gpus.memory)
+    assert all(plan.best is None for plan in plans)
+    return list(changes_that_help(recipe, inputs, memory, plans, gpus))
+
+
+def test_quantization_is_told_with_what_the_weights_take_then(memory: TrainingMemory):
+    told = lines(memory, ONE)
+    assert told[0].startswith("quantization: {bits: 4}: the weights take ")
+    assert told[1].startswith("  with that, a step takes ")
+    assert not any(line.startswith("quantization") for line in lines(memory, ONE, quantization=object()))
+
+
+def test_recomputation_is_told_where_the_recipe_forbids_it(memory: TrainingMemory):
+    assert any(
+        line.startswith("training.gradient_checkpointing: auto: ") for line in lines(memory, ONE, checkpointing=False)
+    )
+    assert not any("gradient_checkpointing" in line for line in lines(memory, ONE))
+
+
+def test_shorter_rows_are_told_where_some_tokens_fit(memory: TrainingMemory):
+    of_one = fsdp_parts(memory, 2).total(step_bytes(memory, ROW, 700))
+    told = lines(memory, PlannedGpus(2, of_one), quantization=object())
+    assert "data.max_length: 700 tokens fit at a time, and the longest row has 1,024" in told
+
+
+def test_a_large_adapter_is_told(memory: TrainingMemory):
+    assert any(line.startswith("adapter.rank: 32 instead of 64: ") for line in lines(memory, ONE))
+
+
+def test_more_gpus_are_told_where_they_help(memory: TrainingMemory):
+    budget = fsdp_parts(memory, 4).total(step_bytes(memory, ROW, ROW.tokens))
+    assert lines(memory, PlannedGpus(2, budget), quantization=object())[-1] == (
+        "--gpus 4: it fits on 4 such GPUs with fsdp"
+    )
+
+
+def test_host_memory_has_paged_state_and_inputs_that_wait(memory: TrainingMemory):
+    gpus = PlannedGpus(16, 1 << 50)
+    plain, paged = (
+        plan_strategies(each, [ROW], gpus=16, budget=gpus.memory)[0] for each in (memory, memory._replace(paged=True))
+    )
+    difference = host_bytes(memory, paged, gpus) - host_bytes(memory, plain, gpus)
+    assert difference == 8 * memory.optimizer  # of the processes of one machine
+    kept = plan_strategies(memory, [ROW._replace(every=None, offload=False)], gpus=16, budget=gpus.memory)[0]
+    waiting = host_bytes(memory, plain, gpus) - host_bytes(memory, kept, gpus)
+    assert waiting == 8 * memory.activations.offloaded(every=1) * ROW.tokens
