@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from lora_cli.model.device import resolve_compute_dtype
 from lora_cli.model.quantize import bnb_config
@@ -20,18 +22,23 @@ PART_WEIGHTS = 1 << 20  # of a weight that are quantized at a time: a multiple o
 
 
 def quantized_weights(
-    skeleton: PreTrainedModel, spec: QuantizationSpec, *, with_experts: bool = True
+    skeleton: PreTrainedModel, spec: QuantizationSpec, *, in_training: bool = True
 ) -> dict[str, bool]:
-    """Return the names of the weights that are quantized in training, and whether each is stored transposed (Conv1D).
+    """Return the names of the weights that are quantized, and whether each is stored transposed (Conv1D).
 
     Args:
         skeleton: the base on the meta device. Do not use it afterwards: its linear layers are replaced.
         spec: the quantization.
-        with_experts: include the stacked weights of experts, which transformers alone does not quantize.
+        in_training: include what transformers alone does not quantize: the stacked weights of experts, and Falcon's
+            linear layers.
     """
     transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
-    stacked = packable_weights(skeleton) if spec.bits == 4 and with_experts else []
-    quantizer = AutoHfQuantizer.from_config(bnb_config(spec, torch.float32))
+    stacked = packable_weights(skeleton) if spec.bits == 4 and in_training else []
+    config = bnb_config(spec, torch.float32)
+    if in_training:
+        quantizer = AutoHfQuantizer.from_config(config)
+    else:
+        quantizer = (Bnb4BitHfQuantizer if spec.bits == 4 else Bnb8BitHfQuantizer)(config)
     quantizer.preprocess_model(model=skeleton, device_map={"": "cpu"})
     layers = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     quantized = (name for name, module in skeleton.named_modules() if isinstance(module, layers))

@@ -1,8 +1,9 @@
 """Quantize experts while transformers loads a checkpoint: each stacked weight is packed in 4 bits when it is read.
 
-transformers' own bitsandbytes quantizer replaces linear layers only. This one also packs the stacked weights of
-experts, one parameter at a time: a weight in 16 bits is freed before the next one is read. The quantizers for 4 and 8
-bits also note weights that are not finite, which their codes no longer show.
+transformers' own bitsandbytes quantizer replaces linear layers only, and of these not Falcon's, which have a class of
+their own. This one also packs the stacked weights of experts, one parameter at a time: a weight in 16 bits is freed
+before the next one is read. The quantizers for 4 and 8 bits also note weights that are not finite, which their codes no
+longer show.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -29,6 +31,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # no types
         return param_name in self.packable or bool(super().param_needs_quantization(model, param_name, **kwargs))
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
+        as_plain_layers(model)
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         if not self.pre_quantized:
             self.packable = frozenset(packable_weights(model))
@@ -79,6 +82,10 @@ class Int8Quantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]  # no types
 
     not_finite: tuple[str, ...] = ()  # as in `ExpertsQuantizer`
 
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        as_plain_layers(model)
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+
     def get_quantize_ops(self) -> "Int8OnLoad":
         """Return the operation that quantizes one parameter."""
         return Int8OnLoad(self)
@@ -93,6 +100,13 @@ class Int8OnLoad(Bnb8bitQuantize):  # type: ignore[misc]  # no types
             _note_not_finite(self.hf_quantizer, name, value[0] if isinstance(value, list) else value)
         quantized: dict[str, Tensor] = super().convert(input_dict, **kwargs)
         return quantized
+
+
+def as_plain_layers(model: nn.Module) -> None:
+    """Make Falcon's linear layers plain ones: they differ in rounding, and transformers quantizes plain ones only."""
+    for module in model.modules():
+        if type(module) is FalconLinear:
+            module.__class__ = nn.Linear
 
 
 def _note_not_finite(quantizer: Any, name: str, weight: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -93,14 +94,15 @@ def _quantized_bytes(count: int, spec: QuantizationSpec, *, outputs: int) -> Wei
 def quantized_sizes(model: PreTrainedModel, quantization: QuantizationSpec) -> dict[str, int]:
     """Return the number of weights of each parameter that loading with `quantization` quantizes, by full name.
 
-    transformers leaves out the output head, tied weights, the last module, and subclasses of torch's linear layer, such
-    as Falcon's. With 4 bits, the stacked weights of experts are packed too.
+    transformers leaves out the output head, tied weights, the last module, and subclasses of torch's linear layer, but
+    Falcon's are plain ones by then. With 4 bits, the stacked weights of experts are packed too.
     """
     left_out = get_keys_to_not_convert(model)
     sizes = {
         f"{name}.weight": module.weight.numel()
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, left_out)
+        if (type(module) in (nn.Linear, FalconLinear) or isinstance(module, Conv1D))
+        and should_convert_module(name, left_out)
     }
     if quantization.bits == 4:
         weights = expert_weights(model).items()

@@ -178,7 +178,9 @@ IMPORTED: dict[str, Use] = {
         "model/activation_memory.py model/fused_mlp.py", library_checks.activations
     ),
     "transformers.activations.SiLUActivation": Use("model/fused_mlp.py", library_checks.activations),
-    "transformers.models.falcon.modeling_falcon.FalconLinear": Use("model/fused_lora.py", library_checks.falcon_linear),
+    "transformers.models.falcon.modeling_falcon.FalconLinear": Use(
+        "model/fused_lora.py model/quantize_experts.py model/weight_memory.py", library_checks.falcon_linear
+    ),
     "transformers.models.falcon.modeling_falcon.FalconAttention": Use(
         "model/falcon_attention.py", library_checks.falcon_layers
     ),
@@ -187,10 +189,10 @@ IMPORTED: dict[str, Use] = {
     ),
     "transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING": Use("model/quantize_experts.py", moe_checks.four_bit_loader),
     "transformers.quantizers.quantizer_bnb_4bit.Bnb4BitHfQuantizer": Use(
-        "model/quantize_experts.py", moe_checks.four_bit_loader
+        "model/fake_quantize.py model/quantize_experts.py", moe_checks.four_bit_loader
     ),
     "transformers.quantizers.quantizer_bnb_8bit.Bnb8BitHfQuantizer": Use(
-        "model/quantize_experts.py", moe_checks.eight_bit_loader
+        "model/fake_quantize.py model/quantize_experts.py", moe_checks.eight_bit_loader
     ),
     "transformers.quantizers.base.get_keys_to_not_convert": Use("model/weight_memory.py", library_checks.left_out),
     "transformers.quantizers.quantizers_utils.should_convert_module": Use(

@@ -253,6 +253,55 @@ def test_two_processes_equal_one(two: Path, uninterrupted: Path):
         assert float((tensor - weights(uninterrupted)[name]).norm() / tensor.norm()) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def sharded(workspace: Workspace) -> Path:
+    """The run of the same recipe in two processes with a sharded base; a step has the batches of two processes."""
+    command = ["--set", "distributed.strategy=fsdp"]
+    process = workspace.start_two_processes("sharded", *command, gradient_accumulation=1, save_every=7)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "strategy: fsdp (set in the recipe)" in stderr.splitlines()
+    assert "verified: the adapter on disk, loaded back, equals the trained model" in stderr
+    return workspace.folder / "sharded"
+
+
+def test_two_processes_with_a_sharded_base_equal_one(sharded: Path, uninterrupted: Path):
+    assert losses(sharded) == pytest.approx(losses(uninterrupted), rel=1e-5)
+    for name, tensor in weights(sharded).items():
+        assert float((tensor - weights(uninterrupted)[name]).norm() / tensor.norm()) < 1e-4
+    evaluations = [[r["eval_loss"] for r in metrics(run) if "eval_loss" in r] for run in (sharded, uninterrupted)]
+    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5)
+
+
+def test_a_killed_run_with_a_sharded_base_goes_on_to_the_same_adapter(workspace: Workspace, sharded: Path):
+    options = ["--set", "distributed.strategy=fsdp"]
+    process = workspace.start_two_processes("killed", *options, gradient_accumulation=1, save_every=7)
+    checkpoint = workspace.folder / "killed" / "checkpoints" / "step-00000007"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for each in [*psutil.Process(process.pid).children(), psutil.Process(process.pid)]:
+        each.kill()
+    process.communicate()
+    assert not (workspace.folder / "killed" / "adapter").exists()
+    resumed = workspace.start_two_processes("killed", "--resume", *options, gradient_accumulation=1, save_every=7)
+    _, stderr = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, stderr
+    assert same_bits(weights(workspace.folder / "killed"), weights(sharded))
+
+
+def test_a_run_with_a_sharded_base_goes_on_in_one_process(workspace: Workspace, sharded: Path):
+    copy = shutil.copytree(sharded, workspace.folder / "gathered")
+    shutil.rmtree(copy / "adapter")
+    for later in sorted((copy / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(later)
+    resumed = workspace.train("gathered", resume=True, save_every=7)
+    for name, tensor in weights(resumed).items():
+        assert float((tensor - weights(sharded)[name]).norm() / tensor.norm()) < 1e-4
+
+
 def test_a_run_in_one_process_goes_on_in_two(workspace: Workspace):
     """The recipe says how many tokens a step has, so the steps are the same; here without dropout's random numbers."""
     size = {"tokens_per_batch": "auto", "tokens_per_step": 512, "gradient_accumulation": 1}

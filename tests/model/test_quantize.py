@@ -8,12 +8,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import measure_likelihood
 from lora_cli.model import (
     adalora,
+    fake_quantize,
     fp32_weights,
     quantize,
     save_adapter,
@@ -28,6 +30,7 @@ from lora_cli.training.loop import fit
 from lora_cli.training.memory_ladder import MemoryLadder, Rung, drop_gradients
 from lora_cli.training.optimizer import make_optimizer
 from tests.model import zoo
+from tests.model.families import FAMILIES, config_of
 from tests.support import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -341,3 +344,15 @@ def test_packing_with_int8_raises_because_of_outlier_columns_not_because_of_the_
         select_attention.choose_attention(model, "auto", packing=True)
     assert "quantization.bits: 8" in str(caught.value.hint)
     assert "data.packing: false" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.task == "causal-lm"])
+def test_every_linear_layer_of_a_language_model_is_quantized(name: str, bits: int):
+    """transformers passes over layers of another class, and Falcon's would stay in 16 bits without a word."""
+    config = config_of(FAMILIES[name])
+    with torch.device("meta"):
+        model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    layers = {f"{layer}.weight" for layer in target_modules.linear_layers(model)}
+    spec = QuantizationSpec.model_validate({"bits": bits})
+    assert layers <= fake_quantize.quantized_weights(other, spec).keys()

@@ -56,7 +56,8 @@ def test_recomputation_is_told_where_the_recipe_forbids_it(memory: TrainingMemor
     assert not any("gradient_checkpointing" in line for line in lines(memory, ONE))
 
 
-def test_shorter_rows_are_told_where_some_tokens_fit(memory: TrainingMemory):
+def test_shorter_rows_are_told_where_some_tokens_fit():
+    memory = memory_of(skeleton(), rank=1, alpha=1)
     of_one = fsdp_parts(memory, 2).total(step_bytes(memory, ROW, 700))
     told = lines(memory, PlannedGpus(2, of_one), quantization=object())
     assert "data.max_length: 700 tokens fit at a time, and the longest row has 1,024" in told

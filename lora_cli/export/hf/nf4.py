@@ -51,7 +51,7 @@ def quantized_keys(source: ExportSource, keys: list[str]) -> dict[str, bool]:
 
 def weights_in_nf4(source: ExportSource) -> dict[str, bool]:
     """Return the parameters that transformers reads as NF4, and whether each is stored transposed; no experts."""
-    return fake_quantize.quantized_weights(source.base.skeleton(), NF4_SPEC, with_experts=False)
+    return fake_quantize.quantized_weights(source.base.skeleton(), NF4_SPEC, in_training=False)
 
 
 def quantization_config() -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""The strategy of a run: fsdp where a full model does not fit, and where the base can be sharded."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import Recipe
+from lora_cli.setup import strategy
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that chooses for a model of 10 GiB, in two processes."""
+
+    def run(*, free: float, processes: int = 2, prequantized: bool = False, **sections: Any) -> strategy.Strategy:
+        monkeypatch.setattr(strategy, "_needed", lambda *_: 10 * GIB)
+        monkeypatch.setattr(strategy, "_trained_modules", lambda *_: ("lm_head",))
+        monkeypatch.setattr(strategy, "any_process", lambda _, value: value)
+        monkeypatch.setattr(strategy.memory, "free_for_process", lambda _: int(free * GIB))
+        recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
+        inputs: Any = SimpleNamespace(
+            prequantized=object() if prequantized else None,
+            base=SimpleNamespace(source=SimpleNamespace(packed=False)),
+            device=None,
+        )
+        plan: Any = None
+        accelerator: Any = SimpleNamespace(num_processes=processes)
+        return strategy.choose_strategy(recipe, inputs, plan, accelerator)
+
+    return run
+
+
+def test_auto_shards_what_does_not_fit(choose: Any):
+    fits, too_large = choose(free=12), choose(free=11)
+    assert (fits.name, fits.kept_whole) == ("ddp", None)
+    assert (too_large.name, too_large.kept_whole) == ("fsdp", ("lm_head",))
+    assert too_large.why == "auto: a full model in each process needs about 10.0 GiB, and 11.0 GiB is free"
+
+
+def test_auto_says_why_it_cannot_shard(choose: Any):
+    for options, reason in (
+        ({"prequantized": True}, "fsdp cannot shard a checkpoint that is quantized already"),
+        ({"adapter": {"method": "corda"}}, "fsdp cannot shard the base of corda"),
+        ({"task": "seq-cls"}, "fsdp is for causal-lm, not for seq-cls"),
+    ):
+        chosen = choose(free=1, **options)
+        assert chosen.name == "ddp"
+        assert f"; but {reason}" in chosen.why
+
+
+def test_a_wish_is_kept_or_refused(choose: Any):
+    assert choose(free=1, distributed={"strategy": "ddp"}) == strategy.Strategy("ddp")
+    assert choose(free=99, distributed={"strategy": "fsdp"}).name == "fsdp"
+    with pytest.raises(LoraError, match=r"distributed\.strategy: fsdp cannot shard a checkpoint that is quantized"):
+        choose(free=99, distributed={"strategy": "fsdp"}, prequantized=True)
+
+
+def test_one_process_has_nothing_to_shard(choose: Any):
+    assert choose(free=1, processes=1) == strategy.Strategy("ddp")
+    alone = choose(free=1, processes=1, distributed={"strategy": "fsdp"})
+    assert (alone.name, alone.why) == ("ddp", "one process has nothing to shard")
