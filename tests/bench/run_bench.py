@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from lora_cli.run.openmp import limit_spinning, read_cpu_times
+from tests.bench import run_scale
 from tests.bench.cases import CASES, WAYS, Case
 from tests.gpu.run_gpu import GIB, ROOT, Record, run_json, say
 
@@ -25,6 +26,8 @@ DATA = ROOT / "data" / "quickstart.jsonl"
 def main(arguments: Sequence[str]) -> int:
     """Measure as the command line says, and print the table."""
     options = _parse(arguments)
+    if options.scale:
+        return run_scale.run(options)
     limit_spinning(read_cpu_times())  # of the measuring processes, which import torch
     machine = run_json(["-m", "tests.bench.machine"], None)
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -48,6 +51,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="of a round; the first one is not counted")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each way, in turn (default 3)")
     parser.add_argument("--base", action="append", choices=["16-bit", "nf4"], help="default: both; may be repeated")
+    parser.add_argument("--scale", action="store_true", help="one process on all cores against one on each, instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
     options = parser.parse_args(arguments)
     options.base = options.base or ["16-bit", "nf4"]

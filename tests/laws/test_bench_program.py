@@ -1,11 +1,14 @@
 """scripts/bench: its table compares with lora's row and the limit of the same case, and tells what failed."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.bench import run_bench
+from tests.bench import run_bench, run_scale
 from tests.bench.cases import WAYS, Case
 
 
@@ -48,3 +51,33 @@ def test_missing_files_and_one_step_are_told(capsys: pytest.CaptureFixture[str],
     with pytest.raises(SystemExit):
         run_bench._parse(["--data", str(tmp_path / "nothing.jsonl")])
     assert "nothing.jsonl is not there; scripts/quickstart makes" in capsys.readouterr().err
+
+
+def test_scale_compares_the_medians_of_runs_with_those_of_one_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("rows.jsonl", "model.gguf"):
+        (tmp_path / name).touch()
+    files = ["--data", str(tmp_path / "rows.jsonl"), "--model", str(tmp_path / "model.gguf")]
+    options = run_bench._parse([*files, "--scale", "--steps", "3"])
+    monkeypatch.setattr(run_scale, "available_cores", lambda: 4)
+    asked: list[tuple[int, str]] = []
+
+    def train(command: list[str], **_: Any) -> Any:
+        recipe = yaml.safe_load(Path(command[-1]).read_text())
+        spec, training = recipe["distributed"], recipe["training"]
+        assert training["tokens_per_step"] == 4 * training["tokens_per_batch"]
+        asked.append((spec["processes"], spec["strategy"]))
+        rate = {"auto": 100, "ddp": 90, "fsdp": 80}[spec["strategy"]]
+        steps = [{"step": 1, "loss": 1.0, "tokens": 1, "seconds": 9.0}]  # not counted
+        steps += [{"step": n, "loss": 1.0, "tokens": rate, "seconds": 1.0} for n in (2, 3)]
+        folder = Path(recipe["output"])
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(run_scale.subprocess, "run", train)
+    assert run_scale.run(options) == 0
+    assert asked == [(1, "auto"), (4, "ddp"), (4, "fsdp")] * 3
+    printed = capsys.readouterr()
+    assert "| 4 processes, fsdp | 80 | 80% |" in printed.out + printed.err
