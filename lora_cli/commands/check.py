@@ -38,6 +38,7 @@ from lora_cli.setup.planned_gpus import (
     planned_gpus,
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
+from lora_cli.setup.strategy import choose_strategy, planned_strategy
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
@@ -49,6 +50,7 @@ from lora_cli.setup.training_model import (
     open_source,
     resolve_optimizer,
 )
+from lora_cli.training.launch import resolve_processes
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.memory_ladder import check_can_recompute
 
@@ -75,7 +77,7 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
         out(_row_text(inputs.data.train[number], inputs, recipe))
     if rows and recipe.task == "causal-lm":
         out("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
-    processes = planned.number if planned else 1
+    processes = planned.number if planned else resolve_processes(recipe.distributed)
     plan = batch_plan(recipe, inputs, inputs.data.train, processes=processes)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
     out(
@@ -83,9 +85,14 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
         f"{plan.steps_per_epoch:,} per epoch; "
         f"{plan.token_share:.1%} of each batch is tokens"
     )
+    for line in plan.describe(total)[1:]:
+        out(line)
+    strategy = None if planned else choose_strategy(recipe, inputs, plan)
+    if strategy and strategy.why:
+        out(f"strategy: {strategy.name} ({strategy.why})")
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
-    for choice in choose_performance(recipe, inputs, batches=total * recipe.training.gradient_accumulation):
+    for choice in choose_performance(recipe, inputs, batches=total * plan.batches_of_device):
         out(choice.line())
     check_schedule_fits(recipe.training, total)
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
@@ -169,6 +176,8 @@ def _print_gpu_plan(
             f"{name}: {best.form.name}: {console.format_bytes(best.total)}, {best.total / gpus.memory:.0%} of a GPU; "
             f"host memory of a machine with {machine} of them: {host} at least"
         )
+    if len(plans) > 1:
+        console.out.print(f"strategy: {planned_strategy(recipe, inputs, plans)}")
     if all(plan.best is None for plan in plans):
         console.out.print("what would need less:")
         for line in changes_that_help(recipe, inputs, of_run, plans, gpus):

@@ -108,7 +108,7 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     state = run_records.resume_state(recipe, inputs, plan, total=total, processes=accelerator.num_processes)
     changes = check_inputs(saved, recipe, state) if saved else []
     with device_errors_as_lora_error(recipe, accelerator):
-        strategy = choose_strategy(recipe, inputs, plan, accelerator)
+        strategy = choose_strategy(recipe, inputs, plan, any_process=lambda value: any_process(accelerator, value))
         if strategy.why:
             info(f"strategy: {strategy.name} ({strategy.why})")
         model = build_model(recipe, inputs, plan, total=total, info=info, whole=strategy.kept_whole)

@@ -1,8 +1,8 @@
 """Choose how a run is spread over processes: the full model in each (ddp), or the base sharded over them (fsdp)."""
 
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-from accelerate import Accelerator
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -10,6 +10,7 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, memory
 from lora_cli.model.base_model import task_heads
+from lora_cli.model.gpu_plan import StrategyPlan
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.sharding_rules import sharding_conflicts
@@ -17,7 +18,6 @@ from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import adapter_context, resolve_optimizer
-from lora_cli.training.distributed import any_process
 
 MAX_SHARE = 0.9  # of the free memory that the estimate of a full model may take
 
@@ -35,16 +35,22 @@ class Strategy(NamedTuple):
         return self.whole if self.name == "fsdp" else None
 
 
-def choose_strategy(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, accelerator: Accelerator) -> Strategy:
+def choose_strategy(
+    recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, any_process: Callable[[bool], bool] = bool
+) -> Strategy:
     """Return the strategy that the recipe requests, or that `auto` chooses: fsdp if the full model does not fit.
 
-    All processes must call it, and get the same.
+    Args:
+        recipe: of the run.
+        inputs: of the run.
+        plan: of its batches, for all its processes.
+        any_process: returns whether a value is true in any process of the run; all get the same strategy.
 
     Raises:
         LoraError: the recipe requests fsdp, and the base cannot be sharded.
     """
     wanted = recipe.distributed.strategy
-    if accelerator.num_processes == 1:
+    if plan.processes == 1:
         return Strategy("ddp", "one process has nothing to shard" if wanted == "fsdp" else "")
     if wanted == "ddp":
         return Strategy("ddp")
@@ -57,11 +63,23 @@ def choose_strategy(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, accelera
     need, free = _needed(recipe, inputs, plan), memory.free_for_process(inputs.device)
     texts = f"a full model in each process needs about {console.format_bytes(need)}"
     texts += f", and {console.format_bytes(free)} is free"
-    if not any_process(accelerator, need > MAX_SHARE * free):
+    if not any_process(need > MAX_SHARE * free):
         return Strategy("ddp", f"auto: {texts}")
     if problem:
         return Strategy("ddp", f"auto: {texts}; but {problem}")
     return Strategy("fsdp", f"auto: {texts}", _trained_modules(recipe, inputs))
+
+
+def planned_strategy(recipe: Recipe, inputs: RunInputs, plans: Sequence[StrategyPlan]) -> str:
+    """Return the name of the strategy that a run on the GPUs of these plans would have, and why."""
+    wanted = recipe.distributed.strategy
+    obstacle = next(sharding_conflicts(recipe), None)
+    problem = obstacle.message if obstacle else _base_problem(inputs)
+    if wanted != "auto":
+        return f"{wanted} (set in the recipe)"
+    if next(plan for plan in plans if plan.name == "ddp").best:
+        return "ddp (auto: the full model fits on each)"
+    return f"ddp (auto: {problem})" if problem else "fsdp (auto: the full model does not fit on each)"
 
 
 def _base_problem(inputs: RunInputs) -> str:

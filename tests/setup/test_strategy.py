@@ -19,7 +19,6 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(*, free: float, processes: int = 2, prequantized: bool = False, **sections: Any) -> strategy.Strategy:
         monkeypatch.setattr(strategy, "_needed", lambda *_: 10 * GIB)
         monkeypatch.setattr(strategy, "_trained_modules", lambda *_: ("lm_head",))
-        monkeypatch.setattr(strategy, "any_process", lambda _, value: value)
         monkeypatch.setattr(strategy.memory, "free_for_process", lambda _: int(free * GIB))
         recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
         inputs: Any = SimpleNamespace(
@@ -27,9 +26,8 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
             base=SimpleNamespace(source=SimpleNamespace(packed=False)),
             device=None,
         )
-        plan: Any = None
-        accelerator: Any = SimpleNamespace(num_processes=processes)
-        return strategy.choose_strategy(recipe, inputs, plan, accelerator)
+        plan: Any = SimpleNamespace(processes=processes)
+        return strategy.choose_strategy(recipe, inputs, plan)
 
     return run
 
@@ -63,3 +61,19 @@ def test_one_process_has_nothing_to_shard(choose: Any):
     assert choose(free=1, processes=1) == strategy.Strategy("ddp")
     alone = choose(free=1, processes=1, distributed={"strategy": "fsdp"})
     assert (alone.name, alone.why) == ("ddp", "one process has nothing to shard")
+
+
+@pytest.mark.parametrize(
+    ("sections", "fits", "expected"),
+    [
+        ({}, True, "ddp (auto: the full model fits on each)"),
+        ({}, False, "fsdp (auto: the full model does not fit on each)"),
+        ({"distributed": {"strategy": "fsdp"}}, True, "fsdp (set in the recipe)"),
+        ({"task": "seq-cls"}, False, "ddp (auto: fsdp is for causal-lm, not for seq-cls)"),
+    ],
+)
+def test_a_plan_says_what_a_run_would_take(sections: dict[str, Any], fits: bool, expected: str):
+    recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
+    inputs: Any = SimpleNamespace(prequantized=None, base=SimpleNamespace(source=SimpleNamespace(packed=False)))
+    plans: Any = [SimpleNamespace(name="ddp", best=object() if fits else None), SimpleNamespace(name="fsdp", best=None)]
+    assert strategy.planned_strategy(recipe, inputs, plans) == expected
