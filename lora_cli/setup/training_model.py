@@ -372,7 +372,9 @@ def _memory_ladder(
     free = memory.free_for_process(inputs.device) - gathered_bytes(model)
     rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= plan.parts]
     of_run = memory_of_run(recipe, inputs, model, optimizer=resolve_optimizer(recipe, inputs))
-    needs = {rung: of_run.plan(plan.tokens_of_part(rung.parts), every=rung.every) for rung in rungs}
+    needs = {
+        rung: of_run.plan(plan.tokens_of_part(rung.parts), every=rung.every, offload=rung.offload) for rung in rungs
+    }
     # The weights are loaded already, so the free memory has to fit everything else.
     rest = {rung: need.total - need.loaded for rung, need in needs.items()}
     shares = {rung: HEAP_SHARE if rung.parts < plan.parts else MAX_SHARE for rung in rungs}
