@@ -8,6 +8,7 @@ small, and so gradients, optimizer, checkpoints and the saved adapter are those 
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lora_cli.model.model_source import local_folder
 from lora_cli.model.quantize import BLOCK_SIZE, check_cpu_4bit, prepare_for_kbit_training
 from lora_cli.model.safetensors_io import ShardFiles, list_tensors
 from lora_cli.model.streamed_weights import Slot, find_slots
+from lora_cli.model.weight_memory import text_layers
 from lora_cli.recipe.schema import QuantizationSpec
 
 
@@ -131,9 +133,8 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str]) ->
     Raises:
         LoraError: the model does not say which of its modules are decoder layers.
     """
-    kinds = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not layers or model.base_model is model:
+    layers = text_layers(model)
+    if not layers:
         raise LoraError(
             f"distributed.strategy: {model.config.model_type} models cannot be sharded: their decoder layers are not "
             "known",
@@ -144,11 +145,19 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str]) ->
     if head is None or head.weight is embeddings.weight or type(head) is not nn.Linear:
         kept += [embeddings, *([] if head is None else [head])]
     ignored = {parameter for module in kept for parameter in module.parameters()}
-    for layer in layers:
+    for layer in layers.values():
         fully_shard(layer, mesh=mesh, ignored_params=ignored)
-    fully_shard(model.base_model, mesh=mesh, ignored_params=ignored)
+    # The module whose forward runs the layers, also where the model calls it past the modules around it, as OPT does.
+    (name,) = (name for name, module in model.named_modules() if module is embeddings)
+    fully_shard(model.get_submodule(_common_path([*layers, name])), mesh=mesh, ignored_params=ignored)
     if head is not None and head not in kept:
         fully_shard(head, mesh=mesh, reshard_after_forward=True)
+
+
+def _common_path(names: Sequence[str]) -> str:
+    """Return the path of the innermost module that contains the modules `names`."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(part[0] for part in takewhile(lambda each: len(set(each)) == 1, parts))
 
 
 def _read(

@@ -72,7 +72,6 @@ PRIVATE: dict[str, Use] = {
         "model/quantize_experts.py",
         library_checks.module_dictionaries,
     ),
-    "_no_split_modules": Use("model/sharded_base.py", library_checks.decoder_layers),
     "_python_dispatch": Use("model/quantize.py", library_checks.dispatch_mode),
     "_set_pg_timeout": Use("training/launch.py", library_checks.group_timeout),
     "_pytree": Use("model/streamed_weights.py", library_checks.tensor_subclass),

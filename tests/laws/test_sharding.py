@@ -54,6 +54,15 @@ def test_four_processes_of_which_some_have_fewer_batches_equal_one(bases: Path):
     assert max(found.values()) < 1e-5, found
 
 
+def test_sharded_bases_of_all_families_compute_what_whole_ones_do(bases: Path):
+    names = [name for name, family in families.FAMILIES.items() if family.task == "causal-lm"]
+    for name in names:
+        families.write(families.FAMILIES[name], bases / sharded_cases.FAMILIES / name)
+    found = differences(bases, sharded_cases.FAMILIES, processes=2)
+    assert found.keys() == set(names)
+    assert {name: value for name, value in found.items() if value > 1e-5} == {}
+
+
 def test_every_method_that_can_be_sharded_is_compared():
     shardable = {name for name, facts in METHOD_FACTS.items() if facts.shardable}
     assert {name.removeprefix("method ") for name in NAMES if name.startswith("method ")} == shardable

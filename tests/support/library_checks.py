@@ -359,12 +359,6 @@ def group_timeout() -> None:
     assert signature.parameters["group"].default is None
 
 
-def decoder_layers() -> None:
-    """Models name the classes of their decoder layers."""
-    model = zoo.make("llama")
-    assert set(model._no_split_modules) == {type(layer).__name__ for layer in model.model.layers}
-
-
 def sharded_layer() -> None:
     """A layer's shards can be set before its first pass, and are whole in a pass; `tests/laws/test_sharding.py` too."""
     with TemporaryDirectory() as folder:

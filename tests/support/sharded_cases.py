@@ -30,6 +30,7 @@ from lora_cli.training.loop import IdleBatch
 from tests.model import zoo
 
 BASES = ("untied", "tied", "mixtral")  # folders; "untied" is that of the cases
+FAMILIES = "families"  # folder of bases whose logits are compared, in place of the cases
 LENGTHS = [30, 41, 12, 25, 60, 7, 33, 9, 18]
 
 
@@ -125,6 +126,14 @@ class Cases:
         assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
         return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
 
+    @torch.no_grad()
+    def difference_of_logits(self, family: str) -> float:
+        """Return the largest difference of the logits of a sharded and a whole base, relative to the largest logit."""
+        checkpoint, cpu, ids = self.base(f"{FAMILIES}/{family}"), torch.device("cpu"), torch.arange(5, 13)[None]
+        models = (load_sharded(checkpoint, cpu).model, checkpoint.load(cpu).model)
+        found, expected = (model.eval()(input_ids=ids, use_cache=False).logits for model in models)
+        return float((found - expected).abs().max() / expected.abs().max())
+
 
 def main() -> None:
     """Run the cases, or those whose names are given."""
@@ -132,6 +141,8 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     run = Cases(Path(folder))
     found = {}
+    for path in sorted((run.folder / FAMILIES).iterdir()) if names == [FAMILIES] else ():
+        found[path.name] = run.difference_of_logits(path.name)
     for name, spec in cases().items():
         if not names or name in names:
             found[name] = run.difference("untied", spec)
