@@ -144,6 +144,7 @@ def compare_reloaded(model: PeftModel, folder: Path, logits: Callable[[PeftModel
     with experts.placeholders(base):
         if sharding.is_sharded(base):
             # The two parts of `from_pretrained`: loading tensors needs the sharded weights in place.
+            config.base_model_name_or_path = base.name_or_path  # PEFT warns where it changes the path
             with sharding.placeholders(base):
                 reloaded = get_peft_model(base, config)
             reloaded.load_adapter(str(folder), reloaded.active_adapter)
