@@ -10,9 +10,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCHED = "LORA_LAUNCHED"  # environment variable of a worker whose stdin is a pipe of its launcher
@@ -144,17 +145,22 @@ def _decide(read_end: int, decide_end: int) -> None:
             os.write(decide_end, b"\0")
 
 
-def _end_process(number: signal.Signals) -> None:
+def end_process(exit_code: int, lines: Sequence[str] = ()) -> NoReturn:
+    """End the process from any thread: remove temporary files, write `lines` to stderr, exit."""
     try:
         for cleanup in reversed(_cleanups):
             with suppress(OSError):
                 cleanup()
-        # Of several processes on a machine, the first one speaks.
-        if os.environ.get("LOCAL_RANK", "0") in ("", "0"):
-            with suppress(OSError):
-                os.write(2, f"stopped by {number.name}\n".encode())
+        with suppress(OSError):
+            os.write(2, "".join(f"{line}\n" for line in lines).encode())
     finally:
-        os._exit(128 + number)
+        os._exit(exit_code)
+
+
+def _end_process(number: signal.Signals) -> NoReturn:
+    # Of several processes on a machine, the first one speaks.
+    speaks = os.environ.get("LOCAL_RANK", "0") in ("", "0")
+    end_process(128 + number, [f"stopped by {number.name}"] if speaks else [])
 
 
 def _block() -> None:
