@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from lora_cli.errors import LoraError
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run.console import format_bytes
-from lora_cli.training.peers import Peers
+from lora_cli.training.peers import Peers, RunError
 
 PACKAGES = ("lora-cli", "torch", "transformers", "peft")  # other versions give other numbers, or another protocol
 SAME_SIZE = 0.02  # GPUs whose memory differs by less than this share count as equal: the driver takes a part
@@ -30,7 +29,7 @@ def check_start(peers: Peers, records: Sequence[Mapping[str, Any]], *, info: Cal
     """Compare the records of all processes, by rank, with that of the first one; tell of unequal GPUs.
 
     Raises:
-        LoraError: versions or recipes differ, or two processes have the same GPU.
+        RunError: versions or recipes differ, or two processes have the same GPU.
     """
     for rank, record in enumerate(records):
         for kind, hint in (
@@ -40,7 +39,7 @@ def check_start(peers: Peers, records: Sequence[Mapping[str, Any]], *, info: Cal
             first, own = records[0][kind], record[kind]
             if first != own:
                 names = [name for name in {**first, **own} if first.get(name) != own.get(name)]
-                raise LoraError(
+                raise RunError(
                     f"{peers.name(rank)} has another {names[0]} than {peers.name(0)}: "
                     f"{shorten(str(own.get(names[0])))}, not {shorten(str(first.get(names[0])))}{_and_more(names)}",
                     hint=hint,
@@ -58,7 +57,7 @@ def check_inputs_equal(peers: Peers | None, state: Mapping[str, Any], *, step: i
         output: path of the run folder.
 
     Raises:
-        LoraError: another process has found others than the first one.
+        RunError: another process has found others than the first one.
     """
     if peers is None:
         return
@@ -70,9 +69,9 @@ def check_inputs_equal(peers: Peers | None, state: Mapping[str, Any], *, step: i
             continue
         if name == "checkpoint":
             sees = f"resumes from {_checkpoint(values[name])}, {peers.name(0)} from {_checkpoint(found[0][name])}"
-            raise LoraError(f"{peers.name(rank)} {sees} of {output}", hint=f"{output}: {SHARED}")
+            raise RunError(f"{peers.name(rank)} {sees} of {output}", hint=f"{output}: {SHARED}")
         noun = {"rows": "rows (data)", "weights": "weights of the base (model.path)", "steps": "number of steps"}[name]
-        raise LoraError(
+        raise RunError(
             f"{peers.name(rank)} has other {noun} than {peers.name(0)}", hint=f"all must read the same files: {SHARED}"
         )
 
@@ -88,7 +87,7 @@ def _check_gpus(peers: Peers, gpus: Sequence[Mapping[str, Any] | None], *, info:
             continue
         users.setdefault((peers.hosts[rank], gpu["uuid"]), []).append(rank)
     if shared := next((ranks for ranks in users.values() if len(ranks) > 1), None):
-        raise LoraError(
+        raise RunError(
             f"{peers.names(shared)} have the same GPU",
             hint="start at most one process per GPU: torchrun --nproc-per-node, accelerate launch --num_processes; "
             "CUDA_VISIBLE_DEVICES must name the GPUs of the machine",

@@ -13,7 +13,7 @@ from lora_cli.errors import LoraError, first_line
 from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.print_error import print_error
 from lora_cli.run.signals import end_process, receive_signals
-from lora_cli.training.peers import Failure, LostPeer, Peers
+from lora_cli.training.peers import Failure, LostPeer, Peers, RunError
 
 LINGER_S = 2.0  # seconds for which the first process, which may hold the store, stays: the others read its failure
 LAUNCHER_S = 5.0  # seconds in which a launcher ends the peers of a process that has failed
@@ -84,10 +84,11 @@ def _report(peers: Peers, error: Exception) -> None:
     found = error if isinstance(error, LoraError) else found
     own = peers.name(peers.rank)
     text = found.message if found else f"{type(error).__name__}: {first_line(error)}"
-    peers.record_failure(Failure(peers.rank, f"{own} failed: {text}", found.hint if found else None))
+    if not isinstance(error, RunError):
+        peers.record_failure(Failure(peers.rank, f"{own} failed: {text}", found.hint if found else None))
     is_first = peers.claim(text)
     if is_first and found is not None:
-        found.message = f"{own}: {found.message}"
+        found.message = found.message if isinstance(found, RunError) else f"{own}: {found.message}"
         print_error(found)
     time.sleep(0 if peers.rank else LINGER_S)
     if found is None:

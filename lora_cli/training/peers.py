@@ -31,7 +31,11 @@ FAILURE_GRACE_S = 8.0
 SEE = "see its messages above, or in the log of its machine"
 
 
-class LostPeer(LoraError):
+class RunError(LoraError):
+    """An error that all processes of the run find, and whose message names the one that it is about."""
+
+
+class LostPeer(RunError):
     """Another process of the run has ended or does not answer: an effect of its failure, not one of this process.
 
     Attributes:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
 from lora_cli.training import agreement
-from lora_cli.training.peers import Peers
+from lora_cli.training.peers import Peers, RunError
 
 GIB = 2**30
 
@@ -51,13 +50,13 @@ def test_equal_processes_start_without_a_word(peers: list[Peers]):
 
 def test_other_versions_are_refused(peers: list[Peers]):
     other = record(versions={**record()["versions"], "torch": "2.0.1"})
-    with pytest.raises(LoraError, match=r"^process 1 \(b\) has another torch than process 0 \(a\): 2\.0\.1, not "):
+    with pytest.raises(RunError, match=r"^process 1 \(b\) has another torch than process 0 \(a\): 2\.0\.1, not "):
         start(peers, record(), other)
 
 
 def test_another_recipe_is_refused_with_its_keys(peers: list[Peers]):
     other = agreement.start_record(recipe(seed=1, max_steps=3, epochs=None), torch.device("cpu"))
-    with pytest.raises(LoraError) as raised:
+    with pytest.raises(RunError) as raised:
         start(peers, record(), other)
     assert raised.value.message.startswith("process 1 (b) has another training.")
     assert "training.seed" in raised.value.message
@@ -76,7 +75,7 @@ def test_two_processes_on_one_gpu_are_refused(peers: list[Peers]):
     assert start(peers, gpu(1), gpu(1)) == []  # of two machines
     for each in peers:
         each.hosts = ["a", "a"]
-    with pytest.raises(LoraError, match=r"^processes 0, 1 \(a\) have the same GPU$"):
+    with pytest.raises(RunError, match=r"^processes 0, 1 \(a\) have the same GPU$"):
         start(peers, gpu(1), gpu(1))
 
 
@@ -93,16 +92,16 @@ def test_the_record_has_the_properties_of_the_gpu(monkeypatch: pytest.MonkeyPatc
 STATE = {"data": "d", "model": "m", "total_steps": 9}
 
 
-def compare(peers: list[Peers], other: dict[str, Any], *, steps: tuple[int | None, int | None]) -> list[LoraError]:
+def compare(peers: list[Peers], other: dict[str, Any], *, steps: tuple[int | None, int | None]) -> list[RunError]:
     """Return the errors of both processes; the second has `other` values and checkpoint `steps[1]`."""
-    errors: list[LoraError] = []
+    errors: list[RunError] = []
 
     def check(rank: int) -> None:
         try:
             agreement.check_inputs_equal(
                 peers[rank], {**STATE, **(other if rank else {})}, step=steps[rank], output="runs/a"
             )
-        except LoraError as error:
+        except RunError as error:
             errors.append(error)
 
     thread = threading.Thread(target=check, args=(1,))

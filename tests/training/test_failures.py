@@ -8,7 +8,7 @@ from torch.distributed import HashStore
 
 from lora_cli.errors import LoraError
 from lora_cli.training import failures
-from lora_cli.training.peers import Failure, Peers
+from lora_cli.training.peers import Failure, Peers, RunError
 
 # As torch 2.13 writes them, shortened.
 REMOTE = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:88, remote process exited or there was a \
@@ -118,6 +118,14 @@ def test_the_failure_of_another_process_is_printed_where_its_own_message_is_not(
         raise dist.DistBackendError(REMOTE)
     assert raised.value.code == 1
     assert capsys.readouterr().err == "error: process 1 (other) failed: no rows\nhint: copy them\n"
+
+
+def test_an_error_about_another_process_is_printed_as_it_is(peers: Peers, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised, failures.report_failures(peers):
+        raise RunError("process 1 (other) has other rows", hint="copy them")
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == "error: process 1 (other) has other rows\nhint: copy them\n"
+    assert peers.failure() is None
 
 
 @pytest.mark.parametrize("value", [None, "peers"])
