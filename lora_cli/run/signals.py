@@ -17,6 +17,9 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCHED = "LORA_LAUNCHED"  # environment variable of a worker whose stdin is a pipe of its launcher
+OF_TORCHRUN = "TORCHELASTIC_RUN_ID"  # environment variable of a worker of torchrun
+# Seconds in which torchrun passes on a signal that its worker has received too: Slurm sends signals to all processes.
+ECHO_S = 1.0
 LAUNCHER_LOST_S = 30  # seconds that such a worker has to save, after its launcher was killed
 
 Receiver = Callable[[signal.Signals], bool]  # returns whether the process goes on
@@ -32,6 +35,7 @@ class StopRequest:
     def __init__(self, accepted: tuple[signal.Signals, ...] = SIGNALS) -> None:
         self.signal: signal.Signals | None = None
         self._accepted = accepted
+        self._received = 0.0  # when, by the monotonic clock
 
     @property
     def exit_code(self) -> int:
@@ -45,8 +49,9 @@ class StopRequest:
     def receive(self, number: signal.Signals) -> bool:
         """Note the first of the accepted signals, and return whether the process goes on."""
         if self.signal is not None or number not in self._accepted:
-            return False
-        self.signal = number
+            is_echo = number == self.signal and time.monotonic() - self._received < ECHO_S
+            return is_echo and OF_TORCHRUN in os.environ
+        self.signal, self._received = number, time.monotonic()
         return True
 
 

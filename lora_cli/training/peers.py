@@ -85,16 +85,16 @@ class Peers:
         deadline = time.monotonic() + timeout.total_seconds()
         self._lasting.set(f"hello/{self.rank}", self.start)
         while self.rank and (found := self._first_start()) is None:
-            self._check_deadline(deadline, timeout, [0])
+            self._check_deadline(deadline, timeout, lambda: [0])
             time.sleep(POLL_S)
         if self.rank:
             self.start = str(found)
             self._store = PrefixStore(self.start, self._lasting)
         self._store.set(f"join/{self.rank}", json.dumps({"host": self.host, "record": record}))
-        while missing := self._missing("join"):
+        while not self._is_complete("join"):
             if self.rank == 0:
                 self._welcome()
-            self._check_deadline(deadline, timeout, missing)
+            self._check_deadline(deadline, timeout, lambda: self._missing("join"))
             time.sleep(POLL_S)
         values = [json.loads(self._store.get(f"join/{rank}")) for rank in range(self.world_size)]
         self.hosts = [value["host"] for value in values]
@@ -113,12 +113,17 @@ class Peers:
         start, seen = json.loads(self._lasting.get("welcome"))
         return str(start) if seen.get(str(self.rank)) == self.start else None
 
+    def _is_complete(self, key: str) -> bool:
+        """Return whether all processes have set `key`; one question to the store, however many they are."""
+        return bool(self._store.check([f"{key}/{rank}" for rank in range(self.world_size)]))
+
     def _missing(self, key: str) -> list[int]:
         return [rank for rank in range(self.world_size) if not self._store.check([f"{key}/{rank}"])]
 
-    def _check_deadline(self, deadline: float, timeout: timedelta, missing: Sequence[int]) -> None:
+    def _check_deadline(self, deadline: float, timeout: timedelta, find_missing: Callable[[], Sequence[int]]) -> None:
         if time.monotonic() < deadline:
             return
+        missing = find_missing()
         waited = format_duration(timeout.total_seconds())
         raise LoraError(
             f"{self.names(missing)} of {self.world_size} did not join the run within {waited}",
@@ -142,7 +147,7 @@ class Peers:
             LostPeer: another process has failed meanwhile.
         """
         self._store.set(f"{key}/{self.rank}", json.dumps(value))
-        while self._missing(key):
+        while not self._is_complete(key):
             if (failure := self.failure()) is not None:
                 raise self._lost(failure)
             time.sleep(POLL_S)
