@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
@@ -35,12 +36,11 @@ SIGNAL_HINTS = {
 }
 
 
-class Outcome:
+class Outcome(NamedTuple):
     """How the workers of one start have ended."""
 
-    def __init__(self, exit_code: int, failed: int | None = None, *, stopped: bool = False) -> None:
-        """`failed` is the rank of the first worker that failed; `stopped` means that a signal ended the run."""
-        self.exit_code, self.failed, self.stopped = exit_code, failed, stopped
+    exit_code: int
+    stopped: bool = False  # by a signal to the launcher
 
     @property
     def may_restart(self) -> bool:
@@ -129,7 +129,7 @@ def launch_workers(processes: int, arguments: list[str]) -> Outcome:
     if failed is None:
         return Outcome(0)
     code = 128 + received[0] if received else _exit_code(workers[failed])
-    return Outcome(code, failed, stopped=bool(received))
+    return Outcome(code, stopped=bool(received))
 
 
 def _start_worker(rank: int, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:

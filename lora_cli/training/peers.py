@@ -24,9 +24,9 @@ from lora_cli.run.print_error import error_lines
 from lora_cli.run.signals import end_process
 
 POLL_S = 0.05  # seconds between two looks for the others
-TICK_S = 1.0  # seconds between two signs of life of a process
+TICK_S = 1.0  # seconds between two heartbeats of a process
 STORE_ANSWERS = timedelta(seconds=20)  # longest time that the store takes for an answer
-# Seconds from a failure to the end of the others. A launcher, or the closed connection, ends most of them sooner.
+# Seconds from a failure to the end of the others. A launcher, or a closed connection, ends most of them sooner.
 FAILURE_GRACE_S = 8.0
 SEE = "see its messages above, or in the log of its machine"
 
@@ -195,23 +195,24 @@ class Peers:
         """Return the error of this process after a connection to another one was closed.
 
         Args:
-            wait_s: seconds in which a launcher ends this process, and in which living processes give a sign of life.
+            wait_s: seconds in which a launcher ends this process, and in which living processes send a heartbeat.
         """
-        before = self._signs()
+        before = self._heartbeats()
         time.sleep(wait_s)
         if (failure := self.failure()) is not None:
             return self._lost(failure)
-        after = self._signs()
+        after = self._heartbeats()
         if not after:
             return self._lost(Failure(None, f"{self.name(0)}, or the launcher of its machine, ended", SEE))
         lost = [rank for rank in range(self.world_size) if rank != self.rank and after[rank] == before.get(rank)]
         message = f"{self.names(lost)} ended" if lost else "another process of this run ended"
         # The others, which lose their connections to this process as well, are not to name it.
+        self._ended.set()
         self.record_failure(Failure(None, message, SEE))
         return self._lost(self.failure() or Failure(None, message, SEE))
 
     def watch(self, sequence: Callable[[], int], timeout: Callable[[], timedelta]) -> None:
-        """Start to give signs of life, and to watch those of the others, in a thread; it needs no time of the GPU.
+        """Start to send heartbeats, and to watch those of the others, in a thread; it needs no time of the GPU.
 
         If another process does not come to a collective within the timeout after this one, or has failed, the thread
         ends this process, whose main thread waits in C code for a device or a connection.
@@ -220,7 +221,7 @@ class Peers:
             sequence: returns the number of collectives that this process has begun.
             timeout: returns how long the others may take to begin the same one, at present.
         """
-        self._give_sign(0, sequence())
+        self._send_heartbeat(0, sequence())
         self._thread = threading.Thread(target=self._watch, args=(sequence, timeout), name="peers", daemon=True)
         self._thread.start()
 
@@ -238,13 +239,13 @@ class Peers:
             if (now_at := sequence()) != own:
                 own, since = now_at, time.monotonic()
             try:
-                self._give_sign(beat, own)
+                self._send_heartbeat(beat, own)
                 lost_since = None
                 if (failure := self.failure()) is not None:
                     self._end_after(failure)
                 if time.monotonic() - since < timeout().total_seconds():
                     continue
-                # Twice in a row, because a sign of life may be older than the collective that its process began.
+                # Twice in a row, because a heartbeat may be older than the collective that its process began.
                 behind = self._behind(own)
                 if behind and behind == suspects:
                     self.record_failure(self._describe_hang(behind, timeout()))
@@ -253,24 +254,24 @@ class Peers:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > STORE_ANSWERS.total_seconds():
                     message = f"{self.name(0)}, or the launcher of its machine, does not answer"
-                    self._end_after(Failure(None, message, SEE))
+                    end_process(1, self.lines_after(LostPeer(message, hint=SEE)))
 
-    def _give_sign(self, beat: int, sequence: int) -> None:
-        self._store.set(f"sign/{self.rank}", f"{beat} {sequence}")
+    def _send_heartbeat(self, beat: int, sequence: int) -> None:
+        self._store.set(f"heartbeat/{self.rank}", f"{beat} {sequence}")
 
-    def _signs(self) -> dict[int, str]:
-        """Return the last sign of life of each process, `BEAT SEQUENCE`; empty if the store does not answer."""
-        signs = {}
+    def _heartbeats(self) -> dict[int, str]:
+        """Return the last heartbeat of each process, `BEAT SEQUENCE`; empty if the store does not answer."""
+        found: dict[int, str] = {}
         with suppress(DistError):
             for rank in range(self.world_size):
-                known = self._store.check([f"sign/{rank}"])
-                signs[rank] = self._store.get(f"sign/{rank}").decode() if known else "-1 -1"
-            return signs
+                known = self._store.check([f"heartbeat/{rank}"])
+                found[rank] = self._store.get(f"heartbeat/{rank}").decode() if known else "-1 -1"
+            return found
         return {}
 
     def _behind(self, sequence: int) -> list[int]:
         """Return the ranks that have not begun collective number `sequence`."""
-        return [rank for rank, sign in self._signs().items() if int(sign.split()[1]) < sequence]
+        return [rank for rank, heartbeat in self._heartbeats().items() if int(heartbeat.split()[1]) < sequence]
 
     def _describe_hang(self, ranks: Sequence[int], timeout: timedelta) -> Failure:
         waited = format_duration(timeout.total_seconds())
@@ -283,7 +284,7 @@ class Peers:
     def _end_after(self, failure: Failure) -> None:
         """End this process after the failure of another one, or of one that does not answer."""
         own = failure.rank == self.rank  # it ends by itself, and reports the failure
-        if self._ended.wait(FAILURE_GRACE_S if failure.rank is not None else 0) or own:
+        if self._ended.wait(FAILURE_GRACE_S) or own:
             return
         end_process(1, self.lines_after(self._lost(failure)))
 

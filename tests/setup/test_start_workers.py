@@ -29,7 +29,7 @@ def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Starts:
 
     def start(_: int, arguments: list[str]) -> launch.Outcome:
         found.append(arguments)
-        return launch.Outcome(1, 0)
+        return launch.Outcome(1)
 
     monkeypatch.setattr(launch, "launch_workers", start)
     return found

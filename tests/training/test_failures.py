@@ -28,13 +28,12 @@ UNIQUE_ID = (
     "[1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
     "store->get('0') got error: {}"
 )
-LOST = "another process of this run ended"
 HANGS = "a process of this run did not answer for distributed.timeout_minutes"
 
 
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> Peers:
-    """A process of a run of two, without the other one's signs of life."""
+    """A process of a run of two, without the other one's heartbeat."""
     monkeypatch.setattr(failures, "LAUNCHER_S", 0.0)
     monkeypatch.setattr(failures, "LINGER_S", 0.0)
     found = Peers(HashStore(), rank=0, world_size=2)

@@ -122,7 +122,7 @@ def test_the_first_failure_counts_and_is_not_repeated_on_its_machine(connect: Co
     assert lines == [["error: process 2 (b) failed: no rows", "hint: hint"], []]
 
 
-def test_a_process_without_signs_of_life_is_named_after_a_closed_connection(
+def test_a_process_without_heartbeat_is_named_after_a_closed_connection(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(module, "TICK_S", 0.02)
@@ -156,6 +156,7 @@ def test_processes_that_do_not_come_to_a_collective_are_named_by_all_others(
         raise SystemExit  # of the thread
 
     monkeypatch.setattr(module, "TICK_S", 0.02)
+    monkeypatch.setattr(module, "FAILURE_GRACE_S", 0.1)
     monkeypatch.setattr(module, "end_process", end)
     peers = joined(connect)
     for each, count in zip(peers, counts, strict=True):
