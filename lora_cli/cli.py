@@ -15,6 +15,7 @@ from lora_cli.run.byte_size import parse_size
 from lora_cli.run.library_warnings import silence_library_warnings
 from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
+from lora_cli.run.print_error import print_error
 from lora_cli.run.signals import handle_signals, stop_with_launcher
 from lora_cli.run.streams import standard_streams
 from lora_cli.run.system_errors import as_os_error
@@ -87,6 +88,9 @@ def train(
     processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move the existing run aside and start again.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Resume the run up to N times after a process has died.")
+    ] = 0,
 ) -> None:
     """Train an adapter, and verify the written files."""
     from lora_cli.recipe.load import load_recipe
@@ -98,7 +102,8 @@ def train(
     with console.loading_libraries():
         from lora_cli.commands.train import train as command
 
-    raise typer.Exit(command(loaded, resume=resume, fresh=fresh, arguments=sys.argv[1:]))
+    arguments = sys.argv[1:]
+    raise typer.Exit(command(loaded, resume=resume, fresh=fresh, arguments=arguments, max_restarts=max_restarts))
 
 
 @app.command("eval")
@@ -381,9 +386,5 @@ def _report(mistake: LoraError) -> NoReturn:
         # ends the others, so it waits.
         time.sleep(1)
         sys.exit(mistake.exit_code)
-    for line in mistake.details:
-        console.info(line)
-    console.info(f"error: {mistake.message}")
-    if mistake.hint:
-        console.info(f"hint: {mistake.hint}")
+    print_error(mistake)
     sys.exit(mistake.exit_code)

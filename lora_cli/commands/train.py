@@ -14,7 +14,6 @@ from lora_cli.data.collate import Batch
 from lora_cli.model import adalora
 from lora_cli.model.device import pick_device
 from lora_cli.model.sharding import free_gathered, is_sharded
-from lora_cli.recipe.dump import dump_recipe
 from lora_cli.recipe.resume_keys import Change
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console, metrics_log
@@ -28,22 +27,25 @@ from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evalua
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.resume import check_inputs, check_model, describe_changes, find_run_state, record_changes
 from lora_cli.setup.run_size import SMALLER, run_needs
+from lora_cli.setup.start_workers import StartRequest, resumes_after_restart, start_workers
 from lora_cli.setup.strategy import choose_strategy
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
-from lora_cli.training import checkpoint, cpu, launch
+from lora_cli.training import checkpoint, process_group
+from lora_cli.training.agreement import check_inputs_equal
 from lora_cli.training.checkpoint_folders import SavedState
 from lora_cli.training.device_errors import device_errors_as_lora_error
 from lora_cli.training.distributed import any_process, broadcast_adapter
+from lora_cli.training.failures import report_failures
 from lora_cli.training.loop import fit
 from lora_cli.training.loss_scale import LossScale
 from lora_cli.training.loss_spikes import LossSpikes
 from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.memory_ladder import MemoryLadder
-from lora_cli.training.model_card import render_model_card
 from lora_cli.training.optimizer import averaged_weights, make_optimizer
+from lora_cli.training.peers import Peers
 
 
-def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) -> int:
+def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str], max_restarts: int = 0) -> int:
     """Train as `recipe` describes, in as many processes as it requests; return the exit code.
 
     Args:
@@ -51,37 +53,30 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str]) ->
         resume: continue from the newest checkpoint.
         fresh: move an existing run aside, and start again.
         arguments: of the command line, passed on to the worker processes.
+        max_restarts: how often the workers are started again after one has died.
 
     Raises:
         LoraError: the recipe does not fit rows, model or machine, the run folder cannot be used, the loss is not
             finite, memory is too small, or the written adapter differs from the trained one.
     """
-    check_before_rows(recipe)
-    if not launch.is_worker():
-        processes = launch.resolve_processes(recipe.distributed)
-        if processes > 1:
-            # Errors in recipe, data or model are reported here, once, and not by every process.
-            with open_run(recipe.output, resume=resume, fresh=fresh):
-                if resume:
-                    find_run_state(recipe, info=console.info)
-                inputs = load_inputs(with_recorded_date(recipe) if resume else recipe, info=console.info)
-            if inputs.template_date and recipe.data.template_date is None:
-                # All processes write the same date, also if they start at midnight.
-                arguments = [*arguments, "--set", f"data.template_date={inputs.template_date}"]
-            console.info(f"starting {processes} processes")
-            return launch.launch_workers(processes, arguments)
-    on_cpu = pick_device().type == "cpu"
-    accelerator = launch.join_processes(cpu=on_cpu, deterministic=recipe.performance.deterministic)
-    if on_cpu:
-        cpu.set_up_cpu(launch.local_world_size(accelerator))
-    with launch.report_lost_peer():
+    if (code := start_workers(recipe, StartRequest(resume, fresh, arguments, max_restarts))) is not None:
+        return code
+    device = pick_device()
+    peers = process_group.join_peers(recipe, device)
+    with report_failures(peers):
+        check_before_rows(recipe)
+        accelerator = process_group.join_processes(device, deterministic=recipe.performance.deterministic)
+        if resumes_after_restart(peers):
+            resume, fresh = True, False
         if not accelerator.is_main_process:
-            return _train_in_process(recipe, accelerator, run=None, resume=resume)
+            return _train_in_process(recipe, accelerator, peers, run=None, resume=resume)
         with open_run(recipe.output, resume=resume, fresh=fresh) as run:
-            return _train_in_process(recipe, accelerator, run=run, resume=resume)
+            return _train_in_process(recipe, accelerator, peers, run=run, resume=resume)
 
 
-def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolder | None, resume: bool) -> int:
+def _train_in_process(
+    recipe: Recipe, accelerator: Accelerator, peers: Peers | None, *, run: RunFolder | None, resume: bool
+) -> int:
     """Load rows and model, take the steps, verify the adapter; return the exit code.
 
     Only the main process has `run` open: it alone writes and prints.
@@ -106,6 +101,7 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
     for line in describe_schedule(recipe.training, total):
         info(line)
     state = run_records.resume_state(recipe, inputs, plan, total=total, processes=accelerator.num_processes)
+    check_inputs_equal(peers, state, step=saved and saved.step, output=recipe.output)
     changes = check_inputs(saved, recipe, state) if saved else []
     with device_errors_as_lora_error(recipe, accelerator):
         strategy = choose_strategy(recipe, inputs, plan, any_process=lambda value: any_process(accelerator, value))
@@ -116,7 +112,7 @@ def _train_in_process(recipe: Recipe, accelerator: Accelerator, *, run: RunFolde
         if resume:
             training.resume(saved, changes)
         done = saved.step if saved else 0
-        training.prepare_run_folder(done)
+        training.prepare_run_folder(done, peers)
         exit_code = training.take_steps(done)
         if not exit_code:
             training.write_adapter()
@@ -196,8 +192,8 @@ class Training:
         self.state["changes"] = record_changes(saved, changes)
         self.info(f"resuming after step {saved.step}")
 
-    def prepare_run_folder(self, done: int) -> None:
-        """Write recipe and manifest, and cut the logs to the `done` steps.
+    def prepare_run_folder(self, done: int, peers: Peers | None) -> None:
+        """Write recipe and manifest, and cut the logs to the `done` steps; tell `peers` that the run has begun.
 
         Raises:
             LoraError: the run does not fit on the disk.
@@ -218,6 +214,8 @@ class Training:
         # The recipe comes first: a folder with a part of a run, but without it, could be neither started nor resumed.
         run_records.write_records(self.run, self.recipe, self.manifest, info=self.info)
         self.run.checkpoints.mkdir(exist_ok=True)
+        if peers:
+            peers.mark_begun()
         # A start from step 0 evaluates the base again, so the records of step 0 are removed too.
         metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, complete_from=1)
         metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
@@ -244,7 +242,7 @@ class Training:
             )
             return 0
         self.accelerator.wait_for_everyone()  # for the first process, which answers prompts alone
-        launch.set_timeout(timeout)
+        process_group.set_timeout(timeout)
         with (
             stop_request() as stop,
             console.step_progress(
@@ -282,13 +280,13 @@ class Training:
                 self.stopped_early = evaluated and not last and self.evaluations.should_stop
                 last = last or self.stopped_early
                 answering = last or _is_due(step.number, self.spec.answer_every)
-                with launch.one_works_alone(timeout) if answering else nullcontext():
+                with process_group.one_works_alone(timeout) if answering else nullcontext():
                     if self.answers and answering:
                         self.answers.answer(step.number, answer_log, info, stop.is_set)
                     stopping = any_process(self.accelerator, stop.is_set())  # all leave the loop at the same step
                 new_best = evaluated and self.evaluations.is_new_best(step.number)
                 if last or stopping or new_best or _is_due(step.number, self.spec.save_every):
-                    with launch.one_works_alone(timeout):
+                    with process_group.one_works_alone(timeout):
                         self._save_checkpoint(step.number)
                 if stopping:
                     info(f"stopped after step {step.number}, which is saved; --resume continues from there")
@@ -374,16 +372,10 @@ class Training:
         else:
             checkpoint.load_best(self.run.checkpoints, step, self.model, rank_allocator=self.rank_allocator)
             self._write_verified(self.run, step, probe)
-        result = {
-            "steps_done": self.done,
-            "stopped_early": self.stopped_early,
-            "adapter_step": step,
-            "keep": self.spec.keep,
-            "evaluations": self.evaluations.history.to_json(),
-            "loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped},
-            "memory": self.built.ladder.to_json(),
-            "loss_scale": self.scale.to_json(),
-        }
+        result: dict[str, Any] = {"steps_done": self.done, "stopped_early": self.stopped_early, "adapter_step": step}
+        result |= {"keep": self.spec.keep, "evaluations": self.evaluations.history.to_json()}
+        result |= {"loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped}}
+        result |= {"memory": self.built.ladder.to_json(), "loss_scale": self.scale.to_json()}
         run_records.write_records(self.run, self.recipe, {**self.manifest, "result": result}, info=self.info)
         if summary := self.spikes.summary():
             self.info(summary)
@@ -394,19 +386,14 @@ class Training:
 
     def _write_verified(self, run: RunFolder, step: int, probe: Batch) -> None:
         """Write the model's adapter and its card, compared with what is read back."""
-        model_card = render_model_card(
-            self.recipe,
-            recipe_text=dump_recipe(self.recipe),
-            ledger=self.inputs.data.ledger.to_json(),
-            results=run_records.results(run.metrics, self.recipe, self.evaluations.history, step=step),
-            step=step,
-            steps_done=self.done,
+        card = run_records.model_card(
+            run, self.recipe, self.inputs, self.evaluations.history, step=step, steps_done=self.done
         )
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         checkpoint.check_finite(trained, step=step, folder=run.checkpoints)
         if self.rank_allocator is not None:
             self.rank_allocator.prune()
-        self.info(self.writer.write_verified(run.adapter, step, model_card=model_card, probe=probe))
+        self.info(self.writer.write_verified(run.adapter, step, model_card=card, probe=probe))
 
 
 def _is_due(step: int, every: int | None) -> bool:

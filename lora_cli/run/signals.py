@@ -10,12 +10,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCHED = "LORA_LAUNCHED"  # environment variable of a worker whose stdin is a pipe of its launcher
+OF_TORCHRUN = "TORCHELASTIC_RUN_ID"  # environment variable of a worker of torchrun
+# Seconds in which torchrun passes on a signal that its worker has received too: Slurm sends signals to all processes.
+ECHO_S = 1.0
 LAUNCHER_LOST_S = 30  # seconds that such a worker has to save, after its launcher was killed
 
 Receiver = Callable[[signal.Signals], bool]  # returns whether the process goes on
@@ -31,6 +35,7 @@ class StopRequest:
     def __init__(self, accepted: tuple[signal.Signals, ...] = SIGNALS) -> None:
         self.signal: signal.Signals | None = None
         self._accepted = accepted
+        self._received = 0.0  # when, by the monotonic clock
 
     @property
     def exit_code(self) -> int:
@@ -44,8 +49,9 @@ class StopRequest:
     def receive(self, number: signal.Signals) -> bool:
         """Note the first of the accepted signals, and return whether the process goes on."""
         if self.signal is not None or number not in self._accepted:
-            return False
-        self.signal = number
+            is_echo = number == self.signal and time.monotonic() - self._received < ECHO_S
+            return is_echo and OF_TORCHRUN in os.environ
+        self.signal, self._received = number, time.monotonic()
         return True
 
 
@@ -144,17 +150,22 @@ def _decide(read_end: int, decide_end: int) -> None:
             os.write(decide_end, b"\0")
 
 
-def _end_process(number: signal.Signals) -> None:
+def end_process(exit_code: int, lines: Sequence[str] = ()) -> NoReturn:
+    """End the process from any thread: remove temporary files, write `lines` to stderr, exit."""
     try:
         for cleanup in reversed(_cleanups):
             with suppress(OSError):
                 cleanup()
-        # Of several processes on a machine, the first one speaks.
-        if os.environ.get("LOCAL_RANK", "0") in ("", "0"):
-            with suppress(OSError):
-                os.write(2, f"stopped by {number.name}\n".encode())
+        with suppress(OSError):
+            os.write(2, "".join(f"{line}\n" for line in lines).encode())
     finally:
-        os._exit(128 + number)
+        os._exit(exit_code)
+
+
+def _end_process(number: signal.Signals) -> NoReturn:
+    # Of several processes on a machine, the first one speaks.
+    speaks = os.environ.get("LOCAL_RANK", "0") in ("", "0")
+    end_process(128 + number, [f"stopped by {number.name}"] if speaks else [])
 
 
 def _block() -> None:

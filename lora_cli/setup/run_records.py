@@ -26,6 +26,7 @@ from lora_cli.run.set_aside import set_aside_damaged
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_model import TrainableModel, resolve_optimizer
 from lora_cli.training.best_step import EvaluationHistory
+from lora_cli.training.model_card import render_model_card
 
 # Libraries whose versions can change a result, within rounding; numpy shuffles the rows.
 PACKAGES = (
@@ -65,6 +66,20 @@ def describe_results(run: RunFolder, recipe: Recipe, history: EvaluationHistory,
         return _publishing_notes(recipe)
     before, after = losses
     return [f"eval loss {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})", *_publishing_notes(recipe)]
+
+
+def model_card(
+    run: RunFolder, recipe: Recipe, inputs: RunInputs, history: EvaluationHistory, *, step: int, steps_done: int
+) -> str:
+    """Return the model card of the adapter of `step`, after `steps_done` steps of the run."""
+    return render_model_card(
+        recipe,
+        recipe_text=dump_recipe(recipe),
+        ledger=inputs.data.ledger.to_json(),
+        results=results(run.metrics, recipe, history, step=step),
+        step=step,
+        steps_done=steps_done,
+    )
 
 
 def _publishing_notes(recipe: Recipe) -> list[str]:

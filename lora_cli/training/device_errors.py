@@ -7,7 +7,6 @@ from accelerate import Accelerator
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
-from lora_cli.run import console
 from lora_cli.run.os_errors import is_out_of_memory
 
 NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch has no exception class of its own for it
@@ -37,8 +36,4 @@ def device_errors_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Ite
             size = "data.max_length"
         message = f"{accelerator.device} has too little memory for a step"
         hint = f"lower {size}, or set training.gradient_checkpointing to true"
-        if not accelerator.is_local_main_process:
-            # It may have happened in this process alone, and `main` prints only for the first process of a machine.
-            console.info(f"error: {message}")
-            console.info(f"hint: {hint}")
         raise LoraError(message, hint=hint, exit_code=1) from None

@@ -73,7 +73,8 @@ PRIVATE: dict[str, Use] = {
         library_checks.module_dictionaries,
     ),
     "_python_dispatch": Use("model/quantize.py", library_checks.dispatch_mode),
-    "_set_pg_timeout": Use("training/launch.py", library_checks.group_timeout),
+    "_get_sequence_number_for_group": Use("training/process_group.py", library_checks.collectives_are_counted),
+    "_set_pg_timeout": Use("training/process_group.py", library_checks.group_timeout),
     "_pytree": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_softmax_backward_data": Use("model/packed_attention.py", library_checks.softmax_backward),
 }
@@ -132,7 +133,15 @@ IMPORTED: dict[str, Use] = {
     "peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING": Use(
         "model/expert_targets.py", moe_checks.names_read_as_experts
     ),
-    "torch.distributed.distributed_c10d._set_pg_timeout": Use("training/launch.py", library_checks.group_timeout),
+    "torch.distributed.distributed_c10d._set_pg_timeout": Use(
+        "training/process_group.py", library_checks.group_timeout
+    ),
+    "torch.distributed.DistError": Use(
+        "training/failures.py training/peers.py training/process_group.py", library_checks.errors_of_a_store
+    ),
+    "torch.distributed.PrefixStore": Use("training/peers.py training/process_group.py", library_checks.shared_store),
+    "torch.distributed.Store": Use("training/peers.py", library_checks.shared_store),
+    "torch.distributed.TCPStore": Use("training/launch.py training/process_group.py", library_checks.shared_store),
     **dict.fromkeys(
         ("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.device_mesh.init_device_mesh"),
         Use("model/sharded_base.py", library_checks.sharded_layer),
@@ -141,7 +150,6 @@ IMPORTED: dict[str, Use] = {
     "torch.distributed.fsdp.FSDPModule": Use("model/sharding.py", library_checks.sharded_layer),
     "torch.distributed.tensor.DTensor": Use("model/sharded_base.py model/sharding.py", library_checks.sharded_layer),
     "torch.distributed.tensor.Shard": Use("model/sharded_base.py", library_checks.sharded_layer),
-    "torch.distributed.TCPStore": Use("training/launch.py", library_checks.launchers_store),
     "transformers.conversion_mapping.get_model_conversion_mapping": Use(
         "model/conversion.py", library_checks.weight_conversion
     ),
@@ -270,7 +278,9 @@ UNDOCUMENTED: dict[str, Use] = {
     "bitsandbytes.optim.Optimizer8bit.check_overrides": Use("training/optimizer.py", library_checks.optimizer_state),
     "bitsandbytes.optim.Optimizer8bit.state.qmap": Use("training/optimizer.py", library_checks.optimizer_state),
     "torch.nn.Module.parametrizations": Use("model/fp32_weights.py", library_checks.module_dictionaries),
-    "torch.distributed.TORCHELASTIC_USE_AGENT_STORE": Use("training/launch.py", library_checks.launchers_store),
+    "torch.distributed.TORCHELASTIC_USE_AGENT_STORE": Use(
+        "training/launch.py training/process_group.py", library_checks.launchers_store
+    ),
     "huggingface_hub.constants.ENDPOINT": Use("run/hub.py", library_checks.offline_switch),
     "huggingface_hub.constants.HF_HUB_OFFLINE": Use("run/hub.py", library_checks.offline_switch),
     "huggingface_hub.errors.HfHubHTTPError.__bases__": Use("run/hub.py", library_checks.errors_of_http),

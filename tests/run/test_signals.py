@@ -10,6 +10,7 @@ from types import FrameType
 
 import pytest
 
+from lora_cli.run import signals
 from lora_cli.run.signals import SIGNALS, handle_signals, stop_request
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
@@ -172,3 +173,16 @@ def test_signals_that_interrupt_the_handler_of_another_signal_block_nothing():
         finally:
             process.kill()
         assert int(process.stdout.read()) > 3
+
+
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_torchruns_echo_of_a_signal_does_not_end_its_worker(under_torchrun: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(signals.OF_TORCHRUN, raising=False)
+    if under_torchrun:
+        monkeypatch.setenv(signals.OF_TORCHRUN, "run-1")
+    request = signals.StopRequest()
+    assert request.receive(signal.SIGTERM)
+    assert request.receive(signal.SIGTERM) is under_torchrun
+    assert not request.receive(signal.SIGINT)
+    monkeypatch.setattr(signals, "ECHO_S", 0.0)
+    assert not request.receive(signal.SIGTERM)

@@ -353,7 +353,7 @@ def dispatch_mode() -> None:
 
 
 def group_timeout() -> None:
-    """The timeout of a process group can be changed; `tests/training/test_launch.py` shows that it is kept."""
+    """The timeout of a process group can be changed; `tests/training/test_process_group.py` shows that it is kept."""
     signature = inspect.signature(torch.distributed.distributed_c10d._set_pg_timeout)
     assert "timeout" in signature.parameters
     assert signature.parameters["group"].default is None
@@ -378,6 +378,42 @@ def sharded_layer() -> None:
             assert not isinstance(layer.weight, torch.distributed.tensor.DTensor)
         finally:
             torch.distributed.destroy_process_group()
+
+
+def collectives_are_counted() -> None:
+    """The count of a group rises with each collective that this process begins, in any of its threads."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        group: Any = torch.distributed.group.WORLD
+        before = group._get_sequence_number_for_group()
+        torch.distributed.all_reduce(torch.ones(1))
+        torch.distributed.broadcast(torch.ones(1), 0)
+        assert group._get_sequence_number_for_group() == before + 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def shared_store() -> None:
+    """Clients of a store see each other's keys, and those of a prefix only with it."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
+    part = torch.distributed.PrefixStore("a", client)
+    part.set("key", "value")
+    assert (server.check(["key"]), server.check(["a/key"]), part.get("key")) == (False, True, b"value")
+    assert (part.add("count", 1), part.add("count", 1)) == (1, 2)
+    assert part.compare_set("first", "", "mine") == b"mine"
+    assert part.compare_set("first", "", "other") == b"mine"
+
+
+def errors_of_a_store() -> None:
+    """The error of a port in use is a DistError with the name of its number; NCCL's is one too."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(torch.distributed.DistError, match="EADDRINUSE"):
+        torch.distributed.TCPStore("127.0.0.1", server.port, is_master=True, wait_for_workers=False)
+    kinds = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+    assert all(issubclass(kind, torch.distributed.DistError) for kind in kinds)
+    assert issubclass(torch.distributed.DistError, RuntimeError)
 
 
 def deterministic_switch() -> None:

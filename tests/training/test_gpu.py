@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
-from lora_cli.training import gpu, launch
+from lora_cli.training import gpu, process_group
 from lora_cli.training.device_errors import device_errors_as_lora_error
 
 
@@ -60,10 +60,12 @@ def nothing_deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_deterministic")
 def test_deterministic_operations_are_requested_of_every_library(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launch, "Accelerator", lambda **_: torch.are_deterministic_algorithms_enabled())
-    assert not launch.join_processes(cpu=True, deterministic=True)  # the CPU's are anyway
-    assert not launch.join_processes(cpu=False)
-    assert launch.join_processes(cpu=False, deterministic=True)
+    monkeypatch.setattr(process_group, "Accelerator", lambda **_: torch.are_deterministic_algorithms_enabled())
+    monkeypatch.setattr(process_group, "set_up_cpu", lambda _: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert not process_group.join_processes(torch.device("cpu"), deterministic=True)  # the CPU's are anyway
+    assert not process_group.join_processes(torch.device("cuda"))
+    assert process_group.join_processes(torch.device("cuda"), deterministic=True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
 

@@ -1,19 +1,17 @@
-"""Distributed launch: exit codes, signals, a killed launcher, processes per machine, lost peers."""
+"""Launching workers on one machine: exit codes, signals, a killed launcher, restarts."""
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from lora_cli.errors import LoraError
-from lora_cli.training import launch
+from lora_cli.training import launch, process_group
 
 # A worker as launch.py starts it, without torch. It appends its rank to a file when it can receive signals.
 WORKER = """
@@ -24,16 +22,19 @@ with handle_signals():
     stop_with_launcher()
     with stop_request() as stop:
         open(file, "a").write(rank)
-        if kind == "fails" and rank == "1":
+        if kind.isdigit() and rank == "1":  # fails
             while len(open(file).read()) < 2: time.sleep(0.01)
-            sys.exit(3)
+            sys.exit(int(kind))
+        if kind == "killed" and rank == "1":
+            while len(open(file).read()) < 2: time.sleep(0.01)
+            os.kill(os.getpid(), 9)
         while kind == "hangs" or stop.signal is None: time.sleep(0.01)
         open(file, "a").write("s")
         sys.exit(stop.exit_code)
 """
 LAUNCHER = f"""
 import sys
-from lora_cli.training import launch
+from lora_cli.training import launch, process_group
 launch.WORKER = (sys.executable, "-c", {WORKER!r})
 launch.launch_workers(2, sys.argv[1:])
 """
@@ -61,7 +62,7 @@ def test_a_signal_is_passed_on_and_gives_the_exit_code_of_one_process(sent: sign
         os.kill(os.getpid(), sent)
 
     threading.Thread(target=send).start()
-    assert launch.launch_workers(2, [str(log), "stops"]) == code
+    assert launch.launch_workers(2, [str(log), "stops"]).exit_code == code
     assert sorted(log.read_text()) == ["0", "1", "s", "s"]
 
 
@@ -73,18 +74,97 @@ def test_a_second_signal_ends_the_workers_at_once(log: Path, capfd: pytest.Captu
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=send).start()
-    assert launch.launch_workers(2, [str(log), "hangs"]) == 130
+    assert launch.launch_workers(2, [str(log), "hangs"]).exit_code == 130
     assert capfd.readouterr().err == "stopped by SIGTERM\n"  # said by one worker only
 
 
-def test_a_worker_that_fails_ends_the_others(log: Path, capfd: pytest.CaptureFixture[str]):
-    assert launch.launch_workers(2, [str(log), "fails"]) == 3
-    assert capfd.readouterr().err == "process 1 ended with exit code 3\n"
+def test_a_worker_that_fails_ends_the_others_and_is_named_with_its_machine(
+    log: Path, capfd: pytest.CaptureFixture[str]
+):
+    assert launch.launch_workers(2, [str(log), "3"]).exit_code == 3
+    assert capfd.readouterr().err == f"error: process 1 ({socket.gethostname()}) ended with exit code 3\n"
+
+
+def test_a_worker_that_has_printed_its_error_is_not_reported_again(log: Path, capfd: pytest.CaptureFixture[str]):
+    assert launch.launch_workers(2, [str(log), "2"]).exit_code == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_worker_that_a_signal_has_ended_is_reported_with_a_hint(log: Path, capfd: pytest.CaptureFixture[str]):
+    assert launch.launch_workers(2, [str(log), "killed"]).exit_code == 137
+    error, hint = capfd.readouterr().err.splitlines()
+    assert error == f"error: process 1 ({socket.gethostname()}) was ended by SIGKILL"
+    assert "out of memory" in hint
 
 
 def test_workers_that_end_well_give_exit_code_0(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "WORKER", (sys.executable, "-c", "import os; assert os.environ['WORLD_SIZE'] == '2'"))
-    assert launch.launch_workers(2, []) == 0
+    assert launch.launch_workers(2, []).exit_code == 0
+
+
+# A worker that fails until it was started as often as its third argument says.
+FAILING = """
+import os, sys
+file, code, starts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+open(file, "a").write("resumes " if "--resume" in sys.argv else "starts ")
+sys.exit(code if len(open(file).read().split()) < starts else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "starts", "max_restarts", "expected", "log_text"),
+    [
+        (3, 1, 2, 0, "starts"),  # it does not fail
+        (3, 2, 2, 0, "starts resumes"),
+        (1, 3, 2, 0, "starts resumes resumes"),
+        (3, 9, 2, 3, "starts resumes resumes"),  # too often
+        (3, 9, 0, 3, "starts"),
+        (2, 9, 2, 2, "starts"),  # an error of the recipe
+        (143, 9, 2, 143, "starts"),  # somebody has ended the worker
+    ],
+)
+def test_workers_are_started_again_as_often_as_requested(
+    code: int,
+    starts: int,
+    max_restarts: int,
+    expected: int,
+    log_text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(launch, "WORKER", (sys.executable, "-c", FAILING))
+    arguments = [str(tmp_path / "log"), str(code), str(starts)]
+    ended = launch.launch_with_restarts(
+        1, arguments, max_restarts=max_restarts, resume_arguments=lambda: [*arguments, "--resume"]
+    )
+    assert ended == expected
+    assert (tmp_path / "log").read_text().split() == log_text.split()
+    told = [line for line in capfd.readouterr().err.splitlines() if "restart" in line]
+    assert told == [
+        f"starting the process again, from the newest checkpoint: restart {number} of {max_restarts}"
+        for number in range(1, len(log_text.split()))
+    ]
+
+
+def test_a_signal_to_the_launcher_is_not_followed_by_a_restart(log: Path):
+    def send() -> None:
+        wait_until(log, 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send).start()
+    ended = launch.launch_with_restarts(
+        2, [str(log), "stops"], max_restarts=3, resume_arguments=lambda: pytest.fail("started again")
+    )
+    assert ended == 130
+
+
+def test_the_only_worker_of_a_run_joins_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = "', '".join(process_group.RENDEZVOUS)
+    monkeypatch.setattr(
+        launch, "WORKER", (sys.executable, "-c", f"import os; assert not {{'{names}'}} & {{*os.environ}}")
+    )
+    assert launch.launch_workers(1, []).exit_code == 0
 
 
 @pytest.mark.slow
@@ -93,79 +173,3 @@ def test_workers_stop_when_their_launcher_is_killed(log: Path):
         wait_until(log, 2)
         launcher.kill()
     wait_until(log, 4, seconds=20)
-
-
-def test_the_local_world_size_counts_the_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    accelerator: Any = SimpleNamespace(num_processes=16)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launch.local_world_size(accelerator) == 4
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert launch.local_world_size(accelerator) == 16
-
-
-HANGING_PEER = """
-import os, sys, time
-from datetime import timedelta
-import torch, torch.distributed as dist
-from lora_cli.errors import LoraError
-from lora_cli.training import launch
-dist.init_process_group("gloo", timeout=launch.PREPARING_TIMEOUT)
-if os.environ["RANK"] == "1":
-    time.sleep(6)  # prepares alone
-ones = torch.ones(1)
-dist.all_reduce(ones)
-launch.set_timeout(timedelta(seconds=2))
-with launch.one_works_alone(timedelta(seconds=2)):
-    if os.environ["RANK"] == "1":
-        time.sleep(4)  # works alone
-    dist.all_reduce(ones)
-print("all answered", flush=True)
-if os.environ["RANK"] == "1":
-    time.sleep(60)
-start = time.monotonic()
-try:
-    with launch.report_lost_peer():
-        dist.all_reduce(ones)
-except LoraError as error:
-    print(error.message, time.monotonic() - start < 30, flush=True)
-    os._exit(error.exit_code)
-"""
-
-
-@pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_but_one_that_works_alone_does_not():
-    store = launch.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": "2",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", HANGING_PEER],
-            env=environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output, _ = processes[0].communicate(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert output.splitlines() == [
-        "all answered",
-        "a process of this run has not answered within distributed.timeout_minutes True",
-    ]
-    assert processes[0].returncode == 1
-
-
-def test_a_lost_peer_is_an_error_without_traceback(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(time, "sleep", lambda _: None)
-    with pytest.raises(LoraError, match="another process of this run has ended"), launch.report_lost_peer():
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:14766: Connection reset by peer.")
-    with pytest.raises(RuntimeError, match="a bug"), launch.report_lost_peer():
-        raise RuntimeError("a bug")

@@ -1,0 +1,152 @@
+"""Join the process group: the workers of `lora train` itself, torchrun, accelerate or Slurm, on one or more machines.
+
+Every worker finds the others through environment variables: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed import (  # type: ignore[attr-defined]  # documented, but not in __all__
+    DistError,
+    PrefixStore,
+    TCPStore,
+)
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from lora_cli.errors import LoraError, first_line
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run import console
+from lora_cli.training.agreement import check_start, start_record
+from lora_cli.training.cpu import set_up_cpu
+from lora_cli.training.gpu import set_up_allocator, set_up_determinism
+from lora_cli.training.peers import STORE_ANSWERS, Peers
+
+# The first process may write or unpack files for hours while the others wait. A process that dies is noticed without a
+# timeout: its peers get a closed connection, or the launcher ends them.
+PREPARING_TIMEOUT = timedelta(days=1)
+# The group's own timeout is later than that of `Peers`, which names the process that does not answer. NCCL's watchdog,
+# which cannot, ends the process with a trace of its threads.
+LATER = timedelta(minutes=1)
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables of a worker
+SUPERVISED = "LORA_SUPERVISED"  # environment variable of the only worker of a run, which joins no group
+STARTERS = "start it with torchrun or accelerate launch, or let `lora train` start the processes of one machine"
+_timeout = [PREPARING_TIMEOUT]  # how long others may take to begin a collective, at present
+
+
+def is_worker() -> bool:
+    """Return whether torchrun, `accelerate launch` or `launch_workers` started this process as a worker of a group.
+
+    Raises:
+        LoraError: some environment variables of a worker of several are set, but not all.
+    """
+    size, missing = os.environ.get("WORLD_SIZE"), [name for name in RENDEZVOUS if not os.environ.get(name)]
+    # Platforms set WORLD_SIZE, RANK and an address, but no LOCAL_RANK, for containers that start the processes.
+    if not size or (size == "1" and "LOCAL_RANK" in missing):
+        return False
+    if missing:
+        raise LoraError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
+            hint=f"{STARTERS}; if this is one process alone, unset WORLD_SIZE",
+        )
+    return True
+
+
+def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], None] = console.info) -> Peers | None:
+    """Meet the other workers of the run, compare what they have, and connect the process group; None: there are none.
+
+    Raises:
+        LoraError: the port is in use, the first machine does not answer, processes are missing, or they differ.
+    """
+    if not is_worker():
+        return None
+    set_up_allocator()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    joining = timedelta(minutes=recipe.distributed.timeout_minutes)
+    server = _serve() if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else None
+    store = _connect(joining)
+    store.set_timeout(STORE_ANSWERS)
+    peers = Peers(store, rank=rank, world_size=world_size)
+    records = peers.join(start_record(recipe, device), timeout=joining)
+    check_start(peers, records, info=info if rank == 0 else console.no_output)
+    # torchrun keeps its store over restarts, and the addresses in it would be those of the ended workers.
+    of_group = PrefixStore(peers.start, server or _connect(PREPARING_TIMEOUT))
+    torch.distributed.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl",
+        store=of_group,
+        rank=rank,
+        world_size=world_size,
+        timeout=PREPARING_TIMEOUT,
+    )
+    group: Any = torch.distributed.group.WORLD  # whose type has no annotation of the method
+    peers.watch(group._get_sequence_number_for_group, lambda: _timeout[0])
+    return peers
+
+
+def _serve() -> TCPStore:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=PREPARING_TIMEOUT)
+    except DistError as error:
+        if "EADDRINUSE" not in str(error):
+            raise LoraError(f"MASTER_PORT {port} cannot be opened: {first_line(error)}", hint=STARTERS) from None
+        raise LoraError(
+            f"MASTER_PORT {port} of this machine is in use",
+            hint="end the program that uses it, such as an earlier run, or choose another port: torchrun "
+            "--master-port, accelerate launch --main_process_port, or MASTER_PORT on all machines",
+            exit_code=1,
+        ) from None
+
+
+def _connect(timeout: timedelta) -> TCPStore:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    except DistError:
+        raise LoraError(
+            f"the first machine of the run, {address}, does not answer on port {port}",
+            hint="it must be started too, with the same MASTER_ADDR and MASTER_PORT, and a firewall must let this port "
+            "and those of the connections between the processes pass",
+            exit_code=1,
+        ) from None
+
+
+def join_processes(device: torch.device, *, deterministic: bool = False) -> Accelerator:
+    """Set up the process for `device`, and return its Accelerator; after `join_peers` in a worker.
+
+    `deterministic` is about GPUs.
+    """
+    set_up_allocator()
+    if deterministic and device.type != "cpu":
+        set_up_determinism()
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    if device.type == "cpu":
+        set_up_cpu(_local_world_size(accelerator))
+    return accelerator
+
+
+def _local_world_size(accelerator: Accelerator) -> int:
+    """Return the number of processes on this machine, which is less than the world size of a multi-machine run."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """Set how long this process waits for others in the operations that follow; all processes must call it.
+
+    Its default is PREPARING_TIMEOUT. It does nothing in a run of one process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _timeout[0] = timeout
+        _set_pg_timeout(timeout + LATER)
+
+
+@contextmanager
+def one_works_alone(timeout: timedelta) -> Iterator[None]:
+    """Within the block, wait as long as it takes while one process works; afterwards again for `timeout`."""
+    set_timeout(PREPARING_TIMEOUT)
+    yield
+    set_timeout(timeout)

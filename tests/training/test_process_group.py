@@ -1,0 +1,166 @@
+"""The process group: environment variables of a worker, timeouts, a hanging process, ports, processes per machine."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import Recipe
+from lora_cli.training import process_group
+
+WORKER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+RECIPE = Recipe.model_validate({"model": {"path": "base"}, "data": {"train": "rows.jsonl"}})
+
+
+@pytest.fixture
+def variables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that sets the environment variables of a worker to these alone."""
+
+    def set_variables(values: dict[str, str]) -> None:
+        for name in (*process_group.RENDEZVOUS, "TORCHELASTIC_USE_AGENT_STORE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, False),
+        (WORKER, True),
+        ({**WORKER, "WORLD_SIZE": "1"}, True),
+        # Of a container in which a launcher is to start the processes.
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, False),
+        ({"LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_a_worker_is_known_by_its_environment(values: dict[str, str], expected: bool, variables: Any):
+    variables(values)
+    assert process_group.is_worker() is expected
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_worker_without_one_of_the_variables_is_refused(missing: str, variables: Any):
+    variables({name: value for name, value in WORKER.items() if name != missing})
+    with pytest.raises(LoraError, match=f"^WORLD_SIZE is 2, but {missing} is not set$") as raised:
+        process_group.is_worker()
+    assert "torchrun" in str(raised.value.hint)
+
+
+def test_a_port_in_use_is_one_error_with_a_hint(variables: Any):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        variables({**WORKER, "MASTER_PORT": str(port)})
+        with pytest.raises(LoraError, match=f"^MASTER_PORT {port} of this machine is in use$") as raised:
+            process_group.join_peers(RECIPE, torch.device("cpu"))
+    assert "--master-port" in str(raised.value.hint)
+
+
+def test_a_first_machine_that_does_not_answer_is_named(variables: Any, monkeypatch: pytest.MonkeyPatch):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    variables({**WORKER, "RANK": "1", "MASTER_PORT": str(port)})
+    monkeypatch.setattr(process_group, "timedelta", lambda **_: timedelta(seconds=1))
+    with pytest.raises(
+        LoraError, match=rf"^the first machine of the run, 127\.0\.0\.1, does not answer on port {port}$"
+    ):
+        process_group.join_peers(RECIPE, torch.device("cpu"))
+
+
+def test_the_local_world_size_counts_the_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch):
+    accelerator: Any = SimpleNamespace(num_processes=16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert process_group._local_world_size(accelerator) == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert process_group._local_world_size(accelerator) == 16
+
+
+# Of two processes, the second one works alone for a while, which is allowed, and then does WHAT.
+PAIR = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from lora_cli.recipe.schema import Recipe
+from lora_cli.training import peers, process_group
+from lora_cli.training.failures import report_failures
+what, waits, torch_first = sys.argv[1], timedelta(seconds=int(sys.argv[2])), len(sys.argv) > 3
+if torch_first:  # the group's own timeout is the first one
+    peers.TICK_S, process_group.LATER = 99, timedelta(0)
+recipe = Recipe.model_validate({"model": {"path": "base"}, "data": {"train": "rows.jsonl"}})
+second = os.environ["RANK"] == "1"
+with report_failures(process_group.join_peers(recipe, torch.device("cpu"))):
+    if second:
+        time.sleep(3)
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    process_group.set_timeout(waits)
+    with process_group.one_works_alone(waits):
+        if second:
+            time.sleep(waits.total_seconds() + 3 if waits.total_seconds() < 5 else 0)
+        dist.all_reduce(ones)
+    os.write(1, b"all answered\\n")
+    if second and what == "hangs":
+        time.sleep(60)
+    if second and what == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if second and what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(ones)
+"""
+
+
+def run_pair(log: Path, *arguments: str) -> list[str]:
+    """Run PAIR without a launcher, until its first process ends with exit code 1; return the lines of both."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    environment = os.environ | WORKER | {"MASTER_PORT": str(port)}
+    with log.open("w") as output:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PAIR, *arguments],
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=output,
+                stderr=output,
+            )
+            for rank in range(2)
+        ]
+        try:
+            assert processes[0].wait(timeout=120) == 1
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    return [line for line in log.read_text().splitlines() if line.split(":")[0] in ("error", "hint", "all answered")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hangs", "2"], "process 1 (HOST) did not answer for 0:02 (distributed.timeout_minutes)"),
+        (["stops", "2"], "process 1 (HOST) did not answer for 0:02 (distributed.timeout_minutes)"),
+        (["hangs", "2", "torch first"], "a process of this run did not answer for distributed.timeout_minutes"),
+        (["killed", "60"], "process 1 (HOST) ended"),
+    ],
+)
+def test_a_process_that_is_lost_is_named_once_but_one_that_works_alone_is_not(
+    arguments: list[str], message: str, tmp_path: Path
+):
+    start = time.monotonic()
+    *answered, error, hint = run_pair(tmp_path / "log", *arguments)
+    assert answered == ["all answered"] * 2
+    assert error == f"error: {message.replace('HOST', socket.gethostname())}"
+    assert hint.startswith("hint: see ")
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    assert time.monotonic() - start < 60
