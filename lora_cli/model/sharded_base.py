@@ -147,17 +147,57 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str]) ->
     ignored = {parameter for module in kept for parameter in module.parameters()}
     for layer in layers.values():
         fully_shard(layer, mesh=mesh, ignored_params=ignored)
-    # The module whose forward runs the layers, also where the model calls it past the modules around it, as OPT does.
-    (name,) = (name for name, module in model.named_modules() if module is embeddings)
-    fully_shard(model.get_submodule(_common_path([*layers, name])), mesh=mesh, ignored_params=ignored)
     if head is not None and head not in kept:
         fully_shard(head, mesh=mesh, reshard_after_forward=True)
+    (name,) = (name for name, module in model.named_modules() if module is embeddings)
+    fully_shard(_outermost_called(model, _common_path([*layers, name])), mesh=mesh, ignored_params=ignored)
 
 
 def _common_path(names: Sequence[str]) -> str:
     """Return the path of the innermost module that contains the modules `names`."""
     parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return ".".join(part[0] for part in takewhile(lambda each: len(set(each)) == 1, parts))
+
+
+class _Called(Exception):
+    """Ends a forward pass where a module is called."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+def _outermost_called(model: PreTrainedModel, path: str) -> nn.Module:
+    """Return the outermost module within `model` on the way to `path` that a forward pass calls.
+
+    Its forward runs embeddings and layers. OPT calls its decoder past the module around it, and a multimodal model
+    looks up the embeddings in the module around the decoder. The model is on the meta device.
+
+    Raises:
+        LoraError: the model itself looks up the embeddings, as Llama 4 with its tower does.
+    """
+
+    def end(module: nn.Module, _: Any) -> None:
+        raise _Called(module)
+
+    parts = path.split(".")
+    around = [model.get_submodule(".".join(parts[: count + 1])) for count in range(len(parts))]
+    embeddings = model.get_input_embeddings()
+    handles = [module.register_forward_pre_hook(end) for module in (*around, embeddings)]
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+    except _Called as called:
+        if called.module is not embeddings:
+            return called.module
+        raise LoraError(
+            f"distributed.strategy: {model.config.model_type} models cannot be sharded: they look up their embeddings "
+            "outside of the decoder",
+            hint="write strategy: ddp",
+        ) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise AssertionError(f"{type(model).__name__} does not call {path}")
 
 
 def _read(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_cli.recipe.methods import METHOD_FACTS
-from tests.model import families, zoo
+from tests.model import families, multimodal_families, zoo
+from tests.model.multimodal_families import MULTIMODAL
 from tests.support import sharded_cases
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,9 +59,13 @@ def test_sharded_bases_of_all_families_compute_what_whole_ones_do(bases: Path):
     names = [name for name, family in families.FAMILIES.items() if family.task == "causal-lm"]
     for name in names:
         families.write(families.FAMILIES[name], bases / sharded_cases.FAMILIES / name)
+    for name, family in MULTIMODAL.items():
+        multimodal_families.write(family, bases / sharded_cases.FAMILIES / f"{name} with towers")
     found = differences(bases, sharded_cases.FAMILIES, processes=2)
-    assert found.keys() == set(names)
-    assert {name: value for name, value in found.items() if value > 1e-5} == {}
+    assert found.keys() == {*names, *(f"{name} with towers" for name in MULTIMODAL)}
+    assert {name: value for name, value in found.items() if not 0 <= value < 1e-5} == {
+        "llama4 with towers": sharded_cases.REFUSED
+    }
 
 
 def test_every_method_that_can_be_sharded_is_compared():
