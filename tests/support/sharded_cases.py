@@ -135,7 +135,8 @@ class Cases:
         try:
             models = (load_sharded(checkpoint, cpu).model, checkpoint.load(cpu).model)
         except LoraError as error:
-            assert "cannot be sharded: they look up their embeddings" in error.message
+            if "cannot be sharded: they look up their embeddings" not in error.message:
+                raise
             return REFUSED
         found, expected = (model.eval()(input_ids=ids, use_cache=False).logits for model in models)
         return float((found - expected).abs().max() / expected.abs().max())
