@@ -92,7 +92,8 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
         out(f"strategy: {strategy.name} ({strategy.why})")
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
-    for choice in choose_performance(recipe, inputs, batches=total * plan.batches_of_device):
+    sharded = strategy is not None and strategy.name == "fsdp"
+    for choice in choose_performance(recipe, inputs, batches=total * plan.batches_of_device, sharded=sharded):
         out(choice.line())
     check_schedule_fits(recipe.training, total)
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)

@@ -100,13 +100,13 @@ def _train_in_process(
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=info)
     for line in describe_schedule(recipe.training, total):
         info(line)
-    state = run_records.resume_state(recipe, inputs, plan, total=total, processes=accelerator.num_processes)
+    strategy = choose_strategy(recipe, inputs, plan, any_process=lambda value: any_process(accelerator, value))
+    if strategy.why:
+        info(f"strategy: {strategy.name} ({strategy.why})")
+    state = run_records.resume_state(recipe, inputs, plan, total=total, strategy=strategy.name)
     check_inputs_equal(peers, state, step=saved and saved.step, output=recipe.output)
     changes = check_inputs(saved, recipe, state) if saved else []
     with device_errors_as_lora_error(recipe, accelerator):
-        strategy = choose_strategy(recipe, inputs, plan, any_process=lambda value: any_process(accelerator, value))
-        if strategy.why:
-            info(f"strategy: {strategy.name} ({strategy.why})")
         model = build_model(recipe, inputs, plan, total=total, info=info, whole=strategy.kept_whole)
         training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run, state=state)
         if resume:

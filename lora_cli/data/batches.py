@@ -117,14 +117,13 @@ class BatchPlan:
         return int(lengths.sum()) if self.packing else int(lengths.max()) * len(rows)
 
     def _largest(self) -> list[int]:
-        """Return the rows of the largest batch of a device; if batches are joined or divided, of the fullest step."""
-        batches = self.epoch(0)
-        if self.join or self.batches_per_step < self.processes:
-            starts = range(0, len(batches), self.batches_per_step)
-            sizes = [sum(map(self._tokens, batches[i : i + self.batches_per_step])) for i in starts]
-            shares = self.shares_of_step(sizes.index(max(sizes)))
-            batches = [batch.rows for share in shares for batch in share]
-        return max(batches, key=self._tokens)
+        """Return the rows of the largest batch of a device in an epoch."""
+        return max(self._batches_of_devices(), key=self._tokens)
+
+    def _batches_of_devices(self) -> Iterator[list[int]]:
+        """Yield the rows of all batches of an epoch, as devices run them."""
+        for step in range(self.steps_per_epoch):
+            yield from (batch.rows for share in self.shares_of_step(step) for batch in share)
 
     def tokens_of_part(self, parts: int) -> int:
         """Return the tokens that one of `parts` parts of a batch can have: `split` keeps rows whole."""
@@ -182,8 +181,8 @@ class BatchPlan:
 
     @property
     def max_rows(self) -> int:
-        """Rows of the batch that has the most; of joined batches, as many as that could have."""
-        return max(map(len, self.epoch(0))) * self.parts
+        """Rows of the batch that has the most."""
+        return max(map(len, self._batches_of_devices()))
 
     def split(self, batch: Batch, parts: int) -> list[Batch]:
         """Return the rows of `batch` as at most `parts` batches of about as many tokens each, in the same order."""

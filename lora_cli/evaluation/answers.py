@@ -1,7 +1,7 @@
 """Generated answers: prompts selected from held-out rows, generation, text metrics, printing, and lm-eval tasks."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,7 @@ def select_prompts(
     task: TaskName,
     loss_on: str,
     option: str = "--answers",
+    info: Callable[[str], None] = console.info,
 ) -> list[Prompt]:
     """Return the first `count` prompts of `rows`; rows with the same prompt are its references.
 
@@ -80,14 +81,15 @@ def select_prompts(
         task: of the model.
         loss_on: the recipe's data.loss_on; with `all`, rows have no prompt.
         option: that requested the answers, for messages.
+        info: prints why there are no or fewer prompts.
     """
     if not count:
         return []
     if TASKS[task].is_classification:
-        console.info(f"{option}: none, because a model for {task} does not generate text")
+        info(f"{option}: none, because a model for {task} does not generate text")
         return []
     if task == "causal-lm" and loss_on == "all":
-        console.info(f"{option}: none, because rows have no prompt with data.loss_on: all")
+        info(f"{option}: none, because rows have no prompt with data.loss_on: all")
         return []
     prompts: dict[tuple[int, ...], Prompt] = {}
     skipped = 0
@@ -108,7 +110,7 @@ def select_prompts(
         prompts[key] = prompt._replace(longest=max(prompt.longest, len(answer_ids)))
     if skipped:
         number = "1 row" if skipped == 1 else f"{skipped:,} rows"
-        console.info(f"{option}: {number} skipped, without a prompt before the first supervised token")
+        info(f"{option}: {number} skipped, without a prompt before the first supervised token")
     return list(prompts.values())
 
 

@@ -13,6 +13,7 @@ from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import Stopping, never
 from lora_cli.model.multimodal import placeholder_tokens
+from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 
@@ -190,6 +191,7 @@ def _generate_batch(
             attention_mask=mask,
             generation_config=config,
             stopping_criteria=[StopOnSignal(stopping)],
+            synced_gpus=is_sharded(base),  # all processes gather its layers as often
         )
     finally:
         base.generation_config = own_config

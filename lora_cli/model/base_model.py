@@ -118,7 +118,7 @@ class BaseCheckpoint(NamedTuple):
         if device.type == "cpu":
             silence_gpu_kernel_advice()
         if not source.packed:
-            self._check_files()
+            self.check_files()
         torch.manual_seed(seed)
         folder = cached_folder(source)
         hint = restore_hint(source) if folder is not None and has_safetensors(folder) else ""
@@ -139,7 +139,7 @@ class BaseCheckpoint(NamedTuple):
         self._set_pad_id(model)
         return LoadedBase(model.requires_grad_(False), heads, notes)
 
-    def _check_files(self) -> None:
+    def check_files(self) -> None:
         """Check the headers of the weights, and that the config describes no far larger model; not of a hub model.
 
         Raises:
@@ -269,17 +269,24 @@ def _check_missing_weights(
         notes.append(
             f"new head{reason}: {', '.join([*heads, *poolers])}, {parameters:,} randomly initialized parameters"
         )
-    unused = sorted(loading_info["unexpected_keys"])
+    return (*heads, *poolers), (*notes, *check_unused_weights(model, loading_info["unexpected_keys"]))
+
+
+def check_unused_weights(model: PreTrainedModel, unused: Iterable[str]) -> list[str]:
+    """Return a note on the tensors of the checkpoint that the model lacks, `unused`.
+
+    Raises:
+        LoraError: the checkpoint has layers that the model lacks.
+    """
+    unused = sorted(unused)
     used_kinds = {LAYER_NUMBER.sub(".#.", name) for name, _ in model.named_parameters()}
     if left_out := [key for key in unused if LAYER_NUMBER.sub(".#.", key) in used_kinds]:
         raise LoraError(
             f"model.path: the checkpoint has more layers than its config.json: {left_out[0]} would not be used",
             hint="restore config.json from its origin, or give another model",
         )
-    if unused:
-        kinds = sorted({key.partition(".")[0] for key in unused})
-        notes.append(f"this task does not use {len(unused)} tensors of the checkpoint: {', '.join(kinds[:4])}")
-    return (*heads, *poolers), tuple(notes)
+    kinds = sorted({key.partition(".")[0] for key in unused})
+    return [f"this task does not use {len(unused)} tensors of the checkpoint: {', '.join(kinds[:4])}"] if unused else []
 
 
 def _is_inside(key: str, modules: Sequence[str]) -> bool:

@@ -21,7 +21,7 @@ from lora_cli.model.head_loss import (
     logit_functions,
 )
 from lora_cli.model.packing_support import stateful_layers
-from lora_cli.model.sharding import gathered
+from lora_cli.model.sharding import gathered, is_gathered, is_plain_linear
 from lora_cli.recipe.tasks import TaskName
 
 
@@ -44,6 +44,9 @@ class OutputHead(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [n, vocabulary] of hidden states [n, h], in their dtype."""
+        layer: Any = self.layer
+        if is_gathered(layer):  # a call would free its weight, and gather it again for the next chunk
+            return self.function(nn.functional.linear(hidden, layer.weight, layer.bias))
         return self.function(self.layer(hidden))
 
 
@@ -85,16 +88,17 @@ class LossFunction:
         targets = batch.targets.to(self.device, non_blocking=True)
         if self.head is not None:
             hidden, smoothing = self._hidden(batch), self._smoothing
-            if self.head.plain:
-                with gathered(self.head.layer):  # its weight is not needed in the backward pass
+            # A sharded head is gathered once, whatever the number of chunks; the backward pass does not need it.
+            with gathered(self.head.layer):
+                if self.head.plain:
                     weight, bias = self.head.layer.weight, self.head.layer.bias
                     loss, correct = ChunkedLinearCrossEntropy.apply(hidden, weight, bias, targets, smoothing)  # type: ignore[no-untyped-call]
-            else:
-                # Without gradients, autograd would still ask for those of parameters.
-                trained = self.head.trained if torch.is_grad_enabled() else ()
-                loss, correct = ChunkedHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                    hidden, targets, self.head.logits, self.head.vocabulary, smoothing, *trained
-                )
+                else:
+                    # Without gradients, autograd would still ask for those of parameters.
+                    trained = self.head.trained if torch.is_grad_enabled() else ()
+                    loss, correct = ChunkedHeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                        hidden, targets, self.head.logits, self.head.vocabulary, smoothing, *trained
+                    )
             return BatchLoss(loss, correct, len(targets))
         losses, correct_units = self._loss(self.logits(batch), targets)
         return BatchLoss(losses.sum(), correct_units.sum(), len(targets))
@@ -108,7 +112,8 @@ class LossFunction:
         hidden, head = self._hidden(batch), self.head
         size = chunk_tokens(head.vocabulary, hidden.device)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
-        results = [self._loss(head.logits(part), part_targets) for part, part_targets in chunks]
+        with gathered(head.layer):
+            results = [self._loss(head.logits(part), part_targets) for part, part_targets in chunks]
         losses, correct = zip(*results, strict=True)
         return torch.cat(losses), torch.cat(correct)
 
@@ -166,7 +171,7 @@ class LossFunction:
             self.base.train(training)
         for function in logit_functions(self.base.config):
             if torch.equal(logits, function(before)):
-                plain = type(layer) is nn.Linear and not trained and torch.equal(logits, before)
+                plain = is_plain_linear(layer) and not trained and torch.equal(logits, before)
                 return OutputHead(layer, function, logits.shape[-1], plain, trained)
         return None
 

@@ -6,7 +6,8 @@ in the forward and in the backward pass. Adapters, and what they train in full, 
 small, and so gradients, optimizer, checkpoints and the saved adapter are those of any run.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from itertools import takewhile
 from typing import Any
@@ -19,16 +20,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lora_cli.errors import LoraError
 from lora_cli.model import fake_quantize, finite
-from lora_cli.model.base_model import BaseCheckpoint, LoadedBase
+from lora_cli.model.base_model import BaseCheckpoint, LoadedBase, check_unused_weights
 from lora_cli.model.checkpoint_reader import CheckpointReader
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.device import resolve_compute_dtype
 from lora_cli.model.empty_base import tied_parameters
 from lora_cli.model.experts import expert_weights
 from lora_cli.model.model_source import local_folder
+from lora_cli.model.multimodal import is_inside, outside_text
 from lora_cli.model.quantize import BLOCK_SIZE, check_cpu_4bit, prepare_for_kbit_training
 from lora_cli.model.safetensors_io import ShardFiles, list_tensors
 from lora_cli.model.streamed_weights import Slot, find_slots
@@ -51,17 +54,21 @@ def load_sharded(
         device: of this process.
         attention: attention implementation, by transformers' name; None for its default.
         quantization: 4 bits, or None.
-        whole: modules whose weights are not sharded, because they are trained; by the last parts of their names.
+        whole: modules whose weights are not sharded, because they are trained; by full name.
 
     Raises:
-        LoraError: the model has no decoder layers that can be sharded, lacks weights, or a weight is not finite.
+        LoraError: the checkpoint lacks weights or has others, a weight is not finite, or a module of `whole` would be
+            quantized.
     """
+    base.check_files()
+    folder = local_folder(base.source, fetch=True)
     model = base.skeleton(buffers=base.dtype)
     if attention is not None:
         model.set_attn_implementation(attention)
     with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(str(local_folder(base.source, fetch=True)))
-    quantized = _quantize_skeleton(model, base, quantization) if quantization is not None else set()
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    _keep_in_fp32(model, base.dtype)
+    quantized = set() if quantization is None else _quantize_skeleton(model, base, quantization, whole=whole)
     tied = tied_parameters(model)
     slots = find_slots(model)
     for module in model.modules():
@@ -69,46 +76,90 @@ def load_sharded(
             setattr(module, name, buffer.to(device))
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     _shard(model, mesh, whole=whole)
-    tensors = list_tensors(local_folder(base.source, fetch=True))
+    tensors = list_tensors(folder)
     with ShardFiles(writable=False) as files:
         mapping = CheckpointMapping(base.skeleton(), tensors)
-        shapes = {name: tuple(slot.value.shape) for name, slot in slots.items() if name not in quantized}
-        reader = CheckpointReader(tensors, mapping, files, tied=tied, shapes=shapes, transforms={})
-        if missing := [name for name in slots if not reader.has(name)]:
-            raise LoraError(
-                f"model.path: the checkpoint has no weights for {', '.join(missing[:3])}",
-                hint=f"not a complete {type(model).__name__} checkpoint: give another model",
-            )
+        reader = CheckpointReader(tensors, mapping, files, tied=tied, shapes={}, transforms={})
+        notes = _check_tensors(model, slots, reader, quantized)
         names = {name: group[0] for group in tied for name in group}
-        filled: dict[str, nn.Parameter] = {}  # tied parameters are one
+        filled: dict[str, Tensor] = {}  # tied parameters are one
         for name, slot in slots.items():
             first = names.get(name, name)
             if first not in filled:
-                filled[first] = _read(
-                    name, slot, reader, base, device, mesh, spec=quantization if name in quantized else None
-                )
+                spec = quantization if name in quantized else None
+                filled[first] = _read(name, slot, reader, base, device, mesh, spec=spec)
             setattr(slot.module, slot.key, filled[first])
     if quantization is not None:
         check_cpu_4bit(model)
-    return LoadedBase(model.requires_grad_(False), (), ())
+    return LoadedBase(model.requires_grad_(False), (), tuple(notes))
 
 
-def _quantize_skeleton(model: PreTrainedModel, base: BaseCheckpoint, spec: QuantizationSpec) -> set[str]:
+def sharding_problem(base: BaseCheckpoint, quantization: QuantizationSpec | None) -> str:
+    """Return what keeps a base of a language model from being sharded; empty if nothing does. It reads no weights."""
+    model = base.skeleton()
+    kind, layers = model.config.model_type, text_layers(model)
+    if not layers:
+        return f"the decoder layers of {kind} models are not known"
+    if quantization is not None and expert_weights(model):
+        return "the 4-bit weights of experts cannot be sharded"
+    if quantization is not None and any(isinstance(module, Conv1D) for module in model.modules()):
+        return f"the 4-bit weights of {kind} models cannot be sharded"
+    if _root(model, list(layers)) is None:
+        return f"{kind} models look up their embeddings outside of the decoder"
+    return ""
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the parameters and buffers that transformers keeps in fp32 this dtype; the values come later."""
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
+
+
+def _check_tensors(
+    model: PreTrainedModel, slots: Mapping[str, Slot], reader: CheckpointReader, quantized: Set[str]
+) -> list[str]:
+    """Compare names and shapes of the checkpoint's tensors with the model; return a note on those it does not use.
+
+    Raises:
+        LoraError: the checkpoint lacks weights, has layers that the model lacks, or weights of another shape.
+    """
+    if missing := [name for name in slots if not reader.has(name)]:
+        raise LoraError(
+            f"model.path: the checkpoint has no weights for {', '.join(missing[:3])}",
+            hint=f"not a complete {type(model).__name__} checkpoint: give another model",
+        )
+    for name, slot in slots.items():
+        stored = reader.stored(name)
+        if stored is not None and name not in quantized and tuple(stored.shape) != tuple(slot.value.shape):
+            raise LoraError(
+                f"model.path: {name} has the shape {list(stored.shape)} in the checkpoint, and "
+                f"{list(slot.value.shape)} by its config.json",
+                hint="restore config.json from its origin, or give another model",
+            )
+    used = {key for name in slots for key in reader.keys_of(name)}
+    return check_unused_weights(model, reader.tensors.keys() - used)
+
+
+def _quantize_skeleton(
+    model: PreTrainedModel, base: BaseCheckpoint, spec: QuantizationSpec, *, whole: Sequence[str]
+) -> set[str]:
     """Put 4-bit layers, on the meta device, in place of those that are quantized; return the names of their weights.
 
     Raises:
-        LoraError: the base has experts, whose packed weights cannot be sharded.
+        LoraError: a module of `whole` is one of them, or has one.
     """
-    if expert_weights(model):
-        raise LoraError(
-            "distributed.strategy: the 4-bit weights of experts cannot be sharded",
-            hint="write strategy: ddp, or leave quantization out",
-        )
     names = set(fake_quantize.quantized_weights(base.skeleton(), spec))
     for name in names:
         path = name.removesuffix(".weight")
+        if trained := [module for module in whole if is_inside(path, (module,))]:
+            raise LoraError(
+                f"adapter.modules_to_save: {trained[0]} is quantized, and quantized weights cannot be trained",
+                hint="adapt it in target_modules instead",
+            )
         layer = model.get_submodule(path)
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer, nn.Linear), "sharding_problem"
         packed = Linear4bit(
             layer.in_features,
             layer.out_features,
@@ -128,35 +179,22 @@ def _quantize_skeleton(model: PreTrainedModel, base: BaseCheckpoint, spec: Quant
 
 
 def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str]) -> None:
-    """Shard decoder layers, embeddings and head; a head that is the embeddings, and trained modules, stay whole.
-
-    Raises:
-        LoraError: the model does not say which of its modules are decoder layers.
-    """
+    """Shard decoder layers, towers, embeddings and head; a head that is the embeddings, and `whole`, stay whole."""
     layers = text_layers(model)
-    if not layers:
-        raise LoraError(
-            f"distributed.strategy: {model.config.model_type} models cannot be sharded: their decoder layers are not "
-            "known",
-            hint="write strategy: ddp",
-        )
+    root = _root(model, list(layers))
+    assert root is not None, "sharding_problem"
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    kept = [module for name, module in model.named_modules() if any(f".{name}".endswith(f".{part}") for part in whole)]
+    kept = [module for name, module in model.named_modules() if is_inside(name, whole)]
     if head is None or head.weight is embeddings.weight or type(head) is not nn.Linear:
         kept += [embeddings, *([] if head is None else [head])]
     ignored = {parameter for module in kept for parameter in module.parameters()}
     for layer in layers.values():
         fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    for tower in outside_text(model):  # text does not call it, so that it is never gathered
+        fully_shard(model.get_submodule(tower.name), mesh=mesh, ignored_params=ignored)
     if head is not None and head not in kept:
         fully_shard(head, mesh=mesh, reshard_after_forward=True)
-    (name,) = (name for name, module in model.named_modules() if module is embeddings)
-    fully_shard(_outermost_called(model, _common_path([*layers, name])), mesh=mesh, ignored_params=ignored)
-
-
-def _common_path(names: Sequence[str]) -> str:
-    """Return the path of the innermost module that contains the modules `names`."""
-    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return ".".join(part[0] for part in takewhile(lambda each: len(set(each)) == 1, parts))
+    fully_shard(root, mesh=mesh, ignored_params=ignored)
 
 
 class _Called(Exception):
@@ -166,38 +204,33 @@ class _Called(Exception):
         self.module = module
 
 
-def _outermost_called(model: PreTrainedModel, path: str) -> nn.Module:
-    """Return the outermost module within `model` on the way to `path` that a forward pass calls.
+def _root(model: PreTrainedModel, layers: Sequence[str]) -> nn.Module | None:
+    """Return the outermost module within `model` that a forward pass calls and that runs embeddings and `layers`.
 
-    Its forward runs embeddings and layers. OPT calls its decoder past the module around it, and a multimodal model
-    looks up the embeddings in the module around the decoder. The model is on the meta device.
-
-    Raises:
-        LoraError: the model itself looks up the embeddings, as Llama 4 with its tower does.
+    OPT calls its decoder past the module around it, and a multimodal model looks up the embeddings in the module around
+    the decoder. None if the model itself looks them up, as Llama 4 with its tower does. It is on the meta device.
     """
 
     def end(module: nn.Module, _: Any) -> None:
         raise _Called(module)
 
-    parts = path.split(".")
-    around = [model.get_submodule(".".join(parts[: count + 1])) for count in range(len(parts))]
     embeddings = model.get_input_embeddings()
+    (name,) = (name for name, module in model.named_modules() if module is embeddings)
+    shared = takewhile(
+        lambda each: len(set(each)) == 1, zip(*(path.split(".") for path in (*layers, name)), strict=False)
+    )
+    parts = [part[0] for part in shared]
+    around = [model.get_submodule(".".join(parts[: count + 1])) for count in range(len(parts))]
     handles = [module.register_forward_pre_hook(end) for module in (*around, embeddings)]
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device="meta"))
     except _Called as called:
-        if called.module is not embeddings:
-            return called.module
-        raise LoraError(
-            f"distributed.strategy: {model.config.model_type} models cannot be sharded: they look up their embeddings "
-            "outside of the decoder",
-            hint="write strategy: ddp",
-        ) from None
+        return None if called.module is embeddings else called.module
     finally:
         for handle in handles:
             handle.remove()
-    raise AssertionError(f"{type(model).__name__} does not call {path}")
+    raise AssertionError(f"{type(model).__name__} does not call its embeddings")
 
 
 def _read(
@@ -209,14 +242,14 @@ def _read(
     mesh: DeviceMesh,
     *,
     spec: QuantizationSpec | None,
-) -> nn.Parameter:
-    """Return a parameter with its values, or this process's part of them; with `spec`, of its 4-bit codes.
+) -> Tensor:
+    """Return a parameter or buffer with its values, or this process's part of them; with `spec`, of its 4-bit codes.
 
     Raises:
         LoraError: a value is not finite.
     """
     before = slot.value
-    dtype = base.dtype if spec is not None or not before.is_floating_point() else before.dtype
+    dtype = base.dtype if spec is not None else before.dtype
 
     def check(values: Tensor) -> Tensor:
         if not finite.is_finite(values):
@@ -224,7 +257,8 @@ def _read(
         return values
 
     if not isinstance(before, DTensor):
-        return nn.Parameter(check(reader.read(name)).to(device, dtype), requires_grad=False)
+        values = check(reader.read(name)).to(device, dtype)
+        return nn.Parameter(values, requires_grad=False) if isinstance(before, nn.Parameter) else values
     rows = _own_rows(before.shape[0], mesh)
     if spec is not None:
         dense = check(reader.read(name)).to(device, dtype).contiguous()

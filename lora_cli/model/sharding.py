@@ -58,6 +58,16 @@ def gathered(module: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
+def is_gathered(layer: nn.Module) -> bool:
+    """Return whether a linear layer that is sharded has its whole weight now."""
+    return isinstance(layer, FSDPModule) and not isinstance(layer.weight, DTensor)
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Return whether a layer is torch's linear layer, which has another class where it is sharded."""
+    return type(layer) is nn.Linear or (isinstance(layer, FSDPModule) and isinstance(layer, nn.Linear))
+
+
 def gathered_weight(layer: Any) -> Tensor | None:
     """Return the whole weight [out, in] of a linear layer if it is sharded, dequantized; None if it is not sharded.
 

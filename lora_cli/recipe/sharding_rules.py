@@ -28,6 +28,8 @@ def sharding_conflicts(recipe: Recipe) -> Iterator[Conflict]:
         yield Conflict(KEY, "fsdp cannot shard 8-bit weights", "write ddp, or bits: 4", ("quantization.bits",))
     if recipe.model.gguf == "packed":
         yield Conflict(KEY, "fsdp cannot shard a packed GGUF base", "write ddp, or gguf: dequantized", ("model.gguf",))
+    if recipe.adapter.bias not in (None, "none"):
+        yield Conflict(KEY, "fsdp cannot train biases of the base", "write ddp, or bias: none", ("adapter.bias",))
     if recipe.model.new_tokens:
         yield Conflict(KEY, "fsdp cannot add model.new_tokens", fix, ("model.new_tokens",))
     if recipe.performance.compile is True:

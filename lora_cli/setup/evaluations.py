@@ -23,6 +23,7 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import GenerationSpec, Recipe
+from lora_cli.run import console
 from lora_cli.run.metrics_log import MetricsLog, read_metrics
 from lora_cli.setup.inputs import RunInputs, evaluation_plan
 from lora_cli.training.best_step import EvaluationHistory, RowLosses
@@ -205,6 +206,7 @@ class HeldOutAnswers:
             task=recipe.task,
             loss_on=recipe.data.loss_on,
             option="training.answer_every",
+            info=console.info if accelerator.is_main_process else console.no_output,
         )
 
     def is_due(self, step: int) -> bool:

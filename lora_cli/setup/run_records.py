@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -92,19 +92,21 @@ def _publishing_notes(recipe: Recipe) -> list[str]:
     ]
 
 
-def resume_state(recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, processes: int) -> dict[str, Any]:
+def resume_state(
+    recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, strategy: Literal["ddp", "fsdp"]
+) -> dict[str, Any]:
     """Return what a checkpoint records of its run, as JSON, before the model is built: see `setup/resume.py`.
 
     Args:
         recipe: of the run, resolved.
         inputs: of the run.
-        plan: of its batches.
+        plan: of its batches, divided among all processes.
         total: optimizer steps of the run.
-        processes: of the run, on all machines.
+        strategy: how it is spread over its processes.
     """
     base, data = inputs.base, inputs.data
     template = json.dumps(base.tokenizer.chat_template)
-    machine: dict[str, Any] = {"device": inputs.device.type, "processes": processes}
+    machine: dict[str, Any] = {"device": inputs.device.type, "processes": plan.processes, "strategy": strategy}
     if inputs.device.type == "cpu":
         machine |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
     elif inputs.device.type == "cuda":

@@ -11,9 +11,10 @@ from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, memory
 from lora_cli.model.base_model import task_heads
 from lora_cli.model.gpu_plan import StrategyPlan
+from lora_cli.model.sharded_base import sharding_problem
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import Recipe
-from lora_cli.recipe.sharding_rules import sharding_conflicts
+from lora_cli.recipe.sharding_rules import KEY, sharding_conflicts
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_memory import memory_of_run
@@ -54,39 +55,56 @@ def choose_strategy(
         return Strategy("ddp", "one process has nothing to shard" if wanted == "fsdp" else "")
     if wanted == "ddp":
         return Strategy("ddp")
-    obstacle = next(sharding_conflicts(recipe), None)
-    problem = obstacle.message if obstacle else _base_problem(inputs)
     if wanted == "fsdp":
-        if problem:
-            raise LoraError(f"distributed.strategy: {problem}", hint="write strategy: ddp")
-        return Strategy("fsdp", "set in the recipe", _trained_modules(recipe, inputs))
+        return Strategy("fsdp", _required(recipe, inputs), _trained_modules(recipe, inputs))
     need, free = _needed(recipe, inputs, plan), memory.free_for_process(inputs.device)
     texts = f"a full model in each process needs about {console.format_bytes(need)}"
     texts += f", and {console.format_bytes(free)} is free"
     if not any_process(need > MAX_SHARE * free):
         return Strategy("ddp", f"auto: {texts}")
-    if problem:
+    if problem := _problem(recipe, inputs):
         return Strategy("ddp", f"auto: {texts}; but {problem}")
     return Strategy("fsdp", f"auto: {texts}", _trained_modules(recipe, inputs))
 
 
 def planned_strategy(recipe: Recipe, inputs: RunInputs, plans: Sequence[StrategyPlan]) -> str:
-    """Return the name of the strategy that a run on the GPUs of these plans would have, and why."""
+    """Return the name of the strategy that a run on the GPUs of these plans would have, and why.
+
+    Raises:
+        LoraError: the recipe requests fsdp, and the base cannot be sharded.
+    """
     wanted = recipe.distributed.strategy
-    obstacle = next(sharding_conflicts(recipe), None)
-    problem = obstacle.message if obstacle else _base_problem(inputs)
-    if wanted != "auto":
-        return f"{wanted} (set in the recipe)"
+    if wanted == "fsdp":
+        return f"fsdp ({_required(recipe, inputs)})"
+    if wanted == "ddp":
+        return "ddp (set in the recipe)"
     if next(plan for plan in plans if plan.name == "ddp").best:
         return "ddp (auto: the full model fits on each)"
+    problem = _problem(recipe, inputs)
     return f"ddp (auto: {problem})" if problem else "fsdp (auto: the full model does not fit on each)"
 
 
-def _base_problem(inputs: RunInputs) -> str:
-    """Return what keeps this base from being sharded; empty if nothing does."""
+def _problem(recipe: Recipe, inputs: RunInputs) -> str:
+    """Return what keeps the base from being sharded; empty if nothing does."""
+    if (conflict := next(sharding_conflicts(recipe), None)) is not None:
+        return conflict.message
     if inputs.prequantized is not None:
         return "fsdp cannot shard a checkpoint that is quantized already"
-    return "fsdp cannot shard a packed GGUF base" if inputs.base.source.packed else ""
+    if inputs.base.source.packed:
+        return "fsdp cannot shard a packed GGUF base"
+    problem = sharding_problem(inputs.base, recipe.quantization)
+    return f"fsdp cannot shard this base: {problem}" if problem else ""
+
+
+def _required(recipe: Recipe, inputs: RunInputs) -> str:
+    """Return why a recipe that requests fsdp gets it.
+
+    Raises:
+        LoraError: the base cannot be sharded.
+    """
+    if problem := _problem(recipe, inputs):
+        raise LoraError(f"{KEY}: {problem}", hint="write strategy: ddp")
+    return "set in the recipe"
 
 
 def _needed(recipe: Recipe, inputs: RunInputs, plan: BatchPlan) -> int:

@@ -153,7 +153,8 @@ def build_model(
         set_up_gpu(inputs.base.dtype)
     optimizer = resolve_optimizer(recipe, inputs)
     source = open_source(recipe, inputs, info=info)
-    kernels, compiled = choose_performance(recipe, inputs, batches=total * plan.batches_of_device)
+    sharded, batches = whole is not None, total * plan.batches_of_device
+    kernels, compiled = choose_performance(recipe, inputs, batches=batches, sharded=sharded)
     base, heads, leak_check = load_base(recipe, inputs, info=info, whole=whole)
     kernels = apply_kernels(base, kernels, setting=recipe.performance.kernels)
     layers = target_modules.linear_layers(base, heads)
@@ -200,8 +201,10 @@ def build_model(
     return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins, ladder, performance)
 
 
-def choose_performance(recipe: Recipe, inputs: RunInputs, *, batches: int) -> tuple[KernelChoice, CompileChoice]:
-    """Return the kernels of a run of `batches` device batches, and whether its layers are compiled.
+def choose_performance(
+    recipe: Recipe, inputs: RunInputs, *, batches: int, sharded: bool = False
+) -> tuple[KernelChoice, CompileChoice]:
+    """Return the kernels of a run of `batches` device batches, and whether its layers are compiled: not if sharded.
 
     Raises:
         LoraError: the recipe names kernels that cannot be used here.
@@ -209,6 +212,8 @@ def choose_performance(recipe: Recipe, inputs: RunInputs, *, batches: int) -> tu
     spec, model_type = recipe.performance, inputs.base.config.model_type
     kernels = choose_kernels(spec.kernels, model_type=model_type, device=inputs.device, task=recipe.task)
     dropout = bool(recipe.adapter.dropout)
+    if sharded:
+        return kernels, CompileChoice(False, "the base is sharded")
     return kernels, choose_compile(spec.compile, device=inputs.device, batches=batches, dropout=dropout)
 
 

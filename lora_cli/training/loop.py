@@ -125,9 +125,13 @@ def fit(
             supervised, tokens = all_reduce_counts(accelerator, own)
             before = scale.to_json()
             while True:  # until the step fits into memory and into float16
+                parts = _parts_of(batches, plan, ladder.rung.parts if ladder else 1)
+                idle_passes = idle.count(parts) if idle else 0
                 losses = _accumulate_gradients(
-                    loss_fn, plan, batches, seed=spec.seed, number=number, ladder=ladder, scale=scale.value, idle=idle
+                    loss_fn, parts, seed=spec.seed, number=number, ladder=ladder, scale=scale.value
                 )
+                if idle:
+                    idle.run(loss_fn, idle_passes)
                 if ladder is not None and idle is None and any_process(accelerator, losses is None):
                     drop_gradients(trained)
                     release_memory(device)
@@ -177,16 +181,27 @@ def fit(
             )
 
 
+class _Part(NamedTuple):
+    """A batch, or a part of one, that is run at a time."""
+
+    position: int  # of its batch in the step
+    batch: Batch
+
+
+def _parts_of(batches: Sequence[tuple[int, Batch]], plan: BatchPlan, count: int) -> list[_Part]:
+    """Return the batches of a step in `count` parts each, without those that have no label."""
+    parts = (_Part(position, part) for position, batch in batches for part in plan.split(batch, count))
+    return [part for part in parts if len(part.batch.targets)]
+
+
 def _accumulate_gradients(
     loss_fn: LossFunction,
-    plan: BatchPlan,
-    batches: Sequence[tuple[int, Batch]],
+    parts: Sequence[_Part],
     *,
     seed: int,
     number: int,
     ladder: MemoryLadder | None,
     scale: float,
-    idle: "IdleBatch | None",
 ) -> list[tuple[Batch, Tensor]] | None:
     """Add up the gradients of all batches of a step on this process (gradient accumulation), multiplied by `scale`.
 
@@ -195,21 +210,19 @@ def _accumulate_gradients(
         another form of the step; then the gradients are of no use.
     """
     losses: list[tuple[Batch, Tensor]] = []
+    position = None
     try:
-        for position, batch in batches:
-            torch.manual_seed(_seed(seed, number, position))
-            for part in plan.split(batch, ladder.rung.parts if ladder else 1):
-                if len(part.targets) == 0:
-                    continue
-                loss = loss_fn(part).loss
-                # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
-                (loss if scale == 1 else loss * scale).backward()
-                losses.append((part, loss.detach()))
-        if idle is not None:
-            idle.keep_pace(loss_fn, len(losses))
+        for part in parts:
+            if part.position != position:
+                position = part.position
+                torch.manual_seed(_seed(seed, number, position))
+            loss = loss_fn(part.batch).loss
+            # The sum, not the mean: gradients scaled by 1/supervised could fall below fp16's smallest number.
+            (loss if scale == 1 else loss * scale).backward()
+            losses.append((part.batch, loss.detach()))
     except (MemoryError, RuntimeError) as error:
         # The other processes wait for this one to gather a layer, so that a sharded step cannot be taken again.
-        if ladder is None or idle is not None or not is_out_of_memory(error):
+        if ladder is None or is_sharded(loss_fn.base) or not is_out_of_memory(error):
             raise
         return None
     return losses
@@ -222,9 +235,16 @@ class IdleBatch:
         self._batch = plan.make_batch([int(plan.rows.lengths.argmin())])
         self._accelerator = accelerator
 
-    def keep_pace(self, loss_fn: LossFunction, passes: int) -> None:
-        """Run forward and backward as often as the process with the most; this one has done it `passes` times."""
-        for _ in range(max_of_processes(self._accelerator, passes) - passes):
+    def count(self, parts: Sequence[object]) -> int:
+        """Return how many passes fewer than the process with the most this one makes, with `parts`; all must call it.
+
+        Before the step, so that the host does not wait within it.
+        """
+        return max_of_processes(self._accelerator, len(parts)) - len(parts)
+
+    def run(self, loss_fn: LossFunction, passes: int) -> None:
+        """Run forward and backward, with gradients of zero."""
+        for _ in range(passes):
             (loss_fn(self._batch).loss * 0).backward()
 
 

@@ -167,7 +167,7 @@ def test_joined_batches_are_one_batch_of_each_process():
             ]
             largest = max([largest, *(int(plan.rows.lengths[b.rows].sum()) for share in shares for b in share)])
         assert plan.parts == max(1, 8 // plan.processes)
-        assert plan.max_tokens <= largest <= 1.1 * plan.max_tokens  # that of the fullest step
+        assert plan.max_tokens == largest
 
 
 def test_batches_stay_whole_where_that_is_even():

@@ -72,6 +72,7 @@ PRIVATE: dict[str, Use] = {
         "model/quantize_experts.py",
         library_checks.module_dictionaries,
     ),
+    "_get_dtype_plan": Use("model/sharded_base.py", library_checks.weights_kept_in_fp32),
     "_python_dispatch": Use("model/quantize.py", library_checks.dispatch_mode),
     "_get_sequence_number_for_group": Use("training/process_group.py", library_checks.collectives_are_counted),
     "_set_pg_timeout": Use("training/process_group.py", library_checks.group_timeout),

@@ -16,8 +16,11 @@ GIB = 1 << 30
 def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that chooses for a model of 10 GiB, in two processes."""
 
-    def run(*, free: float, processes: int = 2, prequantized: bool = False, **sections: Any) -> strategy.Strategy:
+    def run(
+        *, free: float, processes: int = 2, prequantized: bool = False, problem: str = "", **sections: Any
+    ) -> strategy.Strategy:
         monkeypatch.setattr(strategy, "_needed", lambda *_: 10 * GIB)
+        monkeypatch.setattr(strategy, "sharding_problem", lambda *_: problem)
         monkeypatch.setattr(strategy, "_trained_modules", lambda *_: ("lm_head",))
         monkeypatch.setattr(strategy.memory, "free_for_process", lambda _: int(free * GIB))
         recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
@@ -44,6 +47,7 @@ def test_auto_says_why_it_cannot_shard(choose: Any):
         ({"prequantized": True}, "fsdp cannot shard a checkpoint that is quantized already"),
         ({"adapter": {"method": "corda"}}, "fsdp cannot shard the base of corda"),
         ({"task": "seq-cls"}, "fsdp is for causal-lm, not for seq-cls"),
+        ({"problem": "no layers"}, "fsdp cannot shard this base: no layers"),
     ):
         chosen = choose(free=1, **options)
         assert chosen.name == "ddp"
@@ -72,7 +76,10 @@ def test_one_process_has_nothing_to_shard(choose: Any):
         ({"task": "seq-cls"}, False, "ddp (auto: fsdp is for causal-lm, not for seq-cls)"),
     ],
 )
-def test_a_plan_says_what_a_run_would_take(sections: dict[str, Any], fits: bool, expected: str):
+def test_a_plan_says_what_a_run_would_take(
+    sections: dict[str, Any], fits: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(strategy, "sharding_problem", lambda *_: "")
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
     inputs: Any = SimpleNamespace(prequantized=None, base=SimpleNamespace(source=SimpleNamespace(packed=False)))
     plans: Any = [SimpleNamespace(name="ddp", best=object() if fits else None), SimpleNamespace(name="fsdp", best=None)]

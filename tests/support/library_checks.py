@@ -359,6 +359,14 @@ def group_timeout() -> None:
     assert signature.parameters["group"].default is None
 
 
+def weights_kept_in_fp32() -> None:
+    """Models name the weights that stay in fp32; `tests/laws/test_sharding.py` compares the dtypes of all families."""
+    model = zoo.make("llama")
+    model._keep_in_fp32_modules_strict = {"norm"}
+    assert model._get_dtype_plan(torch.bfloat16) == {"norm": torch.float32}
+    assert model._get_dtype_plan(torch.float32) == {}
+
+
 def sharded_layer() -> None:
     """A layer's shards can be set before its first pass, and are whole in a pass; `tests/laws/test_sharding.py` too."""
     with TemporaryDirectory() as folder:
