@@ -118,13 +118,11 @@ def is_quantized(model: PreTrainedModel) -> bool:
 def quantized_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """Return the bytes of the 4-bit layers' codes and scales, and the number of weights that they store."""
     size = weights = 0
-    for module in model.modules():
-        # PEFT's layer shows its base's weight as an attribute, which would count twice.
-        weight = module._parameters.get("weight")
-        state = getattr(weight, "quant_state", None)
-        if state is None and isinstance(module, Linear4bit):  # whose codes are sharded
-            state = module.quant_state
-        if state is not None and weight is not None:
+    # The layer has the scales of codes that are sharded.
+    sharded = {id(layer.weight): layer.quant_state for layer in model.modules() if isinstance(layer, Linear4bit)}
+    for weight in model.parameters():  # by modules, an adapted weight would count twice: PEFT's layer shows its base's
+        state = getattr(weight, "quant_state", None) or sharded.get(id(weight))
+        if state is not None:
             weights += state.shape.numel()
             nested = [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
             parts = [weight, state.absmax, *nested]  # the table of 16 code values is shared
