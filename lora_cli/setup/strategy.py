@@ -126,8 +126,8 @@ def _trained_modules(recipe: Recipe, inputs: RunInputs) -> tuple[str, ...]:
     before = inputs.base.skeleton()
     ends = {before.get_input_embeddings(), before.get_output_embeddings()}
     names = {name: type(module) for name, module in before.named_modules() if module in ends}
-    adapted = dict(_adapted_skeleton(recipe, inputs).get_base_model().named_modules())
     if "virtual_tokens" in METHOD_FACTS[recipe.adapter.method].options:
         return tuple(names)  # PEFT looks up the embeddings of the tokens itself
+    adapted = dict(_adapted_skeleton(recipe, inputs).get_base_model().named_modules())
     wrapped = [name for name, module in adapted.items() if isinstance(module, AuxiliaryTrainingWrapper)]
     return tuple(dict.fromkeys([*wrapped, *(name for name, kind in names.items() if type(adapted[name]) is not kind)]))
