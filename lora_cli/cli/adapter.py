@@ -1,0 +1,82 @@
+"""`lora adapter inspect`, `resize` and `combine`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.app import app
+from lora_cli.cli.options import BasePath, Force, check_choice
+from lora_cli.errors import LoraError
+from lora_cli.run import console
+from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
+from lora_cli.setup.adapter_folders import find_adapter, parse_weighted_adapters
+
+adapter_app = typer.Typer(help="Inspect, resize and combine LoRA adapters.", no_args_is_help=True)
+app.add_typer(adapter_app, name="adapter")
+AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter.", show_default=False)]
+
+
+@adapter_app.command()
+def inspect(
+    adapter: AdapterPath,
+    base: BasePath = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Plot spectra and sizes.")] = None,
+) -> None:
+    """Print the size of an adapter's updates by kind of module, and how much of its rank they use."""
+    check_output_file("--json", json_file)
+    check_output_file("--plot", plot)
+    folder = find_adapter(adapter)
+    with console.loading_libraries():
+        from lora_cli.commands.adapter import inspect as command
+
+    command(folder, base_path=base, json_file=json_file, plot=plot)
+
+
+@adapter_app.command()
+def resize(
+    adapter: AdapterPath,
+    out: Out,
+    rank: Annotated[int | None, typer.Option(min=1, help="Components that each module keeps, at most.")] = None,
+    energy: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of each update to keep.")] = None,
+    force: Force = False,
+) -> None:
+    """Write an adapter of lower rank from the largest components, and print the energy that is kept."""
+    if (rank is None) == (energy is None):
+        raise LoraError("--rank and --energy: exactly one is needed", hint="write --rank 8, or --energy 0.95")
+    with reserve_output_path(out):
+        folder = find_adapter(adapter)
+        check_output_path(out, inputs=[folder], replace=force, command="resize")
+        with console.loading_libraries():
+            from lora_cli.commands.adapter import resize as command
+
+        command(folder, out=out, rank=rank, energy=energy, force=force)
+
+
+@adapter_app.command()
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="[WEIGHT*]ADAPTER...", help="Adapters of one base.", show_default=False)
+    ],
+    out: Out,
+    method: Annotated[str, typer.Option(help="concat (exact), svd, linear, ties or dare.")] = "concat",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of svd, ties, dare; default: the largest of the adapters.")
+    ] = None,
+    density: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of entries that ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of dare's random selection.")] = 42,
+    force: Force = False,
+) -> None:
+    """Write the weighted sum of several adapters as one."""
+    check_choice("--method", method, "concat", "svd", "linear", "ties", "dare")
+    with reserve_output_path(out):
+        folders, weights = parse_weighted_adapters(adapters)
+        check_output_path(out, inputs=folders, replace=force, command="combine")
+        with console.loading_libraries():
+            from lora_cli.commands.adapter import combine as command
+
+        command(folders, weights, out=out, method=method, rank=rank, density=density, seed=seed, force=force)

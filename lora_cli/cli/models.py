@@ -1,0 +1,121 @@
+"""`lora merge`, `export` and `chat`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.app import app
+from lora_cli.cli.options import BasePath, Force, OtherBase, TrustRemoteCode, check_choice
+from lora_cli.errors import LoraError
+from lora_cli.run import console
+from lora_cli.run.output_path import check_output_path, reserve_output_path
+from lora_cli.setup.adapter_folders import find_adapter, find_chat_adapters
+from lora_cli.setup.export_paths import check_export_paths, find_exported_adapter
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model.", show_default=False)],
+    base: BasePath = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="For a base that was quantized in training: auto (measured), original or dequantized.")
+    ] = "auto",
+    verify: Annotated[str, typer.Option(help="logits (and every tensor), or tensors alone.")] = "logits",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file.")] = "2GB",
+    force: Force = False,
+    unmerge: Annotated[bool, typer.Option("--unmerge", help="Subtract the adapter from --base MERGED again.")] = False,
+    other_base: OtherBase = False,
+    trust: TrustRemoteCode = False,
+) -> None:
+    """Merge an adapter into its base, tensor by tensor, and verify the result."""
+    check_choice("--dtype", dtype, "auto", "bfloat16", "float16", "float32")
+    check_choice("--weights", weights, "auto", "original", "dequantized")
+    check_choice("--verify", verify, "logits", "tensors")
+    with reserve_output_path(out):
+        check_output_path(out, inputs=[find_adapter(adapter)], replace=force, command="merge")
+        with console.loading_libraries():
+            from lora_cli.commands import merge as command
+
+        request = command.MergeRequest(
+            base=base,
+            dtype=dtype,
+            weights=weights,
+            verify=verify,
+            max_shard_size=max_shard_size,
+            force=force,
+            unmerge=unmerge,
+            other_base=other_base,
+            trust_remote_code=trust,
+        )
+        command.merge(adapter, out=out, request=request)
+
+
+@app.command()
+def export(
+    target: Annotated[
+        str | None, typer.Argument(metavar="MODEL|RUN|ADAPTER", help="What to export.", show_default=False)
+    ] = None,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="`--to list` prints all formats.")] = "list",
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="File or folder of the export.", show_default=False)
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="FORM", help="f32, f16, bf16, q8_0 and others, depending on the format.")
+    ] = None,
+    over: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The base in GGUF, to verify a GGUF adapter on it.")
+    ] = None,
+    base: BasePath = None,
+    verify: Annotated[
+        str, typer.Option(help="auto, file (read back), or runtime (run, compare with the original).")
+    ] = "auto",
+    force: Force = False,
+    other_base: OtherBase = False,
+    trust: TrustRemoteCode = False,
+) -> None:
+    """Write a model or an adapter in the format of a runtime, and verify that it is the same model."""
+    from lora_cli.export import EXPORTERS, describe
+
+    if to == "list":
+        for line in describe():
+            console.out.print(line)
+        return
+    check_choice("--to", to, *EXPORTERS, "list")
+    check_choice("--verify", verify, "auto", "file", "runtime")
+    if target is None or out is None:
+        missing = "the model, run or adapter" if target is None else "--out"
+        raise LoraError(f"lora export: {missing} is missing", hint=f"lora export runs/NAME --to {to} --out PATH")
+    with reserve_output_path(out):
+        path = Path(os.path.expanduser(target))
+        check_export_paths(out, path, find_exported_adapter(path), to=to, over=over, replace=force)
+        with console.loading_libraries():
+            from lora_cli.commands import export as command
+
+        request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
+        command.export(target, out=out, request=request)
+
+
+@app.command()
+def chat(
+    target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to chat with.", show_default=False)],
+    adapters: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="Another adapter of the same base.")
+    ] = None,
+    base: BasePath = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
+    other_base: OtherBase = False,
+) -> None:
+    """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""
+    find_chat_adapters(target, adapters or [])  # a mistake is reported before the import
+    with console.loading_libraries():
+        from lora_cli.commands import chat as command
+
+    options = command.ChatOptions(temperature, max_new_tokens, system, seed)
+    command.chat(target, adapters=adapters or [], base_path=base, options=options, other_base=other_base)

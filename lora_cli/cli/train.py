@@ -1,0 +1,110 @@
+"""`lora check`, `train` and `eval`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.app import app
+from lora_cli.cli.options import OtherBase, Overrides, RecipePath
+from lora_cli.errors import LoraError
+from lora_cli.run import console
+from lora_cli.run.byte_size import parse_size
+from lora_cli.run.output_path import check_output_file
+from lora_cli.setup.adapter_folders import check_measurable
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    no_model: Annotated[bool, typer.Option("--no-model", help="Check only the recipe and the row format.")] = False,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to print token by token.")] = 2,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Plan the memory for N GPUs, which need not be here.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of each GPU, such as 80GB; default: this machine's.")
+    ] = None,
+) -> None:
+    """Validate a recipe: rows, label mask, target modules and memory, without loading weights."""
+    from lora_cli.recipe.load import load_recipe
+
+    size = None if budget is None else parse_size(budget, option="--budget", example="80GB")
+    if no_model and (gpus is not None or size is not None):
+        raise LoraError("--gpus and --budget plan the model's memory", hint="leave out --no-model")
+    loaded = load_recipe(recipe, overrides or [])
+    with console.loading_libraries():
+        from lora_cli.commands import check as command
+
+    if no_model:
+        command.check_without_model(loaded)
+    else:
+        command.check(loaded, rows=rows, gpus=gpus, budget=size)
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[str | None, typer.Option(metavar="DIR", help="Run folder, instead of the recipe's.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes on this machine.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint of the run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move the existing run aside and start again.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Resume the run up to N times after a process has died.")
+    ] = 0,
+) -> None:
+    """Train an adapter, and verify the written files."""
+    from lora_cli.recipe.load import load_recipe
+
+    settings = [*(overrides or [])]
+    settings += [f"output={json.dumps(output)}"] if output else []
+    settings += [f"distributed.processes={processes}"] if processes else []
+    loaded = load_recipe(recipe, settings)
+    with console.loading_libraries():
+        from lora_cli.commands.train import train as command
+
+    arguments = sys.argv[1:]
+    raise typer.Exit(command(loaded, resume=resume, fresh=fresh, arguments=arguments, max_restarts=max_restarts))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|RUN|ADAPTER", help="What to measure.", show_default=False)],
+    adapters: Annotated[
+        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="Another adapter, or a merged model.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to measure on, instead of data.eval.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures to this file.")
+    ] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Number of prompts that each model answers.")] = 0,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Metric of the answers: exact_match, f1, rouge, bleu, chrf, json_valid or numeric_match."),
+    ] = None,
+    predictions: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every answer to this file.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A task of the lm-evaluation-harness.")
+    ] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with YAML files of more tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task; default: all.")] = None,
+    other_base: OtherBase = False,
+) -> None:
+    """Measure base, adapters and merged models side by side on held-out rows."""
+    check_output_file("--json", json_file)
+    check_output_file("--predictions", predictions)
+    check_measurable(Path(target))
+    if Path(target).is_file():
+        from lora_cli.recipe.load import load_recipe
+
+        load_recipe(Path(target))  # a bad recipe is reported before the seconds that importing torch takes
+    with console.loading_libraries():
+        from lora_cli.commands.evaluate import evaluate as command
+        from lora_cli.evaluation.answers import GenerationOptions
+
+    options = GenerationOptions(answers, metric or [], predictions, tasks or [], tasks_dir, limit)
+    command(target, adapters=adapters or [], data=data, json_file=json_file, options=options, other_base=other_base)
