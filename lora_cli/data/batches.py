@@ -6,7 +6,9 @@ position in the data follows from the number of the last step.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,14 @@ class RowSource(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, i: int) -> Row: ...
+
+
+class _Largest(NamedTuple):
+    """The extremes among the batches of an epoch, as devices run them."""
+
+    tokens: int  # of the batch with the most, padding included
+    rows: list[int]  # of that batch
+    most_rows: int  # of the batch that has the most
 
 
 class BatchPlan:
@@ -109,21 +119,21 @@ class BatchPlan:
     @property
     def max_tokens(self) -> int:
         """Tokens in the largest batch of a device, padding included."""
-        return self._tokens(self._largest())
+        return self._largest.tokens
 
-    def _tokens(self, rows: list[int]) -> int:
-        """Return the tokens of a batch of these rows, padding included."""
-        lengths = self.rows.lengths[rows]
-        return int(lengths.sum()) if self.packing else int(lengths.max()) * len(rows)
-
-    def _largest(self) -> list[int]:
-        """Return the rows of the largest batch of a device in an epoch."""
-        return max(self._batches_of_devices(), key=self._tokens)
-
-    def _batches_of_devices(self) -> Iterator[list[int]]:
-        """Yield the rows of all batches of an epoch, as devices run them."""
+    @cached_property
+    def _largest(self) -> _Largest:
+        """The largest batch of a device in an epoch. Found once: an epoch can have a hundred thousand batches."""
+        lengths = self.rows.lengths.tolist()  # a list: NumPy takes microseconds for the few rows of a batch
+        largest = _Largest(tokens=0, rows=[], most_rows=0)
         for step in range(self.steps_per_epoch):
-            yield from (batch.rows for share in self.shares_of_step(step) for batch in share)
+            for batch in chain.from_iterable(self.shares_of_step(step)):
+                of_rows = [lengths[row] for row in batch.rows]
+                tokens = sum(of_rows) if self.packing else max(of_rows) * len(of_rows)
+                if tokens > largest.tokens:
+                    largest = largest._replace(tokens=tokens, rows=batch.rows)
+                largest = largest._replace(most_rows=max(largest.most_rows, len(of_rows)))
+        return largest
 
     def tokens_of_part(self, parts: int) -> int:
         """Return the tokens that one of `parts` parts of a batch can have: `split` keeps rows whole."""
@@ -177,12 +187,12 @@ class BatchPlan:
 
     def largest_batch(self) -> Batch:
         """Return the batch of a device with the most tokens, padding included."""
-        return self.make_batch(self._largest())
+        return self.make_batch(self._largest.rows)
 
     @property
     def max_rows(self) -> int:
         """Rows of the batch that has the most."""
-        return max(map(len, self._batches_of_devices()))
+        return self._largest.most_rows
 
     def split(self, batch: Batch, parts: int) -> list[Batch]:
         """Return the rows of `batch` as at most `parts` batches of about as many tokens each, in the same order."""

@@ -30,8 +30,10 @@ def balance(batches: list[list[int]], lengths: NDArray[np.int32], *, count: int,
         count: batches of a full step.
         size: tokens that a batch has room for.
     """
+    if count == 1:
+        return batches
     tokens = [int(lengths[batch].sum()) for batch in batches]
-    if count == 1 or (len(batches) == count and max(tokens) * count <= EVEN * sum(tokens)):
+    if len(batches) == count and max(tokens) * count <= EVEN * sum(tokens):
         return batches
     balanced = [share for share in _share_out(batches, lengths, count) if share]
     return balanced if max(int(lengths[share].sum()) for share in balanced) <= size else batches

@@ -22,15 +22,15 @@ def held_out_masks(keys: Sequence[Hashes], *, share: float, seed: int) -> list[n
         LoraError: `share` is not 0, but all rows are identical.
     """
     scores = [_hash(source, _salt(seed, "eval", 0)) for source in keys]
-    distinct = np.unique(np.concatenate([np.zeros(0, np.uint64), *scores]))
     if not share or sum(map(len, scores)) < 2:
         return [np.zeros(len(score), bool) for score in scores]
-    if len(distinct) < 2:
+    lowest, highest = (int(extreme(np.concatenate(scores))) for extreme in (np.min, np.max))
+    if lowest == highest:
         raise LoraError(
             "data.eval: all rows are identical, so none can be held out for evaluation",
             hint="set data.eval to null, or to a separate dataset",
         )
-    limit = min(max(int(share * 2**64), int(distinct[0]) + 1), int(distinct[-1]))
+    limit = min(max(int(share * 2**64), lowest + 1), highest)
     return [score < np.uint64(limit) for score in scores]
 
 
