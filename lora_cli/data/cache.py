@@ -4,10 +4,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -22,9 +23,9 @@ from lora_cli.data.examples import SPLIT_HINT, ParsedRow, open_source, row_locat
 from lora_cli.data.formats import Document, Example
 from lora_cli.data.ledger import Tally
 from lora_cli.data.records import MAX_FINDINGS, BadRow, findings_error
-from lora_cli.data.render_chats import ChatRendering
 from lora_cli.data.row_size import text_size
 from lora_cli.data.sources import DataSource, content_hash
+from lora_cli.data.tokenization import Tokenization
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
@@ -38,7 +39,7 @@ from lora_cli.run.workspace import remove_leftovers, sync
 
 CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
-CHARACTERS_PER_BATCH = 1 << 24  # at which a batch of long rows ends; a token takes 150 bytes
+CHARACTERS_PER_BATCH = 1 << 23  # at which a batch of long rows ends; a token takes 150 bytes, in two batches at a time
 BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
 PROGRESS_EVERY_S = 10.0  # seconds between progress messages
 TALLY_FILE = "tally.json"
@@ -82,8 +83,8 @@ def encode_source(
         keep_only(unfinished, progress)
         _note_small_disk(source, unfinished, info)
         try:
-            with as_os_error(folder, unfinished):
-                progress = _encode(source, spec, encoder, unfinished, progress, key=folder.name, info=info)
+            with as_os_error(folder, unfinished), ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread:
+                progress = _encode(source, spec, encoder, unfinished, progress, thread, key=folder.name, info=info)
         except LoraError:
             atomic.remove(unfinished)  # the rows or the options have to change
             raise
@@ -139,6 +140,7 @@ def _encode(
     encoder: RowEncoder,
     folder: Path,
     progress: Progress | None,
+    thread: Executor,
     *,
     key: str,
     info: Callable[[str], None],
@@ -166,7 +168,7 @@ def _encode(
         path = folder / PART_NAME.format(len(progress.parts))
         kept_before = tally.kept
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for batch in _batches(reader.rows, encoder, parse_only=lambda: _is_refused(progress, spec)):
+            for batch in _batches(reader.rows, encoder, thread, parse_only=lambda: _is_refused(progress, spec)):
                 if complete := not batch.rows:
                     break
                 if kept := _encode_batch(batch, source, spec, encoder, progress):
@@ -201,29 +203,39 @@ class _Batch(NamedTuple):
 
     rows: list[ParsedRow]  # empty: the source has no more
     examples: list[Example]
-    rendering: ChatRendering | None
+    started: Tokenization[Any] | None  # None without examples
+
+    def tokenize(self, thread: Executor) -> None:
+        """Wait for the chat templates, and start to tokenize in `thread`."""
+        if self.started is not None:
+            self.started.start(thread)
 
 
-def _batches(rows: Iterator[ParsedRow], encoder: RowEncoder, *, parse_only: Callable[[], bool]) -> Iterator[_Batch]:
-    """Yield the batches of one file; the template process renders the next one while the caller encodes one.
+def _batches(
+    rows: Iterator[ParsedRow], encoder: RowEncoder, thread: Executor, *, parse_only: Callable[[], bool]
+) -> Iterator[_Batch]:
+    """Yield the batches of one file, tokenized or on the way.
 
+    While the caller encodes one, `thread` tokenizes the next one, and the template process renders the one after it.
     No row of the next file is read before: the counts of what was read are saved with each file. While `parse_only`
     returns true, no row is rendered: the rows are only checked.
     """
-    waiting: _Batch | None = None
+    rendered: _Batch | None = None
+    tokenized: _Batch | None = None
     for _ in range(BATCHES_PER_PART):
         parsed = _next_rows(rows)
-        if waiting is not None and waiting.rendering is not None:
-            waiting.rendering.rows()  # one rendering at a time
+        if rendered is not None:
+            rendered.tokenize(thread)  # one rendering at a time
         examples = [] if parse_only() else [row.example for row in parsed if not isinstance(row.example, BadRow)]
-        batch = _Batch(parsed, examples, encoder.render(examples) if examples else None)
-        if waiting is not None:
-            yield waiting
-        waiting = batch
+        batch = _Batch(parsed, examples, encoder.start(examples) if examples else None)
+        if tokenized is not None:
+            yield tokenized
+        tokenized, rendered = rendered, batch
         if not parsed:
             break
-    if waiting is not None:
-        yield waiting
+    if rendered is not None:
+        rendered.tokenize(thread)
+    yield from (batch for batch in (tokenized, rendered) if batch is not None)
 
 
 def _next_rows(rows: Iterator[ParsedRow]) -> list[ParsedRow]:
@@ -285,7 +297,7 @@ def _results(
     batch: _Batch, encoder: RowEncoder, *, parse_only: bool
 ) -> Iterator[tuple[ParsedRow, EncodedRow | LabeledRow | BadRow]]:
     """Yield each row with its encoding or problem; with `parse_only`, only the rows that could not be parsed."""
-    results = encoder.encode([] if parse_only else batch.examples, batch.rendering)
+    results = encoder.encode([] if parse_only else batch.examples, batch.started)
     for item in batch.rows:
         if isinstance(item.example, BadRow):
             yield item, item.example

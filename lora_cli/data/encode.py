@@ -24,6 +24,7 @@ from lora_cli.data.render_chats import NO_COUNTS, ChatOptions, ChatRendering, Un
 from lora_cli.data.rendering import Template
 from lora_cli.data.segments import Segments
 from lora_cli.data.template_variables import template_keys
+from lora_cli.data.tokenization import Tokenization
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
@@ -59,6 +60,9 @@ class EncodedRow(NamedTuple):
         digest = hashlib.blake2b(self.ids.astype("<i4").tobytes(), digest_size=8)
         digest.update(b"runs" + spans.astype("<i4").tobytes())
         return int.from_bytes(digest.digest(), "little")
+
+
+PreparedRow = UntokenizedRow | EncodedRow | BadRow
 
 
 class CausalLMEncoder:
@@ -122,7 +126,7 @@ class CausalLMEncoder:
         """Return whether the chat template, of the conversations so far, reads a key of messages."""
         return any(key in template_keys(template.source) for template in self._templates.values())
 
-    def render(self, examples: Sequence[Example]) -> ChatRendering:
+    def start(self, examples: Sequence[Example]) -> Tokenization[PreparedRow]:
         """Start the rendering of the conversations in the template process; one rendering at a time.
 
         Raises:
@@ -132,22 +136,28 @@ class CausalLMEncoder:
         for tools in dict.fromkeys(chat.tools is not None for chat in chats):
             if tools not in self._templates:
                 self._templates[tools] = self._required_template(tools=tools)
-        return ChatRendering(self._options._replace(templates=self._templates), chats, self._stopped)
+        rendering = ChatRendering(self._options._replace(templates=self._templates), chats, self._stopped)
+
+        def rows() -> list[PreparedRow]:
+            rendered = iter(rendering.rows())
+            return [next(rendered) if isinstance(one, Conversation) else self._prepare(one) for one in examples]
+
+        def texts(rows: Sequence[PreparedRow]) -> list[str]:
+            return [row.text for row in rows if isinstance(row, UntokenizedRow)]
+
+        return Tokenization(rows, texts, tokenizer=self._backend, add_special_tokens=False)
 
     def encode(
-        self, examples: Sequence[Example], rendering: ChatRendering | None = None
+        self, examples: Sequence[Example], started: Tokenization[PreparedRow] | None = None
     ) -> Iterator[EncodedRow | BadRow]:
-        """Yield one result for each example, in order; `rendering` is that of `render`, if it was started before.
+        """Yield one result for each example, in order; `started` is what `start` returned for them, if it was called.
 
         Raises:
             LoraError: the chat template or the tokenizer cannot be used for these examples.
         """
-        rendered = iter((rendering or self.render(examples)).rows())
-        rows = [next(rendered) if isinstance(example, Conversation) else self._prepare(example) for example in examples]
-        # In one call, because the tokenizer distributes a batch over the CPU cores.
-        texts = [row.text for row in rows if isinstance(row, UntokenizedRow)]
-        encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-        for row in rows:
+        work = started or self.start(examples)
+        encodings = iter(work.encodings())
+        for row in work.rows:
             encoded = self._to_row(row, next(encodings)) if isinstance(row, UntokenizedRow) else row
             yield self._check_placeholders(encoded) if self._placeholders else encoded
 
@@ -159,7 +169,7 @@ class CausalLMEncoder:
         token = self._placeholders[min(found)]
         return BadRow("token of an image or sound", f"has {token}, which stands for an image, a video or a sound")
 
-    def _prepare(self, example: Example) -> UntokenizedRow | EncodedRow | BadRow:
+    def _prepare(self, example: Example) -> PreparedRow:
         """Return the text of an example without chat template, or its row if it is tokenized already."""
         all_tokens = self._spec.loss_on == "all"
         try:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from lora_cli.data.encode import CausalLMEncoder, EncodedRow, require_fast_token
 from lora_cli.data.formats import ClassificationExample, Example, Label, PromptCompletion, TaggingExample
 from lora_cli.data.label_mask import Ints
 from lora_cli.data.records import BadRow
-from lora_cli.data.render_chats import ChatRendering
+from lora_cli.data.tokenization import Text, Tokenization
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.recipe.tasks import TaskName
 
@@ -61,9 +61,9 @@ class RowEncoder(Protocol):
 
     def template_reads(self, key: str) -> bool: ...
     def identity(self) -> str: ...
-    def render(self, examples: Sequence[Example]) -> ChatRendering | None: ...
+    def start(self, examples: Sequence[Example]) -> Tokenization[Any]: ...
     def encode(
-        self, examples: Sequence[Example], rendering: ChatRendering | None = None
+        self, examples: Sequence[Example], started: Tokenization[Any] | None = None
     ) -> Iterator[EncodedRow | LabeledRow | BadRow]: ...
 
 
@@ -106,16 +106,19 @@ class LabeledRowEncoder:
         """Return whether a chat template reads a key of messages: there is none."""
         return False
 
-    def render(self, examples: Sequence[Example]) -> None:
-        """Render nothing: these rows have no chat template."""
+    def start(self, examples: Sequence[Example]) -> Tokenization[Example]:
+        """Return the examples with their texts, which are not tokenized yet."""
+
+        def texts(rows: Sequence[Example]) -> list[Text]:
+            return [text for row in rows for text in self._texts(row)]
+
+        return Tokenization(lambda: examples, texts, tokenizer=self._full, add_special_tokens=True)
 
     def encode(
-        self, examples: Sequence[Example], rendering: ChatRendering | None = None
+        self, examples: Sequence[Example], started: Tokenization[Example] | None = None
     ) -> Iterator[LabeledRow | BadRow]:
-        """Yield one result for each example, in order."""
-        texts = [text for example in examples for text in self._texts(example)]
-        # In one call, because the tokenizer distributes a batch over the CPU cores.
-        encodings = iter(self._full.encode_batch(texts))
+        """Yield one result for each example, in order; `started` is what `start` returned, if it was called."""
+        encodings = iter((started or self.start(examples)).encodings())
         for example in examples:
             row_encodings = [next(encodings) for _ in self._texts(example)]
             try:
@@ -127,7 +130,7 @@ class LabeledRowEncoder:
             except BadRow as bad:
                 yield bad
 
-    def _texts(self, example: Example) -> list[str | tuple[str, str]]:
+    def _texts(self, example: Example) -> list[Text]:
         """Return the texts to tokenize; the tokenizer adds its special tokens to each."""
         match example:
             case ClassificationExample(text, pair, _):

@@ -30,7 +30,7 @@ def marked(tokenizer, messages, **variables) -> str:
     """Return the rendered conversation with [[ ]] around what carries loss."""
     encoder = CausalLMEncoder(DataSpec.model_validate({"train": "x", "template_date": DAY}), tokenizer)
     chat = Conversation(messages, None, variables=variables)
-    (row,) = encoder.render([chat]).rows()
+    (row,) = encoder.start([chat]).rows
     assert isinstance(row, UntokenizedRow)
     text = row.text
     for start, stop in reversed(row.answers):
