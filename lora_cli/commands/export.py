@@ -51,8 +51,8 @@ class ExportRequest(NamedTuple):
     trust_remote_code: bool
 
 
-def export(target: str, *, out: Path, request: ExportRequest) -> None:
-    """Write `target`, a model, a run or an adapter, to `out`.
+def export(target: str, *, out: Path, request: ExportRequest) -> dict[str, Any]:
+    """Write `target`, a model, a run or an adapter, to `out`; return the content of export.json.
 
     Raises:
         LoraError: it cannot be written in this format, or the written export differs from the original.
@@ -87,10 +87,12 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
             console.info(f"writing {request.to}" + (f" ({request.quantize})" if request.quantize else ""))
             module.write(source, partial, options)
             checks = _run_checks(module, source, partial, options)
-            atomic.write_json_unpublished(verdict, _verdict(target, adapter, source, partial, checks, request))
+            record = _verdict(target, adapter, source, partial, checks, request)
+            atomic.write_json_unpublished(verdict, record)
         for line in module.usage(source, out, options):
             console.info(line)
     console.out.print(str(out))
+    return record
 
 
 def _open_model(target: str, request: ExportRequest) -> ExportSource:

@@ -23,11 +23,14 @@ USING_CACHE = "the hub does not answer: using the files in the cache"
 _problems: dict[str, str | None] = {}  # by the address of a hub: why it does not answer
 
 
-def ask_hub(info: Callable[[str], None]) -> str | None:
+def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
     """Ask the hub for an answer, twice at most, in less than 5 seconds. Without one, use only the cache from now on.
+
+    It is asked about the repository that is needed, because a hub whose pages answer can have an API that does not.
 
     Args:
         info: prints that the hub is asked again.
+        about: kind and name of a repository: `models/org/name` or `datasets/org/name`.
 
     Returns:
         Why the hub does not answer; None if it does, or if HF_HUB_OFFLINE is set.
@@ -38,7 +41,7 @@ def ask_hub(info: Callable[[str], None]) -> str | None:
     if ENDPOINT not in _problems:
         if is_offline_mode():
             return None
-        _problems[ENDPOINT] = _find_problem(ENDPOINT, info)
+        _problems[ENDPOINT] = _find_problem(ENDPOINT, f"/api/{about}" if about else "", info)
         if _problems[ENDPOINT] is not None:
             _go_offline()
     return _problems[ENDPOINT]
@@ -53,13 +56,13 @@ def no_answer_error(name: str, problem: str, *, key: str) -> LoraError:
     )
 
 
-def _find_problem(address: str, info: Callable[[str], None]) -> str | None:
+def _find_problem(address: str, path: str, info: Callable[[str], None]) -> str | None:
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     start = time.monotonic()
     problem = "no answer"
     for seconds in (FIRST_ANSWER_S, LAST_ANSWER_S):
         # In a thread, because the search for an address by DNS has no timeout.
-        threading.Thread(target=lambda: answers.put(_ask(address)), daemon=True).start()
+        threading.Thread(target=lambda: answers.put(_ask(f"{address}{path}")), daemon=True).start()
         try:  # the second time, also the answer to the first attempt
             if (answer := answers.get(timeout=start + seconds - time.monotonic())) is None:
                 return None
