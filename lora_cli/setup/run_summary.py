@@ -22,6 +22,8 @@ def summarize_run(folder: Path, *, exit_code: int) -> dict[str, Any]:
     if exit_code and not stopped:
         hint = "lora train RECIPE --resume goes on from the newest checkpoint"
         return {"error": "the training failed; its processes have printed why on stderr", "hint": hint, **record}
+    if stopped and not (folder / "manifest.json").exists():  # before the first step
+        return {**record, "steps_done": 0}
     manifest = read_json_object(folder / "manifest.json")
     metrics = read_metrics(folder / "metrics.jsonl")
     steps = [each for each in metrics if "loss" in each]

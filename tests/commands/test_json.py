@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lora_cli.cli.app import with_json_value, without_json
 from lora_cli.cli.usage_errors import HintedError
 from lora_cli.commands import methods
 from lora_cli.run import console, json_output
+from lora_cli.setup.run_summary import summarize_run
 from tests.commands.conftest import CommandResult, Lora, WriteRecipe
 
 
@@ -166,12 +166,24 @@ def test_commands_that_write_a_result(trained_run: Path, lora: Lora):
 
 
 @pytest.mark.slow
+def test_the_summary_of_a_run_that_was_stopped_or_failed(finished_run: Path, tmp_path: Path):
+    stopped = summarize_run(finished_run, exit_code=130)
+    assert (stopped["finished"], stopped["stopped"], stopped["adapter"], stopped["steps_done"]) == (
+        False,
+        True,
+        None,
+        4,
+    )
+    assert summarize_run(tmp_path, exit_code=143)["steps_done"] == 0
+    assert set(summarize_run(tmp_path, exit_code=1)) >= {"error", "hint", "exit_code"}
+
+
+@pytest.mark.slow
 def test_two_processes_give_one_document(recipe: WriteRecipe, lora: Lora):
     recipe({"training.max_steps": 2, "training.eval_every": None})
     result = lora("train", "recipe.yaml", "--processes", "2", "--json")
     found = document(result)
     assert (found["finished"], found["steps_done"]) == (True, 2)
-    assert sys.stdout is not sys.stderr
 
 
 @pytest.mark.slow
