@@ -155,7 +155,7 @@ def export(
         raise LoraError(f"lora export: {missing} is missing", hint=f"lora export runs/NAME --to {to} --out PATH")
     with reserve_output_path(out):
         path = Path(os.path.expanduser(target))
-        check_export_paths(out, path, find_exported_adapter(path), to=to, over=over, replace=force)
+        check_export_paths(out, path, find_exported_adapter(target), to=to, over=over, replace=force)
         with console.loading_libraries():
             from lora_cli.commands import export as command
 

@@ -101,10 +101,10 @@ def _describe(error: UsageError) -> tuple[str, str]:
             return f"{written} is not {expected}", f"write {_with_value(option)}, {expected}; {see}"
         case BadOptionUsage(option_name=name):
             options = ctx.command.params if ctx else []
-            option = next((each for each in options if isinstance(each, TyperOption) and name in each.opts), None)
-            if option is None or option.is_flag:
+            found = next((each for each in options if isinstance(each, TyperOption) and name in each.opts), None)
+            if found is None or found.is_flag:
                 return f"{name} takes no value", f"write {name} alone"
-            return f"{name}: its value is missing", f"write {_with_value(option)}"
+            return f"{name}: its value is missing", f"write {_with_value(found)}"
         case _ if extra := re.search(r"unexpected extra argument\(s\) \((.*)\)$", error.message):
             return f"{command}: unexpected argument {extra[1]}", _usage(ctx)
         case _:

@@ -1,7 +1,6 @@
 """`lora export`: write a model or adapter in a runtime's format; read it back and run it before it is put in place."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -59,7 +58,7 @@ def export(target: str, *, out: Path, request: ExportRequest) -> dict[str, Any]:
     """
     exporter = EXPORTERS[request.to]
     remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
-    folder = find_exported_adapter(Path(os.path.expanduser(target)))
+    folder = find_exported_adapter(target)
     module = exporter.load()
     if request.verify == "runtime":
         exporter.require_runtime()

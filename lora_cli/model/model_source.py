@@ -118,7 +118,7 @@ def _check_own_model(folder: Path, *, weights: bool, info: Info) -> None:
 
 def _find_on_hub(spec: ModelSpec, info: Info) -> ModelSource:
     source = ModelSource(spec.path, spec.trust_remote_code, revision=spec.revision or "main")
-    if (problem := ask_hub(info, about=f"models/{spec.path}")) is not None:
+    if (problem := ask_hub(info, about=f"{spec.path}/resolve/{spec.revision or 'main'}/config.json")) is not None:
         if hub_commit(source) is None:
             raise no_answer_error(spec.path, problem, key="model.path")
         info(USING_CACHE)

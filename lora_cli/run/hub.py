@@ -21,16 +21,18 @@ PAUSE_S = 1.0  # seconds from an attempt that fails at once to the next one
 USING_CACHE = "the hub does not answer: using the files in the cache"
 
 _problems: dict[str, str | None] = {}  # by the address of a hub: why it does not answer
+_answered: set[str] = set()  # the paths that it was asked for
 
 
 def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
     """Ask the hub for an answer, twice at most, in less than 5 seconds. Without one, use only the cache from now on.
 
-    It is asked about the repository that is needed, because a hub whose pages answer can have an API that does not.
+    It is asked for what a library asks for first, because a hub whose pages answer may not send files. Where a library
+    got no answer, it would try again for half a minute, and for six if the hub keeps silent.
 
     Args:
         info: prints that the hub is asked again.
-        about: kind and name of a repository: `models/org/name` or `datasets/org/name`.
+        about: path of the first request: `org/name/resolve/main/config.json`, `api/datasets/org/name`.
 
     Returns:
         Why the hub does not answer; None if it does, or if HF_HUB_OFFLINE is set.
@@ -38,10 +40,11 @@ def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
     from huggingface_hub import is_offline_mode
     from huggingface_hub.constants import ENDPOINT
 
-    if ENDPOINT not in _problems:
+    if _problems.get(ENDPOINT) is None and about not in _answered:
         if is_offline_mode():
             return None
-        _problems[ENDPOINT] = _find_problem(ENDPOINT, f"/api/{about}" if about else "", info)
+        _problems[ENDPOINT] = _find_problem(ENDPOINT, f"/{about}" if about else "", info)
+        _answered.add(about)
         if _problems[ENDPOINT] is not None:
             _go_offline()
     return _problems[ENDPOINT]

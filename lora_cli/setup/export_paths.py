@@ -12,18 +12,19 @@ from lora_cli.setup.adapter_folders import check_not_unfinished
 VERDICT = "export.json"
 
 
-def find_exported_adapter(target: Path) -> Path | None:
-    """Return the adapter folder that `target` is or contains; None for a model.
+def find_exported_adapter(name: str | Path) -> Path | None:
+    """Return the adapter folder that `name` is or contains; None for a model.
 
     Raises:
         LoraError: it is a run that has no adapter yet, or a path where there is nothing.
     """
+    target = Path(os.path.expanduser(name))
     folder = find_adapter_folder(target)
     if folder is None:
         check_not_unfinished(target)
-        if not os.path.lexists(target) and is_path(str(target)):
+        if not os.path.lexists(target) and is_path(str(name)):
             raise LoraError(
-                f"{target} does not exist", hint="give a run, an adapter or a model: a folder, a .gguf file or a hub id"
+                f"{name} does not exist", hint="give a run, an adapter or a model: a folder, a .gguf file or a hub id"
             )
     return folder
 

@@ -101,6 +101,6 @@ def test_a_path_that_does_not_exist_is_no_hub_id(target: str, workdir: Path, lor
     result = lora("export", target, "--to", "safetensors", "--out", "out")
     assert result.code == 2
     assert result.err.splitlines() == [
-        f"error: {Path(target)} does not exist",
+        f"error: {target} does not exist",
         "hint: give a run, an adapter or a model: a folder, a .gguf file or a hub id",
     ]
