@@ -117,7 +117,7 @@ class _Group(TyperGroup):
 class App(typer.Typer):
     """A typer app whose commands have what all commands of `lora` have."""
 
-    def command(  # type: ignore[override]
+    def command(
         self, name: str | None = None, *, examples: Sequence[str] = (), **options: Any
     ) -> Callable[[Function], Function]:
         """Return a decorator that adds a command.

@@ -78,6 +78,10 @@ PRIVATE: dict[str, Use] = {
     "_set_pg_timeout": Use("training/process_group.py", library_checks.group_timeout),
     "_pytree": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_softmax_backward_data": Use("model/packed_attention.py", library_checks.softmax_backward),
+    # typer
+    "_click": Use("cli/__init__.py cli/app.py cli/completion.py cli/usage_errors.py", typer_checks.usage_errors),
+    "_coercion": Use("cli/app.py", typer_checks.flags),
+    "_completion_classes": Use("cli/completion.py", typer_checks.bash_completion),
 }
 
 # Names that peft, transformers and torch.distributed export from submodules only; every import in lora_cli is listed.
