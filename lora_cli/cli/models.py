@@ -6,35 +6,74 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.cli import completion
 from lora_cli.cli.app import app
-from lora_cli.cli.options import BasePath, Force, OtherBase, TrustRemoteCode, check_choice
+from lora_cli.cli.options import (
+    AdapterPath,
+    BasePath,
+    Force,
+    Json,
+    OtherBase,
+    TrustRemoteCode,
+    check_choice,
+    check_json_file,
+    write_record,
+)
 from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.output_path import check_output_path, reserve_output_path
 from lora_cli.setup.adapter_folders import find_adapter, find_chat_adapters
 from lora_cli.setup.export_paths import check_export_paths, find_exported_adapter
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+WEIGHTS = ("auto", "original", "dequantized")
+VERIFY_MERGE = ("logits", "tensors")
+VERIFY_EXPORT = ("auto", "file", "runtime")
 
-@app.command()
+
+@app.command(
+    examples=["lora merge runs/quickstart --out merged", "lora merge runs/quickstart --out merged --dtype bfloat16"]
+)
 def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)],
+    adapter: AdapterPath,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model.", show_default=False)],
     base: BasePath = None,
-    dtype: Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")] = "auto",
-    weights: Annotated[
-        str, typer.Option(help="For a base that was quantized in training: auto (measured), original or dequantized.")
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="auto (as stored), bfloat16, float16 or float32.",
+            autocompletion=completion.choices(*DTYPES),
+        ),
     ] = "auto",
-    verify: Annotated[str, typer.Option(help="logits (and every tensor), or tensors alone.")] = "logits",
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="For a base that was quantized in training: auto (measured), original or dequantized.",
+            autocompletion=completion.choices(*WEIGHTS),
+        ),
+    ] = "auto",
+    verify: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="logits (and every tensor), or tensors alone.",
+            autocompletion=completion.choices(*VERIFY_MERGE),
+        ),
+    ] = "logits",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file.")] = "2GB",
     force: Force = False,
     unmerge: Annotated[bool, typer.Option("--unmerge", help="Subtract the adapter from --base MERGED again.")] = False,
     other_base: OtherBase = False,
     trust: TrustRemoteCode = False,
+    json: Json = None,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor, and verify the result."""
-    check_choice("--dtype", dtype, "auto", "bfloat16", "float16", "float32")
-    check_choice("--weights", weights, "auto", "original", "dequantized")
-    check_choice("--verify", verify, "logits", "tensors")
+    check_json_file(json)
+    check_choice("--dtype", dtype, *DTYPES)
+    check_choice("--weights", weights, *WEIGHTS)
+    check_choice("--verify", verify, *VERIFY_MERGE)
     with reserve_output_path(out):
         check_output_path(out, inputs=[find_adapter(adapter)], replace=force, command="merge")
         with console.loading_libraries():
@@ -51,15 +90,32 @@ def merge(
             other_base=other_base,
             trust_remote_code=trust,
         )
-        command.merge(adapter, out=out, request=request)
+        record = command.merge(adapter, out=out, request=request)
+    write_record(json, record)
 
 
-@app.command()
+@app.command(
+    examples=["lora export --to list", "lora export runs/quickstart --to gguf --quantize q8_0 --out model.gguf"]
+)
 def export(
     target: Annotated[
-        str | None, typer.Argument(metavar="MODEL|RUN|ADAPTER", help="What to export.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="MODEL|RUN|ADAPTER",
+            help="What to export.",
+            show_default=False,
+            autocompletion=completion.runs_and_adapters,
+        ),
     ] = None,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="`--to list` prints all formats.")] = "list",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="`--to list` prints all formats.",
+            autocompletion=completion.export_formats,
+        ),
+    ] = "list",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="PATH", help="File or folder of the export.", show_default=False)
     ] = None,
@@ -71,45 +127,68 @@ def export(
     ] = None,
     base: BasePath = None,
     verify: Annotated[
-        str, typer.Option(help="auto, file (read back), or runtime (run, compare with the original).")
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="auto, file (read back), or runtime (run, compare with the original).",
+            autocompletion=completion.choices(*VERIFY_EXPORT),
+        ),
     ] = "auto",
     force: Force = False,
     other_base: OtherBase = False,
     trust: TrustRemoteCode = False,
+    json: Json = None,
 ) -> None:
     """Write a model or an adapter in the format of a runtime, and verify that it is the same model."""
-    from lora_cli.export import EXPORTERS, describe
+    from lora_cli.export import EXPORTERS, describe, records
 
+    check_json_file(json)
     if to == "list":
         for line in describe():
             console.out.print(line)
+        write_record(json, {"formats": records()})
         return
     check_choice("--to", to, *EXPORTERS, "list")
-    check_choice("--verify", verify, "auto", "file", "runtime")
+    check_choice("--verify", verify, *VERIFY_EXPORT)
     if target is None or out is None:
         missing = "the model, run or adapter" if target is None else "--out"
         raise LoraError(f"lora export: {missing} is missing", hint=f"lora export runs/NAME --to {to} --out PATH")
     with reserve_output_path(out):
         path = Path(os.path.expanduser(target))
-        check_export_paths(out, path, find_exported_adapter(path), to=to, over=over, replace=force)
+        check_export_paths(out, path, find_exported_adapter(target), to=to, over=over, replace=force)
         with console.loading_libraries():
             from lora_cli.commands import export as command
 
         request = command.ExportRequest(to, quantize, over, base, verify, force, other_base, trust)
-        command.export(target, out=out, request=request)
+        record = command.export(target, out=out, request=request)
+    write_record(json, {"out": out, **record})
 
 
-@app.command()
+@app.command(examples=["lora chat runs/quickstart", "echo 'Who are you?' | lora chat runs/quickstart"])
 def chat(
-    target: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to chat with.", show_default=False)],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|ADAPTER|MODEL",
+            help="What to chat with.",
+            show_default=False,
+            autocompletion=completion.runs_and_adapters,
+        ),
+    ],
     adapters: Annotated[
-        list[str] | None, typer.Option("--adapter", metavar="[NAME=]DIR", help="Another adapter of the same base.")
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="[NAME=]DIR",
+            help="Another adapter of the same base.",
+            autocompletion=completion.named_adapters,
+        ),
     ] = None,
     base: BasePath = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 42,
+    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0: always the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")] = 42,
     other_base: OtherBase = False,
 ) -> None:
     """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""

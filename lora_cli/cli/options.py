@@ -1,18 +1,38 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, with their completion, and what is done with --json. No torch."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lora_cli.cli import completion
+from lora_cli.cli.app import TO_STDOUT
 from lora_cli.errors import LoraError
+from lora_cli.run import atomic, json_output
+from lora_cli.run.output_path import check_output_file
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file; `lora init` lists examples.", show_default=False)
+    Path,
+    typer.Argument(metavar="RECIPE", help="YAML file, or - for stdin; `lora init` lists examples.", show_default=False),
+]
+AdapterPath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="A run, or an adapter folder.",
+        show_default=False,
+        autocompletion=completion.runs_and_adapters,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set a recipe key: --set training.learning_rate=1e-4."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set a recipe key: --set training.learning_rate=1e-4.",
+        autocompletion=completion.recipe_keys,
+    ),
 ]
 BasePath = Annotated[
     str | None, typer.Option("--base", metavar="PATH", help="Another base than the one that the adapter names.")
@@ -22,9 +42,33 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the Python code of the base's repository.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace --out if it is a result of lora.")]
+# `json: Json = None`, then `check_json_file(json)` before the work and `write_record(json, record)` after it.
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="[FILE]", help="Print one JSON document instead of text, or write it to FILE.json as well."
+    ),
+]
 
 
 def check_choice(option: str, value: str, *known: str) -> None:
     """Raise LoraError unless `value` is one of `known`."""
     if value not in known:
         raise LoraError(f"{option} {value} is not known", hint=f"write {', '.join(known[:-1])} or {known[-1]}")
+
+
+def check_json_file(target: str | None) -> None:
+    """Raise LoraError if the file of --json cannot be written because its folder is missing."""
+    if target not in (None, TO_STDOUT):
+        check_output_file("--json", Path(str(target)))
+
+
+def write_record(target: str | None, record: Mapping[str, Any]) -> None:
+    """Print or write the document of a command, as --json asks; None: do nothing.
+
+    NaN and infinity become null, since JSON has neither.
+    """
+    if target == TO_STDOUT:
+        json_output.print_document(record)
+    elif target is not None and json_output.is_first_process():
+        atomic.write_json(Path(target), json_output.strict(record))

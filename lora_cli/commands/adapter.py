@@ -58,13 +58,12 @@ class ModuleStats(NamedTuple):
         return self.norm / self.base_norm if self.base_norm else None
 
 
-def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot: Path | None) -> None:
-    """Print the size of the updates for each kind of module, and how much of the rank they use.
+def inspect(folder: Path, *, base_path: str | None, plot: Path | None) -> dict[str, Any]:
+    """Print the size of the updates for each kind of module, and how much of the rank they use; return all statistics.
 
     Args:
         folder: of a run or a LoRA adapter.
         base_path: base in place of the one that the adapter names.
-        json_file: for the statistics of every module.
         plot: PNG file for spectra and sizes.
 
     Raises:
@@ -97,13 +96,12 @@ def inspect(folder: Path, *, base_path: str | None, json_file: Path | None, plot
         console.out.print(
             f"{share:.0%} of each update's energy: rank {max(ranks)} for all, {sum(ranks) / len(ranks):.1f} on average"
         )
-    if json_file is not None:
-        records = [{**module._asdict(), "relative": module.relative} for module in stats]
-        summary = {"base": config.base_model_name_or_path, "method": method, "parameters": parameters, "bytes": size}
-        atomic.write_json(json_file, {**summary, "modules": records})
     if plot is not None:
         _plot(stats, plot)
         console.info(f"plotted in {plot}")
+    records = [{**module._asdict(), "relative": module.relative} for module in stats]
+    summary = {"base": config.base_model_name_or_path, "method": method, "parameters": parameters, "bytes": size}
+    return {**summary, "modules": records}
 
 
 def _module_stats(module: str, factors: LowRankFactors, base_norm: float | None) -> ModuleStats:
@@ -217,8 +215,8 @@ def _plot(stats: list[ModuleStats], file: Path) -> None:
         figure.savefig(partial, dpi=120, format=file.suffix.lstrip(".") or "png")
 
 
-def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, force: bool) -> None:
-    """Write the adapter in `folder` with fewer components for each module.
+def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, force: bool) -> dict[str, Any]:
+    """Write the adapter in `folder` with fewer components for each module; return the figures for JSON.
 
     Args:
         folder: of a run or a LoRA adapter.
@@ -243,8 +241,9 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
         small[module] = low_rank.truncate_rank(factors, new_rank)
     before = _range([factors.rank for factors in adapter.factors.values()])
     _write_adapter(small, adapter, out, replace=force, what=f"resized from rank {before}")
-    _print_energy_kept(adapter.factors, low_rank.read_lora(open_adapter(out)).factors)
+    kept = _energy_kept(adapter.factors, low_rank.read_lora(open_adapter(out)).factors)
     console.out.print(str(out))
+    return {"out": out, **kept}
 
 
 def combine(
@@ -257,8 +256,8 @@ def combine(
     density: float,
     seed: int,
     force: bool,
-) -> None:
-    """Write the weighted sum of several adapters of one base as one adapter.
+) -> dict[str, Any]:
+    """Write the weighted sum of several adapters of one base as one adapter; return the figures for JSON.
 
     Args:
         folders: of the adapters.
@@ -302,9 +301,11 @@ def combine(
         f"{weight:g} of {_public_name(adapter.folder)}" for weight, adapter in zip(weights, adapters, strict=True)
     )
     _write_adapter(combined, adapters[0], out, replace=force, what=f"{method} of {names}")
+    kept = {}
     if method in ("concat", "svd"):
-        _print_energy_kept(exact, low_rank.read_lora(open_adapter(out)).factors)
+        kept = _energy_kept(exact, low_rank.read_lora(open_adapter(out)).factors)
     console.out.print(str(out))
+    return {"out": out, "method": method, **kept}
 
 
 def _public_name(folder: Path) -> str:
@@ -366,15 +367,17 @@ def _write_adapter(
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
-def _print_energy_kept(original: dict[str, LowRankFactors], written: dict[str, LowRankFactors]) -> None:
+def _energy_kept(original: dict[str, LowRankFactors], written: dict[str, LowRankFactors]) -> dict[str, Any]:
+    """Print the rank and the energy kept of an adapter that was written; return them for JSON."""
+    ranks = [factors.rank for factors in written.values()]
+    record: dict[str, Any] = {"rank": {"min": min(ranks, default=0), "max": max(ranks, default=0)}, "energy_kept": None}
     shares = low_rank.energy_kept(original, written)
     total = sum(factors.energy for factors in original.values())
     if not total:  # an untrained adapter, or weights that cancel out
         console.info("note: every update is zero")
-        return
+        return record
     kept = sum(shares[module] * factors.energy for module, factors in original.items()) / total
     worst = min(shares, key=lambda module: shares[module])
-    console.info(
-        f"rank {_range([factors.rank for factors in written.values()])}: {kept:.4%} of the energy kept, read back; "
-        f"least {shares[worst]:.4%} ({worst})"
-    )
+    console.info(f"rank {_range(ranks)}: {kept:.4%} of the energy kept, read back; least {shares[worst]:.4%} ({worst})")
+    least = {"module": worst, "share": shares[worst]}
+    return {**record, "energy_kept": kept, "least_energy_kept": least}

@@ -4,6 +4,7 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -55,8 +56,8 @@ from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.memory_ladder import check_can_recompute
 
 
-def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | None = None) -> None:
-    """Print the ledger, `rows` rows token by token, the steps, the target modules and the memory plan.
+def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | None = None) -> dict[str, Any]:
+    """Print ledger, `rows` rows token by token, steps, target modules and memory plan; return the figures for JSON.
 
     With `gpus` or `budget`, bytes of memory of each, the plan is for these GPUs, which this machine need not have.
 
@@ -99,8 +100,20 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
     check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
     for line in describe_schedule(recipe.training, total):
         out(line)
-    _print_sizes(recipe, inputs, plan, total=total, optimizer=optimizer, planned=planned)
+    sizes = _print_sizes(recipe, inputs, plan, total=total, optimizer=optimizer, planned=planned)
     out(f"ok: lora train would train {redact_path(recipe.model.path)} on these rows")
+    return {
+        "model": redact_path(recipe.model.path),
+        "task": recipe.task,
+        "ledger": inputs.data.ledger.to_json(),
+        "processes": processes,
+        "steps": total,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "token_share": plan.token_share,
+        "strategy": strategy.name if strategy else None,
+        "optimizer": optimizer,
+        **sizes,
+    }
 
 
 def _print_sizes(
@@ -111,8 +124,8 @@ def _print_sizes(
     total: int,
     optimizer: str,
     planned: PlannedGpus | None,
-) -> None:
-    """Print target modules and memory plan, computed from the modules' shapes on the meta device."""
+) -> dict[str, Any]:
+    """Print target modules and memory plan, computed from the modules' shapes on the meta device; return the sizes."""
     model = inputs.base.skeleton()
     heads = task_heads(model, recipe.task)
     layers = target_modules.linear_layers(model, heads)
@@ -130,14 +143,15 @@ def _print_sizes(
         console.out.print(line)
     of_run = memory_of_run(recipe, inputs, adapted, optimizer=optimizer)
     if planned:
-        _print_gpu_plan(recipe, inputs, of_run, forms_of(recipe, adapted, batches), planned)
+        needed = _print_gpu_plan(recipe, inputs, of_run, forms_of(recipe, adapted, batches), planned)
     else:
-        _print_memory(recipe, of_run, batches, free=memory.available_memory(inputs.device))
-    _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
+        needed = _print_memory(recipe, of_run, batches, free=memory.available_memory(inputs.device))
+    disk = _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
+    return {"trainable_parameters": trainable, "memory": needed, "disk": disk}
 
 
-def _print_memory(recipe: Recipe, of_run: memory.TrainingMemory, batches: BatchPlan, *, free: int) -> None:
-    """Print the memory of a step on this machine, of which `free` bytes are free."""
+def _print_memory(recipe: Recipe, of_run: memory.TrainingMemory, batches: BatchPlan, *, free: int) -> dict[str, Any]:
+    """Print the memory of a step on this machine, of which `free` bytes are free; return the bytes."""
     tokens = batches.tokens_of_part(batches.parts)
     plan = of_run.plan(tokens, every=1 if recipe.training.gradient_checkpointing is True else None)
     parts = ", ".join(f"{name} {console.format_bytes(value)}" for name, value in plan._asdict().items() if value)
@@ -154,11 +168,12 @@ def _print_memory(recipe: Recipe, of_run: memory.TrainingMemory, batches: BatchP
             "  more than is free: with gradient_checkpointing: auto, layers are recomputed, and then batches run in "
             f"more parts; smaller batches ({smaller}), quantization or a smaller adapter.rank need less"
         )
+    return {"bytes": plan.total, "parts": plan._asdict(), "tokens": tokens, "free_bytes": free}
 
 
 def _print_gpu_plan(
     recipe: Recipe, inputs: RunInputs, of_run: memory.TrainingMemory, forms: list[Form], gpus: PlannedGpus
-) -> None:
+) -> dict[str, Any]:
     """Print what training takes on each of the planned GPUs, for each strategy and form, and which ones fit."""
     plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory)
     console.out.print(f"memory of each GPU, estimated, for {gpus.describe()}:")
@@ -183,6 +198,11 @@ def _print_gpu_plan(
         console.out.print("what would need less:")
         for line in changes_that_help(recipe, inputs, of_run, plans, gpus):
             console.out.print(f"  {line}")
+    strategies = {
+        plan.name: [{**form.form._asdict(), "bytes": form.total, "fits": form.fits} for form in plan.forms]
+        for plan in plans
+    }
+    return {"gpus": gpus.number, "bytes_of_gpu": gpus.memory, "strategies": strategies}
 
 
 def _print_columns(headers: list[str], rows: Iterator[tuple[str, ...]]) -> None:
@@ -230,8 +250,8 @@ def _form_rows(of_run: memory.TrainingMemory, plans: list[StrategyPlan]) -> Iter
         yield form.name, f"{form.tokens:,}", console.format_bytes(saved), *cells
 
 
-def _print_disk(recipe: Recipe, model: nn.Module, *, base: Path, optimizer: str, total: int) -> None:
-    """Print the disk space that the run needs, and what is free."""
+def _print_disk(recipe: Recipe, model: nn.Module, *, base: Path, optimizer: str, total: int) -> dict[str, Any]:
+    """Print the disk space that the run needs, and what is free; return the bytes."""
     run = Path(recipe.output)
     needs = run_needs(run, model, recipe.training, optimizer=optimizer, base=base, total=total)
     parts = ", ".join(f"{need.what.removeprefix('the ')} {console.format_bytes(need.bytes)}" for need in needs)
@@ -240,34 +260,38 @@ def _print_disk(recipe: Recipe, model: nn.Module, *, base: Path, optimizer: str,
     console.out.print(f"disk, estimated: {console.format_bytes(needed)} ({parts}) in {run}; free now: {left}")
     if free is not None and needed > free:
         console.out.print(f"  more than is free: {SMALLER}")
+    return {"bytes": needed, "free_bytes": free}
 
 
-def check_without_model(recipe: Recipe) -> None:
-    """Read the recipe's local rows in their format, without tokenizer or model; print the sources that are not local.
+def check_without_model(recipe: Recipe) -> dict[str, Any]:
+    """Read the recipe's local rows in their format, without tokenizer or model; print and return what was read.
 
     Raises:
         LoraError: rows cannot be read.
     """
     local: dict[str, list[SourceSpec]] = {"train": [], "eval": []}
-    complete = True
+    elsewhere: list[str] = []
+    read: list[dict[str, Any]] = []
     for side, value in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         specs = [SourceSpec(path=value)] if isinstance(value, str) else value if isinstance(value, list) else []
         for spec in specs:
             if os.path.lexists(spec.path) or (glob.has_magic(spec.path) and not is_url(spec.path)):
                 local[side].append(spec)
             else:
-                complete = False
+                elsewhere.append(redact_path(spec.path))
                 console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
     if any(local.values()):
         data = recipe.data.model_copy(update=local)
-        for source in check_rows(data, recipe.task, console.info, complete=complete):
+        for source in check_rows(data, recipe.task, console.info, complete=not elsewhere):
             bad = "".join(f", {count:,} skipped: {reason}" for reason, count in source.bad.items())
+            read.append({"source": source.source, "rows": source.read, "format": source.format, "skipped": source.bad})
             console.out.print(f"{source.source}: {source.read:,} rows of format {source.format}{bad}")
             for note in source.notes:
                 console.out.print(f"  {note}")
             for line in unread_lines(source.unread_columns, source.unread_keys):
                 console.out.print(f"  {line}")
     console.out.print("ok: the recipe is valid; model, labels and memory were not checked")
+    return {"sources": read, "not_read": elsewhere}
 
 
 def _row_text(row: Row, inputs: RunInputs, recipe: Recipe) -> Text:

@@ -54,17 +54,15 @@ def evaluate(
     *,
     adapters: Sequence[str],
     data: str | None,
-    json_file: Path | None,
     options: GenerationOptions,
     other_base: bool = False,
-) -> None:
-    """Print a table of base, adapters and merged models, and the answers of each; write the figures as JSON.
+) -> dict[str, Any]:
+    """Print a table of base, adapters and merged models, and the answers of each; return the figures for JSON.
 
     Args:
         target: a recipe, run folder or adapter folder.
         adapters: further adapters or merged models, `DIR` or `NAME=DIR`.
         data: rows in place of the recipe's evaluation rows.
-        json_file: for the figures.
         options: of generated answers and lm-eval tasks.
         other_base: whether the base may have other weights than those that an adapter was trained on.
 
@@ -109,8 +107,7 @@ def evaluate(
     for name, folder in resolved.models.items():
         evaluation.measure(name, _load_full_model(recipe, inputs, folder))
     evaluation.print_results()
-    if json_file is not None:
-        atomic.write_json(json_file, evaluation.to_json())
+    return evaluation.to_json()
 
 
 class Evaluation:

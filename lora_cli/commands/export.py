@@ -1,7 +1,6 @@
 """`lora export`: write a model or adapter in a runtime's format; read it back and run it before it is put in place."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
@@ -51,15 +50,15 @@ class ExportRequest(NamedTuple):
     trust_remote_code: bool
 
 
-def export(target: str, *, out: Path, request: ExportRequest) -> None:
-    """Write `target`, a model, a run or an adapter, to `out`.
+def export(target: str, *, out: Path, request: ExportRequest) -> dict[str, Any]:
+    """Write `target`, a model, a run or an adapter, to `out`; return the content of export.json.
 
     Raises:
         LoraError: it cannot be written in this format, or the written export differs from the original.
     """
     exporter = EXPORTERS[request.to]
     remove_leftovers(out.absolute().parent, out.name)  # of an export that was killed
-    folder = find_exported_adapter(Path(os.path.expanduser(target)))
+    folder = find_exported_adapter(target)
     module = exporter.load()
     if request.verify == "runtime":
         exporter.require_runtime()
@@ -87,10 +86,12 @@ def export(target: str, *, out: Path, request: ExportRequest) -> None:
             console.info(f"writing {request.to}" + (f" ({request.quantize})" if request.quantize else ""))
             module.write(source, partial, options)
             checks = _run_checks(module, source, partial, options)
-            atomic.write_json_unpublished(verdict, _verdict(target, adapter, source, partial, checks, request))
+            record = _verdict(target, adapter, source, partial, checks, request)
+            atomic.write_json_unpublished(verdict, record)
         for line in module.usage(source, out, options):
             console.info(line)
     console.out.print(str(out))
+    return record
 
 
 def _open_model(target: str, request: ExportRequest) -> ExportSource:

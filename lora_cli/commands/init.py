@@ -15,17 +15,22 @@ def recipes() -> dict[str, str]:
     return dict(sorted(texts.items()))
 
 
-def show_recipes() -> None:
-    """Print the name and the first line of each recipe."""
+def show_recipes() -> list[dict[str, str]]:
+    """Print the name and the first line of each recipe; return them for JSON."""
     texts = recipes()
     width = max(map(len, texts))
     for name, text in texts.items():
-        console.out.print(f"{name:<{width}}  {text.splitlines()[0].removeprefix('# ')}")
+        console.out.print(f"{name:<{width}}  {_summary(text)}")
     console.info("lora init NAME writes one into this folder")
+    return [{"name": name, "summary": _summary(text)} for name, text in texts.items()]
 
 
-def write_recipe(name: str) -> None:
-    """Write the recipe `name` into the working folder.
+def _summary(text: str) -> str:
+    return text.splitlines()[0].removeprefix("# ")
+
+
+def write_recipe(name: str) -> Path:
+    """Write the recipe `name` into the working folder; return its path.
 
     Raises:
         LoraError: the recipe does not exist, or the working folder contains a file with its name.
@@ -46,3 +51,4 @@ def write_recipe(name: str) -> None:
         raise LoraError(f"{path} exists", hint="move it away, or edit it") from None
     console.out.print(str(path))
     console.info(f"next: put your model and rows into it; lora check {path}; lora train {path}")
+    return path

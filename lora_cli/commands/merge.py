@@ -1,7 +1,7 @@
 """`lora merge`: write an adapter merged into its base (W + scale·BA), verified; or unmerge it again."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.merging import stream
@@ -15,6 +15,7 @@ from lora_cli.run.byte_size import parse_size
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
+from lora_cli.run.redact import redact_path
 from lora_cli.run.workspace import remove_leftovers
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.held_out import HeldOutRows
@@ -25,6 +26,7 @@ from lora_cli.setup.merged_model import (
     check_method_merges,
     describe_size,
     plan_merge,
+    size_record,
     write_merged_model,
     write_other_files,
     write_tensors,
@@ -45,8 +47,11 @@ class MergeRequest(NamedTuple):
     trust_remote_code: bool
 
 
-def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
+def merge(folder: Path, *, out: Path, request: MergeRequest) -> dict[str, Any]:
     """Write the adapter of the run or in the folder `folder`, merged into its base, to `out`, and print that path.
+
+    Returns:
+        The figures for JSON.
 
     Raises:
         LoraError: adapter, base and options do not fit, the method cannot be merged, or the merged model is wrong.
@@ -62,10 +67,12 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> None:
         check_same_base(files, adapter.base, allowed=request.other_base)
     options = MergeOptions(request.dtype, request.weights, request.verify, max_shard_bytes, request.force)
     if request.unmerge:
-        _unmerge(adapter, out, options)
+        figures = _unmerge(adapter, out, options)
     else:
-        write_merged_model(adapter, out, options=options, held_out=HeldOutRows(files.folder))
+        figures = write_merged_model(adapter, out, options=options, held_out=HeldOutRows(files.folder))
     console.out.print(str(out))
+    names = {"adapter": redact_path(str(files.folder)), "method": files.method, "base": redact_path(adapter.base.name)}
+    return {"out": out, **names, "unmerged": request.unmerge, **figures}
 
 
 def _check_paths(adapter: AdapterFiles, out: Path, request: MergeRequest) -> None:
@@ -75,7 +82,7 @@ def _check_paths(adapter: AdapterFiles, out: Path, request: MergeRequest) -> Non
     check_output_path(out, inputs=(base, adapter.folder), replace=request.force, command="merge")
 
 
-def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:
+def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> dict[str, Any]:
     """Subtract the update from a merged model; possible only if all changes are low-rank sums."""
     plan = plan_merge(adapter, DTYPES.get(options.dtype))
     if names := plan.irreversible_changes():
@@ -92,6 +99,7 @@ def _unmerge(adapter: SavedAdapter, out: Path, options: MergeOptions) -> None:
         write_other_files(adapter, plan, partial, dtype=options.dtype, what="unmerged")
         line = _compare_with_original(adapter, partial)
     console.info(line)
+    return size_record(plan)
 
 
 def _compare_with_original(adapter: SavedAdapter, folder: Path) -> str:

@@ -6,12 +6,24 @@ from lora_cli.recipe.methods import METHOD_FACTS, MethodFacts
 from lora_cli.run import console
 
 
-def show_methods() -> None:
-    """Print the methods one by one."""
+def show_methods() -> dict[str, Any]:
+    """Print the methods one by one; return their facts for JSON."""
     for name, facts in METHOD_FACTS.items():
         console.out.print(f"{name}: {facts.summary}")
         console.out.print(f"  keys: {', '.join(_key(key, value) for key, value in facts.options.items())}")
         console.out.print(f"  {_limits(facts)}")
+    return {name: _record(facts) for name, facts in METHOD_FACTS.items()}
+
+
+def _record(facts: MethodFacts) -> dict[str, Any]:
+    return {
+        "summary": facts.summary,
+        "keys": facts.options,  # with their defaults
+        "bits": [facts.needs_bits] if facts.needs_bits else [None, *facts.bits],  # null: unquantized
+        "tasks": facts.tasks,
+        "packing": facts.supports_packing,
+        "mergeable": facts.mergeable,
+    }
 
 
 def _key(key: str, default: Any) -> str:

@@ -193,7 +193,7 @@ def _from_disk(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> DataSou
 
 
 def _from_hub(spec: SourceSpec, splits: tuple[str, ...], info: Info) -> DataSource:
-    problem = ask_hub(info)
+    problem = ask_hub(info, about=f"api/datasets/{spec.path}")
     import datasets
 
     try:

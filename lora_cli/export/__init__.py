@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 
@@ -98,6 +98,20 @@ EXPORTERS: dict[str, Exporter] = {
     "vllm": Exporter("the adapter folder, checked against vLLM's rules", "hf.vllm_adapter", accepts="adapter"),
     "peft": Exporter("the adapter folder, for PEFT and transformers", "hf.peft_adapter", accepts="adapter"),
 }
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """Return the facts of each format for JSON."""
+    return {
+        name: {
+            "summary": exporter.summary,
+            "accepts": exporter.accepts,
+            "suffix": exporter.suffix or None,  # null: a folder
+            "packages": [*exporter.packages, *exporter.runtime_packages],
+            "missing": [each for each in (*exporter.packages, *exporter.runtime_packages) if find_spec(each) is None],
+        }
+        for name, exporter in EXPORTERS.items()
+    }
 
 
 def describe() -> list[str]:

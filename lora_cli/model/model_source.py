@@ -26,6 +26,7 @@ from lora_cli.run.cache_folder import cache_folder
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, read_checksums
 from lora_cli.run.console import format_bytes
 from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from lora_cli.run.folder import is_path
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
 from lora_cli.run.read_file import RESTORE, describe_kind, open_regular, read_json_object
 
@@ -89,7 +90,7 @@ def find_model(
         return ModelSource(str(path), trust)
     if os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
         raise LoraError(f"model.path: {spec.path} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
-    if path.is_absolute() or spec.path.startswith(("./", "../", "~")) or spec.path.count("/") > 1:
+    if is_path(spec.path):
         raise LoraError(f"model.path: there is no folder {spec.path}", hint=_suggest_path(path))
     return _find_on_hub(spec, info)
 
@@ -117,7 +118,7 @@ def _check_own_model(folder: Path, *, weights: bool, info: Info) -> None:
 
 def _find_on_hub(spec: ModelSpec, info: Info) -> ModelSource:
     source = ModelSource(spec.path, spec.trust_remote_code, revision=spec.revision or "main")
-    if (problem := ask_hub(info)) is not None:
+    if (problem := ask_hub(info, about=f"{spec.path}/resolve/{spec.revision or 'main'}/config.json")) is not None:
         if hub_commit(source) is None:
             raise no_answer_error(spec.path, problem, key="model.path")
         info(USING_CACHE)

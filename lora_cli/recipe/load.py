@@ -13,13 +13,14 @@ from lora_cli.recipe.yaml_tree import parse_yaml
 from lora_cli.run.folder import is_run
 from lora_cli.run.read_file import read_bytes
 from lora_cli.run.run_checksums import find_changed_records
+from lora_cli.run.standard_input import STDIN, read_stdin
 
 MAX_BYTES = 256 * 1024  # a recipe has a few kilobytes; a model file passed by mistake has gigabytes
 PASS_A_RECIPE = "pass a recipe (a .yaml file)"
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in the YAML file `path`, with `overrides` such as `training.seed=1` applied.
+    """Return the recipe in the YAML file `path`, or on stdin (`-`), with `overrides` such as `training.seed=1` applied.
 
     The recipe.yaml that a run wrote has the folder of the run as its output, also after the folder was moved.
 
@@ -27,7 +28,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         LoraError: the file cannot be read, or the recipe is invalid: `details` has a line for each problem of the
             file and the overrides.
     """
-    text = _read(path)
+    data = read_stdin(limit=MAX_BYTES) if path == STDIN else read_bytes(path, limit=MAX_BYTES, hint=PASS_A_RECIPE)
+    path = Path("<stdin>") if path == STDIN else path
+    text = _decode(data, path)
     try:
         tree, problems = parse_yaml(text, lambda line: Location(line, f"{path}:{line}"))
         top = Location(1, f"{path}:1")
@@ -59,8 +62,7 @@ def _with_output(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"output": str(folder)})
 
 
-def _read(path: Path) -> str:
-    data = read_bytes(path, limit=MAX_BYTES, hint=PASS_A_RECIPE)
+def _decode(data: bytes, path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -89,6 +89,13 @@ def _schema_of(key: str, recipe: JsonSchema) -> JsonSchema:
     return next(part["properties"][leaf] for part in parts if leaf in part.get("properties", {}))
 
 
+def find_key(name: str, recipe: JsonSchema) -> str | None:
+    """Return the dotted key that is called `name`, without its section or by another tool; None if there is none."""
+    normalized = _normalize(name)
+    leaves = [key for key in all_keys(recipe) if _normalize(key.rpartition(".")[2]) == normalized]
+    return NORMALIZED_RENAMED.get(normalized) or next(iter(leaves), None)
+
+
 def _use(key: str, section: str, *, sure: bool = True) -> Suggestion:
     dotted = f"{section}.{key}" if section else key
     return Suggestion(f"use {key}" if sure else f"did you mean {key}?", dotted)

@@ -1,4 +1,7 @@
-"""Console output: results on stdout, messages and the progress bar on stderr; plain lines without a terminal."""
+"""Console output: results on stdout, messages and progress on stderr, as plain lines without a terminal.
+
+--quiet leaves out progress and all messages but warnings; --verbose writes the seconds since the start before each one.
+"""
 
 import os
 import time
@@ -16,6 +19,14 @@ out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
+# With --quiet, messages that begin with one of these are still printed; errors are too.
+WARNINGS = ("note:", "warning:")
+STARTED = time.monotonic()
+
+quiet = False
+verbose = False
+
+
 # Characters that control a terminal, or turn the direction of the text: names in messages can come from any file.
 CONTROL = {
     code: ascii(chr(code))[1:-1]
@@ -24,14 +35,34 @@ CONTROL = {
 }
 
 
+def set_verbosity(*, be_quiet: bool = False, be_verbose: bool = False, no_results: bool = False) -> None:
+    """Set what is printed from now on; with `no_results`, results are not printed as text (--json prints them)."""
+    global quiet, verbose
+    quiet, verbose = be_quiet, be_verbose
+    out.quiet = no_results
+
+
 def info(line: str) -> None:
-    """Print a message to stderr."""
+    """Print a message to stderr; with --quiet, only if it is a warning."""
+    _print_message(err, line)
+
+
+def print_always(line: str) -> None:
+    """Print a line to stderr, whatever --quiet says: one of an error."""
     err.print(line.translate(CONTROL))
+
+
+def _print_message(console: Console, line: str) -> None:
+    if quiet and not line.startswith(WARNINGS):
+        return
+    seconds = f"[{time.monotonic() - STARTED:7.1f} s] " if verbose else ""
+    console.print(seconds + line.translate(CONTROL))
 
 
 def print_table(table: Table) -> None:
     """Print a table to stdout; no cell is wrapped, however many columns the terminal has (80 in a pipe)."""
-    Console(file=out.file, width=1000, highlight=False, markup=False).print(table)
+    if not out.quiet:
+        Console(file=out.file, width=1000, highlight=False, markup=False).print(table)
 
 
 def no_output(_: str) -> None:
@@ -41,7 +72,7 @@ def no_output(_: str) -> None:
 @contextmanager
 def loading_libraries() -> Iterator[None]:
     """Within the block, say on a terminal that libraries are imported, which takes seconds; the line is removed."""
-    if not err.is_terminal or err.is_dumb_terminal or os.environ.get("LOCAL_RANK", "0") != "0":
+    if quiet or not err.is_terminal or err.is_dumb_terminal or os.environ.get("LOCAL_RANK", "0") != "0":
         yield
         return
     err.file.write("loading torch, transformers and PEFT ...")
@@ -69,11 +100,11 @@ class StepProgress:
             self._bar.update(self._task, completed=number, line=text)
         elif number % self._every == 0 or number == self._total:
             left = (time.monotonic() - self._start) / max(1, number - self._first) * (self._total - number)
-            err.print(f"step {number}/{self._total}  {text}  left {format_duration(left)}")
+            info(f"step {number}/{self._total}  {text}  left {format_duration(left)}")
 
     def info(self, line: str) -> None:
         """Print a message above the bar."""
-        (self._bar.console if self._bar else err).print(line)
+        _print_message(self._bar.console if self._bar else err, line)
 
 
 @contextmanager
@@ -86,7 +117,7 @@ def step_progress(total: int, *, done: int = 0, every: int = 1, bar: bool = True
         every: steps between lines without a terminal.
         bar: draw a bar on a terminal; False for all processes except the first.
     """
-    if not (bar and err.is_terminal and not err.is_dumb_terminal):  # the latter cannot draw over a line
+    if quiet or not (bar and err.is_terminal and not err.is_dumb_terminal):  # the latter cannot draw over a line
         yield StepProgress(None, total=total, done=done, every=every)
         return
     columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())

@@ -239,6 +239,23 @@ def user_of_run(path: Path) -> str | None:
     return None
 
 
+def is_path(text: str) -> bool:
+    """Return whether a name of a model can only be a path, and no hub id `org/name`, whatever there is.
+
+    A name in a folder of runs is a path: `runs/none` is a run that does not exist.
+    """
+    path = Path(text)
+    if path.is_absolute() or text.startswith(("./", "../", "~")) or text.count("/") > 1:
+        return True
+    if text.count("/") != 1:
+        return False
+    try:
+        beside = any(os.path.lexists(each / LOCK) for each in path.parent.iterdir())
+    except OSError:  # there is no such folder, or it cannot be read
+        beside = False
+    return beside or path.parent.name == "runs"
+
+
 def find_adapter_folder(target: Path) -> Path | None:
     """Return the adapter folder that `target`, an adapter or a run folder, is or contains; None if there is none."""
     # A configuration that is a folder or a broken link is damage, which is reported where it is read.

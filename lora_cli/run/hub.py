@@ -21,13 +21,18 @@ PAUSE_S = 1.0  # seconds from an attempt that fails at once to the next one
 USING_CACHE = "the hub does not answer: using the files in the cache"
 
 _problems: dict[str, str | None] = {}  # by the address of a hub: why it does not answer
+_answered: set[str] = set()  # the paths that it was asked for
 
 
-def ask_hub(info: Callable[[str], None]) -> str | None:
+def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
     """Ask the hub for an answer, twice at most, in less than 5 seconds. Without one, use only the cache from now on.
+
+    It is asked for what a library asks for first, because a hub whose pages answer may not send files. Where a library
+    got no answer, it would try again for half a minute, and for six if the hub keeps silent.
 
     Args:
         info: prints that the hub is asked again.
+        about: path of the first request: `org/name/resolve/main/config.json`, `api/datasets/org/name`.
 
     Returns:
         Why the hub does not answer; None if it does, or if HF_HUB_OFFLINE is set.
@@ -35,10 +40,11 @@ def ask_hub(info: Callable[[str], None]) -> str | None:
     from huggingface_hub import is_offline_mode
     from huggingface_hub.constants import ENDPOINT
 
-    if ENDPOINT not in _problems:
+    if _problems.get(ENDPOINT) is None and about not in _answered:
         if is_offline_mode():
             return None
-        _problems[ENDPOINT] = _find_problem(ENDPOINT, info)
+        _problems[ENDPOINT] = _find_problem(ENDPOINT, f"/{about}" if about else "", info)
+        _answered.add(about)
         if _problems[ENDPOINT] is not None:
             _go_offline()
     return _problems[ENDPOINT]
@@ -53,13 +59,13 @@ def no_answer_error(name: str, problem: str, *, key: str) -> LoraError:
     )
 
 
-def _find_problem(address: str, info: Callable[[str], None]) -> str | None:
+def _find_problem(address: str, path: str, info: Callable[[str], None]) -> str | None:
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     start = time.monotonic()
     problem = "no answer"
     for seconds in (FIRST_ANSWER_S, LAST_ANSWER_S):
         # In a thread, because the search for an address by DNS has no timeout.
-        threading.Thread(target=lambda: answers.put(_ask(address)), daemon=True).start()
+        threading.Thread(target=lambda: answers.put(_ask(f"{address}{path}")), daemon=True).start()
         try:  # the second time, also the answer to the first attempt
             if (answer := answers.get(timeout=start + seconds - time.monotonic())) is None:
                 return None

@@ -13,4 +13,4 @@ def error_lines(error: LoraError) -> list[str]:
 def print_error(error: LoraError) -> None:
     """Print the lines of `error` to stderr."""
     for line in error_lines(error):
-        console.info(line)
+        console.print_always(line)

@@ -1,25 +1,31 @@
 """What `lora export` reads and where it writes, checked before it is imported. No torch."""
 
+import os
 from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
-from lora_cli.run.folder import find_adapter_folder
+from lora_cli.run.folder import find_adapter_folder, is_path
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import check_not_unfinished
 
 VERDICT = "export.json"
 
 
-def find_exported_adapter(target: Path) -> Path | None:
-    """Return the adapter folder that `target` is or contains; None for a model.
+def find_exported_adapter(name: str | Path) -> Path | None:
+    """Return the adapter folder that `name` is or contains; None for a model.
 
     Raises:
-        LoraError: it is a run that has no adapter yet.
+        LoraError: it is a run that has no adapter yet, or a path where there is nothing.
     """
+    target = Path(os.path.expanduser(name))
     folder = find_adapter_folder(target)
     if folder is None:
         check_not_unfinished(target)
+        if not os.path.lexists(target) and is_path(str(name)):
+            raise LoraError(
+                f"{name} does not exist", hint="give a run, an adapter or a model: a folder, a .gguf file or a hub id"
+            )
     return folder
 
 

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,8 +83,10 @@ def plan_merge(adapter: SavedAdapter, dtype: torch.dtype | None) -> MergePlan:
     return stream.plan_merge(adapted, mapping, tensors, dtype=dtype, keep_unknown=keep_unknown)
 
 
-def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOptions, held_out: HeldOutRows) -> None:
-    """Write the merged model to the folder `out`, verify it, then move it to its place.
+def write_merged_model(
+    adapter: SavedAdapter, out: Path, *, options: MergeOptions, held_out: HeldOutRows
+) -> dict[str, Any]:
+    """Write the merged model to the folder `out`, verify it, then move it to its place; return figures for JSON.
 
     Args:
         adapter: opened with its base.
@@ -119,9 +121,27 @@ def write_merged_model(adapter: SavedAdapter, out: Path, *, options: MergeOption
             seconds = time.perf_counter() - start
             _check_retained(merged, plan)
             write_other_files(adapter, plan, partial, dtype=options.dtype, what="merged")
-            lines = [*_report(merged, plan, seconds), *_describe_agreement(verify_merge(partial), probes, adapter)]
+            agreement = verify_merge(partial)
+            lines = [*_report(merged, plan, seconds), *_describe_agreement(agreement, probes, adapter)]
     for line in lines:
         console.info(line)
+    return {
+        **size_record(plan),
+        "changed_parameters": len(merged),
+        "least_update_kept": min(tensor.retained for tensor in merged),
+        "seconds": seconds,
+        "verified": {
+            "weights_equal": True,  # else it is an error
+            "probes": probes.description if probes is not None and agreement is not None else None,
+            **(agreement._asdict() if agreement is not None else {}),
+        },
+    }
+
+
+def size_record(plan: MergePlan) -> dict[str, Any]:
+    """Return tensors, bytes and dtypes of the model to write, for JSON."""
+    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()})
+    return {"tensors": len(plan.tensors), "bytes": plan.size, "dtypes": dtypes}
 
 
 def describe_size(plan: MergePlan) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lora_cli.recipe.schema import DistributedSpec
 from lora_cli.run import console
 from lora_cli.run.print_error import print_error
 from lora_cli.run.signals import LAUNCHED, SIGNALS, receive_signals
+from lora_cli.run.standard_input import BYTES, text_for_workers
 from lora_cli.training.cpu import available_cores
 from lora_cli.training.gpu import link_settings
 from lora_cli.training.process_group import SUPERVISED
@@ -105,6 +107,7 @@ def launch_workers(processes: int, arguments: list[str]) -> Outcome:
         # torch would use all cores in each worker; the workers then set their own number.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // processes)),
         LAUNCHED: "1",
+        BYTES: str(len(text_for_workers())),
     }
     if processes == 1:
         environment[SUPERVISED] = "1"
@@ -137,7 +140,7 @@ def _start_worker(rank: int, arguments: list[str], environment: dict[str, str]) 
     # A worker that has just started would die of a signal with a traceback: it waits until the worker can handle it.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        return subprocess.Popen(
+        worker = subprocess.Popen(
             [*WORKER, *arguments],
             stdin=subprocess.PIPE,  # its end tells the worker that this process has ended
             env=environment | ranks,
@@ -145,6 +148,11 @@ def _start_worker(rank: int, arguments: list[str], environment: dict[str, str]) 
         )
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if (text := text_for_workers()) and worker.stdin is not None:
+        with suppress(BrokenPipeError):  # it has ended, which is reported
+            worker.stdin.write(text)
+            worker.stdin.flush()
+    return worker
 
 
 def _wait(workers: list[subprocess.Popen[bytes]], received: list[signal.Signals]) -> int | None:

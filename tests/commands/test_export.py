@@ -133,7 +133,7 @@ def test_a_runtime_that_is_not_installed_is_reported(trained_run: Path, lora: Lo
             "leave it",
         ),
         (("base", "--to", "gguf", "--out", "a.gguf", "--quantize", "q4_k_m"), "--quantize q4_k_m", "llama-quantize"),
-        (("nowhere/at/all", "--to", "gguf", "--out", "a.gguf"), "there is no folder nowhere/at/all", "model.path"),
+        (("nowhere/at/all", "--to", "gguf", "--out", "a.gguf"), "nowhere/at/all does not exist", "hub id"),
     ],
 )
 def test_wrong_arguments_give_an_error_and_a_hint(

@@ -52,23 +52,6 @@ def test_trusted_remote_code_is_used_by_all_commands(recipe: WriteRecipe, lora: 
     assert Path("merged/modeling_gizmo.py").exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("trian recipe.yaml", "No such command 'trian'"),
-        ("train", "Missing argument 'RECIPE'"),
-        ("train recipe.yaml --outptu x", "No such option: --outptu"),
-        ("train recipe.yaml --processes 0", "Invalid value for '--processes'"),
-        ("eval runs/a --answers -1", "Invalid value for '--answers'"),
-    ],
-)
-def test_unknown_commands_and_options_are_refused(command: str, message: str, lora: Lora):
-    result = lora(*command.split())
-    assert (result.code, result.out) == (2, "")
-    assert message in result.err
-    assert "Traceback" not in result.err
-
-
 def test_windows_is_refused_in_one_line_before_a_posix_module_is_imported():
     script = (
         "import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"

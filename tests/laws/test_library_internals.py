@@ -17,7 +17,7 @@ import pytest
 import transformers
 
 import lora_cli
-from tests.support import library_checks, moe_checks, peft_checks
+from tests.support import library_checks, moe_checks, peft_checks, typer_checks
 
 ROOT = Path(lora_cli.__file__).parent
 SOURCES = {str(file.relative_to(ROOT)): file.read_text() for file in sorted(ROOT.rglob("*.py"))}
@@ -78,6 +78,10 @@ PRIVATE: dict[str, Use] = {
     "_set_pg_timeout": Use("training/process_group.py", library_checks.group_timeout),
     "_pytree": Use("model/streamed_weights.py", library_checks.tensor_subclass),
     "_softmax_backward_data": Use("model/packed_attention.py", library_checks.softmax_backward),
+    # typer
+    "_click": Use("cli/__init__.py cli/app.py cli/completion.py cli/usage_errors.py", typer_checks.usage_errors),
+    "_coercion": Use("cli/app.py", typer_checks.flags),
+    "_completion_classes": Use("cli/completion.py", typer_checks.bash_completion),
 }
 
 # Names that peft, transformers and torch.distributed export from submodules only; every import in lora_cli is listed.
@@ -288,6 +292,20 @@ UNDOCUMENTED: dict[str, Use] = {
     "lm_eval.tasks.TaskManager.all_tasks": Use("evaluation/lm_eval_harness.py", library_checks.harness_tasks),
     "xllamacpp.CommonParams": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
     "xllamacpp.Server.listening_address": Use("export/gguf/llama_cpp_server.py", library_checks.llama_cpp_parameters),
+    **dict.fromkeys(
+        (f"typer._click.exceptions.{name}" for name in ("NoSuchOption", "MissingParameter", "BadParameter")),
+        Use("cli/usage_errors.py", typer_checks.usage_errors),
+    ),
+    "typer._click.exceptions.BadOptionUsage": Use("cli/usage_errors.py", typer_checks.usage_errors),
+    "typer._click.exceptions.UsageError": Use(
+        "cli/__init__.py cli/app.py cli/usage_errors.py", typer_checks.usage_errors
+    ),
+    "typer._click.exceptions.NoArgsIsHelpError": Use("cli/__init__.py", typer_checks.usage_errors),
+    "typer._coercion.bool_flag_type_descriptor": Use("cli/app.py", typer_checks.flags),
+    "typer.core.TyperCommand.format_options": Use("cli/app.py", typer_checks.help_pages),
+    "typer.core.TyperCommand.collect_usage_pieces": Use("cli/app.py", typer_checks.help_pages),
+    "typer._completion_classes.BashComplete": Use("cli/completion.py", typer_checks.bash_completion),
+    "typer._click.shell_completion.add_completion_class": Use("cli/completion.py", typer_checks.bash_completion),
     "onnxruntime.capi.onnxruntime_pybind11_state": Use("export/onnx/verify.py", library_checks.onnx_names),
 }
 USES = PRIVATE | IMPORTED | UNDOCUMENTED

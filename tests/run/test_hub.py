@@ -21,6 +21,7 @@ class Status(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.send_response(self.code)
+        self.send_header("content-length", "0")
         self.end_headers()
 
     do_GET = do_HEAD
@@ -38,6 +39,17 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_problems", {})
+    monkeypatch.setattr(hub, "_answered", set())
+
+
+def use_hub(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the libraries, which have read HF_ENDPOINT when they were imported, use the hub at `address`."""
+    import datasets
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
 
 
 @pytest.fixture
@@ -45,7 +57,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of a port at which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
+    use_hub(address, monkeypatch)
     return address
 
 
@@ -54,7 +66,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a server that accepts connections, and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(constants, "ENDPOINT", address)
+        use_hub(address, monkeypatch)
         yield address
 
 
@@ -63,7 +75,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Status]]:
     """A server that answers with `Status.code`."""
     with HTTPServer(("127.0.0.1", 0), Status) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        use_hub(f"http://127.0.0.1:{server.server_port}", monkeypatch)
         yield Status
         server.shutdown()
 
