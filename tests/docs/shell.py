@@ -1,20 +1,22 @@
-"""Run a command line of a page: `lora` in this process, which has its libraries, other programs in bash."""
+"""Run a command line of a page: `lora` in this process, which has its libraries, other programs as processes."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from lora_cli import cli
 
 # Programs that a `console` block may call besides `lora`: they are on every machine, and change nothing elsewhere.
 PROGRAMS = {"cat", "cp", "diff", "echo", "find", "grep", "head", "ls", "mkdir", "mv", "printf", "rm", "sed", "sort"}
 PROGRAMS |= {"tail", "wc"}
+ASSIGNMENT = re.compile(r"(?P<name>\w+)=\$\((?P<line>.*)\)\s*")
 
 
 class Ran(NamedTuple):
@@ -24,53 +26,66 @@ class Ran(NamedTuple):
     output: str  # stdout and stderr, as a terminal shows them
 
 
-def run_line(line: str, log: Path) -> Ran:
-    """Run a pipeline in the working folder; `> FILE` at its end is understood.
+class Program(NamedTuple):
+    """A program of a pipeline."""
+
+    words: list[str]
+    given: str | None  # the file after `<`
+    target: str | None  # the file after `>`
+
+
+def run_line(line: str, logs: Path, variables: dict[str, str]) -> Ran:
+    """Run a pipeline in the working folder.
 
     Args:
-        line: words as in a shell, with `|`, `>` and comments.
-        log: a file outside the working folder for what is printed.
+        line: words as in a shell, with `|`, `<`, `>`, comments and variables; or `NAME=$(LINE)`.
+        logs: a folder outside the working folder, for what is printed.
+        variables: those of earlier lines; an assignment adds one.
 
     Raises:
         ValueError: the line needs a program that a page may not call, or more of the shell.
     """
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    if assignment := ASSIGNMENT.fullmatch(line):
+        ran = run_line(f"{assignment['line']} > {logs / 'value'}", logs, variables)
+        variables[assignment["name"]] = (logs / "value").read_text(encoding="utf-8").rstrip("\n")
+        return ran
+    code = 0
+    with (logs / "terminal").open("wb") as terminal, ExitStack() as opened:
+        given = opened.enter_context(open(os.devnull, "rb"))
+        for number, program in enumerate(programs := read_line(line, variables)):
+            if program.given:
+                given = opened.enter_context(open(program.given, "rb"))
+            target = program.target or (None if number == len(programs) - 1 else logs / f"pipe-{number}")
+            out = opened.enter_context(open(target, "wb")) if target else terminal
+            code = _run(program.words, given.fileno(), out.fileno(), terminal.fileno())
+            given = opened.enter_context(open(out.name, "rb"))
+    return Ran(code, (logs / "terminal").read_text(encoding="utf-8", errors="replace"))
+
+
+def read_line(line: str, variables: dict[str, str]) -> list[Program]:
+    """Return the programs of a pipeline, see `run_line`."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="<>|;&()")
     lexer.whitespace_split = True
-    words = list(lexer)
-    target = None
-    if len(words) > 2 and words[-2] == ">":
-        target, words = words[-1], words[:-2]
-    programs = _split(words)
-    for program in programs:
-        if not program or program[0] not in {"lora", *PROGRAMS} or any(set(word) <= set("();<>|&") for word in program):
-            raise ValueError(f"{line}: not lora, nor one of {', '.join(sorted(PROGRAMS))}; fence it as bash")
-    code, data = 0, b""
-    with log.open("wb") as terminal:
-        for number, program in enumerate(programs):
-            is_last = number == len(programs) - 1
-            with (
-                open(os.devnull, "rb") if number == 0 else _file_with(data, log.with_suffix(".in")) as given,
-                open(target, "wb") if target else log.with_suffix(".out").open("wb") as result,
-            ):
-                own = terminal if is_last and not target else result
-                code = _run(program, given.fileno(), own.fileno(), terminal.fileno())
-            data = b"" if is_last else log.with_suffix(".out").read_bytes()
-    return Ran(code, log.read_text(encoding="utf-8", errors="replace"))
-
-
-def _split(words: list[str]) -> list[list[str]]:
-    programs: list[list[str]] = [[]]
+    programs = [Program([], None, None)]
+    words = (re.sub(r"^\$(\w+)$", lambda name: variables[name[1]], word) for word in lexer)
     for word in words:
+        program = programs[-1]
         if word == "|":
-            programs.append([])
+            programs.append(Program([], None, None))
+        elif word == "<":
+            programs[-1] = program._replace(given=next(words))
+        elif word == ">":
+            programs[-1] = program._replace(target=next(words))
         else:
-            programs[-1].append(word)
+            program.words.append(word)
+    for words_of, _, _ in programs:
+        if (
+            not words_of
+            or words_of[0] not in {"lora", *PROGRAMS}
+            or any(set(word) <= set("<>|;&()") for word in words_of)
+        ):
+            raise ValueError(f"{line}: not lora, nor one of {', '.join(sorted(PROGRAMS))}; fence it as bash")
     return programs
-
-
-def _file_with(data: bytes, path: Path) -> BinaryIO:
-    path.write_bytes(data)
-    return path.open("rb")
 
 
 def _run(words: list[str], given: int, out: int, err: int) -> int:

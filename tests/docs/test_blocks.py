@@ -35,6 +35,13 @@ def test_shell_text_can_be_parsed_and_its_lora_commands_exist(block: Block):
         assert unknown_words(words) == [], words
 
 
+@of("text")
+def test_lora_commands_of_a_session_exist(block: Block):
+    for line in re.findall(r"^\$ (.*)$", block.text, re.MULTILINE):
+        for words in lora_calls(line):
+            assert unknown_words(words) == [], words
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_lora_commands_in_the_text_exist(page: str):
     text = PAGES[page].read_text(encoding="utf-8")

@@ -15,7 +15,8 @@ EXECUTED = [page for page in PAGES if any(block.language == "console" for block 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", EXECUTED)
 def test_the_commands_of_a_page_print_what_it_shows(page: str, workspace: Callable[[], Path], tmp_path: Path):
-    folder = workspace()
+    folder, logs, variables = workspace(), tmp_path / "logs", dict[str, str]()
+    logs.mkdir()
     for block in read_blocks(page):
         if block.title:
             file = folder / block.title
@@ -24,7 +25,7 @@ def test_the_commands_of_a_page_print_what_it_shows(page: str, workspace: Callab
         if block.language != "console":
             continue
         for command in read_commands(block.text):
-            ran = run_line(command.line, tmp_path / "log")
+            ran = run_line(command.line, logs, variables)
             told = f"{block.place}\n$ {command.line}\nexit code {ran.code}\n{ran.output}"
             assert (ran.code == 0) != ("error:" in command.output), told
             if command.output:

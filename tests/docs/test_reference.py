@@ -64,7 +64,9 @@ def test_every_command_is_documented_with_all_its_options():
     assert page.keys() >= commands.keys()
     for words, command in commands.items():
         for parameter in command.params:
-            assert any(f"`{name}" in page[words] for name in (*parameter.opts, parameter.metavar)), parameter.name
+            is_option = parameter.opts[0].startswith("-")
+            names = parameter.opts if is_option else [parameter.metavar or parameter.name.upper()]
+            assert all(re.search(rf"^\| `[^`]*{re.escape(name)}", page[words], re.MULTILINE) for name in names), names
             assert MAKE["_sentence"](parameter.help).replace("|", "&#124;") in page[words]
 
 

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "*_cache", "__pycache__", "*.egg-info", "build", "dist", "runs")
 RECIPES = {path.name for path in (ROOT / "configs").glob("*.yaml")}
-MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "lora_cli").rglob("*.py")}
+PACKAGE = {
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "lora_cli").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts and "configs" not in path.parts
+}
 
 
 class Built(NamedTuple):
@@ -47,7 +51,7 @@ def test_the_wheel_has_the_package_the_recipes_and_the_licence_alone(built: Buil
         folder = next(name.split("/")[0] for name in names if ".dist-info/" in name)
         metadata = message_from_bytes(wheel.read(f"{folder}/METADATA"))
         files = {name for name in names if not name.startswith(f"{folder}/")}
-        assert files == MODULES | {"lora_cli/py.typed"} | {f"lora_cli/configs/{name}" for name in RECIPES}
+        assert files == PACKAGE | {f"lora_cli/configs/{name}" for name in RECIPES}
         assert wheel.read(f"{folder}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         check_no_paths_of_this_machine({name: wheel.read(name) for name in names})
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -61,8 +65,8 @@ def test_the_source_distribution_has_what_the_wheel_is_built_from(built: Built):
         files = {file.name.split("/", 1)[1]: file for file in sdist.getmembers() if not file.isdir()}
         assert all(file.isreg() for file in files.values()), "a link is not unpacked everywhere"
         contents = {name: sdist.extractfile(file).read() for name, file in files.items()}  # type: ignore[union-attr]
-    needed = {"pyproject.toml", "README.md", "LICENSE", "lora_cli/py.typed"}
-    assert contents.keys() >= MODULES | needed | {f"lora_cli/configs/{name}" for name in RECIPES}
+    needed = {"pyproject.toml", "README.md", "LICENSE"}
+    assert contents.keys() >= PACKAGE | needed | {f"lora_cli/configs/{name}" for name in RECIPES}
     assert not any(name.split("/")[0] in ("tests", "runs", "data", "models") for name in contents)
     check_no_paths_of_this_machine(contents)
 
