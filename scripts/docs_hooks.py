@@ -1,6 +1,7 @@
 """MkDocs hook: pages that are made when the site is built: references, and the front page from README.md."""
 
 import re
+import runpy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ COPIED = {"LICENSE": "LICENSE"}
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Add the made pages to those of docs/."""
-    from make_reference import command_reference, recipe_reference
     from mkdocs.structure.files import File
+
+    reference = runpy.run_path(str(ROOT / "scripts" / "make_reference.py"))
 
     made = {name: site_links((ROOT / source).read_text("utf-8")) for source, name in PAGES.items()}
     made |= {name: (ROOT / source).read_text("utf-8") for source, name in COPIED.items()}
-    made |= {"recipe-reference.md": recipe_reference(), "command-reference.md": command_reference()}
+    made |= {f"{kind}-reference.md": reference[f"{kind}_reference"]() for kind in ("recipe", "command")}
     for name, text in made.items():
         files.append(File.generated(config, name, content=text))
     return files

@@ -10,7 +10,7 @@ import pytest
 from lora_cli.commands.train import train
 from lora_cli.recipe.load import load_recipe
 from lora_cli.training import cpu
-from tests.docs.tiny_quickstart import write_workspace
+from tests.docs.tiny_quickstart import write_large_model, write_workspace
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, demo_gguf: Path) -> Pat
         patch.setenv("LORA_CACHE", str(folder.parent / "cache"))
         patch.setattr(cpu, "available_cores", lambda: 1)
         assert train(load_recipe(Path("configs/quickstart.yaml")), resume=False, fresh=False, arguments=[]) == 0
+    write_large_model(folder / "models" / "Llama-3.1-70B", tokenizer=folder / "runs" / "quickstart" / "adapter")
     return folder
 
 
@@ -43,8 +44,8 @@ def workspace(quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def _link_model(source: str, target: str) -> None:
-    """Copy a file; the model, which no command changes, as a hard link."""
+    """Copy a file; the model, which no command changes, as a link: its unpacked form is in the cache."""
     if source.endswith(".gguf"):
-        os.link(source, target)
+        os.symlink(source, target)
     else:
         shutil.copy2(source, target)

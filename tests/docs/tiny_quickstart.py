@@ -1,5 +1,6 @@
-"""The quickstart's workspace with a tiny model: its recipe unchanged, its rows, SmolLM2's tokenizer, random weights."""
+"""The quickstart's workspace with a tiny model: its recipe, a part of its rows and tokens, random weights."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,21 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 MODEL = "models/SmolLM2-135M-Instruct.Q4_1.gguf"
-TOKENS = 8192  # the first ones of the vocabulary: the output head would take most of the time
-HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 48, 2, 3, 1, 96
+TOKENS = 16_384  # the first ones of the vocabulary: the output head would take most of the time
+HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 64, 2, 4, 2, 128
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "vocab_size": 128_256,
+    "hidden_size": 8192,
+    "intermediate_size": 28_672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": False,
+}
 SHAPES = {
     "attn_norm": (HIDDEN,),
     "attn_q": (HIDDEN, HIDDEN),
@@ -35,12 +49,23 @@ SIZES = {
 
 
 def write_workspace(folder: Path, demo_gguf: Path) -> None:
-    """Write the recipes, the quickstart's rows and a tiny model, all under the names of the quickstart."""
+    """Write the recipes, every 4th of the quickstart's rows and a tiny model, under the names of the quickstart."""
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "models").mkdir()
     shrink_model(demo_gguf, folder / MODEL)
     script = ROOT / "scripts" / "make_demo_data.py"
-    subprocess.run([sys.executable, script, "data/quickstart.jsonl"], cwd=folder, check=True, capture_output=True)
+    data = folder / "data" / "quickstart.jsonl"
+    subprocess.run([sys.executable, script, data], check=True, capture_output=True)
+    data.write_text("".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[::4]), encoding="utf-8")
+
+
+def write_large_model(folder: Path, tokenizer: Path) -> None:
+    """Write what `lora check` plans the memory of a large model from: its configuration, and a tokenizer."""
+    folder.mkdir()
+    for file in tokenizer.glob("*"):
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
 
 
 def shrink_model(source: Path, target: Path) -> None:

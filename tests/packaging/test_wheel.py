@@ -92,12 +92,12 @@ def test_the_wheel_works_where_it_is_installed(built: Built, tmp_path: Path):
 
     lora = environment / "bin" / "lora"
     assert {line.split()[0] + ".yaml" for line in run([lora, "init"], cwd=folder).splitlines()} == RECIPES
-    run([lora, "init", "smollm2-qlora"], cwd=folder)
-    assert (folder / "smollm2-qlora.yaml").read_bytes() == (ROOT / "configs" / "smollm2-qlora.yaml").read_bytes()
+    run([lora, "init", "quickstart"], cwd=folder)
+    assert (folder / "quickstart.yaml").read_bytes() == (ROOT / "configs" / "quickstart.yaml").read_bytes()
     assert "Fine-tune language models" in run([lora, "--help"], cwd=folder)
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     changes = ["--set", "data.train=rows.jsonl", "--set", "data.format=auto"]
-    checked = run([lora, "check", "smollm2-qlora.yaml", "--no-model", *changes], cwd=folder)
+    checked = run([lora, "check", "quickstart.yaml", "--no-model", *changes], cwd=folder)
     assert "prompt-completion" in checked
 
 
