@@ -1,4 +1,4 @@
-"""Export a run in every format and quantization, and print the results of each verification (see the README).
+"""Export a run in every format and quantization, and print the results of each verification (see docs/measurements.md).
 
     python scripts/compare_exports.py                        # runs/quickstart, created by scripts/quickstart
     python scripts/compare_exports.py runs/NAME --only gguf  # one format

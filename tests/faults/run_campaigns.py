@@ -51,7 +51,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--case", type=int, metavar="NUMBER", help="only this case of one kind and seed")
     parser.add_argument("--workers", type=int, default=CORES, metavar="N", help="cases at once; default: all cores")
     parser.add_argument(
-        "--markdown", type=Path, metavar="FILE", help=f"put the rows into its table, between {' and '.join(MARKS)}"
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help=f"put the rows into its table, between {' and '.join(MARKS)}; the project's is docs/faults.md",
     )
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="keep prepared inputs here, and use them again")
     options = parser.parse_args(arguments)

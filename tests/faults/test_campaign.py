@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.campaign import Campaign, Outcome, Result, prepare, run_campaign
+from tests.faults.campaigns import campaigns
 from tests.faults.operations import Action, call_before_operations, fail_at, kill_after, kill_at, record_in
 from tests.faults.table import MARKS, Row, table_rows, write_table
 
@@ -113,8 +114,15 @@ def test_a_part_of_each_campaign(tmp_path: Path):
     assert "\n| files vanish | 3 | 3 | 0 | 0 | 0 | 0 |" in written
 
 
+def test_the_page_has_a_row_for_each_campaign_between_the_marks():
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    table = page.split(MARKS[0])[1].split(MARKS[1])[0]
+    titles = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert titles == ["kind", *(campaign.title for campaign in campaigns(quick=False).values()), "**all**"]
+
+
 def test_rows_of_other_campaigns_stay_in_the_table(tmp_path: Path):
-    file = tmp_path / "README.md"
+    file = tmp_path / "faults.md"
     file.write_text(f"before\n{MARKS[0]}\n{MARKS[1]}\nafter\n", encoding="utf-8")
     row = Row("vanish", "files vanish", [Result(0, Outcome("survived", "")), Result(1, Outcome("not tried", ""))])
     write_table(file, table_rows([row], seed=7))
