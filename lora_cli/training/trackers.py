@@ -284,7 +284,11 @@ def _comet_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
 
 
 def _comet_place(job: Job, tracker: Any) -> str:
-    return "offline; to send it: " + f"comet upload {job.folder}/comet_ml/*.zip" if job.spec.offline else str(tracker.tracker.url)
+    return (
+        "offline; to send it: " + f"comet upload {job.folder}/comet_ml/*.zip"
+        if job.spec.offline
+        else str(tracker.tracker.url)
+    )
 
 
 def _comet_upload(_: Job, tracker: Any, files: Path) -> None:
@@ -324,7 +328,12 @@ TABLE: dict[TrackerName, Tracker] = {
         _finish,
     ),
     "wandb": Tracker(
-        _wandb_options, lambda tracker: str(tracker.tracker.id), _wandb_place, _nested_config, _wandb_finish, _wandb_upload
+        _wandb_options,
+        lambda tracker: str(tracker.tracker.id),
+        _wandb_place,
+        _nested_config,
+        _wandb_finish,
+        _wandb_upload,
     ),
     "mlflow": Tracker(
         _mlflow_options,
@@ -335,10 +344,20 @@ TABLE: dict[TrackerName, Tracker] = {
         _mlflow_upload,
     ),
     "trackio": Tracker(
-        _trackio_options, lambda tracker: str(tracker.tracker.name), _trackio_place, _trackio_config, _finish, _trackio_upload
+        _trackio_options,
+        lambda tracker: str(tracker.tracker.name),
+        _trackio_place,
+        _trackio_config,
+        _finish,
+        _trackio_upload,
     ),
     "comet_ml": Tracker(
-        _comet_options, lambda tracker: str(tracker.tracker.get_key()), _comet_place, _comet_config, _finish, _comet_upload
+        _comet_options,
+        lambda tracker: str(tracker.tracker.get_key()),
+        _comet_place,
+        _comet_config,
+        _finish,
+        _comet_upload,
     ),
     "swanlab": Tracker(
         _swanlab_options, lambda tracker: str(tracker.tracker.id), _swanlab_place, _nested_config, _finish

@@ -35,7 +35,9 @@ class _Process:
     def __init__(self, name: TrackerName, request: Mapping[str, Any], folder: Path) -> None:
         self.name, self.folder = name, folder
         environment = {
-            key: value for key, value in os.environ.items() if key not in OF_WORKERS and not key.startswith(OF_LAUNCHERS)
+            key: value
+            for key, value in os.environ.items()
+            if key not in OF_WORKERS and not key.startswith(OF_LAUNCHERS)
         }
         # It would die of a signal to the whole group before it ignores them: they wait until it does.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -51,7 +53,8 @@ class _Process:
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self._requests, self.reports = self.process.stdin, self.process.stdout.fileno()
         os.set_blocking(self.reports, False)
         self._text = b""
@@ -146,7 +149,9 @@ class Tracking:
         limit = min(FAILED_S, self._limit) if self.status == "failed" else self._limit
         deadline = time.monotonic() + limit
         with stop_request() as stop:
-            while (waiting := [each for each in self._processes if not (each.end or each.closed)]) and not stop.is_set():
+            while (
+                waiting := [each for each in self._processes if not (each.end or each.closed)]
+            ) and not stop.is_set():
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
@@ -186,9 +191,14 @@ def _summary(each: _Process, status: str, limit: float) -> str:
         return f"{waited}, and ended{why}; {where}"
     steps, evaluations, left = (int(each.end[key]) for key in ("steps", "evaluations", "left"))
     of = f"{steps:,} of {steps + left:,}" if left else f"{steps:,}"
-    line = f"{each.name}: {of} step{'s' * (steps + left != 1)} and {evaluations:,} evaluation{'s' * (evaluations != 1)} sent"
+    of += f" step{'s' * (steps + left != 1)} and {evaluations:,} evaluation{'s' * (evaluations != 1)}"
+    line = f"{each.name}: {of} sent"
     if left:
-        line += f", {left:,} not sent: {each.end['why']}; {later}" if each.end["why"] else "; the last one follows on --resume"
+        line += (
+            f", {left:,} not sent: {each.end['why']}; {later}"
+            if each.end["why"]
+            else "; the last one follows on --resume"
+        )
     if each.end["uploaded"]:
         line += f", with {', '.join(each.end['uploaded'])}"
     elif each.end["uploaded"] is not None:
