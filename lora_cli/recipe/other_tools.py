@@ -277,7 +277,7 @@ REPLACED: dict[str, str] = {
     ),
     **dict.fromkeys(("field_messages", "field"), "write `columns: {messages: NAME}`, or the column of your format"),
     **dict.fromkeys(
-        ("message_property_mappings", "message_field_role", "message_field_content", "tags"),
+        ("message_property_mappings", "message_field_role", "message_field_content"),
         "write `message_fields: {role: NAME, content: NAME}`, and `roles: {NAME: user}` for other roles",
     ),
     **dict.fromkeys(

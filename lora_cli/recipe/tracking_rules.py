@@ -19,7 +19,7 @@ def check_tracking(recipe: Recipe) -> Iterator[Conflict]:
     spec = recipe.tracking
     if spec is None:
         return
-    yield from check_list("tracking.to", list(spec.to))
+    yield from check_list("tracking.to", [str(name) for name in spec.to])
     yield from _check_secrets(spec)
     for key in ("project", "name", "entity", "server", "space"):
         if getattr(spec, key) == "":
@@ -33,7 +33,7 @@ def check_tracking(recipe: Recipe) -> Iterator[Conflict]:
         "offline": (spec.offline, lambda _, facts: facts.offline),
     }
     for key, (value, uses) in users.items():
-        names = [name for name, facts in TRACKERS.items() if uses(name, facts)]
+        names: list[str] = [name for name, facts in TRACKERS.items() if uses(name, facts)]
         if value and not set(names) & set(spec.to):
             message = f"has no effect: it is for {join_words(names, 'and')}"
             yield Conflict(f"tracking.{key}", message, "remove it", ("tracking.to",))

@@ -1,4 +1,4 @@
-"""Recipe schema of the tracking section, and what each experiment tracker is: its package, login and files. No torch."""
+"""Recipe schema of the tracking section, and the facts of each experiment tracker: package, login, files. No torch."""
 
 from typing import Literal, NamedTuple, cast, get_args
 

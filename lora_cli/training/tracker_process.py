@@ -16,8 +16,10 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -129,7 +131,15 @@ class Sender:
         self._config = json.loads((run.tracking / "config.json").read_text(encoding="utf-8"))
         state = read_state(self._state_file)
         spec = TrackingSpec.model_validate(request["spec"])
-        self._job = trackers.Job(self._name, spec, run.path, None, int(request["done"]), int(request["pid"]))
+        self._job = trackers.Job(
+            tracker=self._name,
+            spec=spec,
+            run=run.path,
+            run_id=None,
+            new_id=uuid.uuid4().hex,
+            done=int(request["done"]),
+            pid=int(request["pid"]),
+        )
         if state.where == self._job.where:
             self._job = self._job._replace(run_id=state.id)
         else:  # a tracked run of its own, with every step so far
@@ -168,21 +178,20 @@ class Sender:
 
     def _start(self) -> None:
         table = self._trackers.TABLE[self._name]
-        tracker = self._trackers.start(self._job)
+        if self._tracker is None:  # else only the rest has failed before
+            self._tracker = self._trackers.start(self._job)
+            self._state = self._state._replace(id=table.run_id(self._tracker))
+            self._save(force=True)
         ignore_signals()  # libraries install handlers
-        table.send_config(self._job, tracker, self._config)
-        self._tracker = tracker
-        self._state = self._state._replace(id=table.run_id(tracker))
-        self._save(force=True)
-        self._report("ready", place=table.place(self._job, tracker), resumed=self._job.run_id is not None)
+        table.send_config(self._job, self._tracker, self._config)
+        self._report("ready", place=table.place(self._job, self._tracker), resumed=self._job.run_id is not None)
 
     def _send(self) -> None:
         self._pending.read(reopen=not self.orphaned)
         whole = self.ending.is_set() and self.status == "finished"
         while (record := self._pending.next(whole=whole)) is not None:
             step, kind = mark_of(record)
-            values = values_of(record)
-            if not self._attempt(lambda values=values, step=step: self._tracker.log(values, step=step)):
+            if not self._attempt(partial(self._tracker.log, values_of(record), step=step)):
                 return  # the run has ended: it stays for the next start
             self._pending.remove()
             self._state = self._state._replace(mark=(step, kind))
@@ -261,13 +270,13 @@ class library_errors:  # used like a function: `with library_errors() as errors:
 
 def describe_failure(error: BaseException) -> str:
     """Return an exception as one line without folders of this machine: `ConnectionError: ...`."""
-    text = redact_text(first_line(error)) if str(error) else "no message"
-    return f"{type(error).__name__}: {text[:300]}"
+    text = redact_text(first_line(error)).rstrip(".") if str(error) else "no message"
+    return f"{type(error).__name__}: {text[:200]}"
 
 
 def write_artifacts(run: RunFolder, config: Mapping[str, Any], folder: Path) -> list[str]:
     """Write what a tracker stores of a finished run into `folder`, without paths of this machine; return the names."""
-    texts = {
+    texts: dict[str, Callable[[], str]] = {
         "README.md": lambda: (run.adapter / "README.md").read_text(encoding="utf-8"),
         "recipe.yaml": lambda: dump_values(config["recipe"]),
         "manifest.json": lambda: json.dumps(redact_values(json.loads(run.manifest.read_text())), indent=2),

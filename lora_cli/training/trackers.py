@@ -5,11 +5,11 @@ Only `tracker_process.py`, a process of its own for each tracker, uses this file
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from lora_cli.recipe.dump import dump_values
@@ -38,6 +38,7 @@ class Job(NamedTuple):
     spec: TrackingSpec
     run: Path  # the run folder
     run_id: str | None  # of the tracked run that goes on; None for a new one
+    new_id: str  # of a new one, where its id can be chosen: 32 hexadecimal digits
     done: int  # steps of the run before this start
     pid: int  # of the training process
 
@@ -80,6 +81,7 @@ def start(job: Job) -> GeneralTracker:
     """Start the tracker of a job, with a new tracked run or the one that goes on; what it raises is its library's."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    PartialState(cpu=True)  # Accelerate's logger needs it; no process here uses a device
     project, options = job.project, TABLE[job.tracker].options(job)
     # Accelerate lets them take precedence over the recipe.
     for variable in ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_TAGS", *(("MLFLOW_RUN_ID",) if job.run_id else ())):
@@ -125,6 +127,8 @@ def _tensorboard_config(job: Job, tracker: Any, config: Mapping[str, Any]) -> No
 def _wandb_options(job: Job) -> dict[str, Any]:
     import wandb
 
+    if job.spec.offline:  # the files to be sent later are kept with the rest
+        os.environ.setdefault("WANDB_DATA_DIR", str(job.folder.resolve() / "wandb"))
     settings = wandb.Settings(
         # What it would find by itself: command line, folders, user, host, git and installed packages.
         x_disable_meta=True,
@@ -135,7 +139,7 @@ def _wandb_options(job: Job) -> dict[str, Any]:
         x_stats_pid=job.pid,  # system metrics of the training process, not of this one
     )
     options = {
-        "id": job.run_id or uuid.uuid4().hex[:8],
+        "id": job.run_id or job.new_id[:8],
         "resume": "allow",
         "name": job.name,
         "tags": job.spec.tags or None,
@@ -147,7 +151,8 @@ def _wandb_options(job: Job) -> dict[str, Any]:
 
 
 def _wandb_place(job: Job, tracker: Any) -> str:
-    return str(tracker.tracker.url or f"offline; to send it: wandb sync {job.folder}/wandb/offline-*")
+    url = tracker.tracker.url
+    return f"at {url}" if url else f"offline; to send it: wandb sync {job.folder}/wandb/offline-*"
 
 
 def _wandb_upload(_: Job, tracker: Any, files: Path) -> None:
@@ -181,8 +186,8 @@ def _mlflow_place(_: Job, tracker: Any) -> str:
     info = tracker.tracker.info
     address = redact_address(mlflow.get_tracking_uri())
     if not address.startswith("http"):
-        return f"{address.rpartition('/')[2]}, run {info.run_id}"
-    return f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+        return f"in {address.rpartition('/')[2]}, run {info.run_id}"
+    return f"at {address}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
 
 
 def _mlflow_config(job: Job, tracker: Any, config: Mapping[str, Any]) -> None:
@@ -226,14 +231,15 @@ def _mlflow_finish(_: Any, status: Status) -> None:
 
 def _trackio_options(job: Job) -> dict[str, Any]:
     # Its runs are found by their names, and those of two run folders can be equal.
-    name = job.run_id or f"{job.name}-{uuid.uuid4().hex[:8]}"
+    name = job.run_id or f"{job.name}-{job.new_id[:8]}"
     tags = {"config": {"tags": job.spec.tags}} if job.spec.tags else {}
     return {"name": name, "resume": "allow", "space_id": job.spec.space, "embed": False, **tags}
 
 
 def _trackio_place(job: Job, tracker: Any) -> str:
-    run = tracker.tracker
-    return f"{job.spec.space}, run {run.name}" if job.spec.space else f"`trackio show`, run {run.name}"
+    if job.spec.space:
+        return f"in the Space {job.spec.space}, run {tracker.tracker.name}"
+    return f"as run {tracker.tracker.name}: trackio show --project {job.project}"
 
 
 def _trackio_config(job: Job, tracker: Any, config: Mapping[str, Any]) -> None:
@@ -272,7 +278,7 @@ def _comet_options(job: Job) -> dict[str, Any]:
     )
     return {
         "workspace": job.spec.entity,
-        "experiment_key": job.run_id or uuid.uuid4().hex,
+        "experiment_key": job.run_id or job.new_id,
         "mode": "get_or_create",
         "online": not job.spec.offline,
         "experiment_config": config,
@@ -284,11 +290,8 @@ def _comet_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
 
 
 def _comet_place(job: Job, tracker: Any) -> str:
-    return (
-        "offline; to send it: " + f"comet upload {job.folder}/comet_ml/*.zip"
-        if job.spec.offline
-        else str(tracker.tracker.url)
-    )
+    offline = f"offline; to send it at the end: comet upload {job.folder}/comet_ml/*.zip"
+    return offline if job.spec.offline else f"at {tracker.tracker.url}"
 
 
 def _comet_upload(_: Job, tracker: Any, files: Path) -> None:
@@ -300,15 +303,20 @@ def _comet_upload(_: Job, tracker: Any, files: Path) -> None:
 
 
 def _swanlab_options(job: Job) -> dict[str, Any]:
+    import swanlab
+
     folder = job.folder / "swanlab"
     folder.mkdir(exist_ok=True)
+    # What it would find by itself: see W&B's.
+    found = swanlab.Settings.Probe(runtime=False, requirements=False, git=False, swanlab=False)
     options = {
-        "id": job.run_id or uuid.uuid4().hex[:21],
+        "id": job.run_id or job.new_id[:21],
         "resume": "allow",
         "workspace": job.spec.entity,
-        "experiment_name": job.name,
+        "name": job.name,
         "tags": job.spec.tags or None,
-        "logdir": str(folder),
+        "log_dir": str(folder),
+        "settings": swanlab.Settings(probe=found, interactive=False),
     }
     return options | ({"mode": "offline"} if job.spec.offline else {})
 
@@ -316,14 +324,14 @@ def _swanlab_options(job: Job) -> dict[str, Any]:
 def _swanlab_place(job: Job, tracker: Any) -> str:
     if job.spec.offline:
         return f"offline; to send it: swanlab sync {job.folder}/swanlab/run-*"
-    return str(getattr(tracker.tracker, "url", None) or "swanlab.cn")
+    return f"at {getattr(tracker.tracker, 'url', None) or 'swanlab.cn'}"
 
 
 TABLE: dict[TrackerName, Tracker] = {
     "tensorboard": Tracker(
         _tensorboard_options,
         lambda _: "tensorboard",
-        lambda job, _: f"tensorboard --logdir {job.folder}/tensorboard",
+        lambda job, _: f"in {job.folder}/tensorboard",
         _tensorboard_config,
         _finish,
     ),

@@ -128,7 +128,7 @@ class Tracking:
         match report["event"]:
             case "ready":
                 each.ready = True
-                verb = "goes on in" if report["resumed"] else "tracked in"
+                verb = "goes on" if report["resumed"] else "tracked"
                 again = ", which answers again" if each.problem else ""
                 self._info(f"{each.name}: {verb} {report['place']}{again}")
             case "problem":
@@ -195,7 +195,7 @@ def _summary(each: _Process, status: str, limit: float) -> str:
     line = f"{each.name}: {of} sent"
     if left:
         line += (
-            f", {left:,} not sent: {each.end['why']}; {later}"
+            f", {left:,} not sent: {each.end['why'].rstrip('.')}; {later}"
             if each.end["why"]
             else "; the last one follows on --resume"
         )

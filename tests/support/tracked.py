@@ -82,9 +82,11 @@ def wandb_run(file: Path) -> Stored:
     return Stored(points, "\n".join(config), sorted(files), code)
 
 
-def wandb_texts(folder: Path) -> bytes:
-    """Return every byte that W&B has kept of a run, as it would send it."""
-    return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix != ".log")
+def wandb_bytes(file: Path) -> bytes:
+    """Return the records of a `.wandb` file that are sent as they are: those of artifacts have local paths too."""
+    return b"".join(
+        record.SerializeToString() for record in wandb_records(file) if record.WhichOneof("record_type") != "artifact"
+    )
 
 
 def mlflow_runs(server: str, experiment: str) -> list[Any]:
