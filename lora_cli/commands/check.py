@@ -26,7 +26,7 @@ from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
 from lora_cli.run.disk_space import free_bytes
 from lora_cli.run.redact import redact_path
-from lora_cli.setup.evaluations import check_evaluations
+from lora_cli.setup.evaluations import check_steps
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.planned_gpus import (
     GPU,
@@ -40,6 +40,7 @@ from lora_cli.setup.planned_gpus import (
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.strategy import choose_strategy, planned_strategy
+from lora_cli.setup.tracked_run import describe_tracking
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
@@ -52,7 +53,6 @@ from lora_cli.setup.training_model import (
     resolve_optimizer,
 )
 from lora_cli.training.launch import resolve_processes
-from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.memory_ladder import check_can_recompute
 
 
@@ -96,9 +96,8 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
     sharded = strategy is not None and strategy.name == "fsdp"
     for choice in choose_performance(recipe, inputs, batches=total * plan.batches_of_device, sharded=sharded):
         out(choice.line())
-    check_schedule_fits(recipe.training, total)
-    check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
-    for line in describe_schedule(recipe.training, total):
+    check_steps(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
+    for line in describe_tracking(recipe):
         out(line)
     sizes = _print_sizes(recipe, inputs, plan, total=total, optimizer=optimizer, planned=planned)
     out(f"ok: lora train would train {redact_path(recipe.model.path)} on these rows")

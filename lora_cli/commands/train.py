@@ -23,7 +23,7 @@ from lora_cli.run.run_checksums import remove_run_checksums, write_run_checksums
 from lora_cli.run.signals import stop_request
 from lora_cli.setup import run_records
 from lora_cli.setup.adapter_writer import AdapterWriter
-from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_evaluations, describe_choice
+from lora_cli.setup.evaluations import Evaluations, HeldOutAnswers, check_steps, describe_choice
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs, with_date, with_recorded_date
 from lora_cli.setup.resume import check_inputs, check_model, describe_changes, find_run_state, record_changes
 from lora_cli.setup.run_size import SMALLER, run_needs
@@ -39,10 +39,10 @@ from lora_cli.training.failures import report_failures
 from lora_cli.training.loop import fit
 from lora_cli.training.loss_scale import LossScale
 from lora_cli.training.loss_spikes import LossSpikes
-from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.optimizer import averaged_weights, make_optimizer
 from lora_cli.training.peers import Peers
+from lora_cli.training.tracking import Tracking, tracking
 
 
 def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str], max_restarts: int = 0) -> int:
@@ -96,10 +96,7 @@ def _train_in_process(
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
     for line in plan.describe(total):
         info(line)
-    check_schedule_fits(recipe.training, total)
-    check_evaluations(recipe, total=total, held_out=inputs.data.eval is not None, info=info)
-    for line in describe_schedule(recipe.training, total):
-        info(line)
+    check_steps(recipe, total=total, held_out=inputs.data.eval is not None, info=info)
     strategy = choose_strategy(recipe, inputs, plan, any_process=lambda value: any_process(accelerator, value))
     if strategy.why:
         info(f"strategy: {strategy.name} ({strategy.why})")
@@ -113,9 +110,11 @@ def _train_in_process(
             training.resume(saved, changes)
         done = saved.step if saved else 0
         training.prepare_run_folder(done, peers)
-        exit_code = training.take_steps(done)
-        if not exit_code:
-            training.write_adapter()
+        with tracking(recipe.tracking, run.path if run else None, done=done, info=info) as trackers:
+            exit_code = training.take_steps(done, trackers)
+            if not exit_code:
+                training.write_adapter()
+            trackers.status = "stopped" if exit_code else "finished"
     accelerator.end_training()
     return exit_code
 
@@ -220,7 +219,7 @@ class Training:
         metrics_log.truncate_after(self.run.metrics, done or -1, info=self.info, complete_from=1)
         metrics_log.truncate_after(self.run.answers, done or -1, info=self.info)
 
-    def take_steps(self, done: int) -> int:
+    def take_steps(self, done: int, trackers: Tracking) -> int:
         """Train from step `done` to the last; return the exit code if a signal stopped it, else 0.
 
         Raises:
@@ -268,6 +267,7 @@ class Training:
                 if metrics:
                     metrics.write(step.record())
                     progress.step(step.number, step.figures(self.inputs.device))
+                    trackers.poll()  # they follow the metrics log by themselves
                 if step.spike:
                     info(step.spike.line(step.number))
                 if step.overflows:
@@ -372,11 +372,10 @@ class Training:
         else:
             checkpoint.load_best(self.run.checkpoints, step, self.model, rank_allocator=self.rank_allocator)
             self._write_verified(self.run, step, probe)
-        result: dict[str, Any] = {"steps_done": self.done, "stopped_early": self.stopped_early, "adapter_step": step}
-        result |= {"keep": self.spec.keep, "evaluations": self.evaluations.history.to_json()}
-        result |= {"loss_spikes": {"count": self.spikes.count, "skipped": self.spikes.skipped}}
-        result |= {"memory": self.built.ladder.to_json(), "loss_scale": self.scale.to_json()}
-        run_records.write_records(self.run, self.recipe, {**self.manifest, "result": result}, info=self.info)
+        parts = run_records.describe_parts(self.evaluations.history, self.spikes, self.built.ladder, self.scale)
+        result = {"steps_done": self.done, "stopped_early": self.stopped_early, "adapter_step": step, **parts}
+        manifest = {**self.manifest, "result": {**result, "keep": self.spec.keep}}
+        run_records.write_records(self.run, self.recipe, manifest, info=self.info)
         if summary := self.spikes.summary():
             self.info(summary)
         write_run_checksums(self.run.path)

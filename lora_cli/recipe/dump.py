@@ -1,5 +1,6 @@
 """Write a recipe: the resolved YAML of a run, and the JSON Schema for editors. No torch."""
 
+from collections.abc import Mapping
 from math import inf
 from typing import Any
 
@@ -27,11 +28,15 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the recipe as YAML with every default filled in; `load_recipe` returns an equal recipe for it."""
-    sections = [
+    return HEADER + dump_values(recipe.model_dump())
+
+
+def dump_values(recipe: Mapping[str, Any]) -> str:
+    """Return the values of a recipe, as in JSON, as YAML that `load_recipe` reads as the same values."""
+    return "".join(
         yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=inf)
-        for key, value in recipe.model_dump().items()
-    ]
-    return HEADER + "".join(sections)
+        for key, value in recipe.items()
+    )
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -19,6 +19,7 @@ MAIN_KEY = {
     "SourceSpec": "path",
     "DistributedSpec": "processes",
     "PerformanceSpec": "kernels",
+    "TrackingSpec": "to",
 }
 
 
@@ -129,7 +130,9 @@ def _value_for_section(node: Node, section: JsonSchema) -> tuple[str, str]:
             return message, "write `adapter: {method: lora}` and `quantization: {bits: 4}`"
         if key == "bits":
             return message, _bits_fix("8" if "8" in node.value else "4")
-        return message, f"write {{{key}: {shorten(node.value)}}}"
+        value = shorten(node.value)
+        listed = section["properties"][key].get("type") == "array"
+        return message, f"write {{{key}: {f'[{value}]' if listed else value}}}"
     if key == "bits":
         return message, _bits_fix(str(node.value) if node.value in (4, 8) and node.value is not True else "4")
     return message, _some_keys(section)

@@ -28,5 +28,6 @@ REPLACED_IN_SOURCE: dict[str, str] = {
     "field_input": "write `columns: {input: NAME}`",
     "field_output": "write `columns: {output: NAME}`",
     "field_tools": "write `columns: {tools: NAME}`",
+    "tags": "write `message_fields: {role: NAME, content: NAME}`, and `roles: {NAME: user}` for other roles",
     "train_on_split": "write `split: NAME`",
 }

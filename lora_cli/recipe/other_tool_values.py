@@ -3,6 +3,7 @@
 A value that asks for nothing (false, null, none) needs no replacement, unless this tool's default is another.
 """
 
+from lora_cli.recipe.other_tool_trackers import BY_VALUE_TRACKERS
 from lora_cli.recipe.problem import join_words, shorten
 from lora_cli.recipe.yaml_tree import PlainValue
 
@@ -111,7 +112,10 @@ _GROUPS: tuple[tuple[str, dict[str, str]], ...] = (
     ("do_train", {NOTHING: "remove it: `lora eval` evaluates without training"}),
     ("template", {"default": OWN_TEMPLATE, "auto": OWN_TEMPLATE, NOTHING: OWN_TEMPLATE}),
 )
-BY_VALUE: dict[str, dict[str, str]] = {key: fixes for keys, fixes in _GROUPS for key in keys.split()}
+BY_VALUE: dict[str, dict[str, str]] = {
+    **{key: fixes for keys, fixes in _GROUPS for key in keys.split()},
+    **BY_VALUE_TRACKERS,
+}
 
 
 def _written(value: PlainValue) -> str:

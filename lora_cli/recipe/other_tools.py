@@ -4,8 +4,11 @@ From the configuration classes of axolotl, LLaMA-Factory, torchtune, TRL and tra
 Keys that a recipe has in another section (`learning_rate`, `seed`) are found without these tables.
 """
 
+from lora_cli.recipe.other_tool_trackers import RENAMED_TRACKERS, REPLACED_TRACKERS
+
 # Another tool's key: the recipe key with the same meaning and unit.
 RENAMED: dict[str, str] = {
+    **RENAMED_TRACKERS,
     # the base model
     "base_model": "model.path",
     "model_name_or_path": "model.path",
@@ -163,6 +166,7 @@ RENAMED: dict[str, str] = {
 
 # Another tool's key: how to replace it, where no single recipe key has the same value.
 REPLACED: dict[str, str] = {
+    **REPLACED_TRACKERS,
     "full_finetuning": "remove it: full fine-tuning is not supported",
     "use_dora": "write `adapter: {method: dora}`",
     "peft_use_dora": "write `adapter: {method: dora}`",
@@ -215,7 +219,6 @@ REPLACED: dict[str, str] = {
     "shuffle": "remove it: training.seed sets the row order",
     "checkpointer": "write `model: {path: ...}`: the format of the weights is detected",
     "loss": "remove it: the loss is the cross-entropy of the tokens that data.loss_on selects",
-    "metric_logger": "remove it: metrics.jsonl in the run folder records every step",
     "data_seed": "write training.seed, which sets the row order too",
     "do_train": "remove it: `lora train` trains",
     "do_eval": "remove it: data.eval turns evaluation on or off",
@@ -237,18 +240,6 @@ REPLACED: dict[str, str] = {
     "cache_dir": "set HF_HOME in the environment",
     "local_rank": "remove it: the launcher sets it",
     "$schema": "write it in a comment on the first line: `# yaml-language-server: $schema=PATH`",
-    **dict.fromkeys(
-        (
-            "report_to",
-            "run_name",
-            "wandb_project",
-            "wandb_entity",
-            "wandb_name",
-            "use_wandb",
-            "use_tensorboard",
-        ),
-        "remove it: metrics.jsonl in the run folder records every step",
-    ),
     "adam_epsilon": "remove it: AdamW's epsilon is 1e-8",
     "adam_beta3": "remove it: AdamW has two betas",
     "betas": "write `training: {adam_beta1: 0.9, adam_beta2: 0.999}`",
@@ -286,7 +277,7 @@ REPLACED: dict[str, str] = {
     ),
     **dict.fromkeys(("field_messages", "field"), "write `columns: {messages: NAME}`, or the column of your format"),
     **dict.fromkeys(
-        ("message_property_mappings", "message_field_role", "message_field_content", "tags"),
+        ("message_property_mappings", "message_field_role", "message_field_content"),
         "write `message_fields: {role: NAME, content: NAME}`, and `roles: {NAME: user}` for other roles",
     ),
     **dict.fromkeys(
@@ -332,6 +323,7 @@ REPLACED: dict[str, str] = {
 
 # Another tool's value: the recipe's value.
 VALUES: dict[str, str] = {
+    "comet": "comet_ml",
     "bf16": "bfloat16",
     "torch.bfloat16": "bfloat16",
     "fp16": "float16",

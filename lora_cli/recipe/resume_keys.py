@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from lora_cli.recipe.problem import shorten
 from lora_cli.recipe.schema import Recipe, SourceSpec
+from lora_cli.recipe.tracking_section import TrackingSpec
 
 Effect = Literal[
     "learned",  # another value learns something else: refused
@@ -142,6 +143,8 @@ RESUME_EFFECTS: dict[str, Effect] = {
     "performance.kernels": "rounding",
     "performance.compile": "rounding",
     "performance.deterministic": "rounding",
+    "tracking": "none",  # the whole section, which one recipe may leave out
+    **dict.fromkeys((f"tracking.{key}" for key in TrackingSpec.model_fields), "none"),
     "output": "place",
 }
 # Keys that the base or the rows decide on if the recipe leaves them out: they are compared after that.

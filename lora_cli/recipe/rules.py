@@ -15,6 +15,7 @@ from lora_cli.recipe.problem import Conflict, join_words, shorten
 from lora_cli.recipe.schema import DataSpec, QuantizationSpec, Recipe, SourceSpec
 from lora_cli.recipe.sharding_rules import check_sharding
 from lora_cli.recipe.tasks import TASK_FORMATS
+from lora_cli.recipe.tracking_rules import check_tracking
 from lora_cli.recipe.training_rules import (
     check_batches,
     check_evaluations,
@@ -344,5 +345,6 @@ RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     check_optimizer,
     check_evaluations,
     check_sharding,
+    check_tracking,
     _check_paths,
 )

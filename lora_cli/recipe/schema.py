@@ -8,6 +8,7 @@ from lora_cli.recipe.field_types import Count, Fraction, LayerNumber, Section, S
 from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.source_adapter import is_same_method, source_keys
 from lora_cli.recipe.tasks import FormatName, TaskName
+from lora_cli.recipe.tracking_section import TrackingSpec
 from lora_cli.recipe.training_section import TrainingSpec
 
 
@@ -288,6 +289,8 @@ class Recipe(Section):
     """Data parallelism over processes."""
     performance: PerformanceSpec = PerformanceSpec()
     """Switches of speed."""
+    tracking: TrackingSpec | None = None
+    """Experiment trackers that get every step and evaluation. Default null: nothing but the run folder."""
     output: str = Field(default="runs/lora", min_length=1)
     """Run folder: recipe, manifest, metrics, checkpoints and adapter. Default runs/lora."""
 

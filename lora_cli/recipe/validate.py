@@ -166,6 +166,8 @@ def _without(tree: Node, bad: set[KeyPath]) -> dict[str, PlainValue]:
         fields = plain.setdefault(section, {})
         assert isinstance(fields, dict), "a value in place of a section was removed above"
         fields.setdefault(key, "unnamed")
+    if isinstance(fields := plain.get("tracking"), dict):
+        fields.setdefault("to", ["tensorboard"])
     return plain
 
 

@@ -18,7 +18,7 @@ CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
 # Files of a run that its checksums.json covers once it is finished.
 RECORDS = ("metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
 # Files and folders of a run, in the order in which --fresh moves them aside.
-FOLDERS = ("adapter", "checkpoints")
+FOLDERS = ("adapter", "checkpoints", "tracking")
 RUN_FILES = ("checksums.json", *FOLDERS, *RECORDS)
 NO_RUN = "start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder"
 EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
@@ -62,6 +62,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """Folder of the final adapter."""
         return self.path / "adapter"
+
+    @property
+    def tracking(self) -> Path:
+        """Folder of the experiment trackers, if the recipe names some: their files, ids and logs."""
+        return self.path / "tracking"
 
     def move_earlier_aside(self) -> Path | None:
         """Move the files of the earlier run to a folder of their own in the run folder; nothing is deleted.

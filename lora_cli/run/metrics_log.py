@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
@@ -133,6 +133,48 @@ def remove_evaluation(path: Path, step: int) -> None:
     ]
     if len(kept) < len(lines):
         atomic.write_bytes(path, b"".join(line.text for line in kept))
+
+
+class MetricsFollower:
+    """Reads the records of a log that another process writes, each once, also after the log was written anew."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` need not exist yet."""
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._rest = b""  # an incomplete last line
+
+    def read(self, *, reopen: bool = True) -> list[dict[str, Any]]:
+        """Return the records since the last call; after the log was replaced, all of its records.
+
+        Without `reopen`, a log that is in its place now belongs to another run, and is not read.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if self._file is None or (reopen and self._is_replaced(self._file)):
+            self.close()
+            try:
+                self._file, self._rest = open_regular(self._path), b""
+            except LoraError:  # not written yet
+                return []
+        lines = (self._rest + self._file.read()).split(b"\n")
+        self._rest = lines.pop()
+        return [record for line in lines if (record := _record(line)) is not None]
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _is_replaced(self, file: BinaryIO) -> bool:
+        opened = os.fstat(file.fileno())
+        try:
+            found = os.stat(self._path)
+        except FileNotFoundError:  # moved: its writer still has it
+            return False
+        return (opened.st_dev, opened.st_ino) != (found.st_dev, found.st_ino) or found.st_size < file.tell()
 
 
 class _Line(NamedTuple):

@@ -28,6 +28,7 @@ from lora_cli.run.metrics_log import MetricsLog, read_metrics
 from lora_cli.setup.inputs import RunInputs, evaluation_plan
 from lora_cli.training.best_step import EvaluationHistory, RowLosses
 from lora_cli.training.distributed import any_process
+from lora_cli.training.lr_schedule import check_schedule_fits, describe_schedule
 from lora_cli.training.optimizer import averaged_weights
 
 Info = Callable[[str], None]
@@ -59,6 +60,18 @@ def check_evaluations(recipe: Recipe, *, total: int, held_out: bool, info: Info)
     if spec.stop_after and count <= spec.stop_after:
         plural = "s" * (count > 1)
         info(f"note: stop_after: {spec.stop_after} cannot end this run early: it has {count} evaluation{plural}")
+
+
+def check_steps(recipe: Recipe, *, total: int, held_out: bool, info: Info) -> None:
+    """Check schedule and evaluations of a run of `total` steps before its model is loaded, and print the schedule.
+
+    Raises:
+        LoraError: see `check_schedule_fits` and `check_evaluations`.
+    """
+    check_schedule_fits(recipe.training, total)
+    check_evaluations(recipe, total=total, held_out=held_out, info=info)
+    for line in describe_schedule(recipe.training, total):
+        info(line)
 
 
 def synchronized(stopping: Stopping, model: PeftModel, accelerator: Accelerator) -> Stopping:

@@ -24,8 +24,12 @@ from lora_cli.run.read_file import read_json_object, read_text
 from lora_cli.run.redact import redact_path
 from lora_cli.run.set_aside import set_aside_damaged
 from lora_cli.setup.inputs import RunInputs
+from lora_cli.setup.tracked_run import write_tracked_config
 from lora_cli.setup.training_model import TrainableModel, resolve_optimizer
 from lora_cli.training.best_step import EvaluationHistory
+from lora_cli.training.loss_scale import LossScale
+from lora_cli.training.loss_spikes import LossSpikes
+from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.model_card import render_model_card
 
 # Libraries whose versions can change a result, within rounding; numpy shuffles the rows.
@@ -168,8 +172,22 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
     }
 
 
+def describe_parts(
+    history: EvaluationHistory, spikes: LossSpikes, ladder: MemoryLadder, scale: LossScale
+) -> dict[str, Any]:
+    """Return what the manifest records of the parts of a finished run."""
+    return {
+        "evaluations": history.to_json(),
+        "loss_spikes": {"count": spikes.count, "skipped": spikes.skipped},
+        "memory": ladder.to_json(),
+        "loss_scale": scale.to_json(),
+    }
+
+
 def write_records(run: RunFolder, recipe: Recipe, manifest: dict[str, Any], *, info: Callable[[str], None]) -> None:
     """Write recipe.yaml and manifest.json of a run; what is damaged or in their place is reported and set aside.
+
+    With trackers, what they get of both is written too.
 
     Raises:
         OSError: they cannot be written.
@@ -178,6 +196,7 @@ def write_records(run: RunFolder, recipe: Recipe, manifest: dict[str, Any], *, i
     set_aside_damaged(run.manifest, read_json_object, info=info)
     atomic.write_text(run.recipe, dump_recipe(recipe))
     atomic.write_json(run.manifest, manifest)
+    write_tracked_config(run, recipe, manifest)
 
 
 def results(metrics: Path, recipe: Recipe, history: EvaluationHistory, *, step: int) -> dict[str, dict[str, Any]]:

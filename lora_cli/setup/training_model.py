@@ -38,6 +38,7 @@ from lora_cli.run import console
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.inputs import RunInputs
+from lora_cli.setup.tracked_run import check_trackers_installed
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.training.gpu import set_up_gpu
 from lora_cli.training.memory_ladder import MemoryLadder
@@ -247,13 +248,15 @@ def find_source(spec: AdapterSpec) -> AdapterFiles | None:
 
 
 def check_before_rows(recipe: Recipe, device: torch.device | None = None) -> None:
-    """Check what needs neither rows nor base, because the rows can take minutes: optimizer and adapter.from.
+    """Check what needs neither rows nor base, because the rows can take minutes: trackers, optimizer and adapter.from.
 
     `device` is that of the run; None for this machine's.
 
     Raises:
-        LoraError: the optimizer does not work on this machine, or there is no adapter to go on from.
+        LoraError: a tracker is not installed, the optimizer does not work on this machine, or there is no adapter to
+            go on from.
     """
+    check_trackers_installed(recipe.tracking)
     choose_optimizer(recipe.training.optimizer, device=device or pick_device())
     find_source(recipe.adapter)
 

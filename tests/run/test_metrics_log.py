@@ -208,3 +208,28 @@ def test_a_link_to_itself_in_place_of_a_log_is_set_aside(tmp_path: Path):
     set_aside_damaged(path, read_text, info=told.append)
     assert not os.path.lexists(path)
     assert len(told) == 1
+
+
+def test_a_follower_reads_each_record_once_also_from_a_new_log(tmp_path: Path):
+    path = tmp_path / "m.jsonl"
+    follower = metrics_log.MetricsFollower(path)
+    assert follower.read() == []
+    with MetricsLog(path) as log:
+        log.write({"step": 1})
+        assert follower.read() == [{"step": 1}]
+        assert follower.read() == []
+        log.write({"step": 2})
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "lo')
+    assert follower.read() == [{"step": 2}]
+    with path.open("ab") as file:
+        file.write(b'ss": 1}\n{"step": 4}\nno record\n')
+    assert follower.read() == [{"step": 3, "loss": 1}, {"step": 4}]
+    truncate_after(path, 2, info=lambda _: None)
+    assert follower.read(reopen=False) == []
+    assert follower.read() == [{"step": 1}, {"step": 2}]
+    path.rename(tmp_path / "moved.jsonl")
+    with (tmp_path / "moved.jsonl").open("ab") as file:
+        file.write(b'{"step": 3}\n')
+    assert follower.read() == [{"step": 3}]
+    follower.close()

@@ -1,0 +1,170 @@
+"""Trackers never hold up a run: servers that refuse or do not answer, a killed tracker, a killed run."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_cli.recipe.tracking_section import TrackingSpec
+from lora_cli.run import metrics_log
+from lora_cli.run.metrics_log import MetricsLog
+from lora_cli.training.tracker_process import Pending, State, read_state, values_of
+from lora_cli.training.tracking import Tracking
+from tests.support import tracked
+
+CONFIG = {"recipe": {"training": {"eval_every": 2}, "name": "a"}, "steps": 4, "ledger": {"eval": {"rows": 3}}}
+
+
+def test_values_are_the_numbers_of_a_record():
+    record = {"step": 3, "loss": 2.5, "tokens": 7, "grad_norm": None, "spike": {"mean": 1.0}, "skipped": True}
+    assert values_of(record) == {"train/loss": 2.5, "train/tokens": 7}
+    assert values_of({"step": 3, "eval_loss": 2.0, "eval_accuracy": 0.5}) == {"eval/loss": 2.0, "eval/accuracy": 0.5}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 1}', '{"id": "a", "where": {}, "mark": [1]}', "null"])
+def test_a_damaged_state_is_a_new_one(text: str, tmp_path: Path):
+    (tmp_path / "state").write_text(text)
+    assert read_state(tmp_path / "state") == State() == read_state(tmp_path / "missing")
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path: Path):
+    state = State("id", {"project": "p"}, (57, 1))
+    (tmp_path / "state").write_text(json.dumps(state.to_json()))
+    assert read_state(tmp_path / "state") == state
+
+
+def test_a_step_waits_for_its_evaluation_and_nothing_is_sent_twice(tmp_path: Path):
+    pending = Pending(tmp_path / "m", (1, 0), lambda step: step % 2 == 0)
+    with MetricsLog(tmp_path / "m") as log:
+        for step in (1, 2):
+            log.write({"step": step, "loss": 1.0})
+        pending.read()
+        assert (pending.steps, pending.next()) == (1, None)
+        assert pending.next(whole=True) == {"step": 2, "loss": 1.0}
+        log.write({"step": 2, "eval_loss": 1.0})
+        pending.read()
+    assert pending.next() == {"step": 2, "loss": 1.0}
+    pending.remove()
+    assert pending.next() == {"step": 2, "eval_loss": 1.0}
+    pending.remove()
+    metrics_log.truncate_after(tmp_path / "m", 1, info=lambda _: None)
+    with MetricsLog(tmp_path / "m") as log:
+        for step in (2, 3):
+            log.write({"step": step, "loss": 2.0})
+    pending.read()
+    assert pending.next() == {"step": 3, "loss": 2.0}
+
+
+class Run:
+    """A run folder with metrics, as training writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.told = path, list[str]()
+        (path / "tracking").mkdir(parents=True)
+        (path / "tracking" / "config.json").write_text(json.dumps(CONFIG))
+
+    def write(self, *steps: int) -> None:
+        with MetricsLog(self.path / "metrics.jsonl") as log:
+            for step in steps:
+                log.write({"step": step, "loss": 1 / step})
+                if step % 2 == 0:
+                    log.write({"step": step, "eval_loss": 1 / step})
+
+    def track(self, done: int = 0, **spec: Any) -> Tracking:
+        return Tracking(TrackingSpec.model_validate(spec), self.path, done=done, info=self.told.append)
+
+    def wait_for(self, trackers: Tracking, happened: Callable[[], bool]) -> None:
+        for _ in range(600):
+            trackers.poll()
+            if happened():
+                return
+            time.sleep(0.1)
+        raise TimeoutError(str(self.told))
+
+
+def state(run: Run, name: str) -> State:
+    return read_state(run.path / "tracking" / f"{name}.json")
+
+
+def process_ids(trackers: Tracking) -> list[int]:
+    return [each.process.pid for each in trackers._processes]
+
+
+@pytest.mark.slow
+def test_servers_that_refuse_or_never_answer(tmp_path: Path):
+    pytest.importorskip("mlflow", reason="mlflow is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as closed:
+        ports = silent.getsockname()[1], closed.getsockname()[1]
+        closed.close()
+        runs = [Run(tmp_path / name) for name in ("silent", "closed")]
+        start = time.monotonic()
+        trackers = [
+            run.track(to=["mlflow"], server=f"http://127.0.0.1:{port}", timeout_seconds=1)
+            for run, port in zip(runs, ports, strict=True)
+        ]
+        for run in runs:
+            run.write(1, 2, 3)
+        for each in trackers:
+            each.poll()
+        assert time.monotonic() - start < 1
+        runs[1].wait_for(trackers[1], lambda: bool(runs[1].told))
+        pids = process_ids(trackers[0]) + process_ids(trackers[1])
+        for each in trackers:
+            each.status = "finished"
+            start = time.monotonic()
+            each.finish()
+            assert time.monotonic() - start < 3
+    assert runs[0].told == [
+        f"mlflow: not ready after 1 s, and ended; what it has is in {runs[0].path}/tracking; the rest stays in "
+        "metrics.jsonl"
+    ]
+    first, last = runs[1].told
+    assert first.startswith("mlflow: MlflowException: API request to")
+    assert first.endswith("; the run goes on, and it is tried again")
+    # Its last try may take longer than the time that is left.
+    assert last.startswith(
+        ("mlflow: 0 of 3 steps and 0 evaluations sent, 3 not sent: Mlflow", "mlflow: not ready after")
+    )
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.slow
+def test_a_killed_run_and_a_killed_tracker(tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    run = Run(tmp_path / "a")
+    trackers = run.track(to=["tensorboard"])
+    run.write(1, 2, 3)
+    for each in trackers._processes:
+        each.release()  # as a kill of the training process does
+    # The next start waits for the process of the first one, which sends what is left.
+    metrics_log.truncate_after(run.path / "metrics.jsonl", 2, info=lambda _: None)
+    again = run.track(done=2, to=["tensorboard"])
+    run.write(3, 4)
+    run.wait_for(again, lambda: bool(run.told))
+    assert run.told[-1].startswith("tensorboard: goes on in ")
+    again.status = "finished"
+    again.finish()
+    assert run.told[-1] == "tensorboard: 2 steps and 1 evaluation sent"
+    stored = tracked.tensorboard_run(run.path / "tracking" / "tensorboard")
+    assert [step for step, _ in stored.points["train/loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in stored.points["eval/loss"]] == [2, 4]
+    assert "eval_every" in stored.config
+    assert state(run, "tensorboard").mark == (4, 1)
+
+    killed = run.track(done=4, to=["tensorboard"])
+    (pid,) = process_ids(killed)
+    os.kill(pid, signal.SIGKILL)
+    run.wait_for(killed, lambda: "has ended" in run.told[-1])
+    log = run.path / "tracking" / "tensorboard.log"
+    assert run.told[-1] == f"tensorboard: its process has ended (SIGKILL); the run goes on, see {log}"
+    killed.status = "finished"
+    killed.finish()
+    assert run.told[-1].startswith("tensorboard: what it has is in ")
