@@ -11,7 +11,7 @@ from lora_cli.recipe.rules import DATA_SUFFIXES
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.run.byte_size import parse_size
-from lora_cli.run.questions import ReadLine, ask, check_terminal
+from lora_cli.run.questions import ReadLine, ask
 from lora_cli.setup.first_recipe import (
     Choice,
     Choices,
@@ -38,10 +38,8 @@ def write_first_recipe(*, read: ReadLine | None = None) -> Path:
         read: reads an answer; None: from the terminal.
 
     Raises:
-        LoraError: there is no terminal, the input ends, or no form of the run fits the machine. Nothing is written.
+        LoraError: the input ends, or no form of the run fits the machine. Nothing is written.
     """
-    if read is None:
-        check_terminal()
     console.info("An empty answer takes the value in brackets. Ctrl-D or Ctrl-C ends without writing anything.")
     model = ask("base model (hub id, folder or .gguf file)", _parse_model, default=MODEL, read=read)
     if model.config is None:

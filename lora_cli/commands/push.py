@@ -101,8 +101,8 @@ def push(result: Publishable, repository: str, *, request: PushRequest) -> None:
         if not remote.exists:
             api.create_repo(repository, private=True if request.private else None)
             remote = _read_remote(api, repository)
-            if not request.json:
-                console.info(f"created {repository} ({'private' if remote.private else 'public'})")
+            console.info(f"created {repository} ({'private' if remote.private else 'public'})")
+            _check_private(repository, remote, request)
         commit = _upload(api, repository, files, remote, changes, what=result.kind)
         arrived = _files_of(api, repository, commit)
     _compare(repository, files, arrived, account)
@@ -222,11 +222,7 @@ def _check_allowed(repository: str, remote: Remote, changes: Changes, request: P
     Raises:
         LoraError: the repository has other files and `force` is False, or is public and `private` is True.
     """
-    if request.private and remote.exists and not remote.private:
-        raise LoraError(
-            f"{repository} exists, and is public: --private does not change that",
-            hint=f"make it private in its settings on the hub, give another name, or leave out --private",
-        )
+    _check_private(repository, remote, request)
     others = [name for name in changes.others if name not in OF_THE_HUB]
     details = []
     if changes.replaced:
@@ -243,6 +239,14 @@ def _check_allowed(repository: str, remote: Remote, changes: Changes, request: P
         )
     for line in details:
         console.info(f"--force: {line.removeprefix('would be ').removeprefix('would ')}")
+
+
+def _check_private(repository: str, remote: Remote, request: PushRequest) -> None:
+    if request.private and remote.exists and not remote.private:
+        raise LoraError(
+            f"{repository} is public: --private is for a repository that does not exist yet",
+            hint="make it private in its settings on the hub, give another name, or leave out --private",
+        )
 
 
 def _names(names: Sequence[str]) -> str:
@@ -351,6 +355,3 @@ def _last_lines(
     else:
         yield f"verified: the hub has the contents of all {count} files, by their SHA-256 or git's id"
     yield f"{url} ({'private' if remote.private else 'public'}), commit {remote.commit}"
-
-
-__all__ = ["PushRequest", "push"]

@@ -63,7 +63,7 @@ def read_account(api: Any) -> Account:
     Raises:
         LoraError: the token is not valid, or can only read.
     """
-    with hub_errors("whoami", account=None):
+    with hub_errors("the hub", account=None):
         answer = api.whoami()
     access = (answer.get("auth") or {}).get("accessToken") or {}
     names = tuple(each["name"] for each in answer.get("orgs") or () if "name" in each)
@@ -88,8 +88,6 @@ def hub_errors(repository: str, *, account: Account | None) -> Iterator[None]:
     try:
         yield
     except (network, OSError, ValueError, RuntimeError, *_storage_errors()) as error:
-        if isinstance(error, LoraError):
-            raise
         local = system_error(error)
         if local is not None and local.errno in OF_THIS_MACHINE:
             raise
