@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from lora_cli.data.examples import open_source, row_location
+from lora_cli.data.examples import open_source
 from lora_cli.data.formats import FORMATS
 from lora_cli.data.records import BadRow
 from lora_cli.data.sources import DataSource, train_sources
@@ -38,8 +38,10 @@ MAX_READ = 100_000  # rows that are parsed
 SAMPLE_ROWS = 1_000  # rows that are tokenized for their lengths and the plan
 MAX_BAD = 0.1  # share of rows that a run may skip by default
 LENGTH_STEP = 64  # max_length is a multiple of it
-LONGEST = 8_192  # tokens of a row that are kept without a question
+LONGEST = 32_768  # tokens, to which rows are measured
+CHUNK = 2_048  # tokens of the parts of documents
 MAX_STEP_TOKENS = 16_384  # of a step
+ROWS_PER_STEP = 16  # without packing
 MIN_STEPS = 100  # of a run, if it has enough rows
 SMALL = 1_000_000_000  # parameters, below which the learning rate is higher
 SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z])")
@@ -126,9 +128,10 @@ def find_first_rows(path: str, model: FoundModel, *, info: Info) -> FoundRows:
     if not formats:
         raise problem or LoraError(f"model.path: {model.path} cannot be trained", hint="give another model")
     ranked = sorted(formats, key=lambda task: -len(FORMATS[formats[task]].required))
-    rows, complete, bad = _count(source, ranked[0])
-    share = sum(bad.values()) / rows
-    if share > MAX_BAD:
+    rows, complete, bad = _count(source, ranked[0], TurnOptions())
+    if bad:  # with on_bad_row: skip, a conversation is cut to its last answer
+        bad = _count(source, ranked[0], TurnOptions(cut_end=True))[2] or {"cut to their last answer": sum(bad.values())}
+    if sum(bad.values()) > MAX_BAD * rows and "cut to their last answer" not in bad:
         reason = max(bad, key=lambda each: bad[each])
         raise LoraError(
             f"{path}: {sum(bad.values()):,} of {rows:,} rows cannot be used as {formats[ranked[0]]}: {reason}",
@@ -137,15 +140,15 @@ def find_first_rows(path: str, model: FoundModel, *, info: Info) -> FoundRows:
     return FoundRows(path, {task: formats[task] for task in ranked}, columns, rows, complete, bad)
 
 
-def _count(source: DataSource, task: TaskName) -> tuple[int, bool, dict[str, int]]:
+def _count(source: DataSource, task: TaskName, turns: TurnOptions) -> tuple[int, bool, dict[str, int]]:
     """Return the number of rows, whether these are all, and the bad ones by reason."""
-    reader = open_source(source, task, TurnOptions(cut_end=True))
+    reader = open_source(source, task, turns)
     bad: Counter[str] = Counter()
     rows = 0
     for row in islice(reader.rows, MAX_READ):
         rows += 1
         if isinstance(row.example, BadRow):
-            bad[f"{row.example.reason} ({row_location(source, row)})"] += 1
+            bad[row.example.reason] += 1
     return rows, next(iter(reader.rows), None) is None, dict(bad)
 
 
@@ -179,7 +182,7 @@ def choose(
         choices["data.columns"] = Choice(rows.columns, "maps the columns of the format to those of the file")
     if rows.bad:
         count = sum(rows.bad.values())
-        choices["data.on_bad_row"] = Choice("skip", f"{count:,} of {rows.rows:,} rows cannot be parsed; counted")
+        choices["data.on_bad_row"] = Choice("skip", f"{count:,} of {rows.rows:,} rows: {', '.join(rows.bad)}; counted")
     if model.config is None:
         choices |= _by_name(model, rows, task, machine)
     else:
@@ -204,6 +207,7 @@ def _by_name(model: FoundModel, rows: FoundRows, task: TaskName, machine: Machin
         "data.max_length": Choice(1024, "tokens; the lengths of the rows are not known without the tokenizer"),
         "data.overlong": Choice("drop", DROPPED),
         "training.epochs": Choice(_epochs(rows.rows), EPOCHS),
+        **_intervals(500),
     }
     if task == "causal-lm":
         choices["data.packing"] = Choice(True, PACKED)
@@ -234,7 +238,13 @@ class _Sample(NamedTuple):
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest row."""
         return int(self.lengths.max())
+
+    @property
+    def tokens(self) -> int:
+        """The smallest max_length for all rows: a multiple of LENGTH_STEP, but not above the limit."""
+        return min(self.limit, -(-self.longest // LENGTH_STEP) * LENGTH_STEP)
 
 
 def _by_plan(choices: Choices, rows: FoundRows, task: TaskName, machine: Machine, *, info: Info) -> Choices:
@@ -246,7 +256,7 @@ def _by_plan(choices: Choices, rows: FoundRows, task: TaskName, machine: Machine
     info(f"tokenizing the first {min(rows.rows, SAMPLE_ROWS):,} rows")
     sample = _tokenize(choices, rows)
     info(f"their longest row has {sample.longest:,} tokens, the mean is {sample.lengths.mean():,.0f}")
-    chosen = {**_length(sample), **_steps(sample, rows, machine)}
+    chosen = {**_length(sample, rows.formats[task]), **_steps(sample, rows, machine)}
     if task == "causal-lm":
         chosen["data.packing"] = Choice(sample.packing, PACKED if sample.packing else "the model would mix packed rows")
     fit = _plan({**choices, **chosen}, machine)
@@ -296,10 +306,24 @@ def _tokenize(choices: Choices, rows: FoundRows) -> _Sample:
         return _Sample(inputs.data.train.lengths, complete, limit, bool(inputs.recipe.data.packing))
 
 
-def _length(sample: _Sample) -> Choices:
-    """Choose max_length: no less than the longest row."""
+def _length(sample: _Sample, format_: FormatName) -> Choices:
+    """Choose max_length: no less than the longest row, except for documents, which are split.
+
+    Raises:
+        LoraError: too many rows are longer than the model's positions.
+    """
     cut = sample.longest >= sample.limit
-    size = min(sample.limit, -(-sample.longest // LENGTH_STEP) * LENGTH_STEP)
+    if format_ == "text" and sample.longest > min(CHUNK, sample.limit - 1):
+        why = f"tokens; the longest document has {sample.longest:,}{' or more' if cut else ''}"
+        split = Choice("split", "documents are split into rows in which every token carries loss once")
+        return {"data.max_length": Choice(min(CHUNK, sample.limit), why), "data.overlong": split}
+    too_long, count = int((sample.lengths >= sample.limit).sum()), len(sample.lengths)
+    if too_long > MAX_BAD * count:
+        raise LoraError(
+            f"{too_long:,} of {count:,} rows have {sample.limit:,} tokens or more",
+            hint="give shorter rows, or a model with more positions",
+        )
+    size = sample.tokens
     of = "the longest row" if sample.complete else f"the longest of the first {len(sample.lengths):,} rows"
     exact = sample.complete and not cut
     return {
@@ -314,19 +338,30 @@ def _steps(sample: _Sample, rows: FoundRows, machine: Machine) -> Choices:
     epochs = _epochs(rows.rows)
     chosen: Choices = {"training.epochs": Choice(epochs, EPOCHS)}
     if not sample.packing:
-        per_step = 16 * -(-gpus // 16)
+        per_step = ROWS_PER_STEP * -(-gpus // ROWS_PER_STEP)
+        chosen |= _intervals(rows.rows * epochs // per_step)
         chosen["training.batch_size"] = Choice(4 if gpus <= 4 else 1, "rows per device and pass")
         chosen["training.rows_per_step"] = Choice(per_step, "over all GPUs")
         return chosen
-    longest = _length(sample)["data.max_length"].value
+    longest = min(sample.tokens, CHUNK) if "text" in rows.formats.values() else sample.tokens
     tokens = float(sample.lengths.mean()) * rows.rows * epochs
     share = int(tokens / MIN_STEPS)
     size = min(MAX_STEP_TOKENS, 1 << max(0, share.bit_length() - 1))
     size = max(size, gpus * longest)
     steps = max(1, round(tokens / size))
+    chosen |= _intervals(steps)
     chosen["training.tokens_per_batch"] = Choice("auto", "as many tokens at a time as the memory allows")
     chosen["training.tokens_per_step"] = Choice(size, f"over all GPUs; about {steps:,} steps of these rows")
     return chosen
+
+
+def _intervals(steps: int) -> Choices:
+    """Choose the steps between evaluations and checkpoints: several in a run."""
+    every = max(1, min(100, steps // 5))
+    return {
+        "training.eval_every": Choice(every, "steps"),
+        "training.save_every": Choice(every, "steps; --resume continues from the last checkpoint"),
+    }
 
 
 def _epochs(rows: int) -> int:
@@ -388,7 +423,5 @@ def _training(model: FoundModel, rows: FoundRows) -> Choices:
         "training.schedule": Choice("cosine", "decays to 0 at the last step"),
         "training.warmup": Choice(0.03, "share of the steps in which the learning rate rises from 0"),
         "training.gradient_checkpointing": Choice("auto", "recompute activations where memory requires it"),
-        "training.eval_every": Choice(100, "steps"),
-        "training.save_every": Choice(100, "steps; --resume continues from the last checkpoint"),
         "training.seed": Choice(42, "seed of adapter, dropout, row order and held-out rows"),
     }

@@ -47,8 +47,12 @@ _USER_FOLDER = re.compile(
 )
 # The whole value of a key: a path that starts at the root, with a folder at least.
 _ABSOLUTE = re.compile(r"(~|/[\w.@+ -]+)/[^\n]*|[A-Za-z]:[\\/][^\n]*")
-# The value of a line of YAML, or of a Modelfile.
-_ASSIGNED = re.compile(r"^[\s-]*(?:\w+:|FROM|ADAPTER)\s+[\"']?((?:~|/[\w.@+-]+)/[^\s\"'#]*)", re.MULTILINE)
+# The value of a key of recipes, or of a Modelfile. Of other keys, it may be the path of a URL.
+_ASSIGNED = re.compile(
+    r"^[ \t-]*(?:(?:path|train|eval|output|from|base|base_model|chat_template|model|data|file|folder|dir):|FROM|ADAPTER)"
+    r"[ \t]+[\"']?((?:~|/[\w.@+-]+)/[^\s\"'#]*)",
+    re.MULTILINE,
+)
 # Keys whose values are texts of the vocabulary, or names of classes.
 _ANY_TEXT = ("model", "vocab", "merges", "id2label", "label2id", "names", "chat_template")
 _VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt")

@@ -274,7 +274,7 @@ def test_a_key_that_ends_it_leaves_nothing(key: str, code: int, terminal: Termin
 
 
 def test_the_size_in_a_name():
-    sizes = {"meta-llama/Llama-3.1-8B-Instruct": 8e9, "SmolLM2-135M": 135e6, "Qwen3-0.6B": 0.6e9, "gpt2": None}
+    sizes: dict[str, float | None] = {"meta-llama/Llama-3.1-8B-Instruct": 8e9, "SmolLM2-135M": 135e6, "Qwen3-0.6B": 0.6e9, "gpt2": None}
     assert {name: parameters_in_name(name) for name in sizes} == sizes
     assert parameters_in_name("Qwen3-30B-A3B") == 30e9
 
