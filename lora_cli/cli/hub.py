@@ -13,13 +13,15 @@ from lora_cli.setup.publishable import find_publishable
 @app.command()
 def push(
     target: Annotated[
-        Path, typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to publish; of a run, its adapter.", show_default=False)
+        Path,
+        typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to publish; of a run, its adapter.", show_default=False),
     ],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and upload nothing.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Upload to a repository with other files; those of the same name are replaced.")
+        bool,
+        typer.Option("--force", help="Upload to a repository with other files; those of the same name are replaced."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:

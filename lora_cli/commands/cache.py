@@ -1,4 +1,4 @@
-"""`lora cache`: show what this tool keeps in its cache, and remove what is damaged or was not used for long. No torch."""
+"""`lora cache`: show what this tool keeps in its cache, and remove what is damaged or unused. No torch."""
 
 import json
 import time
@@ -93,9 +93,10 @@ def _print_entries(entries: Sequence[Entry]) -> None:
 
 def _describe(entry: Entry) -> str:
     """Return the dataset or model of an entry: `train.jsonl for org/model`."""
-    return entry.what.removeprefix("the ").removeprefix("rows of ").removeprefix("unpacked ").removeprefix(
-        "download of "
-    ) or "(not recorded)"
+    return (
+        entry.what.removeprefix("the ").removeprefix("rows of ").removeprefix("unpacked ").removeprefix("download of ")
+        or "(not recorded)"
+    )
 
 
 def _age(used: float) -> str:

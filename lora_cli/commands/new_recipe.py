@@ -12,16 +12,8 @@ from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.run.byte_size import parse_size
 from lora_cli.run.questions import ReadLine, ask
-from lora_cli.setup.first_recipe import (
-    Choice,
-    Choices,
-    FoundModel,
-    FoundRows,
-    Machine,
-    choose,
-    find_first_model,
-    find_first_rows,
-)
+from lora_cli.setup.first_inputs import FoundModel, FoundRows, find_first_model, find_first_rows
+from lora_cli.setup.first_recipe import Choice, Choices, Machine, choose
 from lora_cli.setup.planned_gpus import planned_gpus
 from lora_cli.setup.recipe_text import render_recipe
 
@@ -184,4 +176,3 @@ def _parse_name(text: str) -> str:
         if path.exists():
             raise LoraError(f"{path} exists", hint="give another name")
     return name
-

@@ -7,7 +7,6 @@ that arrived, by the hub's client. Nothing on the hub is deleted.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -120,9 +119,8 @@ def _check_contents(result: Publishable) -> None:
             from lora_cli.model.adapter_files import open_adapter  # imports torch, which no other kind needs
 
         open_adapter(result.folder)
-    elif result.kind == "model":
-        if not read_headers(result.folder):
-            raise LoraError(f"{result.folder} has no weights", hint="give a model with its .safetensors files")
+    elif result.kind == "model" and not read_headers(result.folder):
+        raise LoraError(f"{result.folder} has no weights", hint="give a model with its .safetensors files")
     for name in result.names:
         if name.endswith(".gguf"):
             read_gguf_header(result.folder / name)
@@ -260,9 +258,7 @@ def _upload(
     """Upload the new and the changed files as one commit after the one that was looked at, and return its id."""
     going = [file for file in files if file.name not in changes.unchanged]
     console.info(f"uploading {len(going)} files, {format_bytes(sum(file.bytes for file in going))}")
-    operations = [
-        CommitOperationAdd(file.name, file.path if file.content is None else file.content) for file in going
-    ]
+    operations = [CommitOperationAdd(file.name, file.path if file.content is None else file.content) for file in going]
     commit = api.create_commit(
         repository,
         operations,
@@ -272,9 +268,7 @@ def _upload(
     return commit.oid
 
 
-def _compare(
-    repository: str, files: Sequence[PublishedFile], arrived: dict[str, RepoFile], account: Account
-) -> None:
+def _compare(repository: str, files: Sequence[PublishedFile], arrived: dict[str, RepoFile], account: Account) -> None:
     """Raise if the hub has other contents than this machine.
 
     Raises:

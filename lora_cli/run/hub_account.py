@@ -40,7 +40,9 @@ def check_repository_name(name: str) -> None:
         raise LoraError(f"{name} is not the name of a repository", hint=hint)
     wrong = next((part for part in (owner, rest) if not NAME.fullmatch(part)), None)
     if wrong is not None or "--" in name or ".." in name:
-        raise LoraError(f"{name} is not the name of a repository: the hub does not allow {wrong or '-- or ..'}", hint=hint)
+        raise LoraError(
+            f"{name} is not the name of a repository: the hub does not allow {wrong or '-- or ..'}", hint=hint
+        )
     if name.endswith(".git") or len(name) > MAX_NAME:
         reason = "it ends in .git" if name.endswith(".git") else f"it has more than {MAX_NAME} characters"
         raise LoraError(f"{name} is not the name of a repository: {reason}", hint=hint)

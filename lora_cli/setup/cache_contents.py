@@ -82,7 +82,9 @@ def _entry(path: Path, kind: Kind, *, verify: bool) -> Entry | None:
     with suppress(FileNotFoundError):
         about = read_about(path) or About("", {})
         size = written_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size
-        return Entry(path, kind.name, about.what or _file_name(path), size, last_used(path), _problem(path, kind, verify))
+        return Entry(
+            path, kind.name, about.what or _file_name(path), size, last_used(path), _problem(path, kind, verify)
+        )
     return None
 
 

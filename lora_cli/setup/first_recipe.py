@@ -5,38 +5,23 @@ first rows of the data. Where the model is not on this machine, its size is take
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable
-from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
-from transformers import PretrainedConfig
-
-from lora_cli.data.examples import open_source
 from lora_cli.data.formats import FORMATS
-from lora_cli.data.records import BadRow
-from lora_cli.data.sources import DataSource, train_sources
-from lora_cli.data.turns import TurnOptions
 from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, memory
 from lora_cli.model.base_model import task_heads
 from lora_cli.model.gpu_plan import CONTEXT_BYTES, plan_strategies
-from lora_cli.model.model_source import find_model, load_config
-from lora_cli.model.tasks import is_supported
-from lora_cli.recipe.schema import DataSpec, ModelSpec, Recipe
-from lora_cli.recipe.tasks import EVERY_TASK, FormatName, TaskName
+from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.tasks import FormatName, TaskName
 from lora_cli.run.console import format_bytes, no_output
+from lora_cli.setup.first_inputs import CPU, MAX_BAD, FoundModel, FoundRows, Info
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.planned_gpus import GPU, PlannedGpus, changes_that_help, forms_of, on_planned_gpus
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import adapter_context, check_before_rows, resolve_optimizer
 
-Info = Callable[[str], None]
-
-MAX_READ = 100_000  # rows that are parsed
 SAMPLE_ROWS = 1_000  # rows that are tokenized for their lengths and the plan
-MAX_BAD = 0.1  # share of rows that a run may skip by default
 LENGTH_STEP = 64  # max_length is a multiple of it
 LONGEST = 32_768  # tokens, to which rows are measured
 CHUNK = 2_048  # tokens of the parts of documents
@@ -45,34 +30,17 @@ ROWS_PER_STEP = 16  # without packing
 MIN_STEPS = 100  # of a run, if it has enough rows
 SMALL = 1_000_000_000  # parameters, below which the learning rate is higher
 SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z])")
-CPU = torch.device("cpu")
 DROPPED = "longer rows are dropped and counted; a truncated answer would lack its end token"
 PACKED = "several rows per sequence, without attention between them: no padding"
 EPOCHS = "passes over the rows; more than three tend to overfit"
 
-
-class FoundModel(NamedTuple):
-    """A base model as far as this machine knows it."""
-
-    path: str
-    config: PretrainedConfig | None  # None: not on this machine, and the hub does not answer
-    why_unknown: str = ""
-
-    @property
-    def tasks(self) -> list[TaskName]:
-        """The tasks that it can be trained for; all of them if its config is not known."""
-        return [task for task in EVERY_TASK if self.config is None or is_supported(self.config, task)]
-
-
-class FoundRows(NamedTuple):
-    """Rows of a source, and what they can be used for."""
-
-    path: str
-    formats: dict[TaskName, FormatName]  # the best first
-    columns: dict[str, str | None]
-    rows: int
-    complete: bool  # whether all rows were read
-    bad: dict[str, int]  # by reason
+# Of the keys in each section, as in configs/.
+ORDER = (
+    *("path", "dtype", "task", "bits", "method", "rank", "alpha", "dropout", "target_modules"),
+    *("train", "eval", "format", "columns", "on_bad_row", "max_length", "overlong", "packing"),
+    *("epochs", "tokens_per_batch", "tokens_per_step", "batch_size", "rows_per_step", "learning_rate", "schedule"),
+    *("warmup", "gradient_checkpointing", "eval_every", "save_every", "seed", "output"),
+)
 
 
 class Machine(NamedTuple):
@@ -89,67 +57,6 @@ class Choice(NamedTuple):
 
 
 Choices = dict[str, Choice]  # by the key of the recipe, with dots
-
-
-def find_first_model(path: str, *, info: Info) -> FoundModel:
-    """Find the base model `path` and read its config, without weights.
-
-    Raises:
-        LoraError: a local path is not a model, or its files are damaged.
-    """
-    spec = ModelSpec(path=path)
-    try:
-        source = find_model(spec, dtype=torch.float32, device=CPU, info=info, weights=False)
-        return FoundModel(path, load_config(source))
-    except LoraError as error:
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
-            return FoundModel(path, None, error.message)
-        raise
-
-
-def find_first_rows(path: str, model: FoundModel, *, info: Info) -> FoundRows:
-    """Read the rows at `path` in each format that a task of the model has.
-
-    Raises:
-        LoraError: there are no rows, no format fits them, or too many of them are bad.
-    """
-    (source,) = train_sources(DataSpec(train=path), info=info)
-    formats: dict[TaskName, FormatName] = {}
-    columns: dict[str, str | None] = {}
-    problem: LoraError | None = None
-    for task in model.tasks:
-        try:
-            found = open_source(source, task, TurnOptions()).format
-        except LoraError as error:
-            problem = problem or error
-            continue
-        formats[task] = found.name
-        columns = columns or found.columns
-    if not formats:
-        raise problem or LoraError(f"model.path: {model.path} cannot be trained", hint="give another model")
-    ranked = sorted(formats, key=lambda task: -len(FORMATS[formats[task]].required))
-    rows, complete, bad = _count(source, ranked[0], TurnOptions())
-    if bad:  # with on_bad_row: skip, a conversation is cut to its last answer
-        bad = _count(source, ranked[0], TurnOptions(cut_end=True))[2] or {"cut to their last answer": sum(bad.values())}
-    if sum(bad.values()) > MAX_BAD * rows and "cut to their last answer" not in bad:
-        reason = max(bad, key=lambda each: bad[each])
-        raise LoraError(
-            f"{path}: {sum(bad.values()):,} of {rows:,} rows cannot be used as {formats[ranked[0]]}: {reason}",
-            hint="correct them, or give other rows",
-        )
-    return FoundRows(path, {task: formats[task] for task in ranked}, columns, rows, complete, bad)
-
-
-def _count(source: DataSource, task: TaskName, turns: TurnOptions) -> tuple[int, bool, dict[str, int]]:
-    """Return the number of rows, whether these are all, and the bad ones by reason."""
-    reader = open_source(source, task, turns)
-    bad: Counter[str] = Counter()
-    rows = 0
-    for row in islice(reader.rows, MAX_READ):
-        rows += 1
-        if isinstance(row.example, BadRow):
-            bad[row.example.reason] += 1
-    return rows, next(iter(reader.rows), None) is None, dict(bad)
 
 
 def choose(
@@ -183,11 +90,12 @@ def choose(
     if rows.bad:
         count = sum(rows.bad.values())
         choices["data.on_bad_row"] = Choice("skip", f"{count:,} of {rows.rows:,} rows: {', '.join(rows.bad)}; counted")
+    choices |= _usual(model, rows)
     if model.config is None:
         choices |= _by_name(model, rows, task, machine)
     else:
         choices |= _by_plan(choices, rows, task, machine, info=info)
-    return {**choices, **_training(model, rows)}
+    return {key: choices[key] for key in sorted(choices, key=lambda key: ORDER.index(key.rpartition(".")[2]))}
 
 
 def to_tree(choices: Choices) -> dict[str, Any]:
@@ -256,7 +164,8 @@ def _by_plan(choices: Choices, rows: FoundRows, task: TaskName, machine: Machine
     info(f"tokenizing the first {min(rows.rows, SAMPLE_ROWS):,} rows")
     sample = _tokenize(choices, rows)
     info(f"their longest row has {sample.longest:,} tokens, the mean is {sample.lengths.mean():,.0f}")
-    chosen = {**_length(sample, rows.formats[task]), **_steps(sample, rows, machine)}
+    chosen = _length(sample, rows.formats[task])
+    chosen |= _steps(sample, rows, machine, chosen["data.max_length"].value)
     if task == "causal-lm":
         chosen["data.packing"] = Choice(sample.packing, PACKED if sample.packing else "the model would mix packed rows")
     fit = _plan({**choices, **chosen}, machine)
@@ -269,7 +178,7 @@ def _by_plan(choices: Choices, rows: FoundRows, task: TaskName, machine: Machine
         if lost <= MAX_BAD * count:
             why = f"tokens; longer rows do not fit into memory: {lost:,} of the first {count:,}"
             chosen |= {"data.max_length": Choice(limit, why), "data.overlong": Choice("drop", DROPPED)}
-            chosen |= _steps(sample._replace(limit=limit), rows, machine)
+            chosen |= _steps(sample, rows, machine, limit)
             fit = _plan({**choices, **chosen}, machine)
     if not fit.fits:
         raise LoraError(
@@ -332,8 +241,8 @@ def _length(sample: _Sample, format_: FormatName) -> Choices:
     }
 
 
-def _steps(sample: _Sample, rows: FoundRows, machine: Machine) -> Choices:
-    """Choose the size of a step such that the run has enough steps, and its batches."""
+def _steps(sample: _Sample, rows: FoundRows, machine: Machine, longest: int) -> Choices:
+    """Choose the size of a step such that the run has enough steps, and its batches, of rows up to `longest` tokens."""
     gpus = machine.gpus.number if machine.gpus else 1
     epochs = _epochs(rows.rows)
     chosen: Choices = {"training.epochs": Choice(epochs, EPOCHS)}
@@ -343,7 +252,6 @@ def _steps(sample: _Sample, rows: FoundRows, machine: Machine) -> Choices:
         chosen["training.batch_size"] = Choice(4 if gpus <= 4 else 1, "rows per device and pass")
         chosen["training.rows_per_step"] = Choice(per_step, "over all GPUs")
         return chosen
-    longest = min(sample.tokens, CHUNK) if "text" in rows.formats.values() else sample.tokens
     tokens = float(sample.lengths.mean()) * rows.rows * epochs
     share = int(tokens / MIN_STEPS)
     size = min(MAX_STEP_TOKENS, 1 << max(0, share.bit_length() - 1))
@@ -407,7 +315,7 @@ def _plan(choices: Choices, machine: Machine) -> _Fit:
     return _Fit(inputs, best is not None, text, max(plan.largest for plan in plans), advice)
 
 
-def _training(model: FoundModel, rows: FoundRows) -> Choices:
+def _usual(model: FoundModel, rows: FoundRows) -> Choices:
     """Choose adapter and learning rate by the size of the model, and the rest by usual values."""
     parameters = parameters_in_name(model.path)
     small = parameters is not None and parameters < SMALL

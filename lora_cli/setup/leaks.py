@@ -49,7 +49,7 @@ _USER_FOLDER = re.compile(
 _ABSOLUTE = re.compile(r"(~|/[\w.@+ -]+)/[^\n]*|[A-Za-z]:[\\/][^\n]*")
 # The value of a key of recipes, or of a Modelfile. Of other keys, it may be the path of a URL.
 _ASSIGNED = re.compile(
-    r"^[ \t-]*(?:(?:path|train|eval|output|from|base|base_model|chat_template|model|data|file|folder|dir):|FROM|ADAPTER)"
+    r"^[ \t-]*(?:(?:path|train|eval|output|from|base|base_model|chat_template|model|data|file|dir):|FROM|ADAPTER)"
     r"[ \t]+[\"']?((?:~|/[\w.@+-]+)/[^\s\"'#]*)",
     re.MULTILINE,
 )

@@ -38,7 +38,9 @@ def release() -> None:
     cache_use._in_use.clear()
 
 
-def make(folder: Path, name: str, *, kind: str = "encoded", what: str = "rows", days: float = 0, **versions: str) -> Path:
+def make(
+    folder: Path, name: str, *, kind: str = "encoded", what: str = "rows", days: float = 0, **versions: str
+) -> Path:
     """Make an entry that was used last some days ago, and is not in use."""
     entry = cached_entry(
         folder / kind / name,

@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 from lora_cli.commands.new_recipe import write_first_recipe
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import load_recipe
-from lora_cli.setup.first_recipe import FoundModel, parameters_in_name
+from lora_cli.setup.first_inputs import FoundModel
+from lora_cli.setup.first_recipe import parameters_in_name
 from lora_cli.setup.recipe_text import render_recipe
 from tests.commands.conftest import Lora
 
@@ -69,7 +70,10 @@ def test_a_chat_model_on_the_cpu(scripted: Scripted, lora: Lora, capfd: pytest.C
 
 @pytest.mark.slow
 def test_the_plan_decides_on_the_bits(scripted: Scripted, capfd: pytest.CaptureFixture[str]):
-    small, large = scripted("base", "rows.jsonl", "1", "24GB", "", "a"), scripted("base", "rows.jsonl", "2", "80", "", "b")
+    small, large = (
+        scripted("base", "rows.jsonl", "1", "24GB", "", "a"),
+        scripted("base", "rows.jsonl", "2", "80", "", "b"),
+    )
     assert "quantization" not in small
     assert "quantization" not in large
     assert "24.0 GB" in Path("a.yaml").read_text().splitlines()[0]
@@ -184,7 +188,11 @@ def test_without_a_terminal_there_is_one_error(lora: Lora, monkeypatch: pytest.M
     result = lora("init", "--interactive")
     assert result.code == 2
     assert result.last_two[0] == "error: --interactive asks questions, and stdin is not a terminal"
-    assert lora("init", "quickstart", "--interactive").last_two[0].startswith("error: --interactive writes a recipe of its")
+    assert (
+        lora("init", "quickstart", "--interactive")
+        .last_two[0]
+        .startswith("error: --interactive writes a recipe of its")
+    )
 
 
 class Terminal:
@@ -274,7 +282,12 @@ def test_a_key_that_ends_it_leaves_nothing(key: str, code: int, terminal: Termin
 
 
 def test_the_size_in_a_name():
-    sizes: dict[str, float | None] = {"meta-llama/Llama-3.1-8B-Instruct": 8e9, "SmolLM2-135M": 135e6, "Qwen3-0.6B": 0.6e9, "gpt2": None}
+    sizes: dict[str, float | None] = {
+        "meta-llama/Llama-3.1-8B-Instruct": 8e9,
+        "SmolLM2-135M": 135e6,
+        "Qwen3-0.6B": 0.6e9,
+        "gpt2": None,
+    }
     assert {name: parameters_in_name(name) for name in sizes} == sizes
     assert parameters_in_name("Qwen3-30B-A3B") == 30e9
 

@@ -108,9 +108,7 @@ def test_the_storage_that_the_client_uses_by_default(
 
 
 @pytest.mark.slow
-def test_an_interrupted_upload_is_repeated_without_the_files_that_arrived(
-    trained_run: Path, lora: Lora, hub: StubHub
-):
+def test_an_interrupted_upload_is_repeated_without_the_files_that_arrived(trained_run: Path, lora: Lora, hub: StubHub):
     hub.break_at = lambda request: Refusal(500, "overloaded") if "/commit/" in request else None
     failed = lora("push", trained_run, REPOSITORY)
     assert failed.code == 1
@@ -217,7 +215,12 @@ def test_names_that_the_hub_does_not_allow(lora: Lora):
     [
         ("hf_wrong", REPOSITORY, "the hub does not accept the token of this machine", "log in with `hf auth login`"),
         ("hf_reader", REPOSITORY, "the token of me (laptop) can only read", "log in with `hf auth login`"),
-        ("hf_writer", "nobody/x", "nobody/x: the token may not write there (403): You don't have", "your token is of me"),
+        (
+            "hf_writer",
+            "nobody/x",
+            "nobody/x: the token may not write there (403): You don't have",
+            "your token is of me",
+        ),
     ],
 )
 def test_a_token_without_the_right(
@@ -317,9 +320,7 @@ def test_texts_that_look_like_paths_or_secrets_are_published(trained_run: Path, 
 
 
 @pytest.mark.slow
-def test_your_own_token_is_found_whatever_its_form(
-    trained_run: Path, lora: Lora, hub: StubHub
-):
+def test_your_own_token_is_found_whatever_its_form(trained_run: Path, lora: Lora, hub: StubHub):
     adapter = remove_checksums(trained_run / "adapter")
     (adapter / "README.md").write_text("hf_writer")
     assert "README.md, line 1: your token of the hub" in lora("push", trained_run, REPOSITORY).err
@@ -414,8 +415,15 @@ def test_the_files_of_each_kind(tmp_path: Path):
         "model": ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_x.py"],
         "GGUF model": ["model-q8_0.gguf", "README.md"],
     }
-    others = {"training_args.bin": "state of a training run", "events.out.tfevents.1": "a log", ".DS_Store": "of another program"}
-    others |= {"checkpoint-5/model.safetensors": "a checkpoint", "pytorch_model.bin": "pickle, which can run code when it is loaded"}
+    others = {
+        "training_args.bin": "state of a training run",
+        "events.out.tfevents.1": "a log",
+        ".DS_Store": "of another program",
+    }
+    others |= {
+        "checkpoint-5/model.safetensors": "a checkpoint",
+        "pytorch_model.bin": "pickle, which can run code when it is loaded",
+    }
     for kind, files in names.items():
         folder = tmp_path / kind
         for name in (*files, *others):

@@ -222,7 +222,9 @@ class Handler(BaseHTTPRequestHandler):
         self.may_write(wanted["organization"])
         if name in self.hub.repositories:
             raise Refusal(409, "You already created this model repo")
-        self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=wanted.get("visibility") == "private")
+        self.hub.add(
+            name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=wanted.get("visibility") == "private"
+        )
         return {"url": f"{self.hub.address}/{name}"}
 
     def info(self, name: str, revision: str = "main", *, body: bytes) -> object:
