@@ -36,12 +36,12 @@ def show_cache(*, as_json: bool) -> None:
         return
     if entries:
         _print_entries(entries)
-    for name, size in others.items():
-        console.out.print(f"{name}: {format_bytes(size)}, not of lora: it is left alone")
+    for name, count in others.items():
+        console.out.print(f"{name}: {format_bytes(count)}, not known to this command: it is left alone")
     _print_totals(folder, entries, hub)
     if stale := [entry for entry in entries if entry.problem is not None]:
-        size = format_bytes(sum(entry.bytes for entry in stale))
-        console.info(f"lora cache --prune removes {len(stale)} that are no longer used ({size}), and reads the others")
+        freed = format_bytes(sum(entry.bytes for entry in stale))
+        console.info(f"lora cache --prune removes {len(stale)} that are no longer used ({freed}), and reads the others")
 
 
 def prune_cache(*, older_than_days: float, as_json: bool) -> None:
@@ -106,7 +106,8 @@ def _age(used: float) -> str:
 
 def _print_totals(folder: Path, entries: Sequence[Entry], hub: HubCache) -> None:
     total = format_bytes(sum(entry.bytes for entry in entries))
-    console.out.print(f"{folder}: {len(entries)} entries, {total} ({CACHE_VARIABLE} names another folder)")
+    count = "one entry" if len(entries) == 1 else f"{len(entries)} entries"
+    console.out.print(f"{folder}: {count}, {total} ({CACHE_VARIABLE} names another folder)")
     console.out.print(
         f"{hub.folder}: {hub.repositories} models and datasets of the hub, {format_bytes(hub.bytes)}; "
         "shared with other programs: hf cache ls shows them, hf cache rm removes"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lora_cli.errors import LoraError
 from lora_cli.model.gguf_header import read_gguf_header
@@ -69,7 +69,7 @@ def push(result: Publishable, repository: str, *, request: PushRequest) -> None:
     _check_contents(result)
     leaks = find_leaks(files, token=get_token())
     raise_problems(
-        result.folder,
+        result.target,
         [leak.describe() for leak in leaks],
         hint=_leak_hint(result, [leak.what for leak in leaks]),
     )
@@ -150,7 +150,7 @@ def _note_local_base(result: Publishable) -> None:
 
 
 def _print_files(result: Publishable, files: Sequence[PublishedFile], repository: str) -> None:
-    console.out.print(f"{result.kind} {result.folder} to {repository}:")
+    console.out.print(f"{result.kind} {result.target} to {repository}:")
     for line in _file_lines(files):
         console.out.print(line)
     for name, reason in result.left_out.items():
@@ -158,8 +158,8 @@ def _print_files(result: Publishable, files: Sequence[PublishedFile], repository
 
 
 def _file_lines(files: Sequence[PublishedFile]) -> Iterator[str]:
-    sizes = {file.name: format_bytes(file.bytes) for file in files}
-    width, total = max(map(len, sizes)), format_bytes(sum(file.bytes for file in files))
+    sizes = {file.name: format_bytes(file.size) for file in files}
+    width, total = max(map(len, sizes)), format_bytes(sum(file.size for file in files))
     space = max(len(total), *map(len, sizes.values()))
     for name, size in sizes.items():
         yield f"  {name:<{width}}  {size:>{space}}"
@@ -202,14 +202,14 @@ def _difference(file: PublishedFile, entry: RepoFile) -> str | None:
     else:
         same = entry.blob_id == _git_id(file)
         size = entry.size
-    if size != file.bytes:
-        return f"has {size:,} bytes there, and {file.bytes:,} here"
+    if size != file.size:
+        return f"has {size:,} bytes there, and {file.size:,} here"
     return None if same else "has other contents there than here"
 
 
 def _git_id(file: PublishedFile) -> str:
     """Return git's id of a file: the SHA-1 of a header with its size, and its content."""
-    digest = hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
+    digest = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     digest.update(file.path.read_bytes() if file.content is None else file.content)
     return digest.hexdigest()
 
@@ -257,7 +257,7 @@ def _upload(
 ) -> str:
     """Upload the new and the changed files as one commit after the one that was looked at, and return its id."""
     going = [file for file in files if file.name not in changes.unchanged]
-    console.info(f"uploading {len(going)} files, {format_bytes(sum(file.bytes for file in going))}")
+    console.info(f"uploading {len(going)} files, {format_bytes(sum(file.size for file in going))}")
     operations = [CommitOperationAdd(file.name, file.path if file.content is None else file.content) for file in going]
     commit = api.create_commit(
         repository,
@@ -315,9 +315,9 @@ def _finish(
             "exists": remote.exists if note is None else None,
             "private": remote.private if remote.exists else request.private,
             "commit": remote.commit,
-            "bytes": sum(file.bytes for file in files),
+            "bytes": sum(file.size for file in files),
             "files": [
-                {"name": f.name, "bytes": f.bytes, "sha256": f.sha256, "state": state[f.name] if note is None else None}
+                {"name": f.name, "bytes": f.size, "sha256": f.sha256, "state": state[f.name] if note is None else None}
                 for f in files
             ],
             "left_out": result.left_out,

@@ -53,7 +53,9 @@ def why_no_upload() -> LoraError | None:
     from huggingface_hub import get_token, is_offline_mode
 
     if is_offline_mode():
-        return LoraError("HF_HUB_OFFLINE is set: nothing is uploaded", hint="unset it: HF_HUB_OFFLINE=0 lora push ...")
+        return LoraError(
+            "HF_HUB_OFFLINE is set, and an upload needs the hub", hint="unset it: HF_HUB_OFFLINE=0 lora push ..."
+        )
     if get_token() is None:
         return LoraError("there is no token of the hub on this machine", hint=LOG_IN)
     return None
@@ -87,9 +89,10 @@ def hub_errors(repository: str, *, account: Account | None) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     network: type[Exception] = HfHubHTTPError.__bases__[0]  # the base of httpx's errors
+    known: tuple[type[Exception], ...] = (network, OSError, ValueError, RuntimeError, *_storage_errors())
     try:
         yield
-    except (network, OSError, ValueError, RuntimeError, *_storage_errors()) as error:
+    except known as error:
         local = system_error(error)
         if local is not None and local.errno in OF_THIS_MACHINE:
             raise

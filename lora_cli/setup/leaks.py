@@ -106,7 +106,7 @@ def _search(file: PublishedFile, folders: list[str], token: str | None) -> Itera
         yield from _folders(file, header.decode(errors="replace"), folders)
         return
     content = file.content
-    if content is None and file.bytes > BLOCK_BYTES:
+    if content is None and file.size > BLOCK_BYTES:
         for block in _blocks(file.path):
             yield from (leak._replace(where="") for leak in _secrets(file, block, token))
             if suffix == ".onnx":

@@ -4,6 +4,7 @@ Each kind has a list of the files that belong to it. Another file is left out if
 as the state of an optimizer, and it is refused if nobody knows what it is: what is published can hardly be taken back.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -69,7 +70,7 @@ class PublishedFile(NamedTuple):
 
     name: str  # in the repository
     path: Path
-    bytes: int
+    size: int  # bytes
     sha256: str
     content: bytes | None = None  # in place of the content of `path`
 
@@ -78,6 +79,7 @@ class Publishable(NamedTuple):
     """A result whose files can be published."""
 
     kind: str
+    target: Path  # the folder, or the file in it
     folder: Path
     names: list[str]
     left_out: dict[str, str]  # why, by name
@@ -95,7 +97,7 @@ def find_publishable(target: Path) -> Publishable:
         verdict = verdict_path(target)
         names = [target.name, *([verdict.name] if os.path.lexists(verdict) else [])]
         _check_names(target.parent, names, [])
-        return Publishable("GGUF model", target.parent, names, {})
+        return Publishable("GGUF model", target, target.parent, names, {})
     if (folder := find_adapter_folder(target)) is None:
         if not os.path.exists(target):
             raise LoraError(f"{target} does not exist", hint=HINT)
@@ -121,7 +123,7 @@ def find_publishable(target: Path) -> Publishable:
             unknown.append(name)
     missing = sorted((record.files if record else {}).keys() - set(names))
     _check_names(folder, chosen, [*(f"{name} is missing" for name in missing), *(_unknown(n, kind) for n in unknown)])
-    return Publishable(kind, folder, chosen, left_out)
+    return Publishable(kind, folder, folder, chosen, left_out)
 
 
 def _kind_of(folder: Path, names: list[str]) -> str:
@@ -194,7 +196,7 @@ def read_published(result: Publishable, *, info: Info) -> list[PublishedFile]:
     damaged = [name for name in changed if not re.fullmatch(EDITED, name)]
     problems = [f"{name} has other contents than when it was written" for name in damaged]
     problems += _verdict_problems(result, found)
-    raise_problems(result.folder, problems, hint="write the result again, or restore it from a copy")
+    raise_problems(result.target, problems, hint="write the result again, or restore it from a copy")
     files = [PublishedFile(name, result.folder / name, each.bytes, each.sha256 or "") for name, each in found.items()]
     if record is None:
         return files
@@ -216,8 +218,6 @@ def _renew(file: PublishedFile, changes: dict[str, FileChecksum]) -> PublishedFi
 
 def content_file(name: str, path: Path, content: bytes) -> PublishedFile:
     """Return a file with other content than that of `path`."""
-    import hashlib
-
     return PublishedFile(name, path, len(content), hashlib.sha256(content).hexdigest(), content)
 
 

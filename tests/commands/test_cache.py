@@ -80,7 +80,7 @@ def test_entries_are_listed_with_what_they_belong_to(folder: Path, lora: Lora):
     assert lines[1][-7:] == ["today", "encoded/b", "written", "by", "an", "earlier", "version"]
     assert lines[2][:4] == ["rows", "train.jsonl", "for", "org/model"]
     assert lines[2][-4:] == ["3", "days", "ago", "encoded/a"]
-    assert "notes.txt: 4 bytes, not of lora: it is left alone" in result.out
+    assert "notes.txt: 4 bytes, not known to this command: it is left alone" in result.out
     assert "lora cache --prune removes 1 that are no longer used" in result.err
 
 

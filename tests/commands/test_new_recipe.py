@@ -4,17 +4,18 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
 from transformers import PretrainedConfig
 
+from lora_cli import cli
 from lora_cli.commands.new_recipe import write_first_recipe
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import load_recipe
@@ -196,16 +197,12 @@ def test_without_a_terminal_there_is_one_error(lora: Lora, monkeypatch: pytest.M
 
 
 class Terminal:
-    """`lora init --interactive` in a terminal of its own."""
+    """`lora init --interactive` in a terminal of its own, in a fork of this process."""
 
-    def __init__(self, folder: Path) -> None:
-        self.leader, follower = pty.openpty()
-        command = [sys.executable, "-m", "lora_cli", "init", "--interactive"]
-        self.process = subprocess.Popen(
-            command, cwd=folder, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
-            preexec_fn=lambda: _take_terminal(follower),
-        )  # fmt: skip
-        os.close(follower)
+    def __init__(self) -> None:
+        self.pid, self.leader = pty.fork()
+        if self.pid == 0:
+            _run_in_terminal()
         self.text = ""
 
     def until(self, expected: str, *, seconds: float = 60) -> None:
@@ -223,32 +220,37 @@ class Terminal:
 
     def end(self) -> int:
         """Return the exit code, after the rest of the output."""
-        while True:
-            try:
-                part = os.read(self.leader, 4096)
-            except OSError:
-                break
-            if not part:
-                break
-            self.text += part.decode(errors="replace")
+        with suppress(OSError):  # the other side is closed
+            while part := os.read(self.leader, 4096):
+                self.text += part.decode(errors="replace")
         os.close(self.leader)
-        return self.process.wait(60)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def _take_terminal(descriptor: int) -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _run_in_terminal() -> NoReturn:
+    code: object = 1
+    try:
+        # The streams of this process are those of pytest.
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sys.argv = ["lora", "init", "--interactive"]
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 @pytest.fixture
 def terminal(workdir: Path) -> Iterator[Terminal]:
-    opened = Terminal(workdir)
+    opened = Terminal()
     yield opened
-    if opened.process.poll() is None:
-        opened.process.kill()
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(opened.pid, signal.SIGKILL)
+        os.waitpid(opened.pid, 0)
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_a_run_is_pushed_once_and_its_adapter_arrives(trained_run: Path, lora: L
     assert uploaded(hub) == contents(trained_run / "adapter")
     first, *_, verified, last = result.out.splitlines()
     assert first == f"adapter runs/a/adapter to {REPOSITORY}:"
-    assert "  adapter_model.safetensors    35 KiB" in result.out
+    assert "  adapter_model.safetensors     35 KiB" in result.out
     assert verified == "verified: the hub has the contents of all 8 files, by their SHA-256 or git's id"
     assert last == f"{hub.address}/{REPOSITORY} (public), commit {hub.repositories[REPOSITORY].head}"
     assert NO_ADAPTER in result.err
@@ -245,7 +245,9 @@ def test_without_a_token_or_offline_nothing_is_read(
     trained_run: Path, lora: Lora, hub: StubHub, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert lora("push", trained_run, REPOSITORY).last_two[0] == "error: HF_HUB_OFFLINE is set: nothing is uploaded"
+    assert (
+        lora("push", trained_run, REPOSITORY).last_two[0] == "error: HF_HUB_OFFLINE is set, and an upload needs the hub"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "no/such/file")
