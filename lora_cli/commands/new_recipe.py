@@ -15,7 +15,7 @@ from lora_cli.run.questions import ReadLine, ask
 from lora_cli.setup.first_inputs import FoundModel, FoundRows, find_first_model, find_first_rows
 from lora_cli.setup.first_recipe import Choice, Choices, Machine, choose
 from lora_cli.setup.planned_gpus import planned_gpus
-from lora_cli.setup.recipe_text import render_recipe
+from lora_cli.setup.recipe_text import format_value, render_recipe
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_GPUS = 1024
@@ -53,14 +53,23 @@ def write_first_recipe(*, read: ReadLine | None = None) -> Path:
     console.out.print(str(path))
     for key, choice in choices.items():
         if key in REASONED:
-            console.info(f"  {key}: {choice.value} ({choice.why})")
+            console.info(f"  {key}: {format_value(choice.value)} ({choice.why})")
     console.info(f"next: lora check {path}; lora train {path}")
     return path
 
 
 # What depends on the answers; the other values are the usual ones, with their reasons in the file.
 REASONED = (
-    *("task", "data.format", "data.columns", "data.on_bad_row", "data.max_length", "data.overlong", "data.packing"),
+    *(
+        "task",
+        "model.dtype",
+        "data.format",
+        "data.columns",
+        "data.on_bad_row",
+        "data.max_length",
+        "data.overlong",
+        "data.packing",
+    ),
     *("quantization.bits", "training.epochs", "training.tokens_per_batch", "training.tokens_per_step"),
     *("training.batch_size", "training.learning_rate"),
 )

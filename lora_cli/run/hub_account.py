@@ -100,12 +100,12 @@ def hub_errors(repository: str, *, account: Account | None) -> Iterator[None]:
 
 
 def _storage_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of Xet, the storage of large files; none where its client is not installed."""
+    """Return the exceptions of Xet, the storage of large files, that are none of Python's; none without its client."""
     try:
-        from hf_xet import XetError
+        import hf_xet
     except ImportError:
         return ()
-    return (XetError,)
+    return (hf_xet.XetAuthenticationError, hf_xet.XetObjectNotFoundError)
 
 
 def _as_lora_error(error: BaseException, repository: str, account: Account | None) -> LoraError:
@@ -113,11 +113,13 @@ def _as_lora_error(error: BaseException, repository: str, account: Account | Non
 
     # The client wraps what happened to one file.
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
-    if not isinstance(cause, HfHubHTTPError):
-        return LoraError(f"{repository}: the upload failed: {first_line(cause)}", hint=TRY_AGAIN, exit_code=1)
-    status, said = cause.response.status_code, _said(cause)
     owner = repository.partition("/")[0]
     whose = f"your token is of {account.describe()}" if account else LOG_IN
+    if not isinstance(cause, HfHubHTTPError):
+        said = first_line(cause)
+        hint = whose if re.search(r"\b(401|403)\b", said) else TRY_AGAIN
+        return LoraError(f"{repository}: the upload failed: {said}", hint=hint, exit_code=1)
+    status, said = cause.response.status_code, _said(cause)
     match status:
         case 401 if account is None:
             return LoraError("the hub does not accept the token of this machine", hint=LOG_IN)

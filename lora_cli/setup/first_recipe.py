@@ -32,6 +32,7 @@ SMALL = 1_000_000_000  # parameters, below which the learning rate is higher
 SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z])")
 DROPPED = "longer rows are dropped and counted; a truncated answer would lack its end token"
 PACKED = "several rows per sequence, without attention between them: no padding"
+DTYPE = "bfloat16 where the device computes in it"
 EPOCHS = "passes over the rows; more than three tend to overfit"
 
 # Of the keys in each section, as in configs/.
@@ -57,6 +58,7 @@ class Choice(NamedTuple):
 
 
 Choices = dict[str, Choice]  # by the key of the recipe, with dots
+SMALL_RATE = Choice(5.0e-4, "small models need more than the usual 2e-4")
 
 
 def choose(
@@ -78,7 +80,7 @@ def choose(
     """
     choices: Choices = {
         "model.path": Choice(model.path, "hub id, folder or .gguf file"),
-        "model.dtype": Choice("auto", "bfloat16 where the device computes in it"),
+        "model.dtype": Choice("auto", DTYPE),
         "task": Choice(task, f"the rows have the format {rows.formats[task]}"),
         "data.train": Choice(rows.path, f"{rows.rows:,} rows{'' if rows.complete else ' and more'}"),
         "data.eval": held_out,
@@ -188,7 +190,13 @@ def _by_plan(choices: Choices, rows: FoundRows, task: TaskName, machine: Machine
         )
     info(f"planned: {fit.text}")
     key = "training.tokens_per_batch" if sample.packing else "training.batch_size"
-    chosen[key] = chosen[key]._replace(why=f"{chosen[key].why}; {fit.text}")
+    chosen[key] = chosen[key]._replace(why=f"{chosen[key].why}; planned: {fit.text}")
+    if "quantization.bits" not in chosen:
+        quantized = fit.inputs.prequantized is not None
+        why = "the model is quantized already" if quantized else "not quantized: the 16-bit weights fit"
+        chosen["model.dtype"] = Choice("auto", f"{DTYPE}; {why}")
+    if sum(parameter.numel() for parameter in fit.inputs.base.skeleton().parameters()) < SMALL:
+        chosen["training.learning_rate"] = SMALL_RATE
     return chosen
 
 
@@ -266,6 +274,7 @@ def _steps(sample: _Sample, rows: FoundRows, machine: Machine, longest: int) -> 
 def _intervals(steps: int) -> Choices:
     """Choose the steps between evaluations and checkpoints: several in a run."""
     every = max(1, min(100, steps // 5))
+    every -= every % 5 if every > 5 else 0
     return {
         "training.eval_every": Choice(every, "steps"),
         "training.save_every": Choice(every, "steps; --resume continues from the last checkpoint"),
@@ -310,7 +319,7 @@ def _plan(choices: Choices, machine: Machine) -> _Fit:
     plans = plan_strategies(needed, forms_of(recipe, adapted, batches), gpus=gpus.number, budget=gpus.memory)
     best = next((plan.best for plan in plans if plan.best is not None), None)
     shown = best or min((form for plan in plans for form in plan.forms), key=lambda form: form.total)
-    text = f"{format_bytes(shown.total)} of {format_bytes(gpus.memory)} planned ({shown.form.name})"
+    text = f"{format_bytes(shown.total)} of {format_bytes(gpus.memory)} ({shown.form.name})"
     advice = [] if best else list(changes_that_help(recipe, inputs, needed, plans, gpus))
     return _Fit(inputs, best is not None, text, max(plan.largest for plan in plans), advice)
 
@@ -319,7 +328,6 @@ def _usual(model: FoundModel, rows: FoundRows) -> Choices:
     """Choose adapter and learning rate by the size of the model, and the rest by usual values."""
     parameters = parameters_in_name(model.path)
     small = parameters is not None and parameters < SMALL
-    rate = Choice(5.0e-4, "small models need more than the usual 2e-4") if small else Choice(2.0e-4, "usual for LoRA")
     few = rows.rows < 10_000
     return {
         "adapter.method": Choice("lora", "W + alpha/rank·BA; `lora methods` lists the others"),
@@ -327,7 +335,7 @@ def _usual(model: FoundModel, rows: FoundRows) -> Choices:
         "adapter.alpha": Choice(32, "the update is scaled by alpha/rank = 2"),
         "adapter.dropout": Choice(0.05 if few else 0.0, "against overfitting on few rows" if few else "off: many rows"),
         "adapter.target_modules": Choice("all-linear", "every linear layer except the output head"),
-        "training.learning_rate": rate,
+        "training.learning_rate": SMALL_RATE if small else Choice(2.0e-4, "usual for LoRA"),
         "training.schedule": Choice("cosine", "decays to 0 at the last step"),
         "training.warmup": Choice(0.03, "share of the steps in which the learning rate rises from 0"),
         "training.gradient_checkpointing": Choice("auto", "recompute activations where memory requires it"),

@@ -31,11 +31,11 @@ def render_recipe(title: str, values: Mapping[str, tuple[Any, str]]) -> str:
 
 
 def _line(key: str, value: Any, why: str) -> str:
-    text = f"{key}: {_scalar(value)}"
+    text = f"{key}: {format_value(value)}"
     return f"{text:<{COMMENT_COLUMN - 2}}  # {why}"
 
 
-def _scalar(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value in one line of YAML."""
     if isinstance(value, float) and 0 < value < 1e-2:
         mantissa, exponent = f"{value:.1e}".split("e")
