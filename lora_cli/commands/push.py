@@ -21,7 +21,7 @@ from lora_cli.run import console
 from lora_cli.run.console import format_bytes
 from lora_cli.run.hub import ask_hub
 from lora_cli.run.hub_account import TRY_AGAIN, Account, hub_errors, read_account, why_no_upload
-from lora_cli.setup.leaks import find_leaks
+from lora_cli.setup.leaks import Leak, find_leaks
 from lora_cli.setup.publishable import Publishable, PublishedFile, raise_problems, read_published
 
 OF_THE_HUB = (".gitattributes",)  # files that the hub itself writes into a new repository
@@ -71,7 +71,7 @@ def push(result: Publishable, repository: str, *, request: PushRequest) -> None:
     raise_problems(
         result.target,
         [leak.describe() for leak in leaks],
-        hint=_leak_hint(result, [leak.what for leak in leaks]),
+        hint=_leak_hint(result, leaks),
     )
     _note_local_base(result)
     if not request.json:
@@ -126,13 +126,13 @@ def _check_contents(result: Publishable) -> None:
             read_gguf_header(result.folder / name)
 
 
-def _leak_hint(result: Publishable, found: Sequence[str]) -> str:
-    secrets = any(not what.startswith("a path") for what in found)
-    paths = any(what.startswith("a path") for what in found)
-    hints = ["remove the secret, and revoke it if anybody else could read the file"] if secrets else []
-    if paths and result.kind == "adapter":
+def _leak_hint(result: Publishable, leaks: Sequence[Leak]) -> str:
+    hints = []
+    if any(not leak.is_path for leak in leaks):
+        hints.append("remove the secret, and revoke it if anybody else could read the file")
+    if any(leak.is_path and leak.file == "adapter_config.json" for leak in leaks):
         hints.append(f"write the base's hub id: lora export {result.folder} --to peft --base ORG/NAME --out FOLDER")
-    elif paths:
+    elif any(leak.is_path for leak in leaks):
         hints.append("write a hub id or a file name in place of the path")
     return "; ".join(hints)
 

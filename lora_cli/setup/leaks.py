@@ -39,6 +39,7 @@ SECRETS: dict[str, bytes] = {
     "a URL with a password": rb"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>{}]+:[^\s/@\"'<>{}]+@[\w.-]",
 }
 _SECRET = re.compile(b"|".join(b"(%s)" % pattern for pattern in SECRETS.values()))
+OF_MACHINE = "a path of this machine"
 SHOWN = 6  # characters of a secret in a message
 # Folders of a user. Not after a letter, as in https://example.org/home/page.
 _USER_FOLDER = re.compile(
@@ -64,6 +65,11 @@ class Leak(NamedTuple):
     file: str
     where: str  # `line 3`, or the key of a JSON file
     what: str
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it is a path, and no secret."""
+        return self.what.startswith(OF_MACHINE)
 
     def describe(self) -> str:
         """Return it in one line."""
@@ -105,15 +111,12 @@ def _search(file: PublishedFile, folders: list[str], token: str | None) -> Itera
         yield from _secrets(file, header, token)
         yield from _folders(file, header.decode(errors="replace"), folders)
         return
-    content = file.content
-    if content is None and file.size > BLOCK_BYTES:
+    if file.size > BLOCK_BYTES and suffix != ".json":
         for block in _blocks(file.path):
-            yield from (leak._replace(where="") for leak in _secrets(file, block, token))
-            if suffix == ".onnx":
-                yield from (leak._replace(where="") for leak in _folders(file, block.decode(errors="replace"), folders))
-        if suffix != ".json":
-            return
-    content = file.path.read_bytes() if content is None else content
+            found = [*_secrets(file, block, token), *_folders(file, block.decode(errors="replace"), folders)]
+            yield from (leak._replace(where="") for leak in found)
+        return
+    content = file.path.read_bytes() if file.content is None else file.content
     yield from _secrets(file, content, token)
     if file.name not in _VOCABULARIES and suffix != ".model":
         yield from _paths(file, content.decode(errors="replace"), folders)
@@ -153,7 +156,7 @@ def _paths(file: PublishedFile, text: str, folders: list[str]) -> Iterator[Leak]
     yield from _folders(file, text, folders)
     if Path(file.name).suffix in (".md", "") and not file.name.startswith(("LICENSE", "NOTICE")):
         for match in _ASSIGNED.finditer(text):
-            yield Leak(file.name, _text_line(text, match.start(1)), f"a path of this machine, {match[1]}")
+            yield Leak(file.name, _text_line(text, match.start(1)), f"{OF_MACHINE}, {match[1]}")
 
 
 def _in_json(file: PublishedFile, value: Any, key: str, folders: list[str]) -> Iterator[Leak]:
@@ -166,19 +169,19 @@ def _in_json(file: PublishedFile, value: Any, key: str, folders: list[str]) -> I
             yield from _in_json(file, inner, key, folders)
     elif isinstance(value, str):
         if _ABSOLUTE.fullmatch(value):
-            yield Leak(file.name, key, f"a path of this machine, {value}")
+            yield Leak(file.name, key, f"{OF_MACHINE}, {value}")
         else:
             yield from (leak._replace(where=key) for leak in _folders(file, value, folders))
 
 
 def _folders(file: PublishedFile, text: str, folders: list[str]) -> Iterator[Leak]:
     for match in _USER_FOLDER.finditer(text):
-        yield Leak(file.name, _text_line(text, match.start()), f"a path of this machine, {match[0]}")
+        yield Leak(file.name, _text_line(text, match.start()), f"{OF_MACHINE}, {match[0]}")
     for folder in folders:
         pattern = re.compile(rf"(?<![\w.-]){re.escape(folder)}(?=[/\s\"'`<>),;:]|$)[^\s\"'`<>)]*")
         for match in pattern.finditer(text):
             if not _USER_FOLDER.match(match[0]):
-                yield Leak(file.name, _text_line(text, match.start()), f"a path of this machine, {match[0]}")
+                yield Leak(file.name, _text_line(text, match.start()), f"{OF_MACHINE}, {match[0]}")
 
 
 def _text_line(text: str, position: int) -> str:
@@ -191,6 +194,6 @@ def _search_gguf(file: PublishedFile, folders: list[str], token: str | None) -> 
         if isinstance(value, str):
             yield from (leak._replace(where=key) for leak in _secrets(file, value.encode(), token))
             if key != "tokenizer.chat_template" and _ABSOLUTE.fullmatch(value):
-                yield Leak(file.name, key, f"a path of this machine, {value}")
+                yield Leak(file.name, key, f"{OF_MACHINE}, {value}")
             else:
                 yield from (leak._replace(where=key) for leak in _folders(file, value, folders))
