@@ -9,6 +9,9 @@ import typer
 from lora_cli.cli import completion
 from lora_cli.cli.app import app
 from lora_cli.cli.options import Json, check_json_file, write_record
+from lora_cli.errors import LoraError
+from lora_cli.run import console
+from lora_cli.run.questions import check_terminal
 
 
 @app.command(examples=["lora init", "lora init quickstart"])
@@ -19,9 +22,21 @@ def init(
             metavar="NAME", help="One of the recipes.", show_default=False, autocompletion=completion.recipe_names
         ),
     ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Ask for model, rows and machine, and write a recipe that fits.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """List the recipes that come with this tool, or copy one into this folder as a starting point."""
+    if interactive:
+        if name is not None:
+            raise LoraError("--interactive writes a recipe of its own", hint=f"leave out {name}, or --interactive")
+        check_terminal()
+        with console.loading_libraries():
+            from lora_cli.commands.new_recipe import write_first_recipe
+
+        write_first_recipe()
+        return
     from lora_cli.commands import init as command
 
     check_json_file(json)

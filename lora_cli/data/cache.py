@@ -5,13 +5,13 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from lora_cli.data.cache_versions import encoded_versions
 from lora_cli.data.chunks import split_document
 from lora_cli.data.class_labels import LabelTable
 from lora_cli.data.conversation import Conversation
@@ -30,6 +30,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec
 from lora_cli.run import atomic
 from lora_cli.run.cache_entry import KIND, entry_damage, is_intact, lock_entry
+from lora_cli.run.cache_use import mark_used, write_about
 from lora_cli.run.checksums import checksum, write_checksums
 from lora_cli.run.console import format_bytes
 from lora_cli.run.disk_space import free_bytes, written_bytes
@@ -37,7 +38,6 @@ from lora_cli.run.read_file import read_json_object
 from lora_cli.run.system_errors import as_os_error
 from lora_cli.run.workspace import remove_leftovers, sync
 
-CACHE_VERSION = 8  # increase it if identical rows and options would encode or be counted differently than before
 ROWS_PER_BATCH = 512  # rows that are tokenized in one call and written as one Arrow batch
 CHARACTERS_PER_BATCH = 1 << 23  # at which a batch of long rows ends; a token takes 150 bytes, in two batches at a time
 BATCHES_PER_PART = 32  # batches in a file; an interrupted encoding loses at most one incomplete file
@@ -55,7 +55,13 @@ class EncodedSource(NamedTuple):
 
 
 def encode_source(
-    source: DataSource, spec: DataSpec, encoder: RowEncoder, *, cache: Path, info: Callable[[str], None]
+    source: DataSource,
+    spec: DataSpec,
+    encoder: RowEncoder,
+    *,
+    cache: Path,
+    info: Callable[[str], None],
+    tokenizer_name: str = "",
 ) -> EncodedSource:
     """Return the encoded rows of a source, from the cache if possible.
 
@@ -64,18 +70,27 @@ def encode_source(
 
     Safe with concurrent processes: one encodes, the others wait and use its result.
 
+    Args:
+        source: of the recipe.
+        spec: the recipe's data section.
+        encoder: of the task.
+        cache: folder.
+        info: prints messages.
+        tokenizer_name: of the model whose tokenizer is used, for `lora cache`.
+
     Raises:
         LoraError: the source cannot be read, or has bad or overlong rows that the recipe does not allow, or the cache
             cannot be written. Nothing is cached then.
     """
     content = content_hash(source)
     folder = cache / "encoded" / _key(source, spec, encoder, content)
-    if entry_damage(folder) is None and (cached := _load(folder, source, content)) is not None:
+    if entry_damage(folder) is None and (cached := _load(folder, source, content)) is not None and mark_used(folder):
         remove_leftovers(folder.parent, folder.name)  # of a process that was killed after the entry was complete
         return cached
     what = f"the rows of {source.name}"
     with lock_entry(folder, what=what, info=info):
         if is_intact(folder, what=what, info=info) and (cached := _load(folder, source, content)) is not None:
+            mark_used(folder)
             return cached
         unfinished = folder.with_name(f".unfinished-{folder.name}")
         remove_leftovers(folder.parent, unfinished.name)
@@ -90,9 +105,12 @@ def encode_source(
             raise
         keep_only(unfinished, progress)
         atomic.write_json_unpublished(unfinished / TALLY_FILE, progress.tally.to_json())
+        for_model = f" for {tokenizer_name}" if tokenizer_name else ""
+        write_about(unfinished, f"{what}{for_model}", encoded_versions())
         write_checksums(unfinished, kind=KIND, published=False, key=folder.name, known=progress.parts)
         atomic.move_folder(unfinished, folder, replace=True)
         encoded = _load(folder, source, content)
+        mark_used(folder)
     if encoded is None:
         raise LoraError(f"{folder} was removed right after it was written", hint="start again", exit_code=1)
     return encoded
@@ -110,14 +128,15 @@ def _note_small_disk(source: DataSource, folder: Path, info: Callable[[str], Non
 
 
 def _key(source: DataSource, spec: DataSpec, encoder: RowEncoder, content: str) -> str:
+    versions = encoded_versions()
     parts = [
-        CACHE_VERSION,
+        int(versions["format"]),
         content,
         encoder.identity(),
         [source.spec.format, source.spec.columns, source.spec.message_fields, source.spec.roles],
         [source.spec.max_rows, spec.on_bad_row, spec.merge_turns],
         # Both libraries affect how a template is rendered and a text is tokenized.
-        [version("transformers"), version("tokenizers")],
+        [versions["transformers"], versions["tokenizers"]],
     ]
     if source.spec.template_variables:
         parts.append(source.spec.template_variables)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,8 +83,9 @@ def prepare_data(
     in_train = train_sources(spec, cache=cache, info=info)
     in_eval = eval_sources(spec, in_train, cache=cache, info=info)
     check_documents([*in_train, *in_eval], spec, task)
-    train = [encode_source(source, spec, encoder, cache=cache, info=info) for source in in_train]
-    separate_eval = [encode_source(source, spec, encoder, cache=cache, info=info) for source in in_eval]
+    encode = partial(encode_source, cache=cache, info=info, tokenizer_name=tokenizer.name_or_path)
+    train = [encode(source, spec, encoder) for source in in_train]
+    separate_eval = [encode(source, spec, encoder) for source in in_eval]
     share = spec.eval if isinstance(spec.eval, float) else 0.0
     distinct = _distinct_rows(train, spec)
     # The chunks of a document are held out together; otherwise rows by their content, all duplicates of it or none.

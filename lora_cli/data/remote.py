@@ -222,7 +222,8 @@ def download(file: RemoteFile, cache: Path, info: Callable[[str], None]) -> Path
     # Without anything that tells versions apart, an old copy may differ.
     reuse = file.version != "{}"
     folder = cache / "downloads" / key
-    return cached_entry(folder, make=fetch, what=f"the download of {file.name}", info=info, reuse=reuse) / name
+    what = f"the download of {file.name}"
+    return cached_entry(folder, make=fetch, what=what, versions={}, info=info, reuse=reuse) / name
 
 
 def _fetch(file: RemoteFile, path: Path, info: Callable[[str], None]) -> int:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from transformers import (
 from transformers.integrations.gguf.dequant import dequantize
 from transformers.integrations.gguf.utils import GgufEmbedding, GgufExperts, GgufLinear, is_gguf_arch_supported
 
+from lora_cli.data.cache_versions import gguf_versions
 from lora_cli.errors import LoraError
 from lora_cli.model import finite
 from lora_cli.model.build_limits import check_parameters
@@ -74,7 +74,9 @@ def unpack_gguf(
     if weights and folder.is_dir() and file.stat().st_size > LARGE_FILE:
         info(f"verifying the unpacked weights of {file.name}")
     unread = None if weights else ".safetensors"
-    return cached_entry(folder, make=unpack, what=f"the unpacked {file.name}", info=info, unread=unread)
+    return cached_entry(
+        folder, make=unpack, what=f"the unpacked {file.name}", versions=gguf_versions(), info=info, unread=unread
+    )
 
 
 def check_gguf_file(file: Path) -> None:
@@ -176,7 +178,7 @@ def _packed_forward(layer: GgufLinear, x: Tensor) -> Tensor:
 
 def _cache_folder(file: Path, content: str, cache: Path) -> Path:
     stat = file.stat()
-    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{content}|{version('transformers')}"
+    identity = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{content}|{gguf_versions()['transformers']}"
     return cache / "gguf" / hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 

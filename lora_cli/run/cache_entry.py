@@ -1,12 +1,13 @@
 """Entries of the cache: folders named by a key, verified before they are used, and made again if damaged. No torch."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
+from lora_cli.run.cache_use import mark_used, write_about
 from lora_cli.run.checksums import CHECKSUMS_FILE, compare, list_files, read_checksums, verified_folder
 from lora_cli.run.system_errors import WRITING, describe
 from lora_cli.run.workspace import remove_leftovers
@@ -19,7 +20,14 @@ Info = Callable[[str], None]
 
 
 def cached_entry(
-    folder: Path, *, make: Callable[[Path], None], what: str, info: Info, reuse: bool = True, unread: str | None = None
+    folder: Path,
+    *,
+    make: Callable[[Path], None],
+    what: str,
+    versions: Mapping[str, str],
+    info: Info,
+    reuse: bool = True,
+    unread: str | None = None,
 ) -> Path:
     """Return the cache entry `folder`, after making it if it is missing or damaged.
 
@@ -28,7 +36,8 @@ def cached_entry(
     Args:
         folder: of the entry; its name is a hash of what it is made from.
         make: writes the entry's files into a folder.
-        what: the entry, for messages: `the rows of train.jsonl`.
+        what: the entry, for messages and `lora cache`: `the rows of train.jsonl`.
+        versions: of the libraries that make it, for `lora cache`.
         info: prints that the entry is damaged, or that another process makes it.
         reuse: whether an intact entry is used; if not, it is made again.
         unread: ending of file names that the caller will not read, so that they are not verified.
@@ -36,13 +45,15 @@ def cached_entry(
     Raises:
         LoraError: the cache cannot be written; and what `make` raises.
     """
-    if reuse and entry_damage(folder, unread=unread) is None and folder.is_dir():
+    if reuse and entry_damage(folder, unread=unread) is None and folder.is_dir() and mark_used(folder):
         remove_leftovers(folder.parent, folder.name)  # of a process that was killed after the entry was complete
         return folder
     with lock_entry(folder, what=what, info=info):
         if not (reuse and is_intact(folder, what=what, info=info, unread=unread)):
             with verified_folder(folder, kind=KIND, published=False, replace=True, key=folder.name) as partial:
                 make(partial)
+                write_about(partial, what, versions)
+        mark_used(folder)
     return folder
 
 

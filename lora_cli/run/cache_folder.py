@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 
-HINT = "set LORA_CACHE to a folder that can be written"
+CACHE_VARIABLE = "LORA_CACHE"  # of the environment
+HINT = f"set {CACHE_VARIABLE} to a folder that can be written"
 
 
 def cache_folder() -> Path:
@@ -15,7 +16,7 @@ def cache_folder() -> Path:
         LoraError: it cannot be created, or there is no home folder.
     """
     try:
-        folder = Path(os.environ.get("LORA_CACHE") or Path.home() / ".cache" / "lora")
+        folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "lora")
     except RuntimeError:
         raise LoraError("there is no home folder for the cache: HOME is not set", hint=HINT) from None
     try:
