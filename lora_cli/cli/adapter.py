@@ -1,4 +1,4 @@
-"""`lora adapter inspect`, `resize` and `combine`."""
+"""`lora adapter inspect`, `resize`, `combine` and `convert`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +8,12 @@ import typer
 from lora_cli.cli.app import app
 from lora_cli.cli.options import BasePath, Force, check_choice
 from lora_cli.errors import LoraError
+from lora_cli.model.foreign_adapters.detect import TOOLS, choose_source
 from lora_cli.run import console
 from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
 from lora_cli.setup.adapter_folders import find_adapter, parse_weighted_adapters
 
-adapter_app = typer.Typer(help="Inspect, resize and combine LoRA adapters.", no_args_is_help=True)
+adapter_app = typer.Typer(help="Inspect, resize, combine and convert LoRA adapters.", no_args_is_help=True)
 app.add_typer(adapter_app, name="adapter")
 AdapterPath = Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter folder.", show_default=False)]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter.", show_default=False)]
@@ -80,3 +81,28 @@ def combine(
             from lora_cli.commands.adapter import combine as command
 
         command(folders, weights, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
+
+
+@adapter_app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder, or its file of weights.", show_default=False)
+    ],
+    out: Out,
+    tool: Annotated[
+        str | None, typer.Option("--from", metavar="TOOL", help="mlx, litgpt, torchtune or bin; default: by the files.")
+    ] = None,
+    base: BasePath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    force: Force = False,
+) -> None:
+    """Convert an adapter of mlx-lm, LitGPT, torchtune or pickled PEFT to a PEFT folder, and verify each update."""
+    if tool is not None:
+        check_choice("--from", tool, *TOOLS)
+    with reserve_output_path(out):
+        found = choose_source(source, tool)
+        check_output_path(out, inputs=[found.weights], replace=force, command="convert")
+        with console.loading_libraries():
+            from lora_cli.commands.convert_adapter import convert as command
+
+        command(found, out=out, base_path=base, force=force, as_json=as_json)

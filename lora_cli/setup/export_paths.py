@@ -6,7 +6,7 @@ from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
 from lora_cli.run.folder import find_adapter_folder
 from lora_cli.run.output_path import check_output_path
-from lora_cli.setup.adapter_folders import check_not_unfinished
+from lora_cli.setup.adapter_folders import check_not_foreign, check_not_unfinished
 
 VERDICT = "export.json"
 
@@ -15,9 +15,10 @@ def find_exported_adapter(target: Path) -> Path | None:
     """Return the adapter folder that `target` is or contains; None for a model.
 
     Raises:
-        LoraError: it is a run that has no adapter yet.
+        LoraError: it is a run that has no adapter yet, or an adapter of another tool.
     """
     folder = find_adapter_folder(target)
+    check_not_foreign(folder or target)
     if folder is None:
         check_not_unfinished(target)
     return folder
