@@ -215,7 +215,8 @@ def _write(
                 shutil.copyfile(source.parent / file, partial / file)
         (partial / "README.md").write_text(_model_card(name), encoding="utf-8")
         files = open_adapter(partial)
-        saved = find_base(files, path=name, trust_remote_code=False)
+        named = files.config.base_model_name_or_path
+        saved = find_base(files, path=None if named == name else name, trust_remote_code=False)
         model = empty_base.init_empty_weights(saved.base.skeleton())
         verify(empty_base.attach_saved_adapter(model, files, base=name))
         written: Mapping[str, Any] = load_file(partial / ADAPTER_WEIGHTS)

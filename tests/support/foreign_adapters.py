@@ -121,7 +121,8 @@ def write_litgpt(
 ) -> Reference:
     """Write an adapter as LitGPT does, with one pair of tensors for q, k and v; zeros for those without an adapter."""
     config = model.config
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    heads = config.num_attention_heads
+    groups = heads if family == "gpt-neox" else config.num_key_value_heads
     size, hidden = config.hidden_size // heads, config.hidden_size
     parts = [rows for rows, use in zip((heads * size, groups * size, groups * size), adapted, strict=True) if use]
     tensors: dict[str, Tensor] = {}
@@ -153,7 +154,7 @@ def write_litgpt(
                 gate, up = (updates.pop(f"{prefix}.{layer}.mlp.{part}_proj") for part in ("gate", "up"))
                 updates[f"{prefix}.{layer}.mlp.gate_up_proj"] = torch.cat([gate, up])
     if all(adapted):
-        head = "embed_out" if family == "gpt-neox" else "lm_head"
+        head = next(name for name, each in model.named_modules() if each is model.get_output_embeddings())
         a, b = torch.randn(RANK, hidden) * 0.1, torch.randn(config.vocab_size, RANK) * 0.05
         tensors |= {"lm_head.lora_A": a, "lm_head.lora_B": b}
         updates[head] = scale * b @ a

@@ -67,10 +67,12 @@ def choose_source(path: Path, tool: str | None) -> Found:
         LoraError: there is no such adapter, or several.
     """
     if os.path.isfile(path):
-        if tool is None and (found := find_foreign(path)) is None:
-            known = "mlx, litgpt, torchtune or bin"
-            raise LoraError(f"{path}: its name is none of a known tool", hint=f"name the tool with --from: {known}")
-        return Found(tool, path) if tool is not None else found  # type: ignore[return-value]
+        found = Found(tool, path) if tool is not None else find_foreign(path)
+        if found is None:
+            raise LoraError(
+                f"{path}: its name is none of a known tool", hint=f"name the tool with --from: {', '.join(TOOLS)}"
+            )
+        return found
     if not os.path.isdir(path):
         raise LoraError(f"{path} does not exist", hint="give a folder or a file of mlx-lm, LitGPT, torchtune or PEFT")
     found_files = {key: files for key in TOOLS if tool in (None, key) and (files := _weight_files(path, key))}

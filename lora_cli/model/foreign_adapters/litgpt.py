@@ -51,7 +51,6 @@ class Layout(NamedTuple):
     modules: Mapping[str, str]
     gate_up: str | None = None  # a module that fuses fc_1 and fc_2
     interleaved: bool = False  # the fused module has q, k, v of the first group of heads, then of the second, ...
-    head: str = "lm_head"
 
 
 LLAMA = Layout(
@@ -80,7 +79,6 @@ GPT_NEOX = FALCON._replace(
     layers="gpt_neox.layers",
     qkv=("attention.query_key_value",),
     modules={**FALCON.modules, "attn.proj": "attention.dense"},
-    head="embed_out",
 )
 FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "olmo2"), LLAMA),
@@ -140,10 +138,17 @@ def read(found: Found) -> SourceAdapter:
     )
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without tags of Python, and without merge keys: a nest of them would take memory without end."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave merge keys as they are; then they are an error."""
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     text = read_text(file, limit=MAX_CONFIG_BYTES, hint=RESTORE_HINT)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or "nested too deeply"
         raise LoraError(f"{file} is not YAML: {printable(problem)}", hint=RESTORE_HINT) from None
@@ -169,7 +174,7 @@ def _place(file: Path, factors: Mapping[str, Factors], scale: float, heads: Head
         match = LAYER.fullmatch(module)
         layer, part = (f"{layout.layers}.{match['number']}", match["part"]) if match else ("", module)
         if part == "lm_head" and not match:
-            placed = {layout.head: Piece(module, a, b, scale)}
+            placed = {base.head: Piece(module, a, b, scale)}
         elif part == QKV:
             placed = _place_qkv(file, module, a, b, scale, heads, layout, layer)
         elif layout.gate_up is not None and part in ("mlp.fc_1", "mlp.fc_2"):

@@ -31,15 +31,17 @@ from lora_cli.model.foreign_adapters.source_adapter import (
     unknown_family,
 )
 from lora_cli.model.safetensors_header import read_header
+from lora_cli.model.target_modules import layer_index
 from lora_cli.run.folder import CONFIG_FILE
 from lora_cli.run.read_file import printable, read_json_object
 
 SUFFIXES: dict[str, Part] = {".lora_a": "a", ".lora_b": "b", ".m": "magnitude"}
 MAX_CONFIG_BYTES = 8 << 20
-# Prefixes of mlx-lm's names and transformers' ones, for each architecture whose layers are the same in both. Some
-# others change the weights when mlx-lm loads them: Falcon-H1 multiplies them, for example.
-SAME = ("", "")
-FAMILIES: dict[str, tuple[str, str]] = {
+# The architectures whose layers are the same in mlx-lm and transformers, with the prefixes of names that differ. The
+# weights of some others are changed when mlx-lm loads them: those of Falcon-H1 are multiplied, for example.
+SAME: dict[str, str] = {}
+HEAD = "the head"  # in place of its name, which transformers has changed
+FAMILIES: dict[str, dict[str, str]] = {
     **dict.fromkeys(
         (
             *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "phi", "cohere", "cohere2", "granite"),
@@ -47,8 +49,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
         ),
         SAME,
     ),
-    "gpt2": ("model.", "transformer."),
-    "gpt_neox": ("model.", "gpt_neox."),
+    "gemma3": {"language_model.model.": "model.language_model.", "language_model.": ""},
+    "gpt2": {"model.": "transformer."},
+    "gpt_neox": {"model.h.": "gpt_neox.layers.", "model.embed_out": HEAD, "model.": "gpt_neox."},
 }
 FUSE_HINT = "fuse it with mlx-lm (mlx_lm.fuse --dequantize), and use the fused model"
 
@@ -88,6 +91,7 @@ def read(found: Found) -> SourceAdapter:
         if each.a.dim() != 2 or each.b.dim() != 2 or each.a.shape[1] != each.b.shape[0]:
             raise shape_error(file, module, each.a, each.b)
         check_rank(file, module, each.a.shape[1], int(rank))
+    notes = (*notes, *_note_on_layers(config, factors))
     if (kind == "dora") != any(each.magnitude is not None for each in factors.values()):
         has = "has no magnitudes of DoRA" if kind == "dora" else "has magnitudes of DoRA"
         raise LoraError(f"{config_file} says {kind}, and {file.name} {has}", hint="restore both from one adapter")
@@ -131,13 +135,23 @@ def _scale(file: Path, config: Mapping[str, Any], parameters: Mapping[str, Any])
     )
 
 
+def _note_on_layers(config: Mapping[str, Any], factors: Mapping[str, Factors]) -> tuple[str, ...]:
+    """Return a note if the file does not adapt as many layers as the configuration says, as mlx-lm 0.19 wrote them."""
+    count = config.get("num_layers", config.get("lora_layers"))
+    layers = {number for module in factors if (number := layer_index(module)) is not None}
+    if type(count) is not int or count < 0 or len(layers) == count:
+        return ()
+    return (f"the configuration says {count} layers, and the file adapts {len(layers)}: all of these are converted",)
+
+
 def _place(file: Path, factors: Mapping[str, Factors], scale: float, base: Base) -> list[Update]:
     if base.model_type not in FAMILIES:
         raise unknown_family("mlx-lm", base, FAMILIES, FUSE_HINT)
-    theirs, ours = FAMILIES[base.model_type]
+    prefixes = FAMILIES[base.model_type]
     updates = []
     for module, (a, b, magnitude) in factors.items():
-        name = ours + module.removeprefix(theirs) if module.startswith(theirs) else module
+        prefix = next((each for each in prefixes if module.startswith(each)), "")
+        name = (prefixes.get(prefix, "") + module.removeprefix(prefix)).replace(HEAD, base.head)
         found = base.find(name)
         if not isinstance(found, nn.Embedding):
             piece = Piece(module, a.T.contiguous(), b.T.contiguous(), scale, magnitude=magnitude)
@@ -149,9 +163,7 @@ def _place(file: Path, factors: Mapping[str, Factors], scale: float, base: Base)
             )
         piece = Piece(module, b, a, scale)
         updates.append(Update(name, (piece,), is_embedding=True))
-        head = base.model.get_output_embeddings()
-        if head is not None and base.model.config.tie_word_embeddings:
+        if base.model.config.tie_word_embeddings:
             # In mlx-lm a tied head is the embeddings' layer, with its update; in PEFT it is a layer of its own.
-            head_name = next(name for name, each in base.model.named_modules() if each is head)
-            updates.append(Update(head_name, (piece,)))
+            updates.append(Update(base.head, (piece,)))
     return updates

@@ -58,6 +58,12 @@ class Base(NamedTuple):
         """Architecture, by transformers' name."""
         return str(self.model.config.model_type)
 
+    @property
+    def head(self) -> str:
+        """Full name of the output head."""
+        head = self.model.get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), "lm_head")
+
     def find(self, module: str) -> nn.Module | None:
         """Return a module by its full name; None if the base has no such module."""
         try:

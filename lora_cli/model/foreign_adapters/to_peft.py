@@ -52,7 +52,7 @@ def to_peft(updates: Sequence[Update], base: Base, *, dropout: float) -> Convert
         a, b = _factors(update, rows)
         key = PREFIX + update.module
         if update.is_embedding:
-            tensors |= {f"{key}.lora_embedding_A": b.T.contiguous(), f"{key}.lora_embedding_B": a.T.contiguous()}
+            tensors |= {f"{key}.lora_embedding_A": _transposed(b), f"{key}.lora_embedding_B": _transposed(a)}
         else:
             tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
         if update.pieces[0].magnitude is not None:
@@ -74,6 +74,11 @@ def to_peft(updates: Sequence[Update], base: Base, *, dropout: float) -> Convert
     )
     config.inference_mode = True
     return Converted(config, tensors, ranks)
+
+
+def _transposed(factor: Tensor) -> Tensor:
+    """Return a transposed copy; safetensors does not store tensors that share their memory."""
+    return factor.T.clone(memory_format=torch.contiguous_format)
 
 
 def _integer(value: float) -> float:

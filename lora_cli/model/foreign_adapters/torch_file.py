@@ -72,6 +72,12 @@ class _Refused(Exception):
     """The pickle has something else than dictionaries of tensors."""
 
 
+KINDS = {
+    dict: "a dictionary", list: "a list", tuple: "a list", str: "a text", bytes: "bytes", bool: "a truth value",
+    int: "a number", float: "a number", type(None): "nothing", _Tensor: "a tensor", _Storage: "a storage",
+}  # fmt: skip
+
+
 def read_torch_file(path: Path, *, inner: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a file of torch.save, by name, each with its own memory.
 
@@ -209,7 +215,7 @@ def _pop_to_mark(stack: list[Any]) -> list[Any]:
 
 def _top(stack: list[Any], kind: type) -> Any:
     if type(stack[-1]) is not kind:
-        raise _Refused(f"{_kind(stack[-1])} that is changed as a {kind.__name__}")
+        raise _Refused(f"{_kind(stack[-1])} that is changed as {KINDS[kind]}")
     return stack[-1]
 
 
@@ -275,7 +281,7 @@ def _kind(value: Any) -> str:
     """Return what a value is, for messages; never its contents, which may be nested without end."""
     if isinstance(value, _Name):
         return f"the name {printable(value)}"
-    return {dict: "a dictionary", str: "a text", _Tensor: "a tensor"}.get(type(value), f"a {type(value).__name__}")
+    return KINDS.get(type(value), "a value of another kind")
 
 
 def _read_views(archive: StoredZip, folder: str, views: dict[str, _Tensor]) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ def _place(file: Path, factors: Mapping[str, Factors], scale: float, base: Base)
         layer, part = (f"model.layers.{match['number']}", match["part"]) if match else ("", module)
         rows = None
         if part == HEAD and not match:
-            target = "lm_head"
+            target = base.head
         elif part in layout.fused:
             fused, place = layout.fused[part]
             target = f"{layer}.{fused}"
