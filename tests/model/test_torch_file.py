@@ -213,6 +213,9 @@ def test_arrays_of_npz_are_read_and_objects_are_not(tmp_path: Path, monkeypatch:
     assert {name: torch.from_numpy(array).equal(found[name]) for name, array in arrays.items()} == dict.fromkeys(
         arrays, True
     )
+    half = torch.randn(2, 3).bfloat16()
+    np.savez("a.npz", a=half.view(torch.int16).numpy().view("V2"))  # as mlx writes it
+    assert torch.equal(read_npz(Path("a.npz"))["a"], half)
     hostile = np.array([Hostile()], dtype=object)
     for name, content in {"o": hostile, "i": np.zeros(2, np.int64)}.items():
         np.savez("a.npz", **{name: content})

@@ -15,6 +15,7 @@ from lora_cli.run.read_file import printable
 FETCH_HINT = "fetch the adapter again"
 SUFFIX = ".npy"  # of each entry
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
+BFLOAT16 = np.dtype("V2")  # as mlx writes it: numpy has no such numbers
 MAX_HEADER = 1 << 16  # bytes
 
 
@@ -36,13 +37,12 @@ def _read_array(archive: StoredZip, name: str) -> Tensor:
         shape, fortran, dtype = read_header[version](content, max_header_size=MAX_HEADER)
     except (ValueError, KeyError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError):
         raise archive.damage(f"{printable(name)} is no array of numpy") from None
-    if dtype not in DTYPES:
-        raise LoraError(
-            f"{archive.path}: {printable(name)} has values of {dtype}, not float32 or float16",
-            hint="save it again from mlx as float32: mx.savez(FILE, **{k: v.astype(mx.float32) for k, v in ...})",
-        )
+    if dtype not in (*DTYPES, BFLOAT16):
+        raise LoraError(f"{archive.path}: {printable(name)} has values of {dtype}, not float32", hint=FETCH_HINT)
     values = content.getbuffer()[content.tell() :]
     if len(values) != math.prod(shape) * dtype.itemsize:
         raise archive.damage(f"{printable(name)} has {len(values):,} bytes for the shape {shape}")
-    array = np.frombuffer(values, dtype=dtype).reshape(shape, order="F" if fortran else "C")
-    return torch.from_numpy(np.ascontiguousarray(array).copy())
+    stored = np.dtype(np.int16) if dtype == BFLOAT16 else dtype
+    array = np.frombuffer(values, dtype=stored).reshape(shape, order="F" if fortran else "C")
+    tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+    return tensor.view(torch.bfloat16) if dtype == BFLOAT16 else tensor

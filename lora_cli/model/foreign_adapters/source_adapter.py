@@ -66,10 +66,7 @@ class Base(NamedTuple):
 
     def find(self, module: str) -> nn.Module | None:
         """Return a module by its full name; None if the base has no such module."""
-        try:
-            return self.model.get_submodule(module)
-        except AttributeError:
-            return None
+        return dict(self.model.named_modules()).get(module)
 
 
 class SourceAdapter(NamedTuple):
@@ -161,13 +158,13 @@ def read_number(file: Path, values: Mapping[str, Any], key: str, *, hint: str, i
     ):
         kind = "an integer above 0" if integer else "a number"
         raise LoraError(f"{file}: {key}: {printable(value)} is not {kind}", hint=hint)
-    return value
+    return float(value)
 
 
 def read_dropout(values: Mapping[str, Any], key: str) -> float:
     """Return the dropout of a configuration; 0 if it has none: it has no effect after training."""
     value = values.get(key)
-    return float(value) if type(value) in (int, float) and 0 <= value < 1 else 0.0  # type: ignore[arg-type]
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1 else 0.0
 
 
 def unknown_family(tool: str, base: Base, known: Mapping[str, Any], way_out: str) -> LoraError:

@@ -62,7 +62,7 @@ def to_peft(updates: Sequence[Update], base: Base, *, dropout: float) -> Convert
     (rank, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
     config = LoraConfig(
         r=rank,
-        lora_alpha=_integer(alpha),  # type: ignore[arg-type]  # PEFT accepts numbers
+        lora_alpha=_integer(alpha),
         rank_pattern={module: each for module, each in ranks.items() if each != rank},
         alpha_pattern={module: _integer(each) for module, each in alphas.items() if each != alpha},
         target_modules=_target_modules(set(ranks), base),
