@@ -1,4 +1,4 @@
-"""`lora adapter inspect`, `resize` and `combine`."""
+"""`lora adapter inspect`, `resize`, `combine` and `convert`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +17,12 @@ from lora_cli.cli.options import (
     write_record,
 )
 from lora_cli.errors import LoraError
+from lora_cli.model.foreign_adapters.detect import TOOLS, choose_source
 from lora_cli.run import console
 from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
 from lora_cli.setup.adapter_folders import find_adapter, parse_weighted_adapters
 
-adapter_app = new_group(app, "adapter", help="Inspect, resize and combine LoRA adapters.")
+adapter_app = new_group(app, "adapter", help="Inspect, resize, combine and convert LoRA adapters.")
 COMBINE_METHODS = ("concat", "svd", "linear", "ties", "dare")
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter.", show_default=False)]
 
@@ -123,4 +124,33 @@ def combine(
             from lora_cli.commands.adapter import combine as command
 
         record = command(folders, weights, out=out, method=method, rank=rank, density=density, seed=seed, force=force)
+    write_record(json, record)
+
+
+@adapter_app.command(
+    examples=["lora adapter convert mlx-adapters --out converted", "lora adapter convert old --from bin --out new"]
+)
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder, or its file of weights.", show_default=False)
+    ],
+    out: Out,
+    tool: Annotated[
+        str | None, typer.Option("--from", metavar="TOOL", help="mlx, litgpt, torchtune or bin; default: by the files.")
+    ] = None,
+    base: BasePath = None,
+    force: Force = False,
+    json: Json = None,
+) -> None:
+    """Convert an adapter of mlx-lm, LitGPT, torchtune or pickled PEFT to a PEFT folder, and verify each update."""
+    check_json_file(json)
+    if tool is not None:
+        check_choice("--from", tool, *TOOLS)
+    with reserve_output_path(out):
+        found = choose_source(source, tool)
+        check_output_path(out, inputs=[found.weights], replace=force, command="convert")
+        with console.loading_libraries():
+            from lora_cli.commands.convert_adapter import convert as command
+
+        record = command(found, out=out, base_path=base, force=force)
     write_record(json, record)

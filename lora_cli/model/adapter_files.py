@@ -21,6 +21,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.config_values import targeted
 from lora_cli.model.finite import check_finite
+from lora_cli.model.foreign_adapters.detect import conversion_hint, find_foreign
 from lora_cli.model.safetensors_header import StoredTensor, read_header
 from lora_cli.model.save_adapter import ADAPTER_WEIGHTS, TOKENIZER_FILES
 from lora_cli.model.trained_on import TRAINED_ON_FILE, Origin, TrainedOn, read_trained_on
@@ -129,10 +130,7 @@ def _check_weights_exist(folder: Path) -> None:
     pickled = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix != ".safetensors")
     raise LoraError(
         f"{folder} has no {ADAPTER_WEIGHTS}" + (f", only {pickled[0]}" if pickled else ""),
-        hint="convert it: load it in PEFT and save_pretrained(..., safe_serialization=True), because pickled files "
-        "can run code"
-        if pickled
-        else FETCH_HINT,
+        hint=conversion_hint(folder) if find_foreign(folder) else FETCH_HINT,
     )
 
 

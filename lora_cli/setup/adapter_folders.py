@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.errors import LoraError
+from lora_cli.model.foreign_adapters.detect import TOOLS, conversion_hint, find_foreign
 from lora_cli.run.folder import BASE, CONFIG_FILE, LOCK, find_adapter_folder, user_of_run
 from lora_cli.training.checkpoint_folders import list_checkpoints
 
@@ -22,7 +23,9 @@ def find_adapter(target: Path, *, hint: str = HINT) -> Path:
     Raises:
         LoraError: `target` is neither, or a run that has no adapter yet.
     """
-    if (folder := find_adapter_folder(target)) is not None:
+    folder = find_adapter_folder(target)
+    check_not_foreign(folder or target)
+    if folder is not None:
         return folder
     check_not_unfinished(target)
     if not os.path.exists(target):  # False for a name that is too long, where Path.exists raises
@@ -32,6 +35,17 @@ def find_adapter(target: Path, *, hint: str = HINT) -> Path:
     if is_model_folder(target):
         raise LoraError(f"{target} is a model, not an adapter", hint=hint)
     raise LoraError(f"{target} has no {CONFIG_FILE}", hint=hint)
+
+
+def check_not_foreign(path: Path) -> None:
+    """Raise if `path` is an adapter that PEFT cannot load, and `lora adapter convert` can.
+
+    Raises:
+        LoraError: it is one of mlx-lm, LitGPT, torchtune, or with pickled weights.
+    """
+    if (found := find_foreign(path)) is not None:
+        tool = TOOLS[found.tool].name
+        raise LoraError(f"{path} is an adapter of {tool}: {found.weights.name}", hint=conversion_hint(path))
 
 
 def check_not_unfinished(target: Path) -> None:
@@ -81,8 +95,9 @@ def check_measurable(target: Path) -> None:
     """Raise if `lora eval` cannot measure `target`.
 
     Raises:
-        LoraError: it is no file, and no folder of an adapter or a run.
+        LoraError: it is no file, and no folder of an adapter or a run; or an adapter of another tool.
     """
+    check_not_foreign(find_adapter_folder(target) or target)
     if not (target.is_file() or os.path.lexists(target / CONFIG_FILE) or (target / "recipe.yaml").is_file()):
         raise LoraError(
             f"{target} is not a recipe, run or adapter folder", hint="give a YAML file, or a folder of lora train"

@@ -7,7 +7,7 @@ from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
 from lora_cli.run.folder import find_adapter_folder, is_path
 from lora_cli.run.output_path import check_output_path
-from lora_cli.setup.adapter_folders import check_not_unfinished
+from lora_cli.setup.adapter_folders import check_not_foreign, check_not_unfinished
 
 VERDICT = "export.json"
 
@@ -16,10 +16,11 @@ def find_exported_adapter(name: str | Path) -> Path | None:
     """Return the adapter folder that `name` is or contains; None for a model.
 
     Raises:
-        LoraError: it is a run that has no adapter yet, or a path where there is nothing.
+        LoraError: it is a run that has no adapter yet, an adapter of another tool, or a path where there is nothing.
     """
     target = Path(os.path.expanduser(name))
     folder = find_adapter_folder(target)
+    check_not_foreign(folder or target)
     if folder is None:
         check_not_unfinished(target)
         if not os.path.lexists(target) and is_path(str(name)):

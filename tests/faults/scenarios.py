@@ -60,6 +60,7 @@ def _scenarios() -> Iterator[Scenario]:
     yield from _both(
         "adapter combine runs/a 0.5*runs/b --out out", "adapter combine runs/b 0.1*runs/a --out out", {"out": "whole"}
     )
+    yield from _both("adapter convert pickled-a --out out", "adapter convert pickled-b --out out", {"out": "whole"})
     figures: dict[str, Law] = {"out.json": "whole"}
     yield Scenario("eval runs/a --json out.json", figures, before="eval runs/b --json out.json")
     yield Scenario("eval runs/a --answers 1 --predictions out.jsonl", {"out.jsonl": "whole"})

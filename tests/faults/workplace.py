@@ -67,8 +67,19 @@ def _make(folder: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         write_recipe(work / f"{name}.yaml", {"output": f"runs/{name}", "training.seed": seed})
         lora(f"train {name}.yaml", work)
+        _pickle_adapter(work / "runs" / name / "adapter", work / f"pickled-{name}")
     lora("export base --to gguf --out base.gguf --verify file", work)
     work.rename(folder / "template")
+
+
+def _pickle_adapter(adapter: Path, folder: Path) -> None:
+    """Write an adapter as older versions of PEFT did, which `lora adapter convert` reads."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    torch.save(load_file(adapter / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
 
 
 def lora(command: str, work: Path) -> None:
