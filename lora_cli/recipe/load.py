@@ -28,6 +28,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             file and the overrides.
     """
     text = _read(path)
+    recipe = parse_recipe(text, path, overrides)
+    sets_output = any(each.partition("=")[0].strip() == "output" for each in overrides)
+    if path.name == "recipe.yaml" and text.startswith(HEADER) and is_run(path.parent) and not sets_output:
+        return _with_output(recipe, path.parent)
+    return recipe
+
+
+def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `text`, with `overrides` applied; `path` is its file in messages.
+
+    Raises:
+        LoraError: the recipe is invalid, as for `load_recipe`.
+    """
     try:
         tree, problems = parse_yaml(text, lambda line: Location(line, f"{path}:{line}"))
         top = Location(1, f"{path}:1")
@@ -46,9 +59,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, more = validate_recipe(tree, top)
     if problems or more or recipe is None:
         raise _invalid_recipe(path, [*problems, *more])
-    sets_output = any(each.partition("=")[0].strip() == "output" for each in overrides)
-    if path.name == "recipe.yaml" and text.startswith(HEADER) and is_run(path.parent) and not sets_output:
-        return _with_output(recipe, path.parent)
     return recipe
 
 
