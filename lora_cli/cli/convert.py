@@ -17,7 +17,9 @@ def convert(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="YAML or JSON; for TRL and unsloth also a script or a command line.", show_default=False
+            metavar="FILE",
+            help="YAML or JSON; for TRL and unsloth also a script or a command line.",
+            show_default=False,
         ),
     ],
     tool: Annotated[

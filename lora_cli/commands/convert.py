@@ -1,4 +1,4 @@
-"""`lora convert`: read another tool's config, account for each of its keys, and write a recipe of this tool. No torch."""
+"""`lora convert`: read another tool's config, account for each of its keys, and write a recipe. No torch."""
 
 import json
 import sys
@@ -28,9 +28,7 @@ TITLES: tuple[tuple[Outcome, str], ...] = (
 )
 
 
-def convert(
-    file: Path, *, tool: str | None, out: Path | None, accepted: Sequence[str], as_json: bool
-) -> None:
+def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequence[str], as_json: bool) -> None:
     """Convert `file`, print the report, and write the recipe to `out`, or to stdout.
 
     Raises:
@@ -70,9 +68,7 @@ def _check_accepted(conversion: Conversion, accepted: Sequence[str]) -> list[str
     return [key for key in needed if key not in accepted]
 
 
-def _print_report(
-    conversion: Conversion, detected: Detected, accepted: Sequence[str], stream: Console
-) -> None:
+def _print_report(conversion: Conversion, detected: Detected, accepted: Sequence[str], stream: Console) -> None:
     """Print a line for each key, by what became of it, and one for each default that is written out."""
     draft = conversion.draft
     stream.print(f"{draft.config.file}: a {draft.config.kind} of {draft.tool} ({detected.why})")
@@ -84,7 +80,9 @@ def _print_report(
             stream.print(f"{title}:")
         for line in lines:
             place = draft.config.places.get(line.key, "")
-            shown = f"{place}: " if outcome in (Outcome.NOT_OFFERED, Outcome.OTHER_TASK, Outcome.UNKNOWN) and place else ""
+            shown = (
+                f"{place}: " if outcome in (Outcome.NOT_OFFERED, Outcome.OTHER_TASK, Outcome.UNKNOWN) and place else ""
+            )
             mark = " (accepted)" if line.key in accepted else ""
             stream.print(f"  {shown}{line.text()}{mark}".translate(console.CONTROL))
     if draft.assumed:
@@ -113,9 +111,7 @@ def _quoted(key: str) -> str:
     return key if all(c.isalnum() or c in "._-" for c in key) else f"'{key}'"
 
 
-def _as_json(
-    conversion: Conversion, detected: Detected, accepted: Sequence[str], out: Path | None
-) -> dict[str, Any]:
+def _as_json(conversion: Conversion, detected: Detected, accepted: Sequence[str], out: Path | None) -> dict[str, Any]:
     draft = conversion.draft
     return {
         "file": str(draft.config.file),
@@ -149,4 +145,3 @@ def _write(out: Path, text: str) -> None:
             temporary.write_text(text, encoding="utf-8")
     except FileExistsError:
         raise LoraError(f"--out {out} exists", hint="write another name, or move it away") from None
-

@@ -51,7 +51,9 @@ def _carry_model(draft: Draft) -> None:
         draft.missing("base_model", "the config names no base; accepted: a placeholder in model.path")
     carry_precision(draft)
     if config.switch("trust_remote_code"):
-        draft.no_effect("trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it")
+        draft.no_effect(
+            "trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it"
+        )
     if config.text("tokenizer_config"):
         if config.text("tokenizer_config") == config.text("base_model"):
             draft.same("tokenizer_config", "the tokenizer of the base is used")
@@ -173,9 +175,11 @@ def _carry_rows(draft: Draft) -> None:
     if packing:
         attention = any(config.get(key) for key in ("flash_attention", "flex_attention", "attn_implementation"))
         leaks = "" if attention else "without attention between packed rows, unlike there without flash attention"
-        if config.get("pretraining_dataset"):
-            draft.assume("data.packing", True)
-        draft.carry("sample_packing", "data.packing", True, leaks)
+        if config.switch("sample_packing"):
+            draft.carry("sample_packing", "data.packing", True, leaks)
+        else:
+            draft.set("data.packing", True, "pretraining_dataset")
+            draft.same("sample_packing", "pretraining_dataset packs")
     else:
         carry_no_packing(draft, "sample_packing")
     draft.same("pretrain_multipack_attn", "packed rows do not attend to each other")
@@ -245,6 +249,9 @@ def _carry_training(draft: Draft) -> None:
 
 def _carry_moments(draft: Draft) -> None:
     """axolotl passes the betas of AdamW on; other optimizers ignore them there, and refuse them here."""
-    if draft.values.get("training.optimizer", "adamw").removeprefix("paged-").partition("-")[0] in ("lion", "adafactor"):
+    if draft.values.get("training.optimizer", "adamw").removeprefix("paged-").partition("-")[0] in (
+        "lion",
+        "adafactor",
+    ):
         for key in ("adam_beta1", "adam_beta2"):
             draft.no_effect(key, "the optimizer has betas of its own")

@@ -139,7 +139,12 @@ def _read_own_type(draft: Draft, source: Source, prefix: str, entry: dict[str, A
         draft.other_task(prefix, "pairs of good and bad answers are for preference training, which is another task")
         return
     source.values["format"] = "alpaca"
-    for key, ours in (("field_instruction", "instruction"), ("field_input", "input"), ("field_output", "output"), ("field_system", "system")):
+    for key, ours in (
+        ("field_instruction", "instruction"),
+        ("field_input", "input"),
+        ("field_output", "output"),
+        ("field_system", "system"),
+    ):
         if entry.get(key):
             source.columns(**{ours: str(entry[key])})
             draft.carried(f"{prefix}.{key}", f"columns.{ours}", entry[key])
@@ -203,10 +208,14 @@ def _read_messages(draft: Draft, source: Source, prefix: str, entry: dict[str, A
     for key in ("train_on_eos", "train_on_eot"):
         if str(entry.get(key)).lower() in ("turn", "true"):
             draft.same(f"{prefix}.{key}", "the end of an answer carries loss")
-        draft.refuse(f"{prefix}.{key}", "the end of each answer carries loss; accepted: so", always=entry.get(key) is not None)
+        draft.refuse(
+            f"{prefix}.{key}", "the end of each answer carries loss; accepted: so", always=entry.get(key) is not None
+        )
     if entry.get("message_field_training") in ("train", "training", "weight", "loss"):
         draft.same(f"{prefix}.message_field_training", "the flag of a turn is read")
-    draft.refuse(f"{prefix}.message_field_training", "flags of turns are train, training, weight, loss; accepted: those")
+    draft.refuse(
+        f"{prefix}.message_field_training", "flags of turns are train, training, weight, loss; accepted: those"
+    )
     if entry.get("message_field_training_detail") in ("train_detail", "training_detail"):
         draft.same(f"{prefix}.message_field_training_detail", "the detail of a turn is read")
     draft.refuse(f"{prefix}.message_field_training_detail", "train_detail of a turn is read; accepted: that")
@@ -216,7 +225,10 @@ def _note_others(draft: Draft, prefix: str, entry: dict[str, Any]) -> None:
     for key in ("preprocess", "preprocess_shards", "trust_remote_code", "skip_unsupported", "strip_whitespace"):
         draft.no_effect(f"{prefix}.{key}", CACHE)
     if str(entry.get("conversation", "chatml")) == "chatml" and "chat_template" not in draft.config.values:
-        draft.same(f"{prefix}.conversation", "the chat template of the base; write data.chat_template: chatml for a base without one")
+        draft.same(
+            f"{prefix}.conversation",
+            "the chat template of the base; write data.chat_template: chatml for a base without one",
+        )
     draft.refuse(f"{prefix}.conversation", "the conversation is written by the chat template; accepted: the base's own")
     draft.same(f"{prefix}.template_thinking_key", "reasoning is passed to the template under the name that it reads")
     draft.same(f"{prefix}.split_thinking", "reasoning within an answer is passed on as the template expects it")
@@ -229,7 +241,9 @@ def _note_others(draft: Draft, prefix: str, entry: dict[str, Any]) -> None:
     draft.refuse(f"{prefix}.input_transform", "rows are read as they are; accepted: so")
     for key in ("field_chosen", "field_rejected", "field_prompt", "field_completion", "field_label"):
         if not draft.config.text("rl") and entry.get(key):
-            draft.other_task(f"{prefix}.{key}", "good and bad answers are for preference training, which is another task")
+            draft.other_task(
+                f"{prefix}.{key}", "good and bad answers are for preference training, which is another task"
+            )
         draft.no_effect(f"{prefix}.{key}", OTHER_TASKS)
     for key in ("logprobs_field", "temperature", "field_human", "field_model"):
         draft.refuse(f"{prefix}.{key}", "is not read here; accepted: without it")

@@ -33,7 +33,8 @@ _OWN = KeyTable(
         "unsloth_rms_norm unsloth_rope lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel liger_rope "
         "liger_rms_norm liger_layer_norm liger_glu_activation liger_swiglu liger_cross_entropy "
         "liger_fused_linear_cross_entropy chunked_cross_entropy "
-        "chunked_cross_entropy_num_chunks chunked_cross_entropy_chunk_size cut_cross_entropy use_kernels use_scattermoe "
+        "chunked_cross_entropy_num_chunks chunked_cross_entropy_chunk_size cut_cross_entropy use_kernels "
+        "use_scattermoe "
         "use_sonicmoe tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp llama4_linearized_experts "
         "layer_offloading offload activation_memory_budget low_cpu_mem_usage max_memory gpu_memory_limit gc_steps "
         "gc_collect_steps experimental_skip_move_to_device lora_on_cpu embeddings_skip_upcast "
@@ -44,7 +45,8 @@ _OWN = KeyTable(
         "heads_k_stride ring_attn_func expert_parallel_size use_ray ray_run_name ray_num_workers resources_per_worker "
         "ddp_find_unused_parameters",
         CACHE: "dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory skip_prepare_dataset "
-        "streaming streaming_multipack_buffer_size pretrain_multipack_buffer_size push_dataset_to_hub dataset_shard_num "
+        "streaming streaming_multipack_buffer_size pretrain_multipack_buffer_size push_dataset_to_hub "
+        "dataset_shard_num "
         "num_dataset_shards_to_save hf_use_auth_token preprocess_iterable is_preprocess",
         LOGGING: "include_tkps total_num_tokens total_supervised_tokens axolotl_config_path debug_text_only",
         "a run that failed: training.on_spike has what is done at a spike of the loss": "loss_watchdog_threshold "
@@ -111,7 +113,7 @@ _OWN = KeyTable(
         "another loss; accepted: cross-entropy": "use_eaft use_dft eaft_alpha eaft_k dft "
         "router_aux_loss_coef orpo_beta",
         "names of existing tokens are kept; accepted: kept": "added_tokens_overrides",
-        "the base is quantized as the config of its weights says, or by bitsandbytes; accepted: so": "bnb_config_kwargs",
+        "the base is quantized by bitsandbytes, or as its config says; accepted: so": "bnb_config_kwargs",
         "a model that is quantized with GPTQ is recognized; accepted: so": "gptq",
         "a conversation starts as its row says; accepted: without it": "default_system_message",
         "the optimizer is the one of `optimizer`; accepted: its defaults": "dion_lr dion_momentum "
@@ -124,7 +126,8 @@ _OWN = KeyTable(
         "another task than supervised fine-tuning": "reward_model process_reward_model",
         "classification is `task: seq-cls`, whose rows are a text and a label": "num_labels",
     },
-    handled="datasets test_datasets pretraining_dataset rl adapter load_in_8bit load_in_4bit bf16 fp16 bfloat16 float16 "
+    handled="datasets test_datasets pretraining_dataset rl adapter load_in_8bit load_in_4bit bf16 fp16 bfloat16 "
+    "float16 "
     "float32 lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear peft_use_dora peft_use_rslora "
     "peft_init_lora_weights loraplus_lr_ratio peft peft.loftq_config peft.backend peft.weight_dtype peft.group_size "
     "sequence_len excess_length_strategy sample_packing pretrain_multipack_attn train_on_inputs chat_template "

@@ -18,7 +18,7 @@ class Batches(NamedTuple):
 def carry_batches(draft: Draft, batches: Batches, *, packing: bool) -> None:
     """Set packing, the device batch and the accumulation.
 
-    A packed row of the other tool has `max_length` tokens, so a batch of n packed rows is one of n times as many tokens.
+    A packed row of the other tool has `max_length` tokens, so n packed rows are a batch of n times as many.
     """
     config = draft.config
     if packing:

@@ -41,9 +41,11 @@ def read_command_line(file: Path, text: str) -> Config:
         values = _options(words)
         if len(values) >= 2:
             program = next((tool for pattern, tool in PROGRAMS if re.search(pattern, line)), "")
-            places = {key: f"{file}:{number}" for key in values}
+            places = dict.fromkeys(values, f"{file}:{number}")
             return Config(file, values, kind="command line", places=places, program=program)
-    raise LoraError(f"{file}: no command in it has options (--learning_rate 1e-4)", hint="pass a config, or the training command")
+    raise LoraError(
+        f"{file}: no command in it has options (--learning_rate 1e-4)", hint="pass a config, or the training command"
+    )
 
 
 def _split(line: str) -> list[str]:

@@ -41,12 +41,10 @@ class Config:
         for name in self.keys_of(key):
             value: Any = self.values
             for part in split_key(name):
-                if isinstance(part, int) and isinstance(value, list) and part < len(value):
-                    value = value[part]
-                elif isinstance(value, dict) and part in value:
-                    value = value[part]
-                else:
+                inner = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+                if part not in inner:
                     break
+                value = inner[part]
             else:
                 return value
         return default

@@ -1,13 +1,14 @@
 """Convert a config: the recipe that it stands for, and the lines that account for each of its keys. No torch."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_cli.convert.config import Config
 from lora_cli.convert.draft import NEEDS_ACCEPTANCE, Draft, Line, Outcome
 from lora_cli.convert.recipe_text import recipe_text
 from lora_cli.convert.tools import TOOLS
 from lora_cli.convert.torchtune import resolve
+from lora_cli.recipe.rules import FORMATS_WITHOUT_CONVERSATION
 
 
 class Conversion(NamedTuple):
@@ -39,5 +40,25 @@ def convert_config(config: Config, tool: str) -> Conversion:
     entry.convert(draft)
     if "model.path" not in draft.values:
         draft.set("model.path", "base-model", "replace: the config names no base")
+    _drop_template(draft)
     draft.finish(set(entry.known))
     return Conversion(draft, draft.in_order(), recipe_text(draft))
+
+
+def _drop_template(draft: Draft) -> None:
+    """Remove the chat template if no source has conversations: a recipe must not have keys without effect."""
+    sources: list[dict[str, Any]] = []
+    for key in ("data.train", "data.eval"):
+        value = draft.values.get(key)
+        sources += value if isinstance(value, list) else []
+    formats = {source.get("format", draft.values.get("data.format", "auto")) for source in sources}
+    formats |= {draft.values.get("data.format", "auto")} if isinstance(draft.values["data.train"], str) else set()
+    if not formats <= FORMATS_WITHOUT_CONVERSATION:
+        return
+    reason = f"rows of format {' and '.join(sorted(formats))} have no chat template"
+    for to in ("data.chat_template", "data.template_variables"):
+        draft.values.pop(to, None)
+        draft.assumed = [each for each in draft.assumed if each.to != to]
+        for key, line in draft.lines.items():
+            if line.to == to:
+                draft.lines[key] = Line(key, line.value, Outcome.NO_EFFECT, reason=reason)

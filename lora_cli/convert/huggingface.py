@@ -1,4 +1,4 @@
-"""transformers' TrainingArguments, which LLaMA-Factory, TRL and unsloth share: its keys and what they become. No torch."""
+"""transformers' TrainingArguments, which LLaMA-Factory, TRL and unsloth share: what its keys become. No torch."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,6 @@ from lora_cli.convert.config import Config, as_list, show
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.schedules import carry_schedule, carry_warmup
 from lora_cli.convert.tables import (
-    CACHE,
     CODE,
     EVALUATION,
     GENERATION,
@@ -16,7 +15,6 @@ from lora_cli.convert.tables import (
     PRECISION,
     RESUME,
     SHARDING,
-    TRACKING,
     UPLOAD,
     KeyTable,
 )
@@ -67,7 +65,8 @@ TRAINING_ARGUMENTS = KeyTable(
         LOGGING: "logging_dir logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node "
         "disable_tqdm include_num_input_tokens_seen include_tokens_per_second debug skip_memory_metrics "
         "logging_strategy project trackio_space_id trackio_bucket_id trackio_static_space_id enable_jit_checkpoint",
-        HARDWARE: "gradient_checkpointing gradient_checkpointing_kwargs use_liger_kernel liger_kernel_config torch_compile "
+        HARDWARE: "gradient_checkpointing gradient_checkpointing_kwargs use_liger_kernel liger_kernel_config "
+        "torch_compile "
         "torch_compile_backend torch_compile_mode dataloader_num_workers dataloader_pin_memory "
         "dataloader_persistent_workers dataloader_prefetch_factor torch_empty_cache_steps "
         "auto_find_batch_size jit_mode_eval use_ipex bf16_full_eval fp16_full_eval half_precision_backend "
@@ -189,9 +188,9 @@ def carry_checkpoints(draft: Draft) -> None:
         draft.carry("early_stopping_patience", "training.stop_after", int(patience))
     else:
         draft.same("early_stopping_patience", "asks for nothing")
+    evaluation = "eval_strategy" if config.get("eval_strategy") is not None else "evaluation_strategy"
     for strategy, steps, to in (
-        ("eval_strategy", "eval_steps", "training.eval_every"),
-        ("evaluation_strategy", "eval_steps", "training.eval_every"),
+        (evaluation, "eval_steps", "training.eval_every"),
         ("save_strategy", "save_steps", "training.save_every"),
         ("logging_strategy", "logging_steps", "training.log_every"),
     ):

@@ -111,7 +111,11 @@ def _carry_model(draft: Draft) -> None:
 
 def _carry_adapter(draft: Draft) -> None:
     config = draft.config
-    for key, to, default in (("lora_r", "adapter.rank", 8), ("lora_alpha", "adapter.alpha", 16.0), ("lora_dropout", "adapter.dropout", 0.05)):
+    for key, to, default in (
+        ("lora_r", "adapter.rank", 8),
+        ("lora_alpha", "adapter.alpha", 16.0),
+        ("lora_dropout", "adapter.dropout", 0.05),
+    ):
         value = config.number(key)
         if value is None:
             draft.assume(to, default)
@@ -227,7 +231,9 @@ def _carry_batch(draft: Draft) -> None:
     devices = config.get("devices")
     count = (devices if isinstance(devices, int) else 1) * (config.whole("num_nodes") or 1)
     rows = max(1, total // count // micro) * micro * count
-    note = "" if rows == total else f"{total} is no multiple of {micro} rows on {count} device(s), and litgpt takes {rows}"
+    note = (
+        "" if rows == total else f"{total} is no multiple of {micro} rows on {count} device(s), and litgpt takes {rows}"
+    )
     if config.has("train.micro_batch_size"):
         draft.carry("train.micro_batch_size", "training.batch_size", micro)
     else:

@@ -22,7 +22,6 @@ from lora_cli.convert.tables import (
     OTHER_TASKS,
     OWN_TOKENIZER,
     PRECISION,
-    SHARDING,
     UPLOAD,
     KeyTable,
     apply_table,
@@ -43,12 +42,14 @@ _OWN = KeyTable(
     },
     no_effect={
         HARDWARE: "flash_attn use_unsloth use_unsloth_gc enable_liger_kernel disable_gradient_checkpointing "
-        "use_reentrant_gc use_v1_kernels low_cpu_mem_usage use_kv_cache offload_folder use_kt kt_optimize_rule cpu_infer "
+        "use_reentrant_gc use_v1_kernels low_cpu_mem_usage use_kv_cache offload_folder use_kt kt_optimize_rule "
+        "cpu_infer "
         "chunk_size mode kt_maxlen kt_use_cuda_graph kt_mode kt_force_think quantization_device_map use_mca "
         "fp8_enable_fsdp_float8_all_gather fp8_backend device_map",
         "where Ray starts processes: `distributed:` has the options here": "ray_run_name ray_storage_path "
         "ray_storage_filesystem ray_num_workers resources_per_worker placement_strategy ray_init_kwargs use_ray",
-        CACHE: "overwrite_cache preprocessing_num_workers preprocessing_batch_size tokenized_path streaming buffer_size",
+        CACHE: "overwrite_cache preprocessing_num_workers preprocessing_batch_size tokenized_path streaming "
+        "buffer_size",
         LOGGING: "plot_loss print_param_status include_effective_tokens_per_second",
         PRECISION: "upcast_layernorm upcast_lmhead_output infer_dtype compute_dtype",
         EVALUATION: "compute_accuracy eval_on_each_dataset eval_num_beams ignore_pad_token_for_loss",
@@ -61,7 +62,8 @@ _OWN = KeyTable(
         "export_legacy_format export_hub_model_id",
         UPLOAD: "hf_hub_token ms_hub_token om_hub_token",
         "files of the hub: HF_HOME is their folder": "cache_dir",
-        MULTIMODAL: "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
+        MULTIMODAL: "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches "
+        "video_max_pixels "
         "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate freeze_vision_tower "
         "freeze_multi_modal_projector image_resolution video_resolution",
         "the adapter is a plain one in any case": "pissa_convert",
@@ -89,11 +91,12 @@ _OWN = KeyTable(
         "8-bit floats; accepted: 16 bits": "fp8",
         "a router's loss; accepted: without it": "moe_aux_loss_coef",
         "rows are always shuffled, in the order of training.seed; accepted: shuffled": "disable_shuffling",
-        "sources are concatenated, `weight` of each repeats or thins its rows; accepted: concatenated": "mix_strategy=concat "
+        "sources are concatenated, `weight` of each repeats or thins its rows; accepted: so": "mix_strategy=concat "
         "interleave_probs",
         "special tokens of the rows are read as such; accepted: so": "split_special_tokens",
         "new tokens are special tokens here; accepted: without them": "add_tokens",
-        "new embeddings start at the mean of all; accepted: so": "new_special_tokens_config init_special_tokens=noise_init",
+        "new embeddings start at the mean of all; accepted: so": "new_special_tokens_config "
+        "init_special_tokens=noise_init",
         "reasoning is trained as the row has it; accepted: so": "enable_thinking=true preserve_thinking",
         "the language model is what is trained; accepted: so": "freeze_language_model",
         "several adapters start from one; accepted: without it": "create_new_adapter adapter_folder",
@@ -101,7 +104,8 @@ _OWN = KeyTable(
         "it stops by steps; write training.stop_after in evaluations; accepted: never": "early_stopping_steps",
     },
     handled="stage finetuning_type do_train quantization_bit quantization_method quantization_type double_quantization "
-    "lora_rank lora_alpha lora_dropout lora_target lora_target_modules loraplus_lr_ratio use_rslora use_dora pissa_init "
+    "lora_rank lora_alpha lora_dropout lora_target lora_target_modules loraplus_lr_ratio use_rslora use_dora "
+    "pissa_init "
     "use_muon adapter_name_or_path dataset eval_dataset dataset_dir template cutoff_len train_on_prompt mask_history "
     "max_samples val_size packing neat_packing trust_remote_code add_special_tokens new_special_tokens oft_rank "
     f"oft_block_size oft_target module_dropout {TRACKING_KEYS}",
@@ -116,7 +120,9 @@ def convert(draft: Draft) -> None:
     if stage not in ("sft", "pt"):
         draft.other_task("stage", f"{stage} is another task: `lora train` does supervised fine-tuning on good answers")
     elif config.has("stage"):
-        draft.same("stage", "`lora train` does supervised fine-tuning" if stage == "sft" else "format text, loss on all")
+        draft.same(
+            "stage", "`lora train` does supervised fine-tuning" if stage == "sft" else "format text, loss on all"
+        )
     kind = config.text("finetuning_type") or "lora"
     if kind not in ("lora", "oft"):
         draft.other_task("finetuning_type", f"{kind} trains weights of the base: only adapters are trained here")
@@ -126,7 +132,9 @@ def convert(draft: Draft) -> None:
     if path:
         draft.carry("model_name_or_path", "model.path", path)
     if config.switch("trust_remote_code"):
-        draft.no_effect("trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it")
+        draft.no_effect(
+            "trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it"
+        )
     _carry_adapter(draft, kind)
     _carry_quantization(draft)
     _carry_rows(draft, stage)

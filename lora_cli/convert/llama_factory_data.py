@@ -1,4 +1,4 @@
-"""LLaMA-Factory's datasets: names of its dataset_info.json become sources with a format, columns and roles. No torch."""
+"""LLaMA-Factory's datasets: entries of dataset_info.json as sources with a format, columns and roles. No torch."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,7 +13,14 @@ from lora_cli.run.read_file import read_json_object
 INFO = "dataset_info.json"
 LOCATIONS = ("file_name", "hf_hub_url", "script_url", "ms_hub_url", "om_hub_url", "cloud_file_name")
 KNOWN = {*LOCATIONS, "formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags", "revision"}
-ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history", "tools": "tools"}
+ALPACA = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "system": "system",
+    "history": "history",
+    "tools": "tools",
+}
 CHAT = {"messages": "", "system": "system", "tools": "tools"}
 PREFERENCE_COLUMNS = ("chosen", "rejected", "kto_tag")
 MEDIA_COLUMNS = ("images", "videos", "audios")
@@ -37,7 +44,8 @@ def carry_datasets(draft: Draft, stage: str) -> None:
         for name in names:
             source = _unknown_source(draft, key, name, info, place) if name not in (info or {}) else None
             if source is None:
-                assert info is not None and place is not None
+                assert info is not None, "the name was found in it"
+                assert place is not None
                 source = _read_entry(draft, name, info[name], folder=place.parent, stage=stage)
             if rows:
                 source.values["max_rows"] = min(rows, source.values.get("max_rows", rows))
@@ -130,14 +138,20 @@ def _locate(draft: Draft, source: Source, entry: dict[str, Any], prefix: str, fo
         draft.extra(refused_line(f"{prefix}.split", entry["split"], refused))
     if entry.get("num_samples"):
         source.values["max_rows"] = int(entry["num_samples"])
-        draft.extra(file_line(f"{prefix}.num_samples", entry["num_samples"], "max_rows", entry["num_samples"], "the first rows, not a random choice"))
+        draft.extra(
+            file_line(
+                f"{prefix}.num_samples",
+                entry["num_samples"],
+                "max_rows",
+                entry["num_samples"],
+                "the first rows, not a random choice",
+            )
+        )
     if entry.get("revision"):
         draft.extra(refused_line(f"{prefix}.revision", entry["revision"], "a hub dataset is read at its main revision"))
 
 
-def _read_columns(
-    draft: Draft, source: Source, columns: dict[str, Any] | None, prefix: str, *, alpaca: bool
-) -> None:
+def _read_columns(draft: Draft, source: Source, columns: dict[str, Any] | None, prefix: str, *, alpaca: bool) -> None:
     if columns is None:
         return
     for key in PREFERENCE_COLUMNS:
@@ -146,9 +160,15 @@ def _read_columns(
             draft.extra(Line(f"{prefix}.columns.{key}", columns[key], Outcome.OTHER_TASK, reason=reason))
     for key in MEDIA_COLUMNS:
         if columns.get(key):
-            reason = "`lora train` trains text models, and refuses rows with images, video or audio; accepted: those without"
+            reason = (
+                "`lora train` trains text models, and refuses rows with images, video or audio; accepted: those without"
+            )
             draft.extra(refused_line(f"{prefix}.columns.{key}", columns[key], reason))
-    known = ALPACA if alpaca else {**CHAT, "messages": "conversations" if source.values.get("format") == "sharegpt" else "messages"}
+    known = (
+        ALPACA
+        if alpaca
+        else {**CHAT, "messages": "conversations" if source.values.get("format") == "sharegpt" else "messages"}
+    )
     for theirs, ours in known.items():
         if isinstance(name := columns.get(theirs), str):
             source.columns(**{ours: name})
@@ -173,4 +193,3 @@ def _read_tags(draft: Draft, source: Source, tags: Any, prefix: str, *, openai: 
             draft.extra(file_line(f"{prefix}.tags.{key}", tags[key], f"roles.{tags[key]}", role))
     for key in tags.keys() - {"role_tag", "content_tag", *ROLE_TAGS}:
         draft.extra(Line(f"{prefix}.tags.{key}", tags[key], Outcome.UNKNOWN, reason="unknown tag"))
-

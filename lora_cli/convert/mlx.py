@@ -197,7 +197,12 @@ def _carry_hub(draft: Draft, hub: dict[str, Any]) -> None:
             if refused := carry_split(draft, key, source, str(hub[key])):
                 draft.refuse(f"hf_dataset.{key}", refused)
             draft.carried(f"hf_dataset.{key}", "split", source.values.get("split"))
-        for feature, column in (("prompt_feature", "prompt"), ("completion_feature", "completion"), ("text_feature", "text"), ("chat_feature", "messages")):
+        for feature, column in (
+            ("prompt_feature", "prompt"),
+            ("completion_feature", "completion"),
+            ("text_feature", "text"),
+            ("chat_feature", "messages"),
+        ):
             if hub.get(feature):
                 source.columns(**{column: str(hub[feature])})
                 draft.carried(f"hf_dataset.{feature}", f"columns.{column}", hub[feature])
@@ -228,7 +233,10 @@ def _carry_training(draft: Draft) -> None:
         draft.carry("iters", "training.max_steps", steps, note)
     else:
         draft.assume("training.max_steps", steps, note)
-    for key, to, default in (("batch_size", "training.batch_size", 4), ("grad_accumulation_steps", "training.gradient_accumulation", 1)):
+    for key, to, default in (
+        ("batch_size", "training.batch_size", 4),
+        ("grad_accumulation_steps", "training.gradient_accumulation", 1),
+    ):
         if config.get(key) is not None:
             draft.carry(key, to, config.whole(key))
         else:
@@ -246,7 +254,11 @@ def _carry_training(draft: Draft) -> None:
         draft.assume("training.seed", 0)
     else:
         draft.carry("seed", "training.seed", seed)
-    for key, to in (("steps_per_report", "training.log_every"), ("steps_per_eval", "training.eval_every"), ("save_every", "training.save_every")):
+    for key, to in (
+        ("steps_per_report", "training.log_every"),
+        ("steps_per_eval", "training.eval_every"),
+        ("save_every", "training.save_every"),
+    ):
         every = positive(config.number(key))
         if every:
             draft.carry(key, to, max(1, int(every) // accumulation))
@@ -306,6 +318,9 @@ def _carry_schedule(draft: Draft, steps: int) -> None:
     if end:
         draft.set("training.min_learning_rate", float(end), "lr_schedule.arguments")
     if abs(length + warmup - steps) > 1:
-        reason = f"the decay takes {length} steps after {warmup} of warmup, and the run has {steps}; accepted: to its last step"
+        reason = (
+            f"the decay takes {length} steps after {warmup} of warmup, and the run has {steps}; "
+            "accepted: it ends at the last step"
+        )
         draft.refuse("lr_schedule.arguments", reason)
     draft.carried("lr_schedule.arguments", "training.learning_rate", values[0])

@@ -35,12 +35,33 @@ RENAMED = {
 }
 ONE_OF_MANY = ("from_pretrained", "get_chat_template", "TrainingArguments")  # scripts repeat these after training
 OTHER_TRAINERS = (
-    "DPOTrainer GRPOTrainer KTOTrainer ORPOTrainer PPOTrainer RewardTrainer CPOTrainer RLOOTrainer OnlineDPOTrainer"
-).split()
+    "DPOTrainer",
+    "GRPOTrainer",
+    "KTOTrainer",
+    "ORPOTrainer",
+    "PPOTrainer",
+    "RewardTrainer",
+    "CPOTrainer",
+    "RLOOTrainer",
+    "OnlineDPOTrainer",
+)
 DATASET_METHODS = (
-    "map filter select shuffle train_test_split rename_column rename_columns remove_columns take skip sort shard "
-    "concatenate class_encode_column cast"
-).split()
+    "map",
+    "filter",
+    "select",
+    "shuffle",
+    "train_test_split",
+    "rename_column",
+    "rename_columns",
+    "remove_columns",
+    "take",
+    "skip",
+    "sort",
+    "shard",
+    "concatenate",
+    "class_encode_column",
+    "cast",
+)
 STANDARDIZE = ("standardize_sharegpt", "standardize_data_formats", "standardize_dataset")
 
 
@@ -55,7 +76,9 @@ def read_script(file: Path, text: str) -> Config:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         place = f"{file}:{line}" if line else str(file)
-        raise LoraError(f"{place}: is not Python that can be read", hint="notebooks: export the cells as a .py file") from None
+        raise LoraError(
+            f"{place}: is not Python that can be read", hint="notebooks: export the cells as a .py file"
+        ) from None
     reader = _Reader(file, tree)
     reader.read()
     if not reader.values:
@@ -101,7 +124,7 @@ class _Reader:
                 self._track_dataset(node)
             if isinstance(node, ast.Call):
                 name = _name(node.func)
-                if name in found:
+                if name in found and not (name == "from_pretrained" and _is_no_model(node.func)):
                     found[name].append(node)
                 elif name in OTHER_TRAINERS:
                     self.values.setdefault("trainer", name)
@@ -150,7 +173,11 @@ class _Reader:
             if not any(isinstance(item, Unreadable) for item in items):
                 return items
         if isinstance(node, ast.Dict) and all(key is not None for key in node.keys):
-            return {str(self._value(key)): self._value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+            return {
+                str(self._value(key)): self._value(value)
+                for key, value in zip(node.keys, node.values, strict=True)
+                if key
+            }
         return Unreadable(ast.unparse(node))
 
     def _track_dataset(self, node: ast.Assign) -> None:
@@ -185,7 +212,9 @@ class _Reader:
         columns = [
             node.slice.value
             for node in nodes
-            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str)
+            if isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Constant)
+            and isinstance(node.slice.value, str)
         ]
         if any(isinstance(node, ast.Call) and _name(node.func) == "apply_chat_template" for node in nodes):
             return {"map": "chat_template", "column": columns[0] if columns else ""}
@@ -223,5 +252,13 @@ def _walk(tree: ast.AST) -> Iterator[ast.AST]:
         yield from _walk(node)
 
 
+def _is_no_model(function: ast.expr) -> bool:
+    """Return whether `AutoTokenizer.from_pretrained` and the like is called."""
+    receiver = _name(function.value) if isinstance(function, ast.Attribute) else ""
+    return any(word in receiver for word in ("Tokenizer", "Config", "Processor", "Peft"))
+
+
 def _name(function: ast.expr) -> str:
-    return function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    return (
+        function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    )

@@ -1,4 +1,4 @@
-"""Read a file that another tool trains from: YAML, JSON, a Python script, or a shell command. Nothing is run. No torch."""
+"""Read a file that another tool trains from: YAML, JSON, a script, or a shell command. Nothing is run. No torch."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,9 @@ def _cells(file: Path, text: str) -> str:
     except (ValueError, KeyError, TypeError):
         raise LoraError(f"{file}: is not a notebook that can be read", hint=PASS_A_CONFIG) from None
     lines = "\n".join(sources).splitlines()
-    return "\n".join("pass" if line.lstrip().startswith(("!", "%")) and line == line.lstrip() else line for line in lines)
+    return "\n".join(
+        "pass" if line.lstrip().startswith(("!", "%")) and line == line.lstrip() else line for line in lines
+    )
 
 
 def _read_yaml(file: Path, text: str) -> Config:

@@ -1,4 +1,4 @@
-"""Learning rate schedules of other tools: carried where the rates are the same at each step, else not offered. No torch.
+"""Learning rate schedules of other tools: carried where each step has the same rate. No torch.
 
 transformers' warmup starts at 0 and this tool's one step above it; the decays are the same.
 """
@@ -53,7 +53,9 @@ def carry_schedule(draft: Draft, key: str, *, default: str, kwargs: str = "lr_sc
         case "warmup_stable_decay":
             used = {"num_decay_steps", "min_lr_ratio", "decay_type", "num_stable_steps", "warmup_type"}
             if options.get("num_decay_steps"):
-                draft.set("training.decay", float(as_number(options["num_decay_steps"]) or 0), f"{kwargs}.num_decay_steps")
+                draft.set(
+                    "training.decay", float(as_number(options["num_decay_steps"]) or 0), f"{kwargs}.num_decay_steps"
+                )
             if ratio := as_number(options.get("min_lr_ratio", 0)):
                 draft.set("training.min_learning_rate", rounded(rate * ratio), f"{kwargs}.min_lr_ratio")
             if options.get("decay_type", "cosine") != "linear":
@@ -93,16 +95,14 @@ def _carry_options(draft: Draft, kwargs: str, options: dict[str, Any], used: set
     for option in options:
         key = f"{kwargs}.{option}"
         if option in used:
-            draft.carry(key, SCHEDULE, draft.values[SCHEDULE], "a part of the schedule")
+            draft.carried(key, SCHEDULE, draft.values[SCHEDULE], "a part of the schedule")
         else:
             draft.refuse(key, "is not an option of this schedule here; accepted: without it")
     if not options:
         draft.same(kwargs, "asks for nothing")
 
 
-def carry_warmup(
-    draft: Draft, *, steps: str, ratio: str, schedule: str, default: float = 0.0, why: str = ""
-) -> None:
+def carry_warmup(draft: Draft, *, steps: str, ratio: str, schedule: str, default: float = 0.0, why: str = "") -> None:
     """Carry the warmup: steps take precedence over the fraction. transformers' plain `constant` has none.
 
     Args:

@@ -35,7 +35,6 @@ def carry_script(draft: Draft) -> None:
     for name in ("filter", "select", "take", "skip", "shard", "rename_column", "rename_columns", "train_test_split"):
         draft.refuse(f"dataset.{name}", f"changes the rows in code: write them to a file; {ROWS_AS_STORED}")
     draft.no_effect("dataset.sort", "training.seed sets the order of rows")
-    draft.same("train_on_responses_only.trainer", "the assistant's turns carry loss")
     draft.refuse("eval_dataset", "its rows are chosen in code: write data.eval; accepted: no evaluation")
 
 

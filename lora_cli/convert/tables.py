@@ -1,6 +1,7 @@
 """Tables of another tool's keys that need no code: carried as they are, without effect, or not offered. No torch."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lora_cli.convert.config import Config, Unreadable, as_switch
@@ -29,12 +30,13 @@ Keys = Mapping[str, str]  # reason: keys, separated by spaces
 class KeyTable(NamedTuple):
     """What becomes of the keys of a tool that need no code of their own."""
 
-    carried: Mapping[str, tuple[str, Callable[[Config, str], Any]]] = {}  # key: (key of the recipe, how it is read)
-    no_effect: Keys = {}
-    same: Keys = {}  # this tool does the same without the key, whatever its value
+    # key: (key of the recipe, how it is read)
+    carried: Mapping[str, tuple[str, Callable[[Config, str], Any]]] = MappingProxyType({})
+    no_effect: Keys = MappingProxyType({})
+    same: Keys = MappingProxyType({})  # this tool does the same without the key, whatever its value
     # `key=value`: with this value it asks for nothing, besides false, null and 0.
-    not_offered: Keys = {}
-    other_task: Keys = {}
+    not_offered: Keys = MappingProxyType({})
+    other_task: Keys = MappingProxyType({})
     handled: str = ""  # keys that code handles, separated by spaces
 
     def known(self) -> set[str]:

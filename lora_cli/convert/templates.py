@@ -21,7 +21,7 @@ DEFAULT_TEMPLATES = ("tokenizer_default", "default", "auto", "tokenizer", "none"
 def carry_template(draft: Draft, key: str, *, model: str | None) -> None:
     """Carry a chat template that the other tool has under a name.
 
-    A name of the model's own family stands for the tokenizer's own template. A Jinja text or a file is carried as it is.
+    A name of the model's own family stands for the tokenizer's own template. Jinja text and files are carried.
     """
     value = draft.config.get(key)
     if value is None:
@@ -42,7 +42,9 @@ def carry_template(draft: Draft, key: str, *, model: str | None) -> None:
     elif is_of_family(name, model):
         draft.same(key, f"{OWN}: {draft.tool}'s {value} is made after it, and may differ in details")
     else:
-        draft.refuse(key, f"there is no chat template with this name here; accepted: {OWN}, or write data.chat_template")
+        draft.refuse(
+            key, f"there is no chat template with this name here; accepted: {OWN}, or write data.chat_template"
+        )
 
 
 def is_of_family(template: str, model: str | None) -> bool:

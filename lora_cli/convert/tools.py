@@ -1,4 +1,4 @@
-"""The tools whose configs can be converted: a name, what converts it, and the keys by which it is recognized. No torch."""
+"""The tools whose configs can be converted: what converts each, and the keys that it is recognized by. No torch."""
 
 from collections.abc import Callable
 from typing import NamedTuple

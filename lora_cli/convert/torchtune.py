@@ -56,8 +56,7 @@ TABLE = KeyTable(
         "8-bit floats; accepted: 16 bits": "enable_fp8_training fp8_recipe_name",
         "an image model: `lora train` trains text models": "model.image_size tokenizer.image_size "
         "model.decoder_trainable model.encoder_trainable model.fusion_trainable",
-        "the chat template is the tokenizer's; accepted: that one": "tokenizer.prompt_template "
-        "tokenizer.chat_template",
+        "the chat template is the tokenizer's; accepted: that one": "tokenizer.prompt_template tokenizer.chat_template",
         "the router's loss; accepted: without it": "loss.ignore_index=-100",
         "AdamW's epsilon is 1e-8; accepted: 1e-8": "optimizer.eps=1e-8 optimizer.amsgrad",
         "the decay goes to 0; accepted: so": "lr_scheduler.num_cycles=0.5 lr_scheduler.last_epoch=-1",
@@ -139,7 +138,11 @@ def _carry_model(draft: Draft, builder: str) -> None:
         draft.carry("model.use_dora", "adapter.method", "dora")
         draft.set("adapter.method", "dora", "model")
     draft.same("model.use_dora", "asks for nothing")
-    draft.carried(f"model.{COMPONENT}", "quantization.bits" if builder.startswith("q") else "adapter.method", 4 if "qlora" in builder else "lora")
+    draft.carried(
+        f"model.{COMPONENT}",
+        "quantization.bits" if builder.startswith("q") else "adapter.method",
+        4 if "qlora" in builder else "lora",
+    )
     if re.match(r"q(lora|dora)_", builder) or config.switch("model.quantize_base"):
         draft.set("quantization.bits", 4, f"model: {builder}, with torchao's nf4")
         draft.carried("model.quantize_base", "quantization.bits", 4)
@@ -156,7 +159,11 @@ def _carry_model(draft: Draft, builder: str) -> None:
     draft.set("adapter.target_modules", targets or "all-linear", "model.lora_attn_modules")
     for key in ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"):
         draft.carried(f"model.{key}", "adapter.target_modules", targets)
-    for key, to, default in (("lora_rank", "adapter.rank", 8), ("lora_alpha", "adapter.alpha", 16.0), ("lora_dropout", "adapter.dropout", 0.0)):
+    for key, to, default in (
+        ("lora_rank", "adapter.rank", 8),
+        ("lora_alpha", "adapter.alpha", 16.0),
+        ("lora_dropout", "adapter.dropout", 0.0),
+    ):
         value = config.number(f"model.{key}")
         if value is None:
             draft.assume(to, default)
@@ -164,7 +171,9 @@ def _carry_model(draft: Draft, builder: str) -> None:
             draft.carry(f"model.{key}", to, value if key == "lora_rank" else float(value))
     dtype = config.text("dtype")
     if dtype in DTYPES:
-        draft.carry("dtype", "model.dtype", DTYPES[dtype], "the adapter is trained in float32" if dtype != "fp32" else "")
+        draft.carry(
+            "dtype", "model.dtype", DTYPES[dtype], "the adapter is trained in float32" if dtype != "fp32" else ""
+        )
     carry_output(draft, "output_dir")
 
 
@@ -244,7 +253,13 @@ def _carry_rows(draft: Draft) -> None:
     else:
         draft.same("dataloader.packed", "asks for nothing")
         carry_no_packing(draft, "dataset.packed")
-    batches = Batches("batch_size", config.whole("batch_size") or 1, "gradient_accumulation_steps", config.whole("gradient_accumulation_steps") or 1, length or 8192)
+    batches = Batches(
+        "batch_size",
+        config.whole("batch_size") or 1,
+        "gradient_accumulation_steps",
+        config.whole("gradient_accumulation_steps") or 1,
+        length or 8192,
+    )
     carry_batches(draft, batches, packing=packing)
     if isinstance(config.get("datasets"), list):
         _carry_mixture(draft)
@@ -254,7 +269,9 @@ def _carry_rows(draft: Draft) -> None:
     write_sources(draft, "data.train", [source])
     draft.carried("dataset.train_on_input", "data.loss_on", "all" if on_input else "assistant")
     if on_input and source.values.get("format") != "text":
-        key = "dataset.train_on_input" if config.has("dataset.train_on_input") else "torchtune's default: train_on_input"
+        key = (
+            "dataset.train_on_input" if config.has("dataset.train_on_input") else "torchtune's default: train_on_input"
+        )
         draft.set("data.loss_on", "all", key)
     if config.get("dataset_val"):
         held_out, _ = _source(draft, "dataset_val")
@@ -286,10 +303,15 @@ def _source(draft: Draft, prefix: str) -> tuple[Source, bool]:
         draft.carried(f"{prefix}.{COMPONENT}", "format", kind, note)
     given = config.get(f"{prefix}.column_map")
     for theirs, column in (dict(given) if isinstance(given, dict) else {}).items():
-        ours = {"input": "prompt", "output": "completion"}.get(theirs, theirs) if kind == "prompt-completion" else theirs
+        ours = (
+            {"input": "prompt", "output": "completion"}.get(theirs, theirs) if kind == "prompt-completion" else theirs
+        )
         columns = {**columns, ours: str(column)}
         draft.carried(f"{prefix}.column_map.{theirs}", f"columns.{ours}", column)
-    for key, ours in (("column", "text"), ("conversation_column", "messages" if kind == "messages" else "conversations")):
+    for key, ours in (
+        ("column", "text"),
+        ("conversation_column", "messages" if kind == "messages" else "conversations"),
+    ):
         if value := config.text(f"{prefix}.{key}"):
             columns = {**columns, ours: value}
             draft.carried(f"{prefix}.{key}", f"columns.{ours}", value)
@@ -326,4 +348,3 @@ def _carry_mixture(draft: Draft) -> None:
         draft.refuse(f"{prefix}.transform", "rows are changed by code; accepted: as they are stored")
         sources.append(source)
     write_sources(draft, "data.train", sources)
-

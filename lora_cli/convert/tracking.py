@@ -1,4 +1,4 @@
-"""Trackers of other tools (W&B, TensorBoard, ...): lines that name the recipe's `tracking` section, where it has one."""
+"""Trackers of other tools (W&B, TensorBoard, ...): carried to the recipe's `tracking` section, if it has one."""
 
 from lora_cli.convert.config import as_list
 from lora_cli.convert.draft import Draft
@@ -61,4 +61,3 @@ def carry_tracking(draft: Draft) -> None:
                 draft.carry(found, f"tracking.{to}", str(config.get(found)))
     for key in KEYS.split():
         draft.no_effect(key, TRACKING)
-

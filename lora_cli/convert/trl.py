@@ -61,9 +61,8 @@ _OWN = KeyTable(
         GENERATION: "inference_mode use_cache_in_generation max_new_tokens temperature top_p",
         "what peft reads from the model": "task_type auto_mapping base_model_name_or_path peft_type revision "
         "fan_in_fan_out lora_task_type megatron peft_version",
-        "the script's own objects": "model args peft_config "
-        "train_dataset data_collator quantization_config ",
-        "one learning rate: the seed is training.seed": "random_state",
+        "the script's own objects": "model args peft_config train_dataset data_collator quantization_config ",
+        "training.seed is the seed of the adapter, too": "random_state",
         "it is 6.0 in bitsandbytes": "llm_int8_threshold",
         "bitsandbytes keeps what LoRA does not adapt as it is": "llm_int8_skip_modules llm_int8_has_fp16_weight "
         "llm_int8_enable_fp32_cpu_offload",
@@ -104,7 +103,8 @@ _OWN = KeyTable(
     "bnb_4bit_quant_type use_bnb_nested_quant use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_storage "
     "bnb_4bit_quant_storage_dtype bnb_4bit_compute_dtype torch_dtype dtype trust_remote_code max_length max_seq_length "
     "model_max_length packing packing_strategy assistant_only_loss completion_only_loss train_on_responses_only "
-    f"eos_token chat_template chat_template_path chat_template_format adapter_path {DATA_KEYS} {SCRIPT_KEYS} {TRACKING_KEYS}",
+    f"eos_token chat_template chat_template_path chat_template_format adapter_path {DATA_KEYS} {SCRIPT_KEYS} "
+    f"{TRACKING_KEYS}",
 )
 TABLE = join(_OWN, TRAINING_ARGUMENTS)
 
@@ -123,7 +123,9 @@ def convert(draft: Draft) -> None:
         if config.has(key):
             carry_dtype(draft, key)
     if config.has("trust_remote_code") and config.get("trust_remote_code"):
-        draft.no_effect("trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it")
+        draft.no_effect(
+            "trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it"
+        )
     _carry_adapter(draft, unsloth=unsloth)
     _carry_quantization(draft, default=unsloth and config.has("model_name"))
     carry_training(draft, _defaults(draft))
@@ -146,13 +148,14 @@ def _defaults(draft: Draft) -> TrainerDefaults:
 
 def _carry_adapter(draft: Draft, *, unsloth: bool) -> None:
     config = draft.config
-    lora = any(config.has(key) for key in ("r", "lora_config", "LoraConfig"))
-    if config.kind == "script" and not lora and not unsloth and "LoraConfig" not in config.values:
+    if config.kind == "script" and not unsloth and "LoraConfig" not in config.values:
         draft.other_task("LoraConfig", "the script has none, so every weight is trained, and here only adapters")
     elif config.kind != "script":
         switch = next((key for key in ("use_peft", "use_peft_lora") if config.has(key)), "use_peft")
         if not config.switch(switch):
-            reason = "is not set, so every weight is trained, and here only adapters: for LoRA, add use_peft: true first"
+            reason = (
+                "is not set, so every weight is trained, and here only adapters: for LoRA, add use_peft: true first"
+            )
             draft.other_task(switch, reason)
         draft.same(switch, "an adapter is always trained")
     if config.switch("full_finetuning"):
@@ -241,9 +244,13 @@ def _carry_lengths(draft: Draft, *, unsloth: bool) -> None:
     packing = config.switch("packing")
     if packing and draft.values.get("quantization.bits") == 8:
         packing = False
-        draft.refuse("packing", "8-bit weights mix the rows of a batch, so they are not packed; accepted: packing: false")
+        draft.refuse(
+            "packing", "8-bit weights mix the rows of a batch, so they are not packed; accepted: packing: false"
+        )
     if packing:
-        leaks = {"wrapped": "without attention between packed rows, and rows are not cut at the pack's end, unlike there"}
+        leaks = {
+            "wrapped": "without attention between packed rows, and rows are not cut at the pack's end, unlike there"
+        }
         draft.carry("packing", "data.packing", True, leaks.get(strategy, ""))
         draft.carried("packing_strategy", "data.packing", True, "packs hold whole rows, best fit first")
         if strategy == "bfd_split":
@@ -253,14 +260,16 @@ def _carry_lengths(draft: Draft, *, unsloth: bool) -> None:
         draft.no_effect("packing_strategy", "without packing")
     micro = config.whole("per_device_train_batch_size")
     accumulation = config.whole("gradient_accumulation_steps")
-    batches = Batches("per_device_train_batch_size", micro or 8, "gradient_accumulation_steps", accumulation or 1, length)
+    batches = Batches(
+        "per_device_train_batch_size", micro or 8, "gradient_accumulation_steps", accumulation or 1, length
+    )
     carry_batches(draft, batches, packing=packing)
     _carry_loss(draft)
 
 
 def _carry_loss(draft: Draft) -> None:
     config = draft.config
-    answers = [key for key in ("assistant_only_loss", "completion_only_loss", "train_on_responses_only")]
+    answers = ("assistant_only_loss", "completion_only_loss", "train_on_responses_only")
     on = [key for key in answers if config.has(key) and config.get(key) not in (False, None)]
     for key in on:
         draft.carried(key, "data.loss_on", "assistant")
@@ -273,4 +282,3 @@ def _carry_loss(draft: Draft) -> None:
             draft.assume("data.loss_on", "all", why)
         for each in answers:
             draft.carried(each, "data.loss_on", "all")
-

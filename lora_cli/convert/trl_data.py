@@ -34,26 +34,21 @@ def carry_rows(draft: Draft) -> None:
     else:
         sources = _single(draft)
     column = config.get("dataset_text_field")
-    for source in sources:
-        if isinstance(column, str) and column not in ("text", "messages", ""):
-            # Conversations have messages, and no text, which TRL then does not read either.
+    if config.get("chat_template_format") or config.facts:
+        draft.same("dataset_text_field", "the script writes conversations into it, by the chat template")
+    elif isinstance(column, str) and column not in ("text", "messages", ""):
+        for source in sources:
             source.values["format"] = "text"
             source.columns(text=column)
-    draft.carried("dataset_text_field", "columns.text", column, "of rows of texts" if column == "text" else "")
+        draft.carried("dataset_text_field", "columns.text", column)
+    draft.same("dataset_text_field", "the column of texts has this name; conversations have none")
     if sources:
-        train = [source for source in sources if not _is_test(source)]
-        write_sources(draft, "data.train", train or sources)
-        if train and len(train) < len(sources):
-            write_sources(draft, "data.eval", [source for source in sources if _is_test(source)])
+        write_sources(draft, "data.train", sources)
     if "data.train" not in draft.values:
         if not config.is_written("dataset_name"):
             draft.missing("dataset_name", "the rows are not named; accepted: data/train.jsonl")
         draft.set("data.train", "data/train.jsonl", "replace: the rows are not named")
     _carry_eval(draft)
-
-
-def _is_test(source: Source) -> bool:
-    return str(source.values.get("split", "")).startswith(("test", "valid", "eval"))
 
 
 def _single(draft: Draft) -> list[Source]:

@@ -48,7 +48,9 @@ def carry_optimizer(draft: Draft, key: str, *, default: str, why: str = "") -> N
         draft.set("training.schedule", "constant", "schedule-free AdamW has no decay")
 
 
-def carry_targets(draft: Draft, key: str, *, default: Any = None, why: str = "", rename: dict[str, str] | None = None) -> None:
+def carry_targets(
+    draft: Draft, key: str, *, default: Any = None, why: str = "", rename: dict[str, str] | None = None
+) -> None:
     """Carry target modules: `all`, a list, or a text with commas; embeddings become fully trained modules."""
     value = draft.config.get(key)
     if value in (None, "", []):
@@ -141,8 +143,8 @@ class Family(NamedTuple):
 
     pattern: str
     tokens: dict[str, str]
-    attention: dict[str, str] = {}  # q, k, v, o: the module
-    mlp: tuple[str, ...] = ()
+    attention: dict[str, str]  # q, k, v, o: the module
+    mlp: tuple[str, ...]
 
 
 _SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -153,8 +155,15 @@ _FUSED = dict.fromkeys("qkv", "query_key_value")
 # The first whose pattern is found in the lower-case name of the model.
 FAMILIES: tuple[Family, ...] = (
     Family(r"falcon", _END_OF_TEXT, {**_FUSED, "o": "dense"}, ("dense_h_to_4h", "dense_4h_to_h")),
-    Family(r"pythia|neox|stablelm-(base|tuned)-alpha|redpajama|dolly", _END_OF_TEXT, {**_FUSED, "o": "dense"}, ("dense_h_to_4h", "dense_4h_to_h")),
-    Family(r"phi-?[34]", _SENTENCEPIECE, {**dict.fromkeys("qkv", "qkv_proj"), "o": "o_proj"}, ("gate_up_proj", "down_proj")),
+    Family(
+        r"pythia|neox|stablelm-(base|tuned)-alpha|redpajama|dolly",
+        _END_OF_TEXT,
+        {**_FUSED, "o": "dense"},
+        ("dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    Family(
+        r"phi-?[34]", _SENTENCEPIECE, {**dict.fromkeys("qkv", "qkv_proj"), "o": "o_proj"}, ("gate_up_proj", "down_proj")
+    ),
     Family(r"phi", _END_OF_TEXT, {**_SPLIT, "o": "dense"}, ("fc1", "fc2")),
     Family(r"gpt-?j|stablelm|starcoder|btlm|cerebras|replit|mpt", _END_OF_TEXT, _SPLIT, _GATED),
     Family(r"llama-?3|llama-3", {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}, _SPLIT, _GATED),
@@ -163,7 +172,16 @@ FAMILIES: tuple[Family, ...] = (
     Family(r"llama|mistral|mixtral|yi-|vicuna|zephyr", _SENTENCEPIECE, _SPLIT, _GATED),
 )
 # Tokens with which chat templates end a turn.
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|eot|>", "<|endofturn|>", "<turn|>", "<|return|>")
+END_OF_TURN = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|eot|>",
+    "<|endofturn|>",
+    "<turn|>",
+    "<|return|>",
+)
 
 
 def family_of(model: str | None) -> Family:

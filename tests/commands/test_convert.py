@@ -249,7 +249,9 @@ def test_a_script_is_read_and_not_run(lora: Lora):
 
 def test_expressions_of_a_script_are_not_guessed(lora: Lora):
     text = (FOLDER / "unsloth" / "llama-3-2-3b-conversational.py").read_text()
-    file = write("train.py", text.replace("r=16", "r=int(os.environ['R'])").replace("learning_rate=2e-4", "learning_rate=lr"))
+    file = write(
+        "train.py", text.replace("r=16", "r=int(os.environ['R'])").replace("learning_rate=2e-4", "learning_rate=lr")
+    )
     result = lora("convert", file)
     assert result.code == 2
     assert "get_peft_model.r: `int(os.environ['R'])` — is computed by the script" in result.out
@@ -258,7 +260,10 @@ def test_expressions_of_a_script_are_not_guessed(lora: Lora):
 
 def test_a_notebook_is_read_like_a_script(lora: Lora):
     text = (FOLDER / "unsloth" / "llama-3-2-3b-conversational.py").read_text()
-    cells = [{"cell_type": "markdown", "source": ["# hi"]}, {"cell_type": "code", "source": ["!pip install unsloth\n", text]}]
+    cells = [
+        {"cell_type": "markdown", "source": ["# hi"]},
+        {"cell_type": "code", "source": ["!pip install unsloth\n", text]},
+    ]
     assert lora("convert", write("a.ipynb", json.dumps({"cells": cells})), "--out", "recipe.yaml").code == 0
 
 

@@ -32,13 +32,14 @@ OTHER_TASKS = {
     "trl/starchat2-15b-full",
 }
 # Keys that change what is learnt and are not offered. Without them, nothing is written.
-ACCEPTED: dict[str, tuple[str, ...]] = {
-}
+ACCEPTED: dict[str, tuple[str, ...]] = {}
 
 
 def examples() -> list[Example]:
     """Return every published config."""
-    files = sorted(file for tool in FOLDER.iterdir() if tool.name != "data" for file in tool.iterdir() if file.is_file())
+    files = sorted(
+        file for tool in FOLDER.iterdir() if tool.name != "data" for file in tool.iterdir() if file.is_file()
+    )
     found = []
     for file in files:
         name = f"{file.parent.name}/{file.stem}"

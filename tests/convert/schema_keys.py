@@ -1,4 +1,4 @@
-"""The keys of other tools' config classes, as their sources list them; TRL's and transformers' are read where installed.
+"""The keys of other tools' config classes, as their sources list them.
 
 axolotl: its pydantic schema; LLaMA-Factory: its dataclasses; mlx-lm: CONFIG_DEFAULTS and its options.
 """
@@ -48,7 +48,7 @@ lisa_layers_attribute use_wandb wandb_name wandb_run_id wandb_mode wandb_project
 wandb_log_model use_comet comet_api_key comet_workspace comet_project_name comet_experiment_key comet_mode comet_online
 comet_experiment_config gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens
 gradio_temperature use_ray ray_run_name ray_num_workers resources_per_worker
-""".split()
+"""
 
 AXOLOTL_DATASET = """
 path split type input_transform shards shards_idx preprocess_shards conversation chat_template chat_template_jinja
@@ -56,7 +56,7 @@ data_files input_format name ds_type field field_human field_model field_message
 template_thinking_key message_field_role message_field_content message_property_mappings message_field_training
 message_field_training_detail split_thinking logprobs_field temperature roles_to_train train_on_eos roles
 drop_system_message trust_remote_code revision text_column skip
-""".split()
+"""
 
 LLAMA_FACTORY = """
 template dataset eval_dataset dataset_dir media_dir cutoff_len train_on_prompt mask_history streaming buffer_size
@@ -89,14 +89,14 @@ vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen sg
 sglang_config sglang_lora_backend use_kt kt_optimize_rule cpu_infer chunk_size mode kt_maxlen kt_use_cuda_graph kt_mode
 kt_force_think ray_run_name ray_storage_path ray_storage_filesystem ray_num_workers resources_per_worker
 placement_strategy ray_init_kwargs overwrite_output_dir
-""".split()
+"""
 
 MLX = """
 model train fine_tune_type optimizer optimizer_config data seed num_layers batch_size iters val_batches learning_rate
 steps_per_report steps_per_eval resume_adapter_file adapter_path save_every test test_batches max_seq_length config
 grad_checkpoint lr_schedule lora_parameters mask_prompt wandb report_to project_name grad_accumulation_steps
 clear_cache_threshold
-""".split()
+"""
 
 LITGPT = """
 checkpoint_dir out_dir precision quantize devices num_nodes lora_r lora_alpha lora_dropout lora_query lora_key
@@ -106,4 +106,4 @@ train.epochs train.max_tokens train.max_steps train.max_time train.max_seq_lengt
 train.min_lr eval.interval eval.max_new_tokens eval.max_iters eval.initial_validation eval.final_validation
 eval.evaluate_example log.project log.run log.group log.teamspace log.metadata log.log_model log.save_logs
 log.checkpoint_name
-""".split()
+"""

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pytest import approx
 
 from lora_cli.convert.config import Config
 from lora_cli.convert.convert_config import convert_config
@@ -15,7 +14,12 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.training.lr_schedule import learning_rate, warmup_steps
 
 MINIMAL: dict[str, dict[str, Any]] = {
-    "axolotl": {"base_model": "a/b", "adapter": "lora", "learning_rate": 1e-4, "datasets": [{"path": "r.jsonl", "type": "chat_template"}]},
+    "axolotl": {
+        "base_model": "a/b",
+        "adapter": "lora",
+        "learning_rate": 1e-4,
+        "datasets": [{"path": "r.jsonl", "type": "chat_template"}],
+    },
     "llama-factory": {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "r", "dataset_dir": "ONLINE"},
     "trl": {"model_name_or_path": "a/b", "dataset_name": "a/r", "use_peft": True},
     "torchtune": {
@@ -26,7 +30,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     },
     "litgpt": {"checkpoint_dir": "checkpoints/a/b", "lora_r": 8, "train": {"max_seq_length": 512}},
     "mlx": {"model": "a/b", "fine_tune_type": "lora", "num_layers": -1, "data": "./rows"},
-}  # fmt: skip
+}
 
 
 def convert(tool: str, **changes: Any) -> Recipe:
@@ -65,18 +69,19 @@ def test_rows_per_step(tool: str, keys: dict[str, Any], rows: int):
 
 
 PACKED: list[tuple[str, dict[str, Any], int]] = [
-    ("axolotl", {"sample_packing": True, "flash_attention": True, "sequence_len": 2048, "micro_batch_size": 2, "gradient_accumulation_steps": 3}, 2 * 3 * 2048),
-    ("llama-factory", {"neat_packing": True, "cutoff_len": 1024, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, 2 * 3 * 1024),
-    ("trl", {"packing": True, "max_length": 512, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, 2 * 3 * 512),
-]  # fmt: skip
+    ("axolotl", {"sample_packing": True, "flash_attention": True, "sequence_len": 2048, "micro_batch_size": 2}, 2048),
+    ("llama-factory", {"neat_packing": True, "cutoff_len": 1024, "per_device_train_batch_size": 2}, 1024),
+    ("trl", {"packing": True, "max_length": 512, "per_device_train_batch_size": 2}, 512),
+]
 
 
-@pytest.mark.parametrize(("tool", "keys", "tokens"), PACKED)
-def test_tokens_per_step(tool: str, keys: dict[str, Any], tokens: int):
-    recipe = convert(tool, **keys)
+@pytest.mark.parametrize(("tool", "keys", "length"), PACKED)
+def test_tokens_per_step(tool: str, keys: dict[str, Any], length: int):
+    """A step has 3 batches of 2 packed rows."""
+    recipe = convert(tool, **keys, gradient_accumulation_steps=3)
     assert recipe.data.packing is not False
     assert isinstance(recipe.training.tokens_per_batch, int)
-    assert recipe.training.tokens_per_batch * recipe.training.gradient_accumulation == tokens
+    assert recipe.training.tokens_per_batch * recipe.training.gradient_accumulation == 3 * 2 * length
 
 
 SCALES: list[tuple[str, dict[str, Any], float]] = [
@@ -140,15 +145,17 @@ def test_learning_rates_are_those_of_transformers(keys: dict[str, Any], tmp_path
     spec = convert("trl", learning_rate=3e-4, **keys).training
     ours = [learning_rate(step, spec=spec, total=TOTAL) for step in range(TOTAL)]
     warmup = warmup_steps(spec.warmup, TOTAL)
-    assert ours[warmup:] == approx(theirs[warmup:], rel=1e-9)
-    assert ours[: max(0, warmup - 1)] == approx(theirs[1:warmup], rel=1e-9)
+    assert ours[warmup:] == pytest.approx(theirs[warmup:], rel=1e-9)
+    assert ours[: max(0, warmup - 1)] == pytest.approx(theirs[1:warmup], rel=1e-9)
 
 
 def test_axolotl_and_litgpt_minimum_of_the_cosine():
     spec = convert("axolotl", learning_rate=2e-4, cosine_min_lr_ratio=0.1).training
     assert (spec.schedule, spec.min_learning_rate) == ("cosine", 2e-5)
     train = {"global_batch_size": 8, "micro_batch_size": 4, "min_lr": 1e-5, "max_seq_length": 512}
-    spec = convert("litgpt", train=train, optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}).training
+    spec = convert(
+        "litgpt", train=train, optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    ).training
     assert (spec.learning_rate, spec.min_learning_rate, spec.weight_decay) == (1e-3, 1e-5, 0.01)
 
 

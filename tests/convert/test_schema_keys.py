@@ -43,18 +43,18 @@ def test_peft():
 
 
 def test_llama_factory():
-    keys = {*schema_keys.LLAMA_FACTORY, *fields(transformers.Seq2SeqTrainingArguments)}
+    keys = {*schema_keys.LLAMA_FACTORY.split(), *fields(transformers.Seq2SeqTrainingArguments)}
     assert keys - llama_factory.TABLE.known() == set()
 
 
 def test_axolotl():
-    assert set(schema_keys.AXOLOTL) - axolotl_keys.TABLE.known() == set()
-    assert set(schema_keys.AXOLOTL_DATASET) - set(KEYS.split()) == set()
+    assert set(schema_keys.AXOLOTL.split()) - axolotl_keys.TABLE.known() == set()
+    assert set(schema_keys.AXOLOTL_DATASET.split()) - set(KEYS.split()) == set()
 
 
 def test_mlx_and_litgpt():
-    assert set(schema_keys.MLX) - mlx.TABLE.known() == set()
-    assert set(schema_keys.LITGPT) - litgpt.TABLE.known() == set()
+    assert set(schema_keys.MLX.split()) - mlx.TABLE.known() == set()
+    assert set(schema_keys.LITGPT.split()) - litgpt.TABLE.known() == set()
 
 
 @pytest.mark.parametrize("tool", TABLES)
