@@ -41,7 +41,7 @@ def carry_lora_variant(
     if ratio and chosen:
         draft.refuse(plus, f"cannot be combined with {chosen}; accepted: {chosen} alone")
     elif ratio:
-        draft.set("adapter.method", "lora+", plus)
+        draft.put("adapter.method", "lora+", plus)
         draft.carry(plus, "adapter.lr_ratio", float(ratio))
 
 

@@ -11,6 +11,7 @@ from lora_cli.convert.huggingface import (
     carry_clipping,
     carry_eval_fraction,
     carry_output,
+    carry_revision,
     carry_steps,
     texts,
 )
@@ -49,6 +50,7 @@ def _carry_model(draft: Draft) -> None:
         draft.carry("base_model", "model.path", path)
     else:
         draft.missing("base_model", "the config names no base; accepted: a placeholder in model.path")
+    carry_revision(draft, "revision_of_model")
     carry_precision(draft)
     if config.switch("trust_remote_code"):
         draft.no_effect(
@@ -79,11 +81,11 @@ def _carry_special_tokens(draft: Draft) -> None:
         draft.refuse(f"special_tokens.{name}", "the tokenizer's own is used; accept this if it is the same")
     tokens = [*texts(config, "tokens"), *texts(config, "special_tokens.additional_special_tokens")]
     if tokens:
-        draft.set("model.new_tokens", tokens, "tokens")
+        draft.put("model.new_tokens", tokens, "tokens")
         for key in ("tokens", "special_tokens.additional_special_tokens"):
             draft.carried(key, "model.new_tokens", tokens)
         if not config.get("lora_modules_to_save"):
-            draft.set("adapter.trainable_tokens", tokens, "tokens: their embeddings are trained")
+            draft.put("adapter.trainable_tokens", tokens, "tokens: their embeddings are trained")
 
 
 def _carry_adapter(draft: Draft) -> None:
@@ -104,7 +106,7 @@ def _carry_adapter(draft: Draft) -> None:
     )
     if config.get("peft.loftq_config"):
         draft.carry("peft.loftq_config", "adapter.method", "loftq")
-        draft.set("quantization.bits", 4, "peft.loftq_config")
+        draft.put("quantization.bits", 4, "peft.loftq_config")
     for key, to, default in (("lora_r", "adapter.rank", 8), ("lora_alpha", "adapter.alpha", 8.0)):
         value = config.number(key)
         if value is None:
@@ -132,10 +134,10 @@ def _carry_quantization(draft: Draft) -> None:
     four, eight = config.switch("load_in_4bit"), config.switch("load_in_8bit")
     dtype = (config.text("peft.weight_dtype") or "").lower()
     if four or (not eight and config.text("adapter") == "qlora") or dtype in ("nf4", "int4"):
-        draft.set("quantization.bits", 4, "load_in_4bit")
+        draft.put("quantization.bits", 4, "load_in_4bit")
         draft.carried("load_in_4bit", "quantization.bits", 4)
     elif eight or dtype == "int8":
-        draft.set("quantization.bits", 8, "load_in_8bit")
+        draft.put("quantization.bits", 8, "load_in_8bit")
         draft.carried("load_in_8bit", "quantization.bits", 8)
     for key in ("load_in_4bit", "load_in_8bit"):
         draft.same(key, "no quantization is the default")
@@ -163,11 +165,11 @@ def _carry_rows(draft: Draft) -> None:
     strategy = config.text("excess_length_strategy") or "drop"
     ours = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(strategy)
     if config.get("pretraining_dataset"):
-        draft.set("data.overlong", "split", "pretraining_dataset")
+        draft.put("data.overlong", "split", "pretraining_dataset")
         draft.no_effect("excess_length_strategy", "documents are split")
     elif ours is None:
         draft.refuse("excess_length_strategy", "rows are dropped, truncated or an error; accepted: dropped")
-        draft.set("data.overlong", "drop", "excess_length_strategy")
+        draft.put("data.overlong", "drop", "excess_length_strategy")
     elif config.has("excess_length_strategy") and config.get("excess_length_strategy") is not None:
         draft.carry("excess_length_strategy", "data.overlong", ours)
     else:
@@ -178,7 +180,7 @@ def _carry_rows(draft: Draft) -> None:
         if config.switch("sample_packing"):
             draft.carry("sample_packing", "data.packing", True, leaks)
         else:
-            draft.set("data.packing", True, "pretraining_dataset")
+            draft.put("data.packing", True, "pretraining_dataset")
             draft.same("sample_packing", "pretraining_dataset packs")
     else:
         carry_no_packing(draft, "sample_packing")

@@ -58,9 +58,9 @@ def carry_datasets(draft: Draft) -> None:
     for key, to in (("datasets", "data.train"), ("pretraining_dataset", "data.train"), ("test_datasets", "data.eval")):
         entries = config.get(key)
         if isinstance(entries, str) and entries:
-            draft.set(to, entries, key)
+            draft.put(to, entries, key)
             draft.carried(key, to, entries)
-            draft.set("data.format", "text", key)
+            draft.put("data.format", "text", key)
             kinds.append("pretrain")
             continue
         sources = []
@@ -73,7 +73,7 @@ def carry_datasets(draft: Draft) -> None:
             write_sources(draft, to, sources)
     if "data.train" not in draft.values:
         draft.missing("datasets", "the config has no datasets; accepted: data/train.jsonl")
-        draft.set("data.train", "data/train.jsonl", "replace: the config has no datasets")
+        draft.put("data.train", "data/train.jsonl", "replace: the config has no datasets")
     _carry_templates(draft, kinds)
     _carry_loss(draft, kinds)
 
@@ -126,7 +126,7 @@ def _locate(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) ->
     for key in ("split", "train_on_split"):
         if not entry.get(key):
             continue
-        if refused := carry_split(draft, key, source, str(entry[key])):
+        if refused := carry_split(draft, f"{prefix}.{key}", source, str(entry[key])):
             draft.refuse(f"{prefix}.{key}", refused)
         draft.carried(f"{prefix}.{key}", "split", source.values.get("split"))
     if kind == "synthetic" or path == "synthetic":
@@ -285,7 +285,7 @@ def _carry_loss(draft: Draft, kinds: list[str]) -> None:
     wanted = [as_switch(entry.get("train_on_inputs")) for entry in entries]
     everything = config.switch("train_on_inputs")
     if everything or any(wanted):
-        draft.set("data.loss_on", "all", "train_on_inputs")
+        draft.put("data.loss_on", "all", "train_on_inputs")
     draft.carried("train_on_inputs", "data.loss_on", "all" if everything else "assistant")
     for index, value in enumerate(wanted):
         name = f"datasets[{index}].train_on_inputs"

@@ -21,7 +21,6 @@ from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 _OWN = KeyTable(
     carried={
         "base_model": ("model.path", text),
-        "revision_of_model": ("model.revision", text),
         "lora_model_dir": ("adapter.from", text),
         "peft_layers_to_transform": ("adapter.layers", lambda config, key: list(config.get(key))),
         "lora_modules_to_save": ("adapter.modules_to_save", texts),
@@ -126,7 +125,7 @@ _OWN = KeyTable(
         "another task than supervised fine-tuning": "reward_model process_reward_model",
         "classification is `task: seq-cls`, whose rows are a text and a label": "num_labels",
     },
-    handled="datasets test_datasets pretraining_dataset rl adapter load_in_8bit load_in_4bit bf16 fp16 bfloat16 "
+    handled="revision_of_model datasets test_datasets pretraining_dataset rl adapter load_in_8bit load_in_4bit bf16 fp16 bfloat16 "
     "float16 "
     "float32 lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear peft_use_dora peft_use_rslora "
     "peft_init_lora_weights loraplus_lr_ratio peft peft.loftq_config peft.backend peft.weight_dtype peft.group_size "

@@ -38,7 +38,11 @@ def read_command_line(file: Path, text: str) -> Config:
             variables[match[1]] = " ".join(_split(value))
             continue
         words = _split(VARIABLE.sub(lambda found: variables.get(found[1], found[0]), line))
-        values = _options(words)
+        # `accelerate launch --num_processes 4 train.py --learning_rate 1e-4`: the launcher's own options come first.
+        script = next((index for index, word in enumerate(words) if word.endswith(".py")), 0)
+        values = _options(words[script:])
+        if launcher := _options(words[:script]):
+            values["launcher"] = launcher
         if len(values) >= 2:
             program = next((tool for pattern, tool in PROGRAMS if re.search(pattern, line)), "")
             places = dict.fromkeys(values, f"{file}:{number}")

@@ -180,6 +180,8 @@ def show(value: Any, limit: int = 60) -> str:
         text = "{" + ", ".join(f"{key}: {show(item)}" for key, item in value.items()) + "}"
     elif isinstance(value, list | tuple):
         text = "[" + ", ".join(show(item) for item in value) + "]"
+    elif isinstance(value, float):
+        text = f"{value:.12g}"
     else:
         text = str(value) if value != "" else '""'
     text = " ".join(text.split())

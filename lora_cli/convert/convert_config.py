@@ -39,7 +39,9 @@ def convert_config(config: Config, tool: str) -> Conversion:
     draft = Draft(entry.name, config)
     entry.convert(draft)
     if "model.path" not in draft.values:
-        draft.set("model.path", "base-model", "replace: the config names no base")
+        draft.put("model.path", "base-model", "replace: the config names no base")
+    _carry_launcher(draft)
+    _check_warmup(draft)
     _drop_template(draft)
     draft.finish(set(entry.known))
     return Conversion(draft, draft.in_order(), recipe_text(draft))
@@ -62,3 +64,24 @@ def _drop_template(draft: Draft) -> None:
         for key, line in draft.lines.items():
             if line.to == to:
                 draft.lines[key] = Line(key, line.value, Outcome.NO_EFFECT, reason=reason)
+
+
+def _carry_launcher(draft: Draft) -> None:
+    """Carry the number of processes that a command line starts."""
+    for name in ("num_processes", "nproc_per_node", "num_gpus"):
+        count = draft.config.get(f"launcher.{name}")
+        if isinstance(count, int):
+            draft.carry(f"launcher.{name}", "distributed.processes", count)
+    draft.no_effect("launcher", "how processes are started: `distributed:` has the options here")
+
+
+def _check_warmup(draft: Draft) -> None:
+    """A warmup longer than the run cannot be written; its rates are those of the other tool up to the last step."""
+    warmup, steps = draft.values.get("training.warmup", 0), draft.values.get("training.max_steps")
+    if steps is None or warmup <= steps:
+        return
+    draft.put("training.warmup", steps, f"{warmup} there")
+    for key, line in draft.lines.items():
+        if line.to == "training.warmup":
+            reason = f"the run has {steps} steps, so the rate never reaches its peak; accepted: a warmup of {steps}"
+            draft.lines[key] = line._replace(outcome=Outcome.NOT_OFFERED, to="", result=None, reason=reason)

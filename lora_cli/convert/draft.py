@@ -63,7 +63,7 @@ class Draft:
 
     def carry(self, key: str, to: str, value: Any, note: str = "") -> None:
         """Set the recipe's `to` from the config's `key`."""
-        self.set(to, value, f"{key}; {note}" if note else key)
+        self.put(to, value, f"{key}; {note}" if note else key)
         self.carried(key, to, value, note)
 
     def carried(self, key: str, to: str, result: Any, note: str = "", *, computed: bool = False) -> None:
@@ -74,8 +74,10 @@ class Draft:
             if self.config.has(name) or (computed and self.config.is_written(name)):
                 self._line(name, outcome, to=to, result=result, reason=note)
 
-    def set(self, to: str, value: Any, comment: str = "") -> None:
+    def put(self, to: str, value: Any, comment: str = "") -> None:
         """Set a key of the recipe."""
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         self.values[to] = value
         self.comments[to] = comment
 
@@ -85,7 +87,7 @@ class Draft:
         if to in self.values or equals_default(to, value, method=method):
             return
         reason = f"{self.tool}'s default" + (f": {why}" if why else "")
-        self.set(to, value, reason)
+        self.put(to, value, reason)
         self.assumed.append(Assumed(to, value, reason))
 
     def same(self, key: str, reason: str) -> None:
@@ -93,7 +95,9 @@ class Draft:
         self._each(key, Outcome.DEFAULT, reason)
 
     def no_effect(self, key: str, reason: str) -> None:
-        """Note that the key has no effect on what is learnt."""
+        """Note that the key has no effect on what is learnt; null is not a value."""
+        if self.config.raw(key) is None:
+            self._each(key, Outcome.DEFAULT, "not set")
         self._each(key, Outcome.NO_EFFECT, reason)
 
     def refuse(self, key: str, reason: str, *, always: bool = False) -> None:
@@ -153,8 +157,13 @@ class Draft:
             if isinstance(value, Unreadable):
                 reason = "is computed by the script: write its value; accepted: as if it were not there"
                 self.lines[key] = Line(key, value, Outcome.NOT_OFFERED, reason=reason)
-            elif value is None and {key, last, strip_indices(key)} & known:
-                self.lines[key] = Line(key, value, Outcome.DEFAULT, reason="not set")
+            elif {key, last, strip_indices(key)} & known:
+                if asks_for_nothing(value) or value in ([], {}):
+                    reason = "not set" if value is None else "asks for nothing"
+                    self.lines[key] = Line(key, value, Outcome.DEFAULT, reason=reason)
+                else:
+                    reason = f"is not carried with the other keys of this {self.config.kind}; accepted: without it"
+                    self.lines[key] = Line(key, value, Outcome.NOT_OFFERED, reason=reason)
             elif any(done.startswith((f"{key}.", f"{key}[")) for done in self.lines):
                 continue
             else:
@@ -183,7 +192,7 @@ def _defaults() -> dict[str, Any]:
     recipe = Recipe.model_validate({"model": {"path": "x"}, "data": {"train": "x"}, "task": "seq-cls"})
     values = recipe.model_dump()
     sections = {name: keys for name, keys in values.items() if isinstance(keys, dict)}
-    sections["quantization"] = QuantizationSpec.model_validate({}).model_dump()
+    sections["quantization"] = QuantizationSpec.model_validate({}).model_dump(exclude={"bits"})
     flat = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
     # The task above is one whose batches are counted in rows.
     return {**flat, "data.packing": True, "task": "causal-lm", "output": values["output"]}

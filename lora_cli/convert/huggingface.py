@@ -71,7 +71,8 @@ TRAINING_ARGUMENTS = KeyTable(
         "dataloader_persistent_workers dataloader_prefetch_factor torch_empty_cache_steps "
         "auto_find_batch_size jit_mode_eval use_ipex bf16_full_eval fp16_full_eval half_precision_backend "
         "fp16_backend fp16_opt_level tpu_num_cores tpu_metrics_debug mp_parameters use_cache activation_offloading "
-        "no_cuda use_cpu use_mps_device parallelism_config train_sampling_strategy",
+        "dataloader_multiprocessing_context dataloader_in_order activation_checkpointing "
+        "activation_checkpointing_kwargs no_cuda use_cpu use_mps_device parallelism_config train_sampling_strategy",
         SHARDING: "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
         "one process per GPU: `distributed:` has the options": "ddp_backend ddp_timeout ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph local_rank world_size nproc_per_node",
@@ -137,6 +138,14 @@ def carry_training(draft: Draft, defaults: TrainerDefaults) -> None:
         draft.same("neftune_noise_alpha", "asks for nothing")
     carry_checkpoints(draft)
     carry_tracking(draft)
+
+
+def carry_revision(draft: Draft, key: str) -> None:
+    """Carry the revision of the base on the hub; main is the default, also of a local folder, which has none."""
+    if (revision := draft.config.text(key)) is None or revision == "main":
+        draft.same(key, "main is the default")
+    else:
+        draft.carry(key, "model.revision", revision)
 
 
 def carry_output(draft: Draft, key: str) -> None:
@@ -238,7 +247,7 @@ def carry_eval_fraction(draft: Draft, key: str) -> None:
         draft.carry(key, "data.eval", float(value))
     else:
         draft.refuse(key, f"{show(value)} is a number of rows, and data.eval a fraction; accepted: 0.05")
-        draft.set("data.eval", 0.05, key)
+        draft.put("data.eval", 0.05, key)
 
 
 def texts(config: Config, key: str) -> Any:

@@ -9,6 +9,7 @@ from lora_cli.convert.sources import Source, write_sources
 from lora_cli.convert.tables import CACHE, EVALUATION, HARDWARE, LOGGING, SHARDING, KeyTable, apply_table
 from lora_cli.convert.torchtune import carry_betas
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
+from lora_cli.convert.tracking import carry_tracking
 from lora_cli.convert.values import carry_dtype, carry_optimizer, family_of, positive
 
 # Data modules: hub id or URL, format, columns.
@@ -71,6 +72,7 @@ def convert(draft: Draft) -> None:
     _carry_rows(draft)
     _carry_training(draft)
     carry_output(draft, "out_dir")
+    carry_tracking(draft)
     apply_table(draft, TABLE)
 
 
@@ -91,17 +93,17 @@ def _carry_model(draft: Draft) -> None:
     if quantize is None:
         draft.same("quantize", "asks for nothing")
     elif quantize.startswith("bnb.int8"):
-        draft.set("quantization.bits", 8, "quantize")
+        draft.put("quantization.bits", 8, "quantize")
         draft.carried("quantize", "quantization.bits", 8)
     elif quantize in ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"):
         kind, _, double = quantize.removeprefix("bnb.").partition("-")
-        draft.set("quantization.bits", 4, "quantize")
-        draft.set("quantization.type", kind, "quantize")
-        draft.set("quantization.double_quant", bool(double), "quantize")
+        draft.put("quantization.bits", 4, "quantize")
+        draft.put("quantization.type", kind, "quantize")
+        draft.put("quantization.double_quant", bool(double), "quantize")
         draft.carried("quantize", "quantization", quantize)
     else:
         draft.refuse("quantize", "a base is quantized by bitsandbytes; accepted: 4 bits")
-        draft.set("quantization.bits", 4, "quantize")
+        draft.put("quantization.bits", 4, "quantize")
     devices = config.get("devices")
     if isinstance(devices, int) and devices > 1:
         draft.carry("devices", "distributed.processes", devices)
@@ -130,7 +132,7 @@ def _carry_adapter(draft: Draft) -> None:
     modules += family.mlp if config.switch("lora_mlp") else ()
     modules += ["lm_head"] if config.switch("lora_head") else []
     targets = list(dict.fromkeys(modules))
-    draft.set("adapter.target_modules", targets or "all-linear", "lora_query, lora_key, lora_value, ...")
+    draft.put("adapter.target_modules", targets or "all-linear", "lora_query, lora_key, lora_value, ...")
     for key in (*PARTS, "lora_mlp", "lora_head"):
         draft.carried(key, "adapter.target_modules", targets)
 
@@ -163,7 +165,7 @@ def _carry_rows(draft: Draft) -> None:
         draft.carried("data.init_args.mask_prompt", "data.loss_on", "all")
     style = (config.text("data.init_args.prompt_style") or "alpaca").lower().rpartition(".")[2]
     if style == "alpaca" and kind == "alpaca":
-        draft.set("data.chat_template", "alpaca", "litgpt's default: prompt_style: alpaca")
+        draft.put("data.chat_template", "alpaca", "litgpt's default: prompt_style: alpaca")
         note = "an input follows the instruction, without a heading of its own"
         draft.carried("data.init_args.prompt_style", "data.chat_template", "alpaca", note)
     length = config.whole("train.max_seq_length")
@@ -172,7 +174,7 @@ def _carry_rows(draft: Draft) -> None:
         draft.assume("data.overlong", "truncate", "the end of longer rows is cut")
     else:
         why = "no limit; here a longer row is an error"
-        draft.set("data.max_length", 8192, f"litgpt's default: {why}")
+        draft.put("data.max_length", 8192, f"litgpt's default: {why}")
         draft.carried("train.max_seq_length", "data.max_length", 8192, why)
     carry_no_packing(draft, "packing")
 
@@ -200,7 +202,7 @@ def _carry_training(draft: Draft) -> None:
     rate = draft.values["training.learning_rate"]
     if draft.values.get("training.min_learning_rate", 0) > rate:
         # CosineAnnealingLR then rises from the learning rate to min_lr.
-        draft.set("training.min_learning_rate", 0.0, "min_lr is above the learning rate")
+        draft.put("training.min_learning_rate", 0.0, "min_lr is above the learning rate")
         draft.lines.pop("train.min_lr", None)
         draft.refuse("train.min_lr", "is above the learning rate, so the rate would rise; accepted: 0")
     warmup = config.number("train.lr_warmup_steps")

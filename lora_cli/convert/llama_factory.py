@@ -7,6 +7,7 @@ from lora_cli.convert.huggingface import (
     TRAINING_ARGUMENTS,
     TrainerDefaults,
     carry_eval_fraction,
+    carry_revision,
     carry_training,
     real,
     text,
@@ -37,7 +38,6 @@ MULTIMODAL = "for images, video and audio: `lora train` trains text models"
 _OWN = KeyTable(
     carried={
         "model_name_or_path": ("model.path", text),
-        "model_revision": ("model.revision", text),
         "additional_target": ("adapter.modules_to_save", texts),
     },
     no_effect={
@@ -103,7 +103,7 @@ _OWN = KeyTable(
         "the answer's end-of-turn token is that of the chat template; accepted: so": "efficient_eos",
         "it stops by steps; write training.stop_after in evaluations; accepted: never": "early_stopping_steps",
     },
-    handled="stage finetuning_type do_train quantization_bit quantization_method quantization_type double_quantization "
+    handled="model_revision stage finetuning_type do_train quantization_bit quantization_method quantization_type double_quantization "
     "lora_rank lora_alpha lora_dropout lora_target lora_target_modules loraplus_lr_ratio use_rslora use_dora "
     "pissa_init "
     "use_muon adapter_name_or_path dataset eval_dataset dataset_dir template cutoff_len train_on_prompt mask_history "
@@ -131,6 +131,7 @@ def convert(draft: Draft) -> None:
     path = config.text("model_name_or_path")
     if path:
         draft.carry("model_name_or_path", "model.path", path)
+    carry_revision(draft, "model_revision")
     if config.switch("trust_remote_code"):
         draft.no_effect(
             "trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it"
@@ -179,7 +180,7 @@ def _carry_adapter(draft: Draft, kind: str) -> None:
     for key in tokens:
         draft.carry(key, "model.new_tokens", texts(config, key))
         if config.get("additional_target") is None:
-            draft.set("adapter.trainable_tokens", texts(config, key), f"{key}: their embeddings are trained")
+            draft.put("adapter.trainable_tokens", texts(config, key), f"{key}: their embeddings are trained")
 
 
 def _carry_quantization(draft: Draft) -> None:
@@ -224,8 +225,8 @@ def _carry_rows(draft: Draft, stage: str) -> None:
         draft.carry("cutoff_len", "data.max_length", length)
     length = length or 2048
     if stage == "pt":
-        draft.set("data.loss_on", "all", "stage: pt")
-        draft.set("data.overlong", "split", "LLaMA-Factory cuts long documents into pieces of cutoff_len")
+        draft.put("data.loss_on", "all", "stage: pt")
+        draft.put("data.overlong", "split", "LLaMA-Factory cuts long documents into pieces of cutoff_len")
     elif packing:
         draft.assume("data.overlong", "drop", "with packing, longer rows are dropped")
     else:

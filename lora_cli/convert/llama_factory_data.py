@@ -52,10 +52,10 @@ def carry_datasets(draft: Draft, stage: str) -> None:
             sources.append(source)
         if sources:
             write_sources(draft, to, sources)
-            draft.carried(key, to, draft.values[to])
+            draft.carried(key, to, [source.values["path"] for source in sources])
         if key == "dataset" and not sources:
             draft.missing("dataset", "the config names no dataset; accepted: data/train.jsonl")
-            draft.set("data.train", "data/train.jsonl", "replace: the config names no dataset")
+            draft.put("data.train", "data/train.jsonl", "replace: the config names no dataset")
     if rows:
         draft.carried("max_samples", "max_rows of each source", rows)
     draft.no_effect("dataset_dir", "the paths of data.train name the folder")

@@ -169,7 +169,7 @@ def _carry_rows(draft: Draft) -> None:
             values = [Source({"path": f"{base}/train.jsonl"}, "data"), Source({"path": f"{base}/valid.jsonl"}, "data")]
         else:
             values = [Source({"path": folder}, "data"), Source({"path": folder, "split": "valid"}, "data")]
-        draft.set("data.train", values[0].values["path"], "data")
+        draft.put("data.train", values[0].values["path"], "data")
         write_sources(draft, "data.eval", values[1:])
         draft.carried("data", "data.train", values[0].values["path"], "and data.eval: its validation rows")
     if config.switch("mask_prompt") or config.switch("hf_dataset.mask_prompt"):
@@ -194,7 +194,7 @@ def _carry_hub(draft: Draft, hub: dict[str, Any]) -> None:
     for key, to in (("train_split", "data.train"), ("valid_split", "data.eval")):
         source = Source({"path": path}, "hf_dataset")
         if hub.get(key):
-            if refused := carry_split(draft, key, source, str(hub[key])):
+            if refused := carry_split(draft, f"hf_dataset.{key}", source, str(hub[key])):
                 draft.refuse(f"hf_dataset.{key}", refused)
             draft.carried(f"hf_dataset.{key}", "split", source.values.get("split"))
         for feature, column in (
@@ -295,7 +295,7 @@ def _carry_schedule(draft: Draft, steps: int) -> None:
     name = str(options.get("name"))
     values = [as_number(each) for each in as_list(options.get("arguments"))]
     warmup = int(as_number(options.get("warmup", 0)) or 0)
-    draft.set("training.warmup", warmup, "lr_schedule.warmup")
+    draft.put("training.warmup", warmup, "lr_schedule.warmup")
     draft.carried("lr_schedule.warmup", "training.warmup", warmup)
     start = as_number(options.get("warmup_init", 0))
     if start:
@@ -304,19 +304,19 @@ def _carry_schedule(draft: Draft, steps: int) -> None:
     ours = {"cosine_decay": "cosine", "linear_schedule": "linear"}.get(name)
     if ours is None or not values or values[0] is None:
         draft.refuse("lr_schedule.name", f"there is no schedule {show(name)} here; accepted: constant")
-        draft.set("training.schedule", "constant", "lr_schedule")
+        draft.put("training.schedule", "constant", "lr_schedule")
         draft.refuse("lr_schedule.arguments", "arguments of the schedule; accepted: without them")
         return
     end_index, length_index = (2, 1) if name == "cosine_decay" else (1, 2)
     length = int(values[length_index] or steps) if len(values) > length_index else steps
     end = values[end_index] if len(values) > end_index else 0.0
-    draft.set("training.learning_rate", float(values[0]), "lr_schedule.arguments")
+    draft.put("training.learning_rate", float(values[0]), "lr_schedule.arguments")
     draft.lines.pop("learning_rate", None)
     draft.no_effect("learning_rate", "lr_schedule.arguments has it")
-    draft.set("training.schedule", ours, "lr_schedule.name")
+    draft.put("training.schedule", ours, "lr_schedule.name")
     draft.carried("lr_schedule.name", "training.schedule", ours)
     if end:
-        draft.set("training.min_learning_rate", float(end), "lr_schedule.arguments")
+        draft.put("training.min_learning_rate", float(end), "lr_schedule.arguments")
     if abs(length + warmup - steps) > 1:
         reason = (
             f"the decay takes {length} steps after {warmup} of warmup, and the run has {steps}; "

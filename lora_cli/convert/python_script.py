@@ -221,7 +221,7 @@ class _Reader:
         used = {node.id for node in nodes if isinstance(node, ast.Name)}
         prompts = [str(self.constants[name]) for name in used if isinstance(self.constants.get(name), str)]
         if any("### Instruction:" in text and "### Response:" in text for text in prompts):
-            return {"map": "alpaca"}
+            return {"map": "alpaca", "columns": ",".join(dict.fromkeys(columns))}
         return {"map": "code"}
 
 

@@ -33,7 +33,7 @@ def carry_schedule(draft: Draft, key: str, *, default: str, kwargs: str = "lr_sc
             used = {"num_cycles"}
             if cycles > 1:
                 ours = "cosine-with-restarts"
-                draft.set("training.cycles", cycles, f"{kwargs}.num_cycles")
+                draft.put("training.cycles", cycles, f"{kwargs}.num_cycles")
             else:
                 note = "with one cycle it has no restart"
         case "cosine_with_min_lr" | "cosine_warmup_with_min_lr":
@@ -41,23 +41,23 @@ def carry_schedule(draft: Draft, key: str, *, default: str, kwargs: str = "lr_sc
             minimum = as_number(options.get("min_lr")) if options.get("min_lr") is not None else None
             if minimum is None:
                 minimum = rate * (as_number(options.get("min_lr_rate", 0)) or 0)
-            draft.set("training.min_learning_rate", rounded(minimum), f"{kwargs}")
+            draft.put("training.min_learning_rate", rounded(minimum), f"{kwargs}")
         case "polynomial":
             used = {"lr_end", "power"}
             if as_number(options.get("power", 1)) == 1:
                 end = as_number(options.get("lr_end", 1e-7)) or 0.0
-                draft.set("training.min_learning_rate", end, "lr_end of transformers' polynomial schedule")
+                draft.put("training.min_learning_rate", end, "lr_end of transformers' polynomial schedule")
                 note = "of power 1"
             else:
                 ours = None
         case "warmup_stable_decay":
             used = {"num_decay_steps", "min_lr_ratio", "decay_type", "num_stable_steps", "warmup_type"}
             if options.get("num_decay_steps"):
-                draft.set(
+                draft.put(
                     "training.decay", float(as_number(options["num_decay_steps"]) or 0), f"{kwargs}.num_decay_steps"
                 )
             if ratio := as_number(options.get("min_lr_ratio", 0)):
-                draft.set("training.min_learning_rate", rounded(rate * ratio), f"{kwargs}.min_lr_ratio")
+                draft.put("training.min_learning_rate", rounded(rate * ratio), f"{kwargs}.min_lr_ratio")
             if options.get("decay_type", "cosine") != "linear":
                 draft.refuse(key, "its decay is a cosine; accepted: wsd with a linear decay")
             ours = "wsd"
@@ -119,7 +119,7 @@ def carry_warmup(draft: Draft, *, steps: str, ratio: str, schedule: str, default
     if schedule == "constant" and (number or fraction or default):
         for key in (steps, ratio):
             draft.no_effect(key, "transformers' schedule constant has no warmup")
-        draft.set("training.warmup", 0, "transformers' schedule constant has no warmup")
+        draft.put("training.warmup", 0, "transformers' schedule constant has no warmup")
         return
     if number:
         draft.carry(steps, "training.warmup", number)

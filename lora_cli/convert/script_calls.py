@@ -38,6 +38,13 @@ def carry_script(draft: Draft) -> None:
     draft.refuse("eval_dataset", "its rows are chosen in code: write data.eval; accepted: no evaluation")
 
 
+def alpaca_columns(draft: Draft) -> dict[str, str]:
+    """Return the columns of rows that a function writes in Alpaca's prompt: those that it reads, in its order."""
+    names = [name for name in draft.config.facts.get("columns", "").split(",") if name]
+    ours = {2: ("instruction", "output"), 3: ("instruction", "input", "output")}.get(len(names), ())
+    return dict(zip(ours, names, strict=False))
+
+
 def _carry_map(draft: Draft) -> None:
     config = draft.config
     match config.facts.get("map"):
@@ -45,7 +52,7 @@ def _carry_map(draft: Draft) -> None:
             column = config.facts.get("column", "")
             draft.same("dataset.map", f"the chat template renders {column or 'the conversations'} here, too")
         case "alpaca":
-            draft.set("data.chat_template", "alpaca", "dataset.map: Alpaca's prompt")
+            draft.put("data.chat_template", "alpaca", "dataset.map: Alpaca's prompt")
             note = "Alpaca's prompt; an input follows the instruction, without a heading of its own"
             draft.carried("dataset.map", "data.chat_template", "alpaca", note, computed=True)
         case _:

@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from lora_cli.convert.config import show
 from lora_cli.convert.draft import Draft, Line, Outcome
 from lora_cli.data.message_shapes import FIELD_NAMES, ROLE_NAMES
 
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
 SLICE = re.compile(r"^(\w+)\[(:?)(\d+)(%?)(:?)\]$")
 
 
@@ -44,6 +46,9 @@ def _is_found(ours: str, theirs: str) -> bool:
 
 def carry_split(draft: Draft, key: str, source: Source, split: str) -> str:
     """Set the split of a source, and return what of it is not offered: `train[:20%]` reads a part of a split."""
+    if split == "train" and PurePath(str(source.values.get("path", ""))).suffix in FILE_SUFFIXES:
+        draft.same(key, "the rows of the file")
+        return ""
     part = SLICE.match(split)
     if part is None:
         if re.search(r"[\[+]", split):
@@ -62,11 +67,11 @@ def write_sources(draft: Draft, to: str, sources: list[Source]) -> None:
     """Set data.train or data.eval; a single source without options is written as its path."""
     values = [source.values for source in sources]
     if len(values) == 1 and set(values[0]) <= {"path", "format"} and to == "data.train":
-        draft.set(to, values[0]["path"], sources[0].comment)
+        draft.put(to, values[0]["path"], sources[0].comment)
         if "format" in values[0]:
-            draft.set("data.format", values[0]["format"])
+            draft.put("data.format", values[0]["format"])
         return
-    draft.set(to, values)
+    draft.put(to, values)
     for index, source in enumerate(sources):
         draft.comments[f"{to}[{index}]"] = source.comment
 

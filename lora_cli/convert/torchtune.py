@@ -136,7 +136,7 @@ def _carry_model(draft: Draft, builder: str) -> None:
     family = family_of(f"{folder} {builder}")
     if config.switch("model.use_dora") or builder.startswith(("dora_", "qdora_")):
         draft.carry("model.use_dora", "adapter.method", "dora")
-        draft.set("adapter.method", "dora", "model")
+        draft.put("adapter.method", "dora", "model")
     draft.same("model.use_dora", "asks for nothing")
     draft.carried(
         f"model.{COMPONENT}",
@@ -144,7 +144,7 @@ def _carry_model(draft: Draft, builder: str) -> None:
         4 if "qlora" in builder else "lora",
     )
     if re.match(r"q(lora|dora)_", builder) or config.switch("model.quantize_base"):
-        draft.set("quantization.bits", 4, f"model: {builder}, with torchao's nf4")
+        draft.put("quantization.bits", 4, f"model: {builder}, with torchao's nf4")
         draft.carried("model.quantize_base", "quantization.bits", 4)
     draft.same("model.quantize_base", "asks for nothing")
     names = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "output_proj": "o"}
@@ -156,7 +156,7 @@ def _carry_model(draft: Draft, builder: str) -> None:
     modules += family.mlp if config.switch("model.apply_lora_to_mlp") else ()
     modules += ["lm_head"] if config.switch("model.apply_lora_to_output") else []
     targets = list(dict.fromkeys(modules))
-    draft.set("adapter.target_modules", targets or "all-linear", "model.lora_attn_modules")
+    draft.put("adapter.target_modules", targets or "all-linear", "model.lora_attn_modules")
     for key in ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"):
         draft.carried(f"model.{key}", "adapter.target_modules", targets)
     for key, to, default in (
@@ -187,7 +187,7 @@ def _carry_training(draft: Draft) -> None:
         draft.same("epochs", "max_steps has them")
     else:
         draft.same("max_steps_per_epoch", "asks for nothing")
-        carry_steps(draft, epochs="epochs", max_steps="max_steps_", default=1.0)
+        carry_steps(draft, epochs="epochs", max_steps="max_steps", default=1.0)
     rate = config.number("optimizer.lr")
     if rate is None:
         draft.assume("training.learning_rate", 1e-3, "of the optimizer")
@@ -209,7 +209,7 @@ def _carry_training(draft: Draft) -> None:
             draft.refuse(f"lr_scheduler.{COMPONENT}", f"there is no schedule {scheduler}; accepted: cosine")
         draft.carry(f"lr_scheduler.{COMPONENT}", "training.schedule", "cosine")
         steps = config.number("lr_scheduler.num_warmup_steps")
-        draft.set("training.warmup", steps or 0, "lr_scheduler.num_warmup_steps")
+        draft.put("training.warmup", steps or 0, "lr_scheduler.num_warmup_steps")
         draft.carried("lr_scheduler.num_warmup_steps", "training.warmup", steps or 0)
     carry_clipping(draft, "clip_grad_norm", default=None)
     if config.whole("seed") is None:
@@ -245,7 +245,7 @@ def _carry_rows(draft: Draft) -> None:
         draft.assume("data.overlong", "truncate", "the end of longer rows is cut")
     else:
         why = "no limit; here a longer row is an error"
-        draft.set("data.max_length", 8192, f"torchtune's default: {why}")
+        draft.put("data.max_length", 8192, f"torchtune's default: {why}")
         draft.carried("tokenizer.max_seq_len", "data.max_length", 8192, why)
     if packing:
         draft.carry("dataset.packed", "data.packing", True)
@@ -272,7 +272,7 @@ def _carry_rows(draft: Draft) -> None:
         key = (
             "dataset.train_on_input" if config.has("dataset.train_on_input") else "torchtune's default: train_on_input"
         )
-        draft.set("data.loss_on", "all", key)
+        draft.put("data.loss_on", "all", key)
     if config.get("dataset_val"):
         held_out, _ = _source(draft, "dataset_val")
         write_sources(draft, "data.eval", [held_out])
@@ -299,7 +299,13 @@ def _source(draft: Draft, prefix: str) -> tuple[Source, bool]:
         if config.text(f"{prefix}.conversation_style") == "openai":
             kind = "messages"
         source.values["format"] = kind
-        note = "torchtune writes Alpaca's text around them" if kind == "alpaca" and "alpaca" in name else ""
+        note = ""
+        if name.startswith("alpaca"):
+            note = "an input follows the instruction, without a heading of its own"
+            if re.search(r"\.(code_)?llama2\.|\.gemma2?\.|\.mistral\.", str(config.get(f"model.{COMPONENT}"))):
+                draft.assume("data.chat_template", "alpaca", "these tokenizers add no template to Alpaca's text")
+            else:
+                note = f"in the template's user turn, without Alpaca's text around it; {note}"
         draft.carried(f"{prefix}.{COMPONENT}", "format", kind, note)
     given = config.get(f"{prefix}.column_map")
     for theirs, column in (dict(given) if isinstance(given, dict) else {}).items():

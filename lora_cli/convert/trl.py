@@ -5,7 +5,14 @@ from typing import Any
 from lora_cli.convert.adapters import carry_lora_variant
 from lora_cli.convert.batches import Batches, carry_batches, carry_no_packing
 from lora_cli.convert.draft import Assumed, Draft
-from lora_cli.convert.huggingface import TRAINING_ARGUMENTS, TrainerDefaults, carry_training, text, texts
+from lora_cli.convert.huggingface import (
+    TRAINING_ARGUMENTS,
+    TrainerDefaults,
+    carry_revision,
+    carry_training,
+    text,
+    texts,
+)
 from lora_cli.convert.script_calls import SCRIPT_KEYS, carry_script
 from lora_cli.convert.tables import (
     CACHE,
@@ -32,7 +39,6 @@ UNSLOTH_CONFIGS = ("UnslothTrainingArguments", "TrainingArguments")
 
 _OWN = KeyTable(
     carried={
-        "model_revision": ("model.revision", text),
         "lora_modules_to_save": ("adapter.modules_to_save", texts),
         "modules_to_save": ("adapter.modules_to_save", texts),
         "lora_bias": ("adapter.bias", text),
@@ -98,7 +104,7 @@ _OWN = KeyTable(
         "teacher and student are another task; accepted: without it": "teacher_model_name_or_path",
     },
     handled=" ".join(MODEL_KEYS)
-    + " r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora init_lora_weights "
+    + " model_revision r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora init_lora_weights "
     "use_peft use_peft_lora full_finetuning load_in_4bit load_in_8bit use_4bit_quantization use_8bit_quantization "
     "bnb_4bit_quant_type use_bnb_nested_quant use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_storage "
     "bnb_4bit_quant_storage_dtype bnb_4bit_compute_dtype torch_dtype dtype trust_remote_code max_length max_seq_length "
@@ -119,6 +125,7 @@ def convert(draft: Draft) -> None:
             break
     if "model.path" not in draft.values and not any(config.is_written(key) for key in MODEL_KEYS):
         draft.missing("model_name_or_path", "the config names no base; accepted: a placeholder in model.path")
+    carry_revision(draft, "model_revision")
     for key in ("torch_dtype", "dtype"):
         if config.has(key):
             carry_dtype(draft, key)
@@ -197,7 +204,7 @@ def _carry_quantization(draft: Draft, *, default: bool) -> None:
     nested = ("use_bnb_nested_quant", "use_nested_quant", "bnb_4bit_use_double_quant")
     storage = ("bnb_4bit_quant_storage", "bnb_4bit_quant_storage_dtype")
     if bits:
-        draft.set("quantization.bits", bits, four if bits == 4 and four else eight or "unsloth's default: load_in_4bit")
+        draft.put("quantization.bits", bits, four if bits == 4 and four else eight or "unsloth's default: load_in_4bit")
         draft.carried(four if bits == 4 else eight, "quantization.bits", bits)
     for key in (four, eight):
         if key:
@@ -231,7 +238,7 @@ def _carry_lengths(draft: Draft, *, unsloth: bool) -> None:
         draft.carry(key, "data.max_length", length)
         draft.assume("data.overlong", "truncate", "the end of longer rows is cut")
     elif key and config.get(key) is None:
-        draft.set("data.max_length", 8192, f"{key}: null is no limit; here a longer row is an error")
+        draft.put("data.max_length", 8192, f"{key}: null is no limit; here a longer row is an error")
         draft.carried(key, "data.max_length", 8192, "null is no limit; here a longer row is an error")
         length = 8192
     else:
@@ -277,7 +284,7 @@ def _carry_loss(draft: Draft) -> None:
         key = next((key for key in answers if config.has(key)), "")
         why = "for conversations and texts; with rows of prompt and completion, remove this line"
         if key and config.get("completion_only_loss", None) is False:
-            draft.set("data.loss_on", "all", key)
+            draft.put("data.loss_on", "all", key)
         else:
             draft.assume("data.loss_on", "all", why)
         for each in answers:

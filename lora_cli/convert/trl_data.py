@@ -5,6 +5,7 @@ from typing import Any
 from lora_cli.convert.config import as_list
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_eval_fraction
+from lora_cli.convert.script_calls import alpaca_columns
 from lora_cli.convert.sources import Source, carry_split, write_sources
 
 DATA_KEYS = (
@@ -14,6 +15,7 @@ DATA_KEYS = (
     "dataset_mixture.test_split_size dataset_mixture.seed test_split_size splits load_dataset dataset_mixer "
     "dataset_splits dataset_configs train_file data_files ignore_bias_buffers"
 )
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # of the library datasets: they read data_files
 
 
 def carry_rows(draft: Draft) -> None:
@@ -35,19 +37,23 @@ def carry_rows(draft: Draft) -> None:
         sources = _single(draft)
     column = config.get("dataset_text_field")
     if config.get("chat_template_format") or config.facts:
-        draft.same("dataset_text_field", "the script writes conversations into it, by the chat template")
+        draft.same("dataset_text_field", "the script writes the row's text into it")
     elif isinstance(column, str) and column not in ("text", "messages", ""):
         for source in sources:
             source.values["format"] = "text"
             source.columns(text=column)
         draft.carried("dataset_text_field", "columns.text", column)
+    if config.facts.get("map") == "alpaca":
+        for source in sources:
+            source.values["format"] = "alpaca"
+            source.columns(**alpaca_columns(draft))
     draft.same("dataset_text_field", "the column of texts has this name; conversations have none")
     if sources:
         write_sources(draft, "data.train", sources)
     if "data.train" not in draft.values:
         if not config.is_written("dataset_name"):
             draft.missing("dataset_name", "the rows are not named; accepted: data/train.jsonl")
-        draft.set("data.train", "data/train.jsonl", "replace: the rows are not named")
+        draft.put("data.train", "data/train.jsonl", "replace: the rows are not named")
     _carry_eval(draft)
 
 
@@ -57,6 +63,15 @@ def _single(draft: Draft) -> list[Source]:
     if not key:
         return []
     source = Source({"path": str(config.get(key))}, key)
+    files = config.get("data_files")
+    if isinstance(files, dict):
+        files = files.get("train")
+    names = [str(each) for each in as_list(files)]
+    if names and source.values["path"] in BUILDERS:
+        source.values["path"] = names[0]
+        draft.carried("data_files", "data.train", names[0])
+    if len(names) > 1 or (names and source.values["path"] != names[0]):
+        draft.refuse("data_files", "a source has one path: write one for each file; accepted: the first")
     draft.carried(key, "data.train", source.values["path"])
     for name in ("dataset_config", "dataset_subset"):
         if value := config.get(name):
@@ -90,7 +105,7 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any]) -> Source:
             source.values["subset"] = str(entry[key])
         draft.carried(f"{prefix}.{key}", "subset", source.values.get("subset", "the only one"))
     if entry.get("split"):
-        if refused := carry_split(draft, "split", source, str(entry["split"])):
+        if refused := carry_split(draft, f"{prefix}.split", source, str(entry["split"])):
             draft.refuse(f"{prefix}.split", refused)
         draft.carried(f"{prefix}.split", "split", source.values.get("split"))
     if entry.get("weight") is not None:
@@ -101,7 +116,7 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any]) -> Source:
     if entry.get("data_files") or entry.get("data_dir"):
         name = "data_files" if entry.get("data_files") else "data_dir"
         files = [str(each) for each in as_list(entry[name])]
-        if source.values["path"] in ("json", "csv", "parquet", "text"):
+        if source.values["path"] in BUILDERS:
             source.values["path"] = files[0]
         draft.carried(f"{prefix}.{name}", "path", source.values["path"])
     draft.no_effect(f"{prefix}.columns", "the columns of the row format are read")

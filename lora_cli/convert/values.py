@@ -45,7 +45,7 @@ def carry_optimizer(draft: Draft, key: str, *, default: str, why: str = "") -> N
     else:
         draft.refuse(key, f"there is no optimizer {show(value)}; accepted: adamw")
     if ours == "schedule-free-adamw":
-        draft.set("training.schedule", "constant", "schedule-free AdamW has no decay")
+        draft.put("training.schedule", "constant", "schedule-free AdamW has no decay")
 
 
 def carry_targets(
@@ -71,7 +71,7 @@ def carry_targets(
     if draft.tool == "unsloth" and full:
         others = [name for name in names if name not in full]
         draft.carry(key, "adapter.target_modules", others, f"unsloth trains {' and '.join(full)} fully")
-        draft.set("adapter.modules_to_save", full, f"{key}: unsloth trains these fully")
+        draft.put("adapter.modules_to_save", full, f"{key}: unsloth trains these fully")
         return
     draft.carry(key, "adapter.target_modules", names)
 
