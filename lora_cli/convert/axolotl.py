@@ -223,7 +223,7 @@ def _carry_training(draft: Draft) -> None:
     carry_optimizer(draft, "optimizer", default="adamw")
     carry_schedule(draft, "lr_scheduler", default="cosine")
     ratio = config.number("cosine_min_lr_ratio")
-    if ratio and draft.values.get("training.schedule") == "cosine":
+    if ratio and draft.values.get("training.schedule", "cosine") == "cosine":
         minimum = rounded(float(rate or 2e-4) * float(ratio))
         draft.carry("cosine_min_lr_ratio", "training.min_learning_rate", minimum)
     draft.no_effect("cosine_min_lr_ratio", "without a cosine schedule")

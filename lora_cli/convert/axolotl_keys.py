@@ -1,6 +1,6 @@
 """The table of axolotl's keys that need no code. No torch."""
 
-from lora_cli.convert.huggingface import TRAINING_ARGUMENTS, text, texts
+from lora_cli.convert.huggingface import TRAINING_ARGUMENTS, as_items, text, texts
 from lora_cli.convert.tables import (
     CACHE,
     CODE,
@@ -22,7 +22,7 @@ _OWN = KeyTable(
     carried={
         "base_model": ("model.path", text),
         "lora_model_dir": ("adapter.from", text),
-        "peft_layers_to_transform": ("adapter.layers", lambda config, key: list(config.get(key))),
+        "peft_layers_to_transform": ("adapter.layers", as_items),
         "lora_modules_to_save": ("adapter.modules_to_save", texts),
     },
     no_effect={
@@ -125,7 +125,8 @@ _OWN = KeyTable(
         "another task than supervised fine-tuning": "reward_model process_reward_model",
         "classification is `task: seq-cls`, whose rows are a text and a label": "num_labels",
     },
-    handled="revision_of_model datasets test_datasets pretraining_dataset rl adapter load_in_8bit load_in_4bit bf16 fp16 bfloat16 "
+    handled="revision_of_model datasets test_datasets pretraining_dataset rl adapter load_in_8bit load_in_4bit bf16 "
+    "fp16 bfloat16 "
     "float16 "
     "float32 lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear peft_use_dora peft_use_rslora "
     "peft_init_lora_weights loraplus_lr_ratio peft peft.loftq_config peft.backend peft.weight_dtype peft.group_size "

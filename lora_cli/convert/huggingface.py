@@ -253,3 +253,20 @@ def carry_eval_fraction(draft: Draft, key: str) -> None:
 def texts(config: Config, key: str) -> Any:
     """Read a list of texts."""
     return [str(item) for item in as_list(config.get(key))]
+
+
+def as_items(config: Config, key: str) -> Any:
+    """Read a list."""
+    return as_list(config.get(key))
+
+
+def section(config: Config, key: str) -> Any:
+    """Read a section; one without keys asks for nothing.
+
+    Raises:
+        LoraError: it is none.
+    """
+    value = config.get(key)
+    if not isinstance(value, dict):
+        raise config.error(key, "not a section")
+    return value or None

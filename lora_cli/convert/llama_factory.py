@@ -103,7 +103,9 @@ _OWN = KeyTable(
         "the answer's end-of-turn token is that of the chat template; accepted: so": "efficient_eos",
         "it stops by steps; write training.stop_after in evaluations; accepted: never": "early_stopping_steps",
     },
-    handled="model_revision stage finetuning_type do_train quantization_bit quantization_method quantization_type double_quantization "
+    handled="model_revision pure_bf16 "
+    "stage finetuning_type do_train quantization_bit quantization_method quantization_type "
+    "double_quantization "
     "lora_rank lora_alpha lora_dropout lora_target lora_target_modules loraplus_lr_ratio use_rslora use_dora "
     "pissa_init "
     "use_muon adapter_name_or_path dataset eval_dataset dataset_dir template cutoff_len train_on_prompt mask_history "

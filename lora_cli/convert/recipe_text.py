@@ -1,5 +1,6 @@
 """Write a drafted recipe as YAML: sections in the order of the schema, and with each value the key that it is from."""
 
+from functools import cache
 from typing import Any
 
 from lora_cli.convert.draft import Draft
@@ -12,13 +13,12 @@ WIDTH = 40  # column of the comments
 def recipe_text(draft: Draft) -> str:
     """Return the YAML of the draft's recipe, with comments."""
     lines = [f"# From {draft.config.file.name}, a {draft.config.kind} of {draft.tool}, by `lora convert`."]
-    schema = Recipe.model_json_schema()
     for section, field in Recipe.model_fields.items():
         name = field.alias or section
         inner = {key.partition(".")[2]: value for key, value in draft.values.items() if key.startswith(f"{name}.")}
         if inner:
             lines.append(f"{name}:")
-            order = _order(schema, name)
+            order = _order(name)
             for key in sorted(inner, key=lambda key: order.index(key) if key in order else len(order)):
                 lines += _entry(f"{name}.{key}", key, inner[key], draft.comments, indent=2)
         elif name in draft.values:
@@ -26,7 +26,9 @@ def recipe_text(draft: Draft) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _order(schema: dict[str, Any], section: str) -> list[str]:
+@cache
+def _order(section: str) -> list[str]:
+    schema = Recipe.model_json_schema()
     field = schema["properties"][section]
     options = [*field.get("anyOf", ()), *field.get("allOf", ()), field]
     name = next((option["$ref"].rpartition("/")[2] for option in options if "$ref" in option), "")

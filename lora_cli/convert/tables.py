@@ -84,12 +84,17 @@ def _is(value: Any, written: str) -> bool:
 
 def join(*tables: KeyTable) -> KeyTable:
     """Return one table of several; the keys of the first win."""
+    owners: dict[str, int] = {}
+    for index, table in enumerate(tables):
+        for key in table.known():
+            owners.setdefault(key, index)
 
     def merged(parts: list[Keys]) -> dict[str, str]:
         result: dict[str, str] = {}
-        for part in parts:
+        for index, part in enumerate(parts):
             for reason, words in part.items():
-                result[reason] = f"{result[reason]} {words}" if reason in result else words
+                own = [word for word in words.split() if owners[word.partition("=")[0]] == index]
+                result[reason] = " ".join([*result.get(reason, "").split(), *own])
         return result
 
     return KeyTable(

@@ -8,8 +8,10 @@ from lora_cli.convert.draft import Assumed, Draft
 from lora_cli.convert.huggingface import (
     TRAINING_ARGUMENTS,
     TrainerDefaults,
+    as_items,
     carry_revision,
     carry_training,
+    section,
     text,
     texts,
 )
@@ -43,16 +45,16 @@ _OWN = KeyTable(
         "modules_to_save": ("adapter.modules_to_save", texts),
         "lora_bias": ("adapter.bias", text),
         "bias": ("adapter.bias", text),
-        "layers_to_transform": ("adapter.layers", lambda config, key: list(config.get(key))),
-        "rank_pattern": ("adapter.rank_pattern", lambda config, key: dict(config.get(key)) or None),
-        "alpha_pattern": ("adapter.alpha_pattern", lambda config, key: dict(config.get(key)) or None),
+        "layers_to_transform": ("adapter.layers", as_items),
+        "rank_pattern": ("adapter.rank_pattern", section),
+        "alpha_pattern": ("adapter.alpha_pattern", section),
         "exclude_modules": ("adapter.exclude_modules", texts),
-        "chat_template_kwargs": ("data.template_variables", lambda config, key: dict(config.get(key))),
+        "chat_template_kwargs": ("data.template_variables", section),
     },
     no_effect={
         HARDWARE: "attn_implementation use_flash_attn use_flash_attention_2 device_map use_gradient_checkpointing "
         "use_reentrant low_cpu_mem_usage max_memory fast_inference gpu_memory_utilization float8_kv_cache "
-        "enforce_eager unsloth_tiled_mlp offload_embedding use_exact_model_name padding_free activation_offloading "
+        "enforce_eager unsloth_tiled_mlp offload_embedding use_exact_model_name padding_free "
         "loss_chunk_size use_unsloth embeddings_device rope_scaling_type tensor_parallel_size "
         "runtime_config megatron_config megatron_core",
         CACHE: "dataset_num_proc dataset_batch_size dataset_streaming num_proc streaming num_of_sequences "
@@ -90,7 +92,7 @@ _OWN = KeyTable(
         "other parameters than linear layers; accepted: without them": "target_parameters layer_replication "
         "lora_target_parameters",
         "each token has one adapter; accepted: so": "alora_invocation_tokens arrow_config corda_config eva_config "
-        "loftq_config use_qalora qalora_group_size use_bdlora_config monteclora_config "
+        "loftq_config use_qalora qalora_group_size use_bdlora kasa_config monteclora_config "
         "lora_ga_config velora_config",
         "tokens are listed in adapter.trainable_tokens, not their ids; accepted: none": "trainable_token_indices",
         "tied weights are trained as one; accepted: so": "ensure_weight_tying",
@@ -104,8 +106,9 @@ _OWN = KeyTable(
         "teacher and student are another task; accepted: without it": "teacher_model_name_or_path",
     },
     handled=" ".join(MODEL_KEYS)
-    + " model_revision r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora init_lora_weights "
-    "use_peft use_peft_lora full_finetuning load_in_4bit load_in_8bit use_4bit_quantization use_8bit_quantization "
+    + " model_revision r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora "
+    "init_lora_weights use_peft use_peft_lora full_finetuning load_in_4bit load_in_8bit use_4bit_quantization "
+    "use_8bit_quantization "
     "bnb_4bit_quant_type use_bnb_nested_quant use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_storage "
     "bnb_4bit_quant_storage_dtype bnb_4bit_compute_dtype torch_dtype dtype trust_remote_code max_length max_seq_length "
     "model_max_length packing packing_strategy assistant_only_loss completion_only_loss train_on_responses_only "

@@ -132,7 +132,10 @@ def test_learning_rates_are_those_of_transformers(keys: dict[str, Any], tmp_path
     """In the decay the same at each step; the warmup there starts at 0, and here one step above it."""
     from transformers import Trainer, TrainingArguments
 
-    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=3e-4, report_to="none", use_cpu=True, **keys)
+    theirs_keys = {"warmup_steps" if key == "warmup_ratio" else key: value for key, value in keys.items()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=3e-4, report_to="none", use_cpu=True, **theirs_keys
+    )
     layer = torch.nn.Linear(1, 1)
     trainer = Trainer(layer, arguments)
     optimizer = torch.optim.SGD(layer.parameters(), lr=3e-4)
