@@ -41,9 +41,12 @@ class KeyTable(NamedTuple):
 
     def known(self) -> set[str]:
         """Return every key of the table."""
+        return {*self.grouped(), *self.handled.split()}
+
+    def grouped(self) -> set[str]:
+        """Return the keys that need no code."""
         groups = [*self.no_effect.values(), *self.same.values(), *self.not_offered.values(), *self.other_task.values()]
-        words = " ".join([*groups, self.handled]).split()
-        return {*self.carried, *(word.partition("=")[0] for word in words)}
+        return {*self.carried, *(word.partition("=")[0] for words in groups for word in words.split())}
 
 
 def apply_table(draft: Draft, table: KeyTable) -> None:
@@ -86,7 +89,7 @@ def join(*tables: KeyTable) -> KeyTable:
     """Return one table of several; the keys of the first win."""
     owners: dict[str, int] = {}
     for index, table in enumerate(tables):
-        for key in table.known():
+        for key in table.grouped():
             owners.setdefault(key, index)
 
     def merged(parts: list[Keys]) -> dict[str, str]:
