@@ -157,7 +157,7 @@ def _read_own_type(draft: Draft, source: Source, prefix: str, entry: dict[str, A
 
 
 def _read_columns(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) -> None:
-    ours = source.values.get("format")
+    ours = str(source.values.get("format", "auto"))
     main = {"text": "text", "messages": "messages", "sharegpt": "conversations", "segments": "segments"}.get(ours, "")
     for key, column in (
         ("field_messages", main),

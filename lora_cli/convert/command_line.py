@@ -96,6 +96,7 @@ def _get(values: dict[str, Any], key: str) -> Any:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for part in sections:
-        inner = values.setdefault(part, {})
-        values = inner if isinstance(inner, dict) else values.__setitem__(part, {}) or values[part]
+        if not isinstance(values.get(part), dict):
+            values[part] = {}
+        values = values[part]
     values[last] = value

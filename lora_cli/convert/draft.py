@@ -167,7 +167,9 @@ class Draft:
             elif any(done.startswith((f"{key}.", f"{key}[")) for done in self.lines):
                 continue
             else:
-                close = get_close_matches(last, known, n=1, cutoff=0.75)
+                section = strip_indices(key.rpartition(".")[0])
+                beside = {name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section}
+                close = get_close_matches(last, beside or known, n=1, cutoff=0.75)
                 reason = f"unknown key of {self.tool}" + (f"; did you mean {close[0]}?" if close else "")
                 self.lines[key] = Line(key, value, Outcome.UNKNOWN, reason=reason)
 

@@ -51,4 +51,4 @@ def is_of_family(template: str, model: str | None) -> bool:
     """Return whether a template has the name of the model's family: qwen3_nothink and Qwen/Qwen3-4B-Instruct."""
     words = re.match(r"[a-z]+", re.sub(r"[^a-z0-9]", "", template.lower()))
     name = re.sub(r"[^a-z0-9]", "", (model or "").lower())
-    return bool(words) and len(words.group()) > 2 and words.group() in name
+    return words is not None and len(words[0]) > 2 and words[0] in name

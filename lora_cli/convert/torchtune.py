@@ -208,9 +208,9 @@ def _carry_training(draft: Draft) -> None:
         if "cosine" not in scheduler:
             draft.refuse(f"lr_scheduler.{COMPONENT}", f"there is no schedule {scheduler}; accepted: cosine")
         draft.carry(f"lr_scheduler.{COMPONENT}", "training.schedule", "cosine")
-        steps = config.number("lr_scheduler.num_warmup_steps")
-        draft.put("training.warmup", steps or 0, "lr_scheduler.num_warmup_steps")
-        draft.carried("lr_scheduler.num_warmup_steps", "training.warmup", steps or 0)
+        warmup = config.number("lr_scheduler.num_warmup_steps") or 0
+        draft.put("training.warmup", warmup, "lr_scheduler.num_warmup_steps")
+        draft.carried("lr_scheduler.num_warmup_steps", "training.warmup", warmup)
     carry_clipping(draft, "clip_grad_norm", default=None)
     if config.whole("seed") is None:
         draft.same("seed", "null is a random seed: here training.seed is 42")
