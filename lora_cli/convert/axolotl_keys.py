@@ -61,7 +61,7 @@ _OWN = KeyTable(
         PADDING: "pad_to_sequence_len pad_to_multiple_of",
         "how rows are put into packs; each pack holds max_length tokens at most": "sample_packing_group_size "
         "sample_packing_bin_size sample_packing_eff_est sample_packing_sequentially sample_packing_mp_start_method "
-        "multipack_real_batches total_num_tokens",
+        "multipack_real_batches",
         EVALUATION: "eval_sample_packing eval_table_size eval_table_max_new_tokens eval_max_new_tokens "
         "do_causal_lm_eval eval_causal_lm_metrics do_bench_eval bench_dataset bench_split bench_source_max_len",
         GENERATION: "gradio_title gradio_share gradio_server_name gradio_server_port gradio_max_new_tokens "

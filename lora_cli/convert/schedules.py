@@ -58,6 +58,9 @@ def carry_schedule(draft: Draft, key: str, *, default: str, kwargs: str = "lr_sc
                 )
             if ratio := as_number(options.get("min_lr_ratio", 0)):
                 draft.put("training.min_learning_rate", rounded(rate * ratio), f"{kwargs}.min_lr_ratio")
+                if positive(draft.config.number("warmup_steps")) or positive(draft.config.number("warmup_ratio")):
+                    reason = "the warmup starts at this share of the rate there; accepted: it starts at 0"
+                    draft.refuse(f"{kwargs}.min_lr_ratio", reason)
             if options.get("decay_type", "cosine") != "linear":
                 draft.refuse(key, "its decay is a cosine; accepted: wsd with a linear decay")
             ours = "wsd"

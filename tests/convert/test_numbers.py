@@ -94,6 +94,10 @@ SCHEDULES: list[dict[str, Any]] = [
     {
         "lr_scheduler_type": "warmup_stable_decay",
         "warmup_steps": 4,
+        "lr_scheduler_kwargs": {"num_decay_steps": 10, "decay_type": "linear"},
+    },
+    {
+        "lr_scheduler_type": "warmup_stable_decay",
         "lr_scheduler_kwargs": {"num_decay_steps": 10, "decay_type": "linear", "min_lr_ratio": 0.1},
     },
 ]

@@ -155,6 +155,15 @@ def test_optimizers(name: str, ours: str):
         ("trl", {"eos_token": "<|im_end|>"}, []),
         ("trl", {"eos_token": "</done>"}, ["eos_token"]),
         ("trl", {"loss_type": "dft"}, ["loss_type"]),
+        (
+            "trl",
+            {
+                "lr_scheduler_type": "warmup_stable_decay",
+                "warmup_steps": 4,
+                "lr_scheduler_kwargs": {"num_decay_steps": 9, "decay_type": "linear", "min_lr_ratio": 0.1},
+            },
+            ["lr_scheduler_kwargs.min_lr_ratio"],
+        ),
         ("torchtune", {"shuffle": False}, ["shuffle"]),
         ("mlx", {"lr_schedule": {"name": "cosine_decay", "warmup": 100, "arguments": [1e-4, 900, 1e-6]}}, []),
         ("mlx", {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 500]}}, ["lr_schedule.arguments"]),
