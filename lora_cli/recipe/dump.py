@@ -39,6 +39,12 @@ def dump_values(recipe: Mapping[str, Any]) -> str:
     )
 
 
+def dump_value(value: Any) -> str:
+    """Return a value of a recipe as YAML in one line."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=inf)
+    return text.removesuffix("...\n").strip()
+
+
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe.
 

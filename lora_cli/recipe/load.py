@@ -9,7 +9,7 @@ from lora_cli.recipe.overrides import apply_overrides
 from lora_cli.recipe.problem import Location, Problem, UnreadableRecipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.validate import validate_recipe
-from lora_cli.recipe.yaml_tree import parse_yaml
+from lora_cli.recipe.yaml_tree import Node, parse_yaml
 from lora_cli.run.folder import is_run
 from lora_cli.run.read_file import read_bytes
 from lora_cli.run.run_checksums import find_changed_records
@@ -31,6 +31,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     data = read_stdin(limit=MAX_BYTES) if path == STDIN else read_bytes(path, limit=MAX_BYTES, hint=PASS_A_RECIPE)
     path = Path("<stdin>") if path == STDIN else path
     text = _decode(data, path)
+    recipe = parse_recipe(text, path, overrides)
+    sets_output = any(each.partition("=")[0].strip() == "output" for each in overrides)
+    if path.name == "recipe.yaml" and text.startswith(HEADER) and is_run(path.parent) and not sets_output:
+        return _with_output(recipe, path.parent)
+    return recipe
+
+
+def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `text`, with `overrides` applied; `path` is its file in messages.
+
+    Raises:
+        LoraError: the recipe is invalid, as for `load_recipe`.
+    """
     try:
         tree, problems = parse_yaml(text, lambda line: Location(line, f"{path}:{line}"))
         top = Location(1, f"{path}:1")
@@ -48,11 +61,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     tree, problems = apply_overrides(tree, overrides, problems)
     recipe, more = validate_recipe(tree, top)
     if problems or more or recipe is None:
-        raise _invalid_recipe(path, [*problems, *more])
-    sets_output = any(each.partition("=")[0].strip() == "output" for each in overrides)
-    if path.name == "recipe.yaml" and text.startswith(HEADER) and is_run(path.parent) and not sets_output:
-        return _with_output(recipe, path.parent)
+        raise _invalid_recipe(path, [*problems, *more], hint=_foreign_hint(tree, path))
     return recipe
+
+
+# Keys with which the configs of other tools name their base, and recipes do not.
+FOREIGN_KEYS = {"base_model", "model_name_or_path", "checkpointer", "checkpoint_dir", "fine_tune_type"}
+
+
+def _foreign_hint(tree: Node, path: Path) -> str | None:
+    """Return a hint if the whole file looks like a config of another tool, and not only one of its keys."""
+    keys = tree.value.keys() if isinstance(tree.value, dict) else set()
+    return f"for a config of another tool: lora convert {path}" if FOREIGN_KEYS & keys and "data" not in keys else None
 
 
 def _with_output(recipe: Recipe, folder: Path) -> Recipe:
@@ -72,10 +92,9 @@ def _decode(data: bytes, path: Path) -> str:
         raise _invalid_recipe(path, [Problem(location, "", message, "save the file as UTF-8")]) from None
 
 
-def _invalid_recipe(path: Path, problems: list[Problem]) -> LoraError:
+def _invalid_recipe(path: Path, problems: list[Problem], *, hint: str | None = None) -> LoraError:
     in_order = sorted(set(problems), key=lambda problem: (problem.location.order, problems.index(problem)))
     count = f"{len(in_order)} problems" if len(in_order) > 1 else "1 problem"
-    hint = None
     if path.name == "recipe.yaml" and any("recipe.yaml" in line for line in find_changed_records(path.parent)):
         hint = f"{path} is not as it was when this run ended: restore it from a copy"
     return LoraError(f"{count} in {path}", hint=hint, details=[problem.line() for problem in in_order])

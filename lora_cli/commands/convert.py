@@ -1,0 +1,147 @@
+"""`lora convert`: read another tool's config, account for each of its keys, and write a recipe. No torch."""
+
+import json
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lora_cli.convert.config import Unreadable, show
+from lora_cli.convert.convert_config import Conversion, convert_config
+from lora_cli.convert.detect import Detected, detect_tool
+from lora_cli.convert.draft import Outcome
+from lora_cli.convert.read import read_config
+from lora_cli.errors import LoraError
+from lora_cli.recipe.load import parse_recipe
+from lora_cli.run import atomic, console
+
+TITLES: tuple[tuple[Outcome, str], ...] = (
+    (Outcome.CARRIED, "carried"),
+    (Outcome.DEFAULT, "the same without the key"),
+    (Outcome.NO_EFFECT, "without effect on what is learnt"),
+    (Outcome.NOT_OFFERED, "changes what is learnt, and is not offered"),
+    (Outcome.OTHER_TASK, "another task"),
+    (Outcome.UNKNOWN, "unknown"),
+)
+
+
+def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequence[str], as_json: bool) -> None:
+    """Convert `file`, print the report, and write the recipe to `out`, or to stdout.
+
+    Raises:
+        LoraError: the file cannot be read, its tool is not clear, or keys change what is learnt and are not accepted.
+    """
+    config = read_config(file)
+    detected = Detected(tool, "by --from") if tool else detect_tool(config)
+    conversion = convert_config(config, detected.name)
+    open_keys = _check_accepted(conversion, accepted)
+    refused = bool(open_keys or conversion.of(Outcome.OTHER_TASK))
+    if not refused:
+        parse_recipe(conversion.text, out or Path("recipe.yaml"))
+    if as_json:
+        report = _as_json(conversion, detected, accepted, None if refused else out)
+        sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
+    else:
+        _print_report(conversion, detected, accepted, console.out if out or refused else console.err)
+    if refused:
+        raise _refusal(conversion, open_keys, file)
+    if out is None and not as_json:
+        sys.stdout.write(conversion.text)
+    elif out is not None:
+        _write(out, conversion.text)
+        console.info(f"{out} is written; next: lora check {out}")
+
+
+def _check_accepted(conversion: Conversion, accepted: Sequence[str]) -> list[str]:
+    """Return the keys that are still to be accepted."""
+    needed = conversion.to_accept()
+    for key in accepted:
+        if key not in needed:
+            close = get_close_matches(key, needed, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            if not close and needed:
+                hint = f"those that do are {', '.join(needed)}"
+            raise LoraError(f"--accept {key}: this key needs no acceptance", hint=hint)
+    return [key for key in needed if key not in accepted]
+
+
+def _print_report(conversion: Conversion, detected: Detected, accepted: Sequence[str], stream: Console) -> None:
+    """Print a line for each key, by what became of it, and one for each default that is written out."""
+    draft = conversion.draft
+    stream.print(f"{draft.config.file}: a {draft.config.kind} of {draft.tool} ({detected.why})")
+    counts = [f"{len(conversion.of(outcome))} {title}" for outcome, title in TITLES if conversion.of(outcome)]
+    stream.print(f"{len(conversion.lines)} keys: {', '.join(counts)}")
+    for outcome, title in TITLES:
+        lines = conversion.of(outcome)
+        if lines:
+            stream.print(f"{title}:")
+        for line in lines:
+            place = draft.config.places.get(line.key, "")
+            shown = (
+                f"{place}: " if outcome in (Outcome.NOT_OFFERED, Outcome.OTHER_TASK, Outcome.UNKNOWN) and place else ""
+            )
+            mark = " (accepted)" if line.key in accepted else ""
+            stream.print(f"  {shown}{line.text()}{mark}".translate(console.CONTROL))
+    if draft.assumed:
+        stream.print(f"defaults of {draft.tool} that differ from ours, written out:")
+    for each in draft.assumed:
+        stream.print(f"  {each.to}: {show(each.value)} — {each.reason}".translate(console.CONTROL))
+
+
+def _refusal(conversion: Conversion, open_keys: list[str], file: Path) -> LoraError:
+    """Return the error of a config that no recipe stands for, or whose keys are not accepted."""
+    other = conversion.of(Outcome.OTHER_TASK)
+    if other:
+        return LoraError(
+            f"{file} is for another task, and nothing was written: {other[0].key}: {other[0].reason}",
+            hint="convert a config of supervised fine-tuning with an adapter",
+        )
+    count = "1 key changes" if len(open_keys) == 1 else f"{len(open_keys)} keys change"
+    accept = " ".join(f"--accept {_quoted(key)}" for key in open_keys)
+    return LoraError(
+        f"{count} what is learnt, and nothing was written: {', '.join(open_keys)}",
+        hint=f"read above what is done instead; to write the recipe so, add {accept}",
+    )
+
+
+def _quoted(key: str) -> str:
+    return key if all(c.isalnum() or c in "._-" for c in key) else f"'{key}'"
+
+
+def _as_json(conversion: Conversion, detected: Detected, accepted: Sequence[str], out: Path | None) -> dict[str, Any]:
+    draft = conversion.draft
+    return {
+        "file": str(draft.config.file),
+        "tool": detected.name,
+        "why": detected.why,
+        "keys": [
+            {
+                "key": line.key,
+                "value": _plain(line.value),
+                "outcome": str(line.outcome),
+                "to": line.to or None,
+                "result": _plain(line.result),
+                "reason": line.reason or None,
+                "accepted": line.key in accepted,
+            }
+            for line in conversion.lines
+        ],
+        "defaults": [{"to": each.to, "value": each.value, "reason": each.reason} for each in draft.assumed],
+        "recipe": conversion.text,
+        "out": None if out is None else str(out),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Unreadable) else value
+
+
+def _write(out: Path, text: str) -> None:
+    try:
+        with atomic.file(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except FileExistsError:
+        raise LoraError(f"--out {out} exists", hint="write another name, or move it away") from None

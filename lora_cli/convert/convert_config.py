@@ -1,0 +1,87 @@
+"""Convert a config: the recipe that it stands for, and the lines that account for each of its keys. No torch."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from lora_cli.convert.config import Config
+from lora_cli.convert.draft import NEEDS_ACCEPTANCE, Draft, Line, Outcome
+from lora_cli.convert.recipe_text import recipe_text
+from lora_cli.convert.tools import TOOLS
+from lora_cli.convert.torchtune import resolve
+from lora_cli.recipe.rules import FORMATS_WITHOUT_CONVERSATION
+
+
+class Conversion(NamedTuple):
+    """The result of a conversion."""
+
+    draft: Draft
+    lines: list[Line]  # in the order of the config
+    text: str  # of the recipe
+
+    def of(self, *outcomes: Outcome) -> list[Line]:
+        """Return the lines with one of the outcomes."""
+        return [line for line in self.lines if line.outcome in outcomes]
+
+    def to_accept(self) -> list[str]:
+        """Return the keys that the user has to accept before the recipe is written."""
+        return [line.key for line in self.of(*NEEDS_ACCEPTANCE)]
+
+
+def convert_config(config: Config, tool: str) -> Conversion:
+    """Return the recipe that `config` of the tool named `tool` stands for, and what became of each key.
+
+    Raises:
+        LoraError: a value cannot be read.
+    """
+    entry = TOOLS[tool]
+    if tool == "torchtune":
+        config = replace(config, values=resolve(config.values))
+    draft = Draft(entry.name, config)
+    entry.convert(draft)
+    if "model.path" not in draft.values:
+        draft.put("model.path", "base-model", "replace: the config names no base")
+    _carry_launcher(draft)
+    _check_warmup(draft)
+    _drop_template(draft)
+    draft.finish(set(entry.known))
+    return Conversion(draft, draft.in_order(), recipe_text(draft))
+
+
+def _drop_template(draft: Draft) -> None:
+    """Remove the chat template if no source has conversations: a recipe must not have keys without effect."""
+    sources: list[dict[str, Any]] = []
+    for key in ("data.train", "data.eval"):
+        value = draft.values.get(key)
+        sources += value if isinstance(value, list) else []
+    formats = {source.get("format", draft.values.get("data.format", "auto")) for source in sources}
+    formats |= {draft.values.get("data.format", "auto")} if isinstance(draft.values["data.train"], str) else set()
+    if not formats <= FORMATS_WITHOUT_CONVERSATION:
+        return
+    reason = f"rows of format {' and '.join(sorted(formats))} have no chat template"
+    for to in ("data.chat_template", "data.template_variables"):
+        draft.values.pop(to, None)
+        draft.assumed = [each for each in draft.assumed if each.to != to]
+        for key, line in draft.lines.items():
+            if line.to == to:
+                draft.lines[key] = Line(key, line.value, Outcome.NO_EFFECT, reason=reason)
+
+
+def _carry_launcher(draft: Draft) -> None:
+    """Carry the number of processes that a command line starts."""
+    for name in ("num_processes", "nproc_per_node", "num_gpus"):
+        count = draft.config.get(f"launcher.{name}")
+        if isinstance(count, int):
+            draft.carry(f"launcher.{name}", "distributed.processes", count)
+    draft.no_effect("launcher", "how processes are started: `distributed:` has the options here")
+
+
+def _check_warmup(draft: Draft) -> None:
+    """A warmup longer than the run cannot be written; its rates are those of the other tool up to the last step."""
+    warmup, steps = draft.values.get("training.warmup", 0), draft.values.get("training.max_steps")
+    if steps is None or warmup <= steps:
+        return
+    draft.put("training.warmup", steps, f"{warmup} there")
+    for key, line in draft.lines.items():
+        if line.to == "training.warmup":
+            reason = f"the run has {steps} steps, so the rate never reaches its peak; accepted: a warmup of {steps}"
+            draft.lines[key] = line._replace(outcome=Outcome.NOT_OFFERED, to="", result=None, reason=reason)

@@ -1,0 +1,272 @@
+"""transformers' TrainingArguments, which LLaMA-Factory, TRL and unsloth share: what its keys become. No torch."""
+
+from typing import Any, NamedTuple
+
+from lora_cli.convert.config import Config, as_list, show
+from lora_cli.convert.draft import Draft
+from lora_cli.convert.schedules import carry_schedule, carry_warmup
+from lora_cli.convert.tables import (
+    CODE,
+    EVALUATION,
+    GENERATION,
+    HARDWARE,
+    LOGGING,
+    ORDER_ONLY,
+    PRECISION,
+    RESUME,
+    SHARDING,
+    UPLOAD,
+    KeyTable,
+)
+from lora_cli.convert.tracking import carry_tracking
+from lora_cli.convert.values import carry_optimizer, carry_precision, positive
+
+
+class TrainerDefaults(NamedTuple):
+    """Defaults of a subclass of TrainingArguments."""
+
+    learning_rate: float = 5e-5
+    epochs: float = 3.0
+    batch_size: int = 8
+    schedule: str = "linear"
+    optimizer: str = "adamw"
+
+
+def number(config: Config, key: str) -> Any:
+    """Read a number."""
+    return config.number(key)
+
+
+def whole(config: Config, key: str) -> Any:
+    """Read an integer."""
+    return config.whole(key)
+
+
+def real(config: Config, key: str) -> Any:
+    """Read a number as a float."""
+    value = config.number(key)
+    return None if value is None else float(value)
+
+
+def text(config: Config, key: str) -> Any:
+    """Read a text."""
+    return config.text(key)
+
+
+TRAINING_ARGUMENTS = KeyTable(
+    carried={
+        "weight_decay": ("training.weight_decay", real),
+        "adam_beta1": ("training.adam_beta1", real),
+        "adam_beta2": ("training.adam_beta2", real),
+        "seed": ("training.seed", whole),
+        "label_smoothing_factor": ("training.label_smoothing", real),
+    },
+    no_effect={
+        LOGGING: "logging_dir logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node "
+        "disable_tqdm include_num_input_tokens_seen include_tokens_per_second debug skip_memory_metrics "
+        "logging_strategy project trackio_space_id trackio_bucket_id trackio_static_space_id enable_jit_checkpoint",
+        HARDWARE: "gradient_checkpointing gradient_checkpointing_kwargs use_liger_kernel liger_kernel_config "
+        "torch_compile "
+        "torch_compile_backend torch_compile_mode dataloader_num_workers dataloader_pin_memory "
+        "dataloader_persistent_workers dataloader_prefetch_factor torch_empty_cache_steps "
+        "auto_find_batch_size jit_mode_eval use_ipex bf16_full_eval fp16_full_eval half_precision_backend "
+        "fp16_backend fp16_opt_level tpu_num_cores tpu_metrics_debug mp_parameters use_cache activation_offloading "
+        "dataloader_multiprocessing_context dataloader_in_order activation_checkpointing "
+        "activation_checkpointing_kwargs no_cuda use_cpu use_mps_device parallelism_config train_sampling_strategy",
+        SHARDING: "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
+        "one process per GPU: `distributed:` has the options": "ddp_backend ddp_timeout ddp_bucket_cap_mb "
+        "ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph local_rank world_size nproc_per_node",
+        PRECISION: "tf32",
+        UPLOAD: "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
+        "push_to_hub_model_id push_to_hub_organization push_to_hub_token",
+        RESUME: "resume_from_checkpoint ignore_data_skip overwrite_output_dir restore_callback_states_from_checkpoint",
+        "the run folder has checkpoints and the adapter, in safetensors": "save_safetensors save_only_model "
+        "save_on_each_node",
+        ORDER_ONLY: "group_by_length length_column_name",
+        "the columns of the row format are read": "remove_unused_columns label_names",
+        EVALUATION: "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size eval_accumulation_steps "
+        "eval_delay eval_do_concat_batches eval_use_gather_object batch_eval_metrics prediction_loss_only "
+        "include_inputs_for_metrics include_for_metrics past_index eval_on_start",
+        CODE: "do_train run_name ray_scope split_batches accelerator_config torchdynamo full_determinism",
+        GENERATION: "predict_with_generate generation_max_length generation_num_beams generation_config "
+        "sortish_sampler",
+    },
+    same={
+        "the loss is the mean over the supervised tokens of all devices": "average_tokens_across_devices",
+        "training.seed sets the row order too": "data_seed",
+        "the best step has the lowest evaluation loss": "metric_for_best_model greater_is_better "
+        "early_stopping_threshold",
+    },
+    not_offered={
+        "AdamW's epsilon is 1e-8; accepted: 1e-8": "adam_epsilon=1e-8",
+        "the optimizer has no further options; accepted: its defaults": "optim_args",
+        "only adapters are trained; accepted: without it": "optim_target_modules",
+        "every row is used; accepted: the last batch of an epoch is trained, too": "dataloader_drop_last",
+        "stops after a time; accepted: all steps": "max_train_minutes",
+    },
+    handled="output_dir learning_rate max_steps num_train_epochs per_device_train_batch_size per_gpu_train_batch_size "
+    "train_batch_size gradient_accumulation_steps max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+    "warmup_ratio optim adafactor bf16 fp16 neftune_noise_alpha eval_strategy evaluation_strategy eval_steps do_eval "
+    "do_predict save_strategy save_steps save_total_limit load_best_model_at_end early_stopping_patience "
+    "logging_steps report_to",
+)
+
+
+def carry_training(draft: Draft, defaults: TrainerDefaults) -> None:
+    """Carry the steps, the learning rate, the optimizer, evaluations and checkpoints; batches are carried elsewhere."""
+    config = draft.config
+    carry_output(draft, "output_dir")
+    carry_steps(draft, epochs="num_train_epochs", max_steps="max_steps", default=defaults.epochs)
+    rate = config.number("learning_rate")
+    if rate is None:
+        draft.assume("training.learning_rate", defaults.learning_rate)
+    else:
+        draft.carry("learning_rate", "training.learning_rate", float(rate))
+    if config.switch("adafactor"):
+        draft.carry("adafactor", "training.optimizer", "adafactor")
+    else:
+        draft.same("adafactor", "asks for nothing")
+        carry_optimizer(draft, "optim", default=defaults.optimizer)
+    carry_schedule(draft, "lr_scheduler_type", default=defaults.schedule)
+    name = (config.text("lr_scheduler_type") or defaults.schedule).rpartition(".")[2].lower()
+    carry_warmup(draft, steps="warmup_steps", ratio="warmup_ratio", schedule=name)
+    carry_clipping(draft, "max_grad_norm")
+    carry_precision(draft)
+    if (alpha := positive(config.number("neftune_noise_alpha"))) is not None:
+        draft.carry("neftune_noise_alpha", "training.neftune_alpha", float(alpha))
+    else:
+        draft.same("neftune_noise_alpha", "asks for nothing")
+    carry_checkpoints(draft)
+    carry_tracking(draft)
+
+
+def carry_revision(draft: Draft, key: str) -> None:
+    """Carry the revision of the base on the hub; main is the default, also of a local folder, which has none."""
+    if (revision := draft.config.text(key)) is None or revision == "main":
+        draft.same(key, "main is the default")
+    else:
+        draft.carry(key, "model.revision", revision)
+
+
+def carry_output(draft: Draft, key: str) -> None:
+    """Carry the output folder, unless it is the base's own folder."""
+    folder = draft.config.get(key)
+    if draft.config.is_written(key) and not draft.config.has(key):
+        draft.no_effect(key, "is computed by the script: the run folder is `output`, runs/lora by default")
+    elif folder is not None and str(folder).rstrip("/") == str(draft.values.get("model.path", "")).rstrip("/"):
+        draft.no_effect(key, "is the folder of the base, which a run does not write to: the run folder is runs/lora")
+    elif folder is not None:
+        draft.carry(key, "output", str(folder))
+
+
+def carry_steps(draft: Draft, *, epochs: str, max_steps: str, default: float) -> None:
+    """Carry the length of the run: a number of steps takes precedence over epochs."""
+    config = draft.config
+    steps = positive(config.number(max_steps))
+    if steps is not None:
+        draft.carry(max_steps, "training.max_steps", int(steps))
+        draft.same(epochs, f"{max_steps} takes precedence")
+        return
+    draft.same(max_steps, "asks for nothing")
+    number_of_epochs = config.number(epochs)
+    if number_of_epochs is None:
+        draft.assume("training.epochs", float(default))
+    else:
+        draft.carry(epochs, "training.epochs", float(number_of_epochs))
+
+
+def carry_clipping(draft: Draft, key: str, default: float | None = 1.0) -> None:
+    """Carry the norm that gradients are clipped to; 0 and null switch it off where the other tool reads them so."""
+    if not draft.config.has(key) or (draft.config.get(key) is None and default is not None):
+        draft.assume("training.max_grad_norm", default)
+    else:
+        norm = positive(draft.config.number(key))
+        draft.carry(key, "training.max_grad_norm", None if norm is None else float(norm))
+
+
+def carry_checkpoints(draft: Draft) -> None:
+    """Carry when the run is evaluated and saved; what counts epochs has no counterpart, and changes no weights."""
+    config = draft.config
+    best = config.switch("load_best_model_at_end")
+    patience = positive(config.number("early_stopping_patience"))
+    if best:
+        draft.carry("load_best_model_at_end", "training.keep", "best")
+    else:
+        draft.same("load_best_model_at_end", "asks for nothing")
+    if patience:
+        draft.carry("early_stopping_patience", "training.stop_after", int(patience))
+    else:
+        draft.same("early_stopping_patience", "asks for nothing")
+    evaluation = "eval_strategy" if config.get("eval_strategy") is not None else "evaluation_strategy"
+    for strategy, steps, to in (
+        (evaluation, "eval_steps", "training.eval_every"),
+        ("save_strategy", "save_steps", "training.save_every"),
+        ("logging_strategy", "logging_steps", "training.log_every"),
+    ):
+        _carry_interval(draft, strategy, steps, to, needed=best or bool(patience))
+    kept = positive(config.number("save_total_limit"))
+    if kept:
+        draft.carry("save_total_limit", "training.keep_checkpoints", int(kept))
+    else:
+        draft.same("save_total_limit", "asks for nothing: two checkpoints are kept")
+    draft.no_effect("do_eval", "data.eval turns evaluation on and off")
+    draft.no_effect("do_predict", "`lora eval` generates answers")
+
+
+def _carry_interval(draft: Draft, strategy: str, steps: str, to: str, *, needed: bool) -> None:
+    """Carry a number of steps between events; with `needed`, null would switch off what depends on evaluations."""
+    written = draft.config.get(strategy)
+    name = "no" if written is False else str(written or "").lower().rpartition(".")[2]
+    every = positive(draft.config.get(steps))
+    if name == "no" and not (needed and to == "training.eval_every") and to != "training.log_every":
+        draft.carry(strategy, to, None)
+        draft.no_effect(steps, f"{strategy} is no")
+        return
+    if name in ("epoch", "best"):
+        reason = f"{to} counts steps: write those of an epoch; its default is 100"
+        if needed and to == "training.eval_every":
+            draft.refuse(strategy, f"when it is evaluated decides which step is kept, and {reason}")
+        draft.no_effect(strategy, reason)
+    elif written is not None:
+        draft.no_effect(strategy, f"{to} counts steps")
+    if every is not None and every >= 1 and name not in ("epoch", "no"):
+        draft.carry(steps, to, int(every))
+    else:
+        draft.no_effect(steps, f"{to} is a number of steps; its default is {1 if 'log' in to else 100}")
+
+
+def carry_eval_fraction(draft: Draft, key: str) -> None:
+    """Carry the fraction of the rows that is held out; 0 is none. A number of rows is not offered."""
+    value = draft.config.number(key)
+    if value is None or not value:
+        if draft.config.get(key) is not None:
+            draft.carry(key, "data.eval", None)
+        else:
+            draft.assume("data.eval", None, "no rows are held out")
+    elif 0 < value < 1:
+        draft.carry(key, "data.eval", float(value))
+    else:
+        draft.refuse(key, f"{show(value)} is a number of rows, and data.eval a fraction; accepted: 0.05")
+        draft.put("data.eval", 0.05, key)
+
+
+def texts(config: Config, key: str) -> Any:
+    """Read a list of texts."""
+    return [str(item) for item in as_list(config.get(key))]
+
+
+def as_items(config: Config, key: str) -> Any:
+    """Read a list."""
+    return as_list(config.get(key))
+
+
+def section(config: Config, key: str) -> Any:
+    """Read a section; one without keys asks for nothing.
+
+    Raises:
+        LoraError: it is none.
+    """
+    value = config.get(key)
+    if not isinstance(value, dict):
+        raise config.error(key, "not a section")
+    return value or None

@@ -1,0 +1,269 @@
+"""litgpt: configs of `litgpt finetune_lora`, and what their keys become. No torch."""
+
+from pathlib import Path
+
+from lora_cli.convert.batches import carry_no_packing
+from lora_cli.convert.draft import Draft
+from lora_cli.convert.huggingface import carry_clipping, carry_output
+from lora_cli.convert.sources import Source, write_sources
+from lora_cli.convert.tables import CACHE, EVALUATION, HARDWARE, LOGGING, SHARDING, KeyTable, apply_table
+from lora_cli.convert.torchtune import carry_betas
+from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
+from lora_cli.convert.tracking import carry_tracking
+from lora_cli.convert.values import carry_dtype, carry_optimizer, family_of, positive
+
+# Data modules: hub id or URL, format, columns.
+DATASETS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "Alpaca": ("yahma/alpaca-cleaned", "alpaca", {}),
+    "Alpaca2k": ("mhenrichsen/alpaca_2k_test", "alpaca", {}),
+    "AlpacaGPT4": ("vicgalle/alpaca-gpt4", "alpaca", {}),
+    "Dolly": ("databricks/databricks-dolly-15k", "alpaca", {"input": "context", "output": "response"}),
+    "Deita": ("HuggingFaceH4/deita-10k-v0-sft", "messages", {}),
+    "JSON": ("", "alpaca", {}),
+}
+VAL_FRACTIONS = {"Alpaca": 0.03865, "Alpaca2k": 0.05, "AlpacaGPT4": 0.03847, "Dolly": 0.1, "LongForm": 0.0, "FLAN": 0.0}
+PARTS = {"lora_query": "q", "lora_key": "k", "lora_value": "v", "lora_projection": "o"}
+PART_DEFAULTS = {"lora_query": True, "lora_value": True}
+TABLE = KeyTable(
+    no_effect={
+        HARDWARE: "num_nodes compiler",
+        SHARDING: "tensor_parallel strategy",
+        LOGGING: "log log.project log.run log.group log.teamspace log.metadata log.log_model "
+        "log.save_logs log.checkpoint_name",
+        EVALUATION: "eval.max_new_tokens eval.max_iters eval.initial_validation eval.final_validation "
+        "eval.evaluate_example",
+        CACHE: "data.init_args.num_workers data.init_args.download_dir data.init_args.ignore_index "
+        "data.init_args.file_url data.init_args.file_name data.num_workers",
+        "files of the hub": "access_token model_name",
+        "settings of GaLore, which is off": "galore.galore_8bit galore.galore_r galore.galore_update_proj_gap "
+        "galore.galore_scale galore.galore_proj_type",
+        "settings of LongLoRA, which is off": "longlora.n_groups longlora.context_length longlora.trainable_params",
+        "for pretraining": "train.tie_embeddings resume",
+        "training.seed sets which rows are held out": "data.init_args.seed",
+    },
+    not_offered={
+        "GaLore trains every weight; accepted: the adapter": "galore.use_galore",
+        "LongLoRA's shifted attention; accepted: full attention": "longlora.use_longlora",
+        "a run is counted in steps or epochs; accepted: epochs": "train.max_tokens train.max_time",
+        "the warmup is a fraction of all steps, not of an epoch; accepted: none": "train.lr_warmup_fraction",
+        "AdamW's epsilon is 1e-8; accepted: 1e-8": "optimizer.init_args.eps=1e-8 optimizer.init_args.amsgrad",
+        "rows are read as they are; accepted: so": "data.init_args.include_multiturn_conversations "
+        "data.init_args.repo_id data.init_args.subsets",
+        "the chat template writes the text; accepted: the tokenizer's own": "data.init_args.prompt_style",
+    },
+    handled="checkpoint_dir out_dir precision quantize devices lora_r lora_alpha lora_dropout lora_query lora_key "
+    "lora_value lora_projection lora_mlp lora_head data data.class_path data.init_args.mask_prompt "
+    "data.init_args.val_split_fraction data.init_args.prompt_style data.init_args.json_path train.save_interval "
+    "train.log_interval train.global_batch_size train.micro_batch_size train.lr_warmup_steps train.epochs "
+    "train.max_steps train.max_seq_length train.learning_rate train.weight_decay train.beta1 train.beta2 "
+    "train.max_norm train.min_lr eval.interval optimizer optimizer.class_path optimizer.init_args.lr "
+    f"optimizer.init_args.weight_decay optimizer.init_args.betas seed galore longlora train eval {TRACKING_KEYS}",
+)
+
+
+def convert(draft: Draft) -> None:
+    """Convert a config of litgpt."""
+    config = draft.config
+    if not any(config.has(key) for key in ("lora_r", "lora_alpha", *PARTS)):
+        reason = "is not set: litgpt's finetune_full trains every weight, and here only adapters are trained"
+        draft.other_task("lora_r", reason)
+    _carry_model(draft)
+    _carry_adapter(draft)
+    _carry_rows(draft)
+    _carry_training(draft)
+    carry_output(draft, "out_dir")
+    carry_tracking(draft)
+    apply_table(draft, TABLE)
+
+
+def _carry_model(draft: Draft) -> None:
+    config = draft.config
+    folder = config.text("checkpoint_dir")
+    if folder is None:
+        draft.missing("checkpoint_dir", "the config names no base; accepted: a placeholder in model.path")
+    else:
+        parts = Path(folder).parts
+        local = (Path(folder) / "config.json").is_file()
+        path = folder if local or len(parts) < 2 else "/".join(parts[-2:])
+        note = "" if path == folder else "litgpt's checkpoints have a format of their own: the id on the hub"
+        draft.carry("checkpoint_dir", "model.path", path, note)
+    if config.has("precision"):
+        carry_dtype(draft, "precision")
+    quantize = config.text("quantize")
+    if quantize is None:
+        draft.same("quantize", "asks for nothing")
+    elif quantize.startswith("bnb.int8"):
+        draft.put("quantization.bits", 8, "quantize")
+        draft.carried("quantize", "quantization.bits", 8)
+    elif quantize in ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"):
+        kind, _, double = quantize.removeprefix("bnb.").partition("-")
+        draft.put("quantization.bits", 4, "quantize")
+        draft.put("quantization.type", kind, "quantize")
+        draft.put("quantization.double_quant", bool(double), "quantize")
+        draft.carried("quantize", "quantization", quantize)
+    else:
+        draft.refuse("quantize", "a base is quantized by bitsandbytes; accepted: 4 bits")
+        draft.put("quantization.bits", 4, "quantize")
+    devices = config.get("devices")
+    if isinstance(devices, int) and devices > 1:
+        draft.carry("devices", "distributed.processes", devices)
+    else:
+        draft.no_effect("devices", "distributed.processes: auto is one process per GPU")
+
+
+def _carry_adapter(draft: Draft) -> None:
+    config = draft.config
+    for key, to, default in (
+        ("lora_r", "adapter.rank", 8),
+        ("lora_alpha", "adapter.alpha", 16.0),
+        ("lora_dropout", "adapter.dropout", 0.05),
+    ):
+        value = config.number(key)
+        if value is None:
+            draft.assume(to, default)
+        else:
+            draft.carry(key, to, value if key == "lora_r" else float(value))
+    family = family_of(config.text("checkpoint_dir"))
+    wanted = {key: config.switch(key, default=PART_DEFAULTS.get(key, False)) for key in PARTS}
+    modules = [family.attention[part] for key, part in PARTS.items() if wanted[key]]
+    if family.attention["q"] == family.attention["v"] and len({wanted[key] for key in list(PARTS)[:3]}) > 1:
+        reason = f"the base has one module for queries, keys and values; accepted: all of {family.attention['q']}"
+        draft.refuse(next(key for key in list(PARTS)[:3] if config.has(key)), reason, always=True)
+    modules += family.mlp if config.switch("lora_mlp") else ()
+    modules += ["lm_head"] if config.switch("lora_head") else []
+    targets = list(dict.fromkeys(modules))
+    draft.put("adapter.target_modules", targets or "all-linear", "lora_query, lora_key, lora_value, ...")
+    for key in (*PARTS, "lora_mlp", "lora_head"):
+        draft.carried(key, "adapter.target_modules", targets)
+
+
+def _carry_rows(draft: Draft) -> None:
+    config = draft.config
+    name = str(config.get("data.class_path") or config.get("data") or "Alpaca").rpartition(".")[2]
+    path, kind, columns = DATASETS.get(name, ("", "", {}))
+    source = Source({"path": config.text("data.init_args.json_path") or path or "data/train.jsonl"}, f"data: {name}")
+    if kind:
+        source.values["format"] = kind
+        source.columns(**columns)
+        draft.carried("data.class_path", "data.train", source.values["path"])
+        if config.get("data.class_path") is None:
+            draft.carried("data", "data.train", source.values["path"])
+    else:
+        draft.refuse("data.class_path", f"there is no dataset {name} here; accepted: data/train.jsonl")
+    draft.carried("data.init_args.json_path", "data.train", source.values["path"])
+    write_sources(draft, "data.train", [source])
+    fraction = config.number("data.init_args.val_split_fraction")
+    if fraction is None:
+        default = VAL_FRACTIONS.get(name, 0.05)
+        draft.assume("data.eval", default or None)
+    else:
+        draft.carry("data.init_args.val_split_fraction", "data.eval", float(fraction) or None)
+    if config.switch("data.init_args.mask_prompt"):
+        draft.carry("data.init_args.mask_prompt", "data.loss_on", "assistant")
+    else:
+        draft.assume("data.loss_on", "all", "mask_prompt is false")
+        draft.carried("data.init_args.mask_prompt", "data.loss_on", "all")
+    style = (config.text("data.init_args.prompt_style") or "alpaca").lower().rpartition(".")[2]
+    if style == "alpaca" and kind == "alpaca":
+        draft.put("data.chat_template", "alpaca", "litgpt's default: prompt_style: alpaca")
+        note = "an input follows the instruction, without a heading of its own"
+        draft.carried("data.init_args.prompt_style", "data.chat_template", "alpaca", note)
+    length = config.whole("train.max_seq_length")
+    if length:
+        draft.carry("train.max_seq_length", "data.max_length", length)
+        draft.assume("data.overlong", "truncate", "the end of longer rows is cut")
+    else:
+        why = "no limit; here a longer row is an error"
+        draft.put("data.max_length", 8192, f"litgpt's default: {why}")
+        draft.carried("train.max_seq_length", "data.max_length", 8192, why)
+    carry_no_packing(draft, "packing")
+
+
+def _carry_training(draft: Draft) -> None:
+    config = draft.config
+    steps = positive(config.number("train.max_steps"))
+    if steps:
+        draft.carry("train.max_steps", "training.max_steps", int(steps))
+        draft.same("train.epochs", "max_steps is the shorter limit, or accept it as the only one")
+    else:
+        draft.same("train.max_steps", "asks for nothing")
+        epochs = config.number("train.epochs")
+        if epochs is None:
+            draft.assume("training.epochs", 5.0)
+        else:
+            draft.carry("train.epochs", "training.epochs", float(epochs))
+    _carry_batch(draft)
+    _carry_optimizer(draft)
+    minimum = config.number("train.min_lr")
+    if minimum is None:
+        draft.assume("training.min_learning_rate", 6e-5)
+    else:
+        draft.carry("train.min_lr", "training.min_learning_rate", float(minimum))
+    rate = draft.values["training.learning_rate"]
+    if draft.values.get("training.min_learning_rate", 0) > rate:
+        # CosineAnnealingLR then rises from the learning rate to min_lr.
+        draft.put("training.min_learning_rate", 0.0, "min_lr is above the learning rate")
+        draft.lines.pop("train.min_lr", None)
+        draft.refuse("train.min_lr", "is above the learning rate, so the rate would rise; accepted: 0")
+    warmup = config.number("train.lr_warmup_steps")
+    if warmup is None and not config.has("train.lr_warmup_steps"):
+        draft.assume("training.warmup", 0 if config.get("train.lr_warmup_fraction") else 100)
+    else:
+        draft.carry("train.lr_warmup_steps", "training.warmup", warmup or 0)
+    carry_clipping(draft, "train.max_norm", default=None)
+    seed = config.whole("seed")
+    if seed is None:
+        draft.assume("training.seed", 1337)
+    else:
+        draft.carry("seed", "training.seed", seed)
+    for key, to in (
+        ("train.save_interval", "training.save_every"),
+        ("eval.interval", "training.eval_every"),
+        ("train.log_interval", "training.log_every"),
+    ):
+        if every := positive(config.number(key)):
+            draft.carry(key, to, int(every))
+
+
+def _carry_batch(draft: Draft) -> None:
+    """Carry rows per step over all devices; what does not divide is left out there, so it is left out here."""
+    config = draft.config
+    total = config.whole("train.global_batch_size") or 16
+    micro = config.whole("train.micro_batch_size") or 1
+    devices = config.get("devices")
+    count = (devices if isinstance(devices, int) else 1) * (config.whole("num_nodes") or 1)
+    rows = max(1, total // count // micro) * micro * count
+    note = (
+        "" if rows == total else f"{total} is no multiple of {micro} rows on {count} device(s), and litgpt takes {rows}"
+    )
+    if config.has("train.micro_batch_size"):
+        draft.carry("train.micro_batch_size", "training.batch_size", micro)
+    else:
+        draft.assume("training.batch_size", micro)
+    if config.has("train.global_batch_size"):
+        draft.carry("train.global_batch_size", "training.rows_per_step", rows, note)
+    else:
+        draft.assume("training.rows_per_step", rows)
+
+
+def _carry_optimizer(draft: Draft) -> None:
+    config = draft.config
+    if isinstance(config.get("optimizer"), str):
+        carry_optimizer(draft, "optimizer", default="adamw")
+    else:
+        carry_optimizer(draft, "optimizer.class_path", default="adamw")
+    old = config.has("train.learning_rate")  # before litgpt had the section `optimizer`
+    defaults = (3e-4, 0.02, 0.95) if old else (1e-3, 0.01, 0.999)
+    for keys, to, default in (
+        (("optimizer.init_args.lr", "train.learning_rate"), "training.learning_rate", defaults[0]),
+        (("optimizer.init_args.weight_decay", "train.weight_decay"), "training.weight_decay", defaults[1]),
+        (("train.beta1",), "training.adam_beta1", 0.9),
+        (("train.beta2",), "training.adam_beta2", defaults[2]),
+    ):
+        key = next((key for key in keys if config.get(key) is not None), "")
+        if key:
+            draft.carry(key, to, float(config.number(key) or 0))
+        elif not (to.startswith("training.adam") and config.get("optimizer.init_args.betas")):
+            draft.assume(to, default)
+    if config.get("optimizer.init_args.betas"):
+        carry_betas(draft, "optimizer.init_args.betas")

@@ -1,0 +1,264 @@
+"""Read a Python script that fine-tunes with TRL or unsloth: the arguments of its calls, by ast, without running it.
+
+Arguments are literals, names that are assigned one literal, or else the text of their expression (`Unreadable`).
+"""
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_cli.convert.config import Config, Unreadable
+from lora_cli.errors import LoraError
+
+# The calls that are read, by the last part of their name, and their positional arguments. Where several pass the same
+# argument, the first of this list is used.
+CALLS: dict[str, tuple[str, ...]] = {
+    "SFTConfig": ("output_dir",),
+    "UnslothTrainingArguments": ("output_dir",),
+    "TrainingArguments": ("output_dir",),
+    "SFTTrainer": ("model", "args"),
+    "UnslothTrainer": ("model", "args"),
+    "Trainer": ("model", "args"),
+    "LoraConfig": ("r",),
+    "get_peft_model": ("model", "peft_config"),
+    "BitsAndBytesConfig": (),
+    "from_pretrained": ("model_name_or_path",),
+    "load_dataset": ("path", "name"),
+    "get_chat_template": ("tokenizer", "chat_template"),
+    "train_on_responses_only": ("trainer",),
+}
+# Names of arguments that stand for other keys.
+RENAMED = {
+    "load_dataset": {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"},
+}
+ONE_OF_MANY = ("from_pretrained", "get_chat_template", "TrainingArguments")  # scripts repeat these after training
+OTHER_TRAINERS = (
+    "DPOTrainer",
+    "GRPOTrainer",
+    "KTOTrainer",
+    "ORPOTrainer",
+    "PPOTrainer",
+    "RewardTrainer",
+    "CPOTrainer",
+    "RLOOTrainer",
+    "OnlineDPOTrainer",
+)
+DATASET_METHODS = (
+    "map",
+    "filter",
+    "select",
+    "shuffle",
+    "train_test_split",
+    "rename_column",
+    "rename_columns",
+    "remove_columns",
+    "take",
+    "skip",
+    "sort",
+    "shard",
+    "concatenate",
+    "class_encode_column",
+    "cast",
+)
+STANDARDIZE = ("standardize_sharegpt", "standardize_data_formats", "standardize_dataset")
+
+
+def read_script(file: Path, text: str) -> Config:
+    """Return the arguments of the calls of a script.
+
+    Raises:
+        LoraError: it is not Python, or has none of the calls.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = getattr(error, "lineno", None)
+        place = f"{file}:{line}" if line else str(file)
+        raise LoraError(
+            f"{place}: is not Python that can be read", hint="notebooks: export the cells as a .py file"
+        ) from None
+    reader = _Reader(file, tree)
+    reader.read()
+    if not reader.values:
+        raise LoraError(
+            f"{file}: has none of the calls SFTTrainer, SFTConfig, LoraConfig, get_peft_model",
+            hint="pass the script that creates the trainer",
+        )
+    return Config(
+        file,
+        reader.values,
+        kind="script",
+        places=reader.places,
+        aliases=reader.aliases,
+        program="unsloth" if _imports(tree, "unsloth") else "trl",
+        facts=reader.facts,
+    )
+
+
+def _imports(tree: ast.Module, package: str) -> bool:
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if any(name.partition(".")[0] == package for name in names):
+            return True
+    return False
+
+
+class _Reader:
+    def __init__(self, file: Path, tree: ast.Module) -> None:
+        self.file, self.tree = file, tree
+        self.values: dict[str, Any] = {}
+        self.places: dict[str, str] = {}
+        self.aliases: dict[str, list[str]] = {}
+        self.facts: dict[str, str] = {}
+        self.constants = _constants(tree)
+        self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        self.datasets: set[str] = set()
+
+    def read(self) -> None:
+        found: dict[str, list[ast.Call]] = {name: [] for name in CALLS}
+        for node in _walk(self.tree):
+            if isinstance(node, ast.Assign):
+                self._track_dataset(node)
+            if isinstance(node, ast.Call):
+                name = _name(node.func)
+                if name in found and not (name == "from_pretrained" and _is_no_model(node.func)):
+                    found[name].append(node)
+                elif name in OTHER_TRAINERS:
+                    self.values.setdefault("trainer", name)
+                    self.places["trainer"] = f"{self.file}:{node.lineno}"
+        for name, calls in found.items():
+            for index, call in enumerate(calls):
+                if index == 0:
+                    self._read_call(name, call)
+                elif name not in ONE_OF_MANY:
+                    self.values[f"{name}, line {call.lineno}"] = Unreadable(f"a second {name}")
+
+    def _read_call(self, name: str, call: ast.Call) -> None:
+        arguments: dict[str, ast.expr] = {}
+        for key, argument in zip(CALLS[name], call.args, strict=False):
+            arguments[key] = argument
+        for keyword in call.keywords:
+            if keyword.arg is not None:
+                arguments[keyword.arg] = keyword.value
+            elif isinstance(given := self._value(keyword.value), dict):
+                for key, value in given.items():
+                    self._add(name, str(key), value, call.lineno)
+            else:
+                self._add(name, "**", Unreadable(ast.unparse(keyword.value)), keyword.value.lineno)
+        for key, node in arguments.items():
+            self._add(name, key, self._value(node), node.lineno)
+        self.values.setdefault(name, {})
+        self.places.setdefault(name, f"{self.file}:{call.lineno}")
+
+    def _add(self, name: str, key: str, value: Any, line: int) -> None:
+        self.values.setdefault(name, {})[key] = value
+        full = f"{name}.{key}"
+        self.places[full] = f"{self.file}:{line}"
+        self.aliases.setdefault(RENAMED.get(name, {}).get(key, key), []).append(full)
+
+    def _value(self, node: ast.expr) -> Any:
+        try:
+            return ast.literal_eval(node)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            pass
+        if isinstance(node, ast.Name) and node.id in self.constants:
+            return self.constants[node.id]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            return f"torch.{node.attr}"
+        if isinstance(node, ast.List | ast.Tuple):
+            items = [self._value(item) for item in node.elts]
+            if not any(isinstance(item, Unreadable) for item in items):
+                return items
+        if isinstance(node, ast.Dict) and all(key is not None for key in node.keys):
+            return {
+                str(self._value(key)): self._value(value)
+                for key, value in zip(node.keys, node.values, strict=True)
+                if key
+            }
+        return Unreadable(ast.unparse(node))
+
+    def _track_dataset(self, node: ast.Assign) -> None:
+        """Note what is done with the rows between load_dataset and the trainer."""
+        calls = [each for each in ast.walk(node.value) if isinstance(each, ast.Call)]
+        names = {each.id for each in ast.walk(node.value) if isinstance(each, ast.Name)}
+        loads = any(_name(call.func) == "load_dataset" for call in calls)
+        if not loads and not names & self.datasets:
+            return
+        self.datasets |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        for call in calls:
+            name = _name(call.func)
+            if name in DATASET_METHODS and isinstance(call.func, ast.Attribute):
+                self._add_step(name, call)
+            elif name in STANDARDIZE:
+                self.values.setdefault("dataset", {})[name] = True
+
+    def _add_step(self, name: str, call: ast.Call) -> None:
+        first = call.args[0] if call.args else None
+        text = Unreadable(", ".join(ast.unparse(each) for each in (*call.args, *call.keywords)) or "()")
+        value: Any = text
+        if name == "select" and isinstance(first, ast.Call) and _name(first.func) == "range" and len(first.args) == 1:
+            value = self._value(first.args[0])
+        self.values.setdefault("dataset", {})[name] = value
+        self.places[f"dataset.{name}"] = f"{self.file}:{call.lineno}"
+        if name == "map" and isinstance(first, ast.Name) and first.id in self.functions:
+            self.facts.update(self._facts(self.functions[first.id]))
+
+    def _facts(self, function: ast.FunctionDef) -> dict[str, str]:
+        """Return what a function makes of a row: text by the chat template, by Alpaca's prompt, or by other code."""
+        nodes = list(ast.walk(function))
+        columns = [
+            node.slice.value
+            for node in nodes
+            if isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Constant)
+            and isinstance(node.slice.value, str)
+        ]
+        if any(isinstance(node, ast.Call) and _name(node.func) == "apply_chat_template" for node in nodes):
+            return {"map": "chat_template", "column": columns[0] if columns else ""}
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        prompts = [str(self.constants[name]) for name in used if isinstance(self.constants.get(name), str)]
+        if any("### Instruction:" in text and "### Response:" in text for text in prompts):
+            return {"map": "alpaca", "columns": ",".join(dict.fromkeys(columns))}
+        return {"map": "code"}
+
+
+def _constants(tree: ast.Module) -> dict[str, Any]:
+    """Return the names of the module that are assigned once, to a literal."""
+    counts: Counter[str] = Counter()
+    values: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            counts[node.id] += 1
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+            target = statement.targets[0]
+            if isinstance(target, ast.Name) and counts[target.id] == 1:
+                try:
+                    values[target.id] = ast.literal_eval(statement.value)
+                except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                    continue
+    return values
+
+
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes in the order of the text, without those of `if False:`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and not node.test.value:
+            continue
+        yield node
+        yield from _walk(node)
+
+
+def _is_no_model(function: ast.expr) -> bool:
+    """Return whether `AutoTokenizer.from_pretrained` and the like is called."""
+    receiver = _name(function.value) if isinstance(function, ast.Attribute) else ""
+    return any(word in receiver for word in ("Tokenizer", "Config", "Processor", "Peft"))
+
+
+def _name(function: ast.expr) -> str:
+    return (
+        function.attr if isinstance(function, ast.Attribute) else function.id if isinstance(function, ast.Name) else ""
+    )
