@@ -5,7 +5,7 @@ import sys
 import time
 from typing import NoReturn
 
-from lora_cli.cli import train, models, adapter, recipes  # isort: skip  (--help lists commands in this order)
+from lora_cli.cli import train, models, adapter, runs, recipes  # isort: skip  (--help lists commands in this order)
 from lora_cli.cli.app import app
 from lora_cli.errors import LoraError
 from lora_cli.run.library_warnings import silence_library_warnings
@@ -15,7 +15,7 @@ from lora_cli.run.signals import handle_signals, stop_with_launcher
 from lora_cli.run.streams import standard_streams
 from lora_cli.run.system_errors import as_os_error
 
-__all__ = ["adapter", "app", "main", "models", "recipes", "train"]
+__all__ = ["adapter", "app", "main", "models", "recipes", "runs", "train"]
 
 
 def main() -> None:

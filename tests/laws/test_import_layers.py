@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"commands"},
     {"setup"},
-    {"evaluation", "training", "export", "merging"},
+    {"evaluation", "training", "export", "merging", "report"},
     {"model"},
     {"data"},
     {"recipe"},
