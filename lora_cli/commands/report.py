@@ -3,6 +3,7 @@
 import os
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from lora_cli.report.chart_library import chart_library
 from lora_cli.report.page import MARK, Report, ReportedRun, render_page, render_parts, script_data
 from lora_cli.report.recorded_run import Json, RecordedRun, check_is_run, read_measurement, read_run
 from lora_cli.report.verdicts import find_verdicts
-from lora_cli.report.watch import ADDRESS, Snapshot, Watch, make_server
+from lora_cli.report.watch import Snapshot, Watch, make_server
 from lora_cli.run import atomic, console
 from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder
 from lora_cli.run.read_file import open_regular
@@ -72,8 +73,18 @@ def _read(folders: Sequence[Path], request: ReportRequest, *, spectra: bool) -> 
         found, reason = _spectra(run) if spectra else ([], WATCHED)
         verdicts = find_verdicts(run.folder, run.adapter, request.verdicts)
         reported.append(ReportedRun(run, found, reason, verdicts))
-    made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
-    return Report(reported, row_loss_intervals(runs), made)
+    return Report(reported, row_loss_intervals(runs), _last_change(runs))
+
+
+def _last_change(runs: Sequence[RecordedRun]) -> str:
+    """Return when the files of the runs changed last. The page has no other time: equal files give an equal page."""
+    times = []
+    for run in runs:
+        for name in ("metrics.jsonl", "answers.jsonl", "manifest.json", *(each.file for each in run.measurements)):
+            with suppress(OSError):
+                times.append(os.stat(run.folder / name).st_mtime)
+    newest = datetime.fromtimestamp(max(times, default=0)).astimezone()
+    return newest.strftime("%Y-%m-%d %H:%M:%S %Z") if times else "at an unknown time"
 
 
 def _with_evaluations(runs: list[RecordedRun], files: Sequence[Path]) -> list[RecordedRun]:
@@ -152,11 +163,10 @@ def _check_out(out: Path) -> None:
 def _serve(folders: Sequence[Path], request: ReportRequest) -> None:
     """Serve the page until a signal ends the command."""
     server = make_server(make_watch(folders, request), port=request.port)
-    address = f"http://{ADDRESS}:{server.server_address[1]}/"
-    console.out.print(address)
+    console.out.print(server.address)
     console.info("Ctrl-C ends it; only this machine can open the address")
     if request.open_page:
-        webbrowser.open(address)
+        webbrowser.open(server.address)
     with server, stop_request() as stop:
         server.timeout = 0.2
         while not stop.is_set():
@@ -174,7 +184,7 @@ def make_watch(folders: Sequence[Path], request: ReportRequest) -> Watch:
     def snapshot() -> Snapshot:
         version = _version(folders)
         content = _read(folders, request, spectra=False)
-        news = {"data": script_data(content), "parts": render_parts(content), "made": content.made}
+        news = {"data": script_data(content), "parts": render_parts(content), "changed": content.changed}
         return Snapshot(version, render_page(content, library=library, live=True), news)
 
     return Watch(lambda: _version(folders), snapshot)

@@ -40,7 +40,7 @@ class Report(NamedTuple):
 
     runs: Sequence[ReportedRun]
     intervals: Mapping[str, RowLossIntervals]  # by the run's name
-    made: str  # date and time
+    changed: str  # when the files of the runs changed last
 
     @property
     def title(self) -> str:
@@ -114,7 +114,7 @@ def _values(report: Report) -> dict[str, Any]:
     charts = chart_specs(runs)
     return {
         "title": report.title,
-        "made": report.made,
+        "changed": report.changed,
         "several": several,
         "charts": [
             {**chart._asdict(), "summary": _chart_summary(chart.key, runs)} for chart in CHARTS if chart.key in charts

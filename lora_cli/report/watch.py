@@ -1,13 +1,16 @@
 """`lora report --watch`: serve the page of runs that are in training, to this machine alone. No torch."""
 
 import json
+import secrets
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, first_line
+from lora_cli.run import console
 
 ADDRESS = "127.0.0.1"
 
@@ -17,7 +20,7 @@ class Snapshot(NamedTuple):
 
     version: str  # changes if the files of the runs change
     page: str
-    news: dict[str, object]  # what the script of the page replaces: data, sections, made
+    news: dict[str, object]  # what the script of the page replaces: data, parts, changed
 
 
 class Watch(NamedTuple):
@@ -27,12 +30,32 @@ class Watch(NamedTuple):
     snapshot: Callable[[], Snapshot]
 
 
-def make_server(watch: Watch, *, port: int) -> ThreadingHTTPServer:
-    """Return a server of this machine's loopback address, not started; port 0 takes a free one.
+class PageServer(ThreadingHTTPServer):
+    """A server of this machine's loopback address; only who knows its address gets the page."""
+
+    # Other users of this machine reach the port too.
+    token = ""
+
+    @property
+    def address(self) -> str:
+        """The address of the page."""
+        return f"http://{ADDRESS}:{self.server_address[1]}/{self.token}/"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Print one line, and nothing if the browser has left meanwhile."""
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, ConnectionError):
+            console.info(f"the page could not be sent: {first_line(error)}")
+
+
+def make_server(watch: Watch, *, port: int) -> PageServer:
+    """Return a server of the page, not started; port 0 takes a free one.
 
     Raises:
         LoraError: the port is in use.
     """
+
+    token = secrets.token_urlsafe(16)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -42,9 +65,9 @@ def make_server(watch: Watch, *, port: int) -> ThreadingHTTPServer:
                 self._send(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers to localhost alone\n")
                 return
             url = urlsplit(self.path)
-            if url.path == "/":
+            if url.path == f"/{token}/":
                 self._send(HTTPStatus.OK, "text/html; charset=utf-8", _encode(watch.snapshot().page))
-            elif url.path == "/news":
+            elif url.path == f"/{token}/news":
                 self._send_news(parse_qs(url.query).get("version", [""])[0])
             else:
                 self._send(HTTPStatus.NOT_FOUND, "text/plain", b"not found\n")
@@ -70,9 +93,11 @@ def make_server(watch: Watch, *, port: int) -> ThreadingHTTPServer:
             """Print nothing: a line for each request would hide the address."""
 
     try:
-        return ThreadingHTTPServer((ADDRESS, port), Handler)
+        server = PageServer((ADDRESS, port), Handler)
     except OSError as error:
         raise LoraError(f"--port {port} cannot be used: {error.strerror}", hint="leave it out for a free one") from None
+    server.token = token
+    return server
 
 
 def _encode(page: str) -> bytes:

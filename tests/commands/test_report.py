@@ -125,7 +125,8 @@ def test_a_run_without_an_adapter_needs_no_torch(tmp_path: Path):
 def test_where_the_page_may_be_written(trained_run: Path, lora: Lora, page_of):
     assert page_of("runs/a").startswith(MARK)
     assert Path("runs/a/report.html").is_file()
-    assert page_of("runs/a").startswith(MARK), "a report is replaced"
+    page = page_of("runs/a")
+    assert page_of("runs/a") == page, "a report is replaced, and equal files give an equal page"
     Path("mine.html").write_text("<html>my own page")
     for out, problem in (
         ("mine.html", "exists, and is no report"),

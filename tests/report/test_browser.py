@@ -277,7 +277,7 @@ def test_the_page_follows_a_run(tmp_path: Path, open_page: Open):
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
-        page = open_page(f"http://127.0.0.1:{server.server_address[1]}/")
+        page = open_page(server.address)
         page.locator("#recipe-0 summary").click()
         with (folder / "metrics.jsonl").open("a") as log:
             for step in range(11, 16):

@@ -214,7 +214,7 @@
         const open = new Map([...document.querySelectorAll("#sections details")].map((each) => [each.id, each.open]));
         for (const [id, html] of Object.entries(news.parts)) document.getElementById(id).innerHTML = html;
         for (const each of document.querySelectorAll("#sections details")) if (open.has(each.id)) each.open = open.get(each.id);
-        document.getElementById("made").textContent = news.made;
+        document.getElementById("changed").textContent = news.changed;
         readSteps();
         draw();
         showCursor();
