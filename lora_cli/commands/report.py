@@ -22,7 +22,7 @@ from lora_cli.setup.row_losses import row_loss_intervals
 from lora_cli.training.checkpoint_folders import checkpoint_steps
 
 PAGE = "report.html"
-TRAINING = "The adapter's spectrum needs a finished run: its adapter is written at the end."
+TRAINING = "There is no adapter: a run writes it at its end."
 WATCHED = "The adapter's spectrum is not computed with --watch: make the report without it."
 
 
@@ -184,7 +184,11 @@ def make_watch(folders: Sequence[Path], request: ReportRequest) -> Watch:
     def snapshot() -> Snapshot:
         version = _version(folders)
         content = _read(folders, request, spectra=False)
-        news = {"data": script_data(content), "parts": render_parts(content), "changed": content.changed}
+        news: dict[str, object] = {
+            "data": script_data(content),
+            "parts": render_parts(content),
+            "changed": content.changed,
+        }
         return Snapshot(version, render_page(content, library=library, live=True), news)
 
     return Watch(lambda: _version(folders), snapshot)

@@ -68,9 +68,9 @@ def final_table(runs: Sequence[RecordedRun], intervals: Mapping[str, RowLossInte
                 number(start["eval_loss"], ".4f") if start else DASH,
                 f"{best['eval_loss']:.4f} at step {best['step']:,}" if best else DASH,
                 number(written_loss(run), ".4f"),
-                interval(found.loss[1:]) if found else DASH,
+                interval(list(found.loss[1:])) if found else DASH,
                 f"{found.rows:,}, {found.source}" if found else DASH,
-                f"{versus[0]:+.4f} ({interval(versus[1:])})" if versus else DASH,
+                f"{versus[0]:+.4f} ({interval(list(versus[1:]))})" if versus else DASH,
                 number(run.steps[-1].get("loss") if run.steps else None, ".4f"),
                 f"{sum(tokens):,.0f}" if tokens else DASH,
                 format_duration(sum(seconds)) if seconds else DASH,
@@ -90,7 +90,7 @@ def final_table(runs: Sequence[RecordedRun], intervals: Mapping[str, RowLossInte
     fingerprints = {as_object(run.manifest).get("data_fingerprint") for run in runs}
     if len(fingerprints) > 1:
         notes.append("the runs have different rows: their losses are comparable only if the held-out rows are the same")
-    return Table("Final figures", header, rows, 1, notes)
+    return Table("Final figures", header, rows, 2, notes)
 
 
 def written_loss(run: RecordedRun) -> float | None:

@@ -62,7 +62,7 @@ def columns(run: RecordedRun) -> dict[str, list[Any]]:
 def tokens_per_second(record: Json) -> float | None:
     """Return the speed of a step; None if its record has no tokens or no time."""
     tokens, seconds = as_number(record.get("tokens")), as_number(record.get("seconds"))
-    return tokens / seconds if tokens is not None and seconds else None
+    return as_number(tokens / seconds) if tokens is not None and seconds else None
 
 
 def page_data(run: RecordedRun) -> Json:
@@ -116,13 +116,13 @@ def _spec(chart: Chart, names: Sequence[str]) -> Json:
         "scale": {"nice": False, "domainMin": {"expr": "low"}, "domainMax": {"expr": "high"}},
     }  # fmt: skip
     y: Json = {
-        "field": "value", "type": "quantitative", "title": chart.unit or None, "scale": {"zero": False},
+        "field": "value", "type": "quantitative", "title": chart.unit or None, "scale": {"zero": False, "padding": 6},
     }  # fmt: skip
     encoding = {"x": x, "y": y, "color": color, "detail": {"field": "run"}}
     if several:  # not by color alone: print, and readers who see no colors
         dashes = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
         encoding["strokeDash"] = {
-            "field": "run", "type": "nominal", "title": None, "legend": None,
+            "field": "run", "type": "nominal", "title": None, "legend": color["legend"],
             "scale": {"domain": list(names), "range": [dashes[n % len(dashes)] for n in range(len(names))]},
         }  # fmt: skip
 
@@ -136,7 +136,7 @@ def _spec(chart: Chart, names: Sequence[str]) -> Json:
 
     points = {name: value for name, value in encoding.items() if name != "strokeDash"}
     layers = [
-        layer("raw", {"type": "line", "strokeWidth": 1, "opacity": 0.35 if chart.smoothed else 1}),
+        layer("raw", {"type": "line", "strokeWidth": 1, "opacity": 0.35} if chart.smoothed else {"type": "line"}),
         *([layer("smooth", {"type": "line", "strokeWidth": 2})] if chart.smoothed else []),
     ]
     if chart.key == "loss":

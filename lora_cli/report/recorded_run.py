@@ -100,8 +100,10 @@ def as_list(value: Any) -> list[Any]:
 
 def as_number(value: Any) -> float | None:
     """Return a finite number of JSON as it is; None for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if is_number else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    is_finite = abs(value) < 1 << 64 if isinstance(value, int) else math.isfinite(value)  # JSON has larger integers
+    return value if is_finite else None
 
 
 def check_is_run(folder: Path) -> None:
@@ -153,7 +155,8 @@ def read_run(folder: Path, *, name: str, checkpoints: Sequence[int]) -> Recorded
         checkpoints: steps of its checkpoints.
     """
     notes: list[str] = []
-    manifest = _tolerant(lambda: read_json_object(folder / "manifest.json", limit=MAX_JSON_BYTES), {}, notes)
+    nothing: Json = {}
+    manifest = _tolerant(lambda: read_json_object(folder / "manifest.json", limit=MAX_JSON_BYTES), nothing, notes)
     recipe_text = _tolerant(lambda: read_text(folder / "recipe.yaml", limit=MAX_RECIPE_BYTES), "", notes)
     records = _log(folder / "metrics.jsonl", notes)
     steps = [record for record in records if "loss" in record]

@@ -23,7 +23,7 @@ def step_record(step: int, *, steps: int) -> dict[str, Any]:
     }
 
 
-def manifest(steps: int, **changes: Any) -> dict[str, Any]:
+def manifest(steps: int) -> dict[str, Any]:
     totals = {
         "rows": 90,
         "tokens": 4500,
@@ -54,7 +54,6 @@ def manifest(steps: int, **changes: Any) -> dict[str, Any]:
             "notes": ["12 other trainable parameters"],
             "virtual_tokens": 0,
         },
-        **changes,
     }
 
 
@@ -89,7 +88,7 @@ def write_run(
             loss = 1.3 + (step / steps - 0.7) ** 2
             records.append({"step": step, "eval_loss": loss, "eval_accuracy": 0.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    content = manifest(steps, **(changes or {}))
+    content = manifest(steps) | (changes or {})
     if finished:
         content["result"] = {"steps_done": steps, "adapter_step": steps, "stopped_early": False}
         (folder / "adapter").mkdir()

@@ -128,6 +128,13 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path):
     assert data["charts"] == {}
 
 
+def test_numbers_that_are_too_large_are_left_out(tmp_path: Path):
+    folder = write_run(tmp_path / "a", steps=2, every=0)
+    record = {"step": 1, "loss": 10**400, "tokens": 5, "seconds": 1e-320, "peak_memory": -(10**30)}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert json.loads(Elements(render(folder)).scripts[0])["charts"] == {}
+
+
 def test_json_cannot_end_its_script():
     assert json.loads(str(script_json({"a": HOSTILE}))) == {"a": HOSTILE}
     assert not set(str(script_json(HOSTILE))) & set("<>&\u2028")

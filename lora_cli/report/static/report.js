@@ -2,7 +2,8 @@
 "use strict";
 (() => {
   const LIMIT = 2000; // points of a line that are drawn: more would be several in one pixel
-  const OPTIONS = { renderer: "svg", actions: false, ast: true, tooltip: false, defaultStyle: false };
+  // ast: no code is made from text, which the page's policy forbids. logLevel: errors alone; an empty cursor is none.
+  const OPTIONS = { renderer: "svg", actions: false, ast: true, tooltip: false, defaultStyle: false, logLevel: 1 };
   let data = JSON.parse(document.getElementById("data").textContent);
   const charts = [...document.querySelectorAll("[data-chart]")];
   const low = document.getElementById("low"), high = document.getElementById("high");
@@ -166,17 +167,26 @@
     });
   }
 
+  // Vega gives its container a role; the figure around it has the one that readers need.
+  function inside(figure) {
+    const place = document.createElement("div");
+    place.className = "drawing";
+    place.setAttribute("aria-hidden", "true");
+    figure.replaceChildren(place);
+    return place;
+  }
+
   async function embedStatic() {
     for (const [id, spec] of Object.entries(data.static)) {
-      const place = document.getElementById(id);
-      if (place) await vegaEmbed(place, spec, OPTIONS);
+      const figure = document.getElementById(id);
+      if (figure) await vegaEmbed(inside(figure), spec, OPTIONS);
     }
   }
 
   async function embed() {
     readSteps();
     for (const chart of charts) {
-      const { view } = await vegaEmbed(chart, data.charts[chart.dataset.chart], OPTIONS);
+      const { view } = await vegaEmbed(inside(chart), data.charts[chart.dataset.chart], OPTIONS);
       views.set(chart.dataset.chart, view);
       listen(chart);
     }
