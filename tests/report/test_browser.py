@@ -130,7 +130,7 @@ def test_the_keyboard_reads_every_step(tmp_path: Path, open_page: Open):
     assert chart.get_attribute("aria-valuenow") == "39"
     assert page.locator("#chart-grad_norm").get_attribute("aria-valuenow") == "39", "all charts have one cursor"
     page.keyboard.press("Home")
-    page.keyboard.press("PageDown")
+    page.keyboard.press("PageUp")
     assert chart.get_attribute("aria-valuenow") == "4", "a tenth of 41 steps, as the base is step 0"
     page.keyboard.press("Escape")
     assert chart.get_attribute("aria-valuetext") == "no step chosen"

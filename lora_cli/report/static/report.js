@@ -198,10 +198,13 @@
   // A closed part would be missing on paper.
   let closed = [];
   addEventListener("beforeprint", () => {
-    closed = [...document.querySelectorAll("details:not([open])")];
+    closed.push(...document.querySelectorAll("details:not([open])"));
     for (const each of closed) each.open = true;
   });
-  addEventListener("afterprint", () => { for (const each of closed) each.open = false; });
+  addEventListener("afterprint", () => {
+    for (const each of closed) each.open = false;
+    closed = [];
+  });
 
   if (low) {
     const form = document.getElementById("range");
