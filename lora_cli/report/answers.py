@@ -1,6 +1,6 @@
 """Answers of base and adapter to the same prompts, from answers.jsonl and from the JSON of `lora eval`. No torch."""
 
-from collections.abc import Iterable
+from itertools import groupby
 from typing import NamedTuple
 
 from lora_cli.report.recorded_run import Json, RecordedRun, as_list, as_number, as_object
@@ -98,19 +98,16 @@ class MaskRow(NamedTuple):
 def mask_rows(run: RecordedRun) -> list[MaskRow]:
     """Return the first rows of the run with their label mask; empty if the run has not recorded them."""
     rows = [as_object(each) for each in as_list(run.manifest.get("label_mask"))[:MAX_MASK_ROWS]]
-    return [
-        MaskRow(str(row.get("where")), _spans(as_list(row.get("tokens"))), int(as_number(row.get("left_out")) or 0))
-        for row in rows
-    ]
+    return [MaskRow(str(row.get("where")), _spans(row), int(as_number(row.get("left_out")) or 0)) for row in rows]
 
 
-def _spans(tokens: Iterable[object]) -> list[tuple[bool, list[str]]]:
-    spans: list[tuple[bool, list[str]]] = []
-    for token in tokens:
-        if not (isinstance(token, list) and len(token) == 2 and isinstance(token[0], str)):
-            continue  # a damaged manifest
-        text, supervised = token[0], token[1] is True
-        if not spans or spans[-1][0] is not supervised:
-            spans.append((supervised, []))
-        spans[-1][1].append(text)
-    return spans
+def _spans(row: Json) -> list[tuple[bool, list[str]]]:
+    """Return the tokens of a row of the manifest, grouped; those of a damaged one as far as they are text."""
+    tokens = [text for text in as_list(row.get("tokens")) if isinstance(text, str)]
+    supervised = [False] * len(tokens)
+    for span in map(as_list, as_list(row.get("loss"))):
+        if len(span) == 2 and isinstance(span[0], int) and isinstance(span[1], int):
+            for number in range(max(0, span[0]), min(span[1], len(tokens))):
+                supervised[number] = True
+    pairs = zip(supervised, tokens, strict=True)
+    return [(carries, [text for _, text in group]) for carries, group in groupby(pairs, key=lambda pair: pair[0])]

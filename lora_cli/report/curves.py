@@ -218,7 +218,7 @@ def spectrum_spec(kinds: Sequence[Json]) -> Json:
         if value > 0
     ]
     names = [each["kind"] for each in kinds]
-    scale = {"domain": names}
+    scale, legend = {"domain": names}, {"orient": "bottom", "columns": 4}
     return {
         "width": "container",
         "height": 230,
@@ -231,10 +231,10 @@ def spectrum_spec(kinds: Sequence[Json]) -> Json:
                 "field": "value", "type": "quantitative", "title": "singular value / largest", "scale": {"type": "log"},
             },
             "color": {
-                "field": "kind", "type": "nominal", "title": None, "legend": {"orient": "bottom", "columns": 4},
+                "field": "kind", "type": "nominal", "title": None, "legend": legend,
                 "scale": {**scale, "range": _colors(names)},
             },
-            "shape": {"field": "kind", "type": "nominal", "title": None, "legend": None, "scale": scale},
+            "shape": {"field": "kind", "type": "nominal", "title": None, "legend": legend, "scale": scale},
         },
         "config": CONFIG,
     }  # fmt: skip

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.chat_templates import shared_variables
 from lora_cli.data.dataset import EncodedDataset, show_mask
+from lora_cli.data.label_mask import spans_of_labels
 from lora_cli.errors import LoraError
 from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.trained_on import DtypeName, TrainedOn
@@ -208,19 +209,23 @@ def _recipe_file(run: RunFolder) -> str | None:
     return name
 
 
-MASK_ROWS, MASK_TOKENS = 3, 400  # that the manifest has, of the first rows
+MASK_ROWS, MASK_TOKENS = 3, 200  # that the manifest has, of the first rows
 
 
 def label_mask_rows(rows: EncodedDataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Return the first rows token by token for manifest.json: `[text, whether it carries loss]`, cut if they are long.
+    """Return the first rows for manifest.json: the texts of their tokens, and the spans that carry loss.
+
+    A span is the number of its first token, from 0, and of the token after its last. Long rows are cut.
 
     The manifest has them because the report of a run must not need the rows, the tokenizer and torch.
     """
-    masks = [(rows[number], show_mask(rows[number], tokenizer)) for number in range(min(MASK_ROWS, len(rows)))]
-    return [
-        {"where": row.where, "tokens": mask[:MASK_TOKENS], "left_out": max(0, len(mask) - MASK_TOKENS)}
-        for row, mask in masks
-    ]
+    records = []
+    for row in (rows[number] for number in range(min(MASK_ROWS, len(rows)))):
+        texts = [text for text, _ in show_mask(row, tokenizer)][:MASK_TOKENS]
+        spans = [[start, min(stop, len(texts))] for start, stop in spans_of_labels(row.labels) if start < len(texts)]
+        left_out = len(row.input_ids) - len(texts)
+        records.append({"where": row.where, "tokens": texts, "loss": spans, "left_out": left_out})
+    return records
 
 
 def write_records(run: RunFolder, recipe: Recipe, manifest: dict[str, Any], *, info: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from lora_cli.evaluation import bootstrap
 from lora_cli.report.page import MARK
-from tests.commands.conftest import Lora, WriteRecipe
+from tests.commands.conftest import Lora, WriteRecipe, rows
 from tests.report.recorded import write_run
 
 
@@ -61,7 +61,13 @@ def test_the_page_has_what_the_run_has_recorded(trained_run: Path, page_of):
     )
     mask = manifest["label_mask"][0]
     marked = "".join(re.findall(r"<span>(.*?)</span>", page.partition("<mark>")[2].partition("</mark>")[0], re.DOTALL))
-    assert unescape(marked).startswith("".join(text for text, supervised in mask["tokens"] if supervised)[:10])
+    first, stop = mask["loss"][0]
+    assert unescape(marked) == "".join(mask["tokens"][first:stop])
+    assert (
+        unescape(marked)
+        .strip()
+        .startswith(rows(24)[int(mask["where"].rpartition(":")[2]) - 1]["messages"][1]["content"])
+    )
     assert all(each["peak_memory"] > 0 for each in records if "loss" in each)
     kinds = {row[0] for row in table_rows(page, "Size and rank of the updates")}
     assert kinds == {row[0] for row in table_rows(page, "Layers that carry")}

@@ -46,9 +46,7 @@ def manifest(steps: int) -> dict[str, Any]:
         "task": "causal-lm",
         "data_fingerprint": "f00d",
         "ledger": {"sources": [source], "train": totals, "eval": {**totals, "rows": 7}, "leaked": 0},
-        "label_mask": [
-            {"where": "rows.jsonl:1", "tokens": [["Who", False], [" am", False], [" I", True]], "left_out": 2}
-        ],
+        "label_mask": [{"where": "rows.jsonl:1", "tokens": ["Who", " am", " I"], "loss": [[2, 3]], "left_out": 2}],
         "coverage": {
             "kinds": [{"kind": "q_proj", "matched": 4, "layers": 5, "parameters": 640, "experts": 0}],
             "notes": ["12 other trainable parameters"],

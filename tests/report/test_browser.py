@@ -229,7 +229,7 @@ def test_paper_has_all_parts(tmp_path: Path, open_page: Open):
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("#range").is_hidden()
-    recipe = page.locator("#recipe-0 pre").first
+    recipe = page.locator("#part-recipe-0 pre").first
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert recipe.is_visible()
     assert len(page.pdf()) > 10_000
@@ -278,7 +278,7 @@ def test_the_page_follows_a_run(tmp_path: Path, open_page: Open):
     thread.start()
     try:
         page = open_page(server.address)
-        page.locator("#recipe-0 summary").click()
+        page.locator("#part-recipe-0 summary").click()
         with (folder / "metrics.jsonl").open("a") as log:
             for step in range(11, 16):
                 log.write(json.dumps(step_record(step, steps=20)) + "\n")
@@ -286,7 +286,7 @@ def test_the_page_follows_a_run(tmp_path: Path, open_page: Open):
         page.locator("#chart-loss").focus()
         page.keyboard.press("End")
         assert page.locator("#chart-loss").get_attribute("aria-valuenow") == "15"
-        assert page.locator("#recipe-0").get_attribute("open") is not None, "what was opened stays open"
+        assert page.locator("#part-recipe-0").get_attribute("open") is not None, "what was opened stays open"
     finally:
         server.shutdown()
         thread.join()

@@ -56,7 +56,7 @@ def hostile_run(folder: Path) -> Path:
         "command": [HOSTILE],
         "versions": {HOSTILE: HOSTILE, "lora-cli": "0"},
         "performance": {HOSTILE: HOSTILE},
-        "label_mask": [{"where": HOSTILE, "tokens": [[HOSTILE, False], [HOSTILE, True]], "left_out": 0}],
+        "label_mask": [{"where": HOSTILE, "tokens": [HOSTILE, HOSTILE], "loss": [[1, 2]], "left_out": 0}],
         "coverage": {"kinds": [{"kind": HOSTILE, "matched": 1, "layers": 1}], "notes": [HOSTILE]},
     }
     write_run(folder, changes=changes)
@@ -76,6 +76,16 @@ def test_texts_are_no_elements_and_no_scripts(tmp_path: Path):
     assert set(hostile.names) <= {*plain.names, "article", "h4", "h5"}
     assert json.loads(hostile.scripts[0])["runs"][0]["name"] == name
     assert hostile.scripts[1:] == plain.scripts[1:]
+
+
+def test_each_part_has_an_id_of_its_own(tmp_path: Path):
+    run = read_run(write_run(tmp_path / "a"), name="a", checkpoints=[])
+    kind = {"kind": "q_proj", "modules": 2, "rank": "4", "norm": 1.0, "effective_rank": 2.0, "spectrum": [1.0, 0.5]}
+    spectra = [{**kind, "energy_ranks": {"0.90": 2.0, "0.95": 3.0, "0.99": 4.0}}]
+    page = render_page(Report([ReportedRun(run, spectra), ReportedRun(run, spectra)], {}, "now"), library="")
+    ids = re.findall(r' id="([^"]*)"', page)
+    assert sorted(ids) == sorted(set(ids))
+    assert {"spectrum-1", "part-spectrum-1", "lengths-0"} <= set(ids)
 
 
 def test_only_the_two_scripts_of_the_page_may_run(tmp_path: Path):
