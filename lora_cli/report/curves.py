@@ -16,7 +16,7 @@ CONFIG: Json = {
         "labelColor": MUTED, "titleColor": MUTED, "gridColor": GRID, "domainColor": GRID, "tickColor": GRID,
         "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
     },
-    "legend": {"labelColor": INK, "titleColor": MUTED, "labelFontSize": 12, "symbolStrokeWidth": 2},
+    "legend": {"labelColor": INK, "titleColor": MUTED, "labelFontSize": 12, "symbolStrokeWidth": 2, "symbolOpacity": 1},
     "title": {"color": INK},
 }  # fmt: skip
 
@@ -145,8 +145,12 @@ def _spec(chart: Chart, names: Sequence[str]) -> Json:
             layer(
                 "evaluation", {"type": "point", "filled": True, "size": 45, "shape": "diamond", "opacity": 1}, points
             ),
-            layer("best", {"type": "point", "size": 190, "strokeWidth": 2, "shape": "circle", "opacity": 1}, points),
-            layer("spike", {"type": "point", "size": 70, "shape": "triangle-up", "opacity": 1}, points),
+            layer(
+                "best",
+                {"clip": False, "type": "point", "size": 190, "strokeWidth": 2, "shape": "circle", "opacity": 1},
+                points,
+            ),
+            layer("spike", {"clip": False, "type": "point", "size": 70, "shape": "triangle-up", "opacity": 1}, points),
         ]
     layers.append(
         {
@@ -187,7 +191,9 @@ def histogram_spec(histograms: dict[str, Json]) -> Json:
         "encoding": {
             "x": {"field": "from", "type": "quantitative", "title": "tokens per row", "bin": {"binned": True}},
             "x2": {"field": "to"},
-            "y": {"field": "rows", "type": "quantitative", "title": "rows", "axis": {"tickMinStep": 1}},
+            "y": {
+                "field": "rows", "type": "quantitative", "title": "rows", "axis": {"tickMinStep": 1}, "stack": None,
+            },
             "color": {
                 "field": "split", "type": "nominal", "title": None, "legend": {"orient": "bottom"},
                 "scale": {"domain": splits, "range": _colors(splits)},

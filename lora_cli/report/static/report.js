@@ -73,9 +73,12 @@
       if (key !== "loss") continue;
       const evaluations = run.evaluations.map(([at, value]) => ({ step: at, value }));
       add("evaluation", "held-out rows", evaluations);
-      add("best", "held-out rows", evaluations.filter((each) => each.step === run.best));
+      // These two are drawn over the edges of the chart too, so that those outside of the range are left out.
+      const inRange = (each) => each.step >= span[0] && each.step <= span[1];
+      add("best", "held-out rows", evaluations.filter((each) => each.step === run.best && inRange(each)));
       const at = new Map(step.map((each, i) => [each, values[i]]));
-      add("spike", "training", run.spikes.filter((each) => at.get(each) != null).map((each) => ({ step: each, value: at.get(each) })));
+      const spikes = run.spikes.map((each) => ({ step: each, value: at.get(each) }));
+      add("spike", "training", spikes.filter((each) => each.value != null && inRange(each)));
     }
     return found;
   }
