@@ -9,7 +9,7 @@ from typing import NoReturn
 from typer._click.exceptions import NoArgsIsHelpError, UsageError
 
 # In the order of the list in --help:
-from lora_cli.cli import train, models, adapter, hub, recipes, convert, cache, env  # isort: skip
+from lora_cli.cli import train, models, adapter, runs, hub, recipes, convert, cache, env  # isort: skip
 from lora_cli.cli.app import JSON_ON_STDOUT, app
 from lora_cli.cli.usage_errors import as_lora_error as usage_as_lora_error
 from lora_cli.errors import LoraError
@@ -22,7 +22,7 @@ from lora_cli.run.streams import standard_streams
 from lora_cli.run.system_errors import as_os_error
 from lora_cli.run.telemetry import switch_off_telemetry
 
-__all__ = ["adapter", "app", "cache", "convert", "env", "hub", "main", "models", "recipes", "train"]
+__all__ = ["adapter", "app", "cache", "convert", "env", "hub", "main", "models", "recipes", "runs", "train"]
 
 
 def main() -> None:

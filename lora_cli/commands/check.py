@@ -26,6 +26,7 @@ from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run import console
 from lora_cli.run.disk_space import free_bytes
 from lora_cli.run.redact import redact_path
+from lora_cli.setup.coverage import adapter_coverage
 from lora_cli.setup.evaluations import check_steps
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.planned_gpus import (
@@ -47,7 +48,6 @@ from lora_cli.setup.training_model import (
     check_before_rows,
     check_new_tokens_trainable,
     choose_performance,
-    coverage_table,
     describe_quantization,
     open_source,
     resolve_optimizer,
@@ -138,7 +138,8 @@ def _print_sizes(
     if source is not None and not source.config.is_prompt_learning:  # whose tensors are computed, not stored
         continue_adapter.check_fits(adapted, source)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    for line in [*describe_quantization(recipe, inputs), *coverage_table(adapted, layers, trainable, recipe.adapter)]:
+    coverage = adapter_coverage(adapted, layers, trainable, recipe.adapter)
+    for line in [*describe_quantization(recipe, inputs), *coverage.table()]:
         console.out.print(line)
     of_run = memory_of_run(recipe, inputs, adapted, optimizer=optimizer)
     if planned:

@@ -27,11 +27,13 @@ from lora_cli.model.fp32_weights import upcast_trainable_params
 from lora_cli.model.load_adapter import NamedAdapters, load_adapters
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 from lora_cli.model.saved_adapter import CPU, labels_of_head
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run import atomic, console
+from lora_cli.run.checksums import checksum
 from lora_cli.run.folder import BASE, CONFIG_FILE, recipe_of_adapter
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter, is_model_folder, parse_named_folder
@@ -92,6 +94,8 @@ def evaluate(
         kind = inputs.data.ledger.prompt_kind("train" if data is not None else "eval")
         _tell_other_prompts(kind, resolved.adapters, data or "data.eval")
     evaluation = Evaluation(recipe, inputs, rows, options)
+    for name, files in resolved.adapters.items():
+        evaluation.weights[name] = checksum(files.folder / ADAPTER_WEIGHTS, sha256=True).sha256
     with check_bases(resolved.adapters.values(), inputs.base, allowed=other_base):
         base = load_base(recipe, inputs, info=console.info).model
     base.eval()
@@ -122,6 +126,7 @@ class Evaluation:
             rows, options.prompts, tokenizer=self.tokenizer, task=recipe.task, loss_on=recipe.data.loss_on
         )
         self.results: dict[str, ModelResult] = {}
+        self.weights: dict[str, str | None] = {}  # SHA-256 of each adapter's, by which `lora report` knows its run
 
     def measure(self, name: str, model: PeftModel | PreTrainedModel) -> None:
         """Measure `model`, and keep the result under `name`.
@@ -175,7 +180,7 @@ class Evaluation:
             atomic.write_text(self.options.file, "".join(answers.prediction_lines(self.prompts, self._answers())))
 
     def to_json(self) -> dict[str, Any]:
-        """Return all figures for JSON."""
+        """Return all figures for JSON, and the answers; the losses of rows, for paired comparisons between runs."""
         base, scores = self.results[BASE], self._scores()
         signatures = answers.metric_signatures(self.options.metrics, self.prompts) if scores else {}
         return {
@@ -186,6 +191,10 @@ class Evaluation:
                 name: report.result_record(result, base, self.recipe.task) | scores.get(name, {}) | dict(result.tasks)
                 for name, result in self.results.items()
             },
+            "adapters": self.weights,
+            "units_of_rows": base.rows.units.tolist(),
+            "losses_of_rows": {name: result.rows.loss.tolist() for name, result in self.results.items()},
+            "answers": answers.prediction_records(self.prompts, self._answers()),
         }
 
     def _answers(self) -> answers.Answers:

@@ -27,9 +27,10 @@ from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.run.checksums import list_files, verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
+from lora_cli.run.folder import EXPORT_VERDICT
 from lora_cli.run.redact import redact_path
 from lora_cli.run.workspace import remove_leftovers
-from lora_cli.setup.export_paths import VERDICT, find_exported_adapter, verdict_path
+from lora_cli.setup.export_paths import find_exported_adapter, verdict_path
 from lora_cli.setup.held_out import HeldOutRows
 from lora_cli.setup.merged_model import MergeOptions, write_merged_model
 
@@ -197,7 +198,7 @@ def _output(out: Path, exporter: Exporter, request: ExportRequest) -> Iterator[t
             yield partial, verdict
     else:
         with verified_folder(out, kind="export", published=True, replace=request.force) as partial:
-            yield partial, partial / VERDICT
+            yield partial, partial / EXPORT_VERDICT
 
 
 def _run_checks(module: ModuleType, source: ExportSource, partial: Path, options: ExportOptions) -> list[Check]:

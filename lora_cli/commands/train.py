@@ -30,7 +30,7 @@ from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.start_workers import StartRequest, resumes_after_restart, start_workers
 from lora_cli.setup.strategy import choose_strategy
 from lora_cli.setup.training_model import Info, TrainableModel, build_model, check_before_rows
-from lora_cli.training import checkpoint, process_group
+from lora_cli.training import checkpoint, cpu, process_group
 from lora_cli.training.agreement import check_inputs_equal
 from lora_cli.training.checkpoint_folders import SavedState
 from lora_cli.training.device_errors import device_errors_as_lora_error
@@ -70,7 +70,7 @@ def train(recipe: Recipe, *, resume: bool, fresh: bool, arguments: list[str], ma
             resume, fresh = True, False
         if not accelerator.is_main_process:
             return _train_in_process(recipe, accelerator, peers, run=None, resume=resume)
-        with open_run(recipe.output, resume=resume, fresh=fresh) as run:
+        with open_run(recipe.output, resume=resume, fresh=fresh, arguments=arguments) as run:
             return _train_in_process(recipe, accelerator, peers, run=run, resume=resume)
 
 
@@ -208,8 +208,8 @@ class Training:
         if (earlier := self.run.move_earlier_aside()) is not None:
             self.info(f"--fresh: the earlier run is in {earlier}")
         remove_run_checksums(self.run.path, info=self.info)
-        manifest = run_records.manifest(self.recipe, self.inputs, self.built, total=self.total)
-        self.manifest = {**manifest, "changes": self.state.get("changes", [])}
+        self.manifest = run_records.manifest(self.run, self.recipe, self.inputs, self.built, state=self.state)
+        self.run.begin()
         # The recipe comes first: a folder with a part of a run, but without it, could be neither started nor resumed.
         run_records.write_records(self.run, self.recipe, self.manifest, info=self.info)
         self.run.checkpoints.mkdir(exist_ok=True)
@@ -265,8 +265,8 @@ class Training:
             ):
                 self.done = step.number
                 if metrics:
-                    metrics.write(step.record())
-                    progress.step(step.number, step.figures(self.inputs.device))
+                    metrics.write({**step.record(), "peak_memory": cpu.peak_memory(self.inputs.device)})
+                    progress.step(step.number, step.figures(self.inputs.device), loss=step.loss)
                     trackers.poll()  # they follow the metrics log by themselves
                 if step.spike:
                     info(step.spike.line(step.number))

@@ -99,6 +99,7 @@ class Totals(NamedTuple):
     tokens: int
     supervised: int  # tokens that carry loss, or labels
     lengths: dict[str, int]  # quantiles of tokens per row
+    histogram: dict[str, Any]  # of tokens per row: `first` (tokens), `width` of each bin (tokens), `rows` of each bin
 
     @classmethod
     def of(cls, lengths: npt.NDArray[np.int32], supervised: npt.NDArray[np.int32]) -> "Totals":
@@ -107,7 +108,20 @@ class Totals(NamedTuple):
         # method="higher" gives the length of an existing row, not the mean of two.
         values = np.quantile(lengths, list(marks.values()), method="higher") if len(lengths) else [0] * len(marks)
         quantiles = {name: int(value) for name, value in zip(marks, values, strict=True)}
-        return cls(len(lengths), int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64)), quantiles)
+        tokens, of_loss = int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
+        return cls(len(lengths), tokens, of_loss, quantiles, _histogram(lengths))
+
+
+MAX_BINS = 32
+
+
+def _histogram(lengths: npt.NDArray[np.int32]) -> dict[str, Any]:
+    """Return the number of rows by their tokens, in at most MAX_BINS bins of equal width; `lengths` is [rows]."""
+    if not len(lengths):
+        return {"first": 0, "width": 1, "rows": []}
+    first = int(lengths.min())
+    width = (int(lengths.max()) - first) // MAX_BINS + 1
+    return {"first": first, "width": width, "rows": np.bincount((lengths - first) // width).tolist()}
 
 
 class Ledger(NamedTuple):

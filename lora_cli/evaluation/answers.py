@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -194,12 +194,23 @@ def score_table(scores: Mapping[str, Mapping[str, float]], count: int) -> Table:
     return table
 
 
+def prediction_records(prompts: Sequence[Prompt], answers: Answers) -> list[dict[str, Any]]:
+    """Return a record of JSON for each prompt, with the answer of each model."""
+    return [
+        {
+            "where": prompt.where,
+            "prompt": prompt.text,
+            "references": prompt.references,
+            "answers": {name: model_answers[number]._asdict() for name, model_answers in answers.items()},
+        }
+        for number, prompt in enumerate(prompts)
+    ]
+
+
 def prediction_lines(prompts: Sequence[Prompt], answers: Answers) -> Iterator[str]:
     """Yield a line of JSON for each prompt."""
-    for number, prompt in enumerate(prompts):
-        by_model = {name: model_answers[number]._asdict() for name, model_answers in answers.items()}
-        record = {"where": prompt.where, "prompt": prompt.text, "references": prompt.references}
-        yield json.dumps({**record, "answers": by_model}, ensure_ascii=False) + "\n"
+    for record in prediction_records(prompts, answers):
+        yield json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def print_answers(prompts: Sequence[Prompt], answers: Answers, file: Path | None) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lora_cli.run.signals import at_end
+from lora_cli.run.sparkline import sparkline
 
 # Without a `file`, rich looks up sys.stdout and sys.stderr at each line, so replacing them works (tests do).
 out = Console(highlight=False, soft_wrap=True, markup=False)
@@ -89,15 +90,19 @@ class StepProgress:
 
     def __init__(self, bar: Progress | None, *, total: int, done: int, every: int) -> None:
         self._bar = bar
-        self._task = bar.add_task("", total=total, completed=done, line="") if bar else None
+        self._task = bar.add_task("", total=total, completed=done, line="", curve="") if bar else None
+        self._losses: list[float] = []  # of each step of this process
+        self._draws = err.encoding.startswith("utf")
         self._total, self._every = total, every
         self._first, self._start = done, time.monotonic()
 
-    def step(self, number: int, values: Mapping[str, str]) -> None:
-        """Report that step `number` is done; `values` are formatted figures by name."""
+    def step(self, number: int, values: Mapping[str, str], *, loss: float) -> None:
+        """Report that step `number` is done; `values` are formatted figures by name, the bar draws the `loss`es."""
         text = "  ".join(f"{name} {value}" for name, value in values.items())
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=number, line=text)
+            self._losses.append(loss)
+            curve = sparkline(self._losses) if self._draws else ""
+            self._bar.update(self._task, completed=number, line=text, curve=curve)
         elif number % self._every == 0 or number == self._total:
             left = (time.monotonic() - self._start) / max(1, number - self._first) * (self._total - number)
             info(f"step {number}/{self._total}  {text}  left {format_duration(left)}")
@@ -120,7 +125,13 @@ def step_progress(total: int, *, done: int = 0, every: int = 1, bar: bool = True
     if quiet or not (bar and err.is_terminal and not err.is_dumb_terminal):  # the latter cannot draw over a line
         yield StepProgress(None, total=total, done=done, every=every)
         return
-    columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
+    columns = (
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[curve]}"),
+        TextColumn("{task.fields[line]}"),
+        TimeRemainingColumn(),
+    )
     with at_end(_leave_bar), Progress(*columns, console=err) as progress:
         yield StepProgress(progress, total=total, done=done, every=every)
 

@@ -3,23 +3,28 @@
 import fcntl
 import os
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, one_line
+from lora_cli.run import atomic
 from lora_cli.run.read_file import describe_kind, read_json_object
 from lora_cli.run.workspace import remove_leftovers, sync
 
 LOCK = ".lora-lock"
 BASE = "base"  # name of the base model among the adapters of a command
+MERGE_VERDICT = "merge.json"  # in a merged model
+EXPORT_VERDICT = "export.json"  # in an exported folder; beside an exported file, with its name before it
 CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
+FAILURE = "failed.json"  # in the folder of a run that an error ended: the error; the continued run removes it
 # Files of a run that its checksums.json covers once it is finished.
 RECORDS = ("metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
 # Files and folders of a run, in the order in which --fresh moves them aside.
 FOLDERS = ("adapter", "checkpoints", "tracking")
-RUN_FILES = ("checksums.json", *FOLDERS, *RECORDS)
+RUN_FILES = ("checksums.json", FAILURE, *FOLDERS, *RECORDS)
 NO_RUN = "start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder"
 EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
 MOVING = ".moving"  # a file in such a folder: not all files of the run are in it yet
@@ -28,10 +33,24 @@ MOVING = ".moving"  # a file in such a folder: not all files of the run are in i
 class RunFolder:
     """An open run folder, locked until it is closed or the process ends."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int, arguments: Sequence[str] = ()) -> None:
         self.path = path
+        self.arguments = list(arguments)  # of the command line that trains the run
         self.stale: list[str] = []  # names of files of an earlier run, which `move_earlier_aside` moves
         self._lock: int | None = lock
+        self._begun = False
+
+    def begin(self) -> None:
+        """Note that this process trains the run: from now on, its failure replaces that of an earlier process."""
+        if os.path.lexists(self.path / FAILURE):
+            atomic.remove(self.path / FAILURE)
+        self._begun = True
+
+    def _record_failure(self, error: BaseException) -> None:
+        """Write the error that ends the run, so that `lora runs` and `lora report` can show it."""
+        message, hint = (error.message, error.hint) if isinstance(error, LoraError) else (one_line(repr(error)), None)
+        with suppress(OSError):  # a full disk, for example, which is what the error says
+            atomic.write_json(self.path / FAILURE, {"error": message, "hint": hint})
 
     @property
     def recipe(self) -> Path:
@@ -100,16 +119,21 @@ class RunFolder:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._begun and isinstance(error, Exception):
+            self._record_failure(error)
         self.close()
 
 
-def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -> RunFolder:
+def open_run(
+    output: str | Path, *, resume: bool = False, fresh: bool = False, arguments: Sequence[str] = ()
+) -> RunFolder:
     """Create or reopen the run folder `output`, and lock it.
 
     Args:
         output: the folder.
         resume: continue the run in it, which must exist.
         fresh: let `move_earlier_aside` move the files of an existing run, and nothing else.
+        arguments: of the command line, which the manifest records.
 
     Raises:
         LoraError: the folder cannot be written, is locked, contains files of something else or links in place of the
@@ -124,7 +148,7 @@ def open_run(output: str | Path, *, resume: bool = False, fresh: bool = False) -
         path.mkdir(parents=True, exist_ok=True)
         # Before the lock file is created, so that a folder with other files stays unchanged.
         _check_no_foreign_files(path)
-        run = RunFolder(path, _lock(path))
+        run = RunFolder(path, _lock(path), arguments)
     except (FileExistsError, NotADirectoryError):
         raise LoraError(f"{path} is a file, or inside a file", hint="set output to a folder") from None
     except OSError as error:

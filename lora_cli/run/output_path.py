@@ -17,7 +17,7 @@ from lora_cli.run.workspace import remove_leftovers, reserve
 FORMAT_FILE = re.compile(
     r"(adapter_config|adapter_model\.safetensors\.index|config|generation_config|model\.safetensors\.index"
     r"|preprocessor_config|processor_config|video_preprocessor_config|chat_template|special_tokens_map|added_tokens"
-    r"|tokenizer|tokenizer_config|vocab|trained_on|labels|export|checksums)\.json"
+    r"|tokenizer|tokenizer_config|vocab|trained_on|labels|export|merge|checksums)\.json"
     r"|(adapter_model|model|model-\d{5}-of-\d{5})\.safetensors|tokenizer\.model|merges\.txt|vocab\.txt"
     r"|chat_template\.jinja|README\.md|\.gitattributes"
 )

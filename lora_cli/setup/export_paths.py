@@ -5,11 +5,9 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
-from lora_cli.run.folder import find_adapter_folder, is_path
+from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder, is_path
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import check_not_foreign, check_not_unfinished
-
-VERDICT = "export.json"
 
 
 def find_exported_adapter(name: str | Path) -> Path | None:
@@ -62,4 +60,4 @@ def check_export_paths(
 
 def verdict_path(file: Path) -> Path:
     """Return the path of the verdict of an export that is one file."""
-    return file.with_suffix(f".{VERDICT}")
+    return file.with_suffix(f".{EXPORT_VERDICT}")

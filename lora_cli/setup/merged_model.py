@@ -20,12 +20,15 @@ from lora_cli.model.adapter_files import AdapterFiles
 from lora_cli.model.checkpoint_reader import Transforms
 from lora_cli.model.conversion import CheckpointMapping
 from lora_cli.model.model_source import local_folder
+from lora_cli.model.save_adapter import ADAPTER_WEIGHTS
 from lora_cli.model.saved_adapter import SavedAdapter
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.schema import QuantizationSpec
-from lora_cli.run import console
-from lora_cli.run.checksums import verified_folder
+from lora_cli.run import atomic, console
+from lora_cli.run.checksums import checksum, verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
+from lora_cli.run.folder import MERGE_VERDICT
+from lora_cli.run.redact import redact_path
 from lora_cli.setup.held_out import HeldOutRows
 
 MIN_RETAINED = 0.5  # of each update, after rounding: below, more of it is lost than kept
@@ -122,6 +125,8 @@ def write_merged_model(
             _check_retained(merged, plan)
             write_other_files(adapter, plan, partial, dtype=options.dtype, what="merged")
             agreement = verify_merge(partial)
+            verdict = _verdict(adapter, plan, merged, agreement, probes, dequantized=bool(transforms))
+            atomic.write_json_unpublished(partial / MERGE_VERDICT, verdict)
             lines = [*_report(merged, plan, seconds), *_describe_agreement(agreement, probes, adapter)]
     for line in lines:
         console.info(line)
@@ -268,6 +273,37 @@ def _report(merged: list[MergedTensor], plan: MergePlan, seconds: float) -> list
             f"left out, because the task does not use them: {len(plan.dropped)} tensors ({plan.dropped[0]}, ...)"
         )
     return lines
+
+
+def _verdict(
+    adapter: SavedAdapter,
+    plan: MergePlan,
+    merged: list[MergedTensor],
+    agreement: Agreement | None,
+    probes: Probes | None,
+    *,
+    dequantized: bool,
+) -> dict[str, Any]:
+    """Return the content of merge.json: which adapter was merged into which base, and what the verification found."""
+    worst = min(merged, key=lambda tensor: tensor.retained)
+    compared = None
+    if agreement and probes:
+        finite = {
+            name: value if value is None or math.isfinite(value) else None
+            for name, value in agreement._asdict().items()
+        }
+        compared = {**finite, "probes": probes.description}
+    return {
+        "adapter": checksum(adapter.folder / ADAPTER_WEIGHTS, sha256=True).sha256,
+        "base": redact_path(adapter.base.name),
+        "weights": "dequantized" if dequantized else "as stored",
+        "tensors": len(plan.tensors),
+        "changed": len(merged),
+        "bytes": plan.size,
+        "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()}),
+        "smallest_retained": {"tensor": worst.name, "share": worst.retained},
+        "logits": compared,  # null: the weights alone were verified
+    }
 
 
 def _describe_agreement(agreement: Agreement | None, probes: Probes | None, adapter: SavedAdapter) -> list[str]:

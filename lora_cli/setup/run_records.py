@@ -5,15 +5,21 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import psutil
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.chat_templates import shared_variables
+from lora_cli.data.dataset import EncodedDataset, show_mask
+from lora_cli.data.label_mask import spans_of_labels
+from lora_cli.errors import LoraError
 from lora_cli.model.model_source import fingerprint, hub_commit
 from lora_cli.model.trained_on import DtypeName, TrainedOn
 from lora_cli.recipe.dump import dump_recipe
@@ -148,8 +154,18 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total: int) -> dict[str, Any]:
-    """Return the contents of manifest.json before training; `result` is added to it at the end."""
+def manifest(
+    run: RunFolder, recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, state: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the contents of manifest.json before training; `result` is added to it at the end.
+
+    Args:
+        run: to be trained; it has the manifest of the process before this one, if it is continued.
+        recipe: of the run, resolved.
+        inputs: of the run.
+        built: its model.
+        state: that of `resume_state`.
+    """
     data = inputs.data
     base = trained_on(recipe, inputs, built.model, built, step=0)._asdict()
     del base["step"]
@@ -159,8 +175,11 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
         "base": {"path": recipe.model.path, "revision": recipe.model.revision, **base},
         "origins": origins,
         "device": inputs.device.type,
+        "machine": {**state["machine"], **_describe_machine()},
+        "command": run.arguments,
+        "recipe_file": _recipe_file(run),
         "seed": recipe.training.seed,
-        "steps": total,
+        "steps": state["total_steps"],
         "trainable_parameters": built.trainable,
         "task": recipe.task,
         "labels": data.labels and data.labels._asdict(),
@@ -169,6 +188,9 @@ def manifest(recipe: Recipe, inputs: RunInputs, built: TrainableModel, *, total:
         "packing_proof": built.leak_check._asdict() if built.leak_check else None,
         "data_fingerprint": data.fingerprint,
         "ledger": data.ledger.to_json(),
+        "label_mask": label_mask_rows(data.train, inputs.base.tokenizer) if recipe.task == "causal-lm" else None,
+        "coverage": built.coverage.to_json(),
+        "changes": state.get("changes", []),
     }
 
 
@@ -182,6 +204,44 @@ def describe_parts(
         "memory": ladder.to_json(),
         "loss_scale": scale.to_json(),
     }
+
+
+def _describe_machine() -> dict[str, Any]:
+    """Return what can explain a difference in speed: platform, cores of this process, memory in bytes."""
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory().total
+    return {"platform": platform.platform(), "cores": cores, "memory": memory}
+
+
+def _recipe_file(run: RunFolder) -> str | None:
+    """Return the name of the recipe that the run was started with; None if it is unknown.
+
+    A run is often continued with its own recipe.yaml, which says nothing: then it is the name recorded before.
+    """
+    name = next((Path(each).name for each in run.arguments if each.endswith((".yaml", ".yml"))), None)
+    if name in (None, run.recipe.name):
+        with suppress(LoraError):
+            recorded = read_json_object(run.manifest).get("recipe_file")
+            name = recorded if isinstance(recorded, str) else name
+    return name
+
+
+MASK_ROWS, MASK_TOKENS = 3, 200  # that the manifest has, of the first rows
+
+
+def label_mask_rows(rows: EncodedDataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Return the first rows for manifest.json: the texts of their tokens, and the spans that carry loss.
+
+    A span is the number of its first token, from 0, and of the token after its last. Long rows are cut.
+
+    The manifest has them because the report of a run must not need the rows, the tokenizer and torch.
+    """
+    records = []
+    for row in (rows[number] for number in range(min(MASK_ROWS, len(rows)))):
+        texts = [text for text, _ in show_mask(row, tokenizer)][:MASK_TOKENS]
+        spans = [[start, min(stop, len(texts))] for start, stop in spans_of_labels(row.labels) if start < len(texts)]
+        left_out = len(row.input_ids) - len(texts)
+        records.append({"where": row.where, "tokens": texts, "loss": spans, "left_out": left_out})
+    return records
 
 
 def write_records(run: RunFolder, recipe: Recipe, manifest: dict[str, Any], *, info: Callable[[str], None]) -> None:

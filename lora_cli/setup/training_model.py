@@ -14,9 +14,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import (
     attach_adapter,
     continue_adapter,
-    expert_targets,
     memory,
-    multimodal,
     quantization_report,
     select_attention,
     target_modules,
@@ -37,6 +35,7 @@ from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.run import console
 from lora_cli.run.redact import redact_path
 from lora_cli.setup.adapter_folders import find_adapter
+from lora_cli.setup.coverage import AdapterCoverage, adapter_coverage
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.tracked_run import check_trackers_installed
 from lora_cli.setup.training_memory import memory_of_run
@@ -68,6 +67,7 @@ class TrainableModel(NamedTuple):
     origins: list[Origin]  # adapters that training goes on from, the oldest first; empty for a new adapter
     ladder: MemoryLadder
     performance: dict[str, str]  # each switch of speed that was chosen, and why
+    coverage: AdapterCoverage
 
 
 def load_base(
@@ -178,7 +178,8 @@ def build_model(
     if recipe.training.optimizer == "auto":
         info(f"optimizer: {optimizer} (auto)")
     trainable = _count_trainable(model)
-    for line in coverage_table(model, layers, trainable, recipe.adapter):
+    coverage = adapter_coverage(model, layers, trainable, recipe.adapter)
+    for line in coverage.table():
         info(line)
     optimizer_bytes = state_bytes(optimizer, trained_shapes(model))
     ladder = _memory_ladder(recipe, inputs, model, plan, optimizer_bytes, info)
@@ -199,7 +200,8 @@ def build_model(
     for choice in (kernels, compiled):
         info(choice.line())
     performance = {"kernels": kernels.line(), "compile": compiled.line()}
-    return TrainableModel(model, _count_trainable(model), leak_check, optimizer, origins, ladder, performance)
+    trainable = _count_trainable(model)
+    return TrainableModel(model, trainable, leak_check, optimizer, origins, ladder, performance, coverage)
 
 
 def choose_performance(
@@ -321,37 +323,6 @@ def describe_quantization(recipe: Recipe, inputs: RunInputs) -> list[str]:
     return quantization_report.describe_quantization(
         base.skeleton(), recipe.quantization, existing=inputs.prequantized, dtype=base.dtype
     )
-
-
-def coverage_table(
-    model: PeftModel, layers: dict[str, torch.nn.Module], trainable: int, spec: AdapterSpec
-) -> list[str]:
-    """Return lines on the kinds of layers that carry the adapter, and on all other trained parameters."""
-    if model.active_peft_config.is_prompt_learning:
-        count = model.active_peft_config.num_virtual_tokens
-        return [f"adapter: {count} virtual tokens before each row", f"  {trainable:,} trainable parameters in total"]
-    base = model.get_base_model()
-    outside = multimodal.outside_text(base)
-    towers = [part.name for part in outside]
-    text_layers = {name: layer for name, layer in layers.items() if not multimodal.is_inside(name, towers)}
-    rows = attach_adapter.coverage(model, text_layers)
-    width = max((len(row.kind) for row in rows), default=0)
-    lines = [
-        f"  {row.kind:{width}}  {row.matched:>4}/{row.layers} layers  {row.parameters:>13,} parameters"
-        + (f", {row.experts:,} experts each" if row.experts else "")
-        for row in rows
-    ]
-    others = trainable - sum(row.parameters for row in rows)
-    if others:
-        lines.append(f"  {others:,} other trainable parameters (heads, token embeddings, biases, vectors)")
-    if bypassed := {name.rpartition(".")[2] for name in target_modules.bypassed_layers(base, layers)}:
-        names = ", ".join(sorted(bypassed))
-        lines.append(
-            f"  {names} cannot have an adapter: {base.config.model_type} models multiply with the weight itself"
-        )
-    lines += expert_targets.describe_experts(model, spec)
-    lines += multimodal.describe_outside(outside, layers)
-    return ["adapter on:", *lines, f"  {trainable:,} trainable parameters in total"]
 
 
 def _memory_ladder(

@@ -31,6 +31,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_step)
 
 
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, in order; empty if the system refuses to list it."""
+    try:
+        return [_step(path) for path in list_checkpoints(folder)]
+    except OSError:
+        return []
+
+
 def _step(path: Path) -> int:
     match = NAME.fullmatch(path.name)
     assert match is not None

@@ -46,7 +46,8 @@ def go_back_to(run: Path, step: int) -> Path:
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """Return the records of the steps, without their times."""
     records = metrics_log.read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records if "loss" in record]
+    own = ("seconds", "peak_memory")  # of each process
+    return [{k: v for k, v in record.items() if k not in own} for record in records if "loss" in record]
 
 
 def files_of(run: Path) -> dict[Path, bytes]:

@@ -34,7 +34,7 @@ RISING = {
 
 def records(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "peak_memory")} for line in lines]
 
 
 def eval_losses(run: Path) -> dict[int, float]:
@@ -91,8 +91,10 @@ def test_the_best_step_is_kept_the_run_stops_early_and_resumes_to_the_same_resul
 
     show_step = console.StepProgress.step
 
-    def signal_after_the_best(progress: console.StepProgress, number: int, values: dict[str, str]) -> None:
-        show_step(progress, number, values)
+    def signal_after_the_best(
+        progress: console.StepProgress, number: int, values: dict[str, str], *, loss: float
+    ) -> None:
+        show_step(progress, number, values, loss=loss)
         if number == best + 1:
             os.kill(os.getpid(), signal.SIGINT)
 

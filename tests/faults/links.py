@@ -31,7 +31,8 @@ COMMANDS = {
 STEP = "runs/new/checkpoints/step-00000004"
 PLACES = (
     *(f"runs/new/{name}" for name in (
-        ".lora-lock", "recipe.yaml", "manifest.json", "metrics.jsonl", "answers.jsonl", "checkpoints", "adapter",
+        ".lora-lock", "recipe.yaml", "manifest.json", "metrics.jsonl", "answers.jsonl", "failed.json", "checkpoints",
+        "adapter",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/trained_on.json",
         "adapter/tokenizer.json", "adapter/checksums.json", ".tmp-adapter-01234567", ".tmp-recipe.yaml-01234567",
         "earlier-1", "checkpoints/.tmp-step-00000004-01234567", "checkpoints/step-00000009", "checkpoints/step-best",

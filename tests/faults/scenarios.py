@@ -65,6 +65,8 @@ def _scenarios() -> Iterator[Scenario]:
     yield Scenario("eval runs/a --json out.json", figures, before="eval runs/b --json out.json")
     yield Scenario("eval runs/a --answers 1 --predictions out.jsonl", {"out.jsonl": "whole"})
     yield Scenario("adapter inspect runs/a --json out.json", figures, before="adapter inspect runs/b --json out.json")
+    page: dict[str, Law] = {"out.html": "whole", "cache": "entries"}
+    yield Scenario("report runs/a --out out.html", page, before="report runs/b --out out.html", weight=0.1)
     yield Scenario("chat runs/a --max-new-tokens 4", figures, standard_input="hello\n/save out.json\n")
     yield Scenario("init quickstart", {"quickstart.yaml": "whole"})
 

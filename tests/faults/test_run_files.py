@@ -53,13 +53,15 @@ def test_a_run_with_a_damaged_file_is_resumed(
         shutil.rmtree(half_run)
         shutil.copytree(intact, half_run)
         damage.apply(half_run / file)
+        ends_later = file == "metrics.jsonl" and damage.name.startswith("truncate")
+        ends_later = ends_later and b'"step": 3' in (half_run / file).read_bytes()  # records that are made again
         result = lora("train", "recipe.yaml", "--resume")
         check_complete(result, half_run, finished_run, damage.name)
         kind = damage.name.split()[0]
         # A flipped bit can leave JSON. Recipe and manifest are written anew; the log has no checksums, and nothing but
         # the accuracies in the model card is read from it. The run's recipe is set aside only if it is no text file.
         silent = kind == "flip-bit" or (kind == "remove" and file != "metrics.jsonl")
-        silent = silent or (file == "recipe.yaml" and not kind.endswith("in-place"))
+        silent = silent or ends_later or (file == "recipe.yaml" and not kind.endswith("in-place"))
         told = [line for line in result.err.splitlines() if line.startswith(f"runs/a/{file} ")]
         assert silent or len(told) == 1, (damage.name, result.err)
 

@@ -156,7 +156,8 @@ def _digest(path: Path) -> str:
     if path.name == "metrics.jsonl":
         with suppress(ValueError, AttributeError):
             records = [json.loads(line) for line in data.splitlines()]
-            data = json.dumps([{k: v for k, v in record.items() if k != "seconds"} for record in records]).encode()
+            own = ("seconds", "peak_memory")  # of each process
+            data = json.dumps([{k: v for k, v in each.items() if k not in own} for each in records]).encode()
     if path.name == "checksums.json":  # the log of a run has times, and the key of a cache entry has paths
         with suppress(ValueError, AttributeError, KeyError):
             record = json.loads(data)

@@ -15,7 +15,7 @@ LAYERS: list[set[str]] = [
     {"cli"},
     {"commands"},
     {"setup"},
-    {"evaluation", "training", "export", "merging", "convert"},
+    {"evaluation", "training", "export", "merging", "convert", "report"},
     {"model"},
     {"data"},
     {"recipe"},

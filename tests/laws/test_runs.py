@@ -90,9 +90,9 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Return all records, without their times."""
+    """Return all records, without their times and memory."""
     return [
-        {k: v for k, v in record.items() if k != "seconds"}
+        {k: v for k, v in record.items() if k not in ("seconds", "peak_memory")}
         for record in metrics_log.read_metrics(run / "metrics.jsonl")
     ]
 

@@ -18,7 +18,16 @@ from typing import Any, NamedTuple, Self
 from lora_cli.__main__ import main
 from lora_cli.run.signals import SIGNALS
 
-COMMANDS = ("adapter", "chat", "check", "evaluate", "export", "merge", "train")  # modules of lora_cli/commands
+COMMANDS = (
+    "adapter",
+    "chat",
+    "check",
+    "evaluate",
+    "export",
+    "merge",
+    "report",
+    "train",
+)  # modules of lora_cli/commands
 
 
 class Running(NamedTuple):

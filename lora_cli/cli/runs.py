@@ -1,0 +1,57 @@
+"""`lora report` and `runs`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.cli.app import app
+from lora_cli.errors import LoraError
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.html", help="The page; default: report.html in the run, or here."),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", metavar="FILE", help="JSON of lora eval that is in another place than the run."),
+    ] = None,
+    verdicts: Annotated[
+        list[Path] | None,
+        typer.Option("--verdict", metavar="PATH", help="A merge or export in another place than beside the run."),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Serve the page on this machine, and follow the runs.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --watch; 0: a free one.")] = 0,
+) -> None:
+    """Make one HTML page on a run, or on several side by side: curves, rows, answers, adapter, recipe."""
+    if watch and out is not None:
+        raise LoraError("--watch serves the page, and writes no file", hint="leave out --out or --watch")
+    if port and not watch:
+        raise LoraError("--port is for --watch", hint="leave it out")
+    for file in evaluations or []:
+        if not file.is_file():
+            raise LoraError(f"--eval {file} is not a file", hint="write one with lora eval RUN --json FILE")
+    for place in verdicts or []:
+        if not place.exists():
+            raise LoraError(f"--verdict {place} does not exist", hint="give the output of lora merge or lora export")
+    from lora_cli.commands import report as command
+
+    command.report(runs, command.ReportRequest(out, open_page, evaluations or [], verdicts or [], watch, port))
+
+
+@app.command("runs")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the runs are.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the runs in a folder: state, losses, size, age and recipe."""
+    from lora_cli.commands.runs import runs as command
+
+    command(folder, as_json=as_json)

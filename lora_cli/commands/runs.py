@@ -1,0 +1,158 @@
+"""`lora runs`: the runs in a folder with their state, losses, size and age; as a table, or as JSON."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from lora_cli.errors import LoraError
+from lora_cli.report.recorded_run import Json, RunState, as_number, as_object, read_state
+from lora_cli.run import console
+from lora_cli.run.folder import LOCK, is_run
+from lora_cli.run.metrics_log import read_metrics
+from lora_cli.run.read_file import read_json_object
+from lora_cli.run.sparkline import sparkline
+from lora_cli.training.checkpoint_folders import checkpoint_steps
+
+MAX_DEPTH = 3  # folders between the given one and a run
+DASH = "–"
+
+
+class RunLine(NamedTuple):
+    """One run of the list."""
+
+    folder: Path
+    state: RunState
+    best: tuple[int, float] | None  # step and loss of the best evaluation after the start
+    losses: list[float]  # of the training steps
+    size: int  # bytes on the disk, earlier runs in it included
+    changed: float  # seconds since 1970
+    recipe: str | None  # name of its file
+    problem: str | None  # what could not be read
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the line as JSON."""
+        best = {"step": self.best[0], "eval_loss": self.best[1]} if self.best else None
+        return {
+            "run": str(self.folder),
+            "state": self.state.name,
+            "step": self.state.step,
+            "steps": self.state.total,
+            "checkpoint": self.state.saved,
+            "process": self.state.process,
+            "error": self.state.error,
+            "best": best,
+            "last_loss": self.losses[-1] if self.losses else None,
+            "bytes": self.size,
+            "changed": self.changed,
+            "recipe": self.recipe,
+            "problem": self.problem,
+        }
+
+
+def runs(folder: Path, *, as_json: bool) -> None:
+    """Print the runs in `folder` and up to MAX_DEPTH folders below it, the one that changed last at the end.
+
+    Raises:
+        LoraError: there is no such folder.
+    """
+    if not os.path.isdir(folder):
+        raise LoraError(f"there is no folder {folder}", hint="name the folder of your runs: lora runs FOLDER")
+    lines = sorted((_read_line(path) for path in _find_runs(folder, MAX_DEPTH)), key=lambda line: line.changed)
+    if as_json:
+        console.out.print(json.dumps([line.to_json() for line in lines], indent=2, ensure_ascii=False))
+        return
+    if not lines:
+        console.info(f"{folder} has no runs")
+        return
+    table = Table("run", "state", "best loss", "last loss", "", "size", "changed", "recipe", box=None)
+    for line in lines:
+        best = f"{line.best[1]:.4f} at {line.best[0]:,}" if line.best else DASH
+        last = f"{line.losses[-1]:.4f}" if line.losses else DASH
+        curve = sparkline(line.losses) if console.out.encoding.startswith("utf") else ""
+        state = line.state.describe()
+        age = f"{describe_age(time.time() - line.changed)} ago"
+        size = console.format_bytes(line.size)
+        cells = (str(line.folder), state, best, last, curve, size, age, line.recipe or DASH)
+        table.add_row(*(cell.translate(console.CONTROL) for cell in cells))
+    console.print_table(table)
+    for line in lines:
+        if line.state.error:
+            console.info(f"{line.folder} failed: {line.state.error}")
+        if line.problem:
+            console.info(f"{line.folder}: {line.problem}")
+
+
+def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
+    if _looks_like_run(folder):
+        yield folder
+        return
+    try:
+        entries = sorted((entry for entry in os.scandir(folder)), key=lambda entry: entry.name)
+    except OSError as error:
+        console.info(f"{folder} cannot be read: {error.strerror}")
+        return
+    for entry in entries:
+        if depth and entry.is_dir() and not entry.name.startswith("."):
+            yield from _find_runs(Path(entry.path), depth - 1)
+
+
+def _looks_like_run(folder: Path) -> bool:
+    # A lock alone is what a run leaves that ended before its first step.
+    return os.path.lexists(folder / LOCK) or is_run(folder)
+
+
+def _read_line(folder: Path) -> RunLine:
+    problem, manifest, records = None, {}, []
+    try:
+        records = read_metrics(folder / "metrics.jsonl")
+        manifest = read_json_object(folder / "manifest.json") if os.path.lexists(folder / "manifest.json") else {}
+    except LoraError as reason:
+        problem = reason.message
+    losses = [loss for record in records if (loss := as_number(record.get("loss"))) is not None]
+    last = max((record["step"] for record in records if "loss" in record), default=0)
+    size, changed = _size_and_time(folder)
+    recipe = manifest.get("recipe_file")
+    return RunLine(
+        folder=folder,
+        state=read_state(folder, manifest, last=last, checkpoints=checkpoint_steps(folder / "checkpoints")),
+        best=_best(records, manifest),
+        losses=losses,
+        size=size,
+        changed=changed,
+        recipe=recipe if isinstance(recipe, str) else None,
+        problem=problem,
+    )
+
+
+def _best(records: list[Json], manifest: Json) -> tuple[int, float] | None:
+    """Return step and loss of the best evaluation; that before step 1 counts if training goes on from an adapter."""
+    first = 0 if as_object(manifest).get("origins") else 1
+    found = [(r["step"], float(r["eval_loss"])) for r in records if as_number(r.get("eval_loss")) is not None]
+    return min((each for each in found if each[0] >= first), key=lambda each: each[1], default=None)
+
+
+def _size_and_time(folder: Path) -> tuple[int, float]:
+    """Return the bytes of all files in a folder, and the time of the newest one but the lock's."""
+    size, newest = 0, 0.0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(parent, name))
+            except OSError:  # removed meanwhile, by the run
+                continue
+            size += found.st_size
+            newest = max(newest, found.st_mtime if name != LOCK else 0.0)
+    return size, newest or folder.stat().st_mtime
+
+
+def describe_age(seconds: float) -> str:
+    """Return a time that has passed in one unit: `5 min`, `3 h`, `12 days`."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"
