@@ -38,7 +38,7 @@ from lora_cli.setup.planned_gpus import (
     planned_gpus,
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
-from lora_cli.setup.strategy import choose_strategy, planned_strategy
+from lora_cli.setup.strategy import choose_strategy, planned_strategy, sharding_obstacle
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
@@ -160,7 +160,8 @@ def _print_gpu_plan(
     recipe: Recipe, inputs: RunInputs, of_run: memory.TrainingMemory, forms: list[Form], gpus: PlannedGpus
 ) -> None:
     """Print what training takes on each of the planned GPUs, for each strategy and form, and which ones fit."""
-    plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory)
+    offload = recipe.distributed.cpu_offload
+    plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory, cpu_offload=offload)
     console.out.print(f"memory of each GPU, estimated, for {gpus.describe()}:")
     names = [plan.name for plan in plans] if len(plans) > 1 else ["one GPU"]
     _print_columns(["", *names], _part_rows(of_run, forms[0], plans))
@@ -181,7 +182,8 @@ def _print_gpu_plan(
         console.out.print(f"strategy: {planned_strategy(recipe, inputs, plans)}")
     if all(plan.best is None for plan in plans):
         console.out.print("what would need less:")
-        for line in changes_that_help(recipe, inputs, of_run, plans, gpus):
+        shardable = not sharding_obstacle(recipe, inputs)
+        for line in changes_that_help(recipe, inputs, of_run, plans, gpus, shardable=shardable):
             console.out.print(f"  {line}")
 
 
@@ -204,6 +206,7 @@ def _part_rows(of_run: memory.TrainingMemory, first: Form, plans: list[StrategyP
         "gradients": "gradients",
         "optimizer": "optimizer state",
         "paged": "(optimizer state, where it fits; else in host memory)",
+        "in_host": "(layers, in host memory: cpu_offload)",
         "gathered": "layers gathered from other GPUs",
         "exchanged": "(gradients exchanged, after activations are freed)",
         "context": "CUDA and its libraries",

@@ -245,6 +245,9 @@ class DistributedSpec(Section):
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """ddp: every process has the full model and computes an equal share of each step. fsdp: the same, with the base
     sharded over the processes, which gather one layer at a time. auto: fsdp where the full model does not fit."""
+    cpu_offload: Switch = False
+    """With strategy fsdp, the decoder layers wait in host memory and are copied to the GPU when they are gathered: for
+    a base whose shards the GPUs cannot hold. Each layer crosses PCIe twice in a batch. Default false."""
     processes: Literal["auto"] | Count = "auto"
     """Number of processes on this machine. At least 1. auto: one per GPU, or one on the CPU."""
     timeout_minutes: Count = 10

@@ -7,12 +7,17 @@ from lora_cli.recipe.problem import Conflict
 from lora_cli.recipe.schema import Recipe
 
 KEY = "distributed.strategy"
+OFFLOAD_KEY = "distributed.cpu_offload"
 
 
 def check_sharding(recipe: Recipe) -> Iterator[Conflict]:
-    """Yield conflicts of `strategy: fsdp`."""
-    if recipe.distributed.strategy == "fsdp":
+    """Yield conflicts of `strategy: fsdp`, and of `cpu_offload` without it."""
+    strategy = recipe.distributed.strategy
+    if strategy == "fsdp":
         yield from sharding_conflicts(recipe)
+    elif recipe.distributed.cpu_offload:
+        message = f"the base waits in host memory only if it is sharded, and strategy is {strategy}"
+        yield Conflict(OFFLOAD_KEY, message, "write `strategy: fsdp` too, or false", (KEY,))
 
 
 def sharding_conflicts(recipe: Recipe) -> Iterator[Conflict]:

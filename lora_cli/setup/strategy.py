@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -10,11 +11,12 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, memory
 from lora_cli.model.base_model import task_heads
-from lora_cli.model.gpu_plan import StrategyPlan
+from lora_cli.model.gpu_plan import StrategyPlan, offloaded_bytes
 from lora_cli.model.sharded_base import sharding_problem
+from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import Recipe
-from lora_cli.recipe.sharding_rules import KEY, sharding_conflicts
+from lora_cli.recipe.sharding_rules import KEY, OFFLOAD_KEY, sharding_conflicts
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_memory import memory_of_run
@@ -48,21 +50,23 @@ def choose_strategy(
         any_process: returns whether a value is true in any process of the run; all get the same strategy.
 
     Raises:
-        LoraError: the recipe requests fsdp, and the base cannot be sharded.
+        LoraError: the recipe requests fsdp, and the base cannot be sharded; or it requests cpu_offload, and there is
+            one GPU, or the host memory of this machine does not hold the layers.
     """
     wanted = recipe.distributed.strategy
+    offload = _offload(recipe, inputs, processes=plan.processes) if recipe.distributed.cpu_offload else ""
     if plan.processes == 1:
-        return Strategy("ddp", "one process has nothing to shard" if wanted == "fsdp" else "")
+        return Strategy("ddp", f"one process has nothing to shard{offload}" if wanted == "fsdp" else "")
     if wanted == "ddp":
         return Strategy("ddp")
     if wanted == "fsdp":
-        return Strategy("fsdp", _required(recipe, inputs), _trained_modules(recipe, inputs))
+        return Strategy("fsdp", _required(recipe, inputs) + offload, _trained_modules(recipe, inputs))
     need, free = _needed(recipe, inputs, plan), memory.free_for_process(inputs.device)
     texts = f"a full model in each process needs about {console.format_bytes(need)}"
     texts += f", and {console.format_bytes(free)} is free"
     if not any_process(need > MAX_SHARE * free):
         return Strategy("ddp", f"auto: {texts}")
-    if problem := _problem(recipe, inputs):
+    if problem := sharding_obstacle(recipe, inputs):
         return Strategy("ddp", f"auto: {texts}; but {problem}")
     return Strategy("fsdp", f"auto: {texts}", _trained_modules(recipe, inputs))
 
@@ -80,12 +84,12 @@ def planned_strategy(recipe: Recipe, inputs: RunInputs, plans: Sequence[Strategy
         return "ddp (set in the recipe)"
     if next(plan for plan in plans if plan.name == "ddp").best:
         return "ddp (auto: the full model fits on each)"
-    problem = _problem(recipe, inputs)
+    problem = sharding_obstacle(recipe, inputs)
     return f"ddp (auto: {problem})" if problem else "fsdp (auto: the full model does not fit on each)"
 
 
-def _problem(recipe: Recipe, inputs: RunInputs) -> str:
-    """Return what keeps the base from being sharded; empty if nothing does."""
+def sharding_obstacle(recipe: Recipe, inputs: RunInputs) -> str:
+    """Return what keeps the base of a run from being sharded; empty if nothing does."""
     if (conflict := next(sharding_conflicts(recipe), None)) is not None:
         return conflict.message
     if inputs.prequantized is not None:
@@ -102,9 +106,34 @@ def _required(recipe: Recipe, inputs: RunInputs) -> str:
     Raises:
         LoraError: the base cannot be sharded.
     """
-    if problem := _problem(recipe, inputs):
+    if problem := sharding_obstacle(recipe, inputs):
         raise LoraError(f"{KEY}: {problem}", hint="write strategy: ddp")
     return "set in the recipe"
+
+
+def _offload(recipe: Recipe, inputs: RunInputs, *, processes: int) -> str:
+    """Return what a run with cpu_offload takes of the host memory, for the line on its strategy.
+
+    Raises:
+        LoraError: one process has no other to share the base with, or the host memory is too small.
+    """
+    if inputs.device.type == "cpu":
+        return "; cpu_offload has no effect on the CPU, where the base is in host memory anyway"
+    if processes == 1:
+        raise LoraError(
+            f"{OFFLOAD_KEY}: the base waits in host memory only if it is sharded, and one process has nothing to shard",
+            hint="write cpu_offload: false; or start a process on each of several GPUs",
+        )
+    weights = stored_weights(inputs.base.skeleton(), dtype=inputs.base.dtype, quantization=recipe.quantization)
+    need, free = offloaded_bytes(weights, processes), memory.free_for_process(torch.device("cpu"))
+    texts = f"{console.format_bytes(need)} of host memory for the layers of each process"
+    if need > free:
+        raise LoraError(
+            f"{OFFLOAD_KEY}: it needs {texts}, and {console.format_bytes(free)} is free for each on this machine",
+            hint="add machines; quantize the base (quantization: {bits: 4}); or write cpu_offload: false",
+            exit_code=1,
+        )
+    return f"; cpu_offload: {texts}"
 
 
 def _needed(recipe: Recipe, inputs: RunInputs, plan: BatchPlan) -> int:

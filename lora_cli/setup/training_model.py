@@ -99,7 +99,14 @@ def prepare_base(
     if whole is None:
         loaded = base.load(device, attention=attention, quantization=recipe.quantization, seed=recipe.training.seed)
     else:
-        loaded = load_sharded(base, device, attention=attention, quantization=recipe.quantization, whole=whole)
+        loaded = load_sharded(
+            base,
+            device,
+            attention=attention,
+            quantization=recipe.quantization,
+            whole=whole,
+            cpu_offload=recipe.distributed.cpu_offload,
+        )
     for note in loaded.notes:
         info(note)
     leak_check = select_attention.choose_attention(
