@@ -188,8 +188,7 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str], cp
     With `cpu_offload`, decoder layers wait in host memory. Embeddings and head do not: they are whole on each GPU for
     most of a step anyway, and a model is on the device of its embeddings.
     """
-    pin_memory = mesh.device_type == "cuda"  # a copy from other memory would have the host wait
-    policy = CPUOffloadPolicy(pin_memory=pin_memory) if cpu_offload else OffloadPolicy()
+    policy = offload_policy(mesh.device_type) if cpu_offload else OffloadPolicy()
     layers = text_layers(model)
     root = _root(model, list(layers))
     assert root is not None, "sharding_problem"
@@ -205,6 +204,11 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str], cp
     if head is not None and head not in kept:
         fully_shard(head, mesh=mesh, reshard_after_forward=True)
     fully_shard(root, mesh=mesh, ignored_params=ignored)
+
+
+def offload_policy(device: str) -> CPUOffloadPolicy:
+    """Return how weights wait in host memory for a type of device: page-locked for a GPU, so that copies overlap."""
+    return CPUOffloadPolicy(pin_memory=device == "cuda")
 
 
 class _Called(Exception):

@@ -19,6 +19,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Return whether sharded weights of `model` wait in host memory for a device that is not the CPU."""
+    sharded = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return any(parameter.device.type == "cpu" != parameter.device_mesh.device_type for parameter in sharded)
+
+
 def gathered_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights that are whole at a time: two layers, and embeddings, final norm and head."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -109,9 +115,7 @@ def placeholders(model: nn.Module) -> Iterator[None]:
     for _, _, parameter in sharded:
         known = zeros.get(parameter.dtype)
         if known is None or known.numel() < parameter.numel():
-            zeros[parameter.dtype] = torch.zeros(
-                parameter.numel(), dtype=parameter.dtype, device=_device(parameter)
-            )
+            zeros[parameter.dtype] = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=_device(parameter))
     for module, name, parameter in sharded:
         values = zeros[parameter.dtype][: parameter.numel()].view(parameter.shape)
         if isinstance(module, Linear4bit) and name == "weight":

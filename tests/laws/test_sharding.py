@@ -15,7 +15,8 @@ from tests.support import sharded_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = {"hidden_size": 128, "intermediate_size": 256}  # the CPU's 4-bit kernels need multiples of 64
-NAMES = [*sharded_cases.cases(), *sharded_cases.BASES[1:]]
+OFFLOADED = [base + sharded_cases.OFFLOADED for base in sharded_cases.BASES[1:]]
+NAMES = [*sharded_cases.cases(), *sharded_cases.BASES[1:], *OFFLOADED]
 ON_FOUR = [
     "method lora",
     "a different number of chunks of labels",
@@ -24,6 +25,8 @@ ON_FOUR = [
     "padded batches",
     "tied",
     "mixtral",
+    "batches that do not count are not finite",
+    "offloaded, 4 bits, every layer recomputed",
 ]
 
 
