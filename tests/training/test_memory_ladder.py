@@ -210,7 +210,7 @@ def test_a_sharded_step_that_runs_out_names_the_next_rung(monkeypatch: pytest.Mo
     monkeypatch.setattr(memory_ladder, "is_sharded", lambda _: True)
     plan, told = make_plan(), []
     ladder = make_ladder(make_model(), plan, told)
-    with pytest.raises(StartAgain, match="^step 7 ran out of memory: every 4th layer is recomputed from") as raised:
+    with pytest.raises(StartAgain, match=r"^step 7 ran out of memory: every 4th layer is recomputed from") as raised:
         ladder.start_again("step 7")
     assert (raised.value.rung, ladder.rung, told) == (Rung(4), Rung(), [])
     assert raised.value.hint
@@ -224,7 +224,7 @@ def test_a_sharded_step_that_runs_out_names_the_next_rung(monkeypatch: pytest.Mo
     for values in (None, ladder.to_json(), dict(Rung()._asdict()), dict(Rung(3)._asdict())):
         assert not ladder.lower_to(values)
     ladder.set(ladder.below()[-1])
-    with pytest.raises(LoraError, match="too little memory for step 8: .* smallest form") as ended:
+    with pytest.raises(LoraError, match=r"too little memory for step 8: .* smallest form") as ended:
         ladder.start_again("step 8")
     assert not isinstance(ended.value, StartAgain)
 
