@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -71,7 +72,8 @@ def make(
     """Return an adapted model whose base is sharded, and whose layers wait on the CPU."""
     quantization = None if bits is None else QuantizationSpec.model_validate({"bits": bits})
     half = base._replace(dtype=torch.bfloat16)
-    loaded = sharded_base.load_sharded(half, META, quantization=quantization, whole=whole, cpu_offload=True).model
+    mesh = init_device_mesh("meta", (2,))
+    loaded = sharded_base.load_sharded(half, META, mesh, quantization=quantization, whole=whole, cpu_offload=True).model
     adapter = AdapterSpec.model_validate({"rank": 4, "alpha": 8, "dropout": 0.0, **spec})
     model = attach(loaded, adapter, seed=1, context=AdapterContext(total_steps=10, plan=plan_of()))
     upcast_trainable_params(model)
