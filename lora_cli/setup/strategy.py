@@ -32,9 +32,7 @@ class Strategy(NamedTuple):
 
     name: StrategyName
     why: str = ""
-    whole: tuple[
-        str, ...
-    ] = ()  # if the base is sharded: modules whose weights are not sharded, because they are trained
+    whole: tuple[str, ...] = ()  # of a sharded base: modules whose weights are not, because they are trained
 
     @property
     def kept_whole(self) -> tuple[str, ...] | None:
@@ -94,14 +92,15 @@ def planned_strategy(recipe: Recipe, inputs: RunInputs, plans: Sequence[Strategy
 
 def sharding_obstacle(recipe: Recipe, inputs: RunInputs) -> str:
     """Return what keeps the base of a run from being sharded; empty if nothing does."""
+    name = recipe.distributed.strategy if recipe.distributed.strategy in SHARDED else "fsdp"
     if (conflict := next(sharding_conflicts(recipe), None)) is not None:
         return conflict.message
     if inputs.prequantized is not None:
-        return "fsdp cannot shard a checkpoint that is quantized already"
+        return f"{name} cannot shard a checkpoint that is quantized already"
     if inputs.base.source.packed:
-        return "fsdp cannot shard a packed GGUF base"
+        return f"{name} cannot shard a packed GGUF base"
     problem = sharding_problem(inputs.base, recipe.quantization)
-    return f"fsdp cannot shard this base: {problem}" if problem else ""
+    return f"{name} cannot shard this base: {problem}" if problem else ""
 
 
 def _required(recipe: Recipe, inputs: RunInputs) -> str:
