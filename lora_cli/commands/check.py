@@ -38,9 +38,10 @@ from lora_cli.setup.planned_gpus import (
     host_bytes,
     on_planned_gpus,
     planned_gpus,
+    planned_sharding,
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
-from lora_cli.setup.strategy import choose_strategy, planned_strategy
+from lora_cli.setup.strategy import choose_strategy, planned_strategy, sharding_obstacle
 from lora_cli.setup.tracked_run import describe_tracking
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
@@ -93,7 +94,7 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
         out(f"strategy: {strategy.name} ({strategy.why})")
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
-    sharded = strategy is not None and strategy.name == "fsdp"
+    sharded = strategy is not None and strategy.name != "ddp"
     for choice in choose_performance(recipe, inputs, batches=total * plan.batches_of_device, sharded=sharded):
         out(choice.line())
     check_steps(recipe, total=total, held_out=inputs.data.eval is not None, info=out)
@@ -175,7 +176,7 @@ def _print_gpu_plan(
     recipe: Recipe, inputs: RunInputs, of_run: memory.TrainingMemory, forms: list[Form], gpus: PlannedGpus
 ) -> dict[str, Any]:
     """Print what training takes on each of the planned GPUs, for each strategy and form, and which ones fit."""
-    plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory)
+    plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory, sharding=planned_sharding(recipe))
     console.out.print(f"memory of each GPU, estimated, for {gpus.describe()}:")
     names = [plan.name for plan in plans] if len(plans) > 1 else ["one GPU"]
     _print_columns(["", *names], _part_rows(of_run, forms[0], plans))
@@ -196,7 +197,8 @@ def _print_gpu_plan(
         console.out.print(f"strategy: {planned_strategy(recipe, inputs, plans)}")
     if all(plan.best is None for plan in plans):
         console.out.print("what would need less:")
-        for line in changes_that_help(recipe, inputs, of_run, plans, gpus):
+        shardable = not sharding_obstacle(recipe, inputs)
+        for line in changes_that_help(recipe, inputs, of_run, plans, gpus, shardable=shardable):
             console.out.print(f"  {line}")
     strategies = {
         plan.name: [{**form.form._asdict(), "bytes": form.total, "fits": form.fits} for form in plan.forms]
@@ -224,6 +226,7 @@ def _part_rows(of_run: memory.TrainingMemory, first: Form, plans: list[StrategyP
         "gradients": "gradients",
         "optimizer": "optimizer state",
         "paged": "(optimizer state, where it fits; else in host memory)",
+        "in_host": "(layers, in host memory: cpu_offload)",
         "gathered": "layers gathered from other GPUs",
         "exchanged": "(gradients exchanged, after activations are freed)",
         "context": "CUDA and its libraries",

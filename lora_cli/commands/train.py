@@ -103,12 +103,11 @@ def _train_in_process(
     state = run_records.resume_state(recipe, inputs, plan, total=total, strategy=strategy.name)
     check_inputs_equal(peers, state, step=saved and saved.step, output=recipe.output)
     changes = check_inputs(saved, recipe, state) if saved else []
-    with device_errors_as_lora_error(recipe, accelerator):
+    with device_errors_as_lora_error(recipe, accelerator, sharded=strategy.name != "ddp"):
         model = build_model(recipe, inputs, plan, total=total, info=info, whole=strategy.kept_whole)
+        model.ladder.lower_to(peers.wanted_form() if peers else None)
         training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run, state=state)
-        if resume:
-            training.resume(saved, changes)
-        done = saved.step if saved else 0
+        done = training.resume(saved, changes) if resume else 0
         training.prepare_run_folder(done, peers)
         with tracking(recipe.tracking, run.path if run else None, done=done, info=info) as trackers:
             exit_code = training.take_steps(done, trackers)
@@ -167,15 +166,15 @@ class Training:
         self.done = 0  # optimizer steps
         self.stopped_early = False
 
-    def resume(self, saved: SavedState | None, changes: Sequence[Change]) -> None:
-        """Continue from a checkpoint, with the changes of the recipe since then; None: from the first step.
+    def resume(self, saved: SavedState | None, changes: Sequence[Change]) -> int:
+        """Continue from a checkpoint, with the changes of the recipe since then; return its step, 0 for None.
 
         Raises:
             LoraError: the checkpoint belongs to another model or adapter.
         """
         if saved is None:
             self.info("no checkpoint yet: starting from the first step")
-            return
+            return 0
         check_model(saved, self.state)
         for line in describe_changes(saved, changes, self.state):
             self.info(line)
@@ -190,6 +189,7 @@ class Training:
             part.restore(saved.values[name])
         self.state["changes"] = record_changes(saved, changes)
         self.info(f"resuming after step {saved.step}")
+        return saved.step
 
     def prepare_run_folder(self, done: int, peers: Peers | None) -> None:
         """Write recipe and manifest, and cut the logs to the `done` steps; tell `peers` that the run has begun.

@@ -130,7 +130,7 @@ class BaseCheckpoint(NamedTuple):
         if not is_quantized(model):
             model.to(device)
         else:
-            check_cpu_4bit(model)
+            check_cpu_4bit(model, device)
             prepare_for_kbit_training(model, dtype)
         self._check_finite(model, loading_info["unexpected_keys"])
         gguf_base.make_packed_layers_differentiable(model)

@@ -4,17 +4,20 @@
 - fsdp: the base is spread over the GPUs in parts of 1/N (FSDP2's `fully_shard`, see `sharded_base.py`). A layer is
   whole while it runs, and the next one is fetched meanwhile, so that two are whole at a time; embeddings and head are
   whole for most of a step. Adapter, gradients, optimizer and the scales of quantized weights are whole on each GPU.
+- hsdp: the same, but the base is spread over the GPUs of each machine.
+
+With `cpu_offload`, the parts of the layers are in host memory, and a GPU has its part of the layer that is fetched.
 
 The bytes of the parts that a GPU needs besides tensors are assumptions, which no GPU was measured for.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
 from functools import partial
 from math import ceil
 from typing import NamedTuple
 
 from lora_cli.model.memory import FP32, TrainingMemory
+from lora_cli.model.weight_memory import StoredWeights
 
 CONTEXT_BYTES = 512 << 20  # CUDA context with its kernels, and the workspace of cuBLAS
 NCCL_BYTES = 256 << 20  # 32 channels with 2 buffers of 4 MiB (NCCL_BUFFSIZE)
@@ -31,13 +34,15 @@ class GpuParts(NamedTuple):
     gradients: int  # fp32
     optimizer: int  # state
     paged: int  # state that waits in host memory where the GPU is full, and is not in the total
+    in_host: int  # fsdp with cpu_offload: its part of the layers, which is in host memory, and is not in the total
     gathered: int  # fsdp: the layers that are whole for a while
     exchanged: int  # the gradients in one message, and its sum, after the activations are freed
     context: int  # of CUDA and NCCL
 
     def total(self, step: int) -> int:
         """Return the bytes at the peak of a step, whose own tensors take `step` bytes."""
-        return sum(self) - self.paged - self.exchanged + max(step, self.exchanged)
+        elsewhere = self.paged + self.in_host
+        return sum(self) - elsewhere - self.exchanged + max(step, self.exchanged)
 
 
 def ddp_parts(memory: TrainingMemory, gpus: int) -> GpuParts:
@@ -51,23 +56,34 @@ def ddp_parts(memory: TrainingMemory, gpus: int) -> GpuParts:
         gradients=gradients,
         optimizer=0 if memory.paged else memory.optimizer,
         paged=memory.optimizer if memory.paged else 0,
+        in_host=0,
         gathered=0,
         exchanged=2 * gradients if several else 0,
         context=CONTEXT_BYTES + (NCCL_BYTES if several else 0),
     )
 
 
-def fsdp_parts(memory: TrainingMemory, gpus: int) -> GpuParts:
-    """Return the bytes on each of `gpus` GPUs with a base that is spread over them."""
+def fsdp_parts(memory: TrainingMemory, gpus: int, *, cpu_offload: bool = False) -> GpuParts:
+    """Return the bytes on each of `gpus` GPUs with a base that is spread over them, or over the host memory of them."""
     layers, outside = memory.weights.layers, memory.weights.outside
     stored = [layer.plain + layer.codes for layer in layers]
-    return ddp_parts(memory, gpus)._replace(
-        weights=ceil(sum(stored) / gpus) + outside.plain + outside.codes,
-        gathered=WHOLE_LAYERS * max(stored, default=0),
-    )
+    largest = max(stored, default=0)
+    of_all = ddp_parts(memory, gpus)._replace(gathered=WHOLE_LAYERS * largest)
+    if cpu_offload:
+        return of_all._replace(
+            weights=outside.plain + outside.codes,
+            in_host=offloaded_bytes(memory.weights, gpus),
+            gathered=of_all.gathered + ceil(largest / gpus),
+        )
+    return of_all._replace(weights=ceil(sum(stored) / gpus) + outside.plain + outside.codes)
 
 
-STRATEGIES: dict[str, Callable[[TrainingMemory, int], GpuParts]] = {"ddp": ddp_parts, "fsdp": fsdp_parts}
+def offloaded_bytes(weights: StoredWeights, gpus: int) -> int:
+    """Return the bytes of host memory of each of `gpus` processes whose layers wait there.
+
+    torch allocates page-locked memory in powers of two (ATen/core/CachingHostAllocator.h), for each part of a weight.
+    """
+    return sum(1 << max(0, ceil(size / gpus) - 1).bit_length() for size in weights.tensors)
 
 
 class Form(NamedTuple):
@@ -106,7 +122,19 @@ class StrategyPlan(NamedTuple):
         return max(form.largest for form in self.forms)
 
 
-def plan_strategies(memory: TrainingMemory, forms: list[Form], *, gpus: int, budget: int) -> list[StrategyPlan]:
+class Sharding(NamedTuple):
+    """How a base is sharded, where it is."""
+
+    cpu_offload: bool = False  # whether the layers wait in host memory
+    of_machine: int | None = None  # hsdp: GPUs of a machine, over which it is sharded; None: fsdp, over all
+
+
+FSDP = Sharding()
+
+
+def plan_strategies(
+    memory: TrainingMemory, forms: list[Form], *, gpus: int, budget: int, sharding: Sharding = FSDP
+) -> list[StrategyPlan]:
     """Plan each way to spread a model over `gpus` GPUs of `budget` bytes each; on one GPU there is one way.
 
     Args:
@@ -114,13 +142,18 @@ def plan_strategies(memory: TrainingMemory, forms: list[Form], *, gpus: int, bud
         forms: of running a batch, the fastest first.
         gpus: processes, one on each GPU.
         budget: bytes of memory of each GPU.
+        sharding: of the strategy that shards the base.
     """
-    names = STRATEGIES if gpus > 1 else ("ddp",)
-    return [_plan_strategy(name, memory, forms, gpus=gpus, budget=budget) for name in names]
+    parts = {"ddp": ddp_parts(memory, gpus)}
+    if gpus > 1:
+        name, shards = ("fsdp", gpus) if sharding.of_machine is None else ("hsdp", min(gpus, sharding.of_machine))
+        parts[name] = fsdp_parts(memory, shards, cpu_offload=sharding.cpu_offload)
+    return [_plan_strategy(name, each, memory, forms, budget=budget) for name, each in parts.items()]
 
 
-def _plan_strategy(name: str, memory: TrainingMemory, forms: list[Form], *, gpus: int, budget: int) -> StrategyPlan:
-    parts = STRATEGIES[name](memory, gpus)
+def _plan_strategy(
+    name: str, parts: GpuParts, memory: TrainingMemory, forms: list[Form], *, budget: int
+) -> StrategyPlan:
 
     def total(form: Form, tokens: int) -> int:
         return parts.total(step_bytes(memory, form, tokens))
@@ -139,8 +172,11 @@ def step_bytes(memory: TrainingMemory, form: Form, tokens: int) -> int:
     return plan.activations + plan.temporary + plan.logits
 
 
-def fewest_gpus(memory: TrainingMemory, form: Form, *, budget: int, most: int = 1024) -> int | None:
+def fewest_gpus(
+    memory: TrainingMemory, form: Form, *, budget: int, most: int = 1024, cpu_offload: bool = False
+) -> int | None:
     """Return the smallest power of two of GPUs that `form` fits on with fsdp; None if `most` are too few."""
     counts = (2**power for power in range(1, most.bit_length()))
     step = step_bytes(memory, form, form.tokens)
-    return next((gpus for gpus in counts if fsdp_parts(memory, gpus).total(step) <= budget), None)
+    parts = ((gpus, fsdp_parts(memory, gpus, cpu_offload=cpu_offload)) for gpus in counts)
+    return next((gpus for gpus, each in parts if each.total(step) <= budget), None)

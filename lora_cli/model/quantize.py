@@ -130,7 +130,7 @@ def quantized_bytes(model: PreTrainedModel) -> tuple[int, int]:
     return size, weights
 
 
-def check_cpu_4bit(model: PreTrainedModel) -> None:
+def check_cpu_4bit(model: PreTrainedModel, device: torch.device) -> None:
     """Prevent two bugs of bitsandbytes' CPU kernels (0.50) from affecting results; a GPU is not affected.
 
     First, on a CPU with AVX512-BF16, the first forward pass in eval mode repacks 4-bit weights permanently, and the
@@ -145,9 +145,9 @@ def check_cpu_4bit(model: PreTrainedModel) -> None:
         if isinstance(module, nn.Linear) and hasattr(module, "support_avx512bf16_for_cpu"):  # Linear4bit
             layer: Any = module
             layer.support_avx512bf16_for_cpu = False
-            if module.weight.device.type == "cpu":
-                packed[name] = module
-    check_cpu_widths(model, packed)
+            packed[name] = module
+    if device.type == "cpu":
+        check_cpu_widths(model, packed)
 
 
 def check_cpu_widths(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> None:

@@ -16,8 +16,8 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -42,19 +42,23 @@ from lora_cli.recipe.schema import QuantizationSpec
 def load_sharded(
     base: BaseCheckpoint,
     device: torch.device,
+    mesh: DeviceMesh,
     *,
     attention: str | None = None,
     quantization: QuantizationSpec | None = None,
     whole: Sequence[str] = (),
+    cpu_offload: bool = False,
 ) -> LoadedBase:
-    """Load the frozen base of a language model, sharded over all processes, which must all call it.
+    """Load the frozen base of a language model, sharded over the processes of `mesh`, which must all call it.
 
     Args:
         base: a checkpoint in safetensors, not quantized.
         device: of this process.
+        mesh: of one dimension; there may be others, which have the same base.
         attention: attention implementation, by transformers' name; None for its default.
         quantization: 4 bits, or None.
         whole: modules whose weights are not sharded, because they are trained; by full name.
+        cpu_offload: whether the decoder layers wait in host memory, page-locked for a GPU, until they are gathered.
 
     Raises:
         LoraError: the checkpoint lacks weights or has others, a weight is not finite, or a module of `whole` would be
@@ -74,8 +78,8 @@ def load_sharded(
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    _shard(model, mesh, whole=whole)
+    _shard(model, mesh, whole=whole, cpu_offload=cpu_offload)
+    in_host = set(text_layers(model)) if cpu_offload else set()
     tensors = list_tensors(folder)
     with ShardFiles(writable=False) as files:
         mapping = CheckpointMapping(base.skeleton(), tensors)
@@ -87,10 +91,11 @@ def load_sharded(
             first = names.get(name, name)
             if first not in filled:
                 spec = quantization if name in quantized else None
-                filled[first] = _read(name, slot, reader, base, device, mesh, spec=spec)
+                value = _read(name, slot, reader, base, device, mesh, spec=spec)
+                filled[first] = _to_host(value) if is_inside(name, in_host) else value
             setattr(slot.module, slot.key, filled[first])
     if quantization is not None:
-        check_cpu_4bit(model)
+        check_cpu_4bit(model, device)
     return LoadedBase(model.requires_grad_(False), (), tuple(notes))
 
 
@@ -178,8 +183,13 @@ def _quantize_skeleton(
     return names
 
 
-def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str]) -> None:
-    """Shard decoder layers, towers, embeddings and head; a head that is the embeddings, and `whole`, stay whole."""
+def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str], cpu_offload: bool) -> None:
+    """Shard decoder layers, towers, embeddings and head; a head that is the embeddings, and `whole`, stay whole.
+
+    With `cpu_offload`, decoder layers wait in host memory. Embeddings and head do not: they are whole on each GPU for
+    most of a step anyway, and a model is on the device of its embeddings.
+    """
+    policy = offload_policy(mesh.device_type) if cpu_offload else OffloadPolicy()
     layers = text_layers(model)
     root = _root(model, list(layers))
     assert root is not None, "sharding_problem"
@@ -189,12 +199,17 @@ def _shard(model: PreTrainedModel, mesh: DeviceMesh, *, whole: Sequence[str]) ->
         kept += [embeddings, *([] if head is None else [head])]
     ignored = {parameter for module in kept for parameter in module.parameters()}
     for layer in layers.values():
-        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+        fully_shard(layer, mesh=mesh, ignored_params=ignored, offload_policy=policy)
     for tower in outside_text(model):  # text does not call it, so that it is never gathered
         fully_shard(model.get_submodule(tower.name), mesh=mesh, ignored_params=ignored)
     if head is not None and head not in kept:
         fully_shard(head, mesh=mesh, reshard_after_forward=True)
     fully_shard(root, mesh=mesh, ignored_params=ignored)
+
+
+def offload_policy(device: str) -> CPUOffloadPolicy:
+    """Return how weights wait in host memory for a type of device: page-locked for a GPU, so that copies overlap."""
+    return CPUOffloadPolicy(pin_memory=device == "cuda")
 
 
 class _Called(Exception):
@@ -275,6 +290,12 @@ def _read(
     shape, stride = before.shape, before.stride()
     sharded = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
     return nn.Parameter(sharded, requires_grad=False)
+
+
+def _to_host(value: Tensor) -> Tensor:
+    """Return a sharded weight in host memory, with a GPU's mesh; other values as they are."""
+    # One weight at a time passes through the GPU: torch makes a sharded weight from a tensor of the mesh's device.
+    return nn.Parameter(value.cpu(), requires_grad=False) if isinstance(value, DTensor) else value
 
 
 def _own_rows(count: int, mesh: DeviceMesh) -> slice:

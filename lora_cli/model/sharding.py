@@ -19,6 +19,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Return whether sharded weights of `model` wait in host memory for a device that is not the CPU."""
+    sharded = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return any(parameter.device.type == "cpu" != parameter.device_mesh.device_type for parameter in sharded)
+
+
 def gathered_bytes(model: nn.Module) -> int:
     """Return the bytes of the weights that are whole at a time: two layers, and embeddings, final norm and head."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
@@ -75,10 +81,16 @@ def gathered_weight(layer: Any) -> Tensor | None:
     """
     if not isinstance(layer.weight, DTensor):
         return None
-    weight: Tensor = layer.weight.full_tensor()
+    # Only the device of the mesh can gather it, and a weight may wait in host memory.
+    weight: Tensor = layer.weight.to(_device(layer.weight)).full_tensor()
     if isinstance(layer, Linear4bit):
         weight = dequantize_4bit(weight, quant_state_of(layer))
     return weight
+
+
+def _device(parameter: DTensor) -> torch.device:
+    """Return the device that a sharded parameter is gathered on; its own part may wait in host memory."""
+    return torch.device(parameter.device_mesh.device_type)
 
 
 def quant_state_of(layer: Any) -> Any:
@@ -103,8 +115,7 @@ def placeholders(model: nn.Module) -> Iterator[None]:
     for _, _, parameter in sharded:
         known = zeros.get(parameter.dtype)
         if known is None or known.numel() < parameter.numel():
-            device = parameter.to_local().device
-            zeros[parameter.dtype] = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=device)
+            zeros[parameter.dtype] = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=_device(parameter))
     for module, name, parameter in sharded:
         values = zeros[parameter.dtype][: parameter.numel()].view(parameter.shape)
         if isinstance(module, Linear4bit) and name == "weight":

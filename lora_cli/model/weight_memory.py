@@ -44,6 +44,7 @@ class StoredWeights(NamedTuple):
     layers: tuple[WeightBytes, ...]  # of each decoder layer
     outside: WeightBytes  # embeddings, output head, towers that text does not pass through, ...
     largest: int  # weights of the largest quantized layer, or of its largest expert; 0 without quantization
+    tensors: tuple[int, ...]  # bytes of each weight of the decoder layers, without scales
 
     @property
     def whole(self) -> WeightBytes:
@@ -64,6 +65,7 @@ def stored_weights(
     quantized = {} if quantization is None else quantized_sizes(model, quantization)
     layers = list(text_layers(model))
     found: dict[str, WeightBytes] = {}
+    tensors = []
     for name, parameter in model.named_parameters():
         place = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
         if name in quantized:
@@ -73,6 +75,7 @@ def stored_weights(
             own = _quantized_bytes(parameter.numel(), quantization, outputs=outputs)
         else:
             own = WeightBytes(plain=parameter.numel() * dtype.itemsize)
+        tensors += [own.plain + own.codes] if place else []
         found[place] = WeightBytes(*map(sum, zip(found.get(place, WeightBytes()), own, strict=True)))
     stacked = expert_weights(model)
     one_by_one = [size // stacked[name].shape[0] if name in stacked else size for name, size in quantized.items()]
@@ -80,6 +83,7 @@ def stored_weights(
         tuple(found.get(name, WeightBytes()) for name in layers),
         found.get("", WeightBytes()),
         max(one_by_one, default=0),
+        tuple(tensors),
     )
 
 

@@ -228,6 +228,7 @@ REPLACED: dict[str, str] = {
     "merge_lora": "run `lora merge` after training",
     "deepspeed": "remove it: write `distributed: {strategy: fsdp}` to shard the base over GPUs",
     **dict.fromkeys(("fsdp", "fsdp_config"), "write `distributed: {strategy: fsdp}`"),
+    **dict.fromkeys(("fsdp_cpu_offload", "fsdp_offload_params", "offload_params"), "use distributed.cpu_offload"),
     "world_size": "write distributed.processes",
     "tokenizer": "remove it: the model's own tokenizer is used",
     "tokenizer_type": "remove it: the model's own tokenizer is used",

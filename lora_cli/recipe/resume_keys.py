@@ -138,6 +138,7 @@ RESUME_EFFECTS: dict[str, Effect] = {
     "generation.no_repeat_ngram": "none",
     "generation.max_new_tokens": "none",
     "distributed.strategy": "rounding",
+    "distributed.cpu_offload": "none",
     "distributed.processes": "batches_per_step",
     "distributed.timeout_minutes": "none",
     "performance.kernels": "rounding",

@@ -13,8 +13,8 @@ NOT_DETERMINISTIC = "does not have a deterministic implementation"  # torch has 
 
 
 @contextmanager
-def device_errors_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Iterator[None]:
-    """Within the block, raise a LoraError in place of torch's error.
+def device_errors_as_lora_error(recipe: Recipe, accelerator: Accelerator, *, sharded: bool) -> Iterator[None]:
+    """Within the block, raise a LoraError in place of torch's error; `sharded` is whether the base is.
 
     Raises:
         LoraError: the device of `accelerator` has too little memory, or an operation that is not deterministic.
@@ -36,4 +36,6 @@ def device_errors_as_lora_error(recipe: Recipe, accelerator: Accelerator) -> Ite
             size = "data.max_length"
         message = f"{accelerator.device} has too little memory for a step"
         hint = f"lower {size}, or set training.gradient_checkpointing to true"
+        if sharded and accelerator.device.type != "cpu" and not recipe.distributed.cpu_offload:
+            hint += ", or distributed.cpu_offload: the layers then wait in host memory"
         raise LoraError(message, hint=hint, exit_code=1) from None

@@ -3,6 +3,7 @@
 Without it, one failing process gives a traceback in every other one: of gloo, of NCCL, or of the store.
 """
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -10,9 +11,11 @@ from types import TracebackType
 from torch.distributed import DistError
 
 from lora_cli.errors import LoraError, first_line
+from lora_cli.run import console
 from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.print_error import print_error
-from lora_cli.run.signals import end_process, receive_signals
+from lora_cli.run.signals import LAUNCHED, end_process, receive_signals
+from lora_cli.training.memory_ladder import StartAgain
 from lora_cli.training.peers import Failure, LostPeer, Peers, RunError
 
 LINGER_S = 2.0  # seconds for which the first process, which may hold the store, stays: the others read its failure
@@ -76,6 +79,8 @@ def _report(peers: Peers, error: Exception) -> None:
         # The launcher, which ends this process meanwhile, has said why.
         with receive_signals(lambda number: end_process(128 + number)):
             error = describe_group_error(error, peers) or error
+    if isinstance(error, StartAgain):
+        peers.want_form(dict(error.rung._asdict()))
     if isinstance(error, LostPeer):
         for line in peers.lines_after(error):
             sys.stderr.write(f"{line}\n")
@@ -87,7 +92,9 @@ def _report(peers: Peers, error: Exception) -> None:
     if not isinstance(error, RunError):
         peers.record_failure(Failure(peers.rank, f"{own} failed: {text}", found.hint if found else None))
     is_first = peers.claim(text)
-    if is_first and found is not None:
+    if is_first and isinstance(error, StartAgain) and LAUNCHED in os.environ:
+        console.info(f"{own}: {text}; all processes start again")
+    elif is_first and found is not None:
         found.message = found.message if isinstance(found, RunError) else f"{own}: {found.message}"
         print_error(found)
     time.sleep(0 if peers.rank else LINGER_S)

@@ -1,5 +1,6 @@
 """Launch one worker per GPU on this machine, end all when one fails, and start them again if requested."""
 
+import json
 import os
 import signal
 import socket
@@ -8,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
@@ -21,6 +22,7 @@ from lora_cli.run.signals import LAUNCHED, SIGNALS, receive_signals
 from lora_cli.run.standard_input import BYTES, text_for_workers
 from lora_cli.training.cpu import available_cores
 from lora_cli.training.gpu import link_settings
+from lora_cli.training.peers import FORM, lasting_store, wanted_form
 from lora_cli.training.process_group import SUPERVISED
 
 WORKER = (sys.executable, "-m", "lora_cli")  # its command, before the arguments
@@ -43,6 +45,7 @@ class Outcome(NamedTuple):
 
     exit_code: int
     stopped: bool = False  # by a signal to the launcher
+    form: dict[str, Any] | None = None  # of the memory ladder, in which a worker has asked for another start
 
     @property
     def may_restart(self) -> bool:
@@ -73,6 +76,9 @@ def launch_with_restarts(
 ) -> int:
     """Run `lora ARGUMENTS` as `launch_workers` does; after a worker has died, start all again, `max_restarts` times.
 
+    A start for which a worker has asked, because it ran out of memory in a step of a sharded base, does not count: each
+    takes a form that needs less, of which there are few.
+
     Args:
         processes: number of workers.
         arguments: of the first start.
@@ -82,17 +88,22 @@ def launch_with_restarts(
     Returns:
         The exit code of the last start.
     """
-    for restart in range(max_restarts + 1):
-        outcome = launch_workers(processes, arguments if restart == 0 else resume_arguments())
-        if restart == max_restarts or not outcome.may_restart:
-            break
-        workers = f"all {processes} processes" if processes > 1 else "the process"
-        console.info(f"starting {workers} again, from the newest checkpoint: restart {restart + 1} of {max_restarts}")
-    return outcome.exit_code
+    restarts, form = 0, None
+    while True:
+        outcome = launch_workers(processes, arguments, form=form)
+        if outcome.form is not None and not outcome.stopped:
+            form = outcome.form
+        elif restarts < max_restarts and outcome.may_restart:
+            restarts += 1
+            workers = f"all {processes} processes" if processes > 1 else "the process"
+            console.info(f"starting {workers} again, from the newest checkpoint: restart {restarts} of {max_restarts}")
+        else:
+            return outcome.exit_code
+        arguments = resume_arguments()
 
 
-def launch_workers(processes: int, arguments: list[str]) -> Outcome:
-    """Run `lora ARGUMENTS` in `processes` workers on this machine.
+def launch_workers(processes: int, arguments: list[str], *, form: dict[str, Any] | None = None) -> Outcome:
+    """Run `lora ARGUMENTS` in `processes` workers on this machine, in a `form` of the memory ladder or a smaller one.
 
     Signals are passed on to the workers, which stop after the current step at the first one. If a worker fails, the
     others are ended: without it they cannot finish the step. If this process is killed, the workers stop as after
@@ -103,6 +114,9 @@ def launch_workers(processes: int, arguments: list[str]) -> Outcome:
     """
     # The workers meet at this store. It has a free port from the start, and no other program can take that port.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    lasting = lasting_store(store)
+    if form is not None:
+        lasting.set(FORM, json.dumps(form))
     environment = os.environ | {
         # torch would use all cores in each worker; the workers then set their own number.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // processes)),
@@ -132,7 +146,8 @@ def launch_workers(processes: int, arguments: list[str]) -> Outcome:
     if failed is None:
         return Outcome(0)
     code = 128 + received[0] if received else _exit_code(workers[failed])
-    return Outcome(code, stopped=bool(received))
+    wanted = wanted_form(lasting)
+    return Outcome(code, stopped=bool(received), form=None if wanted == form else wanted)
 
 
 def _start_worker(rank: int, arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -114,9 +114,9 @@ def fit(
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     device, rank = accelerator.device, accelerator.process_index
-    idle = IdleBatch(plan, accelerator) if is_sharded(model) else None
+    idle = IdleBatch(plan, accelerator, trained) if is_sharded(model) else None
     with closing(loss_fn), closing(prefetch(plan, start, total, rank=rank, device=device)) as steps:
-        if ladder is not None and idle is None and accelerator.device.type != "cpu":
+        if ladder is not None and accelerator.device.type != "cpu":
             _rehearse(loss_fn, plan, ladder, trained, accelerator, started=bool(optimizer.state))
         for number in range(start, total):
             start_time = time.perf_counter()
@@ -126,12 +126,9 @@ def fit(
             before = scale.to_json()
             while True:  # until the step fits into memory and into float16
                 parts = _parts_of(batches, plan, ladder.rung.parts if ladder else 1)
-                idle_passes = idle.count(parts) if idle else 0
                 losses = _accumulate_gradients(
-                    loss_fn, parts, seed=spec.seed, number=number, ladder=ladder, scale=scale.value
+                    loss_fn, parts, seed=spec.seed, number=number, ladder=ladder, scale=scale.value, idle=idle
                 )
-                if idle:
-                    idle.run(loss_fn, idle_passes)
                 if ladder is not None and idle is None and any_process(accelerator, losses is None):
                     drop_gradients(trained)
                     release_memory(device)
@@ -202,16 +199,24 @@ def _accumulate_gradients(
     number: int,
     ladder: MemoryLadder | None,
     scale: float,
+    idle: "IdleBatch | None",
 ) -> list[tuple[Batch, Tensor]] | None:
     """Add up the gradients of all batches of a step on this process (gradient accumulation), multiplied by `scale`.
+
+    `idle` is given if the base is sharded.
 
     Returns:
         The batches, or their parts, with their losses, each a sum: fp32 []. None if memory ran out, and `ladder` has
         another form of the step; then the gradients are of no use.
+
+    Raises:
+        StartAgain: memory ran out, and the base is sharded.
     """
     losses: list[tuple[Batch, Tensor]] = []
     position = None
     try:
+        if idle:
+            idle.run(loss_fn, idle.count(parts))
         for part in parts:
             if part.position != position:
                 position = part.position
@@ -221,19 +226,20 @@ def _accumulate_gradients(
             (loss if scale == 1 else loss * scale).backward()
             losses.append((part.batch, loss.detach()))
     except (MemoryError, RuntimeError) as error:
-        # The other processes wait for this one to gather a layer, so that a sharded step cannot be taken again.
-        if ladder is None or is_sharded(loss_fn.base) or not is_out_of_memory(error):
+        if ladder is None or not is_out_of_memory(error):
             raise
+        if idle:  # the other processes wait for this one to gather a layer
+            ladder.start_again(f"step {number + 1}")
         return None
     return losses
 
 
 class IdleBatch:
-    """A short batch without gradients, for a process that has fewer batches than others: all gather a sharded base."""
+    """A short batch that does not count, for a process with fewer batches than others: all gather a sharded base."""
 
-    def __init__(self, plan: BatchPlan, accelerator: Accelerator) -> None:
+    def __init__(self, plan: BatchPlan, accelerator: Accelerator, trained: list[nn.Parameter]) -> None:
         self._batch = plan.make_batch([int(plan.rows.lengths.argmin())])
-        self._accelerator = accelerator
+        self._accelerator, self._trained = accelerator, trained
 
     def count(self, parts: Sequence[object]) -> int:
         """Return how many passes fewer than the process with the most this one makes, with `parts`; all must call it.
@@ -243,9 +249,13 @@ class IdleBatch:
         return max_of_processes(self._accelerator, len(parts)) - len(parts)
 
     def run(self, loss_fn: LossFunction, passes: int) -> None:
-        """Run forward and backward, with gradients of zero."""
+        """Run forward and backward, before the step's own batches: it drops all gradients.
+
+        Not with a loss times zero, which is NaN where this row's loss is not finite.
+        """
         for _ in range(passes):
-            (loss_fn(self._batch).loss * 0).backward()
+            loss_fn(self._batch).loss.backward()
+            drop_gradients(self._trained)
 
 
 def _rehearse(

@@ -7,14 +7,18 @@ With `training.tokens_per_batch: auto`, where a batch is a whole step, running i
 accumulates comes first, before any recomputation.
 
 Parts of a batch are accumulated, so that the tokens of a step stay what they are. On a GPU the largest batch is tried
-before the first step; on the CPU, where the system ends a process rather than refuse it memory, the first rung follows
-from the estimate of `model/memory.py`. A step that runs out later is taken again from its begin: nothing of it is kept.
+before the first step; on the CPU, where the system ends a process rather than refuse it memory, and with a sharded
+base, the first rung follows from the estimate of `model/memory.py`. A step that runs out later is taken again from its
+begin: nothing of it is kept.
+
+With a sharded base, the other processes wait within the step for the one that ran out, and cannot be called back: it
+tells the launcher the next rung, all processes end, and start again from the newest checkpoint, in that form.
 """
 
 import gc
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.errors import LoraError
+from lora_cli.model.sharding import is_offloaded, is_sharded
 from lora_cli.run.console import format_bytes
 from lora_cli.run.os_errors import is_out_of_memory
 from lora_cli.training.cpu import peak_memory
@@ -45,6 +50,19 @@ class Rung(NamedTuple):
         words += ["their inputs wait in host memory"] if self.offload else []
         words += [f"batches are run in {self.parts} parts"] if self.parts > 1 else []
         return ", ".join(words)
+
+
+class StartAgain(LoraError):
+    """A process ran out of memory while others wait for it: all are to start again, in the form `rung`."""
+
+    def __init__(self, what: str, rung: Rung) -> None:
+        super().__init__(
+            f"{what} ran out of memory: {rung.describe()} from here on",
+            hint="all processes must start again: give torchrun --max-restarts, and they do so in that form; or start "
+            "them with --resume and training.gradient_checkpointing: true",
+            exit_code=1,
+        )
+        self.rung = rung
 
 
 def all_rungs(
@@ -149,17 +167,31 @@ class MemoryLadder:
         Raises:
             LoraError: there is none.
         """
+        self.set(self._next(what))
+        self._info(f"{what} ran out of memory: {self.rung.describe()} from here on")
+
+    def start_again(self, what: str) -> NoReturn:
+        """End this process, after `what` ran out of memory while the others wait for this one.
+
+        Raises:
+            StartAgain: all processes are to start again with the next rung.
+            LoraError: there is none.
+        """
+        raise StartAgain(what, self._next(what))
+
+    def _next(self, what: str) -> Rung:
         left = self.below()
         if not left:
+            hint = "lower data.max_length, quantize the base (quantization), or lower adapter.rank; "
+            if is_sharded(self._model) and self._model.device.type != "cpu" and not is_offloaded(self._model):
+                hint += "distributed.cpu_offload: true keeps the layers in host memory; "
             raise LoraError(
                 f"{self._model.device} has too little memory for {what}: {self.rung.describe()}, and that is the "
                 "smallest form",
-                hint="lower data.max_length, quantize the base (quantization), or lower adapter.rank; "
-                "with training.gradient_checkpointing: false, write auto",
+                hint=f"{hint}with training.gradient_checkpointing: false, write auto",
                 exit_code=1,
             )
-        self.set(left[0])
-        self._info(f"{what} ran out of memory: {self.rung.describe()} from here on")
+        return left[0]
 
     def rehearse(self, run_batch: Callable[[], None], accelerator: Accelerator, *, tokens: int, started: bool) -> None:
         """Try the largest batch, and go down until it fits; for GPUs.
@@ -171,14 +203,18 @@ class MemoryLadder:
             started: whether the optimizer has its memory already.
 
         Raises:
+            StartAgain: it does not fit in the present form, and the base is sharded.
             LoraError: it does not fit in any form.
         """
-        device = self._model.device
+        device, what = self._model.device, f"the largest batch ({tokens:,} tokens)"
         start = time.perf_counter()
         while True:
-            if not any_process(accelerator, self._runs_out(run_batch, 0 if started else self._reserve, device)):
+            ran_out = self._runs_out(run_batch, 0 if started else self._reserve, device)
+            if ran_out and is_sharded(self._model):
+                self.start_again(what)
+            if not any_process(accelerator, ran_out):
                 break
-            self.go_down(f"the largest batch ({tokens:,} tokens)")
+            self.go_down(what)
         self._info(
             f"memory: {self.rung.describe()}; the largest batch ({tokens:,} tokens) peaks at "
             f"{format_bytes(peak_memory(device))}, tried in {time.perf_counter() - start:.1f} s"
@@ -209,12 +245,19 @@ class MemoryLadder:
         """Return the rung for a checkpoint."""
         return dict(self.rung._asdict())
 
+    def lower_to(self, values: Mapping[str, Any] | None) -> bool:
+        """Take a rung, as `to_json` returns it, if it is below the present one, and return whether it is; None: no."""
+        rung = None if values is None else Rung(*(values[name] for name in Rung._fields))
+        if rung is None or rung not in self.below():
+            return False
+        self.set(rung)
+        return True
+
     def restore(self, values: Mapping[str, Any]) -> None:
         """Take the rung of a checkpoint, if it is below the present one: a resumed run takes the same steps."""
-        rung = Rung(*(values[name] for name in Rung._fields))
-        if rung in self.below():
-            self.set(rung)
+        if self.lower_to(values):
             return
+        rung = Rung(*(values[name] for name in Rung._fields))
         # With dropout, each part of a batch draws its own numbers: as many parts, if this run has such a form.
         same = next((each for each in (self.rung, *self.below()) if each.parts == rung.parts), None)
         if same is not None:

@@ -28,6 +28,7 @@ TICK_S = 1.0  # seconds between two heartbeats of a process
 STORE_ANSWERS = timedelta(seconds=20)  # longest time that the store takes for an answer
 # Seconds from a failure to the end of the others. A launcher, or a closed connection, ends most of them sooner.
 FAILURE_GRACE_S = 8.0
+FORM = "form"  # key of the store
 SEE = "see its messages above, or in the log of its machine"
 
 
@@ -55,6 +56,17 @@ class Failure(NamedTuple):
     hint: str | None
 
 
+def lasting_store(store: Store) -> Store:
+    """Return the part of a store whose values are for further starts: torchrun keeps its store over them."""
+    return PrefixStore("lora", store)
+
+
+def wanted_form(lasting: Store) -> dict[str, Any] | None:
+    """Return the form of the memory ladder that a process of this start, or of an earlier one, has asked for."""
+    form: dict[str, Any] | None = json.loads(lasting.get(FORM)) if lasting.check([FORM]) else None
+    return form
+
+
 class Peers:
     """The processes of a run, seen from one of them.
 
@@ -71,7 +83,7 @@ class Peers:
         self.hosts: list[str] = []
         self.host = socket.gethostname()
         self.start = uuid4().hex  # of this process alone, before `join`
-        self._lasting = PrefixStore("lora", store)  # torchrun keeps the store over several starts of its workers
+        self._lasting = lasting_store(store)
         self._store = PrefixStore(self.start, self._lasting)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -139,6 +151,15 @@ class Peers:
     def has_begun(self) -> bool:
         """Return whether an earlier start of these workers by the same torchrun has begun the run."""
         return bool(self._lasting.check(["begun"]))
+
+    def want_form(self, form: dict[str, Any]) -> None:
+        """Note the form of the memory ladder that all processes are to start again in."""
+        with suppress(DistError):
+            self._lasting.set(FORM, json.dumps(form))
+
+    def wanted_form(self) -> dict[str, Any] | None:
+        """Return the form that an earlier start of these workers has asked for."""
+        return wanted_form(self._lasting)
 
     def exchange(self, key: str, value: Any) -> list[Any]:
         """Return the values that all processes give under `key`, by rank; each value becomes JSON.
@@ -270,8 +291,12 @@ class Peers:
         return {}
 
     def _behind(self, sequence: int) -> list[int]:
-        """Return the ranks that have not begun collective number `sequence`."""
-        return [rank for rank, heartbeat in self._heartbeats().items() if int(heartbeat.split()[1]) < sequence]
+        """Return the ranks that have begun the fewest collectives, if not as many as `sequence`.
+
+        With hsdp, others may wait for one of them within their machine, and have not begun that number either.
+        """
+        begun = {rank: int(heartbeat.split()[1]) for rank, heartbeat in self._heartbeats().items()}
+        return [rank for rank, count in begun.items() if count == min(begun.values()) < sequence]
 
     def _describe_hang(self, ranks: Sequence[int], timeout: timedelta) -> Failure:
         waited = format_duration(timeout.total_seconds())

@@ -99,7 +99,7 @@ def lora(
     base = work.model()
     plan = packed_plan(work) if work.shape.packing else padded_plan(work)
     if work.base == "nf4":
-        check_cpu_4bit(base)
+        check_cpu_4bit(base, work.device)
         prepare_for_kbit_training(base, work.dtype)
     choose_attention(base, attention, packing=work.shape.packing)
     choice = choose_kernels(kernels, model_type=base.config.model_type, device=work.device, task="causal-lm")
@@ -170,7 +170,7 @@ def peft_model(work: Work, *, recompute: bool) -> PeftModel:
     """Return the model as PEFT's documentation prepares it, with every layer recomputed or none."""
     base = work.model()
     if work.base == "nf4":
-        check_cpu_4bit(base)
+        check_cpu_4bit(base, work.device)
         options = {"use_reentrant": False}
         base = prepare_model_for_kbit_training(
             base, use_gradient_checkpointing=recompute, gradient_checkpointing_kwargs=options

@@ -151,6 +151,10 @@ IMPORTED: dict[str, Use] = {
         ("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.device_mesh.init_device_mesh"),
         Use("model/sharded_base.py", library_checks.sharded_layer),
     ),
+    **dict.fromkeys(
+        ("torch.distributed.fsdp.CPUOffloadPolicy", "torch.distributed.fsdp.OffloadPolicy"),
+        Use("model/sharded_base.py", library_checks.sharded_layer),
+    ),
     "torch.distributed.fsdp.fully_shard": Use("model/sharded_base.py", library_checks.sharded_layer),
     "torch.distributed.fsdp.FSDPModule": Use("model/sharding.py", library_checks.sharded_layer),
     "torch.distributed.tensor.DTensor": Use("model/sharded_base.py model/sharding.py", library_checks.sharded_layer),

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,8 +26,10 @@ from lora_cli.commands.train import train
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import load_recipe
 from lora_cli.run import metrics_log
+from lora_cli.training import launch
 from tests.model import families, zoo
 from tests.model.families import FAMILIES
+from tests.support import short_of_memory
 
 pytestmark = pytest.mark.slow
 
@@ -290,6 +293,33 @@ def test_a_killed_run_with_a_sharded_base_goes_on_to_the_same_adapter(workspace:
     _, stderr = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, stderr
     assert same_bits(weights(workspace.folder / "killed"), weights(sharded))
+
+
+def test_processes_start_again_in_the_next_form_after_one_ran_out_of_memory_in_a_sharded_step(
+    workspace: Workspace, sharded: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    script = Path(short_of_memory.__file__)
+    monkeypatch.setattr(launch, "WORKER", (sys.executable, str(script)))
+    monkeypatch.setenv("PYTHONPATH", str(script.parents[2]))
+    path = workspace.recipe("short", gradient_accumulation=1, save_every=7)
+    sections = yaml.safe_load(path.read_text()) | {"distributed": {"strategy": "fsdp", "processes": 2}}
+    path.write_text(yaml.safe_dump(sections))
+    one_core = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALL_CORES)
+    code = train(load_recipe(path), resume=False, fresh=False, arguments=["train", str(path)])
+    os.sched_setaffinity(0, one_core)
+    stderr = capfd.readouterr().err
+    assert code == 0, stderr
+    told = f"step {short_of_memory.STEP} ran out of memory: every 4th layer is recomputed from here on"
+    assert stderr.count("ran out of memory") == 1
+    assert f"process 1 ({socket.gethostname()}): {told}; all processes start again" in stderr.splitlines()
+    assert stderr.count("resuming after step 7") == 1
+    assert "error" not in stderr
+    manifest = json.loads((workspace.folder / "short" / "manifest.json").read_text())
+    assert manifest["result"]["memory"]["every"] == 4
+    assert losses(workspace.folder / "short") == pytest.approx(losses(sharded), rel=1e-5)
+    for name, tensor in weights(workspace.folder / "short").items():
+        assert float((tensor - weights(sharded)[name]).norm() / tensor.norm()) < 1e-4
 
 
 def test_a_run_with_a_sharded_base_goes_on_in_one_process(workspace: Workspace, sharded: Path):

@@ -6,6 +6,7 @@ import torch
 from lora_cli.model.gpu_plan import (
     CONTEXT_BYTES,
     Form,
+    Sharding,
     ddp_parts,
     fewest_gpus,
     fsdp_parts,
@@ -48,6 +49,31 @@ def test_fsdp_spreads_the_layers_and_nothing_else(memory: TrainingMemory, gpus: 
     assert parts.weights == pytest.approx(outside + inside / gpus, abs=1)
     assert parts.gathered == pytest.approx(2 * inside / LAYERS, rel=0.01)
     assert parts._replace(weights=whole.weights, gathered=0) == whole
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_layers_that_wait_in_host_memory_are_not_on_the_gpu(gpus: int, bits: int | None):
+    spec = None if bits is None else QuantizationSpec.model_validate({"bits": bits})
+    model = memory_of(zoo.make("llama", num_hidden_layers=LAYERS), quantization=spec)
+    sharded, offloaded = (fsdp_parts(model, gpus, cpu_offload=offload) for offload in (False, True))
+    layers = [layer.plain + layer.codes for layer in model.weights.layers]
+    assert sum(model.weights.tensors) == sum(layers)
+    assert sharded.weights - offloaded.weights == pytest.approx(sum(layers) / gpus, abs=1)
+    copied = offloaded.gathered - sharded.gathered  # the part of the layer that is fetched
+    assert copied == pytest.approx(max(layers) / gpus, abs=1)
+    assert sharded.total(0) - offloaded.total(0) == sharded.weights - offloaded.weights - copied
+    # Page-locked memory comes in powers of two.
+    assert sum(layers) / gpus <= offloaded.in_host < 2 * sum(layers) / gpus + 2 * len(model.weights.tensors)
+    assert offloaded.constants == sharded.constants
+
+
+def test_hsdp_spreads_the_layers_over_the_gpus_of_a_machine(memory: TrainingMemory):
+    plans = plan_strategies(memory, [KEPT], gpus=16, budget=1, sharding=Sharding(of_machine=8))
+    assert [plan.name for plan in plans] == ["ddp", "hsdp"]
+    assert plans[1].parts == fsdp_parts(memory, 8)
+    (*_, of_few) = plan_strategies(memory, [KEPT], gpus=4, budget=1, sharding=Sharding(of_machine=8))
+    assert of_few.parts == fsdp_parts(memory, 4)
 
 
 def test_scales_of_quantized_weights_are_whole_with_fsdp():

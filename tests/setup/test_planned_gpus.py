@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from lora_cli.model.gpu_plan import Form, fsdp_parts, plan_strategies, step_bytes
+from lora_cli.model.gpu_plan import Form, Sharding, fsdp_parts, plan_strategies, step_bytes
 from lora_cli.model.memory import TrainingMemory
-from lora_cli.setup.planned_gpus import PlannedGpus, changes_that_help, host_bytes
+from lora_cli.setup.planned_gpus import PlannedGpus, changes_that_help, host_bytes, planned_sharding
 from tests.model.test_memory import memory_of
 from tests.support.checkpoints import skeleton_of
 
@@ -27,19 +27,27 @@ def memory() -> TrainingMemory:
 
 
 def lines(
-    memory: TrainingMemory, gpus: PlannedGpus, *, quantization: Any = None, checkpointing: Any = "auto"
+    memory: TrainingMemory,
+    gpus: PlannedGpus,
+    *,
+    quantization: Any = None,
+    checkpointing: Any = "auto",
+    offload: bool = False,
+    strategy: str = "fsdp",
+    shardable: bool = True,
 ) -> list[str]:
     recipe: Any = SimpleNamespace(
         quantization=quantization,
         adapter=SimpleNamespace(rank=64),
         training=SimpleNamespace(gradient_checkpointing=checkpointing),
+        distributed=SimpleNamespace(cpu_offload=offload, strategy=strategy),
     )
     base = SimpleNamespace(skeleton=skeleton, dtype=torch.bfloat16)
     inputs: Any = SimpleNamespace(base=base, prequantized=None)
     form = ROW._replace(every=None, offload=False) if checkpointing is False else ROW
-    plans = plan_strategies(memory, [form], gpus=gpus.number, budget=gpus.memory)
+    plans = plan_strategies(memory, [form], gpus=gpus.number, budget=gpus.memory, sharding=planned_sharding(recipe))
     assert all(plan.best is None for plan in plans)
-    return list(changes_that_help(recipe, inputs, memory, plans, gpus))
+    return list(changes_that_help(recipe, inputs, memory, plans, gpus, shardable=shardable))
 
 
 def test_quantization_is_told_with_what_the_weights_take_then(memory: TrainingMemory):
@@ -84,3 +92,32 @@ def test_host_memory_has_paged_state_and_inputs_that_wait(memory: TrainingMemory
     kept = plan_strategies(memory, [ROW._replace(every=None, offload=False)], gpus=16, budget=gpus.memory)[0]
     waiting = host_bytes(memory, plain, gpus) - host_bytes(memory, kept, gpus)
     assert waiting == 8 * memory.activations.offloaded(every=1) * ROW.tokens
+
+
+def test_layers_in_host_memory_are_told_with_what_they_gain(memory: TrainingMemory):
+    """The rest of the recipe stays as it is, and the GPUs are as many: here the layers alone are too much."""
+    two = PlannedGpus(2, fsdp_parts(memory, 2, cpu_offload=True).total(step_bytes(memory, ROW, ROW.tokens)))
+    (told,) = [line for line in lines(memory, two) if line.startswith("distributed: {strategy: fsdp, cpu_offload: ")]
+    assert ", which fits; the layers wait in " in told
+    assert " of the host memory of a machine with 2 GPUs" in told
+    too_small = two._replace(memory=two.memory - 1)
+    assert any("cpu_offload" in line and "which does not fit" in line for line in lines(memory, too_small))
+    for options in ({"shardable": False}, {"offload": True}):
+        assert not any("cpu_offload" in line for line in lines(memory, too_small, **options))
+    assert not any("cpu_offload" in line for line in lines(memory, ONE))
+
+
+def test_host_memory_has_the_layers_that_wait(memory: TrainingMemory):
+    gpus = PlannedGpus(16, 1 << 50)
+    plain, offloaded = (
+        plan_strategies(memory, [ROW], gpus=16, budget=gpus.memory, sharding=Sharding(offload))[-1]
+        for offload in (False, True)
+    )
+    assert host_bytes(memory, offloaded, gpus) - host_bytes(memory, plain, gpus) == 8 * offloaded.parts.in_host > 0
+
+
+def test_a_base_that_is_sharded_over_a_machine_is_planned_so(memory: TrainingMemory):
+    sixteen = PlannedGpus(16, fsdp_parts(memory, 8, cpu_offload=True).total(step_bytes(memory, ROW, ROW.tokens)))
+    (told,) = [line for line in lines(memory, sixteen, strategy="hsdp") if "cpu_offload" in line]
+    assert told.startswith("distributed: {strategy: hsdp, cpu_offload: true}: ")
+    assert ", which fits; " in told

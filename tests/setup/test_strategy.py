@@ -1,13 +1,16 @@
 """The strategy of a run: fsdp where a full model does not fit, and where the base can be sharded."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
 from lora_cli.setup import strategy
+from tests.model import zoo
 
 GIB = 1 << 30
 
@@ -17,7 +20,13 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that chooses for a model of 10 GiB, in two processes."""
 
     def run(
-        *, free: float, processes: int = 2, prequantized: bool = False, problem: str = "", **sections: Any
+        *,
+        free: float,
+        processes: int = 2,
+        prequantized: bool = False,
+        problem: str = "",
+        device: str = "cuda",
+        **sections: Any,
     ) -> strategy.Strategy:
         monkeypatch.setattr(strategy, "_needed", lambda *_: 10 * GIB)
         monkeypatch.setattr(strategy, "sharding_problem", lambda *_: problem)
@@ -26,8 +35,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
         recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
         inputs: Any = SimpleNamespace(
             prequantized=object() if prequantized else None,
-            base=SimpleNamespace(source=SimpleNamespace(packed=False)),
-            device=None,
+            base=SimpleNamespace(
+                source=SimpleNamespace(packed=False), skeleton=lambda: zoo.make("llama"), dtype=torch.float32
+            ),
+            device=torch.device(device),
         )
         plan: Any = SimpleNamespace(processes=processes)
         return strategy.choose_strategy(recipe, inputs, plan)
@@ -65,6 +76,28 @@ def test_one_process_has_nothing_to_shard(choose: Any):
     assert choose(free=1, processes=1) == strategy.Strategy("ddp")
     alone = choose(free=1, processes=1, distributed={"strategy": "fsdp"})
     assert (alone.name, alone.why) == ("ddp", "one process has nothing to shard")
+
+
+OFFLOAD = {"strategy": "fsdp", "cpu_offload": True}
+
+
+def test_layers_in_host_memory_are_told_or_refused(choose: Any):
+    chosen = choose(free=1, distributed=OFFLOAD)
+    assert chosen.name == "fsdp"
+    assert re.fullmatch(
+        r"set in the recipe; cpu_offload: [\d.]+ KiB of host memory for the layers of each process", chosen.why
+    )
+    with pytest.raises(LoraError, match=r"^distributed\.cpu_offload: it needs .* each process, and 10 bytes is free"):
+        choose(free=10 / GIB, distributed=OFFLOAD)
+    with pytest.raises(LoraError, match=r"^distributed\.cpu_offload: .* one process has nothing to shard$"):
+        choose(free=1, distributed=OFFLOAD, processes=1)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_layers_on_the_cpu_are_in_host_memory_anyway(choose: Any, processes: int):
+    chosen = choose(free=0, distributed=OFFLOAD, processes=processes, device="cpu")
+    assert chosen.name == ("fsdp" if processes == 2 else "ddp")
+    assert chosen.why.endswith("; cpu_offload has no effect on the CPU, where the base is in host memory anyway")
 
 
 @pytest.mark.parametrize(

@@ -373,17 +373,19 @@ def sharded_layer() -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-            layer = torch.nn.Linear(4, 3, bias=False, device="meta").requires_grad_(False)
-            torch.distributed.fsdp.fully_shard(layer, mesh=mesh, ignored_params=set())
-            assert isinstance(layer, torch.distributed.fsdp.FSDPModule)
-            placements = [torch.distributed.tensor.Shard(0)]
-            values = torch.distributed.tensor.DTensor.from_local(torch.ones(3, 4), mesh, placements, run_check=False)
-            layer.weight = torch.nn.Parameter(values, requires_grad=False)
-            assert torch.equal(layer(torch.ones(1, 4)), torch.full((1, 3), 4.0))
-            layer.reshard()
-            assert isinstance(layer.weight, torch.distributed.tensor.DTensor)
-            layer.unshard()
-            assert not isinstance(layer.weight, torch.distributed.tensor.DTensor)
+            in_host = torch.distributed.fsdp.CPUOffloadPolicy(pin_memory=False)
+            for policy in (torch.distributed.fsdp.OffloadPolicy(), in_host):
+                layer = torch.nn.Linear(4, 3, bias=False, device="meta").requires_grad_(False)
+                torch.distributed.fsdp.fully_shard(layer, mesh=mesh, ignored_params=set(), offload_policy=policy)
+                assert isinstance(layer, torch.distributed.fsdp.FSDPModule)
+                placements, ones = [torch.distributed.tensor.Shard(0)], torch.ones(3, 4)
+                values = torch.distributed.tensor.DTensor.from_local(ones, mesh, placements, run_check=False)
+                layer.weight = torch.nn.Parameter(values.cpu(), requires_grad=False)
+                assert torch.equal(layer(torch.ones(1, 4)), torch.full((1, 3), 4.0))
+                layer.reshard()
+                assert isinstance(layer.weight, torch.distributed.tensor.DTensor)
+                layer.unshard()
+                assert not isinstance(layer.weight, torch.distributed.tensor.DTensor)
         finally:
             torch.distributed.destroy_process_group()
 

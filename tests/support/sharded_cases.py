@@ -4,14 +4,19 @@ The first process prints one line of JSON: by case, or by base, the largest rela
 """
 
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lora_cli.data.batches import BatchPlan
@@ -27,8 +32,9 @@ from lora_cli.model.sharded_base import load_sharded, sharding_problem
 from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
-from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum
+from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum, any_process
 from lora_cli.training.loop import IdleBatch
+from lora_cli.training.process_group import shard_mesh
 from tests.model import zoo
 
 BASES = ("untied", "tied", "mixtral")  # folders; "untied" is that of the cases
@@ -37,10 +43,15 @@ FAMILIES = "families"  # folder of bases whose logits are compared, in place of 
 LENGTHS = [30, 41, 12, 25, 60, 7, 33, 9, 18]
 # A head is applied to 256 labels at a time on the CPU: here not as often in each process. One row has no label.
 MANY_LABELS = [1, 400, 30, 20, 10]
+UNEVEN = [100, 60, 60]  # in batches of 100 tokens: one more for one of two processes, none for one of four
 
 
 def cases() -> dict[str, dict[str, Any]]:
-    """Return the cases: keys of the adapter section, and `bits`, `every` (recomputed layers), `whole`, `packing`."""
+    """Return the cases: keys of the adapter section, and of this file.
+
+    `bits`, `whole`, `cpu_offload` and `machines` are of the base, `every` says which layers are recomputed, `packing`
+    and `lengths` are of the rows; with `broken`, batches that do not count have no finite loss.
+    """
     shardable = [name for name, facts in METHOD_FACTS.items() if facts.shardable]
     by_method: dict[str, dict[str, Any]] = {
         f"method {name}": {"method": name, "packing": METHOD_FACTS[name].supports_packing} for name in shardable
@@ -64,7 +75,28 @@ def cases() -> dict[str, dict[str, Any]]:
         },
         "adapter on the head": {"target_modules": ["q_proj", "lm_head"], "whole": ("lm_head",)},
         "adapter on the embeddings": {"target_modules": ["q_proj", "embed_tokens"], "whole": ("model.embed_tokens",)},
+        "batches that do not count are not finite": {"broken": True, "lengths": UNEVEN},
+        "machines of half the processes": {"machines": 2},
+        "machines of half the processes, 4 bits, dora, offloaded": {
+            "machines": 2,
+            "bits": 4,
+            "method": "dora",
+            "cpu_offload": True,
+        },
+        "offloaded": {"cpu_offload": True},
+        "offloaded, dora": {"cpu_offload": True, "method": "dora"},
+        "offloaded, pissa": {"cpu_offload": True, "method": "pissa"},
+        "offloaded, 4 bits, every layer recomputed": {"cpu_offload": True, "bits": 4, "every": 1},
+        "offloaded, padded batches": {"cpu_offload": True, "packing": False},
+        "offloaded, head trained in full": {
+            "cpu_offload": True,
+            "modules_to_save": ["lm_head"],
+            "whole": ("lm_head",),
+        },
     }
+
+
+OFFLOADED = " offloaded"  # after the name of a base
 
 
 class Cases:
@@ -87,10 +119,21 @@ class Cases:
         source = ModelSource(path, trust_remote_code=False)
         return BaseCheckpoint(path, source, AutoConfig.from_pretrained(path), tokenizer, "causal-lm")
 
+    def mesh(self, *, machines: int = 1) -> DeviceMesh:
+        """Return the processes that share a base, of all or of one of so many machines."""
+        size = self.accelerator.num_processes // machines
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", str(size))
+            patch.setenv("LOCAL_RANK", str(self.accelerator.process_index % size))
+            mesh = shard_mesh(self.accelerator.device, of_machine=machines > 1)
+        assert mesh.size() == size
+        return mesh
+
     def gradients(self, loaded: LoadedBase, spec: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses of the step and of rows, and the gradients, of all processes if the base is sharded."""
         spec = dict(spec)
         every, packing, lengths = spec.pop("every", None), spec.pop("packing", True), spec.pop("lengths", LENGTHS)
+        broken = spec.pop("broken", False)
         base = loaded.model
         sharded = is_sharded(base)
         processes = self.accelerator.num_processes if sharded else 1
@@ -110,16 +153,21 @@ class Cases:
         model.train()
         loss_fn = LossFunction(model)
         losses = [torch.zeros(())]
-        for _, batch in plan.batches_of_step(0, rank=self.accelerator.process_index if sharded else 0):
+        batches = [b for _, b in plan.batches_of_step(0, rank=self.accelerator.process_index if sharded else 0)]
+        batches = [batch for batch in batches if len(batch.targets)]
+        if sharded:
+            idle = IdleBatch(plan, self.accelerator, list(trained.values()))
+            passes = idle.count(batches)
+            assert any_process(self.accelerator, passes > 0) or not broken
+            with not_finite(base) if broken else nullcontext():
+                idle.run(loss_fn, passes)
+        for batch in batches:
             torch.manual_seed(0)
-            if len(batch.targets):
-                loss = loss_fn(batch).loss
-                loss.backward()
-                losses.append(loss.detach())
+            loss = loss_fn(batch).loss
+            loss.backward()
+            losses.append(loss.detach())
         total = torch.stack(losses).sum()
         if sharded:
-            idle = IdleBatch(plan, self.accelerator)
-            idle.run(loss_fn, idle.count(losses[1:]))
             all_reduce_gradients(list(trained.values()), self.accelerator, share=1)
             total = all_reduce_sum(self.accelerator, total)
         rows = measure_row_likelihoods(loss_fn, plan, accelerator=self.accelerator if sharded else None)
@@ -130,11 +178,16 @@ class Cases:
     def difference(self, base: str, spec: dict[str, Any]) -> float:
         """Return the largest relative difference between the sharded and the whole base."""
         spec = dict(spec)
-        bits, whole = spec.pop("bits", None), spec.pop("whole", ())
+        bits, whole, offload = spec.pop("bits", None), spec.pop("whole", ()), spec.pop("cpu_offload", False)
+        mesh = self.mesh(machines=spec.pop("machines", 1))
         section = {"bits": bits, "compute_dtype": "float32"}
         quantization = None if bits is None else QuantizationSpec.model_validate(section)
         checkpoint, cpu = self.base(base), torch.device("cpu")
-        found = self.gradients(load_sharded(checkpoint, cpu, quantization=quantization, whole=whole), spec)
+        sharded = load_sharded(checkpoint, cpu, mesh, quantization=quantization, whole=whole, cpu_offload=offload)
+        assert offload == any(
+            isinstance(group.offload_policy, CPUOffloadPolicy) for group in parameter_groups(sharded.model)
+        )
+        found = self.gradients(sharded, spec)
         if not self.accelerator.is_main_process:
             return 0.0
         expected = self.gradients(checkpoint.load(cpu, quantization=quantization), spec)
@@ -148,11 +201,29 @@ class Cases:
         if sharding_problem(checkpoint, None):
             return REFUSED
         half = checkpoint._replace(dtype=torch.bfloat16)
-        halves = (load_sharded(half, cpu).model, half.load(cpu).model)
+        mesh = self.mesh()
+        halves = (load_sharded(half, cpu, mesh).model, half.load(cpu).model)
         assert dtypes_of(halves[0]) == dtypes_of(halves[1]), family
-        models = (load_sharded(checkpoint, cpu).model, checkpoint.load(cpu).model)
+        models = (load_sharded(checkpoint, cpu, mesh).model, checkpoint.load(cpu).model)
         found, expected = (model.eval()(input_ids=ids, use_cache=False).logits for model in models)
         return float((found - expected).abs().max() / expected.abs().max())
+
+
+def parameter_groups(model: torch.nn.Module) -> list[Any]:
+    """Return what torch keeps of each module whose weights are sharded."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [unit._get_fsdp_state()._fsdp_param_group for unit in units]
+    return [group for group in groups if group is not None]
+
+
+@contextmanager
+def not_finite(model: Any) -> Iterator[None]:
+    """Within the block, the embeddings of all tokens are infinite."""
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output * math.inf)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def dtypes_of(model: torch.nn.Module) -> dict[str, torch.dtype]:
@@ -174,6 +245,9 @@ def main() -> None:
     for base in BASES[1:]:
         if not names or base in names:
             found[base] = run.difference(base, {})
+    for base in BASES[1:]:
+        if not names or base + OFFLOADED in names:
+            found[base + OFFLOADED] = run.difference(base, {"cpu_offload": True})
     if run.accelerator.is_main_process:
         print(json.dumps(found))
     run.accelerator.end_training()

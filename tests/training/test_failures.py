@@ -8,6 +8,7 @@ from torch.distributed import HashStore
 
 from lora_cli.errors import LoraError
 from lora_cli.training import failures
+from lora_cli.training.memory_ladder import Rung, StartAgain
 from lora_cli.training.peers import Failure, Peers, RunError
 
 # As torch 2.13 writes them, shortened.
@@ -91,6 +92,27 @@ def error_of(kind: str) -> Exception:
     if kind == "disk":
         return OSError(28, "No space left on device", "file")
     return LoraError("rows.jsonl does not exist", hint="check the path", exit_code=2)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_process_that_asks_for_another_start_is_told_once(
+    launched: bool, peers: Peers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    if launched:
+        monkeypatch.setenv("LORA_LAUNCHED", "1")
+    text = "step 7 ran out of memory: every 2nd layer is recomputed from here on"
+    for told in (True, False):  # another process of this machine has run out too
+        with pytest.raises(SystemExit) as raised, failures.report_failures(peers):
+            raise StartAgain("step 7", Rung(2))
+        assert raised.value.code == 1
+        lines = capsys.readouterr().err.splitlines()
+        if launched:  # the launcher starts them again, and it is no error
+            assert lines == [f"process 0 ({peers.host}): {text}; all processes start again"] * told
+        else:
+            assert lines[:1] == [f"error: process 0 ({peers.host}): {text}"] * told
+            assert len(lines) == 2 * told
+    assert peers.wanted_form() == {"every": 2, "offload": False, "parts": 1}
+    assert peers.failure() is not None
 
 
 @pytest.mark.parametrize(("kind", "code", "text"), [("lora", 2, "rows.jsonl does not exist"), ("disk", 1, "file: No")])

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,6 +146,30 @@ def test_workers_are_started_again_as_often_as_requested(
         f"starting the process again, from the newest checkpoint: restart {number} of {max_restarts}"
         for number in range(1, len(log_text.split()))
     ]
+
+
+def test_a_start_that_a_worker_asks_for_takes_its_form_and_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    first, second = {"every": 4}, {"every": 2}
+    died = launch.Outcome(137)
+    outcomes = [launch.Outcome(1, form=first), died, launch.Outcome(1, form=second), died, died]
+    starts = []
+
+    def start(_: int, arguments: list[str], *, form: dict[str, Any] | None) -> launch.Outcome:
+        starts.append((arguments, form))
+        return outcomes[len(starts) - 1]
+
+    monkeypatch.setattr(launch, "launch_workers", start)
+    ended = launch.launch_with_restarts(2, ["train"], max_restarts=2, resume_arguments=lambda: ["train", "--resume"])
+    assert ended == 137
+    resumed = ["train", "--resume"]
+    assert starts == [(["train"], None), (resumed, first), (resumed, first), (resumed, second), (resumed, second)]
+    assert len(capfd.readouterr().err.splitlines()) == 2  # of the starts that count
+    starts.clear()
+    outcomes[0] = launch.Outcome(130, stopped=True, form=first)
+    assert launch.launch_with_restarts(2, ["train"], max_restarts=2, resume_arguments=lambda: resumed) == 130
+    assert len(starts) == 1
 
 
 def test_a_signal_to_the_launcher_is_not_followed_by_a_restart(log: Path):

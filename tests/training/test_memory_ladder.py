@@ -1,5 +1,6 @@
 """The memory ladder: the same step in forms that need less memory, taken when a step runs out, with nothing lost."""
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,9 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model.loss import LossFunction
 from lora_cli.recipe.training_section import TrainingSpec
+from lora_cli.training import memory_ladder
 from lora_cli.training.loop import Step, fit
-from lora_cli.training.memory_ladder import MemoryLadder, Rung, all_rungs
+from lora_cli.training.memory_ladder import MemoryLadder, Rung, StartAgain, all_rungs
 from tests.model import zoo
 
 LENGTHS = [3, 9, 30, 12, 7, 5, 21, 14, 2, 33]
@@ -202,6 +204,29 @@ def test_the_largest_batch_is_tried_before_the_first_step():
     hopeless = Rehearsal(ladder, lambda rung: False)
     with pytest.raises(LoraError, match=r"too little memory for the largest batch \(60 tokens\)"):
         ladder.rehearse(hopeless, Accelerator(cpu=True), tokens=60, started=True)
+
+
+def test_a_sharded_step_that_runs_out_names_the_next_rung(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory_ladder, "is_sharded", lambda _: True)
+    plan, told = make_plan(), []
+    ladder = make_ladder(make_model(), plan, told)
+    with pytest.raises(StartAgain, match=r"^step 7 ran out of memory: every 4th layer is recomputed from") as raised:
+        ladder.start_again("step 7")
+    assert (raised.value.rung, ladder.rung, told) == (Rung(4), Rung(), [])
+    assert raised.value.hint
+    assert "--max-restarts" in raised.value.hint
+    batch = Rehearsal(ladder, lambda _: False)
+    with pytest.raises(StartAgain, match=r"^the largest batch \(60 tokens\) ran out of memory: every 4th layer"):
+        ladder.rehearse(batch, Accelerator(cpu=True), tokens=60, started=False)
+    assert batch.tried == [Rung()]
+    assert ladder.lower_to(json.loads(json.dumps(raised.value.rung._asdict())))
+    assert ladder.rung == Rung(4)
+    for values in (None, ladder.to_json(), dict(Rung()._asdict()), dict(Rung(3)._asdict())):
+        assert not ladder.lower_to(values)
+    ladder.set(ladder.below()[-1])
+    with pytest.raises(LoraError, match=r"too little memory for step 8: .* smallest form") as ended:
+        ladder.start_again("step 8")
+    assert not isinstance(ended.value, StartAgain)
 
 
 def test_what_the_optimizer_will_take_is_held_in_the_rehearsal():

@@ -7,7 +7,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,11 +78,10 @@ def test_a_first_machine_that_does_not_answer_is_named(variables: Any, monkeypat
 
 
 def test_the_local_world_size_counts_the_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    accelerator: Any = SimpleNamespace(num_processes=16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert process_group._local_world_size(accelerator) == 4
+    assert process_group.processes_of_machine(16) == 4
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert process_group._local_world_size(accelerator) == 16
+    assert process_group.processes_of_machine(16) == 16
 
 
 # Of two processes, the second one works alone for a while, which is allowed, and then does WHAT.
