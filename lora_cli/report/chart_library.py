@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,9 +26,16 @@ def chart_library(*, info: Callable[[str], None]) -> str:
     except PackageNotFoundError:
         raise LoraError(f"lora report needs {PACKAGE}", hint='pip install "lora-cli[report]"') from None
     key = hashlib.blake2b(f"{PACKAGE} {release} {EXPORTED}".encode(), digest_size=16).hexdigest()
-    what = "the chart library"
-    entry = cached_entry(cache_folder() / "charts" / key, make=_bundle, what=what, info=info)
+    folder = cache_folder() / "charts" / key
+    entry = cached_entry(folder, make=_bundle, what="the chart library", versions={PACKAGE: release}, info=info)
     return (entry / FILE).read_text(encoding="utf-8")
+
+
+def chart_versions() -> dict[str, str]:
+    """Return the versions that the cached script depends on."""
+    with suppress(PackageNotFoundError):
+        return {PACKAGE: version(PACKAGE)}
+    return {}
 
 
 def _bundle(folder: Path) -> None:

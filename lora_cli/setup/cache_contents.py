@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.data.cache_versions import encoded_versions, gguf_versions
+from lora_cli.report.chart_library import chart_versions
 from lora_cli.run import atomic
 from lora_cli.run.cache_entry import entry_damage
 from lora_cli.run.cache_use import About, alone, last_used, read_about
@@ -34,6 +35,7 @@ KINDS = {
     "encoded": Kind("rows", encoded_versions),
     "gguf": Kind("unpacked GGUF", gguf_versions),
     "downloads": Kind("download", dict),
+    "charts": Kind("chart library", chart_versions),
 }
 
 

@@ -18,6 +18,7 @@ from lora_cli.run.console import format_bytes, no_output
 from lora_cli.setup.first_inputs import CPU, MAX_BAD, FoundModel, FoundRows, Info
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.planned_gpus import GPU, PlannedGpus, changes_that_help, forms_of, on_planned_gpus
+from lora_cli.setup.strategy import sharding_obstacle
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import adapter_context, check_before_rows, resolve_optimizer
 
@@ -320,7 +321,8 @@ def _plan(choices: Choices, machine: Machine) -> _Fit:
     best = next((plan.best for plan in plans if plan.best is not None), None)
     shown = best or min((form for plan in plans for form in plan.forms), key=lambda form: form.total)
     text = f"{format_bytes(shown.total)} of {format_bytes(gpus.memory)} ({shown.form.name})"
-    advice = [] if best else list(changes_that_help(recipe, inputs, needed, plans, gpus))
+    shardable = not sharding_obstacle(recipe, inputs)
+    advice = [] if best else list(changes_that_help(recipe, inputs, needed, plans, gpus, shardable=shardable))
     return _Fit(inputs, best is not None, text, max(plan.largest for plan in plans), advice)
 
 

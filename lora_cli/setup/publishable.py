@@ -15,11 +15,11 @@ from typing import NamedTuple
 from lora_cli.errors import LoraError
 from lora_cli.run.checksums import CHECKSUMS_FILE, FileChecksum, checksum, list_files, read_checksums
 from lora_cli.run.console import format_bytes
-from lora_cli.run.folder import find_adapter_folder
+from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder
 from lora_cli.run.read_file import describe_kind, read_json_object
 from lora_cli.run.workspace import WORKSPACE
 from lora_cli.setup.adapter_folders import check_not_unfinished
-from lora_cli.setup.export_paths import VERDICT, verdict_path
+from lora_cli.setup.export_paths import verdict_path
 from lora_cli.training import checkpoint_folders
 
 Info = Callable[[str], None]
@@ -225,9 +225,9 @@ def _verdict_problems(result: Publishable, found: dict[str, FileChecksum]) -> li
     """Return a line for each exported file that is not the one whose checks its verdict (export.json) records."""
     problems = []
     for name in found:
-        if not name.endswith(f".{VERDICT}"):
+        if not name.endswith(f".{EXPORT_VERDICT}"):
             continue
-        exported = name.removesuffix(f".{VERDICT}") + ".gguf"
+        exported = name.removesuffix(f".{EXPORT_VERDICT}") + ".gguf"
         entry = (read_json_object(result.folder / name).get("files") or {}).get(".") or {}
         if exported in found and entry.get("sha256") != found[exported].sha256:
             problems.append(f"{exported} is not the file that was exported and verified")
