@@ -2,7 +2,7 @@
 #
 #   docker build --target cuda --tag lora:cuda .
 #   docker build --target cpu --build-arg TORCH_INDEX=URL --tag lora:cpu .
-#   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/work" --volume lora-cache:/cache lora:cuda train recipe.yaml
+#   docker run --rm --gpus all --shm-size 8g --volume "$PWD:/workspace" --volume lora-cache:/cache lora:cuda train recipe.yaml
 #
 # EXTRAS       optional parts of pyproject.toml, such as eval,plot,llama-cpp
 # TORCH_INDEX  an index of packages in addition to pip's own: torch publishes one with wheels without CUDA, which are
@@ -25,12 +25,12 @@ RUN pip install --no-cache-dir --constraint /wheels/constraints.txt \
       ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
       "$(echo /wheels/*.whl)${EXTRAS:+[${EXTRAS}]}" \
     && useradd --create-home --uid 1000 lora \
-    && mkdir /cache /work \
-    && chmod 1777 /cache /work
+    && mkdir /cache /workspace \
+    && chmod 1777 /cache /workspace
 # Models and encoded rows: a volume keeps them. Both folders are writable for every user, for `docker run --user`.
 ENV HF_HOME=/cache/huggingface LORA_CACHE=/cache/lora
 VOLUME /cache
-WORKDIR /work
+WORKDIR /workspace
 USER 1000
 ENTRYPOINT ["lora"]
 CMD ["--help"]

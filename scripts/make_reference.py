@@ -56,7 +56,7 @@ def recipe_reference() -> str:
     return "\n".join(lines)
 
 
-def command_reference() -> str:
+def command_reference(app: typer.Typer = cli.app) -> str:
     """Return the page of all commands."""
     lines = [
         "# Command reference",
@@ -64,7 +64,7 @@ def command_reference() -> str:
         "Every command with its arguments and options, as `lora COMMAND --help` prints them.",
         "",
     ]
-    for words, command in _commands("lora", typer.main.get_command(cli.app)):
+    for words, command in _commands("lora", typer.main.get_command(app)):
         parameters = [one for one in command.params if one.name not in HIDDEN and not getattr(one, "hidden", False)]
         if hasattr(command, "commands") and not parameters:
             continue
@@ -73,6 +73,8 @@ def command_reference() -> str:
         lines += [" ".join(filter(None, (words, usage, "[OPTIONS]" * any(map(_is_option, parameters))))), "```", ""]
         if parameters:
             lines += ["| | value | default | |", "|---|---|---|---|", *map(_parameter_row, parameters), ""]
+        if command.epilog:  # examples
+            lines += ["```text", *command.epilog.splitlines(), "```", ""]
     return "\n".join(lines)
 
 

@@ -33,6 +33,8 @@ def unknown_words(words: list[str]) -> list[str]:
         if word.startswith("-"):
             if word not in known:
                 return [word]
+        elif word == "COMMAND":  # any of them
+            return []
         elif word not in command.commands:
             return [word]
         else:

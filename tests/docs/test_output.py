@@ -59,6 +59,8 @@ def test_unknown_words_of_lora_commands_are_found():
     calls = list(lora_calls(text))
     assert calls == [["train", "a.yaml", "--resume"], ["adapter", "inspect", "a", "--plto", "b"], ["chta", "c"]]
     assert [unknown_words(words) for words in calls] == [[], ["--plto"], ["chta"]]
+    assert unknown_words(["COMMAND", "--help"]) == []
+    assert unknown_words(["--no-such-option"]) == ["--no-such-option"]
 
 
 def test_a_line_is_split_into_programs():

@@ -3,7 +3,7 @@
 import re
 import runpy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
@@ -70,12 +70,49 @@ def test_every_command_is_documented_with_all_its_options():
             assert MAKE["_sentence"](parameter.help).replace("|", "&#124;") in page[words]
 
 
-def test_defaults_and_ranges_of_options():
-    page = MAKE["command_reference"]()
-    assert "| `--rows` | integer, at least 0 | `2` | Rows to print token by token. |" in page
-    assert "| `--answers` | integer, at least 0 | `0` |" in page
-    assert "| `--out` | `DIR` | required | Folder of the merged model. |" in page
-    assert "lora adapter inspect ADAPTER [OPTIONS]\n" in page
+def test_values_ranges_defaults_and_examples_of_a_command():
+    app = typer.Typer(add_completion=False)
+
+    @app.command(epilog="Examples:\n  x copy a b")
+    def copy(
+        source: Annotated[str, typer.Argument(metavar="A|B", help="What to copy.")],
+        rows: Annotated[int, typer.Option(min=0, help="Rows <i>.")] = 2,
+        share: Annotated[float, typer.Option(min=0, max=1, metavar="S")] = 0.5,
+        name: Annotated[list[str] | None, typer.Option(help="A|B.")] = None,
+        out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", show_default=False)] = ...,  # type: ignore[assignment]
+        force: Annotated[bool, typer.Option("--force")] = False,
+    ) -> None:
+        """Copy a thing."""
+
+    @app.command()
+    def other() -> None:
+        """Do nothing."""
+
+    page = MAKE["command_reference"](app).split("## ")[1]
+    assert page.splitlines() == [
+        "lora copy",
+        "",
+        "Copy a thing.",
+        "",
+        "```text",
+        "lora copy A|B [OPTIONS]",
+        "```",
+        "",
+        "| | value | default | |",
+        "|---|---|---|---|",
+        "| `A|B` |  | required | What to copy. |",
+        "| `--rows` | integer, at least 0 | `2` | Rows \\<i>. |",
+        "| `--share` | `S`, at least 0, at most 1 | `0.5` |  |",
+        "| `--name` | `TEXT` |  | A&#124;B. May be repeated. |",
+        "| `--out, -o` | `DIR` | required |  |",
+        "| `--force` |  |  |  |",
+        "",
+        "```text",
+        "Examples:",
+        "  x copy a b",
+        "```",
+        "",
+    ]
 
 
 def test_links_of_the_front_page_are_those_of_the_site():
