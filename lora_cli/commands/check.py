@@ -39,7 +39,7 @@ from lora_cli.setup.planned_gpus import (
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.strategy import choose_strategy, planned_strategy
-from lora_cli.setup.tracked_run import describe_tracking
+from lora_cli.setup.tracked_run import check_trackers_installed, describe_tracking
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
@@ -245,8 +245,11 @@ def check_without_model(recipe: Recipe) -> None:
     """Read the recipe's local rows in their format, without tokenizer or model; print the sources that are not local.
 
     Raises:
-        LoraError: rows cannot be read.
+        LoraError: a tracker is not installed, or rows cannot be read.
     """
+    check_trackers_installed(recipe.tracking)
+    for line in describe_tracking(recipe):
+        console.out.print(line)
     local: dict[str, list[SourceSpec]] = {"train": [], "eval": []}
     complete = True
     for side, value in (("train", recipe.data.train), ("eval", recipe.data.eval)):

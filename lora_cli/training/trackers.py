@@ -62,6 +62,8 @@ class Job(NamedTuple):
     def where(self) -> dict[str, str | bool | None]:
         """Return what decides on the store of the tracked run: with another one, another tracked run begins."""
         spec = self.spec
+        if self.tracker == "tensorboard":  # in the run folder
+            return {}
         store = {"mlflow": spec.server, "trackio": spec.space}.get(self.tracker)
         return {"project": self.project, "entity": spec.entity, "store": store}
 
