@@ -100,10 +100,6 @@ def _finish(tracker: Any, _: Status) -> None:
     tracker.finish()
 
 
-def _nested_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
-    tracker.store_init_configuration(dict(config))
-
-
 # TensorBoard
 
 
@@ -155,6 +151,10 @@ def _wandb_options(job: Job) -> dict[str, Any]:
 def _wandb_place(job: Job, tracker: Any) -> str:
     url = tracker.tracker.url
     return f"at {url}" if url else f"offline; to send it: wandb sync {job.folder}/wandb/offline-*"
+
+
+def _wandb_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
+    tracker.store_init_configuration(dict(config))
 
 
 def _wandb_upload(_: Job, tracker: Any, files: Path) -> None:
@@ -323,6 +323,12 @@ def _swanlab_options(job: Job) -> dict[str, Any]:
     return options | ({"mode": "offline"} if job.spec.offline else {})
 
 
+def _swanlab_config(_: Job, __: Any, config: Mapping[str, Any]) -> None:
+    import swanlab
+
+    swanlab.config.update(dict(config))  # as for trackio
+
+
 def _swanlab_place(job: Job, tracker: Any) -> str:
     if job.spec.offline:
         return f"offline; to send it: swanlab sync {job.folder}/swanlab/run-*"
@@ -341,7 +347,7 @@ TABLE: dict[TrackerName, Tracker] = {
         _wandb_options,
         lambda tracker: str(tracker.tracker.id),
         _wandb_place,
-        _nested_config,
+        _wandb_config,
         _wandb_finish,
         _wandb_upload,
     ),
@@ -370,6 +376,6 @@ TABLE: dict[TrackerName, Tracker] = {
         _comet_upload,
     ),
     "swanlab": Tracker(
-        _swanlab_options, lambda tracker: str(tracker.tracker.id), _swanlab_place, _nested_config, _finish
+        _swanlab_options, lambda tracker: str(tracker.tracker.id), _swanlab_place, _swanlab_config, _finish
     ),
 }

@@ -143,9 +143,11 @@ def test_only_the_process_of_a_tracker_imports_its_package():
     for file in sorted(root.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [f"{node.module}", *(f"{node.module}.{a.name}" for a in node.names)] if isinstance(
-                node, ast.ImportFrom
-            ) else []
+            names += (
+                [f"{node.module}", *(f"{node.module}.{a.name}" for a in node.names)]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             for name in names:
                 importers.setdefault(name, set()).add(file.name)
     assert set().union(*(importers.get(name, set()) for name in modules)) == {"trackers.py"}
