@@ -42,7 +42,7 @@ from lora_cli.setup.planned_gpus import (
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.strategy import choose_strategy, planned_strategy, sharding_obstacle
-from lora_cli.setup.tracked_run import describe_tracking
+from lora_cli.setup.tracked_run import check_trackers_installed, describe_tracking
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
@@ -270,8 +270,11 @@ def check_without_model(recipe: Recipe) -> dict[str, Any]:
     """Read the recipe's local rows in their format, without tokenizer or model; print and return what was read.
 
     Raises:
-        LoraError: rows cannot be read.
+        LoraError: a tracker is not installed, or rows cannot be read.
     """
+    check_trackers_installed(recipe.tracking)
+    for line in describe_tracking(recipe):
+        console.out.print(line)
     local: dict[str, list[SourceSpec]] = {"train": [], "eval": []}
     elsewhere: list[str] = []
     read: list[dict[str, Any]] = []

@@ -62,6 +62,8 @@ class Job(NamedTuple):
     def where(self) -> dict[str, str | bool | None]:
         """Return what decides on the store of the tracked run: with another one, another tracked run begins."""
         spec = self.spec
+        if self.tracker == "tensorboard":  # in the run folder
+            return {}
         store = {"mlflow": spec.server, "trackio": spec.space}.get(self.tracker)
         return {"project": self.project, "entity": spec.entity, "store": store}
 
@@ -96,10 +98,6 @@ def start(job: Job) -> GeneralTracker:
 
 def _finish(tracker: Any, _: Status) -> None:
     tracker.finish()
-
-
-def _nested_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
-    tracker.store_init_configuration(dict(config))
 
 
 # TensorBoard
@@ -153,6 +151,10 @@ def _wandb_options(job: Job) -> dict[str, Any]:
 def _wandb_place(job: Job, tracker: Any) -> str:
     url = tracker.tracker.url
     return f"at {url}" if url else f"offline; to send it: wandb sync {job.folder}/wandb/offline-*"
+
+
+def _wandb_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
+    tracker.store_init_configuration(dict(config))
 
 
 def _wandb_upload(_: Job, tracker: Any, files: Path) -> None:
@@ -321,6 +323,12 @@ def _swanlab_options(job: Job) -> dict[str, Any]:
     return options | ({"mode": "offline"} if job.spec.offline else {})
 
 
+def _swanlab_config(_: Job, __: Any, config: Mapping[str, Any]) -> None:
+    import swanlab
+
+    swanlab.config.update(dict(config))  # as for trackio
+
+
 def _swanlab_place(job: Job, tracker: Any) -> str:
     if job.spec.offline:
         return f"offline; to send it: swanlab sync {job.folder}/swanlab/run-*"
@@ -339,7 +347,7 @@ TABLE: dict[TrackerName, Tracker] = {
         _wandb_options,
         lambda tracker: str(tracker.tracker.id),
         _wandb_place,
-        _nested_config,
+        _wandb_config,
         _wandb_finish,
         _wandb_upload,
     ),
@@ -368,6 +376,6 @@ TABLE: dict[TrackerName, Tracker] = {
         _comet_upload,
     ),
     "swanlab": Tracker(
-        _swanlab_options, lambda tracker: str(tracker.tracker.id), _swanlab_place, _nested_config, _finish
+        _swanlab_options, lambda tracker: str(tracker.tracker.id), _swanlab_place, _swanlab_config, _finish
     ),
 }
