@@ -97,19 +97,17 @@ def test_the_storage_that_the_client_uses_by_default(
     trained_run: Path, lora: Lora, hub: StubHub, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    result = lora("push", trained_run, REPOSITORY)
-    assert result.code == 0, result.err
-    assert "verified: the hub has the contents of all 8 files" in result.out
-    assert hub.count("POST /v1/xorbs/") > 0
-    assert hub.count("/lfs/") == 0
-    hub.repositories.clear()
     hub.break_at = lambda request: Refusal(403, "no") if "/v1/xorbs/" in request else None
-    hub.blocks.clear()
     refused = lora("push", trained_run, REPOSITORY)
     assert refused.code == 1
     assert refused.last_two[0].startswith(f"error: {REPOSITORY}: the upload failed: "), refused.err
     assert refused.last_two[1] == "hint: your token is of me (organizations: my-org)"
     hub.break_at = lambda request: None
+    result = lora("push", trained_run, REPOSITORY)
+    assert result.code == 0, result.err
+    assert "verified: the hub has the contents of all 8 files" in result.out
+    assert hub.blocks
+    assert hub.count("/lfs/") == 0
     hub.repositories.clear()
     hub.damage = "adapter_model.safetensors"
     assert "adapter_model.safetensors has other contents" in lora("push", trained_run, REPOSITORY).err
