@@ -61,7 +61,7 @@ def encode_source(
     *,
     cache: Path,
     info: Callable[[str], None],
-    tokenizer_name: str = "",
+    model: str = "",
 ) -> EncodedSource:
     """Return the encoded rows of a source, from the cache if possible.
 
@@ -76,7 +76,7 @@ def encode_source(
         encoder: of the task.
         cache: folder.
         info: prints messages.
-        tokenizer_name: of the model whose tokenizer is used, for `lora cache`.
+        model: name of the base model, for `lora cache`.
 
     Raises:
         LoraError: the source cannot be read, or has bad or overlong rows that the recipe does not allow, or the cache
@@ -105,8 +105,7 @@ def encode_source(
             raise
         keep_only(unfinished, progress)
         atomic.write_json_unpublished(unfinished / TALLY_FILE, progress.tally.to_json())
-        for_model = f" for {tokenizer_name}" if tokenizer_name else ""
-        write_about(unfinished, f"{what}{for_model}", encoded_versions())
+        write_about(unfinished, f"{what} for {model}" if model else what, encoded_versions())
         write_checksums(unfinished, kind=KIND, published=False, key=folder.name, known=progress.parts)
         atomic.move_folder(unfinished, folder, replace=True)
         encoded = _load(folder, source, content)

@@ -60,6 +60,7 @@ def prepare_data(
     base_labels: Sequence[str] = (),
     placeholders: Sequence[int] = (),
     train_key: str = "data.train",
+    model: str = "",
 ) -> PreparedData:
     """Read, check, encode and split the rows of a recipe.
 
@@ -73,6 +74,7 @@ def prepare_data(
         base_labels: label names of the base model's classification head, if it has one.
         placeholders: token ids that stand for an image, a video or a sound, which no row of text may contain.
         train_key: name of `spec.train` in messages: its recipe key or file name.
+        model: name of the base model, for `lora cache`.
 
     Raises:
         LoraError: a source, the chat template or the labels cannot be used, no rows are left, or more rows are bad,
@@ -83,7 +85,7 @@ def prepare_data(
     in_train = train_sources(spec, cache=cache, info=info)
     in_eval = eval_sources(spec, in_train, cache=cache, info=info)
     check_documents([*in_train, *in_eval], spec, task)
-    encode = partial(encode_source, cache=cache, info=info, tokenizer_name=tokenizer.name_or_path)
+    encode = partial(encode_source, cache=cache, info=info, model=model)
     train = [encode(source, spec, encoder) for source in in_train]
     separate_eval = [encode(source, spec, encoder) for source in in_eval]
     share = spec.eval if isinstance(spec.eval, float) else 0.0

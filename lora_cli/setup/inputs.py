@@ -127,6 +127,7 @@ def load_inputs(
             base_labels=head_labels(config, task),
             placeholders=multimodal.placeholder_tokens(config, tokenizer),
             train_key=train_key,
+            model=model.path,
         )
     embeddings = len(tokenizer) if model.new_tokens else getattr(config.get_text_config(), "vocab_size", None)
     if embeddings is not None:

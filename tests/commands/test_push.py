@@ -97,19 +97,17 @@ def test_the_storage_that_the_client_uses_by_default(
     trained_run: Path, lora: Lora, hub: StubHub, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    result = lora("push", trained_run, REPOSITORY)
-    assert result.code == 0, result.err
-    assert "verified: the hub has the contents of all 8 files" in result.out
-    assert hub.count("POST /v1/xorbs/") > 0
-    assert hub.count("/lfs/") == 0
-    hub.repositories.clear()
     hub.break_at = lambda request: Refusal(403, "no") if "/v1/xorbs/" in request else None
-    hub.blocks.clear()
     refused = lora("push", trained_run, REPOSITORY)
     assert refused.code == 1
     assert refused.last_two[0].startswith(f"error: {REPOSITORY}: the upload failed: "), refused.err
     assert refused.last_two[1] == "hint: your token is of me (organizations: my-org)"
     hub.break_at = lambda request: None
+    result = lora("push", trained_run, REPOSITORY)
+    assert result.code == 0, result.err
+    assert "verified: the hub has the contents of all 8 files" in result.out
+    assert hub.blocks
+    assert hub.count("/lfs/") == 0
     hub.repositories.clear()
     hub.damage = "adapter_model.safetensors"
     assert "adapter_model.safetensors has other contents" in lora("push", trained_run, REPOSITORY).err
@@ -277,28 +275,31 @@ def test_without_a_network_there_is_one_error_within_seconds(
     assert result.last_two[1] == "hint: check the network and HF_ENDPOINT"
 
 
-LEAKS: dict[str, tuple[str, str]] = {
-    "token": (f"key: {HF_TOKEN}", "README.md, line 1: a token of Hugging Face (hf_a1B...)"),
-    "aws": ("id AKIAIOSFODNN7EXAMPLE", "README.md, line 1: an access key of AWS (AKIAIO...)"),
-    "private key": ("\n-----BEGIN RSA PRIVATE KEY-----\nMII", "README.md, line 2: a private key (-----B...)"),
-    "github": ("ghp_" + "x" * 36, "README.md, line 1: a token of GitHub (ghp_xx...)"),
-    "url": ("https://me:secret@example.org/x", "README.md, line 1: a URL with a password (https:...)"),
-    "home": ("see /home/anna/data/rows.jsonl", "README.md, line 1: a path of this machine, /home/anna/data/rows.jsonl"),
-    "yaml": ("  train: /data/rows.jsonl", "README.md, line 1: a path of this machine, /data/rows.jsonl"),
-    "windows": ("C:\\Users\\anna\\rows", "README.md, line 1: a path of this machine, C:\\Users\\anna\\rows"),
+LEAKS = {
+    f"key: {HF_TOKEN}": "a token of Hugging Face (hf_a1B...)",
+    "id AKIAIOSFODNN7EXAMPLE": "an access key of AWS (AKIAIO...)",
+    "-----BEGIN RSA PRIVATE KEY-----": "a private key (-----B...)",
+    "ghp_" + "x" * 36: "a token of GitHub (ghp_xx...)",
+    "https://me:secret@example.org/x": "a URL with a password (https:...)",
+    "see /home/anna/data/rows.jsonl": "a path of this machine, /home/anna/data/rows.jsonl",
+    "  train: /data/rows.jsonl": "a path of this machine, /data/rows.jsonl",
+    "C:\\Users\\anna\\rows": "a path of this machine, C:\\Users\\anna\\rows",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LEAKS)
-def test_secrets_and_paths_in_texts_are_refused(name: str, trained_run: Path, lora: Lora, hub: StubHub):
-    text, expected = LEAKS[name]
+def test_secrets_and_paths_in_texts_are_refused(trained_run: Path, lora: Lora, hub: StubHub):
     adapter = remove_checksums(trained_run / "adapter")
-    (adapter / "README.md").write_text(text)
+    (adapter / "README.md").write_text("\n".join(LEAKS))
     result = lora("push", trained_run, REPOSITORY)
     assert result.code == 2
-    assert result.err.splitlines()[-3:-1] == [expected, "error: runs/a/adapter is not published: one problem"]
-    assert "secret" in result.last_two[1] or "path" in result.last_two[1] or "hub id" in result.last_two[1]
+    lines = [f"README.md, line {number}: {what}" for number, what in enumerate(LEAKS.values(), start=1)]
+    assert sorted(result.err.splitlines()[-len(LEAKS) - 2 : -2]) == sorted(lines)
+    assert result.last_two == [
+        "error: runs/a/adapter is not published: 8 problems",
+        "hint: remove the secret, and revoke it if anybody else could read the file; write a hub id or a file name in "
+        "place of the path",
+    ]
     assert hub.requests == []
 
 
@@ -308,9 +309,9 @@ def test_a_path_in_the_configuration_is_refused_and_one_in_a_vocabulary_is_not(
 ):
     adapter = remove_checksums(trained_run / "adapter")
     tokenizer = json.loads((adapter / "tokenizer.json").read_text())
-    assert isinstance(tokenizer["model"]["vocab"], dict)
+    tokenizer["model"]["vocab"]["/home/anna/"] = tokenizer["model"]["vocab"].pop("a")
+    (adapter / "tokenizer.json").write_text(json.dumps(tokenizer))
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="/models/llama")
-    tokenizer["model"]["unk_token"] = None
     result = lora("push", trained_run, REPOSITORY)
     assert result.err.splitlines()[-3:] == [
         "adapter_config.json, base_model_name_or_path: a path of this machine, /models/llama",
