@@ -103,8 +103,13 @@ def test_damaged_litgpt_and_torchtune_adapters_are_one_error(workdir: Path, lora
     training.write_text("lora_r: [")
     check_refused(lora, "lit", "hyperparameters.yaml is not YAML", *base)
     training.write_text(text)
-    change_json(n_head=2)(sizes)
-    check_refused(lora, "lit", "attn.qkv has factors of", *base)
+    for changes, message in (
+        ({"n_head": 2}, "model_config.yaml: n_head: 2, and base has num_attention_heads: 4"),
+        ({"n_head": 4, "n_layer": 16}, "model_config.yaml: n_layer: 16, and base has num_hidden_layers: 2"),
+        ({"n_layer": 2, "n_query_groups": 4}, "attn.qkv has factors of"),
+    ):
+        change_json(**changes)(sizes)
+        check_refused(lora, "lit", message, *base)
     sizes.unlink()
     check_refused(lora, "lit", "model_config.yaml does not exist", *base)
 

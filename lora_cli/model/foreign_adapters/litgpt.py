@@ -39,6 +39,8 @@ MAX_CONFIG_BYTES = 1 << 20
 RESTORE_HINT = "restore it from the folder that litgpt finetune_lora wrote"
 MERGE_HINT = "merge it with LitGPT (litgpt merge_lora, then litgpt convert_from_litgpt), and use the merged model"
 LAYER = re.compile(r"transformer\.h\.(?P<number>\d+)\.(?P<part>.+)")
+# Sizes in model_config.yaml, and their names in transformers.
+SIZES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size"}
 PARTS = ("query", "key", "value")
 QKV = "attn.qkv"
 
@@ -132,7 +134,7 @@ def read(found: Found) -> SourceAdapter:
         file,
         _base_name(model),
         len(tensors),
-        lambda base: _place(file, factors, scale, heads, base),
+        lambda base: _place(file, factors, scale, heads, _check_sizes(model_file, model, base)),
         read_dropout(training, "lora_dropout"),
         notes,
     )
@@ -163,6 +165,22 @@ def _base_name(model: Mapping[str, Any]) -> str | None:
         return None
     organization = names.get("org")
     return f"{organization}/{names['name']}" if isinstance(organization, str) else str(names["name"])
+
+
+def _check_sizes(file: Path, model: Mapping[str, Any], base: Base) -> Base:
+    """Return the base after a comparison of its sizes with those of LitGPT's model.
+
+    Raises:
+        LoraError: they differ: rows of q, k and v would be taken for those of other heads.
+    """
+    for key, ours in SIZES.items():
+        expected, found = model.get(key), getattr(base.model.config, ours, None)
+        if None not in (expected, found) and expected != found:
+            raise LoraError(
+                f"{file}: {key}: {printable(expected)}, and {base.name} has {ours}: {found}",
+                hint="name the base that it was trained on with --base",
+            )
+    return base
 
 
 def _place(file: Path, factors: Mapping[str, Factors], scale: float, heads: Heads, base: Base) -> list[Update]:
