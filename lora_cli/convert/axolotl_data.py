@@ -256,15 +256,21 @@ def _carry_templates(draft: Draft, kinds: list[str]) -> None:
     if key == "chat_template_jinja":
         draft.same("chat_template", "chat_template_jinja has it")
     carry_template(draft, key, model=model)
+    first = config.get(key)
     for index, entry in enumerate(config.get("datasets") or []):
         if not isinstance(entry, dict):
             continue
-        for name in ("chat_template", "chat_template_jinja"):
-            if f"datasets[{index}].{name}" and entry.get(name) is not None:
-                if "data.chat_template" in draft.values and entry[name] != config.get(key):
-                    draft.refuse(f"datasets[{index}].{name}", "one template is for all sources; accepted: the first")
-                else:
-                    carry_template(draft, f"datasets[{index}].{name}", model=model)
+        prefix = f"datasets[{index}]"
+        name = "chat_template_jinja" if entry.get("chat_template_jinja") else "chat_template"
+        if name == "chat_template_jinja":
+            draft.same(f"{prefix}.chat_template", "chat_template_jinja has it")
+        if entry.get(name) is None:
+            continue
+        if first not in (None, entry[name]):
+            draft.refuse(f"{prefix}.{name}", "one template is for all sources; accepted: the first")
+            continue
+        first = entry[name]
+        carry_template(draft, f"{prefix}.{name}", model=model)
     prompts = [kind for kind in kinds if kind.startswith("alpaca") or kind in ("gpteacher", "oasst", "orcamini")]
     if prompts and "data.chat_template" not in draft.values:
         if len(prompts) == len([kind for kind in kinds if kind not in ("completion", "pretrain", "input_output")]):
