@@ -97,9 +97,9 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any], *, pretrain: b
     _read_columns(draft, source, prefix, entry)
     _read_messages(draft, source, prefix, entry)
     _note_others(draft, prefix, entry)
-    if entry.get("weight"):
-        source.values["weight"] = float(entry["weight"])
-        draft.carried(f"{prefix}.weight", "weight", source.values["weight"])
+    if weight := draft.config.number(f"{prefix}.weight"):
+        source.values["weight"] = weight
+        draft.carried(f"{prefix}.weight", "weight", weight)
     return source, kind
 
 
@@ -257,7 +257,7 @@ def _carry_templates(draft: Draft, kinds: list[str]) -> None:
         draft.same("chat_template", "chat_template_jinja has it")
     carry_template(draft, key, model=model)
     first = config.get(key)
-    for index, entry in enumerate(config.get("datasets") or []):
+    for index, entry in enumerate(as_list(config.get("datasets"))):
         if not isinstance(entry, dict):
             continue
         prefix = f"datasets[{index}]"
@@ -287,7 +287,7 @@ def _carry_templates(draft: Draft, kinds: list[str]) -> None:
 
 def _carry_loss(draft: Draft, kinds: list[str]) -> None:
     config = draft.config
-    entries = [entry for entry in config.get("datasets") or [] if isinstance(entry, dict)]
+    entries = [entry for entry in as_list(config.get("datasets")) if isinstance(entry, dict)]
     wanted = [as_switch(entry.get("train_on_inputs")) for entry in entries]
     everything = config.switch("train_on_inputs")
     if everything or any(wanted):

@@ -206,6 +206,13 @@ def test_our_own_recipe_is_recognized(lora: Lora):
         ("a.ipynb", "{}", "is not a notebook"),
         ("a.sh", "echo hello\n", "no command in it has options"),
         ("a.yml", AXOLOTL.replace("lora_r: 8", "lora_r: eight"), "a.yml:6: lora_r: eight is not a number"),
+        ("a.yml", AXOLOTL.replace("lora_r: 8", "lora_r: 1e400"), "lora_r: inf is not a number"),
+        ("a.yml", AXOLOTL.replace("lora_r: 8", "lora_r: -8"), "adapter.rank: -8 is too small"),
+        (
+            "a.yml",
+            AXOLOTL.replace("    type: chat", "    weight: much\n    type: chat"),
+            "weight: much is not a number",
+        ),
         ("a.yml", AXOLOTL.replace("sequence_len: 512", "sequence_len: 0.5"), "sequence_len: 0.5 is not an integer"),
     ],
 )
