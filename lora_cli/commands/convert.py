@@ -1,6 +1,7 @@
 """`lora convert`: read another tool's config, account for each of its keys, and write a recipe. No torch."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -40,7 +41,7 @@ def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequenc
     open_keys = _check_accepted(conversion, accepted)
     refused = bool(open_keys or conversion.of(Outcome.OTHER_TASK))
     if not refused:
-        parse_recipe(conversion.text, out or Path("recipe.yaml"))
+        _check_recipe(conversion, file)
     if as_json:
         report = _as_json(conversion, detected, accepted, None if refused else out)
         sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
@@ -53,6 +54,18 @@ def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequenc
     elif out is not None:
         _write(out, conversion.text)
         console.info(f"{out} is written; next: lora check {out}")
+
+
+def _check_recipe(conversion: Conversion, file: Path) -> None:
+    """Raise if a value of the config is one that a recipe cannot have, such as a negative learning rate."""
+    try:
+        parse_recipe(conversion.text, Path("recipe"))
+    except LoraError as error:
+        raise LoraError(
+            f"{file} has values that a recipe cannot have, and nothing was written",
+            hint="correct them in the config first",
+            details=[re.sub(r"^recipe:\d+: ", "", line) for line in error.details],
+        ) from None
 
 
 def _check_accepted(conversion: Conversion, accepted: Sequence[str]) -> list[str]:

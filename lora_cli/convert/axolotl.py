@@ -155,7 +155,7 @@ def _carry_rows(draft: Draft) -> None:
     packing = config.switch("sample_packing") or bool(config.get("pretraining_dataset"))
     if packing and draft.values.get("quantization.bits") == 8:
         packing = False
-        reason = "8-bit weights mix the rows of a batch, so rows are not packed; accepted: packing: false"
+        reason = "8-bit weights mix the rows of a batch, so rows are not packed; accepted: single rows"
         draft.refuse("sample_packing", reason)
     length = config.whole("sequence_len")
     if length is None:

@@ -97,9 +97,9 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any], *, pretrain: b
     _read_columns(draft, source, prefix, entry)
     _read_messages(draft, source, prefix, entry)
     _note_others(draft, prefix, entry)
-    if entry.get("weight"):
-        source.values["weight"] = float(entry["weight"])
-        draft.carried(f"{prefix}.weight", "weight", source.values["weight"])
+    if weight := draft.config.number(f"{prefix}.weight"):
+        source.values["weight"] = weight
+        draft.carried(f"{prefix}.weight", "weight", weight)
     return source, kind
 
 
@@ -256,15 +256,21 @@ def _carry_templates(draft: Draft, kinds: list[str]) -> None:
     if key == "chat_template_jinja":
         draft.same("chat_template", "chat_template_jinja has it")
     carry_template(draft, key, model=model)
-    for index, entry in enumerate(config.get("datasets") or []):
+    first = config.get(key)
+    for index, entry in enumerate(as_list(config.get("datasets"))):
         if not isinstance(entry, dict):
             continue
-        for name in ("chat_template", "chat_template_jinja"):
-            if f"datasets[{index}].{name}" and entry.get(name) is not None:
-                if "data.chat_template" in draft.values and entry[name] != config.get(key):
-                    draft.refuse(f"datasets[{index}].{name}", "one template is for all sources; accepted: the first")
-                else:
-                    carry_template(draft, f"datasets[{index}].{name}", model=model)
+        prefix = f"datasets[{index}]"
+        name = "chat_template_jinja" if entry.get("chat_template_jinja") else "chat_template"
+        if name == "chat_template_jinja":
+            draft.same(f"{prefix}.chat_template", "chat_template_jinja has it")
+        if entry.get(name) is None:
+            continue
+        if first not in (None, entry[name]):
+            draft.refuse(f"{prefix}.{name}", "one template is for all sources; accepted: the first")
+            continue
+        first = entry[name]
+        carry_template(draft, f"{prefix}.{name}", model=model)
     prompts = [kind for kind in kinds if kind.startswith("alpaca") or kind in ("gpteacher", "oasst", "orcamini")]
     if prompts and "data.chat_template" not in draft.values:
         if len(prompts) == len([kind for kind in kinds if kind not in ("completion", "pretrain", "input_output")]):
@@ -281,7 +287,7 @@ def _carry_templates(draft: Draft, kinds: list[str]) -> None:
 
 def _carry_loss(draft: Draft, kinds: list[str]) -> None:
     config = draft.config
-    entries = [entry for entry in config.get("datasets") or [] if isinstance(entry, dict)]
+    entries = [entry for entry in as_list(config.get("datasets")) if isinstance(entry, dict)]
     wanted = [as_switch(entry.get("train_on_inputs")) for entry in entries]
     everything = config.switch("train_on_inputs")
     if everything or any(wanted):

@@ -1,5 +1,6 @@
 """A config of another tool as read: its keys, their values, and where each is written. No torch."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,12 +146,16 @@ def as_number(value: Any) -> float | None:
     """Return a number, also from a text such as `2e-4` or `10_000`; None if it is none."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float):
+    if isinstance(value, int):
         return value
     try:
         number = float(str(value).replace("_", ""))
     except ValueError:
         return None
+    if not math.isfinite(number):
+        return None
+    if isinstance(value, float):
+        return value
     return int(number) if number.is_integer() and "." not in str(value) and "e" not in str(value).lower() else number
 
 

@@ -32,11 +32,6 @@ class TrainerDefaults(NamedTuple):
     optimizer: str = "adamw"
 
 
-def number(config: Config, key: str) -> Any:
-    """Read a number."""
-    return config.number(key)
-
-
 def whole(config: Config, key: str) -> Any:
     """Read an integer."""
     return config.whole(key)

@@ -32,7 +32,6 @@ from lora_cli.convert.templates import carry_template
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.values import carry_targets
 
-PREFERENCES = "preference training is another task"
 MULTIMODAL = "for images, video and audio: `lora train` trains text models"
 
 _OWN = KeyTable(

@@ -63,7 +63,8 @@ def convert(draft: Draft) -> None:
         draft.other_task("train", "this config does not train: `lora eval` measures")
     draft.same("train", "`lora train` trains")
     if model := config.text("model"):
-        draft.carry("model", "model.path", model)
+        note = "MLX's own weights are not read here: write the original model" if "mlx" in model.lower() else ""
+        draft.carry("model", "model.path", model, note)
     else:
         draft.missing("model", "the config names no base; accepted: a placeholder in model.path")
     _carry_adapter(draft)

@@ -52,7 +52,7 @@ class KeyTable(NamedTuple):
 def apply_table(draft: Draft, table: KeyTable) -> None:
     """Add the lines of the table's keys that the config has, except of `handled`, and carry their values."""
     for key, (to, read) in table.carried.items():
-        if draft.config.get(key) is not None:
+        if draft.config.get(key) not in (None, "", [], {}):
             draft.carry(key, to, read(draft.config, key))
     for add, groups in (
         (draft.no_effect, table.no_effect),

@@ -108,8 +108,8 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any]) -> Source:
         if refused := carry_split(draft, f"{prefix}.split", source, str(entry["split"])):
             draft.refuse(f"{prefix}.split", refused)
         draft.carried(f"{prefix}.split", "split", source.values.get("split"))
-    if entry.get("weight") is not None:
-        weight = float(entry["weight"])
+    weight = draft.config.number(f"{prefix}.weight")
+    if weight is not None:
         if weight != 1:
             source.values["weight"] = weight
         draft.carried(f"{prefix}.weight", "weight", weight, "a share of the rows" if weight != 1 else "")

@@ -206,6 +206,13 @@ def test_our_own_recipe_is_recognized(lora: Lora):
         ("a.ipynb", "{}", "is not a notebook"),
         ("a.sh", "echo hello\n", "no command in it has options"),
         ("a.yml", AXOLOTL.replace("lora_r: 8", "lora_r: eight"), "a.yml:6: lora_r: eight is not a number"),
+        ("a.yml", AXOLOTL.replace("lora_r: 8", "lora_r: 1e400"), "lora_r: inf is not a number"),
+        ("a.yml", AXOLOTL.replace("lora_r: 8", "lora_r: -8"), "adapter.rank: -8 is too small"),
+        (
+            "a.yml",
+            AXOLOTL.replace("    type: chat", "    weight: much\n    type: chat"),
+            "weight: much is not a number",
+        ),
         ("a.yml", AXOLOTL.replace("sequence_len: 512", "sequence_len: 0.5"), "sequence_len: 0.5 is not an integer"),
     ],
 )
@@ -277,6 +284,21 @@ def test_the_last_layers_of_mlx_are_counted_in_the_base(lora: Lora):
     assert yaml.safe_load(Path("recipe.yaml").read_text())["adapter"]["layers"] == [2, 3, 4, 5]
 
 
+@pytest.mark.slow
+def test_the_converted_recipe_trains_in_as_many_steps(lora: Lora, workdir: Path):
+    """24 rows, of which none is held out, in steps of 2 × 2 rows: 6 steps an epoch."""
+    text = AXOLOTL.replace("Qwen/Qwen3-0.6B", "./base").replace("sequence_len: 512", "sequence_len: 128")
+    text = text.replace("gradient_accumulation_steps: 4", "gradient_accumulation_steps: 2").replace(
+        "num_epochs: 3", "num_epochs: 1"
+    )
+    assert lora("convert", write("a.yml", text + "output_dir: runs/moved\n"), "--out", "moved.yaml").code == 0
+    result = lora("train", "moved.yaml")
+    assert result.code == 0, result.err
+    metrics = [json.loads(line) for line in Path("runs/moved/metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in metrics if "step" in line) == 6
+
+
+@pytest.mark.slow
 def test_no_heavy_library_is_imported(tmp_path: Path):
     write("a.yml", AXOLOTL)
     code = (

@@ -57,6 +57,7 @@ def test_mlx_and_litgpt():
     assert set(schema_keys.LITGPT.split()) - litgpt.TABLE.known() == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TABLES)
 def test_a_known_key_is_never_unknown(tool: str):
     """Also with a value that asks for something; keys in sections are written in them."""

@@ -109,6 +109,15 @@ def test_chat_templates(template: str, model: str, expected: str | None):
     assert convert("axolotl", base_model=model, chat_template=template).data.chat_template == expected
 
 
+def test_one_template_is_for_all_sources():
+    first = {"path": "a.jsonl", "type": "chat_template", "chat_template": "chatml"}
+    second = {"path": "b.jsonl", "type": "chat_template", "chat_template": "jinja", "chat_template_jinja": "{{ 1 }}"}
+    both = conversion("axolotl", datasets=[first, second])
+    assert both.to_accept() == ["datasets[1].chat_template_jinja"]
+    assert parse_recipe(both.text, Path("r.yaml")).data.chat_template == "chatml"
+    assert convert("axolotl", datasets=[second]).data.chat_template == "{{ 1 }}"
+
+
 def test_a_template_of_another_family_is_not_offered():
     assert refused("axolotl", base_model="a/b", chat_template="cohere") == ["chat_template"]
     assert refused("llama-factory", template="yuan") == ["template"]
