@@ -222,7 +222,9 @@ def label_mask_rows(rows: EncodedDataset, tokenizer: PreTrainedTokenizerBase) ->
     records = []
     for row in (rows[number] for number in range(min(MASK_ROWS, len(rows)))):
         texts = [text for text, _ in show_mask(row, tokenizer)][:MASK_TOKENS]
-        spans = [[start, min(stop, len(texts))] for start, stop in spans_of_labels(row.labels) if start < len(texts)]
+        spans = [
+            [start, min(stop, len(texts))] for start, stop in spans_of_labels(row.labels.tolist()) if start < len(texts)
+        ]
         left_out = len(row.input_ids) - len(texts)
         records.append({"where": row.where, "tokens": texts, "loss": spans, "left_out": left_out})
     return records
