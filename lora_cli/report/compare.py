@@ -28,7 +28,7 @@ def recipe_differences(runs: Sequence[RecordedRun]) -> Table | None:
     keys = list(dict.fromkeys(key for values in flat.values() for key in values))
     rows, equal = [], 0
     for key in keys:
-        values = [_text(flat[run.name].get(key)) if run.name in flat else DASH for run in runs]
+        values = [_text(flat[run.name][key]) if key in flat.get(run.name, {}) else DASH for run in runs]
         if len({value for run, value in zip(runs, values, strict=True) if run.name in flat}) > 1:
             rows.append((key, *values))
         else:

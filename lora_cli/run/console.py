@@ -85,6 +85,9 @@ def loading_libraries() -> Iterator[None]:
         err.file.flush()
 
 
+CURVE_COLUMNS = 100  # of the terminal: with fewer, the curve of the loss would leave no place for the figures
+
+
 class StepProgress:
     """Progress of training steps: a bar on a terminal, else a line every `every` steps."""
 
@@ -92,7 +95,7 @@ class StepProgress:
         self._bar = bar
         self._task = bar.add_task("", total=total, completed=done, line="", curve="") if bar else None
         self._losses: list[float] = []  # of each step of this process
-        self._draws = err.encoding.startswith("utf")
+        self._draws = err.encoding.startswith("utf") and err.width >= CURVE_COLUMNS
         self._total, self._every = total, every
         self._first, self._start = done, time.monotonic()
 

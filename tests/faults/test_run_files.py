@@ -54,7 +54,8 @@ def test_a_run_with_a_damaged_file_is_resumed(
         shutil.copytree(intact, half_run)
         damage.apply(half_run / file)
         ends_later = file == "metrics.jsonl" and damage.name.startswith("truncate")
-        ends_later = ends_later and b'"step": 3' in (half_run / file).read_bytes()  # records that are made again
+        # Behind the records of steps 1 and 2, which are kept: those after it are made again.
+        ends_later = ends_later and (half_run / file).read_bytes().count(b"\n") >= 3
         result = lora("train", "recipe.yaml", "--resume")
         check_complete(result, half_run, finished_run, damage.name)
         kind = damage.name.split()[0]

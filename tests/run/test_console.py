@@ -18,17 +18,17 @@ def test_bar_is_drawn_on_a_terminal_unless_disabled(bar: bool, monkeypatch: pyte
     assert bool(screen.getvalue()) == bar
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_the_bar_has_the_curve_of_the_loss(encoding: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("encoding", "width"), [("utf-8", 120), ("utf-8", 80), ("ascii", 120)])
+def test_the_bar_has_the_curve_of_the_loss(encoding: str, width: int, monkeypatch: pytest.MonkeyPatch):
     screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="replace")
-    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=width))
     with console.step_progress(4) as progress:
         for number, loss in enumerate((3.0, 2.0, 1.0), start=1):
             progress.step(number, {"loss": f"{loss:.4f}"}, loss=loss)
     screen.flush()
     drawn = screen.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
     assert "loss 1.0000" in drawn
-    assert ("█▅▁" in drawn) == (encoding == "utf-8")
+    assert ("█▅▁" in drawn) == (encoding == "utf-8" and width == 120)
 
 
 def test_the_cells_of_a_wide_table_are_not_wrapped(monkeypatch: pytest.MonkeyPatch):
