@@ -92,7 +92,8 @@ def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], No
 
 def _collectives_begun() -> int:
     """Return the number of collectives that this process has begun; it rises equally in all processes."""
-    return sum(group._get_sequence_number_for_group() for group in (torch.distributed.group.WORLD, *_groups))
+    groups: list[Any] = [torch.distributed.group.WORLD, *_groups]
+    return sum(int(group._get_sequence_number_for_group()) for group in groups)
 
 
 def shard_mesh(device: torch.device, *, of_machine: bool) -> DeviceMesh:
