@@ -92,14 +92,15 @@ def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], No
 
 def _collectives_begun() -> int:
     """Return the number of collectives that this process has begun; it rises equally in all processes."""
-    return sum(group._get_sequence_number_for_group() for group in (torch.distributed.group.WORLD, *_groups))
+    groups: list[Any] = [torch.distributed.group.WORLD, *_groups]
+    return sum(int(group._get_sequence_number_for_group()) for group in groups)
 
 
 def shard_mesh(device: torch.device, *, of_machine: bool) -> DeviceMesh:
     """Return the processes that share the weights of a base: all, or those of this machine. All must call it.
 
     Raises:
-        LoraError: machines have different numbers of processes, or one each.
+        RunError: machines have different numbers of processes, or one each, or ranks in another order.
     """
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     size = processes_of_machine(world)
@@ -107,11 +108,13 @@ def shard_mesh(device: torch.device, *, of_machine: bool) -> DeviceMesh:
         return init_device_mesh(device.type, (world,))
     sizes = gather_object([size])
     in_order = gather_object([int(os.environ.get("LOCAL_RANK") or 0) == rank % size])
-    if len(set(sizes)) > 1 or not all(in_order) or size == 1:
-        found = join_words([str(each) for each in sorted(set(sizes))], "and")
+    found = join_words([str(each) for each in sorted(set(sizes))], "and")
+    if found != str(size) or size == 1 or not all(in_order):
+        order = "" if all(in_order) else ", whose ranks do not follow each other"
         raise RunError(
-            f"distributed.strategy: hsdp shards the base over the processes of each machine, and there are {found}",
-            hint="start as many processes on each machine, two at least; or write strategy: fsdp",
+            "distributed.strategy: hsdp shards the base over the processes of each machine, and machines have "
+            f"{found} of them{order}",
+            hint="start as many processes on each machine, two at least, as torchrun numbers them; or write fsdp",
         )
     names = ("machines", "processes")
     mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=names)[names[1]]
