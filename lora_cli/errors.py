@@ -1,6 +1,7 @@
 """The exception for user errors (recipe, data, model, arguments), and the line that quotes a library's. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_LINE = 2000  # characters of a message
 MAX_QUOTED = 300  # characters of a library's error message in it
@@ -14,6 +15,7 @@ class LoraError(Exception):
         hint: how to fix it, in one line; None if the message is enough.
         details: further one-line messages, printed before the error, such as all problems of a recipe.
         exit_code: 2 for a bad recipe, data, model or argument; 1 for a run that failed.
+        record: what the document of --json has besides the error.
     """
 
     def __init__(
@@ -23,6 +25,7 @@ class LoraError(Exception):
         hint: str | None = None,
         details: Sequence[str] = (),
         exit_code: int = 2,
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         # Names of files, columns and tokens are parts of messages; those of damaged files can contain anything.
@@ -30,6 +33,7 @@ class LoraError(Exception):
         self.hint = None if hint is None else one_line(hint)
         self.details = tuple(map(one_line, details))
         self.exit_code = exit_code
+        self.record = dict(record or {})
 
 
 def first_line(error: BaseException) -> str:

@@ -6,13 +6,15 @@ from typing import Annotated
 import typer
 
 from lora_cli.cli.app import app
-from lora_cli.cli.options import check_choice
+from lora_cli.cli.options import Json, check_choice, check_json_file, write_record
 from lora_cli.run.output_path import check_output_file
 
 FROM = ("axolotl", "llama-factory", "trl", "torchtune", "litgpt", "mlx", "unsloth")
 
 
-@app.command()
+@app.command(
+    examples=["lora convert axolotl.yml --out recipe.yaml", "lora convert train.py --from trl --accept packing"]
+)
 def convert(
     file: Annotated[
         Path,
@@ -31,12 +33,13 @@ def convert(
     accept: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="A key that is not offered: write the recipe without it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: Json = None,
 ) -> None:
     """Write a recipe from another tool's config, with a line for each key: carried, or why not."""
     if tool is not None:
         check_choice("--from", tool, *FROM)
     check_output_file("--out", out)
+    check_json_file(json)
     from lora_cli.commands.convert import convert as command
 
-    command(file, tool=tool, out=out, accepted=accept or [], as_json=as_json)
+    write_record(json, command(file, tool=tool, out=out, accepted=accept or []))

@@ -5,16 +5,23 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.cli import completion
 from lora_cli.cli.app import app
+from lora_cli.cli.options import Json, check_json_file, write_record
 from lora_cli.run.hub_account import check_repository_name, why_no_upload
 from lora_cli.setup.publishable import find_publishable
 
 
-@app.command()
+@app.command(examples=["lora push runs/quickstart me/my-adapter --dry-run", "lora push merged me/my-model --private"])
 def push(
     target: Annotated[
         Path,
-        typer.Argument(metavar="RUN|ADAPTER|MODEL", help="What to publish; of a run, its adapter.", show_default=False),
+        typer.Argument(
+            metavar="RUN|ADAPTER|MODEL",
+            help="What to publish; of a run, its adapter.",
+            show_default=False,
+            autocompletion=completion.runs_and_adapters,
+        ),
     ],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
@@ -23,14 +30,15 @@ def push(
         bool,
         typer.Option("--force", help="Upload to a repository with other files; those of the same name are replaced."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+    json: Json = None,
 ) -> None:
     """Publish an adapter, a model or an export on the Hugging Face hub, and compare what arrived."""
+    check_json_file(json)
     check_repository_name(repository)
     result = find_publishable(target)
     if not dry_run and (refused := why_no_upload()) is not None:
         raise refused
     from lora_cli.commands import push as command
 
-    request = command.PushRequest(private=private, dry_run=dry_run, force=force, json=as_json)
-    command.push(result, repository, request=request)
+    request = command.PushRequest(private=private, dry_run=dry_run, force=force)
+    write_record(json, command.push(result, repository, request=request))

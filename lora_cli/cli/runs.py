@@ -5,13 +5,20 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.cli import completion
 from lora_cli.cli.app import app
+from lora_cli.cli.options import Json, check_json_file, write_record
 from lora_cli.errors import LoraError
 
 
-@app.command()
+@app.command(examples=["lora report runs/quickstart --open", "lora report runs/a runs/b --out compare.html"])
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Run folders.", show_default=False, autocompletion=completion.runs_and_adapters
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE.html", help="The page; default: report.html in the run, or here."),
@@ -28,11 +35,15 @@ def report(
     watch: Annotated[
         bool, typer.Option("--watch", help="Serve the page on this machine, and follow the runs.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --watch; 0: a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Of --watch; 0: a free one.")] = 0,
+    json: Json = None,
 ) -> None:
     """Make one HTML page on a run, or on several side by side: curves, rows, answers, adapter, recipe."""
+    check_json_file(json)
     if watch and out is not None:
         raise LoraError("--watch serves the page, and writes no file", hint="leave out --out or --watch")
+    if watch and json is not None:
+        raise LoraError("--json has nothing to print with --watch", hint="leave one out")
     if port and not watch:
         raise LoraError("--port is for --watch", hint="leave it out")
     for file in evaluations or []:
@@ -43,15 +54,17 @@ def report(
             raise LoraError(f"--verdict {place} does not exist", hint="give the output of lora merge or lora export")
     from lora_cli.commands import report as command
 
-    command.report(runs, command.ReportRequest(out, open_page, evaluations or [], verdicts or [], watch, port))
+    request = command.ReportRequest(out, open_page, evaluations or [], verdicts or [], watch, port)
+    write_record(json, command.report(runs, request))
 
 
-@app.command("runs")
+@app.command("runs", examples=["lora runs", "lora runs experiments --json"])
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where the runs are.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the runs are.")] = Path("runs"),
+    json: Json = None,
 ) -> None:
     """List the runs in a folder: state, losses, size, age and recipe."""
+    check_json_file(json)
     from lora_cli.commands.runs import runs as command
 
-    command(folder, as_json=as_json)
+    write_record(json, command(folder))

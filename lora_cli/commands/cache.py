@@ -1,6 +1,5 @@
 """`lora cache`: show what this tool keeps in its cache, and remove what is damaged or unused. No torch."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +26,10 @@ class HubCache(NamedTuple):
     bytes: int
 
 
-def show_cache(*, as_json: bool) -> None:
-    """Print the entries of the cache with their kind, size and last use, and the size of the hub's cache."""
+def show_cache() -> dict[str, Any]:
+    """Print and return the entries of the cache with their kind, size and last use, and the size of the hub's cache."""
     folder = cache_folder()
     entries, others, hub = list_entries(folder), unknown_bytes(folder), _hub_cache()
-    if as_json:
-        _print_json({**_summary(folder, entries, others, hub), "entries": [_as_json(entry) for entry in entries]})
-        return
     if entries:
         _print_entries(entries)
     for name, count in others.items():
@@ -42,10 +38,13 @@ def show_cache(*, as_json: bool) -> None:
     if stale := [entry for entry in entries if entry.problem is not None]:
         freed = format_bytes(sum(entry.bytes for entry in stale))
         console.info(f"lora cache --prune removes {len(stale)} that are no longer used ({freed}), and reads the others")
+    return {**_summary(folder, entries, others, hub), "entries": [_as_json(entry) for entry in entries]}
 
 
-def prune_cache(*, older_than_days: float, as_json: bool) -> None:
+def prune_cache(*, older_than_days: float) -> dict[str, Any]:
     """Remove damaged and unfinished entries, those of earlier versions, and those that were not used for some days.
+
+    Prints and returns what was removed, and what is left.
 
     Raises:
         LoraError: the cache folder cannot be used.
@@ -57,16 +56,6 @@ def prune_cache(*, older_than_days: float, as_json: bool) -> None:
     results = list(prune(list_entries(folder, verify=True), older_than_days=older_than_days))
     left, others, hub = list_entries(folder), unknown_bytes(folder), _hub_cache()
     removed = [each for each in results if each.removed]
-    if as_json:
-        value = {
-            **_summary(folder, left, others, hub),
-            "removed": [_removal_as_json(each) for each in removed],
-            "in_use": [_removal_as_json(each) for each in results if not each.removed],
-            "removed_bytes": sum(each.entry.bytes for each in removed),
-            "entries": [_as_json(entry) for entry in left],
-        }
-        _print_json(value)
-        return
     for each in results:
         verb = "removed" if each.removed else "kept, because a process uses it"
         size_text = format_bytes(each.entry.bytes)
@@ -77,6 +66,13 @@ def prune_cache(*, older_than_days: float, as_json: bool) -> None:
         f"version, or not used for {older_than_days:g} days"
     )
     _print_totals(folder, left, hub)
+    return {
+        **_summary(folder, left, others, hub),
+        "removed": [_removal_as_json(each) for each in removed],
+        "in_use": [_removal_as_json(each) for each in results if not each.removed],
+        "removed_bytes": sum(each.entry.bytes for each in removed),
+        "entries": [_as_json(entry) for entry in left],
+    }
 
 
 def _print_entries(entries: Sequence[Entry]) -> None:
@@ -145,7 +141,3 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 def _removal_as_json(each: Pruned) -> dict[str, Any]:
     return {**_as_json(each.entry), "reason": each.reason}
-
-
-def _print_json(value: object) -> None:
-    console.out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,5 @@
 """`lora convert`: read another tool's config, account for each of its keys, and write a recipe. No torch."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from lora_cli.convert.draft import Outcome
 from lora_cli.convert.read import read_config
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import parse_recipe
-from lora_cli.run import atomic, console
+from lora_cli.run import atomic, console, json_output
 
 TITLES: tuple[tuple[Outcome, str], ...] = (
     (Outcome.CARRIED, "carried"),
@@ -29,8 +28,8 @@ TITLES: tuple[tuple[Outcome, str], ...] = (
 )
 
 
-def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequence[str], as_json: bool) -> None:
-    """Convert `file`, print the report, and write the recipe to `out`, or to stdout.
+def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequence[str]) -> dict[str, Any]:
+    """Convert `file`, print and return the report, and write the recipe to `out`, or to stdout.
 
     Raises:
         LoraError: the file cannot be read, its tool is not clear, or keys change what is learnt and are not accepted.
@@ -42,18 +41,16 @@ def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequenc
     refused = bool(open_keys or conversion.of(Outcome.OTHER_TASK))
     if not refused:
         _check_recipe(conversion, file)
-    if as_json:
-        report = _as_json(conversion, detected, accepted, None if refused else out)
-        sys.stdout.write(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n")
-    else:
-        _print_report(conversion, detected, accepted, console.out if out or refused else console.err)
+    record = _record(conversion, detected, accepted, None if refused else out)
+    _print_report(conversion, detected, accepted, console.out if out or refused else console.err)
     if refused:
-        raise _refusal(conversion, open_keys, file)
-    if out is None and not as_json:
-        sys.stdout.write(conversion.text)
-    elif out is not None:
+        raise _refusal(conversion, open_keys, file, record)
+    if out is not None:
         _write(out, conversion.text)
         console.info(f"{out} is written; next: lora check {out}")
+    elif not json_output.is_reserved():
+        sys.stdout.write(conversion.text)
+    return record
 
 
 def _check_recipe(conversion: Conversion, file: Path) -> None:
@@ -104,19 +101,21 @@ def _print_report(conversion: Conversion, detected: Detected, accepted: Sequence
         stream.print(f"  {each.to}: {show(each.value)} — {each.reason}".translate(console.CONTROL))
 
 
-def _refusal(conversion: Conversion, open_keys: list[str], file: Path) -> LoraError:
+def _refusal(conversion: Conversion, open_keys: list[str], file: Path, record: dict[str, Any]) -> LoraError:
     """Return the error of a config that no recipe stands for, or whose keys are not accepted."""
     other = conversion.of(Outcome.OTHER_TASK)
     if other:
         return LoraError(
             f"{file} is for another task, and nothing was written: {other[0].key}: {other[0].reason}",
             hint="convert a config of supervised fine-tuning with an adapter",
+            record=record,
         )
     count = "1 key changes" if len(open_keys) == 1 else f"{len(open_keys)} keys change"
     accept = " ".join(f"--accept {_quoted(key)}" for key in open_keys)
     return LoraError(
         f"{count} what is learnt, and nothing was written: {', '.join(open_keys)}",
         hint=f"read above what is done instead; to write the recipe so, add {accept}",
+        record=record,
     )
 
 
@@ -124,7 +123,7 @@ def _quoted(key: str) -> str:
     return key if all(c.isalnum() or c in "._-" for c in key) else f"'{key}'"
 
 
-def _as_json(conversion: Conversion, detected: Detected, accepted: Sequence[str], out: Path | None) -> dict[str, Any]:
+def _record(conversion: Conversion, detected: Detected, accepted: Sequence[str], out: Path | None) -> dict[str, Any]:
     draft = conversion.draft
     return {
         "file": str(draft.config.file),

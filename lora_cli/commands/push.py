@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from lora_cli.errors import LoraError
 from lora_cli.model.gguf_header import read_gguf_header
 from lora_cli.model.safetensors_header import read_headers
-from lora_cli.run import console
+from lora_cli.run import console, json_output
 from lora_cli.run.console import format_bytes
 from lora_cli.run.hub import ask_hub
 from lora_cli.run.hub_account import TRY_AGAIN, Account, hub_errors, read_account, why_no_upload
@@ -34,7 +34,6 @@ class PushRequest(NamedTuple):
     private: bool = False
     dry_run: bool = False
     force: bool = False
-    json: bool = False
 
 
 class Remote(NamedTuple):
@@ -58,12 +57,15 @@ class Changes(NamedTuple):
     others: list[str]  # files of the repository that are no part of the result; they stay
 
 
-def push(result: Publishable, repository: str, *, request: PushRequest) -> None:
+def push(result: Publishable, repository: str, *, request: PushRequest) -> dict[str, Any]:
     """Check a result, print what goes where, upload it and compare what the hub has with the files of this machine.
 
     Raises:
         LoraError: the result is damaged, or has secrets or paths of this machine; the hub does not answer or does not
             allow it; the repository has other files and `force` is False; or the hub has other contents afterwards.
+
+    Returns:
+        The document of --json.
     """
     files = read_published(result, info=console.info)
     _check_contents(result)
@@ -74,16 +76,14 @@ def push(result: Publishable, repository: str, *, request: PushRequest) -> None:
         hint=_leak_hint(result, leaks),
     )
     _note_local_base(result)
-    if not request.json:
-        _print_files(result, files, repository)
+    _print_files(result, files, repository)
     if (refused := why_no_upload()) is not None:
         if not request.dry_run:
             raise refused
-        _finish(repository, files, result, NOTHING, _changes(files, NOTHING), request, note=refused.message)
-        return
+        return _finish(repository, files, result, NOTHING, _changes(files, NOTHING), request, note=refused.message)
     if (problem := ask_hub(console.info)) is not None:
         raise LoraError(f"the hub does not answer (asked twice): {problem}", hint="check the network and HF_ENDPOINT")
-    if request.json or not console.err.is_terminal:
+    if json_output.is_reserved() or not console.err.is_terminal:
         disable_progress_bars()
     api = HfApi(library_name="lora-cli")
     account = read_account(api)
@@ -92,11 +92,9 @@ def push(result: Publishable, repository: str, *, request: PushRequest) -> None:
         changes = _changes(files, remote)
         _check_allowed(repository, remote, changes, request)
         if request.dry_run:
-            _finish(repository, files, result, remote, changes, request)
-            return
+            return _finish(repository, files, result, remote, changes, request)
         if not (changes.new or changes.replaced):
-            _finish(repository, files, result, remote, changes, request)
-            return
+            return _finish(repository, files, result, remote, changes, request)
         if not remote.exists:
             api.create_repo(repository, private=True if request.private else None)
             remote = _read_remote(api, repository)
@@ -105,7 +103,7 @@ def push(result: Publishable, repository: str, *, request: PushRequest) -> None:
         commit = _upload(api, repository, files, remote, changes, what=result.kind)
         arrived = _files_of(api, repository, commit)
     _compare(repository, files, arrived, account)
-    _finish(repository, files, result, remote._replace(commit=commit), changes, request)
+    return _finish(repository, files, result, remote._replace(commit=commit), changes, request)
 
 
 def _check_contents(result: Publishable) -> None:
@@ -297,37 +295,34 @@ def _finish(
     request: PushRequest,
     *,
     note: str | None = None,
-) -> None:
-    """Print the result: lines, or one JSON object on stdout."""
+) -> dict[str, Any]:
+    """Print the result, and return the document of --json."""
     from huggingface_hub import constants
 
     url = f"{constants.ENDPOINT}/{repository}"
     uploaded = not request.dry_run and bool(changes.new or changes.replaced)
-    if request.json:
-        states = {"new": changes.new, "replaced": changes.replaced, "unchanged": changes.unchanged}
-        state = {name: key for key, names in states.items() for name in names}
-        value: dict[str, Any] = {
-            "repository": repository,
-            "url": url,
-            "kind": result.kind,
-            "dry_run": request.dry_run,
-            "uploaded": uploaded,
-            "exists": remote.exists if note is None else None,
-            "private": remote.private if remote.exists else request.private,
-            "commit": remote.commit,
-            "bytes": sum(file.size for file in files),
-            "files": [
-                {"name": f.name, "bytes": f.size, "sha256": f.sha256, "state": state[f.name] if note is None else None}
-                for f in files
-            ],
-            "left_out": result.left_out,
-            "others": changes.others,
-            "note": note,
-        }
-        console.out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        return
     for line in _last_lines(repository, url, len(files), remote, changes, request, note):
         console.out.print(line)
+    states = {"new": changes.new, "replaced": changes.replaced, "unchanged": changes.unchanged}
+    state = {name: key for key, names in states.items() for name in names}
+    return {
+        "repository": repository,
+        "url": url,
+        "kind": result.kind,
+        "dry_run": request.dry_run,
+        "uploaded": uploaded,
+        "exists": remote.exists if note is None else None,
+        "private": remote.private if remote.exists else request.private,
+        "commit": remote.commit,
+        "bytes": sum(file.size for file in files),
+        "files": [
+            {"name": f.name, "bytes": f.size, "sha256": f.sha256, "state": state[f.name] if note is None else None}
+            for f in files
+        ],
+        "left_out": result.left_out,
+        "others": changes.others,
+        "note": note,
+    }
 
 
 def _last_lines(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.report.chart_library import chart_library
@@ -37,8 +37,8 @@ class ReportRequest(NamedTuple):
     port: int
 
 
-def report(folders: Sequence[Path], request: ReportRequest) -> None:
-    """Write the page on the runs in `folders`, and print its path; or serve it.
+def report(folders: Sequence[Path], request: ReportRequest) -> dict[str, Any]:
+    """Write the page on the runs in `folders`, print and return its path; or serve it.
 
     Raises:
         LoraError: a folder is no run, the page would replace another file, or the chart library is missing.
@@ -47,7 +47,7 @@ def report(folders: Sequence[Path], request: ReportRequest) -> None:
         check_is_run(folder)
     if request.watch:
         _serve(folders, request)
-        return
+        return {}
     out = request.out or (folders[0] / PAGE if len(folders) == 1 else Path(PAGE))
     _check_out(out)
     library = chart_library(info=console.info)
@@ -58,6 +58,7 @@ def report(folders: Sequence[Path], request: ReportRequest) -> None:
     console.out.print(str(out))
     if request.open_page:
         webbrowser.open(out.absolute().as_uri())
+    return {"page": out}
 
 
 def _read(folders: Sequence[Path], request: ReportRequest, *, spectra: bool) -> Report:

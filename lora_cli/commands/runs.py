@@ -1,9 +1,8 @@
 """`lora runs`: the runs in a folder with their state, losses, size and age; as a table, or as JSON."""
 
-import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +53,8 @@ class RunLine(NamedTuple):
         }
 
 
-def runs(folder: Path, *, as_json: bool) -> None:
-    """Print the runs in `folder` and up to MAX_DEPTH folders below it, the one that changed last at the end.
+def runs(folder: Path) -> dict[str, Any]:
+    """Print and return the runs in `folder` and up to MAX_DEPTH folders below it, the one that changed last at the end.
 
     Raises:
         LoraError: there is no such folder.
@@ -63,12 +62,14 @@ def runs(folder: Path, *, as_json: bool) -> None:
     if not os.path.isdir(folder):
         raise LoraError(f"there is no folder {folder}", hint="name the folder of your runs: lora runs FOLDER")
     lines = sorted((_read_line(path) for path in _find_runs(folder, MAX_DEPTH)), key=lambda line: line.changed)
-    if as_json:
-        console.out.print(json.dumps([line.to_json() for line in lines], indent=2, ensure_ascii=False))
-        return
-    if not lines:
+    if lines:
+        _print_table(lines)
+    else:
         console.info(f"{folder} has no runs")
-        return
+    return {"runs": [line.to_json() for line in lines]}
+
+
+def _print_table(lines: Sequence[RunLine]) -> None:
     table = Table("run", "state", "best loss", "last loss", "", "size", "changed", "recipe", box=None)
     for line in lines:
         best = f"{line.best[1]:.4f} at {line.best[0]:,}" if line.best else DASH

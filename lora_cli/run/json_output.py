@@ -62,8 +62,12 @@ def is_first_process() -> bool:
 def error_document(error: LoraError) -> dict[str, Any]:
     """Return the document of a command that failed."""
     return {
-        "error": error.message, "hint": error.hint, "details": list(error.details), "exit_code": error.exit_code
-    }  # fmt: skip
+        **error.record,
+        "error": error.message,
+        "hint": error.hint,
+        "details": list(error.details),
+        "exit_code": error.exit_code,
+    }
 
 
 def strict(value: Any) -> Any:

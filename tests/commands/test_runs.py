@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_json(folder: Path, lora: Lora):
     result = lora("runs", "--json")
     assert (result.code, result.err) == (0, "")
-    runs = {each["run"]: each for each in json.loads(result.out)}
+    runs = {each["run"]: each for each in json.loads(result.out)["runs"]}
     assert {run: (each["state"], each["step"], each["steps"]) for run, each in runs.items()} == {
         "runs/done": ("finished", 40, 40),
         "runs/more/halted": ("stopped", 12, 100),
@@ -61,15 +61,15 @@ def test_the_table(folder: Path, lora: Lora):
 
 def test_a_locked_run_is_running(folder: Path, lora: Lora):
     with open_run("runs/more/halted", resume=True):
-        [run] = json.loads(lora("runs", "runs/more", "--json").out)
+        [run] = json.loads(lora("runs", "runs/more", "--json").out)["runs"]
     assert (run["state"], run["process"]) == ("running", str(os.getpid()))
 
 
 def test_one_run_and_no_runs(folder: Path, lora: Lora):
-    assert [each["run"] for each in json.loads(lora("runs", "runs/done", "--json").out)] == ["runs/done"]
+    assert [each["run"] for each in json.loads(lora("runs", "runs/done", "--json").out)["runs"]] == ["runs/done"]
     Path("empty").mkdir()
     assert lora("runs", "empty").err == "empty has no runs\n"
-    assert json.loads(lora("runs", "empty", "--json").out) == []
+    assert json.loads(lora("runs", "empty", "--json").out)["runs"] == []
     result = lora("runs", "nowhere")
     assert (result.code, result.last_two[0]) == (2, "error: there is no folder nowhere")
 
@@ -80,7 +80,7 @@ def test_damaged_runs_are_listed(folder: Path, lora: Lora, name: str, damage: by
     (Path("runs/done") / name).write_bytes(damage)
     result = lora("runs", "--json")
     assert result.code == 0
-    assert "runs/done" in [each["run"] for each in json.loads(result.out)]
+    assert "runs/done" in [each["run"] for each in json.loads(result.out)["runs"]]
 
 
 @pytest.mark.parametrize(
