@@ -162,7 +162,7 @@ class Tracking:
                 each.release()
             elif each.end is None:
                 each.kill()
-            self._info(_summary(each, self.status, limit))
+            self._info(_summary(each, self.status, "when a signal came" if stop.is_set() else f"after {limit:g} s"))
             if each.end is not None:
                 each.process.wait()
 
@@ -177,14 +177,14 @@ def tracking(spec: TrackingSpec | None, run: Path | None, *, done: int, info: In
         trackers.finish()
 
 
-def _summary(each: _Process, status: str, limit: float) -> str:
-    """Return the line on what a tracker has at the end."""
+def _summary(each: _Process, status: str, when: str) -> str:
+    """Return the line on what a tracker has at the end; `when` says what ended the waiting."""
     later = "lora train RECIPE --resume sends them from metrics.jsonl"
     if each.end is None:
         where = f"what it has is in {each.folder}; the rest stays in metrics.jsonl"
         if each.closed:
             return f"{each.name}: {where}"
-        waited = f"{each.name}: not ready after {limit:g} s"
+        waited = f"{each.name}: not ready {when}"
         why = f": {each.problem}" if each.problem and not each.ready else ""
         if status == "failed":
             return f"{waited}{why}; it goes on alone"
