@@ -66,8 +66,6 @@ def _scenarios() -> Iterator[Scenario]:
     yield Scenario("adapter inspect runs/a --json out.json", figures, before="adapter inspect runs/b --json out.json")
     yield Scenario("chat runs/a --max-new-tokens 4", figures, standard_input="hello\n/save out.json\n")
     yield Scenario("init quickstart", {"quickstart.yaml": "whole"})
-    rows: dict[str, Law] = {"cache": "entries"}
-    yield Scenario("cache --prune --older-than 0", rows, before="check recipe.yaml --set data.max_length=100")
 
 
 # By name: the command, with a mark where the next command differs.
