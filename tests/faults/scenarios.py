@@ -69,8 +69,6 @@ def _scenarios() -> Iterator[Scenario]:
     yield Scenario("report runs/a --out out.html", page, before="report runs/b --out out.html", weight=0.1)
     yield Scenario("chat runs/a --max-new-tokens 4", figures, standard_input="hello\n/save out.json\n")
     yield Scenario("init quickstart", {"quickstart.yaml": "whole"})
-    rows: dict[str, Law] = {"cache": "entries"}
-    yield Scenario("cache --prune --older-than 0", rows, before="check recipe.yaml --set data.max_length=100")
 
 
 # By name: the command, with a mark where the next command differs.
