@@ -21,7 +21,7 @@ def report(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE.html", help="The page; default: report.html in the run, or here."),
+        typer.Option("--out", metavar="FILE", help="The page; default: report.html in the run, or here."),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     evaluations: Annotated[

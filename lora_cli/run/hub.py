@@ -21,7 +21,7 @@ PAUSE_S = 1.0  # seconds from an attempt that fails at once to the next one
 USING_CACHE = "the hub does not answer: using the files in the cache"
 
 _problems: dict[str, str | None] = {}  # by the address of a hub: why it does not answer
-_answered: set[str] = set()  # the paths that it was asked for
+_answered: set[tuple[str, str]] = set()  # addresses, and the paths that they were asked for
 
 
 def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
@@ -40,11 +40,11 @@ def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
     from huggingface_hub import is_offline_mode
     from huggingface_hub.constants import ENDPOINT
 
-    if _problems.get(ENDPOINT) is None and about not in _answered:
+    if _problems.get(ENDPOINT) is None and (ENDPOINT, about) not in _answered:
         if is_offline_mode():
             return None
         _problems[ENDPOINT] = _find_problem(ENDPOINT, f"/{about}" if about else "", info)
-        _answered.add(about)
+        _answered.add((ENDPOINT, about))
         if _problems[ENDPOINT] is not None:
             _go_offline()
     return _problems[ENDPOINT]

@@ -235,8 +235,8 @@ def test_json_has_every_key(lora: Lora):
     assert report["tool"] == "axolotl"
     found = outcomes(result)
     assert len(found) == 13
-    assert found["wandb_project"] == "no effect"
-    assert "tracking" in next(each["reason"] for each in report["keys"] if each["key"] == "wandb_project")
+    assert found["wandb_project"] == "carried"
+    assert "tracking" in next(each["to"] for each in report["keys"] if each["key"] == "wandb_project")
     assert report["out"] == "recipe.yaml"
     assert report["recipe"] == Path("recipe.yaml").read_text()
 

@@ -123,7 +123,7 @@ def test_a_run_without_an_adapter_needs_no_torch(tmp_path: Path):
         "import sys; from pathlib import Path; from lora_cli.commands import report, runs\n"
         "report.chart_library = lambda info: ''\n"
         "report.report([Path('a')], report.ReportRequest(Path('a.html'), False, [], [], False, 0))\n"
-        "runs.runs(Path('.'), as_json=True); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+        "runs.runs(Path('.')); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0
 
@@ -167,7 +167,7 @@ def test_a_run_that_fails_says_so(recipe: WriteRecipe, lora: Lora, page_of, monk
     monkeypatch.setattr("lora_cli.commands.train.checkpoint.save_checkpoint", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         lora("train", recipe())
-    listed = json.loads(lora("runs", "--json").out)
+    listed = json.loads(lora("runs", "--json").out)["runs"]
     assert [(each["state"], each["step"]) for each in listed] == [("failed", 2)]
     assert "ZeroDivisionError" in listed[0]["error"]
     assert "the run failed: ZeroDivisionError" in page_of("runs/a")
