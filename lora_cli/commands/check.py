@@ -36,6 +36,7 @@ from lora_cli.setup.planned_gpus import (
     host_bytes,
     on_planned_gpus,
     planned_gpus,
+    planned_sharding,
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.strategy import choose_strategy, planned_strategy, sharding_obstacle
@@ -92,7 +93,7 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
         out(f"strategy: {strategy.name} ({strategy.why})")
     if recipe.training.optimizer == "auto":
         out(f"optimizer: {optimizer} (auto)")
-    sharded = strategy is not None and strategy.name == "fsdp"
+    sharded = strategy is not None and strategy.name != "ddp"
     for choice in choose_performance(recipe, inputs, batches=total * plan.batches_of_device, sharded=sharded):
         out(choice.line())
     check_schedule_fits(recipe.training, total)
@@ -160,8 +161,7 @@ def _print_gpu_plan(
     recipe: Recipe, inputs: RunInputs, of_run: memory.TrainingMemory, forms: list[Form], gpus: PlannedGpus
 ) -> None:
     """Print what training takes on each of the planned GPUs, for each strategy and form, and which ones fit."""
-    offload = recipe.distributed.cpu_offload
-    plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory, cpu_offload=offload)
+    plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory, sharding=planned_sharding(recipe))
     console.out.print(f"memory of each GPU, estimated, for {gpus.describe()}:")
     names = [plan.name for plan in plans] if len(plans) > 1 else ["one GPU"]
     _print_columns(["", *names], _part_rows(of_run, forms[0], plans))

@@ -106,7 +106,7 @@ def _train_in_process(
     state = run_records.resume_state(recipe, inputs, plan, total=total, strategy=strategy.name)
     check_inputs_equal(peers, state, step=saved and saved.step, output=recipe.output)
     changes = check_inputs(saved, recipe, state) if saved else []
-    with device_errors_as_lora_error(recipe, accelerator, sharded=strategy.name == "fsdp"):
+    with device_errors_as_lora_error(recipe, accelerator, sharded=strategy.name != "ddp"):
         model = build_model(recipe, inputs, plan, total=total, info=info, whole=strategy.kept_whole)
         model.ladder.lower_to(peers.wanted_form() if peers else None)
         training = Training(recipe, accelerator, inputs, plan, model, total=total, run=run, state=state)

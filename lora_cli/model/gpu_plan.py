@@ -4,7 +4,9 @@
 - fsdp: the base is spread over the GPUs in parts of 1/N (FSDP2's `fully_shard`, see `sharded_base.py`). A layer is
   whole while it runs, and the next one is fetched meanwhile, so that two are whole at a time; embeddings and head are
   whole for most of a step. Adapter, gradients, optimizer and the scales of quantized weights are whole on each GPU.
-  With `cpu_offload`, the parts of the layers are in host memory, and a GPU has those of the layer that is fetched.
+- hsdp: the same, but the base is spread over the GPUs of each machine.
+
+With `cpu_offload`, the parts of the layers are in host memory, and a GPU has its part of the layer that is fetched.
 
 The bytes of the parts that a GPU needs besides tensors are assumptions, which no GPU was measured for.
 """
@@ -120,8 +122,18 @@ class StrategyPlan(NamedTuple):
         return max(form.largest for form in self.forms)
 
 
+class Sharding(NamedTuple):
+    """How a base is sharded, where it is."""
+
+    cpu_offload: bool = False  # whether the layers wait in host memory
+    of_machine: int | None = None  # hsdp: GPUs of a machine, over which it is sharded; None: fsdp, over all
+
+
+FSDP = Sharding()
+
+
 def plan_strategies(
-    memory: TrainingMemory, forms: list[Form], *, gpus: int, budget: int, cpu_offload: bool = False
+    memory: TrainingMemory, forms: list[Form], *, gpus: int, budget: int, sharding: Sharding = FSDP
 ) -> list[StrategyPlan]:
     """Plan each way to spread a model over `gpus` GPUs of `budget` bytes each; on one GPU there is one way.
 
@@ -130,11 +142,12 @@ def plan_strategies(
         forms: of running a batch, the fastest first.
         gpus: processes, one on each GPU.
         budget: bytes of memory of each GPU.
-        cpu_offload: whether the layers wait in host memory with fsdp.
+        sharding: of the strategy that shards the base.
     """
     parts = {"ddp": ddp_parts(memory, gpus)}
     if gpus > 1:
-        parts["fsdp"] = fsdp_parts(memory, gpus, cpu_offload=cpu_offload)
+        name, shards = ("fsdp", gpus) if sharding.of_machine is None else ("hsdp", min(gpus, sharding.of_machine))
+        parts[name] = fsdp_parts(memory, shards, cpu_offload=sharding.cpu_offload)
     return [_plan_strategy(name, each, memory, forms, budget=budget) for name, each in parts.items()]
 
 

@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import GenerationConfig, PreTrainedModel
@@ -42,17 +42,19 @@ from lora_cli.recipe.schema import QuantizationSpec
 def load_sharded(
     base: BaseCheckpoint,
     device: torch.device,
+    mesh: DeviceMesh,
     *,
     attention: str | None = None,
     quantization: QuantizationSpec | None = None,
     whole: Sequence[str] = (),
     cpu_offload: bool = False,
 ) -> LoadedBase:
-    """Load the frozen base of a language model, sharded over all processes, which must all call it.
+    """Load the frozen base of a language model, sharded over the processes of `mesh`, which must all call it.
 
     Args:
         base: a checkpoint in safetensors, not quantized.
         device: of this process.
+        mesh: of one dimension; there may be others, which have the same base.
         attention: attention implementation, by transformers' name; None for its default.
         quantization: 4 bits, or None.
         whole: modules whose weights are not sharded, because they are trained; by full name.
@@ -76,7 +78,6 @@ def load_sharded(
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     _shard(model, mesh, whole=whole, cpu_offload=cpu_offload)
     in_host = set(text_layers(model)) if cpu_offload else set()
     tensors = list_tensors(folder)

@@ -82,7 +82,8 @@ def gathered_weight(layer: Any) -> Tensor | None:
     if not isinstance(layer.weight, DTensor):
         return None
     # Only the device of the mesh can gather it, and a weight may wait in host memory.
-    weight: Tensor = layer.weight.to(_device(layer.weight)).full_tensor()
+    sharded: Any = layer.weight.to(_device(layer.weight))
+    weight: Tensor = sharded.full_tensor()
     if isinstance(layer, Linear4bit):
         weight = dequantize_4bit(weight, quant_state_of(layer))
     return weight

@@ -242,12 +242,13 @@ class GenerationSpec(Section):
 class DistributedSpec(Section):
     """Data parallelism over processes. Leave the section out to use all GPUs of this machine, else the CPU."""
 
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """ddp: every process has the full model and computes an equal share of each step. fsdp: the same, with the base
-    sharded over the processes, which gather one layer at a time. auto: fsdp where the full model does not fit."""
+    sharded over the processes, which gather one layer at a time. hsdp: sharded over those of each machine, so that no
+    layer crosses the network. auto: fsdp where the full model does not fit."""
     cpu_offload: Switch = False
-    """With strategy fsdp, the decoder layers wait in host memory and are copied to the GPU when they are gathered: for
-    a base whose shards the GPUs cannot hold. Each layer crosses PCIe twice in a batch. Default false."""
+    """With strategy fsdp or hsdp, the decoder layers wait in host memory and are copied to the GPU when they are
+    gathered: for a base whose shards the GPUs cannot hold. Each layer crosses PCIe twice in a batch. Default false."""
     processes: Literal["auto"] | Count = "auto"
     """Number of processes on this machine. At least 1. auto: one per GPU, or one on the CPU."""
     timeout_minutes: Count = 10

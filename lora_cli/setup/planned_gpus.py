@@ -9,7 +9,7 @@ from peft import PeftModel
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model.device import pick_dtype
-from lora_cli.model.gpu_plan import CONTEXT_BYTES, Form, StrategyPlan, fewest_gpus, plan_strategies
+from lora_cli.model.gpu_plan import CONTEXT_BYTES, Form, Sharding, StrategyPlan, fewest_gpus, plan_strategies
 from lora_cli.model.memory import FP32, PROCESS_BYTES, TrainingMemory
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import QuantizationSpec, Recipe
@@ -93,6 +93,12 @@ def forms_of(recipe: Recipe, model: PeftModel, batches: BatchPlan) -> list[Form]
     return [Form(rung.describe(), rung.every, rung.offload, tokens[rung.parts]) for rung in rungs]
 
 
+def planned_sharding(recipe: Recipe) -> Sharding:
+    """Return how the base of a run on planned GPUs is sharded, if it is."""
+    spec = recipe.distributed
+    return Sharding(spec.cpu_offload, GPUS_OF_MACHINE if spec.strategy == "hsdp" else None)
+
+
 def host_bytes(memory: TrainingMemory, plan: StrategyPlan, gpus: PlannedGpus) -> int:
     """Return the bytes of host memory that the processes of one machine need, without files that the system caches."""
     best, here = plan.best, min(gpus.number, GPUS_OF_MACHINE)
@@ -115,7 +121,7 @@ def changes_that_help(
 
     `shardable` is whether the base can be sharded.
     """
-    offload = recipe.distributed.cpu_offload
+    sharding = planned_sharding(recipe)
     form = min((each for plan in plans for each in plan.forms), key=lambda each: each.total).form
     changed = memory
     if recipe.quantization is None and inputs.prequantized is None:
@@ -133,7 +139,7 @@ def changes_that_help(
         )
         form = less
     best = min(
-        plan_strategies(changed, [form], gpus=gpus.number, budget=gpus.memory, cpu_offload=offload),
+        plan_strategies(changed, [form], gpus=gpus.number, budget=gpus.memory, sharding=sharding),
         key=lambda plan: plan.forms[0].total,
     )
     smaller = changed is not memory or recipe.training.gradient_checkpointing is False
@@ -142,8 +148,8 @@ def changes_that_help(
         fits = "fits" if best.best else "does not fit"
         name = best.name if gpus.number > 1 else "a step"
         yield f"  with that, {name} takes {format_bytes(total)} on a GPU, which {fits}"
-    if shardable and not offload and gpus.number > 1:
-        yield from _offload_that_helps(memory, form, gpus)
+    if shardable and not sharding.cpu_offload and gpus.number > 1:
+        yield from _offload_that_helps(memory, form, gpus, sharding)
     if best.largest < form.tokens and best.largest:
         yield f"data.max_length: {best.largest:,} tokens fit at a time, and the longest row has {form.tokens:,}"
     state, rank = FP32 * (memory.adapter.total + memory.trained.total) + memory.optimizer, recipe.adapter.rank
@@ -152,22 +158,23 @@ def changes_that_help(
             f"adapter.rank: {rank // 2} instead of {rank}: adapter, gradients and optimizer take "
             f"{format_bytes(state * (rank // 2) / rank)} instead of {format_bytes(state)}"
         )
-    count = fewest_gpus(changed, form, budget=gpus.memory, cpu_offload=offload) if shardable else None
+    count = fewest_gpus(changed, form, budget=gpus.memory, cpu_offload=sharding.cpu_offload) if shardable else None
     if best.best is None and count is not None and count > gpus.number:
         yield f"--gpus {count}: {'with that, ' if smaller else ''}it fits on {count} such GPUs with fsdp"
 
 
-def _offload_that_helps(memory: TrainingMemory, form: Form, gpus: PlannedGpus) -> Iterator[str]:
+def _offload_that_helps(memory: TrainingMemory, form: Form, gpus: PlannedGpus, sharding: Sharding) -> Iterator[str]:
     """Yield what `cpu_offload` gains, if a GPU needs less with it: the rest of the recipe stays as it is."""
     sharded, offloaded = (
-        plan_strategies(memory, [form], gpus=gpus.number, budget=gpus.memory, cpu_offload=offload)[-1]
-        for offload in (False, True)
+        plan_strategies(memory, [form], gpus=gpus.number, budget=gpus.memory, sharding=each)[-1]
+        for each in (sharding, sharding._replace(cpu_offload=True))
     )
     before, after = sharded.forms[0], offloaded.forms[0]
     if after.total < before.total:
         machine = min(gpus.number, GPUS_OF_MACHINE)
+        of_host = format_bytes(machine * offloaded.parts.in_host)
         yield (
-            f"distributed: {{strategy: fsdp, cpu_offload: true}}: {format_bytes(after.total)} on a GPU instead of "
-            f"{format_bytes(before.total)}, which {'fits' if after.fits else 'does not fit'}; the layers wait in "
-            f"{format_bytes(machine * offloaded.parts.in_host)} of the host memory of a machine with {machine} GPUs"
+            f"distributed: {{strategy: {offloaded.name}, cpu_offload: true}}: {format_bytes(after.total)} on a GPU "
+            f"instead of {format_bytes(before.total)}, which {'fits' if after.fits else 'does not fit'}; the layers "
+            f"wait in {of_host} of the host memory of a machine with {machine} GPUs"
         )

@@ -93,7 +93,7 @@ def _publishing_notes(recipe: Recipe) -> list[str]:
 
 
 def resume_state(
-    recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, strategy: Literal["ddp", "fsdp"]
+    recipe: Recipe, inputs: RunInputs, plan: BatchPlan, *, total: int, strategy: Literal["ddp", "fsdp", "hsdp"]
 ) -> dict[str, Any]:
     """Return what a checkpoint records of its run, as JSON, before the model is built: see `setup/resume.py`.
 

@@ -1,4 +1,4 @@
-"""Choose how a run is spread over processes: the full model in each (ddp), or the base sharded over them (fsdp)."""
+"""Choose how a run is spread over processes: the full model in each (ddp), or a base sharded over them (fsdp, hsdp)."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -16,26 +16,28 @@ from lora_cli.model.sharded_base import sharding_problem
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import Recipe
-from lora_cli.recipe.sharding_rules import KEY, OFFLOAD_KEY, sharding_conflicts
+from lora_cli.recipe.sharding_rules import KEY, OFFLOAD_KEY, SHARDED, sharding_conflicts
 from lora_cli.run import console
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import adapter_context, resolve_optimizer
+from lora_cli.training.process_group import processes_of_machine
 
 MAX_SHARE = 0.9  # of the free memory that the estimate of a full model may take
+StrategyName = Literal["ddp", "fsdp", "hsdp"]
 
 
 class Strategy(NamedTuple):
     """How a run is spread over its processes."""
 
-    name: Literal["ddp", "fsdp"]
+    name: StrategyName
     why: str = ""
-    whole: tuple[str, ...] = ()  # with fsdp: modules whose weights are not sharded, because they are trained
+    whole: tuple[str, ...] = ()  # of a sharded base: modules whose weights are not, because they are trained
 
     @property
     def kept_whole(self) -> tuple[str, ...] | None:
         """The modules that are not sharded; None if nothing is."""
-        return self.whole if self.name == "fsdp" else None
+        return self.whole if self.name in SHARDED else None
 
 
 def choose_strategy(
@@ -50,17 +52,17 @@ def choose_strategy(
         any_process: returns whether a value is true in any process of the run; all get the same strategy.
 
     Raises:
-        LoraError: the recipe requests fsdp, and the base cannot be sharded; or it requests cpu_offload, and there is
-            one GPU, or the host memory of this machine does not hold the layers.
+        LoraError: the recipe requests fsdp or hsdp, and the base cannot be sharded; or it requests cpu_offload, and
+            there is one GPU, or the host memory of this machine does not hold the layers.
     """
     wanted = recipe.distributed.strategy
     offload = _offload(recipe, inputs, processes=plan.processes) if recipe.distributed.cpu_offload else ""
     if plan.processes == 1:
-        return Strategy("ddp", f"one process has nothing to shard{offload}" if wanted == "fsdp" else "")
+        return Strategy("ddp", f"one process has nothing to shard{offload}" if wanted in SHARDED else "")
     if wanted == "ddp":
         return Strategy("ddp")
-    if wanted == "fsdp":
-        return Strategy("fsdp", _required(recipe, inputs) + offload, _trained_modules(recipe, inputs))
+    if wanted != "auto":
+        return Strategy(wanted, _required(recipe, inputs) + offload, _trained_modules(recipe, inputs))
     need, free = _needed(recipe, inputs, plan), memory.free_for_process(inputs.device)
     texts = f"a full model in each process needs about {console.format_bytes(need)}"
     texts += f", and {console.format_bytes(free)} is free"
@@ -75,11 +77,11 @@ def planned_strategy(recipe: Recipe, inputs: RunInputs, plans: Sequence[Strategy
     """Return the name of the strategy that a run on the GPUs of these plans would have, and why.
 
     Raises:
-        LoraError: the recipe requests fsdp, and the base cannot be sharded.
+        LoraError: the recipe requests fsdp or hsdp, and the base cannot be sharded.
     """
     wanted = recipe.distributed.strategy
-    if wanted == "fsdp":
-        return f"fsdp ({_required(recipe, inputs)})"
+    if wanted in SHARDED:
+        return f"{wanted} ({_required(recipe, inputs)})"
     if wanted == "ddp":
         return "ddp (set in the recipe)"
     if next(plan for plan in plans if plan.name == "ddp").best:
@@ -90,18 +92,19 @@ def planned_strategy(recipe: Recipe, inputs: RunInputs, plans: Sequence[Strategy
 
 def sharding_obstacle(recipe: Recipe, inputs: RunInputs) -> str:
     """Return what keeps the base of a run from being sharded; empty if nothing does."""
+    name = recipe.distributed.strategy if recipe.distributed.strategy in SHARDED else "fsdp"
     if (conflict := next(sharding_conflicts(recipe), None)) is not None:
         return conflict.message
     if inputs.prequantized is not None:
-        return "fsdp cannot shard a checkpoint that is quantized already"
+        return f"{name} cannot shard a checkpoint that is quantized already"
     if inputs.base.source.packed:
-        return "fsdp cannot shard a packed GGUF base"
+        return f"{name} cannot shard a packed GGUF base"
     problem = sharding_problem(inputs.base, recipe.quantization)
-    return f"fsdp cannot shard this base: {problem}" if problem else ""
+    return f"{name} cannot shard this base: {problem}" if problem else ""
 
 
 def _required(recipe: Recipe, inputs: RunInputs) -> str:
-    """Return why a recipe that requests fsdp gets it.
+    """Return why a recipe that requests fsdp or hsdp gets it.
 
     Raises:
         LoraError: the base cannot be sharded.
@@ -125,7 +128,8 @@ def _offload(recipe: Recipe, inputs: RunInputs, *, processes: int) -> str:
             hint="write cpu_offload: false; or start a process on each of several GPUs",
         )
     weights = stored_weights(inputs.base.skeleton(), dtype=inputs.base.dtype, quantization=recipe.quantization)
-    need, free = offloaded_bytes(weights, processes), memory.free_for_process(torch.device("cpu"))
+    shards = processes_of_machine(processes) if recipe.distributed.strategy == "hsdp" else processes
+    need, free = offloaded_bytes(weights, shards), memory.free_for_process(torch.device("cpu"))
     texts = f"{console.format_bytes(need)} of host memory for the layers of each process"
     if need > free:
         raise LoraError(

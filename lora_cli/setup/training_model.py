@@ -42,6 +42,7 @@ from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.training.gpu import set_up_gpu
 from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.optimizer import choose_optimizer, state_bytes, trained_shapes
+from lora_cli.training.process_group import shard_mesh
 
 Info = Callable[[str], None]
 MAX_SHARE = 0.9  # of the free memory that an estimate may take
@@ -102,6 +103,7 @@ def prepare_base(
         loaded = load_sharded(
             base,
             device,
+            shard_mesh(device, of_machine=recipe.distributed.strategy == "hsdp"),
             attention=attention,
             quantization=recipe.quantization,
             whole=whole,

@@ -291,8 +291,12 @@ class Peers:
         return {}
 
     def _behind(self, sequence: int) -> list[int]:
-        """Return the ranks that have not begun collective number `sequence`."""
-        return [rank for rank, heartbeat in self._heartbeats().items() if int(heartbeat.split()[1]) < sequence]
+        """Return the ranks that have begun the fewest collectives, if not as many as `sequence`.
+
+        With hsdp, others may wait for one of them within their machine, and have not begun that number either.
+        """
+        begun = {rank: int(heartbeat.split()[1]) for rank, heartbeat in self._heartbeats().items()}
+        return [rank for rank, count in begun.items() if count == min(begun.values()) < sequence]
 
     def _describe_hang(self, ranks: Sequence[int], timeout: timedelta) -> Failure:
         waited = format_duration(timeout.total_seconds())

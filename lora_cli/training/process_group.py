@@ -11,20 +11,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.distributed import (  # type: ignore[attr-defined]  # documented, but not in __all__
     DistError,
     PrefixStore,
     TCPStore,
 )
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from lora_cli.errors import LoraError, first_line
+from lora_cli.recipe.problem import join_words
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
 from lora_cli.training.agreement import check_start, start_record
 from lora_cli.training.cpu import set_up_cpu
 from lora_cli.training.gpu import set_up_allocator, set_up_determinism
-from lora_cli.training.peers import STORE_ANSWERS, Peers
+from lora_cli.training.peers import STORE_ANSWERS, Peers, RunError
 
 # The first process may write or unpack files for hours while the others wait. A process that dies is noticed without a
 # timeout: its peers get a closed connection, or the launcher ends them.
@@ -35,6 +38,7 @@ LATER = timedelta(minutes=1)
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables of a worker
 SUPERVISED = "LORA_SUPERVISED"  # environment variable of the only worker of a run, which joins no group
 STARTERS = "start it with torchrun or accelerate launch, or let `lora train` start the processes of one machine"
+_groups: list[Any] = []  # within the group of all processes; their type has no annotation of the number of collectives
 _timeout = [PREPARING_TIMEOUT]  # how long others may take to begin a collective, at present
 
 
@@ -82,9 +86,41 @@ def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], No
         world_size=world_size,
         timeout=PREPARING_TIMEOUT,
     )
-    group: Any = torch.distributed.group.WORLD  # whose type has no annotation of the method
-    peers.watch(group._get_sequence_number_for_group, lambda: _timeout[0])
+    peers.watch(_collectives_begun, lambda: _timeout[0])
     return peers
+
+
+def _collectives_begun() -> int:
+    """Return the number of collectives that this process has begun; it rises equally in all processes."""
+    groups: list[Any] = [torch.distributed.group.WORLD, *_groups]
+    return sum(int(group._get_sequence_number_for_group()) for group in groups)
+
+
+def shard_mesh(device: torch.device, *, of_machine: bool) -> DeviceMesh:
+    """Return the processes that share the weights of a base: all, or those of this machine. All must call it.
+
+    Raises:
+        RunError: machines have different numbers of processes, or one each, or ranks in another order.
+    """
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    size = processes_of_machine(world)
+    if not of_machine or size == world:
+        return init_device_mesh(device.type, (world,))
+    sizes = gather_object([size])
+    in_order = gather_object([int(os.environ.get("LOCAL_RANK") or 0) == rank % size])
+    found = join_words([str(each) for each in sorted(set(sizes))], "and")
+    if found != str(size) or size == 1 or not all(in_order):
+        order = "" if all(in_order) else ", whose ranks do not follow each other"
+        raise RunError(
+            "distributed.strategy: hsdp shards the base over the processes of each machine, and machines have "
+            f"{found} of them{order}",
+            hint="start as many processes on each machine, two at least, as torchrun numbers them; or write fsdp",
+        )
+    names = ("machines", "processes")
+    mesh = init_device_mesh(device.type, (world // size, size), mesh_dim_names=names)[names[1]]
+    _groups.append(mesh.get_group())
+    _set_pg_timeout(_timeout[0] + LATER, mesh.get_group())
+    return mesh
 
 
 def _serve() -> TCPStore:
@@ -125,13 +161,13 @@ def join_processes(device: torch.device, *, deterministic: bool = False) -> Acce
         set_up_determinism()
     accelerator = Accelerator(cpu=device.type == "cpu")
     if device.type == "cpu":
-        set_up_cpu(_local_world_size(accelerator))
+        set_up_cpu(processes_of_machine(accelerator.num_processes))
     return accelerator
 
 
-def _local_world_size(accelerator: Accelerator) -> int:
-    """Return the number of processes on this machine, which is less than the world size of a multi-machine run."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+def processes_of_machine(processes: int) -> int:
+    """Return the number of processes on this machine, which is less than all `processes` of a multi-machine run."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
 
 
 def set_timeout(timeout: timedelta) -> None:
@@ -141,7 +177,8 @@ def set_timeout(timeout: timedelta) -> None:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _timeout[0] = timeout
-        _set_pg_timeout(timeout + LATER)
+        for group in (None, *_groups):
+            _set_pg_timeout(timeout + LATER, group)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from lora_cli.model.gpu_plan import (
     CONTEXT_BYTES,
     Form,
+    Sharding,
     ddp_parts,
     fewest_gpus,
     fsdp_parts,
@@ -65,6 +66,14 @@ def test_layers_that_wait_in_host_memory_are_not_on_the_gpu(gpus: int, bits: int
     # Page-locked memory comes in powers of two.
     assert sum(layers) / gpus <= offloaded.in_host < 2 * sum(layers) / gpus + 2 * len(model.weights.tensors)
     assert offloaded.constants == sharded.constants
+
+
+def test_hsdp_spreads_the_layers_over_the_gpus_of_a_machine(memory: TrainingMemory):
+    plans = plan_strategies(memory, [KEPT], gpus=16, budget=1, sharding=Sharding(of_machine=8))
+    assert [plan.name for plan in plans] == ["ddp", "hsdp"]
+    assert plans[1].parts == fsdp_parts(memory, 8)
+    (*_, of_few) = plan_strategies(memory, [KEPT], gpus=4, budget=1, sharding=Sharding(of_machine=8))
+    assert of_few.parts == fsdp_parts(memory, 4)
 
 
 def test_scales_of_quantized_weights_are_whole_with_fsdp():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from lora_cli.model.gpu_plan import Form, fsdp_parts, plan_strategies, step_bytes
+from lora_cli.model.gpu_plan import Form, Sharding, fsdp_parts, plan_strategies, step_bytes
 from lora_cli.model.memory import TrainingMemory
-from lora_cli.setup.planned_gpus import PlannedGpus, changes_that_help, host_bytes
+from lora_cli.setup.planned_gpus import PlannedGpus, changes_that_help, host_bytes, planned_sharding
 from tests.model.test_memory import memory_of
 from tests.support.checkpoints import skeleton_of
 
@@ -33,18 +33,19 @@ def lines(
     quantization: Any = None,
     checkpointing: Any = "auto",
     offload: bool = False,
+    strategy: str = "fsdp",
     shardable: bool = True,
 ) -> list[str]:
     recipe: Any = SimpleNamespace(
         quantization=quantization,
         adapter=SimpleNamespace(rank=64),
         training=SimpleNamespace(gradient_checkpointing=checkpointing),
-        distributed=SimpleNamespace(cpu_offload=offload),
+        distributed=SimpleNamespace(cpu_offload=offload, strategy=strategy),
     )
     base = SimpleNamespace(skeleton=skeleton, dtype=torch.bfloat16)
     inputs: Any = SimpleNamespace(base=base, prequantized=None)
     form = ROW._replace(every=None, offload=False) if checkpointing is False else ROW
-    plans = plan_strategies(memory, [form], gpus=gpus.number, budget=gpus.memory, cpu_offload=offload)
+    plans = plan_strategies(memory, [form], gpus=gpus.number, budget=gpus.memory, sharding=planned_sharding(recipe))
     assert all(plan.best is None for plan in plans)
     return list(changes_that_help(recipe, inputs, memory, plans, gpus, shardable=shardable))
 
@@ -109,7 +110,14 @@ def test_layers_in_host_memory_are_told_with_what_they_gain(memory: TrainingMemo
 def test_host_memory_has_the_layers_that_wait(memory: TrainingMemory):
     gpus = PlannedGpus(16, 1 << 50)
     plain, offloaded = (
-        plan_strategies(memory, [ROW], gpus=16, budget=gpus.memory, cpu_offload=offload)[-1]
+        plan_strategies(memory, [ROW], gpus=16, budget=gpus.memory, sharding=Sharding(offload))[-1]
         for offload in (False, True)
     )
     assert host_bytes(memory, offloaded, gpus) - host_bytes(memory, plain, gpus) == 8 * offloaded.parts.in_host > 0
+
+
+def test_a_base_that_is_sharded_over_a_machine_is_planned_so(memory: TrainingMemory):
+    sixteen = PlannedGpus(16, fsdp_parts(memory, 8, cpu_offload=True).total(step_bytes(memory, ROW, ROW.tokens)))
+    (told,) = [line for line in lines(memory, sixteen, strategy="hsdp") if "cpu_offload" in line]
+    assert told.startswith("distributed: {strategy: hsdp, cpu_offload: true}: ")
+    assert ", which fits; " in told

@@ -11,9 +11,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -32,6 +34,7 @@ from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from lora_cli.training.distributed import all_reduce_gradients, all_reduce_sum, any_process
 from lora_cli.training.loop import IdleBatch
+from lora_cli.training.process_group import shard_mesh
 from tests.model import zoo
 
 BASES = ("untied", "tied", "mixtral")  # folders; "untied" is that of the cases
@@ -40,13 +43,14 @@ FAMILIES = "families"  # folder of bases whose logits are compared, in place of 
 LENGTHS = [30, 41, 12, 25, 60, 7, 33, 9, 18]
 # A head is applied to 256 labels at a time on the CPU: here not as often in each process. One row has no label.
 MANY_LABELS = [1, 400, 30, 20, 10]
+UNEVEN = [100, 60, 60]  # in batches of 100 tokens: one more for one of two processes, none for one of four
 
 
 def cases() -> dict[str, dict[str, Any]]:
     """Return the cases: keys of the adapter section, and of this file.
 
-    `bits`, `whole` and `cpu_offload` are of the base, `every` says which layers are recomputed, `packing` and `lengths`
-    are of the rows; with `broken`, batches that do not count have no finite loss.
+    `bits`, `whole`, `cpu_offload` and `machines` are of the base, `every` says which layers are recomputed, `packing`
+    and `lengths` are of the rows; with `broken`, batches that do not count have no finite loss.
     """
     shardable = [name for name, facts in METHOD_FACTS.items() if facts.shardable]
     by_method: dict[str, dict[str, Any]] = {
@@ -71,7 +75,14 @@ def cases() -> dict[str, dict[str, Any]]:
         },
         "adapter on the head": {"target_modules": ["q_proj", "lm_head"], "whole": ("lm_head",)},
         "adapter on the embeddings": {"target_modules": ["q_proj", "embed_tokens"], "whole": ("model.embed_tokens",)},
-        "batches that do not count are not finite": {"broken": True},
+        "batches that do not count are not finite": {"broken": True, "lengths": UNEVEN},
+        "machines of half the processes": {"machines": 2},
+        "machines of half the processes, 4 bits, dora, offloaded": {
+            "machines": 2,
+            "bits": 4,
+            "method": "dora",
+            "cpu_offload": True,
+        },
         "offloaded": {"cpu_offload": True},
         "offloaded, dora": {"cpu_offload": True, "method": "dora"},
         "offloaded, pissa": {"cpu_offload": True, "method": "pissa"},
@@ -107,6 +118,16 @@ class Cases:
         tokenizer: Any = PreTrainedTokenizerBase()
         source = ModelSource(path, trust_remote_code=False)
         return BaseCheckpoint(path, source, AutoConfig.from_pretrained(path), tokenizer, "causal-lm")
+
+    def mesh(self, *, machines: int = 1) -> DeviceMesh:
+        """Return the processes that share a base, of all or of one of so many machines."""
+        size = self.accelerator.num_processes // machines
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_WORLD_SIZE", str(size))
+            patch.setenv("LOCAL_RANK", str(self.accelerator.process_index % size))
+            mesh = shard_mesh(self.accelerator.device, of_machine=machines > 1)
+        assert mesh.size() == size
+        return mesh
 
     def gradients(self, loaded: LoadedBase, spec: dict[str, Any]) -> dict[str, Tensor]:
         """Return the losses of the step and of rows, and the gradients, of all processes if the base is sharded."""
@@ -158,10 +179,11 @@ class Cases:
         """Return the largest relative difference between the sharded and the whole base."""
         spec = dict(spec)
         bits, whole, offload = spec.pop("bits", None), spec.pop("whole", ()), spec.pop("cpu_offload", False)
+        mesh = self.mesh(machines=spec.pop("machines", 1))
         section = {"bits": bits, "compute_dtype": "float32"}
         quantization = None if bits is None else QuantizationSpec.model_validate(section)
         checkpoint, cpu = self.base(base), torch.device("cpu")
-        sharded = load_sharded(checkpoint, cpu, quantization=quantization, whole=whole, cpu_offload=offload)
+        sharded = load_sharded(checkpoint, cpu, mesh, quantization=quantization, whole=whole, cpu_offload=offload)
         assert offload == any(
             isinstance(group.offload_policy, CPUOffloadPolicy) for group in parameter_groups(sharded.model)
         )
@@ -179,9 +201,10 @@ class Cases:
         if sharding_problem(checkpoint, None):
             return REFUSED
         half = checkpoint._replace(dtype=torch.bfloat16)
-        halves = (load_sharded(half, cpu).model, half.load(cpu).model)
+        mesh = self.mesh()
+        halves = (load_sharded(half, cpu, mesh).model, half.load(cpu).model)
         assert dtypes_of(halves[0]) == dtypes_of(halves[1]), family
-        models = (load_sharded(checkpoint, cpu).model, checkpoint.load(cpu).model)
+        models = (load_sharded(checkpoint, cpu, mesh).model, checkpoint.load(cpu).model)
         found, expected = (model.eval()(input_ids=ids, use_cache=False).logits for model in models)
         return float((found - expected).abs().max() / expected.abs().max())
 

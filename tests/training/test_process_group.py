@@ -7,7 +7,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,11 +78,30 @@ def test_a_first_machine_that_does_not_answer_is_named(variables: Any, monkeypat
 
 
 def test_the_local_world_size_counts_the_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    accelerator: Any = SimpleNamespace(num_processes=16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert process_group._local_world_size(accelerator) == 4
+    assert process_group.processes_of_machine(16) == 4
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert process_group._local_world_size(accelerator) == 16
+    assert process_group.processes_of_machine(16) == 16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "in_order", "found"),
+    [
+        ([2, 2, 1], True, "1 and 2 of them"),
+        ([1, 1], True, "1 of them"),
+        ([2, 2, 2, 2], False, "2 of them, whose ranks do not follow each other"),
+    ],
+)
+def test_machines_that_cannot_each_share_a_base_are_refused(
+    sizes: list[int], in_order: bool, found: str, monkeypatch: pytest.MonkeyPatch
+):
+    answers = iter([sizes, [True, in_order]])
+    monkeypatch.setattr(process_group, "gather_object", lambda _: next(answers))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(sizes))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(sizes[0]))
+    with pytest.raises(LoraError, match=rf"^distributed\.strategy: hsdp shards .* machines have {found}$"):
+        process_group.shard_mesh(torch.device("cpu"), of_machine=True)
 
 
 # Of two processes, the second one works alone for a while, which is allowed, and then does WHAT.
