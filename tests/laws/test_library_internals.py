@@ -147,10 +147,10 @@ IMPORTED: dict[str, Use] = {
     "torch.distributed.PrefixStore": Use("training/peers.py training/process_group.py", library_checks.shared_store),
     "torch.distributed.Store": Use("training/peers.py", library_checks.shared_store),
     "torch.distributed.TCPStore": Use("training/launch.py training/process_group.py", library_checks.shared_store),
-    **dict.fromkeys(
-        ("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.device_mesh.init_device_mesh"),
-        Use("model/sharded_base.py", library_checks.sharded_layer),
+    "torch.distributed.device_mesh.DeviceMesh": Use(
+        "model/sharded_base.py training/process_group.py", library_checks.sharded_layer
     ),
+    "torch.distributed.device_mesh.init_device_mesh": Use("training/process_group.py", library_checks.sharded_layer),
     **dict.fromkeys(
         ("torch.distributed.fsdp.CPUOffloadPolicy", "torch.distributed.fsdp.OffloadPolicy"),
         Use("model/sharded_base.py", library_checks.sharded_layer),
