@@ -27,9 +27,7 @@ def convert(
     tool: Annotated[
         str | None, typer.Option("--from", metavar="TOOL", help=f"{', '.join(FROM)}; default: found from the keys.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="The recipe; default: printed.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The recipe; default: printed.")] = None,
     accept: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="A key that is not offered: write the recipe without it.")
     ] = None,
