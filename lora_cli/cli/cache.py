@@ -20,7 +20,7 @@ def cache(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Show what is in the cache: encoded rows, unpacked GGUF files and downloads, with size and last use."""
+    """Show what is in the cache: encoded rows, unpacked GGUF files, downloads and charts, with size and last use."""
     check_json_file(json)
     if older_than is not None and not prune:
         raise LoraError("--older-than is for --prune", hint="add --prune, or leave it out")

@@ -28,7 +28,6 @@ OTHER_TOOLS = {
     "inference": "lora chat",
     "run": "lora chat",
     "fuse": "lora merge",
-    "convert": "lora export",
     "quantize": "lora export MODEL --to gguf --quantize q8_0",
     "validate": "lora check",
     "preprocess": "lora check",

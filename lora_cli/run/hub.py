@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from lora_cli.errors import LoraError
@@ -85,10 +86,11 @@ def _ask(address: str) -> str | None:
 
     client_class: Any = type(get_session())  # of httpx or httpx2, depending on the version: proxies and certificates
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # the base class of its errors
+    invalid_address: type[Exception] = import_module(http_error.__module__.partition(".")[0]).InvalidURL
     try:
         with client_class(timeout=LAST_ANSWER_S, follow_redirects=True) as client:
             status: int = client.head(address).status_code
-    except (http_error, OSError, ValueError) as error:
+    except (http_error, invalid_address, OSError, ValueError) as error:
         return re.sub(r"^\[Errno -?\d+\] ", "", (str(error).splitlines() or [type(error).__name__])[0])
     return f"HTTP status {status}" if status in UNAVAILABLE else None
 

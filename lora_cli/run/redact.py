@@ -4,6 +4,7 @@ import getpass
 import os
 import re
 import socket
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ SECRET_VALUE = re.compile(
     r"\b(hf|sk|ghp|gho|glpat|xox[abp])[_-]\w{8,}|(?<![\w/.-])[A-Za-z0-9+_-]{32,}={0,2}(?![\w/.-])"
 )
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")  # of a URL
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")
+PRIVATE = ("command", "label_mask")  # of a manifest: arguments with paths and addresses; texts of rows
 
 
 def redact_path(path: str) -> str:
@@ -67,18 +70,32 @@ def redact_values(value: Any) -> Any:
     return redact_text(value) if isinstance(value, str) else value
 
 
+def without_private(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest without what is not sent to others: see PRIVATE."""
+    return {key: value for key, value in manifest.items() if key not in PRIVATE}
+
+
 def redact_text(text: str) -> str:
     """Return `text` without folders of this machine, if it is a path or contains the home or the working folder.
 
-    An address loses user, password and query, which can be a signature.
+    Addresses lose user, password and query, which can be a signature.
     """
-    if "\n" not in text and len(text) < 4096:
-        text = redact_address(redact_path(text))
+    text = ADDRESS.sub(lambda found: redact_address(found[0]), text)
+    if _looks_like_path(text):
+        text = redact_path(text)
     # The longest first: the working folder can be in the home folder.
     places = {f"{folder}{os.sep}" for folder in (os.getcwd(), os.path.expanduser("~")) if folder != os.sep}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place, "")
     return text
+
+
+def _looks_like_path(text: str) -> bool:
+    """Return whether a text is a path, and no prompt such as `/no_think`: it has folders, or its folder exists."""
+    if "\n" in text or len(text) >= 4096 or not text.startswith(("/", "~")):
+        return False
+    folder = os.path.dirname(os.path.expanduser(text))
+    return (folder != os.sep and os.path.isdir(folder)) or (text.count("/") > 1 and not re.search(r"\s", text))
 
 
 def redact_address(text: str) -> str:

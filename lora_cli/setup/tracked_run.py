@@ -11,7 +11,7 @@ from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.tracking_section import PROJECT, TrackingSpec, facts_of
 from lora_cli.run import atomic
 from lora_cli.run.folder import RunFolder
-from lora_cli.run.redact import redact_address, redact_values
+from lora_cli.run.redact import redact_address, redact_values, without_private
 
 
 def check_trackers_installed(spec: TrackingSpec | None) -> None:
@@ -40,7 +40,8 @@ def is_installed(tracker: str) -> bool:
 def write_tracked_config(run: RunFolder, recipe: Recipe, manifest: dict[str, Any]) -> None:
     """Write what the trackers get as the configuration of a run: its resolved recipe, and the manifest.
 
-    Paths are without the folders of this machine, and addresses without passwords. Environment variables are not in it.
+    Paths are without the folders of this machine, and addresses without passwords. Environment variables, the arguments
+    of the command and the texts of rows are not in it.
 
     Raises:
         OSError: it cannot be written.
@@ -48,7 +49,7 @@ def write_tracked_config(run: RunFolder, recipe: Recipe, manifest: dict[str, Any
     if recipe.tracking is None:
         return
     run.tracking.mkdir(exist_ok=True)
-    config = {"recipe": recipe.model_dump(mode="json"), **manifest}
+    config = {"recipe": recipe.model_dump(mode="json"), **without_private(manifest)}
     atomic.write_json(run.tracking / "config.json", redact_values(config))
 
 

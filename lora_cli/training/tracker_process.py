@@ -30,7 +30,7 @@ from lora_cli.recipe.tracking_section import TrackerName, TrackingSpec
 from lora_cli.run import atomic
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.metrics_log import MetricsFollower
-from lora_cli.run.redact import redact_text, redact_values
+from lora_cli.run.redact import redact_text, redact_values, without_private
 from lora_cli.run.signals import SIGNALS
 
 POLL_S = 0.5  # seconds between two looks at the metrics log
@@ -62,6 +62,7 @@ class State(NamedTuple):
     id: str | None = None
     where: Mapping[str, Any] | None = None  # its project and store
     mark: Mark = START  # of the last record that the tracker has
+    configured: bool = False  # the tracker has the configuration
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON."""
@@ -73,7 +74,7 @@ def read_state(path: Path) -> State:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         step, kind = values["mark"]
-        return State(str(values["id"]), values["where"], (int(step), int(kind)))
+        return State(str(values["id"]), values["where"], (int(step), int(kind)), bool(values["configured"]))
     except (OSError, ValueError, KeyError, TypeError):
         return State()
 
@@ -136,12 +137,13 @@ class Sender:
             spec=spec,
             run=run.path,
             run_id=None,
+            configured=False,
             new_id=uuid.uuid4().hex,
             done=int(request["done"]),
             pid=int(request["pid"]),
         )
         if state.where == self._job.where:
-            self._job = self._job._replace(run_id=state.id)
+            self._job = self._job._replace(run_id=state.id, configured=state.configured)
         else:  # a tracked run of its own, with every step so far
             state = State(where=self._job.where)
         if self._name == "tensorboard":  # its reader leaves out what an earlier start has sent after this step
@@ -184,6 +186,8 @@ class Sender:
             self._save(force=True)
         ignore_signals()  # libraries install handlers
         table.send_config(self._job, self._tracker, self._config)
+        self._state = self._state._replace(configured=True)
+        self._save(force=True)
         self._report("ready", place=table.place(self._job, self._tracker), resumed=self._job.run_id is not None)
 
     def _send(self) -> None:
@@ -279,7 +283,9 @@ def write_artifacts(run: RunFolder, config: Mapping[str, Any], folder: Path) -> 
     texts: dict[str, Callable[[], str]] = {
         "README.md": lambda: (run.adapter / "README.md").read_text(encoding="utf-8"),
         "recipe.yaml": lambda: dump_values(config["recipe"]),
-        "manifest.json": lambda: json.dumps(redact_values(json.loads(run.manifest.read_text())), indent=2),
+        "manifest.json": lambda: json.dumps(
+            redact_values(without_private(json.loads(run.manifest.read_text()))), indent=2
+        ),
         "metrics.jsonl": lambda: run.metrics.read_text(encoding="utf-8"),
     }
     for name, text in texts.items():

@@ -38,6 +38,7 @@ class Job(NamedTuple):
     spec: TrackingSpec
     run: Path  # the run folder
     run_id: str | None  # of the tracked run that goes on; None for a new one
+    configured: bool  # it has its configuration
     new_id: str  # of a new one, where its id can be chosen: 32 hexadecimal digits
     done: int  # steps of the run before this start
     pid: int  # of the training process
@@ -110,7 +111,7 @@ def _tensorboard_options(job: Job) -> dict[str, Any]:
 
 def _tensorboard_config(job: Job, tracker: Any, config: Mapping[str, Any]) -> None:
     """Write the config as texts: its hyperparameters would be a run of their own beside this one."""
-    if job.run_id:
+    if job.configured:
         return
     texts = {"config/recipe": f"```yaml\n{dump_values(config['recipe'])}\n```"}
     for name, value in config.items():
@@ -194,7 +195,7 @@ def _mlflow_place(_: Job, tracker: Any) -> str:
 
 def _mlflow_config(job: Job, tracker: Any, config: Mapping[str, Any]) -> None:
     """Send the config as parameters, once: they cannot be changed."""
-    if job.run_id:
+    if job.configured:
         return
     texts = dict(_flatten(config))
     cut = {key: text if len(text) <= MLFLOW_VALUE else f"{text[: MLFLOW_VALUE - 1]}…" for key, text in texts.items()}

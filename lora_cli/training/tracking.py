@@ -10,9 +10,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class _Process:
                 break
             self.closed = not data
             *lines, self._text = (self._text + data).split(b"\n")
-            yield from (json.loads(line) for line in lines)
+            yield from filter(None, map(_as_report, lines))
 
     def finish(self, status: str) -> None:
         """Tell it how the run has ended."""
@@ -122,7 +123,7 @@ class Tracking:
                 self._receive(each, report)
             if each.closed and not was_closed and each.end is None:
                 log = each.folder / f"{each.name}.log"
-                self._info(f"{each.name}: its process has ended ({_how(each)}); the run goes on, see {log}")
+                self._info(f"warning: {each.name}: its process has ended ({_how(each)}); the run goes on, see {log}")
 
     def _receive(self, each: _Process, report: dict[str, Any]) -> None:
         match report["event"]:
@@ -133,7 +134,7 @@ class Tracking:
                 self._info(f"{each.name}: {verb} {report['place']}{again}")
             case "problem":
                 each.problem = report["text"]
-                self._info(f"{each.name}: {each.problem}; the run goes on, and it is tried again")
+                self._info(f"warning: {each.name}: {each.problem}; the run goes on, and it is tried again")
             case "end":
                 each.end = report
 
@@ -148,7 +149,8 @@ class Tracking:
             each.finish(self.status)
         limit = min(FAILED_S, self._limit) if self.status == "failed" else self._limit
         deadline = time.monotonic() + limit
-        with stop_request() as stop:
+        # After a failure, the launcher's second signal has to end this process at once.
+        with nullcontext(threading.Event()) if self.status == "failed" else stop_request() as stop:
             while (
                 waiting := [each for each in self._processes if not (each.end or each.closed)]
             ) and not stop.is_set():
@@ -162,7 +164,8 @@ class Tracking:
                 each.release()
             elif each.end is None:
                 each.kill()
-            self._info(_summary(each, self.status, "when a signal came" if stop.is_set() else f"after {limit:g} s"))
+            line = _summary(each, self.status, "when a signal came" if stop.is_set() else f"after {limit:g} s")
+            self._info(line if _is_complete(each) else f"warning: {line}")
             if each.end is not None:
                 each.process.wait()
 
@@ -175,6 +178,15 @@ def tracking(spec: TrackingSpec | None, run: Path | None, *, done: int, info: In
         yield trackers
     finally:
         trackers.finish()
+
+
+def _as_report(line: bytes) -> dict[str, Any] | None:
+    """Return a report; None for what Python's start has printed: it may be set up to greet."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "event" in found else None
 
 
 def _summary(each: _Process, status: str, when: str) -> str:
@@ -204,6 +216,11 @@ def _summary(each: _Process, status: str, when: str) -> str:
     elif each.end["uploaded"] is not None:
         line += f"; the files were not sent: {each.end['why']}"
     return line
+
+
+def _is_complete(each: _Process) -> bool:
+    """Return whether a tracker has everything."""
+    return each.end is not None and not each.end["left"] and each.end["uploaded"] != []
 
 
 def _how(each: _Process) -> str:
