@@ -42,6 +42,5 @@ def test_folders_within_a_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 def test_arguments_and_texts_of_rows_are_not_sent():
-    assert without_private({"command": ["train", "/a/b"], "label_mask": [{"tokens": ["secret"]}], "seed": 1}) == {
-        "seed": 1
-    }
+    manifest = {"command": ["train", "/a/b"], "label_mask": [{"tokens": ["secret"]}], "seed": 1}
+    assert without_private(manifest) == {"seed": 1}
