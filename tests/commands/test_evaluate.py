@@ -117,7 +117,9 @@ def test_a_merged_model_has_the_metrics_and_answers_of_its_adapter(trained_run: 
     assert result.code == 0, result.err
     shown = table(result.out)
     assert list(shown) == ["base", "adapter", "merged"]
-    assert shown["merged"] == shown["adapter"]
+    # The last digit that is printed may differ: the adapter's product is a sum of its own.
+    merged, adapter = ([float(re.sub("[%,]", "", cell)) for cell in shown[name]] for name in ("merged", "adapter"))
+    assert merged == pytest.approx(adapter, rel=1e-4)
     answers = dict(re.findall(r"^\[(adapter|merged)\] (.*)$", result.out, re.MULTILINE))
     assert answers["adapter"] == answers["merged"]
 
