@@ -55,7 +55,7 @@ def source(**entry: Any) -> dict[str, Any]:
         ({"path": "a/b", "name": "sub", "split": "test", "type": "chat_template"}, {"subset": "sub", "split": "test"}),
         ({"path": "a/b", "split": "train[:50]", "type": "chat_template"}, {"split": "train", "max_rows": 50}),
         ({"path": "json", "data_files": "x.jsonl", "type": "chat_template"}, {"path": "x.jsonl"}),
-        ({"path": "a/b", "data_files": ["c/d.json"], "type": "alpaca:chat"}, {"path": "hf://datasets/a/b/c/d.json"}),
+        ({"path": "a/b", "data_files": ["c/d.json"], "type": "alpaca"}, {"path": "hf://datasets/a/b/c/d.json"}),
         ({"ds_type": "json", "split": "train", "type": "chat_template"}, {"path": "rows.jsonl"}),
         (
             {"type": {"field_instruction": "q", "field_output": "a", "format": "{instruction}"}},
