@@ -167,7 +167,7 @@ class _Reader:
             and receiver.startswith("Peft")
             and options.get("is_trainable", False) is not False
         ):
-            name = "PeftModel from_pretrained"
+            name = "PeftModel"
         elif name not in CHANGES or (name == "add_special_tokens" and self._pads_only(call)):
             return
         text = ", ".join(ast.unparse(each) for each in (*call.args, *call.keywords))

@@ -15,7 +15,7 @@ SCRIPT_KEYS = (
 CALLS = {
     "setup_chat_format": "adds ChatML's tokens and template: write model.new_tokens and data.chat_template: chatml; "
     "accepted: the base as it is",
-    "PeftModel.from_pretrained": "goes on training an adapter: write adapter.from; accepted: a new adapter",
+    "PeftModel": "goes on training an adapter: write adapter.from; accepted: a new adapter",
     "add_special_tokens": "adds tokens: write model.new_tokens; accepted: the tokens of the base",
     "add_tokens": "adds tokens: write model.new_tokens; accepted: the tokens of the base",
     "add_new_tokens": "adds tokens: write model.new_tokens; accepted: the tokens of the base",
@@ -42,7 +42,7 @@ def carry_script(draft: Draft) -> None:
         if ", line " in key:
             draft.refuse(key, "the script does this twice, and a recipe is one run; accepted: the first")
     for name, reason in CALLS.items():
-        draft.refuse(f"calls.{name.replace('.', ' ')}", reason)
+        draft.refuse(f"calls.{name}", reason)
     for key, _ in config.leaves():
         if key.startswith("set.") and key != "set.chat_template":
             draft.refuse(

@@ -40,7 +40,7 @@ UNSLOTH_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 UNSLOTH_CONFIGS = ("UnslothTrainingArguments", "TrainingArguments")
 # unsloth replaces TRL's SFTConfig by one with these.
 UNSLOTH_SFT_CONFIG = TrainerDefaults(
-    batch_size=4, accumulation=2, optimizer="adamw_8bit", warmup=0.1, weight_decay=0.01, seed=3407
+    batch_size=4, accumulation=2, optimizer="adamw-8bit", warmup=0.1, weight_decay=0.01, seed=3407
 )
 
 _OWN = KeyTable(
