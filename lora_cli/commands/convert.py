@@ -14,6 +14,7 @@ from lora_cli.convert.convert_config import Conversion, convert_config
 from lora_cli.convert.detect import Detected, detect_tool
 from lora_cli.convert.draft import Outcome
 from lora_cli.convert.read import read_config
+from lora_cli.convert.secrets import hide
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import parse_recipe
 from lora_cli.run import atomic, console, json_output
@@ -132,10 +133,10 @@ def _record(conversion: Conversion, detected: Detected, accepted: Sequence[str],
         "keys": [
             {
                 "key": line.key,
-                "value": _plain(line.value),
+                "value": _plain(hide(line.key, line.value)),
                 "outcome": str(line.outcome),
                 "to": line.to or None,
-                "result": _plain(line.result),
+                "result": _plain(hide(line.to, line.result)),
                 "reason": line.reason or None,
                 "accepted": line.key in accepted,
             }

@@ -61,12 +61,10 @@ def _carry_model(draft: Draft) -> None:
             draft.same("tokenizer_config", "the tokenizer of the base is used")
         draft.refuse("tokenizer_config", "the tokenizer of the base is used; accepted: that one")
     _carry_special_tokens(draft)
-    for plugin in texts(config, "plugins"):
-        if any(part in plugin for part in KNOWN_PLUGINS):
-            draft.no_effect("plugins", HARDWARE)
-        else:
-            draft.refuse("plugins", f"{plugin} runs code of its own; accepted: without it")
-    if config.get("plugins"):
+    own = [name for name in texts(config, "plugins") if not any(part in name for part in KNOWN_PLUGINS)]
+    if own:
+        draft.refuse("plugins", f"{', '.join(own)}: runs code of its own; accepted: without it")
+    elif config.get("plugins"):
         draft.no_effect("plugins", HARDWARE)
 
 

@@ -48,6 +48,7 @@ KEYS = (
     "field_prompt field_completion field_label prompt_format completion_format chosen_format rejected_format weight "
     "step_separator max_completion_length train_on_last_step_only length sequence_length min_input_id max_input_id seed"
 )
+CHATML_PROMPT = "alpaca (ChatML)"  # types such as alpaca_w_system.load_open_orca_chatml
 ALPACA_NOTE = "in Alpaca's text, as there; an input follows the instruction, without its own heading"
 
 
@@ -91,6 +92,11 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any], *, pretrain: b
             ours, columns = TYPES[kind]
             source.values["format"] = ours
             source.columns(**{**columns, **VARIANTS.get(str(written).partition(":")[0], {})})
+            if kind.startswith("alpaca") and str(written).endswith("chatml"):
+                kind = CHATML_PROMPT
+            elif kind == "alpaca_chat" or (kind.startswith("alpaca") and ":" in str(written)):
+                reason = "writes its own words around the fields (USER:, ASSISTANT:); accepted: Alpaca's text"
+                draft.refuse(f"{prefix}.type", reason)
             draft.carried(f"{prefix}.type", "format", ours)
         elif written:
             draft.refuse(f"{prefix}.type", f"there is no prompt type {show(written)} here; accepted: format auto")
@@ -251,6 +257,26 @@ def _note_others(draft: Draft, prefix: str, entry: dict[str, Any]) -> None:
 
 def _carry_templates(draft: Draft, kinds: list[str]) -> None:
     """One template is for every source; Alpaca's text stands for the prompt type alpaca."""
+    config = draft.config
+    prompts = [kind for kind in kinds if kind.startswith("alpaca") or kind in ("gpteacher", "oasst", "orcamini")]
+    conversations = [kind for kind in kinds if kind not in ("completion", "pretrain", "input_output")]
+    texts = {"chatml" if kind == CHATML_PROMPT else "alpaca" for kind in prompts}
+    if prompts and prompts == conversations and len(texts) == 1:
+        _write_prompts(draft, texts.pop(), prompts[0])
+    else:
+        _carry_named_templates(draft)
+        if prompts:
+            draft.missing(
+                f"datasets: type {prompts[0]}",
+                "one template is for all sources, and other sources are written in another way; accepted: "
+                "chat_template, or the tokenizer's own",
+            )
+    variables = config.get("chat_template_kwargs")
+    if isinstance(variables, dict) and variables:
+        draft.carry("chat_template_kwargs", "data.template_variables", variables)
+
+
+def _carry_named_templates(draft: Draft) -> None:
     config, model = draft.config, draft.config.text("base_model")
     key = "chat_template_jinja" if config.text("chat_template_jinja") else "chat_template"
     if key == "chat_template_jinja":
@@ -271,18 +297,20 @@ def _carry_templates(draft: Draft, kinds: list[str]) -> None:
             continue
         first = entry[name]
         carry_template(draft, f"{prefix}.{name}", model=model)
-    prompts = [kind for kind in kinds if kind.startswith("alpaca") or kind in ("gpteacher", "oasst", "orcamini")]
-    if prompts and "data.chat_template" not in draft.values:
-        if len(prompts) == len([kind for kind in kinds if kind not in ("completion", "pretrain", "input_output")]):
-            draft.assume("data.chat_template", "alpaca", f"the type {prompts[0]}: rows are written {ALPACA_NOTE}")
-        else:
-            draft.missing(
-                f"datasets: type {prompts[0]}",
-                "one template is for all sources, and other sources are conversations; accepted: the tokenizer's own",
-            )
-    variables = config.get("chat_template_kwargs")
-    if isinstance(variables, dict) and variables:
-        draft.carry("chat_template_kwargs", "data.template_variables", variables)
+
+
+def _write_prompts(draft: Draft, text: str, kind: str) -> None:
+    """Write rows in the text of their prompt type, in which the chat template of the config has no part."""
+    if text == "alpaca":
+        draft.assume("data.chat_template", text, f"the type {kind}: rows are written {ALPACA_NOTE}")
+    else:
+        draft.assume("data.chat_template", text, f"the type {kind}")
+    names = ["chat_template", "chat_template_jinja"]
+    names += [
+        f"datasets[{index}].{name}" for index in range(len(as_list(draft.config.get("datasets")))) for name in names
+    ]
+    for name in names:
+        draft.no_effect(name, f"rows of the type {kind} are written without it")
 
 
 def _carry_loss(draft: Draft, kinds: list[str]) -> None:

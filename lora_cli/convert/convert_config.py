@@ -37,6 +37,8 @@ def convert_config(config: Config, tool: str) -> Conversion:
     if tool == "torchtune":
         config = replace(config, values=resolve(config.values))
     draft = Draft(entry.name, config)
+    if config.kind == "command line" and (trainer := config.get("trainer")):
+        draft.other_task("trainer", f"{trainer} is another task: `lora train` does supervised fine-tuning")
     entry.convert(draft)
     if "model.path" not in draft.values:
         draft.put("model.path", "base-model", "replace: the config names no base")

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from lora_cli.convert.config import Config, Unreadable, leaves_of, show
+from lora_cli.convert.secrets import hide
 from lora_cli.recipe.methods import METHOD_FACTS, MethodName
 from lora_cli.recipe.other_tool_values import asks_for_nothing
 from lora_cli.recipe.schema import QuantizationSpec, Recipe
@@ -37,9 +38,10 @@ class Line(NamedTuple):
 
     def text(self) -> str:
         """Return it without its outcome: `lora_r: 8 -> adapter.rank: 8`."""
-        parts = f"{self.key}: {show(self.value)}" if self.value is not None or not self.to else self.key
+        value = show(hide(self.key, self.value))
+        parts = f"{self.key}: {value}" if self.value is not None or not self.to else self.key
         if self.to:
-            parts += f" -> {self.to}: {show(self.result)}"
+            parts += f" -> {self.to}: {show(hide(self.to, self.result))}"
         return f"{parts} — {self.reason}" if self.reason else parts
 
 

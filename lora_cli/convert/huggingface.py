@@ -28,6 +28,10 @@ class TrainerDefaults(NamedTuple):
     learning_rate: float = 5e-5
     epochs: float = 3.0
     batch_size: int = 8
+    accumulation: int = 1
+    warmup: float = 0.0  # a fraction of the steps
+    weight_decay: float = 0.0
+    seed: int = 42
     schedule: str = "linear"
     optimizer: str = "adamw"
 
@@ -124,7 +128,13 @@ def carry_training(draft: Draft, defaults: TrainerDefaults) -> None:
         carry_optimizer(draft, "optim", default=defaults.optimizer)
     carry_schedule(draft, "lr_scheduler_type", default=defaults.schedule)
     name = (config.text("lr_scheduler_type") or defaults.schedule).rpartition(".")[2].lower()
-    carry_warmup(draft, steps="warmup_steps", ratio="warmup_ratio", schedule=name)
+    carry_warmup(draft, steps="warmup_steps", ratio="warmup_ratio", schedule=name, default=defaults.warmup)
+    for key, to, default in (
+        ("weight_decay", "training.weight_decay", defaults.weight_decay),
+        ("seed", "training.seed", defaults.seed),
+    ):
+        if config.get(key) is None:
+            draft.assume(to, default)
     carry_clipping(draft, "max_grad_norm")
     carry_precision(draft)
     if (alpha := positive(config.number("neftune_noise_alpha"))) is not None:

@@ -184,7 +184,8 @@ def _carry_training(draft: Draft) -> None:
     steps = positive(config.number("train.max_steps"))
     if steps:
         draft.carry("train.max_steps", "training.max_steps", int(steps))
-        draft.same("train.epochs", "max_steps is the shorter limit, or accept it as the only one")
+        if config.get("train.epochs") is not None:
+            draft.refuse("train.epochs", "the shorter of epochs and max_steps ends the run there; accepted: max_steps")
     else:
         draft.same("train.max_steps", "asks for nothing")
         epochs = config.number("train.epochs")
@@ -194,17 +195,7 @@ def _carry_training(draft: Draft) -> None:
             draft.carry("train.epochs", "training.epochs", float(epochs))
     _carry_batch(draft)
     _carry_optimizer(draft)
-    minimum = config.number("train.min_lr")
-    if minimum is None:
-        draft.assume("training.min_learning_rate", 6e-5)
-    else:
-        draft.carry("train.min_lr", "training.min_learning_rate", float(minimum))
-    rate = draft.values["training.learning_rate"]
-    if draft.values.get("training.min_learning_rate", 0) > rate:
-        # CosineAnnealingLR then rises from the learning rate to min_lr.
-        draft.put("training.min_learning_rate", 0.0, "min_lr is above the learning rate")
-        draft.lines.pop("train.min_lr", None)
-        draft.refuse("train.min_lr", "is above the learning rate, so the rate would rise; accepted: 0")
+    draft.no_effect("train.min_lr", "litgpt reads it in pretraining only: the cosine of fine-tuning ends at 0")
     warmup = config.number("train.lr_warmup_steps")
     if warmup is None and not config.has("train.lr_warmup_steps"):
         draft.assume("training.warmup", 0 if config.get("train.lr_warmup_fraction") else 100)

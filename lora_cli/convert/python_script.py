@@ -4,6 +4,7 @@ Arguments are literals, names that are assigned one literal, or else the text of
 """
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,14 @@ OTHER_TRAINERS = (
     "RLOOTrainer",
     "OnlineDPOTrainer",
 )
+# Models that are not for the next token.
+OTHER_MODELS = re.compile(
+    r"AutoModelFor(Sequence|Token)Classification|AutoModelFor(QuestionAnswering|Seq2SeqLM|MaskedLM|MultipleChoice)"
+    r"|AutoModelForCausalLMWithValueHead"
+)
+CONFIGS = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments", "LoraConfig", "BitsAndBytesConfig")
+# Calls that change the model or its tokenizer.
+CHANGES = ("setup_chat_format", "add_special_tokens", "add_tokens", "add_new_tokens", "resize_token_embeddings")
 DATASET_METHODS = (
     "map",
     "filter",
@@ -116,14 +125,24 @@ class _Reader:
         self.constants = _constants(tree)
         self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         self.datasets: set[str] = set()
+        self.assigned = {
+            target.id: node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
 
     def read(self) -> None:
         found: dict[str, list[ast.Call]] = {name: [] for name in CALLS}
         for node in _walk(self.tree):
             if isinstance(node, ast.Assign):
                 self._track_dataset(node)
+                for target in node.targets:
+                    self._read_attribute(target, node.value)
             if isinstance(node, ast.Call):
                 name = _name(node.func)
+                self._read_change(name, node)
                 if name in found and not (name == "from_pretrained" and _is_no_model(node.func)):
                     found[name].append(node)
                 elif name in OTHER_TRAINERS:
@@ -135,6 +154,48 @@ class _Reader:
                     self._read_call(name, call)
                 elif name not in ONE_OF_MANY:
                     self.values[f"{name}, line {call.lineno}"] = Unreadable(f"a second {name}")
+
+    def _read_change(self, name: str, call: ast.Call) -> None:
+        """Note a call that changes the model or its tokenizer, or that loads a model for another task."""
+        receiver = _name(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+        options = {each.arg: self._value(each.value) for each in call.keywords}
+        if name == "from_pretrained" and OTHER_MODELS.fullmatch(receiver):
+            self.values.setdefault("trainer", receiver)
+            self.places.setdefault("trainer", f"{self.file}:{call.lineno}")
+        if (
+            name == "from_pretrained"
+            and receiver.startswith("Peft")
+            and options.get("is_trainable", False) is not False
+        ):
+            name = "PeftModel"
+        elif name not in CHANGES or (name == "add_special_tokens" and self._pads_only(call)):
+            return
+        text = ", ".join(ast.unparse(each) for each in (*call.args, *call.keywords))
+        self.values.setdefault("calls", {})[name] = Unreadable(text or "()")
+        self.places[f"calls.{name}"] = f"{self.file}:{call.lineno}"
+
+    def _pads_only(self, call: ast.Call) -> bool:
+        given = self._value(call.args[0]) if call.args else None
+        return isinstance(given, dict) and set(given) == {"pad_token"}
+
+    def _read_attribute(self, target: ast.expr, value: ast.expr) -> None:
+        """Note `trainer.args.x = ...`, `config.x = ...` of a config that is read, and the tokenizer's template."""
+        if not isinstance(target, ast.Attribute):
+            return
+        owner = target.value
+        created = self.assigned.get(owner.id) if isinstance(owner, ast.Name) else None
+        if _name(owner) == "args" or (created is not None and _name(created.func) in CONFIGS):
+            steps = ["set", *ast.unparse(owner).split("."), target.attr]
+        elif target.attr == "chat_template":
+            steps = ["set", "chat_template"]
+            self.aliases.setdefault("chat_template", []).append("set.chat_template")
+        else:
+            return
+        values = self.values
+        for step in steps[:-1]:
+            values = values.setdefault(step, {})
+        values[steps[-1]] = self._value(value)
+        self.places[".".join(steps)] = f"{self.file}:{value.lineno}"
 
     def _read_call(self, name: str, call: ast.Call) -> None:
         arguments: dict[str, ast.expr] = {}
@@ -149,7 +210,10 @@ class _Reader:
             else:
                 self._add(name, "**", Unreadable(ast.unparse(keyword.value)), keyword.value.lineno)
         for key, node in arguments.items():
-            self._add(name, key, self._value(node), node.lineno)
+            value = self._value(node)
+            if key == "data_collator" and isinstance(node, ast.Name) and node.id in self.assigned:
+                value = Unreadable(ast.unparse(self.assigned[node.id]))
+            self._add(name, key, value, node.lineno)
         self.values.setdefault(name, {})
         self.places.setdefault(name, f"{self.file}:{call.lineno}")
 
@@ -201,7 +265,12 @@ class _Reader:
         value: Any = text
         if name == "select" and isinstance(first, ast.Call) and _name(first.func) == "range" and len(first.args) == 1:
             value = self._value(first.args[0])
-        self.values.setdefault("dataset", {})[name] = value
+        steps = self.values.setdefault("dataset", {})
+        if name == "select" and steps.get(name, value) != value:
+            self.values[f"select, line {call.lineno}"] = text
+            self.places[f"select, line {call.lineno}"] = f"{self.file}:{call.lineno}"
+            return
+        steps[name] = value
         self.places[f"dataset.{name}"] = f"{self.file}:{call.lineno}"
         if name == "map" and isinstance(first, ast.Name) and first.id in self.functions:
             self.facts.update(self._facts(self.functions[first.id]))

@@ -15,7 +15,7 @@ from lora_cli.run.read_file import read_text
 MAX_BYTES = 1024 * 1024
 PASS_A_CONFIG = "pass the config, script or command that the other tool trains from"
 # What another tool may have in YAML, and a recipe may not.
-HARMLESS = ("a key that is not a string", "merge keys are not supported", "is not supported")
+HARMLESS = ("a key that is not a string", "is not supported")
 
 
 def read_config(file: Path) -> Config:
@@ -50,7 +50,7 @@ def _cells(file: Path, text: str) -> str:
 
 def _read_yaml(file: Path, text: str) -> Config:
     try:
-        tree, problems = parse_yaml(text, lambda line: Location(line, f"{file}:{line}"))
+        tree, problems = parse_yaml(text, lambda line: Location(line, f"{file}:{line}"), merge=True)
     except UnreadableRecipe as error:
         raise LoraError(error.problem.line(), hint=PASS_A_CONFIG) from None
     serious = [problem for problem in problems if not any(each in problem.message for each in HARMLESS)]

@@ -15,7 +15,7 @@ from lora_cli.convert.huggingface import (
     text,
     texts,
 )
-from lora_cli.convert.script_calls import SCRIPT_KEYS, carry_script
+from lora_cli.convert.script_calls import SCRIPT_KEYS, carry_collator, carry_script, carry_task
 from lora_cli.convert.tables import (
     CACHE,
     CODE,
@@ -38,6 +38,10 @@ from lora_cli.convert.values import END_OF_TURN, carry_dtype, carry_targets, pef
 MODEL_KEYS = ("model_name_or_path", "model_name", "pretrained_model_name_or_path", "model_id")
 UNSLOTH_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNSLOTH_CONFIGS = ("UnslothTrainingArguments", "TrainingArguments")
+# unsloth replaces TRL's SFTConfig by one with these.
+UNSLOTH_SFT_CONFIG = TrainerDefaults(
+    batch_size=4, accumulation=2, optimizer="adamw-8bit", warmup=0.1, weight_decay=0.01, seed=3407
+)
 
 _OWN = KeyTable(
     carried={
@@ -67,9 +71,9 @@ _OWN = KeyTable(
         OWN_TOKENIZER: "processing_class tokenizer fix_tokenizer use_fast legacy",
         LOGGING: "sanity_check log_with disable_log_stats project_kwargs",
         GENERATION: "inference_mode use_cache_in_generation max_new_tokens temperature top_p",
-        "what peft reads from the model": "task_type auto_mapping base_model_name_or_path peft_type revision "
-        "fan_in_fan_out lora_task_type megatron peft_version",
-        "the script's own objects": "model args peft_config train_dataset data_collator quantization_config ",
+        "what peft reads from the model": "auto_mapping base_model_name_or_path peft_type revision "
+        "fan_in_fan_out megatron peft_version",
+        "the script's own objects": "model args peft_config train_dataset quantization_config ",
         "training.seed is the seed of the adapter, too": "random_state",
         "it is 6.0 in bitsandbytes": "llm_int8_threshold",
         "bitsandbytes keeps what LoRA does not adapt as it is": "llm_int8_skip_modules llm_int8_has_fp16_weight "
@@ -107,6 +111,7 @@ _OWN = KeyTable(
     },
     handled=" ".join(MODEL_KEYS)
     + " model_revision r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora "
+    "task_type lora_task_type data_collator "
     "init_lora_weights use_peft use_peft_lora full_finetuning load_in_4bit load_in_8bit use_4bit_quantization "
     "use_8bit_quantization "
     "bnb_4bit_quant_type use_bnb_nested_quant use_nested_quant bnb_4bit_use_double_quant bnb_4bit_quant_storage "
@@ -122,6 +127,7 @@ def convert(draft: Draft) -> None:
     """Convert a config, a command line or a script of TRL or unsloth."""
     config, unsloth = draft.config, draft.tool == "unsloth"
     carry_script(draft)
+    carry_task(draft)
     for key in MODEL_KEYS:
         if path := config.text(key):
             draft.carry(key, "model.path", path)
@@ -137,9 +143,10 @@ def convert(draft: Draft) -> None:
             "trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it"
         )
     _carry_adapter(draft, unsloth=unsloth)
-    _carry_quantization(draft, default=unsloth and config.has("model_name"))
-    carry_training(draft, _defaults(draft))
-    _carry_lengths(draft, unsloth=unsloth)
+    _carry_quantization(draft, default=unsloth and _is_loaded_by_unsloth(draft))
+    defaults = _defaults(draft)
+    carry_training(draft, defaults)
+    _carry_lengths(draft, defaults, unsloth=unsloth)
     carry_rows(draft)
     for key in ("chat_template", "chat_template_path", "chat_template_format"):
         carry_template(draft, key, model=draft.values.get("model.path"))
@@ -153,7 +160,16 @@ def convert(draft: Draft) -> None:
 def _defaults(draft: Draft) -> TrainerDefaults:
     """Return SFTConfig's defaults, or those of transformers where a script uses TrainingArguments."""
     plain = any(name in draft.config.values for name in UNSLOTH_CONFIGS) and "SFTConfig" not in draft.config.values
+    if draft.tool == "unsloth" and "SFTConfig" in draft.config.values:
+        return UNSLOTH_SFT_CONFIG
     return TrainerDefaults() if plain else TrainerDefaults(learning_rate=2e-5)
+
+
+def _is_loaded_by_unsloth(draft: Draft) -> bool:
+    """Return whether FastLanguageModel loads the base, which it does in 4 bits; its old command line does not."""
+    if draft.config.kind == "script":
+        return any(draft.config.is_written(key) for key in MODEL_KEYS)
+    return draft.config.has("model_name")
 
 
 def _carry_adapter(draft: Draft, *, unsloth: bool) -> None:
@@ -232,7 +248,7 @@ def _carry_quantization(draft: Draft, *, default: bool) -> None:
     draft.no_effect("bnb_4bit_compute_dtype", "quantization.compute_dtype: auto is the dtype of the base")
 
 
-def _carry_lengths(draft: Draft, *, unsloth: bool) -> None:
+def _carry_lengths(draft: Draft, defaults: TrainerDefaults, *, unsloth: bool) -> None:
     """Carry the length of rows, what is done with longer ones, packing and batches."""
     config = draft.config
     key = next((key for key in ("max_length", "max_seq_length", "model_max_length") if config.has(key)), "")
@@ -271,7 +287,11 @@ def _carry_lengths(draft: Draft, *, unsloth: bool) -> None:
     micro = config.whole("per_device_train_batch_size")
     accumulation = config.whole("gradient_accumulation_steps")
     batches = Batches(
-        "per_device_train_batch_size", micro or 8, "gradient_accumulation_steps", accumulation or 1, length
+        "per_device_train_batch_size",
+        micro or defaults.batch_size,
+        "gradient_accumulation_steps",
+        accumulation or defaults.accumulation,
+        length,
     )
     carry_batches(draft, batches, packing=packing)
     _carry_loss(draft)
@@ -281,6 +301,8 @@ def _carry_loss(draft: Draft) -> None:
     config = draft.config
     answers = ("assistant_only_loss", "completion_only_loss", "train_on_responses_only")
     on = [key for key in answers if config.has(key) and config.get(key) not in (False, None)]
+    if carry_collator(draft):
+        return
     for key in on:
         draft.carried(key, "data.loss_on", "assistant")
     if not on:

@@ -5,7 +5,7 @@ from typing import Any
 from lora_cli.convert.config import as_list
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_eval_fraction
-from lora_cli.convert.script_calls import alpaca_columns
+from lora_cli.convert.script_calls import ROWS_AS_STORED, alpaca_columns
 from lora_cli.convert.sources import Source, carry_split, write_sources
 
 DATA_KEYS = (
@@ -48,6 +48,7 @@ def carry_rows(draft: Draft) -> None:
             source.values["format"] = "alpaca"
             source.columns(**alpaca_columns(draft))
     draft.same("dataset_text_field", "the column of texts has this name; conversations have none")
+    draft.refuse("dataset.select", f"changes the rows in code: write them to a file; {ROWS_AS_STORED}")
     if sources:
         write_sources(draft, "data.train", sources)
     if "data.train" not in draft.values:
@@ -91,6 +92,11 @@ def _single(draft: Draft) -> list[Source]:
     if splits:
         source.values["split"] = str(splits[0])
         draft.carried("splits", "split", source.values["split"])
+    rows = config.get("dataset.select")
+    if isinstance(rows, int) and not isinstance(rows, bool):
+        source.values["max_rows"] = min(rows, source.values.get("max_rows", rows))
+        note = "the first rows, not a random sample" if config.is_written("dataset.shuffle") else ""
+        draft.carried("dataset.select", "max_rows", source.values["max_rows"], note)
     return [source]
 
 

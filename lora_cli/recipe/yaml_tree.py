@@ -1,7 +1,7 @@
 """Parse YAML into a tree with line numbers, in bounded time and memory for any input. No torch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import yaml
@@ -52,19 +52,21 @@ class _Open:
     anchor: str | None
     key: Node | None = None  # the key whose value comes next
     size: int = 1
+    merged: list[Node] = field(default_factory=list)  # the sections of its merge keys
 
 
-def parse_yaml(text: str, at: Callable[[int], Location]) -> tuple[Node | None, list[Problem]]:
+def parse_yaml(text: str, at: Callable[[int], Location], *, merge: bool = False) -> tuple[Node | None, list[Problem]]:
     """Return the tree of the single document in `text` (None if it is empty), and its problems.
 
     Args:
         text: YAML.
         at: returns the location of a line, counted from 1.
+        merge: whether `<<: *base` adds the keys of a section, as YAML 1.1 has it; a recipe must not have it.
 
     Raises:
         UnreadableRecipe: a problem after which parsing cannot continue.
     """
-    builder = _TreeBuilder(at)
+    builder = _TreeBuilder(at, merge=merge)
     try:
         # Events, not yaml.compose: composing recurses, so ten thousand brackets would overflow the stack.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -82,8 +84,9 @@ def parse_yaml(text: str, at: Callable[[int], Location]) -> tuple[Node | None, l
 class _TreeBuilder:
     """Builds the tree from the events of PyYAML's parser."""
 
-    def __init__(self, at: Callable[[int], Location]) -> None:
+    def __init__(self, at: Callable[[int], Location], *, merge: bool) -> None:
         self.at = at
+        self.merge = merge
         self.line = 1
         self.root: Node | None = None
         self.problems: list[Problem] = []
@@ -122,6 +125,8 @@ class _TreeBuilder:
                 self._open.append(_Open(empty, self.at(self.line), self._path(), event.anchor))
             case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
                 done = self._open.pop()
+                if isinstance(done.value, dict):
+                    _merge(done.value, done.merged)
                 node = Node(done.value, done.location, size=done.size)
                 self._set_anchor(done.anchor, node)
                 self._add(node, counted=True)
@@ -151,6 +156,12 @@ class _TreeBuilder:
             message = "a key that is not a string" if is_scalar else "a list or section as a key"
             fix = f'put it in quotes: "{key.source}"' if is_scalar else "write a string as the key"
             self.problems.append(Problem(key.location, path, message, fix))
+        elif key.value == "<<" and not key.quoted and self.merge:
+            sections = node.value if isinstance(node.value, list) else [node]
+            if all(isinstance(each.value, dict) for each in sections):
+                self._open[-1].merged += sections
+            else:
+                self.problems.append(Problem(key.location, path, "`<<` without a section", "write `<<: *NAME`"))
         elif key.value == "<<" and not key.quoted:
             fix = "write each key, or use aliases for single values"
             self.problems.append(Problem(key.location, path, "merge keys are not supported", fix))
@@ -204,6 +215,14 @@ class _TreeBuilder:
 
     def _stop(self, message: str, fix: str) -> NoReturn:
         raise UnreadableRecipe(Problem(self.at(self.line), self._path(), message, fix))
+
+
+def _merge(entries: dict[str, Node], sections: list[Node]) -> None:
+    """Add the keys of merged sections that `entries` does not have; the first section with a key wins."""
+    for section in sections:
+        if isinstance(section.value, dict):
+            for key, node in section.value.items():
+                entries.setdefault(key, node)
 
 
 # PyYAML's message, our message, and the fix. PyYAML's messages describe its grammar, not the text. First match wins.

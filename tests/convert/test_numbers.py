@@ -128,14 +128,15 @@ def test_learning_rates_are_those_of_transformers(keys: dict[str, Any], tmp_path
     assert ours[: max(0, warmup - 1)] == pytest.approx(theirs[1:warmup], rel=1e-9)
 
 
-def test_axolotl_and_litgpt_minimum_of_the_cosine():
+def test_the_minimum_of_the_cosine():
+    """litgpt reads min_lr in pretraining only."""
     spec = convert("axolotl", learning_rate=2e-4, cosine_min_lr_ratio=0.1).training
     assert (spec.schedule, spec.min_learning_rate) == ("cosine", 2e-5)
     train = {"global_batch_size": 8, "micro_batch_size": 4, "min_lr": 1e-5, "max_seq_length": 512}
     spec = convert(
         "litgpt", train=train, optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
     ).training
-    assert (spec.learning_rate, spec.min_learning_rate, spec.weight_decay) == (1e-3, 1e-5, 0.01)
+    assert (spec.learning_rate, spec.min_learning_rate, spec.weight_decay) == (1e-3, 0.0, 0.01)
 
 
 def test_defaults_of_trl_are_those_of_the_installed_version():

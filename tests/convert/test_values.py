@@ -55,7 +55,7 @@ def source(**entry: Any) -> dict[str, Any]:
         ({"path": "a/b", "name": "sub", "split": "test", "type": "chat_template"}, {"subset": "sub", "split": "test"}),
         ({"path": "a/b", "split": "train[:50]", "type": "chat_template"}, {"split": "train", "max_rows": 50}),
         ({"path": "json", "data_files": "x.jsonl", "type": "chat_template"}, {"path": "x.jsonl"}),
-        ({"path": "a/b", "data_files": ["c/d.json"], "type": "alpaca:chat"}, {"path": "hf://datasets/a/b/c/d.json"}),
+        ({"path": "a/b", "data_files": ["c/d.json"], "type": "alpaca"}, {"path": "hf://datasets/a/b/c/d.json"}),
         ({"ds_type": "json", "split": "train", "type": "chat_template"}, {"path": "rows.jsonl"}),
         (
             {"type": {"field_instruction": "q", "field_output": "a", "format": "{instruction}"}},
@@ -118,6 +118,22 @@ def test_one_template_is_for_all_sources():
     assert convert("axolotl", datasets=[second]).data.chat_template == "{{ 1 }}"
 
 
+def test_rows_of_the_type_alpaca_are_written_without_the_chat_template():
+    result = conversion("axolotl", datasets=[{"path": "r", "type": "alpaca"}], chat_template="llama3")
+    assert result.to_accept() == []
+    assert parse_recipe(result.text, Path("r.yaml")).data.chat_template == "alpaca"
+    assert [line.key for line in result.of(Outcome.NO_EFFECT)] == ["chat_template"]
+    mixed = [{"path": "r", "type": "alpaca"}, {"path": "s", "type": "chat_template"}]
+    assert refused("axolotl", datasets=mixed, chat_template="llama3") == ["datasets: type alpaca"]
+
+
+def test_types_of_alpaca_with_other_words_around_the_fields():
+    chatml = {"path": "r", "type": "alpaca_w_system.load_open_orca_chatml"}
+    assert convert("axolotl", datasets=[chatml]).data.chat_template == "chatml"
+    for name in ("alpaca_chat.load_qa", "alpaca:chat", "alpaca_chat"):
+        assert refused("axolotl", datasets=[{"path": "r", "type": name}]) == ["datasets[0].type"]
+
+
 def test_a_template_of_another_family_is_not_offered():
     assert refused("axolotl", base_model="a/b", chat_template="cohere") == ["chat_template"]
     assert refused("llama-factory", template="yuan") == ["template"]
@@ -147,6 +163,10 @@ def test_optimizers(name: str, ours: str):
     [
         ("axolotl", {"optimizer": "came_pytorch"}, ["optimizer"]),
         ("axolotl", {"lr_scheduler": "rex"}, ["lr_scheduler"]),
+        ("axolotl", {"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, []),
+        ("axolotl", {"plugins": ["axolotl.integrations.liger.LigerPlugin", "mine.Plugin"]}, ["plugins"]),
+        ("litgpt", {"train": {"max_seq_length": 512, "max_steps": 9, "epochs": 2}}, ["train.epochs"]),
+        ("litgpt", {"train": {"max_seq_length": 512, "max_steps": 9, "min_lr": 1e-4}}, []),
         ("axolotl", {"adam_epsilon": 1e-6}, ["adam_epsilon"]),
         ("axolotl", {"adam_epsilon": 1e-8}, []),
         ("axolotl", {"val_set_size": 200}, ["val_set_size"]),
