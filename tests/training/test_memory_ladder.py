@@ -231,7 +231,13 @@ def test_a_sharded_step_that_runs_out_names_the_next_rung(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("rung", "reached"),
-    [(Rung(4), True), (Rung(1), True), (Rung(1, offload=True), False), (Rung(1, parts=2), False), (Rung(parts=2), False)],
+    [
+        (Rung(4), True),
+        (Rung(1), True),
+        (Rung(1, offload=True), False),
+        (Rung(1, parts=2), False),
+        (Rung(parts=2), False),
+    ],
 )
 def test_a_key_is_told_where_a_run_that_has_it_begins_with_a_form_as_small(rung: Rung, reached: bool):
     (first, *_) = all_rungs(setting=True, can_recompute=True, on_cpu=False, max_parts=8, parts_first=2)
