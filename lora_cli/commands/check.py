@@ -34,6 +34,7 @@ from lora_cli.setup.planned_gpus import (
     GPUS_OF_MACHINE,
     PlannedGpus,
     changes_that_help,
+    check_planned,
     forms_of,
     host_bytes,
     on_planned_gpus,
@@ -63,10 +64,12 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
     With `gpus` or `budget`, bytes of memory of each, the plan is for these GPUs, which this machine need not have.
 
     Raises:
-        LoraError: recipe, rows or model do not fit together, or the GPUs are not described.
+        LoraError: recipe, rows, model or planned GPUs do not fit together, or the GPUs are not described.
     """
     out = console.out.print
     planned = planned_gpus(gpus, budget)
+    if planned:
+        check_planned(recipe, planned)
     check_before_rows(recipe, device=GPU if planned else None)
     inputs = load_inputs(recipe, info=console.info, weights=False)
     if planned:

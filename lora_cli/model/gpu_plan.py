@@ -1,9 +1,10 @@
 """What training takes on each of several GPUs, planned without them, for each way to spread a model over GPUs.
 
 - ddp: each GPU has the whole model and its own batches; the gradients of the adapter are summed in one message.
-- fsdp: the base is spread over the GPUs in parts of 1/N (FSDP2's `fully_shard`, see `sharded_base.py`). A layer is
-  whole while it runs, and the next one is fetched meanwhile, so that two are whole at a time; embeddings and head are
-  whole for most of a step. Adapter, gradients, optimizer and the scales of quantized weights are whole on each GPU.
+- fsdp: the base is spread over the GPUs in parts of 1/N (FSDP2's `fully_shard`, see `sharded_base.py`), of whole rows
+  of each weight: of stacked experts, one expert at least. A layer is whole while it runs, and the next one is fetched
+  meanwhile, so that two are whole at a time; embeddings and head are whole for most of a step. Adapter, gradients,
+  optimizer and the scales of quantized weights are whole on each GPU.
 - hsdp: the same, but the base is spread over the GPUs of each machine.
 
 With `cpu_offload`, the parts of the layers are in host memory, and a GPU has its part of the layer that is fetched.
@@ -13,7 +14,6 @@ The bytes of the parts that a GPU needs besides tensors are assumptions, which n
 
 from bisect import bisect_right
 from functools import partial
-from math import ceil
 from typing import NamedTuple
 
 from lora_cli.model.memory import FP32, TrainingMemory
@@ -50,7 +50,7 @@ def ddp_parts(memory: TrainingMemory, gpus: int) -> GpuParts:
     weights, several = memory.weights.whole, gpus > 1
     gradients = FP32 * memory.trained.total
     return GpuParts(
-        weights=weights.plain + weights.codes,
+        weights=weights.stored,
         constants=weights.constants,
         adapter=FP32 * memory.adapter.total,
         gradients=gradients,
@@ -65,17 +65,15 @@ def ddp_parts(memory: TrainingMemory, gpus: int) -> GpuParts:
 
 def fsdp_parts(memory: TrainingMemory, gpus: int, *, cpu_offload: bool = False) -> GpuParts:
     """Return the bytes on each of `gpus` GPUs with a base that is spread over them, or over the host memory of them."""
-    layers, outside = memory.weights.layers, memory.weights.outside
-    stored = [layer.plain + layer.codes for layer in layers]
-    largest = max(stored, default=0)
-    of_all = ddp_parts(memory, gpus)._replace(gathered=WHOLE_LAYERS * largest)
+    outside = memory.weights.outside.stored
+    own = [sum(tensor.part(gpus) for tensor in layer) for layer in memory.weights.tensors]
+    largest = max(own, default=0)
+    # Parts that are filled up are gathered as they are.
+    of_all = ddp_parts(memory, gpus)._replace(gathered=WHOLE_LAYERS * gpus * largest)
     if cpu_offload:
-        return of_all._replace(
-            weights=outside.plain + outside.codes,
-            in_host=offloaded_bytes(memory.weights, gpus),
-            gathered=of_all.gathered + ceil(largest / gpus),
-        )
-    return of_all._replace(weights=ceil(sum(stored) / gpus) + outside.plain + outside.codes)
+        in_host = offloaded_bytes(memory.weights, gpus)
+        return of_all._replace(weights=outside, in_host=in_host, gathered=of_all.gathered + largest)
+    return of_all._replace(weights=sum(own) + outside)
 
 
 def offloaded_bytes(weights: StoredWeights, gpus: int) -> int:
@@ -83,7 +81,7 @@ def offloaded_bytes(weights: StoredWeights, gpus: int) -> int:
 
     torch allocates page-locked memory in powers of two (ATen/core/CachingHostAllocator.h), for each part of a weight.
     """
-    return sum(1 << max(0, ceil(size / gpus) - 1).bit_length() for size in weights.tensors)
+    return sum(1 << (tensor.part(gpus) - 1).bit_length() for layer in weights.tensors for tensor in layer)
 
 
 class Form(NamedTuple):

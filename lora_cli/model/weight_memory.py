@@ -37,6 +37,22 @@ class WeightBytes(NamedTuple):
         """Return the sum of all parts."""
         return sum(self)
 
+    @property
+    def stored(self) -> int:
+        """Return the bytes without scales."""
+        return self.plain + self.codes
+
+
+class Rows(NamedTuple):
+    """A weight as it is stored, without scales: it is sharded by its first dimension."""
+
+    number: int
+    size: int  # bytes of one
+
+    def part(self, processes: int) -> int:
+        """Return the bytes that each of `processes` has: FSDP2 fills up the parts that have fewer rows, or none."""
+        return ceil(self.number / processes) * self.size
+
 
 class StoredWeights(NamedTuple):
     """Bytes of a base's weights, by place."""
@@ -44,7 +60,7 @@ class StoredWeights(NamedTuple):
     layers: tuple[WeightBytes, ...]  # of each decoder layer
     outside: WeightBytes  # embeddings, output head, towers that text does not pass through, ...
     largest: int  # weights of the largest quantized layer, or of its largest expert; 0 without quantization
-    tensors: tuple[int, ...]  # bytes of each weight of the decoder layers, without scales
+    tensors: tuple[tuple[Rows, ...], ...]  # of each decoder layer
 
     @property
     def whole(self) -> WeightBytes:
@@ -65,7 +81,7 @@ def stored_weights(
     quantized = {} if quantization is None else quantized_sizes(model, quantization)
     layers = list(text_layers(model))
     found: dict[str, WeightBytes] = {}
-    tensors = []
+    tensors: dict[str, list[Rows]] = {name: [] for name in layers}
     for name, parameter in model.named_parameters():
         place = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
         if name in quantized:
@@ -75,7 +91,10 @@ def stored_weights(
             own = _quantized_bytes(parameter.numel(), quantization, outputs=outputs)
         else:
             own = WeightBytes(plain=parameter.numel() * dtype.itemsize)
-        tensors += [own.plain + own.codes] if place else []
+        if place:
+            # Codes are sharded one by one; a scalar, which cannot be sharded, is one row.
+            rows = own.codes or next(iter(parameter.shape), 1)
+            tensors[place].append(Rows(rows, own.stored // rows))
         found[place] = WeightBytes(*map(sum, zip(found.get(place, WeightBytes()), own, strict=True)))
     stacked = expert_weights(model)
     one_by_one = [size // stacked[name].shape[0] if name in stacked else size for name, size in quantized.items()]
@@ -83,7 +102,7 @@ def stored_weights(
         tuple(found.get(name, WeightBytes()) for name in layers),
         found.get("", WeightBytes()),
         max(one_by_one, default=0),
-        tuple(tensors),
+        tuple(tuple(tensors[name]) for name in layers),
     )
 
 

@@ -15,6 +15,7 @@ from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import QuantizationSpec, Recipe
 from lora_cli.run.console import format_bytes
 from lora_cli.setup.inputs import RunInputs
+from lora_cli.setup.strategy import check_offload
 from lora_cli.training.memory_ladder import all_rungs
 
 GPU = torch.device("cuda")
@@ -58,6 +59,23 @@ def planned_gpus(count: int | None, budget: int | None) -> PlannedGpus | None:
             hint="write the memory of one GPU with its unit: --budget 80GB",
         )
     return PlannedGpus(count or 1, budget)
+
+
+def check_planned(recipe: Recipe, gpus: PlannedGpus) -> None:
+    """Check that a run of `recipe` could start on these GPUs.
+
+    Raises:
+        LoraError: one GPU has no other to share a base with, or the GPUs do not fill machines of GPUS_OF_MACHINE.
+    """
+    check_offload(recipe, processes=gpus.number)
+    full, rest = divmod(gpus.number, GPUS_OF_MACHINE)
+    if recipe.distributed.strategy == "hsdp" and full and rest:
+        counts = f"--gpus {full * GPUS_OF_MACHINE} or {(full + 1) * GPUS_OF_MACHINE}"
+        raise LoraError(
+            f"--gpus {gpus.number}: distributed.strategy: hsdp needs as many processes on each machine, and machines "
+            f"are planned with {GPUS_OF_MACHINE} GPUs",
+            hint=f"plan {counts}; or write strategy: fsdp",
+        )
 
 
 def on_planned_gpus(recipe: Recipe, inputs: RunInputs) -> RunInputs:
@@ -123,7 +141,7 @@ def changes_that_help(
     """
     sharding = planned_sharding(recipe)
     form = min((each for plan in plans for each in plan.forms), key=lambda each: each.total).form
-    changed = memory
+    changed, own = memory, form
     if recipe.quantization is None and inputs.prequantized is None:
         four_bits = QuantizationSpec.model_validate({"bits": 4})
         weights = stored_weights(inputs.base.skeleton(), dtype=inputs.base.dtype, quantization=four_bits)
@@ -149,7 +167,7 @@ def changes_that_help(
         name = best.name if gpus.number > 1 else "a step"
         yield f"  with that, {name} takes {format_bytes(total)} on a GPU, which {fits}"
     if shardable and not sharding.cpu_offload and gpus.number > 1:
-        yield from _offload_that_helps(memory, form, gpus, sharding)
+        yield from _offload_that_helps(memory, own, gpus, sharding)
     if best.largest < form.tokens and best.largest:
         yield f"data.max_length: {best.largest:,} tokens fit at a time, and the longest row has {form.tokens:,}"
     state, rank = FP32 * (memory.adapter.total + memory.trained.total) + memory.optimizer, recipe.adapter.rank
@@ -159,8 +177,17 @@ def changes_that_help(
             f"{format_bytes(state * (rank // 2) / rank)} instead of {format_bytes(state)}"
         )
     count = fewest_gpus(changed, form, budget=gpus.memory, cpu_offload=sharding.cpu_offload) if shardable else None
-    if best.best is None and count is not None and count > gpus.number:
-        yield f"--gpus {count}: {'with that, ' if smaller else ''}it fits on {count} such GPUs with fsdp"
+    if best.best is None and count is not None:
+        yield from _gpus_that_help(recipe, gpus, count, with_that="with that, " if smaller else "")
+
+
+def _gpus_that_help(recipe: Recipe, gpus: PlannedGpus, count: int, *, with_that: str) -> Iterator[str]:
+    """Yield how many GPUs fit with fsdp, and that the recipe must have it, if its strategy is another one."""
+    strategy = recipe.distributed.strategy
+    needed = [] if strategy in ("auto", "fsdp") else ["distributed.strategy: fsdp"]
+    needed += [f"--gpus {count}"] if count > gpus.number else []
+    if needed:
+        yield f"{', '.join(needed)}: {with_that}it fits on {count} such GPUs with fsdp"
 
 
 def _offload_that_helps(memory: TrainingMemory, form: Form, gpus: PlannedGpus, sharding: Sharding) -> Iterator[str]:

@@ -23,7 +23,7 @@ from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import adapter_context, resolve_optimizer
 from lora_cli.training.process_group import processes_of_machine
 
-MAX_SHARE = 0.9  # of the free memory that the estimate of a full model may take
+MAX_SHARE = 0.9  # of the free memory that an estimate may take
 StrategyName = Literal["ddp", "fsdp", "hsdp"]
 
 
@@ -114,6 +114,19 @@ def _required(recipe: Recipe, inputs: RunInputs) -> str:
     return "set in the recipe"
 
 
+def check_offload(recipe: Recipe, *, processes: int) -> None:
+    """Check `distributed.cpu_offload` against the number of processes, on GPUs.
+
+    Raises:
+        LoraError: there is one, which has no other to share the base with.
+    """
+    if recipe.distributed.cpu_offload and processes == 1:
+        raise LoraError(
+            f"{OFFLOAD_KEY}: the base waits in host memory only if it is sharded, and one process has nothing to shard",
+            hint="write cpu_offload: false; or start a process on each of several GPUs",
+        )
+
+
 def _offload(recipe: Recipe, inputs: RunInputs, *, processes: int) -> str:
     """Return what a run with cpu_offload takes of the host memory, for the line on its strategy.
 
@@ -122,18 +135,15 @@ def _offload(recipe: Recipe, inputs: RunInputs, *, processes: int) -> str:
     """
     if inputs.device.type == "cpu":
         return "; cpu_offload has no effect on the CPU, where the base is in host memory anyway"
-    if processes == 1:
-        raise LoraError(
-            f"{OFFLOAD_KEY}: the base waits in host memory only if it is sharded, and one process has nothing to shard",
-            hint="write cpu_offload: false; or start a process on each of several GPUs",
-        )
+    check_offload(recipe, processes=processes)
     weights = stored_weights(inputs.base.skeleton(), dtype=inputs.base.dtype, quantization=recipe.quantization)
     shards = processes_of_machine(processes) if recipe.distributed.strategy == "hsdp" else processes
     need, free = offloaded_bytes(weights, shards), memory.free_for_process(torch.device("cpu"))
     texts = f"{console.format_bytes(need)} of host memory for the layers of each process"
-    if need > free:
+    if need + memory.PROCESS_BYTES > MAX_SHARE * free:
         raise LoraError(
-            f"{OFFLOAD_KEY}: it needs {texts}, and {console.format_bytes(free)} is free for each on this machine",
+            f"{OFFLOAD_KEY}: it needs {texts}, and {console.format_bytes(memory.PROCESS_BYTES)} for the process, which "
+            f"is more than {MAX_SHARE:.0%} of the {console.format_bytes(free)} free for each on this machine",
             hint="add machines; quantize the base (quantization: {bits: 4}); or write cpu_offload: false",
             exit_code=1,
         )

@@ -101,9 +101,9 @@ def fit(
     parameters nor optimizer state. The learning rate follows from the number of the step, which advances. `spikes` has
     the losses of the steps before `start`.
 
-    With a `ladder`, a step that runs out of memory is taken again in a form that needs less, on all processes; on a GPU
-    the largest batch is tried first. The tokens of a step stay the same. With an enabled loss `scale`, a step whose
-    gradient overflows float16 is taken again with a lower one.
+    With a `ladder`, a step that runs out of memory in the forward or backward pass is taken again in a form that needs
+    less, on all processes; on a GPU the largest batch is tried first. The tokens of a step stay the same. With an
+    enabled loss `scale`, a step whose gradient overflows float16 is taken again with a lower one.
 
     Raises:
         LoraError: the loss or the gradient is not finite, too many steps in a row were skipped, or a step needs too
@@ -210,7 +210,7 @@ def _accumulate_gradients(
         another form of the step; then the gradients are of no use.
 
     Raises:
-        StartAgain: memory ran out, and the base is sharded.
+        StartAgain: memory ran out in the forward or backward pass, and the base is sharded.
     """
     losses: list[tuple[Batch, Tensor]] = []
     position = None

@@ -56,10 +56,14 @@ class StartAgain(LoraError):
     """A process ran out of memory while others wait for it: all are to start again, in the form `rung`."""
 
     def __init__(self, what: str, rung: Rung) -> None:
+        if rung.every is not None and not rung.offload and rung.parts == 1:
+            other = "start them with --resume and training.gradient_checkpointing: true, which recomputes every layer"
+        else:  # no key of a recipe begins with this form
+            other = "lower data.max_length or training.tokens_per_batch, or quantize the base (quantization)"
         super().__init__(
             f"{what} ran out of memory: {rung.describe()} from here on",
-            hint="all processes must start again: give torchrun --max-restarts, and they do so in that form; or start "
-            "them with --resume and training.gradient_checkpointing: true",
+            hint="all processes must start again in that form: torchrun --max-restarts 8 does it, where each form "
+            f"takes one restart (raise the number if it has run out); or {other}",
             exit_code=1,
         )
         self.rung = rung

@@ -36,6 +36,7 @@ PREPARING_TIMEOUT = timedelta(days=1)
 # which cannot, ends the process with a trace of its threads.
 LATER = timedelta(minutes=1)
 RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables of a worker
+OF_MACHINE = "LOCAL_WORLD_SIZE"  # environment variable of a worker: processes on its machine
 SUPERVISED = "LORA_SUPERVISED"  # environment variable of the only worker of a run, which joins no group
 STARTERS = "start it with torchrun or accelerate launch, or let `lora train` start the processes of one machine"
 _groups: list[Any] = []  # within the group of all processes; their type has no annotation of the number of collectives
@@ -100,13 +101,23 @@ def shard_mesh(device: torch.device, *, of_machine: bool) -> DeviceMesh:
     """Return the processes that share the weights of a base: all, or those of this machine. All must call it.
 
     Raises:
-        RunError: machines have different numbers of processes, or one each, or ranks in another order.
+        RunError: machines have different numbers of processes, or one each, or ranks in another order; or a process
+            does not know how many its machine has.
     """
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    size = processes_of_machine(world)
-    if not of_machine or size == world:
+    if not of_machine:
         return init_device_mesh(device.type, (world,))
-    sizes = gather_object([size])
+    sizes = gather_object([int(os.environ.get(OF_MACHINE) or 0)])
+    if unknown := sizes.count(0):  # taken for one machine, the layers would cross the network unnoticed
+        raise RunError(
+            "distributed.strategy: hsdp shards the base over the processes of each machine, and "
+            f"{OF_MACHINE}, which tells how many they are, is not set in {unknown} of {world} processes",
+            hint=f"set {OF_MACHINE} to the number of processes on each machine (srun: $SLURM_NTASKS_PER_NODE; mpirun: "
+            "$OMPI_COMM_WORLD_LOCAL_SIZE), start them with torchrun, which does, or write fsdp",
+        )
+    size = sizes[rank]
+    if set(sizes) == {world}:
+        return init_device_mesh(device.type, (world,))
     in_order = gather_object([int(os.environ.get("LOCAL_RANK") or 0) == rank % size])
     found = join_words([str(each) for each in sorted(set(sizes))], "and")
     if found != str(size) or size == 1 or not all(in_order):
@@ -167,7 +178,7 @@ def join_processes(device: torch.device, *, deterministic: bool = False) -> Acce
 
 def processes_of_machine(processes: int) -> int:
     """Return the number of processes on this machine, which is less than all `processes` of a multi-machine run."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or processes)
+    return int(os.environ.get(OF_MACHINE) or processes)
 
 
 def set_timeout(timeout: timedelta) -> None:

@@ -254,6 +254,17 @@ def test_what_to_change_is_told_where_nothing_fits(recipe: WriteRecipe, lora: Lo
     assert told[2].startswith("    with that, ")
 
 
+def test_a_plan_that_a_run_would_refuse_is_an_error(recipe: WriteRecipe, lora: Lora):
+    path = recipe({"distributed": {"strategy": "fsdp", "cpu_offload": True}})
+    result = lora("check", path, "--gpus", "1", "--budget", "24GB")
+    assert result.code == 2
+    assert result.last_two[0] == (
+        "error: distributed.cpu_offload: the base waits in host memory only if it is sharded, and one process has "
+        "nothing to shard"
+    )
+    assert "ok: " not in result.out
+
+
 @pytest.mark.parametrize(
     ("options", "error", "hint"),
     [

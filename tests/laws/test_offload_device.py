@@ -4,6 +4,7 @@ The meta device plays the part of the GPU, and torch's fake process group that o
 values arrive (`test_sharding.py` compares them, from the CPU to the CPU), and that page-locked memory is allocated.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,8 +121,12 @@ def test_steps_and_evaluations_find_everything_on_the_device(options: dict[str, 
         taken = fit(model, plan_of(), spec=spec, optimizer=optimizer, accelerator=ACCELERATOR, total=3)
         next(taken)
         part.waits.clear()
+        part.slow_copies.clear()
         assert [step.number for step in taken] == [2, 3]
-        assert sum(part.waits.values()) == 2, part.waits  # one a step: layers are copied without a wait
+        assert sum(part.waits.values()) == 2, part.waits  # one a step
+        # Layers are copied without a wait. PEFT's prompts are not: in each pass, their numbers and a mask [1, tokens].
+        assert len(part.slow_copies) == (4 if options.get("method") == "prompt" else 0), part.slow_copies
+        assert all(math.prod(shape) <= 20 for shape in part.slow_copies), part.slow_copies
         assert all(value.is_meta for state in optimizer.state.values() for value in state.values() if value.ndim)
         measure_likelihood(LossFunction(model), plan_of())
     assert sharding.is_offloaded(model)
@@ -161,6 +166,23 @@ def test_layers_wait_in_page_locked_memory_of_a_gpu_only(base: BaseCheckpoint, m
         make(base)
     assert policies.count(CPUOffloadPolicy(pin_memory=False)) == base.config.num_hidden_layers
     assert policies.count(None) == 2  # embeddings and head stay on the device
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_copies_of_layers_are_not_waited_for(slow: bool, base: BaseCheckpoint, monkeypatch: pytest.MonkeyPatch):
+    """Where torch did not ask for a copy without a wait, each weight of each layer would be counted."""
+    own = torch.Tensor.to
+
+    def wait(tensor: Any, *args: Any, non_blocking: bool = False, **options: Any) -> Any:
+        return own(tensor, *args, **options)
+
+    with GpuPart() as part:
+        loss_fn = LossFunction(make(base))
+        part.slow_copies.clear()
+        if slow:
+            monkeypatch.setattr(torch.Tensor, "to", wait)
+        measure_likelihood(loss_fn, plan_of())
+    assert bool(part.slow_copies) is slow
 
 
 def test_the_fake_gpus_gather_nothing_on_the_cpu(base: BaseCheckpoint, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lora_cli.model.gpu_plan import (
     CONTEXT_BYTES,
@@ -14,9 +15,12 @@ from lora_cli.model.gpu_plan import (
     step_bytes,
 )
 from lora_cli.model.memory import TrainingMemory
+from lora_cli.model.weight_memory import stored_weights, text_layers
 from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import zoo
+from tests.model.families import FAMILIES, config_of
 from tests.model.test_memory import memory_of
+from tests.support import checkpoints
 
 KEPT, RECOMPUTED = Form("kept", None, False, 512), Form("recomputed", 1, False, 512)
 LAYERS = 8
@@ -42,12 +46,12 @@ def test_what_is_exchanged_after_the_activations_are_freed_is_not_added_to_them(
     assert parts.total(parts.exchanged) == parts.total(0) == parts.total(parts.exchanged + 1) - 1
 
 
-@pytest.mark.parametrize("gpus", [2, 4, 64])
+@pytest.mark.parametrize("gpus", [2, 4, 8])
 def test_fsdp_spreads_the_layers_and_nothing_else(memory: TrainingMemory, gpus: int):
     parts, whole = fsdp_parts(memory, gpus), ddp_parts(memory, gpus)
     outside, inside = memory.weights.outside.total, sum(layer.total for layer in memory.weights.layers)
-    assert parts.weights == pytest.approx(outside + inside / gpus, abs=1)
-    assert parts.gathered == pytest.approx(2 * inside / LAYERS, rel=0.01)
+    assert parts.weights == outside + inside // gpus  # 8 divides the rows of each weight
+    assert parts.gathered == 2 * inside // LAYERS
     assert parts._replace(weights=whole.weights, gathered=0) == whole
 
 
@@ -58,14 +62,38 @@ def test_layers_that_wait_in_host_memory_are_not_on_the_gpu(gpus: int, bits: int
     model = memory_of(zoo.make("llama", num_hidden_layers=LAYERS), quantization=spec)
     sharded, offloaded = (fsdp_parts(model, gpus, cpu_offload=offload) for offload in (False, True))
     layers = [layer.plain + layer.codes for layer in model.weights.layers]
-    assert sum(model.weights.tensors) == sum(layers)
+    tensors = [tensor for layer in model.weights.tensors for tensor in layer]
+    assert sum(tensor.part(1) for tensor in tensors) == sum(layers)
     assert sharded.weights - offloaded.weights == pytest.approx(sum(layers) / gpus, abs=1)
     copied = offloaded.gathered - sharded.gathered  # the part of the layer that is fetched
     assert copied == pytest.approx(max(layers) / gpus, abs=1)
     assert sharded.total(0) - offloaded.total(0) == sharded.weights - offloaded.weights - copied
     # Page-locked memory comes in powers of two.
-    assert sum(layers) / gpus <= offloaded.in_host < 2 * sum(layers) / gpus + 2 * len(model.weights.tensors)
+    assert sum(layers) / gpus <= offloaded.in_host < 2 * sum(layers) / gpus + 2 * len(tensors)
     assert offloaded.constants == sharded.constants
+
+
+def part_of_first(parameter: nn.Parameter, gpus: int) -> int:
+    """Return the bytes in bf16 of the rows that torch gives the first of `gpus`: FSDP2 fills the others up to them."""
+    return 2 * torch.chunk(parameter, gpus)[0].numel()
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 8, 16, 100])
+@pytest.mark.parametrize("family", ["llama", "qwen2-moe"])
+def test_parts_are_of_whole_rows_as_torch_splits_them(family: str, gpus: int):
+    """Of stacked experts a row is an expert: with 16 GPUs, each has a whole one of 4, and gathers 16."""
+    model = checkpoints.skeleton_of(config_of(FAMILIES[family]))
+    of_layers = [[part_of_first(p, gpus) for p in layer.parameters()] for layer in text_layers(model).values()]
+    weights = stored_weights(model, dtype=torch.bfloat16, quantization=None)
+    memory = memory_of()._replace(weights=weights)
+    sharded, offloaded = (fsdp_parts(memory, gpus, cpu_offload=offload) for offload in (False, True))
+    assert sharded.weights == weights.outside.total + sum(map(sum, of_layers))
+    assert sharded.gathered == 2 * gpus * max(map(sum, of_layers))
+    assert offloaded.gathered == sharded.gathered + max(map(sum, of_layers))
+    assert offloaded.in_host == sum(1 << (part - 1).bit_length() for parts in of_layers for part in parts)
+    stacked = [tensor for tensor in weights.tensors[0] if tensor.number == 4]
+    assert bool(stacked) == (family == "qwen2-moe")
+    assert all(tensor.part(gpus) == tensor.size * max(1, 4 // gpus + (gpus == 3)) for tensor in stacked)
 
 
 def test_hsdp_spreads_the_layers_over_the_gpus_of_a_machine(memory: TrainingMemory):

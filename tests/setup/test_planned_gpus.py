@@ -7,9 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
+from lora_cli.errors import LoraError
 from lora_cli.model.gpu_plan import Form, Sharding, fsdp_parts, plan_strategies, step_bytes
 from lora_cli.model.memory import TrainingMemory
-from lora_cli.setup.planned_gpus import PlannedGpus, changes_that_help, host_bytes, planned_sharding
+from lora_cli.recipe.schema import Recipe
+from lora_cli.run.console import format_bytes
+from lora_cli.setup.planned_gpus import PlannedGpus, changes_that_help, check_planned, host_bytes, planned_sharding
 from tests.model.test_memory import memory_of
 from tests.support.checkpoints import skeleton_of
 
@@ -80,6 +83,55 @@ def test_more_gpus_are_told_where_they_help(memory: TrainingMemory):
     assert lines(memory, PlannedGpus(2, budget), quantization=object())[-1] == (
         "--gpus 4: it fits on 4 such GPUs with fsdp"
     )
+
+
+def test_more_gpus_are_told_with_the_strategy_that_they_need(memory: TrainingMemory):
+    budget = fsdp_parts(memory, 16).total(step_bytes(memory, ROW, ROW.tokens))
+    for number, strategy, expected in (
+        (8, "auto", "--gpus 16: it fits on 16 such GPUs with fsdp"),
+        (8, "hsdp", "distributed.strategy: fsdp, --gpus 16: it fits on 16 such GPUs with fsdp"),
+        (16, "hsdp", "distributed.strategy: fsdp: it fits on 16 such GPUs with fsdp"),
+        (8, "ddp", "distributed.strategy: fsdp, --gpus 16: it fits on 16 such GPUs with fsdp"),
+    ):
+        assert lines(memory, PlannedGpus(number, budget), quantization=object(), strategy=strategy)[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "distributed", "error", "hint"),
+    [
+        (1, {"strategy": "hsdp", "cpu_offload": True}, "cpu_offload: .* one process has nothing to shard", "several"),
+        (12, {"strategy": "hsdp"}, "^--gpus 12: .* hsdp needs .* with 8 GPUs$", "--gpus 8 or 16; or write strategy"),
+        (9, {"strategy": "hsdp", "cpu_offload": True}, "^--gpus 9: ", "--gpus 8 or 16"),
+        (1, {"strategy": "hsdp"}, None, None),
+        (6, {"strategy": "hsdp"}, None, None),
+        (24, {"strategy": "hsdp", "cpu_offload": True}, None, None),
+        (12, {"strategy": "fsdp", "cpu_offload": True}, None, None),
+    ],
+)
+def test_gpus_that_a_run_would_refuse_are_not_planned(
+    number: int, distributed: dict[str, Any], error: str | None, hint: str | None
+):
+    recipe = Recipe.model_validate(
+        {"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, "distributed": distributed}
+    )
+    if error is None or hint is None:
+        check_planned(recipe, PlannedGpus(number, 1 << 40))
+        return
+    with pytest.raises(LoraError, match=error) as raised:
+        check_planned(recipe, PlannedGpus(number, 1 << 40))
+    assert hint in str(raised.value.hint)
+
+
+def test_what_an_offload_gains_is_of_the_recipes_own_form(memory: TrainingMemory):
+    """`gradient_checkpointing: auto`, which is told too, does not belong to it."""
+    kept = ROW._replace(every=None, offload=False)
+    before, after = (
+        format_bytes(fsdp_parts(memory, 2, cpu_offload=offload).total(step_bytes(memory, kept, ROW.tokens)))
+        for offload in (False, True)
+    )
+    told = lines(memory, PlannedGpus(2, 1 << 30), quantization=object(), checkpointing=False)
+    (line,) = [line for line in told if "cpu_offload" in line]
+    assert f": {after} on a GPU instead of {before}, which " in line
 
 
 def test_host_memory_has_paged_state_and_inputs_that_wait(memory: TrainingMemory):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lora_cli.errors import LoraError
+from lora_cli.model.gpu_plan import offloaded_bytes
+from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import Recipe
 from lora_cli.setup import strategy
 from tests.model import zoo
@@ -87,8 +89,13 @@ def test_layers_in_host_memory_are_told_or_refused(choose: Any):
     assert re.fullmatch(
         r"set in the recipe; cpu_offload: [\d.]+ KiB of host memory for the layers of each process", chosen.why
     )
-    with pytest.raises(LoraError, match=r"^distributed\.cpu_offload: it needs .* each process, and 10 bytes is free"):
-        choose(free=10 / GIB, distributed=OFFLOAD)
+    with pytest.raises(LoraError, match=r"cpu_offload: it needs .* each process, and 700 MiB .* of the 700 MiB free"):
+        choose(free=700 / 1024, distributed=OFFLOAD)  # the layers would fit, but not the process with them
+    weights = stored_weights(zoo.make("llama"), dtype=torch.float32, quantization=None)
+    enough = (700 * 2**20 + offloaded_bytes(weights, 2)) / 0.9
+    assert choose(free=(enough + 1024) / GIB, distributed=OFFLOAD).name == "fsdp"
+    with pytest.raises(LoraError, match=r"which is more than 90% of the"):
+        choose(free=(enough - 1024) / GIB, distributed=OFFLOAD)
     with pytest.raises(LoraError, match=r"^distributed\.cpu_offload: .* one process has nothing to shard$"):
         choose(free=1, distributed=OFFLOAD, processes=1)
 

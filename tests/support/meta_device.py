@@ -27,6 +27,7 @@ class GpuPart(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()  # by the line of lora_cli that caused them
+        self.slow_copies: list[tuple[int, ...]] = []  # shapes of what was copied to the device while the host waited
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,8 +50,13 @@ class GpuPart(TorchDispatchMode):
             if source.is_meta and not target.is_meta:
                 self._count(func)
                 return target.copy_(_ones(source))
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+            if target.is_meta and not source.is_meta and not non_blocking:
+                self.slow_copies.append(tuple(source.shape))
             return func(*args, **kwargs)
         to = kwargs.get("device")
+        if not on_meta and to is not None and torch.device(to).type == "meta" and not kwargs.get("non_blocking"):
+            self.slow_copies.append(tuple(args[0].shape))
         if on_meta and to is not None and torch.device(to).type == "cpu":
             self._count(func)
             return func(_ones(args[0]), **kwargs)

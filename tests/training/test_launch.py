@@ -172,6 +172,13 @@ def test_a_start_that_a_worker_asks_for_takes_its_form_and_does_not_count(
     assert len(starts) == 1
 
 
+def test_a_worker_that_fails_in_the_form_that_it_got_asks_for_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The store has the form from the start: taken for a wish, it would start the workers again without end."""
+    monkeypatch.setattr(launch, "WORKER", (sys.executable, "-c", FAILING))
+    arguments = [str(tmp_path / "log"), "1", "9"]
+    assert launch.launch_workers(2, arguments, form={"every": 4}) == launch.Outcome(1, form=None)
+
+
 def test_a_signal_to_the_launcher_is_not_followed_by_a_restart(log: Path):
     def send() -> None:
         wait_until(log, 2)

@@ -229,6 +229,26 @@ def test_a_sharded_step_that_runs_out_names_the_next_rung(monkeypatch: pytest.Mo
     assert not isinstance(ended.value, StartAgain)
 
 
+@pytest.mark.parametrize(
+    ("rung", "reached"),
+    [
+        (Rung(4), True),
+        (Rung(1), True),
+        (Rung(1, offload=True), False),
+        (Rung(1, parts=2), False),
+        (Rung(parts=2), False),
+    ],
+)
+def test_a_key_is_told_where_a_run_that_has_it_begins_with_a_form_as_small(rung: Rung, reached: bool):
+    (first, *_) = all_rungs(setting=True, can_recompute=True, on_cpu=False, max_parts=8, parts_first=2)
+    ladder = all_rungs(setting="auto", can_recompute=True, on_cpu=False, max_parts=8)
+    assert (rung in ladder and ladder.index(first) >= ladder.index(rung)) is reached
+    hint = str(StartAgain("step 7", rung).hint)
+    assert "--max-restarts 8" in hint
+    assert ("gradient_checkpointing: true" in hint) is reached
+    assert ("data.max_length" in hint) is not reached
+
+
 def test_what_the_optimizer_will_take_is_held_in_the_rehearsal():
     plan, model = make_plan(), make_model()
     ladder = make_ladder(model, plan, reserve=10**16)

@@ -104,6 +104,29 @@ def test_machines_that_cannot_each_share_a_base_are_refused(
         process_group.shard_mesh(torch.device("cpu"), of_machine=True)
 
 
+def test_processes_that_do_not_know_their_machine_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """srun and mpirun set no LOCAL_WORLD_SIZE, and one machine of all processes would be fsdp over the network."""
+    gathered = []
+
+    def gather(values: list[Any]) -> list[Any]:
+        gathered.append(values)
+        return [*values, 2]
+
+    monkeypatch.setattr(process_group, "gather_object", gather)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(LoraError, match=r"hsdp .* LOCAL_WORLD_SIZE, .* is not set in 1 of 2 processes$") as raised:
+        process_group.shard_mesh(torch.device("cpu"), of_machine=True)
+    assert "set LOCAL_WORLD_SIZE to the number of processes on each machine" in str(raised.value.hint)
+    # The other one, which knows it, takes part in the same operation, and ends with the same error.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(process_group, "gather_object", lambda values: [0, *values])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with pytest.raises(LoraError, match=r"is not set in 1 of 2 processes$"):
+        process_group.shard_mesh(torch.device("cpu"), of_machine=True)
+
+
 # Of two processes, the second one works alone for a while, which is allowed, and then does WHAT.
 PAIR = """
 import os, signal, sys, time
