@@ -28,7 +28,7 @@ def test_quiet_keeps_warnings(capsys: pytest.CaptureFixture[str]):
         for line in ("note: one", "warning: two", "a message"):
             console.info(line)
         with console.step_progress(2) as progress:
-            progress.step(1, {"loss": "1"})
+            progress.step(1, {"loss": "1"}, loss=1.0)
             progress.info("note: three")
             progress.info("eval at step 1")
     finally:

@@ -84,14 +84,15 @@ def test_a_folder_that_vanishes_ends_the_command_in_one_line(
 
 def test_a_run_goes_on_without_its_base_and_its_cache(fresh: Callable[[], None], lora: Lora, finished_run: Path):
     from lora_cli.commands.train import Training
+    from lora_cli.training.tracking import Tracking
 
     fresh()
     take_steps = Training.take_steps
 
-    def without(self: Training, done: int) -> int:
+    def without(self: Training, done: int, trackers: Tracking) -> int:
         for path in ("base", "cache", "rows.jsonl", "runs/a"):
             remove(Path(path))
-        return take_steps(self, done)
+        return take_steps(self, done, trackers)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "take_steps", without)

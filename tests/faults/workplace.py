@@ -158,11 +158,17 @@ def _digest(path: Path) -> str:
             records = [json.loads(line) for line in data.splitlines()]
             own = ("seconds", "peak_memory")  # of each process
             data = json.dumps([{k: v for k, v in each.items() if k not in own} for each in records]).encode()
-    if path.name == "checksums.json":  # the log of a run has times, and the key of a cache entry has paths
+    if path.name == "manifest.json":
+        with suppress(ValueError, AttributeError):
+            started = ("command", "recipe_file")  # of the last start: with --resume, for example
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k not in started}).encode()
+    # The log of a run has times, its manifest the command, and the key of a cache entry has paths.
+    if path.name == "checksums.json":
         with suppress(ValueError, AttributeError, KeyError):
             record = json.loads(data)
             if record["kind"] in ("run", "cache entry"):
-                data = json.dumps({**record, "key": None, "files": {**record["files"], "metrics.jsonl": None}}).encode()
+                files = {**record["files"], "metrics.jsonl": None, "manifest.json": None}
+                data = json.dumps({**record, "key": None, "files": files}).encode()
     if path.parent.name.startswith("step-"):  # a checkpoint also records place, machine and changes of its run
         with suppress(ValueError, AttributeError, KeyError):
             if path.name == "state.json":

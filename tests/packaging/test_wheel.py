@@ -73,7 +73,7 @@ def test_the_source_distribution_has_what_the_wheel_is_built_from(built: Built):
 
 def check_no_paths_of_this_machine(contents: dict[str, bytes]) -> None:
     words = "|".join(re.escape(str(path)) for path in {ROOT, Path.home(), Path(sys.prefix)} if len(path.parts) > 1)
-    found = [name for name, data in contents.items() if re.search(rf"(?:{words})(?![\w.])".encode(), data)]
+    found = [name for name, data in contents.items() if re.search(rf"(?:{words})(?:/\w|[\"'\s]|$)".encode(), data)]
     assert found == []
 
 

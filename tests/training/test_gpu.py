@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -60,12 +62,16 @@ def nothing_deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nothing_deterministic")
 def test_deterministic_operations_are_requested_of_every_library(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(process_group, "Accelerator", lambda **_: torch.are_deterministic_algorithms_enabled())
+    def accelerator(**_: object) -> SimpleNamespace:
+        return SimpleNamespace(num_processes=1, deterministic=torch.are_deterministic_algorithms_enabled())
+
+    monkeypatch.setattr(process_group, "Accelerator", accelerator)
     monkeypatch.setattr(process_group, "set_up_cpu", lambda _: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert not process_group.join_processes(torch.device("cpu"), deterministic=True)  # the CPU's are anyway
-    assert not process_group.join_processes(torch.device("cuda"))
-    assert process_group.join_processes(torch.device("cuda"), deterministic=True)
+    join: Any = process_group.join_processes
+    assert not join(torch.device("cpu"), deterministic=True).deterministic  # the CPU's are anyway
+    assert not join(torch.device("cuda")).deterministic
+    assert join(torch.device("cuda"), deterministic=True).deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
 
