@@ -125,6 +125,10 @@ class _Reader:
         self.constants = _constants(tree)
         self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         self.datasets: set[str] = set()
+        self.evaluations: set[str] = set()  # names of rows that are not those of training
+        self.first_load = next(
+            (node for node in _walk(tree) if isinstance(node, ast.Call) and _name(node.func) == "load_dataset"), None
+        )
         self.assigned = {
             target.id: node.value
             for node in ast.walk(tree)
@@ -162,11 +166,7 @@ class _Reader:
         if name == "from_pretrained" and OTHER_MODELS.fullmatch(receiver):
             self.values.setdefault("trainer", receiver)
             self.places.setdefault("trainer", f"{self.file}:{call.lineno}")
-        if (
-            name == "from_pretrained"
-            and receiver.startswith("Peft")
-            and options.get("is_trainable", False) is not False
-        ):
+        if name == "from_pretrained" and "Peft" in receiver and options.get("is_trainable", False) is not False:
             name = "PeftModel"
         elif name not in CHANGES or (name == "add_special_tokens" and self._pads_only(call)):
             return
@@ -251,13 +251,39 @@ class _Reader:
         loads = any(_name(call.func) == "load_dataset" for call in calls)
         if not loads and not names & self.datasets:
             return
-        self.datasets |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        targets = {target.id for target in node.targets if isinstance(target, ast.Name)}
+        self.datasets |= targets
+        if self._is_evaluation(node.value):
+            self.evaluations |= targets
+        passed = [word.value for call in calls for word in call.keywords if word.arg == "eval_dataset"]
+        evaluated = {inner for each in passed for inner in ast.walk(each)}
         for call in calls:
             name = _name(call.func)
-            if name in DATASET_METHODS and isinstance(call.func, ast.Attribute):
+            if name == "select" and (call in evaluated or self._is_evaluation(call.func)):
+                self._repeat(name, call)
+            elif name in DATASET_METHODS and isinstance(call.func, ast.Attribute):
                 self._add_step(name, call)
             elif name in STANDARDIZE:
                 self.values.setdefault("dataset", {})[name] = True
+
+    def _is_evaluation(self, node: ast.AST) -> bool:
+        """Return whether rows are of another split, or of a second load_dataset: max_rows is for those of training."""
+        while not isinstance(node, ast.Name):
+            if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and node.slice.value != "train":
+                return True
+            if isinstance(node, ast.Call) and _name(node.func) == "load_dataset":
+                return node is not self.first_load
+            inner = getattr(node, "func", getattr(node, "value", None))
+            if not isinstance(inner, ast.AST):
+                return False
+            node = inner
+        return node.id in self.evaluations
+
+    def _repeat(self, name: str, call: ast.Call) -> None:
+        """Note a step that the recipe cannot have beside the first one."""
+        key = f"{name}, line {call.lineno}"
+        self.values[key] = Unreadable(ast.unparse(call))
+        self.places[key] = f"{self.file}:{call.lineno}"
 
     def _add_step(self, name: str, call: ast.Call) -> None:
         first = call.args[0] if call.args else None
@@ -267,8 +293,7 @@ class _Reader:
             value = self._value(first.args[0])
         steps = self.values.setdefault("dataset", {})
         if name == "select" and steps.get(name, value) != value:
-            self.values[f"select, line {call.lineno}"] = text
-            self.places[f"select, line {call.lineno}"] = f"{self.file}:{call.lineno}"
+            self._repeat(name, call)
             return
         steps[name] = value
         self.places[f"dataset.{name}"] = f"{self.file}:{call.lineno}"

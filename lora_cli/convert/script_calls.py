@@ -26,6 +26,7 @@ PADDING_COLLATORS = (
     "DataCollatorForSeq2Seq", "DataCollatorForLanguageModeling", "DataCollatorWithPadding", "default_data_collator",
     "DataCollatorWithFlattening", "DefaultDataCollator",
 )  # fmt: skip
+ONE_RUN = "the script does this twice, and a recipe is one run"
 ROWS_AS_STORED = "accepted: rows as they are stored"
 
 
@@ -40,7 +41,8 @@ def carry_script(draft: Draft) -> None:
         draft.carry("model", "model.path", config.get("model"))
     for key in config.values:
         if ", line " in key:
-            draft.refuse(key, "the script does this twice, and a recipe is one run; accepted: the first")
+            what = "max_rows is set once, for the rows of training" if key.startswith("select") else ONE_RUN
+            draft.refuse(key, f"{what}; accepted: the first")
     for name, reason in CALLS.items():
         draft.refuse(f"calls.{name}", reason)
     for key, _ in config.leaves():

@@ -55,7 +55,7 @@ def carry_tracking(draft: Draft) -> None:
     """Add the lines of trackers; carry them if the recipe's schema has a section for them."""
     config, fields = draft.config, section_fields()
     named = [SAME.get(name, name) for name in map(str, as_list(config.get("report_to")))]
-    wanted = [name for name in dict.fromkeys(named) if name in TRACKERS]
+    wanted: list[str] = [name for name in dict.fromkeys(named) if name in TRACKERS]
     others = ", ".join(name for name in named if name not in TRACKERS and name != "none")
     used = {"report_to"} if wanted else set()
     for key, tracker in {**SWITCHES, **PROJECTS}.items():
@@ -65,9 +65,10 @@ def carry_tracking(draft: Draft) -> None:
     wanted = [tracker for tracker in wanted if not _is_off(config, tracker)]
     if wanted and "to" in fields:
         for key in sorted(used):
-            tracker = {**SWITCHES, **PROJECTS}.get(key)
-            if tracker in (None, *wanted):
-                draft.carry(key, "tracking.to", wanted, f"{others}: {NO_TRACKER}" if others and tracker is None else "")
+            if key == "report_to":
+                draft.carry(key, "tracking.to", wanted, f"{others}: {NO_TRACKER}" if others else "")
+            elif {**SWITCHES, **PROJECTS}[key] in wanted:
+                draft.carry(key, "tracking.to", wanted)
         _carry_names(draft, wanted, fields)
         _carry_places(draft, wanted, fields)
     if others:

@@ -67,6 +67,21 @@ def test_rows_that_are_selected_twice_or_by_code(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        "few = ds['test'].select(range(9))",
+        "few = ds['test'].shuffle()\nfew = few.select(range(9))",
+        "trainer = Trainer(model, eval_dataset=ds.select(range(9)))",
+    ],
+)
+def test_rows_selected_for_evaluation_are_not_those_of_training(tmp_path: Path, more: str):
+    result = script(tmp_path, f"ds = ds.select(range(100))\n{more}")
+    assert any(key.startswith("select, line ") for key in result.to_accept())
+    assert "max_rows: 100\n" in result.text
+    assert "max_rows" not in script(tmp_path, more).text
+
+
+@pytest.mark.parametrize(
     ("command", "named"),
     [
         ("trl dpo --model_name_or_path a/b --dataset_name a/r --use_peft", "trl dpo"),
