@@ -27,7 +27,7 @@ def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Starts:
     monkeypatch.setattr(module, "load_inputs", lambda *_, **__: type("Inputs", (), {"template_date": None}))
     monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 0)
 
-    def start(_: int, arguments: list[str], **__: object) -> launch.Outcome:
+    def start(_: int, arguments: list[str], **options: Any) -> launch.Outcome:
         found.append(arguments)
         return launch.Outcome(1)
 
@@ -40,7 +40,7 @@ def begin(starts: Starts, monkeypatch: pytest.MonkeyPatch, *, at: int) -> None:
     launch_workers: Callable[[int, list[str]], launch.Outcome] = launch.launch_workers
 
     def start(processes: int, arguments: list[str], **options: Any) -> launch.Outcome:
-        outcome = launch_workers(processes, arguments, **options)
+        outcome = launch_workers(processes, arguments)
         if len(starts) == at + 1:
             Path("runs/a/recipe.yaml").unlink(missing_ok=True)
             Path("runs/a/recipe.yaml").write_text("a: 1")
