@@ -124,9 +124,18 @@ def handle_signals() -> Iterator[None]:
         _handled.clear()
 
 
+_launched = threading.Event()
+
+
+def is_launched() -> bool:
+    """Return whether this process is a worker that `lora` has launched."""
+    return _launched.is_set()
+
+
 def stop_with_launcher() -> None:
     """In a worker, let the end of the launcher act as SIGTERM: nobody else would end the worker."""
-    if os.environ.pop(LAUNCHED, None):
+    if os.environ.pop(LAUNCHED, None):  # the processes that it starts are no workers
+        _launched.set()
         threading.Thread(target=_wait_for_launcher, name="launcher", daemon=True).start()
 
 

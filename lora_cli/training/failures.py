@@ -3,7 +3,6 @@
 Without it, one failing process gives a traceback in every other one: of gloo, of NCCL, or of the store.
 """
 
-import os
 import sys
 import time
 from types import TracebackType
@@ -14,7 +13,7 @@ from lora_cli.errors import LoraError, first_line
 from lora_cli.run import console
 from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.print_error import print_error
-from lora_cli.run.signals import LAUNCHED, end_process, receive_signals
+from lora_cli.run.signals import end_process, is_launched, receive_signals
 from lora_cli.training.memory_ladder import StartAgain
 from lora_cli.training.peers import Failure, LostPeer, Peers, RunError
 
@@ -92,7 +91,7 @@ def _report(peers: Peers, error: Exception) -> None:
     if not isinstance(error, RunError):
         peers.record_failure(Failure(peers.rank, f"{own} failed: {text}", found.hint if found else None))
     is_first = peers.claim(text)
-    if is_first and isinstance(error, StartAgain) and LAUNCHED in os.environ:
+    if is_first and isinstance(error, StartAgain) and is_launched():
         console.info(f"{own}: {text}; all processes start again")
     elif is_first and found is not None:
         found.message = found.message if isinstance(found, RunError) else f"{own}: {found.message}"

@@ -99,7 +99,7 @@ def test_a_process_that_asks_for_another_start_is_told_once(
     launched: bool, peers: Peers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     if launched:
-        monkeypatch.setenv("LORA_LAUNCHED", "1")
+        monkeypatch.setattr(failures, "is_launched", lambda: True)
     text = "step 7 ran out of memory: every 2nd layer is recomputed from here on"
     for told in (True, False):  # another process of this machine has run out too
         with pytest.raises(SystemExit) as raised, failures.report_failures(peers):
