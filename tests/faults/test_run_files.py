@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.commands.train import Training
+from lora_cli.training.tracking import Tracking
 from tests.commands.conftest import CommandResult, Lora
 from tests.faults.damage import damages
 
@@ -141,9 +142,9 @@ def test_a_run_that_goes_on_has_no_checksums_of_its_end(trained_run: Path, lora:
     seen: list[bool] = []
     steps = Training.take_steps
 
-    def look(self: Training, done: int) -> int:
+    def look(self: Training, done: int, trackers: Tracking) -> int:
         seen.append((trained_run / "checksums.json").exists())
-        return steps(self, done)
+        return steps(self, done, trackers)
 
     monkeypatch.setattr(Training, "take_steps", look)
     assert lora("train", "recipe.yaml", "--resume").code == 0

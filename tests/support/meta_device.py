@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes import functional
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -18,6 +19,9 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 PROJECT = Path(__file__).resolve().parents[2] / "lora_cli"
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
+# bitsandbytes makes this table once a process, on the device of the first weight that it quantizes: a meta tensor would
+# be without values in all later tests.
+functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
 
 
