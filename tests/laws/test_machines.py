@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 ALL_CORES = os.sched_getaffinity(0)
 # A step of dropout on two processes; a checkpoint every few steps, so that a kill loses some.
-TRAINING = {"gradient_accumulation": 1, "eval_every": None, "save_every": 5, "max_steps": 400}
+TRAINING = {"gradient_accumulation": 1, "eval_every": None, "save_every": 5, "max_steps": 160}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -217,7 +217,7 @@ def test_a_machine_without_the_rows_or_the_checkpoint_is_named(
     recipe, checkpoints = workspace.recipe("two", **TRAINING), two / "checkpoints"
     started = [machines.start(at, recipe, "--resume", hidden=checkpoints if at else None) for at in range(2)]
     assert [process.wait(timeout=120) for process in started] == [1, 1]
-    message = "process 1 (machine-b) resumes from no checkpoint, process 0 (machine-a) from the checkpoint of step 400"
+    message = "process 1 (machine-b) resumes from no checkpoint, process 0 (machine-a) from the checkpoint of step 160"
     for at in range(2):
         assert machines.messages(at, recipe) == [f"{message} of {two}"]
         assert "on a disk that all machines share" in machines.log(at, recipe).read_text()
