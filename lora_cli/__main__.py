@@ -1,6 +1,8 @@
 """Entry point of `lora` and of `python -m lora_cli`: signals are handled before the slow imports begin."""
 
+import atexit
 import gc
+import os
 import signal
 import sys
 
@@ -10,6 +12,7 @@ def main() -> None:
     if sys.platform == "win32":
         sys.stderr.write("error: lora runs on Linux and macOS; on Windows, use it in WSL\n")
         sys.exit(2)
+    atexit.register(_hide_leaks)  # before those of libraries, so that it is called after them
     from lora_cli.run.openmp import limit_spinning, read_cpu_times
 
     started = read_cpu_times()
@@ -26,12 +29,14 @@ def main() -> None:
         try:
             cli.main()
         finally:
-            # At its end, Python would search the objects of all libraries for garbage: 1.5 s. Triton's, if they are
-            # left out, are reported on stderr as leaked.
-            if "triton" in sys.modules:
-                gc.unfreeze()
-            else:
-                gc.freeze()
+            # At its end, Python would search the objects of all libraries for garbage: 1.5 s.
+            gc.freeze()
+
+
+def _hide_leaks() -> None:
+    """Hide what Triton writes to stderr as the last thing of the process: that its objects were left out of that."""
+    if "triton" in sys.modules:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ def env(json: Json = None) -> None:
     from lora_cli.commands import env as command
 
     check_json_file(json)
-    with console.loading_libraries():
+    with console.loading_message():
         report = command.collect()
     command.show(report)
     write_record(json, report)

@@ -92,6 +92,7 @@ class ChildProcess:
         self._errors = errors
         self._child: _Child | None = None
         self._open = False  # a request has results that nobody has read
+        self._has_frozen = False  # the objects of this process, until the child ends
 
     def call(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """Return what `function` returns in the child; function, arguments and result must be picklable.
@@ -124,7 +125,9 @@ class ChildProcess:
             child.process.kill()
             child.process.join()
             child.results.close()
-            gc.unfreeze()
+            if self._has_frozen:
+                gc.unfreeze()
+                self._has_frozen = False
 
     def _started(self) -> "_Child":
         if self._child is None or self._child.owner != os.getpid():
@@ -136,7 +139,9 @@ class ChildProcess:
             process = context.Process(target=_serve, args=arguments, daemon=True)
             # The garbage collector writes into every object that it looks at, and the two processes share each page
             # of memory until one writes into it: without this, the first collection would copy 100 MB.
-            gc.freeze()
+            if gc.get_freeze_count() == 0:  # else the objects of the libraries are frozen, see `quick_imports`
+                gc.freeze()
+                self._has_frozen = True
             process.start()
             os.close(its_requests)
             os.close(its_results)

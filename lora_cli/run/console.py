@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lora_cli.run.quick_imports import quick_imports
 from lora_cli.run.signals import at_end
 from lora_cli.run.sparkline import sparkline
 
@@ -72,6 +73,13 @@ def no_output(_: str) -> None:
 
 @contextmanager
 def loading_libraries() -> Iterator[None]:
+    """Within the block, import libraries quickly, and say so on a terminal."""
+    with loading_message(), quick_imports():
+        yield
+
+
+@contextmanager
+def loading_message() -> Iterator[None]:
     """Within the block, say on a terminal that libraries are imported, which takes seconds; the line is removed."""
     if quiet or not err.is_terminal or err.is_dumb_terminal or os.environ.get("LOCAL_RANK", "0") != "0":
         yield

@@ -30,6 +30,7 @@ from lora_cli.recipe.tracking_section import TrackerName, TrackingSpec
 from lora_cli.run import atomic
 from lora_cli.run.folder import RunFolder
 from lora_cli.run.metrics_log import MetricsFollower
+from lora_cli.run.quick_imports import quick_imports
 from lora_cli.run.redact import redact_text, redact_values, without_private
 from lora_cli.run.signals import SIGNALS
 
@@ -123,7 +124,8 @@ class Sender:
 
     def __init__(self, request: Mapping[str, Any], report: Callable[..., None]) -> None:
         """`request` is that of `training/tracking.py`; `report` tells the training process of an event."""
-        from lora_cli.training import trackers  # torch and Accelerate: seconds, in which signals are ignored already
+        with quick_imports():  # of torch and Accelerate: seconds, in which signals are ignored already
+            from lora_cli.training import trackers
 
         self._trackers = trackers
         run = RunFolder(Path(request["run"]), -1)

@@ -71,13 +71,25 @@ def test_the_hubs_telemetry_is_off(hub: tuple[dict[str, str], list[tuple[str, st
     assert sent, "the request that the first process did not make"
 
 
+# Prints at its end what was imported beside what the command uses, and how often garbage was collected.
+LISTING_LORA = """
+import atexit, gc, sys
+unused = {"torch._inductor.compile_fx", "networkx", "pandas", "sklearn", "datasets"}
+atexit.register(lambda: print(*sorted(unused & sys.modules.keys()), gc.get_stats()[0]["collections"]))
+from lora_cli.__main__ import main
+main()
+"""
+
+
 @pytest.mark.slow
-def test_a_command_makes_no_request_of_telemetry(hub: tuple[dict[str, str], list[tuple[str, str]]], tmp_path: Path):
+def test_a_command_makes_no_request_of_telemetry_and_imports_what_it_uses(
+    hub: tuple[dict[str, str], list[tuple[str, str]]], tmp_path: Path
+):
     environment, seen = hub
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a row"}) + "\n")
     recipe = {"model": {"path": "org/name"}, "data": {"train": "rows.jsonl"}, "output": "run"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "lora_cli", "check", "recipe.yaml"]
+    command = [sys.executable, "-c", LISTING_LORA, "check", "recipe.yaml"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert seen, "the model is looked for"
@@ -85,6 +97,8 @@ def test_a_command_makes_no_request_of_telemetry(hub: tuple[dict[str, str], list
     of_transformers = [agent for _, agent in seen if "transformers/" in agent]
     assert of_transformers, seen
     assert all("telemetry/off" in agent and "; agent/" not in agent for agent in of_transformers), seen
+    assert int(done.stdout) < 300, "collections; more than 1,000 without `quick_imports`"
+    assert "leaked" not in done.stderr, "what Triton says of objects that are left at the end"
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch):
