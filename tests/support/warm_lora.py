@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from lora_cli.__main__ import main
+from lora_cli.run.quick_imports import quick_imports
 from lora_cli.run.signals import SIGNALS
 
 COMMANDS = (
@@ -157,8 +158,9 @@ def become_lora(request: dict[str, Any]) -> None:
 def _import_libraries() -> None:
     from importlib import import_module
 
-    for name in COMMANDS:
-        import_module(f"lora_cli.commands.{name}")
+    with quick_imports():
+        for name in COMMANDS:
+            import_module(f"lora_cli.commands.{name}")
     # As on a machine with one core, so that sums are rounded in the same way as in the tests.
     os.sched_getaffinity = lambda _: {0}  # type: ignore[assignment]
     with suppress(ImportError):
