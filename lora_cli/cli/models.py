@@ -20,6 +20,7 @@ from lora_cli.cli.options import (
     write_record,
 )
 from lora_cli.errors import LoraError
+from lora_cli.model.model_path import check_model_path
 from lora_cli.run import console
 from lora_cli.run.output_path import check_output_path, reserve_output_path
 from lora_cli.setup.adapter_folders import find_adapter, find_chat_adapters
@@ -76,6 +77,7 @@ def merge(
     check_choice("--verify", verify, *VERIFY_MERGE)
     with reserve_output_path(out):
         check_output_path(out, inputs=[find_adapter(adapter)], replace=force, command="merge")
+        _check_base(base)
         with console.loading_libraries():
             from lora_cli.commands import merge as command
 
@@ -156,6 +158,7 @@ def export(
     with reserve_output_path(out):
         path = Path(os.path.expanduser(target))
         check_export_paths(out, path, find_exported_adapter(target), to=to, over=over, replace=force)
+        _check_base(base)
         with console.loading_libraries():
             from lora_cli.commands import export as command
 
@@ -192,9 +195,15 @@ def chat(
     other_base: OtherBase = False,
 ) -> None:
     """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""
-    find_chat_adapters(target, adapters or [])  # a mistake is reported before the import
+    find_chat_adapters(target, adapters or [])  # mistakes are reported before the import
+    _check_base(base)
     with console.loading_libraries():
         from lora_cli.commands import chat as command
 
     options = command.ChatOptions(temperature, max_new_tokens, system, seed)
     command.chat(target, adapters=adapters or [], base_path=base, options=options, other_base=other_base)
+
+
+def _check_base(base: str | None) -> None:
+    if base is not None:
+        check_model_path(base)

@@ -33,19 +33,23 @@ def check(
 ) -> None:
     """Validate a recipe: rows, label mask, target modules and memory, without loading weights."""
     from lora_cli.recipe.load import load_recipe
+    from lora_cli.setup.missing_files import check_inputs_exist
 
     check_json_file(json)
     size = None if budget is None else parse_size(budget, option="--budget", example="80GB")
     if no_model and (gpus is not None or size is not None):
         raise LoraError("--gpus and --budget plan the model's memory", hint="leave out --no-model")
     loaded = load_recipe(recipe, overrides or [])
+    if no_model:
+        from lora_cli.commands.check_without_model import check_without_model
+
+        write_record(json, check_without_model(loaded))
+        return
+    check_inputs_exist(loaded)
     with console.loading_libraries():
         from lora_cli.commands import check as command
 
-    if no_model:
-        write_record(json, command.check_without_model(loaded))
-    else:
-        write_record(json, command.check(loaded, rows=rows, gpus=gpus, budget=size))
+    write_record(json, command.check(loaded, rows=rows, gpus=gpus, budget=size))
 
 
 @app.command(examples=["lora train recipe.yaml", "lora train recipe.yaml --resume --set training.epochs=3"])
@@ -63,12 +67,14 @@ def train(
 ) -> None:
     """Train an adapter, and verify the written files."""
     from lora_cli.recipe.load import load_recipe
+    from lora_cli.setup.missing_files import check_training_can_start
 
     check_json_file(json)
     settings = [*(overrides or [])]
     settings += [f"output={json_library.dumps(output)}"] if output else []
     settings += [f"distributed.processes={processes}"] if processes else []
     loaded = load_recipe(recipe, settings)
+    check_training_can_start(loaded, resume=resume, fresh=fresh)
     with console.loading_libraries():
         from lora_cli.commands.train import train as command
         from lora_cli.setup.run_summary import summarize_run
@@ -125,8 +131,13 @@ def evaluate(
     check_measurable(Path(target))
     if Path(target).is_file():
         from lora_cli.recipe.load import load_recipe
+        from lora_cli.setup.missing_files import check_inputs_exist
 
-        load_recipe(Path(target))  # a bad recipe is reported before the seconds that importing torch takes
+        check_inputs_exist(load_recipe(Path(target)), data=data)
+    elif data is not None:
+        from lora_cli.data.file_sources import check_local_path
+
+        check_local_path(data)
     with console.loading_libraries():
         from lora_cli.commands.evaluate import evaluate as command
         from lora_cli.evaluation.answers import GenerationOptions

@@ -1,7 +1,5 @@
 """`lora check`: validate a recipe against rows and model (label mask, target modules, memory) without weights."""
 
-import glob
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,13 @@ from torch import nn
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.dataset import show_mask
 from lora_cli.data.encoded_rows import Row
-from lora_cli.data.examples import check_rows
 from lora_cli.data.label_mask import IGNORE_INDEX
-from lora_cli.data.ledger import unread_lines
-from lora_cli.data.remote import is_url
 from lora_cli.data.token_text import token_texts
 from lora_cli.model import attach_adapter, continue_adapter, memory, target_modules
 from lora_cli.model.base_model import task_heads
 from lora_cli.model.gpu_plan import Form, StrategyPlan, plan_strategies
 from lora_cli.model.quantize import check_cpu_widths
-from lora_cli.recipe.schema import Recipe, SourceSpec
+from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
 from lora_cli.run.disk_space import free_bytes
 from lora_cli.run.redact import redact_path
@@ -43,7 +38,7 @@ from lora_cli.setup.planned_gpus import (
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
 from lora_cli.setup.strategy import choose_strategy, planned_strategy, sharding_obstacle
-from lora_cli.setup.tracked_run import check_trackers_installed, describe_tracking
+from lora_cli.setup.tracked_run import describe_tracking
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
     adapter_context,
@@ -267,40 +262,6 @@ def _print_disk(recipe: Recipe, model: nn.Module, *, base: Path, optimizer: str,
     if free is not None and needed > free:
         console.out.print(f"  more than is free: {SMALLER}")
     return {"bytes": needed, "free_bytes": free}
-
-
-def check_without_model(recipe: Recipe) -> dict[str, Any]:
-    """Read the recipe's local rows in their format, without tokenizer or model; print and return what was read.
-
-    Raises:
-        LoraError: a tracker is not installed, or rows cannot be read.
-    """
-    check_trackers_installed(recipe.tracking)
-    for line in describe_tracking(recipe):
-        console.out.print(line)
-    local: dict[str, list[SourceSpec]] = {"train": [], "eval": []}
-    elsewhere: list[str] = []
-    read: list[dict[str, Any]] = []
-    for side, value in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        specs = [SourceSpec(path=value)] if isinstance(value, str) else value if isinstance(value, list) else []
-        for spec in specs:
-            if os.path.lexists(spec.path) or (glob.has_magic(spec.path) and not is_url(spec.path)):
-                local[side].append(spec)
-            else:
-                elsewhere.append(redact_path(spec.path))
-                console.out.print(f"{spec.path}: not on this machine, so its rows were not read")
-    if any(local.values()):
-        data = recipe.data.model_copy(update=local)
-        for source in check_rows(data, recipe.task, console.info, complete=not elsewhere):
-            bad = "".join(f", {count:,} skipped: {reason}" for reason, count in source.bad.items())
-            read.append({"source": source.source, "rows": source.read, "format": source.format, "skipped": source.bad})
-            console.out.print(f"{source.source}: {source.read:,} rows of format {source.format}{bad}")
-            for note in source.notes:
-                console.out.print(f"  {note}")
-            for line in unread_lines(source.unread_columns, source.unread_keys):
-                console.out.print(f"  {line}")
-    console.out.print("ok: the recipe is valid; model, labels and memory were not checked")
-    return {"sources": read, "not_read": elsewhere}
 
 
 def _row_text(row: Row, inputs: RunInputs, recipe: Recipe) -> Text:

@@ -18,8 +18,8 @@ from lora_cli.data.readers import parse_json_field
 from lora_cli.data.records import MAX_FINDINGS, BadRow, Finding, Record, findings_error
 from lora_cli.data.row_kinds import check_media, check_row_kind, is_empty
 from lora_cli.data.row_size import check_size
+from lora_cli.data.row_variables import KWARGS_COLUMN, row_variables
 from lora_cli.data.sources import DataSource
-from lora_cli.data.template_variables import KWARGS_COLUMN, row_variables
 from lora_cli.data.turns import TurnOptions
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import DataSpec

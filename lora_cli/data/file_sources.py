@@ -213,6 +213,21 @@ def _to_data_file(item: _Listed, spec: SourceSpec) -> DataFile:
     return file
 
 
+def check_local_path(text: str) -> None:
+    """Check that a path on this machine is there; URLs, and names that can be those of hub datasets, are not checked.
+
+    Raises:
+        LoraError: there is no such file or folder, or a pattern matches none.
+    """
+    path = Path(os.path.expanduser(text))
+    if remote.is_url(text) or os.path.lexists(path):
+        return
+    if glob.has_magic(str(path)):
+        _glob(path)
+    elif looks_local(text):
+        raise missing_path_error(path)
+
+
 def looks_local(path: str) -> bool:
     """Return whether a path that does not exist was meant as a local path, not as the id of a hub dataset."""
     return (

@@ -15,12 +15,11 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 
-from lora_cli.data.readers import json_type, parse_json_field
 from lora_cli.data.records import BadRow
 from lora_cli.data.rendering import in_template_process
+from lora_cli.data.row_variables import KWARGS_COLUMN
 from lora_cli.errors import LoraError
 
-KWARGS_COLUMN = "chat_template_kwargs"  # of a row: its template variables, by the name that servers use
 # What transformers and servers pass to every template.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 FUNCTIONS = frozenset(
@@ -120,28 +119,6 @@ def _wrong_name(variables: Mapping[str, Any], sources: Sequence[str], template: 
         listed = f"it reads {', '.join(sorted(known))}" if known else "it reads no variables: remove it"
         return f"{template} reads no variable {name}", f"did you mean {close[0]}? {listed}" if close else listed
     return None
-
-
-def row_variables(value: object) -> dict[str, Any]:
-    """Return the template variables of a row's `chat_template_kwargs` column; nulls are not set.
-
-    Raises:
-        BadRow: the column is not an object.
-    """
-    if isinstance(value, BadRow):  # of a table
-        raise value
-    if isinstance(value, str):  # as in a table
-        value = parse_json_field(value, field=KWARGS_COLUMN) if value.strip() else None
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        problem = f'is {json_type(value)}, not an object such as {{"enable_thinking": false}}'
-        raise BadRow("wrong template variables", problem, field=KWARGS_COLUMN)
-    for name, each in value.items():
-        if isinstance(each, str) and each.lower() in ("true", "false"):
-            problem = f"is the text {each!r}, which a template reads as true: remove the quotes"
-            raise BadRow("wrong template variables", problem, field=f"{KWARGS_COLUMN}.{name}")
-    return {name: each for name, each in value.items() if each is not None}
 
 
 def with_defaults(source: str, variables: Mapping[str, Any]) -> str:

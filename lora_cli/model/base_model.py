@@ -21,9 +21,9 @@ from lora_cli.data.class_labels import ClassLabels
 from lora_cli.errors import LoraError
 from lora_cli.model import finite, gguf_base, prequantized
 from lora_cli.model.build_limits import check_parameters, limited_modules, stored_parameters
-from lora_cli.model.config_file import CONFIG_FILE
 from lora_cli.model.library_errors import library_errors
 from lora_cli.model.mapped_weights import copy_mapped_weights
+from lora_cli.model.model_path import CONFIG_FILE
 from lora_cli.model.model_source import ModelSource, cached_folder, load_config, restore_hint, stored_tensors
 from lora_cli.model.quantize import bnb_config, check_cpu_4bit, is_quantized, prepare_for_kbit_training
 from lora_cli.model.safetensors_header import has_safetensors, read_headers

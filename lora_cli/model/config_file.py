@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 from lora_cli.errors import LoraError
 from lora_cli.run.read_file import as_json, printable, read_json_object
 
-CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_LAYERS = 1000  # a config may have more only if the checkpoint has as many tensors
 MAX_SIZE = 2**31  # of a dimension: of all sizes in use, vocabularies are the largest, some 10^5

@@ -20,15 +20,14 @@ from lora_cli.data.check_template import check_tokenizer_templates
 from lora_cli.errors import LoraError
 from lora_cli.model import config_file, gguf_base, tokenizer_files
 from lora_cli.model.library_errors import library_errors
+from lora_cli.model.model_path import CONFIG_FILE, check_model_path
 from lora_cli.model.safetensors_header import StoredTensor, check_weights_are_floats, has_safetensors, read_headers
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run.cache_folder import cache_folder
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, read_checksums
 from lora_cli.run.console import format_bytes
-from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from lora_cli.run.folder import is_path
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
-from lora_cli.run.read_file import RESTORE, describe_kind, open_regular, read_json_object
+from lora_cli.run.read_file import RESTORE, open_regular, read_json_object
 
 Info = Callable[[str], None]
 
@@ -62,11 +61,10 @@ def find_model(
         LoraError: a local path does not exist or is not a model, a GGUF file cannot be read or stay packed, or the hub
             does not answer.
     """
+    check_model_path(spec.path)
     trust = spec.trust_remote_code
     path = Path(os.path.expanduser(spec.path))
     if path.suffix == ".gguf":
-        if not os.path.lexists(path):
-            raise LoraError(f"model.path: there is no file {spec.path}", hint=_suggest_path(path))
         gguf_base.check_gguf_file(path)
         packed = gguf_base.choose_packed(spec.gguf, path, device=device, info=info)
         folder = gguf_base.unpack_gguf(
@@ -74,24 +72,9 @@ def find_model(
         )
         return ModelSource(str(folder), trust, gguf_file=path, packed=packed)
     if path.is_dir():
-        is_adapter = os.path.lexists(path / ADAPTER_CONFIG_FILE)
-        if not os.path.lexists(path / config_file.CONFIG_FILE):  # a link to nothing is named where the file is read
-            hint = "model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id"
-            if is_adapter:
-                hint = "this is an adapter: give the base model it was trained on"
-            raise LoraError(f"model.path: {spec.path} has no config.json", hint=hint)
-        if is_adapter:  # transformers would load the adapter too, and merge and export would not
-            raise LoraError(
-                f"model.path: {spec.path} is a model and an adapter: it has config.json and {ADAPTER_CONFIG_FILE}",
-                hint="move the files of one of them to another folder",
-            )
         # Of several processes, one reads all weights twice.
         _check_own_model(path, weights=weights and os.environ.get("RANK", "0") == "0", info=info)
         return ModelSource(str(path), trust)
-    if os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
-        raise LoraError(f"model.path: {spec.path} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
-    if is_path(spec.path):
-        raise LoraError(f"model.path: there is no folder {spec.path}", hint=_suggest_path(path))
     return _find_on_hub(spec, info)
 
 
@@ -125,21 +108,13 @@ def _find_on_hub(spec: ModelSpec, info: Info) -> ModelSource:
     return source
 
 
-def _suggest_path(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either; model.path accepts a .gguf file, a folder or a hub id"
-    names = sorted(p.name for p in path.parent.glob("*"))
-    listed = ", ".join(names[:5]) or "nothing"
-    return f"{path.parent} contains {listed}; model.path accepts a .gguf file, a folder or a hub id"
-
-
 def load_config(source: ModelSource) -> PretrainedConfig:
     """Load the model's configuration.
 
     Raises:
         LoraError: it or the headers of the weights are damaged, or transformers does not know the architecture.
     """
-    name, hint = config_file.CONFIG_FILE, restore_hint(source)
+    name, hint = CONFIG_FILE, restore_hint(source)
     file = Path(source.path, name)
     if not Path(source.path).is_dir():
         with library_errors(source.path):
@@ -234,7 +209,7 @@ def cached_folder(source: ModelSource) -> Path | None:
         return Path(source.path)
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(source.path, config_file.CONFIG_FILE, revision=source.revision or "main")
+    file = try_to_load_from_cache(source.path, CONFIG_FILE, revision=source.revision or "main")
     return Path(file).parent if isinstance(file, str) else None
 
 

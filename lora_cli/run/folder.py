@@ -139,11 +139,8 @@ def open_run(
         LoraError: the folder cannot be written, is locked, contains files of something else or links in place of the
             run's files, contains a run without `resume` or `fresh`, or contains no run to resume.
     """
-    if resume and fresh:
-        raise LoraError("--resume and --fresh are both set", hint="keep one")
     path = Path(output)
-    if resume and not path.is_dir():  # before it is created
-        raise LoraError(f"{path} contains no run to resume", hint=NO_RUN)
+    _check_request(path, resume=resume, fresh=fresh)  # before it is created
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Before the lock file is created, so that a folder with other files stays unchanged.
@@ -163,13 +160,48 @@ def open_run(
     return run
 
 
+def check_start(output: str | Path, *, resume: bool, fresh: bool) -> None:
+    """Raise what `open_run` would, as far as that shows without the lock of the folder; nothing is written.
+
+    Raises:
+        LoraError: `output` contains a run without `resume` or `fresh`, or no run to resume.
+    """
+    path = Path(output)
+    _check_request(path, resume=resume, fresh=fresh)
+    if resume or fresh or not os.path.isdir(path):  # False for a name that is too long
+        return
+    if user_of_run(path) is None and not _unfinished_moves(path) and _run_files(path) and is_run(path):
+        raise _contains_run(path)
+
+
+def _check_request(path: Path, *, resume: bool, fresh: bool) -> None:
+    if resume and fresh:
+        raise LoraError("--resume and --fresh are both set", hint="keep one")
+    if resume and not os.path.isdir(path):
+        raise LoraError(f"{path} contains no run to resume", hint=NO_RUN)
+
+
+def _contains_run(path: Path) -> LoraError:
+    hint = "--resume continues it, --fresh moves it aside and starts again; or set another output"
+    return LoraError(f"{path} contains a run already", hint=hint)
+
+
+def _unfinished_moves(path: Path) -> list[Path]:
+    """Return the markers of moves to folders of earlier runs that a kill has stopped."""
+    return list(path.glob(f"{EARLIER.format('*')}/{MOVING}"))
+
+
+def _run_files(path: Path) -> list[str]:
+    return [name for name in RUN_FILES if os.path.lexists(path / name)]
+
+
 def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
     for folder in (run.path, run.checkpoints):
         remove_leftovers(folder)
-    for marker in run.path.glob(f"{EARLIER.format('*')}/{MOVING}"):  # a kill has stopped --fresh
+    for marker in _unfinished_moves(run.path):
         if not marker.parent.is_symlink():
             _complete_move(marker.parent)
-    existing = [name for name in RUN_FILES if os.path.lexists(run.path / name)]
+    existing = _run_files(run.path)
     for name in existing if not fresh else ():
         # Writing through a link would change files outside the run.
         if (run.path / name).is_symlink():
@@ -179,8 +211,7 @@ def _prepare(run: RunFolder, *, resume: bool, fresh: bool) -> None:
             hint = "move it elsewhere: --resume goes on from the checkpoints that are left, or from the first step"
             raise LoraError(f"{run.path / name} is {describe_kind(run.path / name)}, not a folder", hint=hint)
     if existing and not (resume or fresh):
-        hint = "--resume continues it, --fresh moves it aside and starts again; or set another output"
-        raise LoraError(f"{run.path} contains a run already", hint=hint)
+        raise _contains_run(run.path)
     if resume and not existing:
         raise LoraError(f"{run.path} contains no run to resume", hint=NO_RUN)
     if fresh:

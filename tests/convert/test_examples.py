@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.commands.check import check_without_model
+from lora_cli.commands.check_without_model import check_without_model
 from lora_cli.convert.convert_config import Conversion, convert_config
 from lora_cli.convert.detect import detect_tool
 from lora_cli.convert.draft import Outcome

@@ -164,7 +164,7 @@ MODEL_MISTAKES = {
         {"model.path": "./bse"},
         [
             "error: model.path: there is no folder ./bse",
-            "hint: . contains base, recipe.yaml, rows.jsonl, runs; model.path accepts a .gguf file, a folder or a hub id",
+            "hint: . contains base, recipe.yaml, rows.jsonl; model.path accepts a .gguf file, a folder or a hub id",
         ],
     ),
     "no gguf file": Mistake(

@@ -119,29 +119,52 @@ def test_groups_have_quiet_and_verbose_before_the_command():
 LIGHT = """
 import sys
 from lora_cli.cli import main
+heavy = {"torch", "transformers", "datasets", "peft", "numpy", "pyarrow", "accelerate", "bitsandbytes", "pandas"}
 for words in WORDS:
     sys.argv = ["lora", *words]
     try:
         main()
     except SystemExit as end:
         print("ended", end.code or 0)
-heavy = {"torch", "transformers", "datasets", "peft", "numpy", "pyarrow", "accelerate", "bitsandbytes"}
-print("imported", *sorted(heavy & sys.modules.keys()))
+    print("imported", *sorted(heavy & sys.modules.keys()))
 """
 
 
-def test_help_versions_usage_errors_and_a_rejected_recipe_import_no_library(tmp_path: Path):
+def test_what_needs_no_library_is_answered_without(tmp_path: Path):
+    """Help, versions, usage errors, a rejected recipe, inputs and runs that are missing or there; rows need NumPy."""
     (tmp_path / "bad.yaml").write_text("model: {pth: x}\n")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 9)
+    for name, changes in {
+        "no_rows": "data: {train: none.jsonl}",
+        "no_model": "model: {path: ./none}",
+        "new": "",
+        "trained": "output: run",
+    }.items():
+        keys = {"model": "model: {path: org/name}", "data": "data: {train: rows.jsonl}", "output": "output: new"}
+        keys |= {changes.partition(":")[0]: changes}
+        (tmp_path / f"{name}.yaml").write_text("\n".join(keys.values()))
+    for name in (".lora-lock", "recipe.yaml", "adapter/adapter_config.json"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
     fine = [[], ["--version"], *[[*name.split(), "--help"] for name in COMMANDS], ["schema", "training"], ["methods"]]
-    wrong = [["trian"], ["train"], ["train", "bad.yaml"], ["train", "bad.yaml", "--lr", "1"], ["eval", "--json", "x"]]
-    script = LIGHT.replace("WORDS", repr([*fine, *wrong]))
+    wrong = [
+        *(["trian"], ["train"], ["train", "bad.yaml"], ["train", "bad.yaml", "--lr", "1"], ["eval", "--json", "x"]),
+        *([command, f"{name}.yaml"] for name in ("no_rows", "no_model") for command in ("check", "train", "eval")),
+        *(["train", "trained.yaml"], ["train", "new.yaml", "--resume"], ["eval", "run", "--data", "none.jsonl"]),
+        *(["merge", "run", "--out", "m", "--base", "./none"], ["chat", "run", "--base", "./none"]),
+        ["export", "run", "--to", "peft", "--out", "e", "--base", "./none"],
+    ]
+    script = LIGHT.replace("WORDS", repr([*fine, *wrong, ["check", "new.yaml", "--no-model"]]))
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])},
     )  # fmt: skip
     codes = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("ended")]
-    assert codes == ["2", *["0"] * (len(fine) - 1), *["2"] * len(wrong)], done.stderr
-    assert done.stdout.splitlines()[-1] == "imported"
+    assert codes == ["2", *["0"] * (len(fine) - 1), *["2"] * len(wrong), "0"], done.stderr
+    imported = [line for line in done.stdout.splitlines() if line.startswith("imported")]
+    assert imported == ["imported"] * len([*fine, *wrong]) + ["imported numpy"], done.stderr
+    missing = ("there is no folder ./none", "none.jsonl does not exist", "contains a run already", "no run to resume")
+    assert [done.stderr.count(message) for message in missing] == [6, 4, 1, 1]
 
 
 def processor_seconds(words: list[str], environment: dict[str, str], folder: Path) -> float:

@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.run.folder import LOCK, MOVING, open_run
+from lora_cli.run.folder import LOCK, MOVING, check_start, open_run
 from tests.support.workspaces import leave_workspace
 
 
@@ -215,3 +216,43 @@ def test_a_file_in_place_of_a_folder_of_the_run_is_named(name: str, tmp_path: Pa
     with pytest.raises(LoraError, match=f"{path / name} is a file, not a folder"):
         open_run(path, resume=True)
     open_run(path, fresh=True).close()
+
+
+def moving_run(path: Path) -> Path:
+    (make_run(path) / "earlier-1").mkdir()
+    (path / "earlier-1" / MOVING).touch()
+    return path
+
+
+def folder_of_a_user(path: Path) -> Path:
+    path.mkdir()
+    (path / "recipe.yaml").write_text("mine")
+    return path
+
+
+@pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("make", [Path, make_run, moving_run, folder_of_a_user, lambda path: path.with_name("a" * 300)])
+def test_what_is_checked_before_the_imports_is_what_opening_says(
+    make: Callable[[Path], Path], flags: tuple[bool, bool], tmp_path: Path
+):
+    resume, fresh = flags
+    path = make(tmp_path / "a")
+    before = sorted(tmp_path.rglob("*"))
+    early = late = ""
+    try:
+        check_start(path, resume=resume, fresh=fresh)
+    except LoraError as error:
+        early = error.message
+    assert sorted(tmp_path.rglob("*")) == before
+    try:
+        open_run(path, resume=resume, fresh=fresh).close()
+    except LoraError as error:
+        late = error.message
+    assert early in ("", late)
+    if make is make_run:
+        assert early == late
+
+
+def test_the_user_of_a_run_is_told_by_opening_it(tmp_path: Path):
+    with open_run(make_run(tmp_path / "a"), resume=True):
+        check_start(tmp_path / "a", resume=False, fresh=False)

@@ -1,0 +1,52 @@
+"""Check the path of a model on this machine: a folder with config.json, a .gguf file, or else a hub id. No torch."""
+
+import os
+from pathlib import Path
+
+from lora_cli.errors import LoraError
+from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from lora_cli.run.folder import is_path
+from lora_cli.run.read_file import describe_kind
+
+CONFIG_FILE = "config.json"  # of a model
+ACCEPTED = "model.path accepts a .gguf file, a folder or a hub id"
+
+
+def check_model_path(text: str) -> None:
+    """Check that there is a model at a path; what is no path on this machine can be a hub id, and is not checked.
+
+    Raises:
+        LoraError: there is nothing, or it is not a model.
+    """
+    path = Path(os.path.expanduser(text))
+    if path.suffix == ".gguf":
+        if not os.path.lexists(path):
+            raise LoraError(f"model.path: there is no file {text}", hint=_suggest_path(path))
+    elif path.is_dir():
+        _check_model_folder(path, text)
+    elif os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
+        raise LoraError(f"model.path: {text} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
+    elif is_path(text):
+        raise LoraError(f"model.path: there is no folder {text}", hint=_suggest_path(path))
+
+
+def _check_model_folder(path: Path, text: str) -> None:
+    is_adapter = os.path.lexists(path / ADAPTER_CONFIG_FILE)
+    if not os.path.lexists(path / CONFIG_FILE):  # a link to nothing is named where the file is read
+        hint = "model.path accepts a folder that save_pretrained wrote, a .gguf file or a hub id"
+        if is_adapter:
+            hint = "this is an adapter: give the base model it was trained on"
+        raise LoraError(f"model.path: {text} has no {CONFIG_FILE}", hint=hint)
+    if is_adapter:  # transformers would load the adapter too, and merge and export would not
+        raise LoraError(
+            f"model.path: {text} is a model and an adapter: it has {CONFIG_FILE} and {ADAPTER_CONFIG_FILE}",
+            hint="move the files of one of them to another folder",
+        )
+
+
+def _suggest_path(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either; {ACCEPTED}"
+    names = sorted(p.name for p in path.parent.glob("*"))
+    listed = ", ".join(names[:5]) or "nothing"
+    return f"{path.parent} contains {listed}; {ACCEPTED}"
