@@ -13,7 +13,7 @@ MISSING = object()  # a key that the config does not have, where null is a value
 
 
 class Unreadable(str):
-    """The text of an expression that only running the script would evaluate."""
+    """The text of a value that only the other tool would know: an expression of a script, `$NAME`, `!tag x`."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Config:
     values: Mapping[str, Any]  # nested, as the file has them
     kind: str = "config"  # config, script (Python) or command line
     places: Mapping[str, str] = field(default_factory=dict)  # "file:line" of a key
+    anchors: Mapping[str, str] = field(default_factory=dict)  # of keys whose value `*name` stands for elsewhere
     aliases: Mapping[str, list[str]] = field(default_factory=dict)  # of a script: `r` is at `get_peft_model.r`
     program: str = ""  # of a command line, or the library that a script imports
     facts: Mapping[str, str] = field(default_factory=dict)  # what a script does with its rows (python_script.py)
@@ -57,6 +58,12 @@ class Config:
     def is_written(self, key: str) -> bool:
         """Return whether the config has the key, also with a value that a script computes."""
         return self.raw(key, MISSING) is not MISSING
+
+    def anchor_above(self, key: str) -> str:
+        """Return the name of the anchor that a key is a part of, if the config uses it elsewhere; else nothing."""
+        return next(
+            (name for above, name in self.anchors.items() if f"{key}.".startswith((f"{above}.", f"{above}["))), ""
+        )
 
     def place(self, key: str) -> str:
         """Return where a key is written."""

@@ -127,7 +127,8 @@ class Draft:
 
     def missing(self, key: str, reason: str) -> None:
         """Note that a key which is needed is missing, or that something is not in the config at all."""
-        self.lines[key] = Line(key, None, Outcome.NOT_OFFERED, reason=reason)
+        if not isinstance(self.config.raw(key), Unreadable):  # of which `finish` says that it is not known
+            self.lines[key] = Line(key, None, Outcome.NOT_OFFERED, reason=reason)
 
     def extra(self, line: Line) -> None:
         """Add a line for a key of another file that the config names, such as dataset_info.json."""
@@ -156,10 +157,16 @@ class Draft:
             if self.has_line(key):
                 continue
             last = key.rpartition(".")[2]
-            if isinstance(value, Unreadable):
-                reason = "is computed by the script: write its value; accepted: as if it were not there"
+            names = {strip_indices(key), last} if self.config.kind == "script" else {strip_indices(key)}
+            anchor = self.config.anchor_above(key)
+            if anchor and not known & set(_sections(strip_indices(key))):
+                reason = f"is read where `*{anchor}` names it, if it is not replaced there"
+                self.lines[key] = Line(key, value, Outcome.NO_EFFECT, reason=reason)
+            elif isinstance(value, Unreadable):
+                why = "is computed by the script" if self.config.kind == "script" else "is not known here"
+                reason = f"{why}: write its value; accepted: as if it were not there"
                 self.lines[key] = Line(key, value, Outcome.NOT_OFFERED, reason=reason)
-            elif {key, last, strip_indices(key)} & known:
+            elif names & known:
                 if asks_for_nothing(value) or value in ([], {}):
                     reason = "not set" if value is None else "asks for nothing"
                     self.lines[key] = Line(key, value, Outcome.DEFAULT, reason=reason)
@@ -184,6 +191,12 @@ class Draft:
             return min(inside, default=len(order))
 
         return sorted(self.lines.values(), key=position)
+
+
+def _sections(key: str) -> list[str]:
+    """Return a dotted key, and those of the sections that it is in."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def strip_indices(key: str) -> str:
