@@ -1,7 +1,7 @@
 """axolotl: its configs, and what their keys become. No torch."""
 
 from lora_cli.convert.adapters import carry_lora_variant
-from lora_cli.convert.axolotl_data import carry_datasets
+from lora_cli.convert.axolotl_data import Kind, carry_datasets
 from lora_cli.convert.axolotl_keys import TABLE
 from lora_cli.convert.batches import Batches, carry_batches, carry_no_packing
 from lora_cli.convert.config import as_list
@@ -149,7 +149,7 @@ def _carry_quantization(draft: Draft) -> None:
 
 def _carry_rows(draft: Draft) -> None:
     config = draft.config
-    carry_datasets(draft)
+    kinds = carry_datasets(draft)
     packing = config.switch("sample_packing") or bool(config.get("pretraining_dataset"))
     if packing and draft.values.get("quantization.bits") == 8:
         packing = False
@@ -160,18 +160,7 @@ def _carry_rows(draft: Draft) -> None:
         draft.assume("data.max_length", 512)
     else:
         draft.carry("sequence_len", "data.max_length", length)
-    strategy = config.text("excess_length_strategy") or "drop"
-    ours = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(strategy)
-    if config.get("pretraining_dataset"):
-        draft.put("data.overlong", "split", "pretraining_dataset")
-        draft.no_effect("excess_length_strategy", "documents are split")
-    elif ours is None:
-        draft.refuse("excess_length_strategy", "rows are dropped, truncated or an error; accepted: dropped")
-        draft.put("data.overlong", "drop", "excess_length_strategy")
-    elif config.has("excess_length_strategy") and config.get("excess_length_strategy") is not None:
-        draft.carry("excess_length_strategy", "data.overlong", ours)
-    else:
-        draft.assume("data.overlong", "drop", "longer rows are dropped")
+    _carry_overlong(draft, kinds)
     if packing:
         attention = any(config.get(key) for key in ("flash_attention", "flex_attention", "attn_implementation"))
         leaks = "" if attention else "without attention between packed rows, unlike there without flash attention"
@@ -195,6 +184,29 @@ def _carry_rows(draft: Draft) -> None:
     if config.has("shuffle_merged_datasets") and config.switch("shuffle_merged_datasets", default=True):
         draft.same("shuffle_merged_datasets", "rows are shuffled over all sources")
     draft.refuse("shuffle_merged_datasets", "rows are shuffled over all sources; accepted: shuffled", always=True)
+
+
+def _carry_overlong(draft: Draft, kinds: list[Kind]) -> None:
+    """Carry what is done with rows that are too long: documents are cut into pieces, whatever the strategy."""
+    config = draft.config
+    key, to = "excess_length_strategy", "data.overlong"
+    documents = [kind for kind in kinds if kind.is_document]
+    if documents and documents == kinds:
+        draft.put(to, "split", f"type {documents[0].name}: long documents are cut into pieces")
+        draft.no_effect(key, "documents are split")
+        return
+    if documents:
+        reason = "long documents are split there, and beside other sources they are not here; accepted: as other rows"
+        draft.missing(f"datasets: long rows of type {documents[0].name}", reason)
+    strategy = config.text(key) or "drop"
+    ours = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(strategy)
+    if ours is None:
+        draft.refuse(key, "rows are dropped, truncated or an error; accepted: dropped")
+        draft.put(to, "drop", key)
+    elif config.get(key) is not None:
+        draft.carry(key, to, ours)
+    else:
+        draft.assume(to, "drop", "longer rows are dropped")
 
 
 def _carry_batches(draft: Draft, *, packing: bool, length: int) -> None:

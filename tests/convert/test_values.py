@@ -43,7 +43,7 @@ def source(**entry: Any) -> dict[str, Any]:
         ({"type": "sharegpt", "conversation": "chatml"}, {"format": "sharegpt"}),
         (
             {"type": "alpaca_w_system.load_open_orca"},
-            {"columns": {"instruction": "question", "output": "response", "system": "system_prompt"}},
+            {"columns": {"instruction": "question", "input": None, "output": "response", "system": "system_prompt"}},
         ),
         ({"type": "chat_template", "field_messages": "talk"}, {"columns": {"messages": "talk"}}),
         (
@@ -59,7 +59,7 @@ def source(**entry: Any) -> dict[str, Any]:
         ({"ds_type": "json", "split": "train", "type": "chat_template"}, {"path": "rows.jsonl"}),
         (
             {"type": {"field_instruction": "q", "field_output": "a", "format": "{instruction}"}},
-            {"format": "alpaca", "columns": {"instruction": "q", "output": "a"}},
+            {"format": "alpaca", "columns": {"instruction": "q", "input": None, "output": "a", "system": None}},
         ),
     ],
 )
@@ -75,7 +75,6 @@ def test_datasets_of_axolotl(entry: dict[str, Any], expected: dict[str, Any]):
         ({"type": "chat_template", "train_on_eos": "last"}, "train_on_eos"),
         ({"type": "chat_template", "shards": 4}, "shards"),
         ({"type": "chat_template", "split": "train[:20%]"}, "split"),
-        ({"type": {"field_instruction": "q", "format": "Q: {instruction}"}}, "type.format"),
         ({"type": "chat_template", "chat_templte": "chatml"}, "chat_templte"),
     ],
 )
@@ -127,11 +126,9 @@ def test_rows_of_the_type_alpaca_are_written_without_the_chat_template():
     assert refused("axolotl", datasets=mixed, chat_template="llama3") == ["datasets: type alpaca"]
 
 
-def test_types_of_alpaca_with_other_words_around_the_fields():
+def test_types_of_alpaca_in_chatml():
     chatml = {"path": "r", "type": "alpaca_w_system.load_open_orca_chatml"}
     assert convert("axolotl", datasets=[chatml]).data.chat_template == "chatml"
-    for name in ("alpaca_chat.load_qa", "alpaca:chat", "alpaca_chat"):
-        assert refused("axolotl", datasets=[{"path": "r", "type": name}]) == ["datasets[0].type"]
 
 
 def test_a_template_of_another_family_is_not_offered():
