@@ -224,7 +224,8 @@ def _carry_batches(draft: Draft, *, packing: bool, length: int) -> None:
 def _carry_training(draft: Draft) -> None:
     config = draft.config
     carry_output(draft, "output_dir")
-    carry_steps(draft, epochs="num_epochs", max_steps="max_steps", default=1.0)
+    shorter = "up to version 0.9, axolotl ends after num_epochs, if that is earlier"
+    carry_steps(draft, epochs="num_epochs", max_steps="max_steps", default=1.0, note=shorter)
     rate = config.number("learning_rate")
     if rate is None:
         draft.missing("learning_rate", "is not set, and axolotl has no default; accepted: 2e-4")
@@ -246,17 +247,47 @@ def _carry_training(draft: Draft) -> None:
         if (alpha := positive(config.number(key))) is not None:
             draft.carry(key, "training.neftune_alpha", float(alpha))
     _carry_moments(draft)
-    carry_checkpoints(draft)
+    needed = carry_checkpoints(draft, best=_carry_best(draft))
     for key, to in (("evals_per_epoch", "training.eval_every"), ("saves_per_epoch", "training.save_every")):
         if config.get(key) is not None and not positive(config.get(key)):
             draft.carry(key, to, None)
-        elif positive(config.get(key)) and "eval" in key and draft.values.get("training.stop_after"):
-            draft.no_effect(key, f"{to} counts steps: write those between evaluations, which stop_after counts")
+        elif needed and "eval" in key:
+            reason = f"evaluations decide which step is kept, and {to} counts steps: write it; accepted: every 100"
+            draft.refuse(key, reason)
         else:
             draft.no_effect(key, f"{to} counts steps; its default is 100")
     carry_tracking(draft)
     if as_list(config.get("activation_offloading")):
         draft.no_effect("activation_offloading", HARDWARE)
+
+
+def _carry_best(draft: Draft) -> bool:
+    """Carry whether the best step is kept: only with rows to evaluate, at each step that is saved."""
+    config, key = draft.config, "load_best_model_at_end"
+    if not config.switch(key) and not positive(config.number("early_stopping_patience")):
+        draft.same(key, "asks for nothing")
+        return False
+    rows = positive(config.number("val_set_size")) or config.get("test_datasets")
+    saved, evaluated = (_share_or_steps(draft, event) for event in ("save", "eval"))
+    if not rows or not saved or not evaluated or saved % evaluated:
+        draft.no_effect(key, "axolotl keeps the last step, unless it evaluates rows at each step that it saves")
+        return False
+    if config.switch(key):
+        note = "there only of the steps that are saved" if saved != evaluated else ""
+        draft.carry(key, "training.keep", "best", note)
+    else:
+        draft.assume("training.keep", "best", "early_stopping_patience keeps the best step")
+        draft.no_effect(key, "early_stopping_patience keeps the best step")
+    return True
+
+
+def _share_or_steps(draft: Draft, event: str) -> float | None:
+    """Return the steps between saves or evaluations, or their share of the run, which axolotl makes of an epoch's."""
+    per_epoch = positive(draft.config.number(f"{event}s_per_epoch"))
+    if per_epoch is None:
+        return positive(draft.config.number(f"{event}_steps"))
+    share = 1.0 / (per_epoch * (draft.config.number("num_epochs") or 1))
+    return share if share < 1 else None
 
 
 def _carry_moments(draft: Draft) -> None:

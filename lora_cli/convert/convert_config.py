@@ -83,7 +83,12 @@ def _check_warmup(draft: Draft) -> None:
     if steps is None or warmup <= steps:
         return
     draft.put("training.warmup", steps, f"{warmup} there")
+    reason = f"the run has {steps} steps, so the rate never reaches its peak; accepted: a warmup of {steps}"
     for key, line in draft.lines.items():
         if line.to == "training.warmup":
-            reason = f"the run has {steps} steps, so the rate never reaches its peak; accepted: a warmup of {steps}"
             draft.lines[key] = line._replace(outcome=Outcome.NOT_OFFERED, to="", result=None, reason=reason)
+    for each in draft.assumed:
+        if each.to == "training.warmup":
+            draft.assumed.remove(each)
+            draft.missing("warmup", f"{draft.tool}'s default has {warmup} steps, and {reason}")
+            break

@@ -183,8 +183,10 @@ def _carry_training(draft: Draft) -> None:
     config = draft.config
     steps = positive(config.number("train.max_steps"))
     if steps:
-        draft.carry("train.max_steps", "training.max_steps", int(steps))
-        if config.get("train.epochs") is not None:
+        written = config.get("train.epochs") is not None
+        note = "" if written else "litgpt ends after 5 epochs, its default, if that is earlier"
+        draft.carry("train.max_steps", "training.max_steps", int(steps), note)
+        if written:
             draft.refuse("train.epochs", "the shorter of epochs and max_steps ends the run there; accepted: max_steps")
     else:
         draft.same("train.max_steps", "asks for nothing")

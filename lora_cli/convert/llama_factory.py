@@ -100,9 +100,8 @@ _OWN = KeyTable(
         "the language model is what is trained; accepted: so": "freeze_language_model",
         "several adapters start from one; accepted: without it": "create_new_adapter adapter_folder",
         "the answer's end-of-turn token is that of the chat template; accepted: so": "efficient_eos",
-        "it stops by steps; write training.stop_after in evaluations; accepted: never": "early_stopping_steps",
     },
-    handled="model_revision pure_bf16 "
+    handled="model_revision pure_bf16 early_stopping_steps "
     "stage finetuning_type do_train quantization_bit quantization_method quantization_type "
     "double_quantization "
     "lora_rank lora_alpha lora_dropout lora_target lora_target_modules loraplus_lr_ratio use_rslora use_dora "
@@ -140,7 +139,7 @@ def convert(draft: Draft) -> None:
     _carry_adapter(draft, kind)
     _carry_quantization(draft)
     _carry_rows(draft, stage)
-    carry_training(draft, TrainerDefaults())
+    carry_training(draft, TrainerDefaults(), patience="early_stopping_steps")
     if config.switch("use_muon"):
         draft.carry("use_muon", "training.optimizer", "muon")
     apply_table(draft, TABLE)

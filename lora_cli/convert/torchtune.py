@@ -183,7 +183,8 @@ def _carry_training(draft: Draft) -> None:
     epochs = config.number("epochs") or 1
     if per_epoch:
         steps = int(per_epoch * epochs)
-        draft.carry("max_steps_per_epoch", "training.max_steps", steps, f"of {show(epochs)} epochs")
+        note = f"in {show(epochs)} epochs, each of which has as many steps or more"
+        draft.carry("max_steps_per_epoch", "training.max_steps", steps, note)
         draft.same("epochs", "max_steps has them")
     else:
         draft.same("max_steps_per_epoch", "asks for nothing")

@@ -162,8 +162,8 @@ def test_optimizers(name: str, ours: str):
         ("axolotl", {"lr_scheduler": "rex"}, ["lr_scheduler"]),
         ("axolotl", {"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, []),
         ("axolotl", {"plugins": ["axolotl.integrations.liger.LigerPlugin", "mine.Plugin"]}, ["plugins"]),
-        ("litgpt", {"train": {"max_seq_length": 512, "max_steps": 9, "epochs": 2}}, ["train.epochs"]),
-        ("litgpt", {"train": {"max_seq_length": 512, "max_steps": 9, "min_lr": 1e-4}}, []),
+        ("litgpt", {"train": {"max_seq_length": 512, "max_steps": 900, "epochs": 2}}, ["train.epochs"]),
+        ("litgpt", {"train": {"max_seq_length": 512, "max_steps": 900, "min_lr": 1e-4}}, []),
         ("axolotl", {"adam_epsilon": 1e-6}, ["adam_epsilon"]),
         ("axolotl", {"adam_epsilon": 1e-8}, []),
         ("axolotl", {"val_set_size": 200}, ["val_set_size"]),
@@ -257,7 +257,8 @@ def test_evaluations():
     assert (off.data.eval, off.training.eval_every, off.training.save_every) == (None, None, None)
     epochs = conversion("llama-factory", val_size=0.1, eval_strategy="epoch")
     assert "write those of an epoch" in next(line.reason for line in epochs.lines if line.key == "eval_strategy")
-    best = convert("axolotl", val_set_size=0.1, load_best_model_at_end=True, early_stopping_patience=2)
+    steps = {"val_set_size": 0.1, "eval_steps": 50, "save_steps": 100}
+    best = convert("axolotl", **steps, load_best_model_at_end=True, early_stopping_patience=2)
     assert (best.training.keep, best.training.stop_after) == ("best", 2)
     assert refused("trl", eval_strategy="epoch", load_best_model_at_end=True) == ["eval_strategy"]
 
