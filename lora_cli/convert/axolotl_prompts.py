@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lora_cli.convert.templates import prompt_template
+
 Columns = dict[str, str | None]
 
 _REQUEST = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -22,29 +24,6 @@ class Prompt(NamedTuple):
     template: str  # a named template, or Jinja
     columns: Columns
     has_input: bool = True  # whether axolotl writes an input, with words of its own around it
-
-
-def _template(system: str, user: str, answer: str, *, preamble: str = "") -> str:
-    """Return a chat template.
-
-    Args:
-        system, user: text of such a message, with {} for what it says; an empty text leaves it out.
-        answer: the text before an answer.
-        preamble: of a system message that each conversation without one starts with.
-    """
-
-    def message(text: str) -> str:
-        before, field, after = text.partition("{}")
-        return f"{{{{ {before!r} + message['content'] + {after!r} }}}}" if field else ""
-
-    start = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {system.format(preamble)!r} }}}}{{% endif %}}"
-    return (
-        f"{start if preamble else ''}{{% for message in messages %}}"
-        f"{{% if message['role'] == 'system' %}}{message(system)}"
-        f"{{% elif message['role'] == 'user' %}}{message(user)}"
-        f"{{% else %}}{{{{ {answer!r} + message['content'] + eos_token }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {answer!r} }}}}{{% endif %}}"
-    )
 
 
 def own_template(entry: Mapping[str, Any]) -> str | None:
@@ -64,11 +43,11 @@ def own_template(entry: Mapping[str, Any]) -> str | None:
     if system and (system.count("{}") != 1 or re.search(r"[{}]", system.replace("{}", ""))):
         return None
     fixed = "" if entry.get("field_system") or not system else str(entry.get("system_prompt") or "")
-    return _template(system, user, "", preamble=fixed)
+    return prompt_template(system, user, "", preamble=fixed)
 
 
 def _chat(preamble: str = "") -> str:
-    return _template("SYSTEM: {}\n", "USER: {}\n", "ASSISTANT:", preamble=preamble)
+    return prompt_template("SYSTEM: {}\n", "USER: {}\n", "ASSISTANT:", preamble=preamble)
 
 
 _QUESTION: Columns = {"instruction": "question", "input": None, "output": "answer"}
@@ -81,7 +60,7 @@ PROMPTS: dict[str, Prompt] = {
     "alpaca:chat": Prompt(_chat(_REQUEST), {}),
     "alpaca_instruct": Prompt("alpaca", {}),
     "alpaca_instruct.load_no_prompt": Prompt(
-        _template("{}", "### Instruction:\n{}\n\n", "### Response:\n"), {}
+        prompt_template("{}", "### Instruction:\n{}\n\n", "### Response:\n"), {}
     ),
     "alpaca_chat": Prompt(_chat(_REQUEST), {}),
     "alpaca_chat.load_no_prompt": Prompt(_chat(), {}),
@@ -94,11 +73,11 @@ PROMPTS: dict[str, Prompt] = {
     "alpaca_w_system.load_chat": Prompt(_chat(), {}),
     "alpaca_w_system.load_instruct": Prompt("alpaca", {}),
     "alpaca_w_system.load_open_orca": Prompt(
-        _template("### System:\n{}\n", "### Human:\n{}\n", "### Assistant:\n"), _ORCA, has_input=False
+        prompt_template("### System:\n{}\n", "### Human:\n{}\n", "### Assistant:\n"), _ORCA, has_input=False
     ),
     "alpaca_w_system.load_open_orca_chatml": Prompt("chatml", _ORCA, has_input=False),
     "orcamini": Prompt(
-        _template("### System:\n{}\n\n", "### User:\n{}\n\n", "### Response:\n"), _ORCA, has_input=False
+        prompt_template("### System:\n{}\n\n", "### User:\n{}\n\n", "### Response:\n"), _ORCA, has_input=False
     ),
     "gpteacher": Prompt("alpaca", _TEACHER),
     "gpteacher:instruct": Prompt("alpaca", _TEACHER),

@@ -27,7 +27,8 @@ class Config:
     anchors: Mapping[str, str] = field(default_factory=dict)  # of keys whose value `*name` stands for elsewhere
     aliases: Mapping[str, list[str]] = field(default_factory=dict)  # of a script: `r` is at `get_peft_model.r`
     program: str = ""  # of a command line, or the library that a script imports
-    facts: Mapping[str, str] = field(default_factory=dict)  # what a script does with its rows (python_script.py)
+    # What functions of a script make of its rows, by the key of the step (script_rows.py).
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def keys_of(self, key: str) -> list[str]:
         """Return the keys in the file that `key` stands for: several if calls of a script pass the same one."""

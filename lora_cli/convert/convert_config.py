@@ -44,6 +44,7 @@ def convert_config(config: Config, tool: str) -> Conversion:
         draft.put("model.path", "base-model", "replace: the config names no base")
     _carry_launcher(draft)
     _check_warmup(draft)
+    _check_evaluations(draft)
     _drop_template(draft)
     draft.finish(set(entry.known))
     return Conversion(draft, draft.in_order(), recipe_text(draft))
@@ -92,3 +93,16 @@ def _check_warmup(draft: Draft) -> None:
             draft.assumed.remove(each)
             draft.missing("warmup", f"{draft.tool}'s default has {warmup} steps, and {reason}")
             break
+
+
+def _check_evaluations(draft: Draft) -> None:
+    """Without rows to evaluate there is no best step, and nothing to stop by."""
+    if draft.values.get("data.eval", "held out") is not None:
+        return
+    reason = "there are no rows to evaluate: write data.eval and this; accepted: without it"
+    for to in ("training.stop_after", "training.keep"):
+        if draft.values.get(to) not in (None, "last"):
+            del draft.values[to]
+            for key, line in draft.lines.items():
+                if line.to == to:
+                    draft.lines[key] = line._replace(outcome=Outcome.NOT_OFFERED, to="", result=None, reason=reason)

@@ -72,9 +72,16 @@ class Draft:
         """Add the line of a key that is carried, by whoever set `to`; with `computed`, also if a script computes it."""
         same = equals_default(to, result, method=self.values.get("adapter.method", "lora"))
         outcome = Outcome.DEFAULT if same and not note else Outcome.CARRIED
+        used = ""  # the first call of a script that passes the argument
         for name in self.config.keys_of(key):
-            if self.config.has(name) or (computed and self.config.is_written(name)):
+            if not (self.config.has(name) or (computed and self.config.is_written(name))):
+                continue
+            if used and self.config.raw(name) != self.config.raw(used):
+                reason = f"differs from {used}, and a recipe has one value; accepted: that of {used}"
+                self._line(name, Outcome.NOT_OFFERED, reason=reason)
+            else:
                 self._line(name, outcome, to=to, result=result, reason=note)
+                used = used or name
 
     def put(self, to: str, value: Any, comment: str = "") -> None:
         """Set a key of the recipe."""

@@ -65,7 +65,7 @@ _OWN = KeyTable(
         "chars_per_token trust_remote_code_datasets shuffle_dataset",
         CODE: "env gradient_checkpointing_use_reentrant ignore_bias_buffers train test_mode save_on_train_end",
         PADDING: "pad_token pad_to_multiple_of padding_side ",
-        EVALUATION: "eval_packing do_bench_eval benchmarks callbacks compute_metrics preprocess_logits_for_metrics "
+        EVALUATION: "eval_packing do_bench_eval benchmarks compute_metrics preprocess_logits_for_metrics "
         "eval_on_train log_completions num_completions_to_print",
         UPLOAD: "hub_model_revision overwrite_hub_revision push_to_hub_revision token hf_token",
         OWN_TOKENIZER: "processing_class tokenizer fix_tokenizer use_fast legacy",
@@ -104,6 +104,7 @@ _OWN = KeyTable(
         "the tokenizer of the base is used; accepted: that one": "tokenizer_name_or_path tokenizer_name",
         "rows are read as they are; accepted: so": "dataset_kwargs",
         "the text of a row is made by code; accepted: the row's format": "formatting_func",
+        "is called in training, and may change it; accepted: without it": "callbacks",
         "the model is built with more arguments; accepted: without them": "model_init_kwargs config_overrides",
         "the optimizer is the one of optim; accepted: that": "optimizers optimizer_cls_and_kwargs",
         "the system message is the row's; accepted: the row's": "system_prompt default_system_message",

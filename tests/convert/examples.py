@@ -59,7 +59,7 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
     "torchtune/phi3-mini-lora": ("model.lora_attn_modules",),
     "trl/zephyr-7b-qlora": ("dataset_mixture.test_split_size",),
     "unsloth/mistral-7b-cpt": (
-        *("dataset.train_test_split", "dataset.map"),
+        "dataset.train_test_split",
         "UnslothTrainingArguments.embedding_learning_rate",
     ),
 }

@@ -309,7 +309,7 @@ def test_a_script_with_peft_and_bitsandbytes(tmp_path: Path):
     file.write_text(
         "import torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig\n"
         "bnb = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.half)\n"
-        "tokenizer = AutoTokenizer.from_pretrained('other/tokenizer')\n"
+        "tokenizer = AutoTokenizer.from_pretrained('a/b', padding_side='right')\n"
         "model = AutoModelForCausalLM.from_pretrained('a/b', quantization_config=bnb, device_map='auto')\n"
         "dataset = load_dataset('json', data_files={'train': 'rows.jsonl'}, split='train')\n"
         "options = {'learning_rate': 1e-4, 'num_train_epochs': 2}\n"
