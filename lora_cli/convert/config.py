@@ -1,10 +1,10 @@
 """A config of another tool as read: its keys, their values, and where each is written. No torch."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.field_types import parse_switch
@@ -16,6 +16,15 @@ class Unreadable(str):
     """The text of a value that only the other tool would know: an expression of a script, `$NAME`, `!tag x`."""
 
 
+class Replaced(NamedTuple):
+    """A value that is written, and that the other tool does not use."""
+
+    key: str  # with what tells it from the key that is used
+    value: Any
+    place: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Config:
     """The keys of another tool's config."""
@@ -24,6 +33,7 @@ class Config:
     values: Mapping[str, Any]  # nested, as the file has them
     kind: str = "config"  # config, script (Python) or command line
     places: Mapping[str, str] = field(default_factory=dict)  # "file:line" of a key
+    replaced: Sequence[Replaced] = ()
     anchors: Mapping[str, str] = field(default_factory=dict)  # of keys whose value `*name` stands for elsewhere
     aliases: Mapping[str, list[str]] = field(default_factory=dict)  # of a script: `r` is at `get_peft_model.r`
     program: str = ""  # of a command line, or the library that a script imports

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from lora_cli.convert.command_options import carry_command, with_names_of_config
 from lora_cli.convert.config import Config
 from lora_cli.convert.draft import NEEDS_ACCEPTANCE, Draft, Line, Outcome
 from lora_cli.convert.recipe_text import recipe_text
@@ -36,13 +37,17 @@ def convert_config(config: Config, tool: str) -> Conversion:
     entry = TOOLS[tool]
     if tool == "torchtune":
         config = replace(config, values=resolve(config.values))
+    if config.kind == "command line":
+        config = with_names_of_config(config, tool, entry.known)
     draft = Draft(entry.name, config)
     if config.kind == "command line" and (trainer := config.get("trainer")):
         draft.other_task("trainer", f"{trainer} is another task: `lora train` does supervised fine-tuning")
     entry.convert(draft)
+    for key, value, _, reason in config.replaced:
+        draft.extra(Line(key, value, Outcome.NO_EFFECT, reason=reason))
     if "model.path" not in draft.values:
         draft.put("model.path", "base-model", "replace: the config names no base")
-    _carry_launcher(draft)
+    carry_command(draft)
     _check_warmup(draft)
     _check_evaluations(draft)
     _drop_template(draft)
@@ -67,15 +72,6 @@ def _drop_template(draft: Draft) -> None:
         for key, line in draft.lines.items():
             if line.to == to:
                 draft.lines[key] = Line(key, line.value, Outcome.NO_EFFECT, reason=reason)
-
-
-def _carry_launcher(draft: Draft) -> None:
-    """Carry the number of processes that a command line starts."""
-    for name in ("num_processes", "nproc_per_node", "num_gpus"):
-        count = draft.config.get(f"launcher.{name}")
-        if isinstance(count, int):
-            draft.carry(f"launcher.{name}", "distributed.processes", count)
-    draft.no_effect("launcher", "how processes are started: `distributed:` has the options here")
 
 
 def _check_warmup(draft: Draft) -> None:

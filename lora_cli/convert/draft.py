@@ -99,9 +99,11 @@ class Draft:
         self.put(to, value, reason)
         self.assumed.append(Assumed(to, value, reason))
 
-    def same(self, key: str, reason: str) -> None:
-        """Note that this tool does the same without the key."""
-        self._each(key, Outcome.DEFAULT, reason)
+    def same(self, key: str, reason: str, *, computed: bool = False) -> None:
+        """Note that this tool does the same without the key; with `computed`, also for a value that is not known."""
+        for name in self.config.keys_of(key):
+            if self.config.has(name) or (computed and self.config.is_written(name)):
+                self._line(name, Outcome.DEFAULT, reason=reason)
 
     def no_effect(self, key: str, reason: str) -> None:
         """Note that the key has no effect on what is learnt; null is not a value."""
@@ -126,8 +128,10 @@ class Draft:
                 else:
                     self._line(name, Outcome.NOT_OFFERED, reason=reason)
 
-    def other_task(self, key: str, reason: str) -> None:
-        """Note that the config is for another task, which no recipe stands for."""
+    def other_task(self, key: str, reason: str, *, computed: bool = False) -> None:
+        """Note that the config is for another task, which no recipe stands for; `computed` as in `same`."""
+        if isinstance(self.config.raw(key), Unreadable) and not computed:
+            return  # `finish` says that its value is not known
         if not self.config.is_written(key):
             self.lines[key] = Line(key, None, Outcome.OTHER_TASK, reason=reason)
         self._each(key, Outcome.OTHER_TASK, reason)

@@ -19,7 +19,7 @@ TABLE = KeyTable(
     no_effect={
         HARDWARE: "grad_checkpoint clear_cache_threshold",
         EVALUATION: "val_batches test test_batches",
-        "read by its other commands": "config c prompt max_tokens temp top_p verbose",
+        "read by its other commands": "config prompt max_tokens temp top_p verbose",
         "settings of preference training, which is off": "beta dpo_loss_type dpo_cpo_loss_type is_reference_free delta "
         "reference_model_path reward_scaling",
     },

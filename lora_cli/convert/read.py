@@ -25,15 +25,19 @@ def read_config(file: Path) -> Config:
     Raises:
         LoraError: it cannot be read, or has no keys.
     """
-    text = read_text(file, limit=MAX_BYTES, hint=PASS_A_CONFIG)
+    text = _text(file)
     match file.suffix.lower():
         case ".py":
             return read_script(file, text)
         case ".sh" | ".bash" | ".txt" | ".sbatch" | ".slurm":
-            return read_command_line(file, text)
+            return read_command_line(file, text, lambda config: _read_yaml(config, _text(config)))
         case ".ipynb":
             return read_script(file, _cells(file, text))
     return _read_yaml(file, text)
+
+
+def _text(file: Path) -> str:
+    return read_text(file, limit=MAX_BYTES, hint=PASS_A_CONFIG)
 
 
 def _cells(file: Path, text: str) -> str:

@@ -74,7 +74,7 @@ def carry_script(draft: Draft) -> None:
         draft.same(f"dataset.{name}", "names of keys and roles are read as they are")
     for name in ("shuffle", "sort"):
         draft.no_effect(f"dataset.{name}", "training.seed sets the order of rows")
-    draft.same("dataset.remove_columns", "the columns of the row format are read")
+    draft.same("dataset.remove_columns", "the columns of the row format are read", computed=True)
     for name in config.get("dataset") or ():
         if name != "select":
             draft.refuse(f"dataset.{name}", f"changes the rows in code: write them to a file; {ROWS_AS_STORED}")
@@ -98,7 +98,7 @@ def _carry_tokenizer(draft: Draft) -> None:
     options = config.get("AutoTokenizer") or {}
     base = [config.raw(key) for key in ("pretrained_model_name_or_path", "model_name_or_path", "model_name")]
     if options.get("path") in (None, *base):
-        draft.same("AutoTokenizer.path", OWN_TOKENIZER)
+        draft.same("AutoTokenizer.path", OWN_TOKENIZER, computed=True)
     draft.refuse("AutoTokenizer.path", "the tokenizer of the base is used; accepted: that one")
     for option in options:
         if option in TOKENIZER_OPTIONS:
@@ -111,9 +111,10 @@ def carry_task(draft: Draft) -> None:
     for key in ("task_type", "lora_task_type"):
         task = str(draft.config.raw(key) or "").rpartition(".")[2].upper()
         if task in CAUSAL:
-            draft.same(key, "causal-lm is the default")
+            draft.same(key, "causal-lm is the default", computed=True)
         elif re.fullmatch(r"SEQ_CLS|TOKEN_CLS|QUESTION_ANS|SEQ_2_SEQ_LM|FEATURE_EXTRACTION", task):
-            draft.other_task(key, f"{task} is another task than predicting the next token, and only that is converted")
+            reason = f"{task} is another task than predicting the next token, and only that is converted"
+            draft.other_task(key, reason, computed=True)
         else:
             draft.refuse(key, "only causal-lm is converted; accepted: causal-lm")
 
@@ -160,7 +161,7 @@ def _carry_map(draft: Draft) -> None:
             reason = f"gives the chat template {facts['options']}: write data.template_variables; accepted: without it"
             draft.refuse(key, reason)
         elif facts["map"] == "chat_template":
-            draft.same(key, f"the chat template renders {facts['column']} here, too")
+            draft.same(key, f"the chat template renders {facts['column']} here, too", computed=True)
         else:
             _carry_prompt(draft, key, facts["prompt"])
     draft.refuse("dataset.map", f"makes rows in code: write them to a file; {ROWS_AS_STORED}")

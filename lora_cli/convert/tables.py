@@ -1,6 +1,7 @@
 """Tables of another tool's keys that need no code: carried as they are, without effect, or not offered. No torch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -54,9 +55,10 @@ def apply_table(draft: Draft, table: KeyTable) -> None:
     for key, (to, read) in table.carried.items():
         if draft.config.get(key) not in (None, "", [], {}):
             draft.carry(key, to, read(draft.config, key))
+    same = partial(draft.same, computed=True)
     for add, groups in (
         (draft.no_effect, table.no_effect),
-        (draft.same, table.same),
+        (same, table.same),
         (draft.refuse, table.not_offered),
         (draft.other_task, table.other_task),
     ):

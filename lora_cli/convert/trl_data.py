@@ -37,7 +37,7 @@ def carry_rows(draft: Draft) -> None:
         sources = _single(draft)
     column, facts = config.get("dataset_text_field"), facts_of_map(draft)
     if config.get("chat_template_format") or facts:
-        draft.same("dataset_text_field", "the script writes the row's text into it")
+        draft.same("dataset_text_field", "the script writes the row's text into it", computed=True)
     elif isinstance(column, str) and column not in ("text", "messages", ""):
         for source in sources:
             source.values["format"] = "text"

@@ -129,7 +129,11 @@ def carry_precision(draft: Draft) -> None:
     ):
         value = config.raw(key)
         if isinstance(value, Unreadable) or value in ("auto", "full"):
-            draft.same(key, "model.dtype: auto is bfloat16 where the device computes in it, else float16 on a GPU")
+            draft.same(
+                key,
+                "model.dtype: auto is bfloat16 where the device computes in it, else float16 on a GPU",
+                computed=True,
+            )
         elif value is None or not config.switch(key):
             draft.same(key, "asks for nothing")
         elif "model.dtype" in draft.values:
