@@ -106,11 +106,11 @@ def _carry_adapter(draft: Draft) -> None:
         draft.carry("peft.loftq_config", "adapter.method", "loftq")
         draft.put("quantization.bits", 4, "peft.loftq_config")
     for key, to, default in (("lora_r", "adapter.rank", 8), ("lora_alpha", "adapter.alpha", 8.0)):
-        value = config.number(key)
+        value = config.whole(key) if to == "adapter.rank" else config.number(key)
         if value is None:
             draft.assume(to, default, "PEFT's default")
         else:
-            draft.carry(key, to, int(value) if to.endswith("rank") else float(value))
+            draft.carry(key, to, value)
     if (dropout := config.number("lora_dropout")) is None:
         draft.assume("adapter.dropout", 0.0)
     else:
@@ -171,7 +171,9 @@ def _carry_rows(draft: Draft) -> None:
             draft.same("sample_packing", "pretraining_dataset packs")
     else:
         carry_no_packing(draft, "sample_packing")
-    draft.same("pretrain_multipack_attn", "packed rows do not attend to each other")
+    if config.switch("pretrain_multipack_attn", default=True):
+        draft.same("pretrain_multipack_attn", "packed rows do not attend to each other")
+    draft.refuse("pretrain_multipack_attn", "packed rows do not attend to each other; accepted: so", always=True)
     _carry_batches(draft, packing=packing, length=length or 512)
     if config.get("test_datasets"):
         draft.same("val_set_size", "test_datasets are used")
@@ -242,7 +244,7 @@ def _carry_training(draft: Draft) -> None:
     carry_warmup(
         draft, steps="warmup_steps", ratio="warmup_ratio", schedule=name, default=0.03, why="at most 100 steps of it"
     )
-    carry_clipping(draft, "max_grad_norm")
+    carry_clipping(draft, "max_grad_norm", null_is_off=False)
     for key in ("neftune_noise_alpha", "noisy_embedding_alpha"):
         if (alpha := positive(config.number(key))) is not None:
             draft.carry(key, "training.neftune_alpha", float(alpha))

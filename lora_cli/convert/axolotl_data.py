@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from lora_cli.convert.axolotl_prompts import PROMPTS, own_template
-from lora_cli.convert.config import Unreadable, as_list, as_switch
+from lora_cli.convert.config import as_list, as_switch, known_values
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.sources import Source, carry_split, write_sources
 from lora_cli.convert.tables import CACHE, OTHER_TASKS
@@ -79,7 +79,7 @@ def carry_datasets(draft: Draft) -> list[Kind]:
 
 def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any], *, pretrain: bool) -> tuple[Source, Kind]:
     source = Source(comment=prefix)
-    entry = {key: value for key, value in entry.items() if not isinstance(value, Unreadable)}
+    entry = known_values(entry)
     _locate(draft, source, prefix, entry)
     written = entry.get("type") or ("pretrain" if pretrain else "")
     if isinstance(written, dict):

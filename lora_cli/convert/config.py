@@ -1,6 +1,7 @@
 """A config of another tool as read: its keys, their values, and where each is written. No torch."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ class Config:
     kind: str = "config"  # config, script (Python) or command line
     places: Mapping[str, str] = field(default_factory=dict)  # "file:line" of a key
     replaced: Sequence[Replaced] = ()
-    anchors: Mapping[str, str] = field(default_factory=dict)  # of keys whose value `*name` stands for elsewhere
+    # Of keys whose value is used elsewhere: what stands for it there, `*name` or `${key}`.
+    anchors: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, list[str]] = field(default_factory=dict)  # of a script: `r` is at `get_peft_model.r`
     program: str = ""  # of a command line, or the library that a script imports
     # What functions of a script make of its rows, by the key of the step (script_rows.py).
@@ -71,7 +73,7 @@ class Config:
         return self.raw(key, MISSING) is not MISSING
 
     def anchor_above(self, key: str) -> str:
-        """Return the name of the anchor that a key is a part of, if the config uses it elsewhere; else nothing."""
+        """Return what stands elsewhere in the config for a value that a key is a part of; empty for nothing."""
         return next(
             (name for above, name in self.anchors.items() if f"{key}.".startswith((f"{above}.", f"{above}["))), ""
         )
@@ -133,10 +135,28 @@ class Config:
             raise self.error(key, "not a single value")
         return None if value is None or value == "" else str(value)
 
+    def section(self, key: str) -> dict[str, Any]:
+        """Return a section; an empty one if the key is missing or null.
+
+        Raises:
+            LoraError: the value is none.
+        """
+        value = self.get(key)
+        if value in (None, ""):
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(key, "not a section")
+        return dict(value)
+
     def error(self, key: str, problem: str) -> LoraError:
         """Return the error of a value that its key cannot have."""
         name = next((name for name in self.keys_of(key) if name in self.places), key)
         return LoraError(f"{self.place(name)}: {name}: {show(self.get(key))} is {problem}", hint="correct it first")
+
+
+def known_values(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a section whose value is known."""
+    return {key: value for key, value in section.items() if not isinstance(value, Unreadable)}
 
 
 def leaves_of(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -166,6 +186,8 @@ def as_number(value: Any) -> float | None:
         return None
     if isinstance(value, int):
         return value
+    if re.match(r"[-+]?0\d", str(value)):
+        return None  # YAML 1.1 reads 010 as 8, and Python as 10
     try:
         number = float(str(value).replace("_", ""))
     except ValueError:

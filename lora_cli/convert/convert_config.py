@@ -1,14 +1,13 @@
 """Convert a config: the recipe that it stands for, and the lines that account for each of its keys. No torch."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from lora_cli.convert.command_options import carry_command, with_names_of_config
 from lora_cli.convert.config import Config
 from lora_cli.convert.draft import NEEDS_ACCEPTANCE, Draft, Line, Outcome
+from lora_cli.convert.interpolation import with_plain_values
 from lora_cli.convert.recipe_text import recipe_text
 from lora_cli.convert.tools import TOOLS
-from lora_cli.convert.torchtune import resolve
 from lora_cli.recipe.rules import FORMATS_WITHOUT_CONVERSATION
 
 
@@ -35,8 +34,7 @@ def convert_config(config: Config, tool: str) -> Conversion:
         LoraError: a value cannot be read.
     """
     entry = TOOLS[tool]
-    if tool == "torchtune":
-        config = replace(config, values=resolve(config.values))
+    config = with_plain_values(config, tool)
     if config.kind == "command line":
         config = with_names_of_config(config, tool, entry.known)
     draft = Draft(entry.name, config)

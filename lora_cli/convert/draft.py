@@ -171,7 +171,7 @@ class Draft:
             names = {strip_indices(key), last} if self.config.kind == "script" else {strip_indices(key)}
             anchor = self.config.anchor_above(key)
             if anchor and not known & set(_sections(strip_indices(key))):
-                reason = f"is read where `*{anchor}` names it, if it is not replaced there"
+                reason = f"is read where `{anchor}` names it, if it is not replaced there"
                 self.lines[key] = Line(key, value, Outcome.NO_EFFECT, reason=reason)
             elif isinstance(value, Unreadable):
                 why = "is computed by the script" if self.config.kind == "script" else "is not known here"

@@ -91,7 +91,6 @@ TRAINING_ARGUMENTS = KeyTable(
         "sortish_sampler",
     },
     same={
-        "the loss is the mean over the supervised tokens of all devices": "average_tokens_across_devices",
         "training.seed sets the row order too": "data_seed",
     },
     not_offered={
@@ -100,6 +99,7 @@ TRAINING_ARGUMENTS = KeyTable(
         "only adapters are trained; accepted: without it": "optim_target_modules",
         "every row is used; accepted: the last batch of an epoch is trained, too": "dataloader_drop_last",
         "stops after a time; accepted: all steps": "max_train_minutes",
+        "the loss is the mean over the tokens of all devices; accepted: so": "average_tokens_across_devices=true",
     },
     handled="output_dir learning_rate max_steps num_train_epochs per_device_train_batch_size per_gpu_train_batch_size "
     "train_batch_size gradient_accumulation_steps max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps "
@@ -161,7 +161,7 @@ def carry_output(draft: Draft, key: str) -> None:
     """Carry the output folder, unless it is the base's own folder."""
     folder = draft.config.get(key)
     if draft.config.is_written(key) and not draft.config.has(key):
-        draft.no_effect(key, "is computed by the script: the run folder is `output`, runs/lora by default")
+        draft.no_effect(key, "is not known here: the run folder is `output`, runs/lora by default")
     elif folder is not None and str(folder).rstrip("/") == str(draft.values.get("model.path", "")).rstrip("/"):
         draft.no_effect(key, "is the folder of the base, which a run does not write to: the run folder is runs/lora")
     elif folder is not None:
@@ -178,7 +178,7 @@ def carry_steps(draft: Draft, *, epochs: str, max_steps: str, default: float, no
         note: what is otherwise with a number of steps.
     """
     config = draft.config
-    steps = positive(config.number(max_steps))
+    steps = positive(config.whole(max_steps))
     if steps is not None:
         draft.carry(max_steps, "training.max_steps", int(steps), note)
         draft.same(epochs, f"{max_steps} takes precedence")
@@ -191,9 +191,9 @@ def carry_steps(draft: Draft, *, epochs: str, max_steps: str, default: float, no
         draft.carry(epochs, "training.epochs", float(number_of_epochs))
 
 
-def carry_clipping(draft: Draft, key: str, default: float | None = 1.0) -> None:
-    """Carry the norm that gradients are clipped to; 0 and null switch it off where the other tool reads them so."""
-    if not draft.config.has(key) or (draft.config.get(key) is None and default is not None):
+def carry_clipping(draft: Draft, key: str, default: float | None = 1.0, *, null_is_off: bool = True) -> None:
+    """Carry the norm that gradients are clipped to; 0 switches it off, and null unless the tool leaves it out then."""
+    if not draft.config.has(key) or (draft.config.get(key) is None and not null_is_off):
         draft.assume("training.max_grad_norm", default)
     else:
         norm = positive(draft.config.number(key))
@@ -324,7 +324,4 @@ def section(config: Config, key: str) -> Any:
     Raises:
         LoraError: it is none.
     """
-    value = config.get(key)
-    if not isinstance(value, dict):
-        raise config.error(key, "not a section")
-    return value or None
+    return config.section(key) or None

@@ -51,7 +51,7 @@ _OWN = KeyTable(
         "buffer_size",
         LOGGING: "plot_loss print_param_status include_effective_tokens_per_second",
         PRECISION: "upcast_layernorm upcast_lmhead_output infer_dtype compute_dtype",
-        EVALUATION: "compute_accuracy eval_on_each_dataset eval_num_beams ignore_pad_token_for_loss",
+        EVALUATION: "compute_accuracy eval_on_each_dataset eval_num_beams",
         GENERATION: "infer_backend temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty "
         "length_penalty skip_special_tokens do_sample vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
         "vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend "
@@ -96,7 +96,9 @@ _OWN = KeyTable(
         "new tokens are special tokens here; accepted: without them": "add_tokens",
         "new embeddings start at the mean of all; accepted: so": "new_special_tokens_config "
         "init_special_tokens=noise_init",
-        "reasoning is trained as the row has it; accepted: so": "enable_thinking=true preserve_thinking",
+        "reasoning is trained as the row has it: write data.template_variables; accepted: so": "enable_thinking=true "
+        "preserve_thinking",
+        "padding carries no loss; accepted: so": "ignore_pad_token_for_loss=true",
         "the language model is what is trained; accepted: so": "freeze_language_model",
         "several adapters start from one; accepted: without it": "create_new_adapter adapter_folder",
         "the answer's end-of-turn token is that of the chat template; accepted: so": "efficient_eos",

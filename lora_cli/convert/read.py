@@ -72,7 +72,7 @@ def _read_yaml(file: Path, text: str) -> Config:
     for key, node in _walk(tree, ""):
         places[key] = node.location.text
         if node.anchor in named:
-            anchors[key] = node.anchor
+            anchors[key] = f"*{node.anchor}"
     return Config(file, values, places=places, anchors=anchors)
 
 

@@ -17,6 +17,10 @@ HIDDEN = re.compile("\ue000(\\d+)\ue001")  # a computed text while the words are
 CONTINUED = "\ue002"  # the end of a line that the next one continues
 ENDS = ("&&", "||", ";", "|", "&")  # of a command
 KEYWORDS = ("if", "then", "elif", "else", "do", "while", "until", "time", "!", "{", "(", "exec", "nohup", "command")
+# Signs of the shell within quotes, where they are plain text.
+QUOTED = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*\"""")
+SIGNS = {ord(sign): 0xE010 + number for number, sign in enumerate("<>|&;")}
+PLAIN = {code: sign for sign, code in SIGNS.items()}
 REDIRECT = re.compile(r"(?:\d|&)?(?:>>?|<)(?:&\d|&-)?(.*)", re.DOTALL)
 
 
@@ -77,6 +81,7 @@ def _replace(line: str, variables: dict[str, str], arrays: dict[str, str], compu
 
 def _split(line: str) -> list[list[str]]:
     """Return the words of each command of a line, without redirections."""
+    line = QUOTED.sub(lambda quoted: quoted[0].translate(SIGNS), line)
     try:
         words = shlex.split(line, comments=True)
     except ValueError:  # a quote that is not closed
@@ -100,8 +105,9 @@ def _split(line: str) -> list[list[str]]:
 
 
 def _restored(word: str, computed: list[str]) -> str:
-    text = HIDDEN.sub(lambda match: computed[int(match[1])], word)
-    return Unreadable(text) if text != word or re.search(r"\$[\w{@*#?]", word) else text
+    plain = word.translate(PLAIN)
+    text = HIDDEN.sub(lambda match: computed[int(match[1])], plain)
+    return Unreadable(text) if text != plain or re.search(r"\$[\w{@*#?]", word) else text
 
 
 def _without_assignments(words: list[str]) -> tuple[list[str], dict[str, str]]:

@@ -35,7 +35,7 @@ class KeyTable(NamedTuple):
     carried: Mapping[str, tuple[str, Callable[[Config, str], Any]]] = MappingProxyType({})
     no_effect: Keys = MappingProxyType({})
     same: Keys = MappingProxyType({})  # this tool does the same without the key, whatever its value
-    # `key=value`: with this value it asks for nothing, besides false, null and 0.
+    # `key=value`: this value asks for nothing; without one, false, 0 and an empty value do. Null always does.
     not_offered: Keys = MappingProxyType({})
     other_task: Keys = MappingProxyType({})
     handled: str = ""  # keys that code handles, separated by spaces
@@ -72,6 +72,8 @@ def apply_table(draft: Draft, table: KeyTable) -> None:
                     draft.same(key, f"the default of {draft.tool}, and what is done here")
                 elif add == draft.other_task and as_switch(value) is False:
                     draft.same(key, "asks for nothing")
+                elif neutral:
+                    draft.refuse(key, reason, always=True)  # false and 0 are not what it is without the key
                 else:
                     add(key, reason)
 

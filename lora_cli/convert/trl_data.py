@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_cli.convert.config import as_list
+from lora_cli.convert.config import as_list, as_number, known_values
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_eval_fraction
 from lora_cli.convert.script_calls import ROWS_AS_STORED, facts_of_map, prompt_columns
@@ -30,8 +30,11 @@ def carry_rows(draft: Draft) -> None:
                 sources.append(_read_entry(draft, f"{prefix}[{index}]", entry))
         _carry_mixture(draft)
     elif isinstance(mixer := config.get("dataset_mixer"), dict):
-        for name, weight in mixer.items():
-            sources.append(Source({"path": str(name), "weight": float(weight)}, "dataset_mixer"))
+        for name, share in mixer.items():
+            weight = as_number(share)
+            if weight is None:
+                raise config.error("dataset_mixer", "not a number for each dataset")
+            sources.append(Source({"path": str(name), "weight": weight}, "dataset_mixer"))
         draft.carried("dataset_mixer", "data.train", list(mixer))
     else:
         sources = _single(draft)
@@ -105,7 +108,7 @@ def _single(draft: Draft) -> list[Source]:
 
 
 def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any]) -> Source:
-    source = Source({"path": "data/train.jsonl"}, prefix)
+    source, entry = Source({"path": "data/train.jsonl"}, prefix), known_values(entry)
     for key in ("path", "id"):
         if entry.get(key):
             source.values["path"] = str(entry[key])

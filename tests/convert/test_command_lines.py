@@ -139,6 +139,8 @@ def test_other_commands_have_no_effect(tmp_path: Path):
         ("--lora_target_modules=[q_proj,v_proj]", "lora_target_modules", ["q_proj", "v_proj"]),
         ("--seed -1", "seed", -1),
         ("--run_name x=y", "run_name", "x=y"),
+        ("--eos_token '<|im_end|>'", "eos_token", "<|im_end|>"),
+        ('--run_name "a > b; c & d | e"', "run_name", "a > b; c & d | e"),
         ("--no_remove_unused_columns", "remove_unused_columns", False),
     ],
 )

@@ -285,7 +285,7 @@ def test_loss_on():
     assert convert("trl").data.loss_on == "all"
     assert convert("trl", assistant_only_loss=True).data.loss_on == "assistant"
     assert convert("mlx").data.loss_on == "all"
-    assert convert("mlx", mask_prompt=True).data.loss_on == "assistant"
+    assert convert("mlx", mask_prompt=True).data.loss_on == "last-turn"
     assert convert("llama-factory", mask_history=True).data.loss_on == "last-turn"
     assert convert("axolotl", train_on_inputs=True).data.loss_on == "all"
     assert convert("axolotl").data.loss_on == "assistant"
