@@ -1,7 +1,7 @@
 """axolotl: its configs, and what their keys become. No torch."""
 
 from lora_cli.convert.adapters import carry_lora_variant
-from lora_cli.convert.axolotl_data import carry_datasets
+from lora_cli.convert.axolotl_data import Kind, carry_datasets
 from lora_cli.convert.axolotl_keys import TABLE
 from lora_cli.convert.batches import Batches, carry_batches, carry_no_packing
 from lora_cli.convert.config import as_list
@@ -106,11 +106,11 @@ def _carry_adapter(draft: Draft) -> None:
         draft.carry("peft.loftq_config", "adapter.method", "loftq")
         draft.put("quantization.bits", 4, "peft.loftq_config")
     for key, to, default in (("lora_r", "adapter.rank", 8), ("lora_alpha", "adapter.alpha", 8.0)):
-        value = config.number(key)
+        value = config.whole(key) if to == "adapter.rank" else config.number(key)
         if value is None:
             draft.assume(to, default, "PEFT's default")
         else:
-            draft.carry(key, to, int(value) if to.endswith("rank") else float(value))
+            draft.carry(key, to, value)
     if (dropout := config.number("lora_dropout")) is None:
         draft.assume("adapter.dropout", 0.0)
     else:
@@ -149,7 +149,7 @@ def _carry_quantization(draft: Draft) -> None:
 
 def _carry_rows(draft: Draft) -> None:
     config = draft.config
-    carry_datasets(draft)
+    kinds = carry_datasets(draft)
     packing = config.switch("sample_packing") or bool(config.get("pretraining_dataset"))
     if packing and draft.values.get("quantization.bits") == 8:
         packing = False
@@ -160,18 +160,7 @@ def _carry_rows(draft: Draft) -> None:
         draft.assume("data.max_length", 512)
     else:
         draft.carry("sequence_len", "data.max_length", length)
-    strategy = config.text("excess_length_strategy") or "drop"
-    ours = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(strategy)
-    if config.get("pretraining_dataset"):
-        draft.put("data.overlong", "split", "pretraining_dataset")
-        draft.no_effect("excess_length_strategy", "documents are split")
-    elif ours is None:
-        draft.refuse("excess_length_strategy", "rows are dropped, truncated or an error; accepted: dropped")
-        draft.put("data.overlong", "drop", "excess_length_strategy")
-    elif config.has("excess_length_strategy") and config.get("excess_length_strategy") is not None:
-        draft.carry("excess_length_strategy", "data.overlong", ours)
-    else:
-        draft.assume("data.overlong", "drop", "longer rows are dropped")
+    _carry_overlong(draft, kinds)
     if packing:
         attention = any(config.get(key) for key in ("flash_attention", "flex_attention", "attn_implementation"))
         leaks = "" if attention else "without attention between packed rows, unlike there without flash attention"
@@ -182,7 +171,9 @@ def _carry_rows(draft: Draft) -> None:
             draft.same("sample_packing", "pretraining_dataset packs")
     else:
         carry_no_packing(draft, "sample_packing")
-    draft.same("pretrain_multipack_attn", "packed rows do not attend to each other")
+    if config.switch("pretrain_multipack_attn", default=True):
+        draft.same("pretrain_multipack_attn", "packed rows do not attend to each other")
+    draft.refuse("pretrain_multipack_attn", "packed rows do not attend to each other; accepted: so", always=True)
     _carry_batches(draft, packing=packing, length=length or 512)
     if config.get("test_datasets"):
         draft.same("val_set_size", "test_datasets are used")
@@ -195,6 +186,29 @@ def _carry_rows(draft: Draft) -> None:
     if config.has("shuffle_merged_datasets") and config.switch("shuffle_merged_datasets", default=True):
         draft.same("shuffle_merged_datasets", "rows are shuffled over all sources")
     draft.refuse("shuffle_merged_datasets", "rows are shuffled over all sources; accepted: shuffled", always=True)
+
+
+def _carry_overlong(draft: Draft, kinds: list[Kind]) -> None:
+    """Carry what is done with rows that are too long: documents are cut into pieces, whatever the strategy."""
+    config = draft.config
+    key, to = "excess_length_strategy", "data.overlong"
+    documents = [kind for kind in kinds if kind.is_document]
+    if documents and documents == kinds:
+        draft.put(to, "split", f"type {documents[0].name}: long documents are cut into pieces")
+        draft.no_effect(key, "documents are split")
+        return
+    if documents:
+        reason = "long documents are split there, and beside other sources they are not here; accepted: as other rows"
+        draft.missing(f"datasets: long rows of type {documents[0].name}", reason)
+    strategy = config.text(key) or "drop"
+    ours = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(strategy)
+    if ours is None:
+        draft.refuse(key, "rows are dropped, truncated or an error; accepted: dropped")
+        draft.put(to, "drop", key)
+    elif config.get(key) is not None:
+        draft.carry(key, to, ours)
+    else:
+        draft.assume(to, "drop", "longer rows are dropped")
 
 
 def _carry_batches(draft: Draft, *, packing: bool, length: int) -> None:
@@ -212,7 +226,8 @@ def _carry_batches(draft: Draft, *, packing: bool, length: int) -> None:
 def _carry_training(draft: Draft) -> None:
     config = draft.config
     carry_output(draft, "output_dir")
-    carry_steps(draft, epochs="num_epochs", max_steps="max_steps", default=1.0)
+    shorter = "up to version 0.9, axolotl ends after num_epochs, if that is earlier"
+    carry_steps(draft, epochs="num_epochs", max_steps="max_steps", default=1.0, note=shorter)
     rate = config.number("learning_rate")
     if rate is None:
         draft.missing("learning_rate", "is not set, and axolotl has no default; accepted: 2e-4")
@@ -229,22 +244,52 @@ def _carry_training(draft: Draft) -> None:
     carry_warmup(
         draft, steps="warmup_steps", ratio="warmup_ratio", schedule=name, default=0.03, why="at most 100 steps of it"
     )
-    carry_clipping(draft, "max_grad_norm")
+    carry_clipping(draft, "max_grad_norm", null_is_off=False)
     for key in ("neftune_noise_alpha", "noisy_embedding_alpha"):
         if (alpha := positive(config.number(key))) is not None:
             draft.carry(key, "training.neftune_alpha", float(alpha))
     _carry_moments(draft)
-    carry_checkpoints(draft)
+    needed = carry_checkpoints(draft, best=_carry_best(draft))
     for key, to in (("evals_per_epoch", "training.eval_every"), ("saves_per_epoch", "training.save_every")):
         if config.get(key) is not None and not positive(config.get(key)):
             draft.carry(key, to, None)
-        elif positive(config.get(key)) and "eval" in key and draft.values.get("training.stop_after"):
-            draft.no_effect(key, f"{to} counts steps: write those between evaluations, which stop_after counts")
+        elif needed and "eval" in key:
+            reason = f"evaluations decide which step is kept, and {to} counts steps: write it; accepted: every 100"
+            draft.refuse(key, reason)
         else:
             draft.no_effect(key, f"{to} counts steps; its default is 100")
     carry_tracking(draft)
     if as_list(config.get("activation_offloading")):
         draft.no_effect("activation_offloading", HARDWARE)
+
+
+def _carry_best(draft: Draft) -> bool:
+    """Carry whether the best step is kept: only with rows to evaluate, at each step that is saved."""
+    config, key = draft.config, "load_best_model_at_end"
+    if not config.switch(key) and not positive(config.number("early_stopping_patience")):
+        draft.same(key, "asks for nothing")
+        return False
+    rows = positive(config.number("val_set_size")) or config.get("test_datasets")
+    saved, evaluated = (_share_or_steps(draft, event) for event in ("save", "eval"))
+    if not rows or not saved or not evaluated or saved % evaluated:
+        draft.no_effect(key, "axolotl keeps the last step, unless it evaluates rows at each step that it saves")
+        return False
+    if config.switch(key):
+        note = "there only of the steps that are saved" if saved != evaluated else ""
+        draft.carry(key, "training.keep", "best", note)
+    else:
+        draft.assume("training.keep", "best", "early_stopping_patience keeps the best step")
+        draft.no_effect(key, "early_stopping_patience keeps the best step")
+    return True
+
+
+def _share_or_steps(draft: Draft, event: str) -> float | None:
+    """Return the steps between saves or evaluations, or their share of the run, which axolotl makes of an epoch's."""
+    per_epoch = positive(draft.config.number(f"{event}s_per_epoch"))
+    if per_epoch is None:
+        return positive(draft.config.number(f"{event}_steps"))
+    share = 1.0 / (per_epoch * (draft.config.number("num_epochs") or 1))
+    return share if share < 1 else None
 
 
 def _carry_moments(draft: Draft) -> None:

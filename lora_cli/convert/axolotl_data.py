@@ -1,42 +1,27 @@
 """axolotl's datasets: prompt types, fields of messages, roles and templates, as sources of a recipe. No torch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_cli.convert.config import as_list, as_switch, show
+from lora_cli.convert.axolotl_prompts import PROMPTS, own_template
+from lora_cli.convert.config import as_list, as_switch, known_values
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.sources import Source, carry_split, write_sources
 from lora_cli.convert.tables import CACHE, OTHER_TASKS
 from lora_cli.convert.templates import carry_template
 
-# Prompt types, without what follows a `:` or a `.`: the format here, and its columns.
-TYPES: dict[str, tuple[str, dict[str, str]]] = {
-    "alpaca": ("alpaca", {}),
-    "alpaca_chat": ("alpaca", {}),
-    "alpaca_instruct": ("alpaca", {}),
-    "alpaca_w_system": ("alpaca", {}),
-    "orcamini": ("alpaca", {}),
-    "gpteacher": ("alpaca", {"output": "response"}),
-    "oasst": ("alpaca", {"instruction": "INSTRUCTION", "output": "RESPONSE"}),
-    "jeopardy": ("alpaca", {"instruction": "question", "input": "category", "output": "answer"}),
-    "context_qa": ("alpaca", {"instruction": "question", "input": "context", "output": "answer"}),
-    "sharegpt": ("sharegpt", {}),
-    "sharegpt_simple": ("sharegpt", {}),
-    "ultrachat": ("messages", {}),
-    "chat_template": ("messages", {}),
-    "messages": ("messages", {}),
-    "completion": ("text", {}),
-    "pretrain": ("text", {}),
-    "input_output": ("segments", {}),
+# Types whose rows are no prompts, without what follows a `:` or a `.`, and the format here.
+TYPES = {
+    "sharegpt": "sharegpt",
+    "sharegpt_simple": "sharegpt",
+    "chat_template": "messages",
+    "messages": "messages",
+    "completion": "text",
+    "pretrain": "text",
+    "input_output": "segments",
 }
-VARIANTS = {
-    "alpaca_chat.load_qa": {"instruction": "question", "output": "answer"},
-    "alpaca_chat.load_camel_ai": {"instruction": "message_1", "output": "message_2"},
-    "alpaca_w_system.load_open_orca": {"instruction": "question", "system": "system_prompt", "output": "response"},
-    "alpaca_w_system.load_open_orca_chatml": {
-        "instruction": "question", "system": "system_prompt", "output": "response",
-    },
-    "context_qa.load_404": {"instruction": "question", "input": "context", "output": "answer"},
-}  # fmt: skip
+OWN_TYPE = "a section"  # whose text the config has
+DOCUMENTS = ("completion", "pretrain")
+VICUNA = "without `conversation`, axolotl writes it in Vicuna's text (USER:, ASSISTANT:); accepted: the base's template"
 KEYS = (
     "path type split name data_files ds_type shards shards_idx preprocess_shards preprocess conversation chat_template "
     "chat_template_jinja input_format input_transform field field_human field_model field_messages field_tools "
@@ -48,21 +33,33 @@ KEYS = (
     "field_prompt field_completion field_label prompt_format completion_format chosen_format rejected_format weight "
     "step_separator max_completion_length train_on_last_step_only length sequence_length min_input_id max_input_id seed"
 )
-CHATML_PROMPT = "alpaca (ChatML)"  # types such as alpaca_w_system.load_open_orca_chatml
-ALPACA_NOTE = "in Alpaca's text, as there; an input follows the instruction, without its own heading"
+INPUT_NOTE = "an input follows the instruction, without the words that axolotl writes around it"
 
 
-def carry_datasets(draft: Draft) -> None:
-    """Carry `datasets`, `test_datasets` and `pretraining_dataset`."""
+class Kind(NamedTuple):
+    """How axolotl writes the rows of a source."""
+
+    name: str  # of its type
+    template: str | None = None  # that writes the text of the type; None: that of the config
+    has_input: bool = False  # whether it writes an input, with words of its own around it
+
+    @property
+    def is_document(self) -> bool:
+        """Whether long rows are cut into several."""
+        return self.name in DOCUMENTS
+
+
+def carry_datasets(draft: Draft) -> list[Kind]:
+    """Carry `datasets`, `test_datasets` and `pretraining_dataset`, and return the kinds of their sources."""
     config = draft.config
-    kinds: list[str] = []
+    kinds: list[Kind] = []
     for key, to in (("datasets", "data.train"), ("pretraining_dataset", "data.train"), ("test_datasets", "data.eval")):
         entries = config.get(key)
         if isinstance(entries, str) and entries:
             draft.put(to, entries, key)
             draft.carried(key, to, entries)
             draft.put("data.format", "text", key)
-            kinds.append("pretrain")
+            kinds.append(Kind("pretrain"))
             continue
         sources = []
         for index, entry in enumerate(entries if isinstance(entries, list) else []):
@@ -76,30 +73,19 @@ def carry_datasets(draft: Draft) -> None:
         draft.missing("datasets", "the config has no datasets; accepted: data/train.jsonl")
         draft.put("data.train", "data/train.jsonl", "replace: the config has no datasets")
     _carry_templates(draft, kinds)
-    _carry_loss(draft, kinds)
+    _carry_loss(draft)
+    return kinds
 
 
-def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any], *, pretrain: bool) -> tuple[Source, str]:
+def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any], *, pretrain: bool) -> tuple[Source, Kind]:
     source = Source(comment=prefix)
+    entry = known_values(entry)
     _locate(draft, source, prefix, entry)
     written = entry.get("type") or ("pretrain" if pretrain else "")
     if isinstance(written, dict):
-        kind = "user-defined"
-        _read_own_type(draft, source, f"{prefix}.type", written)
+        kind = Kind(OWN_TYPE, _read_own_type(draft, source, f"{prefix}.type", written))
     else:
-        kind = str(written).partition(":")[0].partition(".")[0].strip()
-        if kind in TYPES:
-            ours, columns = TYPES[kind]
-            source.values["format"] = ours
-            source.columns(**{**columns, **VARIANTS.get(str(written).partition(":")[0], {})})
-            if kind.startswith("alpaca") and str(written).endswith("chatml"):
-                kind = CHATML_PROMPT
-            elif kind == "alpaca_chat" or (kind.startswith("alpaca") and ":" in str(written)):
-                reason = "writes its own words around the fields (USER:, ASSISTANT:); accepted: Alpaca's text"
-                draft.refuse(f"{prefix}.type", reason)
-            draft.carried(f"{prefix}.type", "format", ours)
-        elif written:
-            draft.refuse(f"{prefix}.type", f"there is no prompt type {show(written)} here; accepted: format auto")
+        kind = _read_type(draft, source, prefix, str(written).strip())
     _read_columns(draft, source, prefix, entry)
     _read_messages(draft, source, prefix, entry)
     _note_others(draft, prefix, entry)
@@ -107,6 +93,26 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any], *, pretrain: b
         source.values["weight"] = weight
         draft.carried(f"{prefix}.weight", "weight", weight)
     return source, kind
+
+
+def _read_type(draft: Draft, source: Source, prefix: str, written: str) -> Kind:
+    """Carry a prompt type, by its name in axolotl."""
+    base = written.partition(":")[0].partition(".")[0]
+    if prompt := PROMPTS.get(written):
+        source.values["format"] = "alpaca"
+        source.columns(**prompt.columns)
+        draft.carried(f"{prefix}.type", "format", "alpaca")
+        return Kind(written, prompt.template, prompt.has_input)
+    if base in TYPES:
+        source.values["format"] = TYPES[base]
+        fixed = draft.config.has(f"{prefix}.conversation") or draft.config.get("chat_template") == "chatml"
+        if base.startswith("sharegpt") and not fixed:
+            draft.refuse(f"{prefix}.type", VICUNA)
+        draft.carried(f"{prefix}.type", "format", TYPES[base])
+    elif written:
+        reason = "there is no prompt type of this name, with its words around the fields, here"
+        draft.refuse(f"{prefix}.type", f"{reason}; accepted: format auto, in the chat template")
+    return Kind(base)
 
 
 def _locate(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) -> None:
@@ -139,11 +145,11 @@ def _locate(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) ->
         draft.other_task(f"{prefix}.path", "random tokens teach nothing")
 
 
-def _read_own_type(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) -> None:
-    """Carry the fields of a prompt that the user wrote; its text is not offered."""
+def _read_own_type(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) -> str | None:
+    """Carry the fields of a prompt that the user wrote, and return the template of its text, if there can be one."""
     if any(key in entry for key in ("field_chosen", "field_rejected", "field_label")):
         draft.other_task(prefix, "pairs of good and bad answers are for preference training, which is another task")
-        return
+        return None
     source.values["format"] = "alpaca"
     for key, ours in (
         ("field_instruction", "instruction"),
@@ -154,12 +160,16 @@ def _read_own_type(draft: Draft, source: Source, prefix: str, entry: dict[str, A
         if entry.get(key):
             source.columns(**{ours: str(entry[key])})
             draft.carried(f"{prefix}.{key}", f"columns.{ours}", entry[key])
-    plain = {"{instruction}", "{instruction} {input}", "{instruction}\n{input}"}
-    for key in ("format", "no_input_format", "system_prompt", "system_format"):
-        text = entry.get(key)
-        if text in plain or (key == "system_format" and text == "{system}"):
-            draft.same(f"{prefix}.{key}", "what the format alpaca does, inside the chat template")
-        draft.refuse(f"{prefix}.{key}", "the text around the fields is the chat template's; accepted: that one")
+        elif ours in ("input", "system"):
+            source.columns(**{ours: None})  # axolotl reads no column that is not named
+    template = own_template(entry)
+    if entry.get("field_system") or not entry.get("system_format"):
+        draft.no_effect(f"{prefix}.system_prompt", "is written by system_format, without field_system")
+    for key in ("format", "no_input_format", "system_format", "system_prompt"):
+        if template is not None:
+            draft.carried(f"{prefix}.{key}", "data.chat_template", "a template with this text")
+        draft.refuse(f"{prefix}.{key}", "no template writes this text around the fields; accepted: the chat template")
+    return template
 
 
 def _read_columns(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) -> None:
@@ -230,12 +240,8 @@ def _read_messages(draft: Draft, source: Source, prefix: str, entry: dict[str, A
 def _note_others(draft: Draft, prefix: str, entry: dict[str, Any]) -> None:
     for key in ("preprocess", "preprocess_shards", "trust_remote_code", "skip_unsupported", "strip_whitespace"):
         draft.no_effect(f"{prefix}.{key}", CACHE)
-    if str(entry.get("conversation", "chatml")) == "chatml" and "chat_template" not in draft.config.values:
-        draft.same(
-            f"{prefix}.conversation",
-            "the chat template of the base; write data.chat_template: chatml for a base without one",
-        )
-    draft.refuse(f"{prefix}.conversation", "the conversation is written by the chat template; accepted: the base's own")
+    if not str(entry.get("type")).startswith("sharegpt"):
+        draft.refuse(f"{prefix}.conversation", "the text of the rows is that of their type; accepted: that one")
     draft.same(f"{prefix}.template_thinking_key", "reasoning is passed to the template under the name that it reads")
     draft.same(f"{prefix}.split_thinking", "reasoning within an answer is passed on as the template expects it")
     for key in ("shards", "shards_idx"):
@@ -255,19 +261,18 @@ def _note_others(draft: Draft, prefix: str, entry: dict[str, Any]) -> None:
         draft.refuse(f"{prefix}.{key}", "is not read here; accepted: without it")
 
 
-def _carry_templates(draft: Draft, kinds: list[str]) -> None:
-    """One template is for every source; Alpaca's text stands for the prompt type alpaca."""
+def _carry_templates(draft: Draft, kinds: list[Kind]) -> None:
+    """One template is for every source; a prompt type has its own."""
     config = draft.config
-    prompts = [kind for kind in kinds if kind.startswith("alpaca") or kind in ("gpteacher", "oasst", "orcamini")]
-    conversations = [kind for kind in kinds if kind not in ("completion", "pretrain", "input_output")]
-    texts = {"chatml" if kind == CHATML_PROMPT else "alpaca" for kind in prompts}
-    if prompts and prompts == conversations and len(texts) == 1:
-        _write_prompts(draft, texts.pop(), prompts[0])
+    conversations = [kind for kind in kinds if not kind.is_document and kind.name != "input_output"]
+    prompts = [kind for kind in conversations if kind.template is not None]
+    if prompts == conversations and len({kind.template for kind in prompts}) == 1:
+        _write_prompts(draft, prompts)
     else:
         _carry_named_templates(draft)
         if prompts:
             draft.missing(
-                f"datasets: type {prompts[0]}",
+                f"datasets: type {prompts[0].name}",
                 "one template is for all sources, and other sources are written in another way; accepted: "
                 "chat_template, or the tokenizer's own",
             )
@@ -290,6 +295,8 @@ def _carry_named_templates(draft: Draft) -> None:
         name = "chat_template_jinja" if entry.get("chat_template_jinja") else "chat_template"
         if name == "chat_template_jinja":
             draft.same(f"{prefix}.chat_template", "chat_template_jinja has it")
+        if str(entry.get("type")).startswith("sharegpt"):
+            name = "conversation"  # of FastChat, under which it writes the turns
         if entry.get(name) is None:
             continue
         if first not in (None, entry[name]):
@@ -299,12 +306,14 @@ def _carry_named_templates(draft: Draft) -> None:
         carry_template(draft, f"{prefix}.{name}", model=model)
 
 
-def _write_prompts(draft: Draft, text: str, kind: str) -> None:
+def _write_prompts(draft: Draft, kinds: list[Kind]) -> None:
     """Write rows in the text of their prompt type, in which the chat template of the config has no part."""
-    if text == "alpaca":
-        draft.assume("data.chat_template", text, f"the type {kind}: rows are written {ALPACA_NOTE}")
+    kind = kinds[0].name
+    note = f"; {INPUT_NOTE}" if any(each.has_input for each in kinds) else ""
+    if kind == OWN_TYPE:
+        draft.put("data.chat_template", kinds[0].template, "datasets: the text of type")
     else:
-        draft.assume("data.chat_template", text, f"the type {kind}")
+        draft.assume("data.chat_template", kinds[0].template, f"the text of the type {kind}{note}")
     names = ["chat_template", "chat_template_jinja"]
     names += [
         f"datasets[{index}].{name}" for index in range(len(as_list(draft.config.get("datasets")))) for name in names
@@ -313,7 +322,7 @@ def _write_prompts(draft: Draft, text: str, kind: str) -> None:
         draft.no_effect(name, f"rows of the type {kind} are written without it")
 
 
-def _carry_loss(draft: Draft, kinds: list[str]) -> None:
+def _carry_loss(draft: Draft) -> None:
     config = draft.config
     entries = [entry for entry in as_list(config.get("datasets")) if isinstance(entry, dict)]
     wanted = [as_switch(entry.get("train_on_inputs")) for entry in entries]

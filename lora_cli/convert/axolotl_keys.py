@@ -37,13 +37,12 @@ _OWN = KeyTable(
         "use_sonicmoe tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp llama4_linearized_experts "
         "layer_offloading offload activation_memory_budget low_cpu_mem_usage max_memory gpu_memory_limit gc_steps "
         "gc_collect_steps experimental_skip_move_to_device lora_on_cpu embeddings_skip_upcast "
-        "profiler_steps profiler_steps_start batch_flattening use_flash_attention "
-        "peft_autocast_adapter_dtype",
+        "profiler_steps profiler_steps_start batch_flattening use_flash_attention",
         SHARDING: "ddp fsdp_version fsdp_final_state_dict_type device_map device qlora_sharded_model_loading "
         "tensor_parallel_size context_parallel_size dp_shard_size dp_replicate_size sequence_parallel_degree "
         "heads_k_stride ring_attn_func expert_parallel_size use_ray ray_run_name ray_num_workers resources_per_worker "
         "ddp_find_unused_parameters",
-        CACHE: "dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory skip_prepare_dataset "
+        CACHE: "dataset_prepared_path dataset_processes dataset_num_proc dataset_keep_in_memory "
         "streaming streaming_multipack_buffer_size pretrain_multipack_buffer_size push_dataset_to_hub "
         "dataset_shard_num "
         "num_dataset_shards_to_save hf_use_auth_token preprocess_iterable is_preprocess",
@@ -105,6 +104,8 @@ _OWN = KeyTable(
         "tokens are listed in adapter.trainable_tokens, not their ids; accepted: none": "peft_trainable_token_indices",
         "tied weights are trained as one; accepted: so": "peft_ensure_weight_tying",
         "quantization-aware training; accepted: without it": "qat",
+        "adapter weights are float32; accepted: so": "peft_autocast_adapter_dtype=true",
+        "rows are encoded as their format says; accepted: so": "skip_prepare_dataset",
         "the order of rows is random; accepted: random": "curriculum_sampling shuffle_before_merging_datasets",
         "documents are cut into pieces, each attends to itself; accepted: so": "pretraining_sample_concatenation",
         "short rows are kept; accepted: kept": "min_sample_len",

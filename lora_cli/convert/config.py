@@ -1,10 +1,11 @@
 """A config of another tool as read: its keys, their values, and where each is written. No torch."""
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.field_types import parse_switch
@@ -13,7 +14,16 @@ MISSING = object()  # a key that the config does not have, where null is a value
 
 
 class Unreadable(str):
-    """The text of an expression that only running the script would evaluate."""
+    """The text of a value that only the other tool would know: an expression of a script, `$NAME`, `!tag x`."""
+
+
+class Replaced(NamedTuple):
+    """A value that is written, and that the other tool does not use."""
+
+    key: str  # with what tells it from the key that is used
+    value: Any
+    place: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,13 @@ class Config:
     values: Mapping[str, Any]  # nested, as the file has them
     kind: str = "config"  # config, script (Python) or command line
     places: Mapping[str, str] = field(default_factory=dict)  # "file:line" of a key
+    replaced: Sequence[Replaced] = ()
+    # Of keys whose value is used elsewhere: what stands for it there, `*name` or `${key}`.
+    anchors: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, list[str]] = field(default_factory=dict)  # of a script: `r` is at `get_peft_model.r`
     program: str = ""  # of a command line, or the library that a script imports
-    facts: Mapping[str, str] = field(default_factory=dict)  # what a script does with its rows (python_script.py)
+    # What functions of a script make of its rows, by the key of the step (script_rows.py).
+    facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def keys_of(self, key: str) -> list[str]:
         """Return the keys in the file that `key` stands for: several if calls of a script pass the same one."""
@@ -57,6 +71,12 @@ class Config:
     def is_written(self, key: str) -> bool:
         """Return whether the config has the key, also with a value that a script computes."""
         return self.raw(key, MISSING) is not MISSING
+
+    def anchor_above(self, key: str) -> str:
+        """Return what stands elsewhere in the config for a value that a key is a part of; empty for nothing."""
+        return next(
+            (name for above, name in self.anchors.items() if f"{key}.".startswith((f"{above}.", f"{above}["))), ""
+        )
 
     def place(self, key: str) -> str:
         """Return where a key is written."""
@@ -115,10 +135,28 @@ class Config:
             raise self.error(key, "not a single value")
         return None if value is None or value == "" else str(value)
 
+    def section(self, key: str) -> dict[str, Any]:
+        """Return a section; an empty one if the key is missing or null.
+
+        Raises:
+            LoraError: the value is none.
+        """
+        value = self.get(key)
+        if value in (None, ""):
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(key, "not a section")
+        return dict(value)
+
     def error(self, key: str, problem: str) -> LoraError:
         """Return the error of a value that its key cannot have."""
         name = next((name for name in self.keys_of(key) if name in self.places), key)
         return LoraError(f"{self.place(name)}: {name}: {show(self.get(key))} is {problem}", hint="correct it first")
+
+
+def known_values(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a section whose value is known."""
+    return {key: value for key, value in section.items() if not isinstance(value, Unreadable)}
 
 
 def leaves_of(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -148,6 +186,8 @@ def as_number(value: Any) -> float | None:
         return None
     if isinstance(value, int):
         return value
+    if re.match(r"[-+]?0\d", str(value)):
+        return None  # YAML 1.1 reads 010 as 8, and Python as 10
     try:
         number = float(str(value).replace("_", ""))
     except ValueError:

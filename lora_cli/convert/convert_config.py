@@ -1,13 +1,13 @@
 """Convert a config: the recipe that it stands for, and the lines that account for each of its keys. No torch."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
+from lora_cli.convert.command_options import carry_command, with_names_of_config
 from lora_cli.convert.config import Config
 from lora_cli.convert.draft import NEEDS_ACCEPTANCE, Draft, Line, Outcome
+from lora_cli.convert.interpolation import with_plain_values
 from lora_cli.convert.recipe_text import recipe_text
 from lora_cli.convert.tools import TOOLS
-from lora_cli.convert.torchtune import resolve
 from lora_cli.recipe.rules import FORMATS_WITHOUT_CONVERSATION
 
 
@@ -34,16 +34,20 @@ def convert_config(config: Config, tool: str) -> Conversion:
         LoraError: a value cannot be read.
     """
     entry = TOOLS[tool]
-    if tool == "torchtune":
-        config = replace(config, values=resolve(config.values))
+    config = with_plain_values(config, tool)
+    if config.kind == "command line":
+        config = with_names_of_config(config, tool, entry.known)
     draft = Draft(entry.name, config)
     if config.kind == "command line" and (trainer := config.get("trainer")):
         draft.other_task("trainer", f"{trainer} is another task: `lora train` does supervised fine-tuning")
     entry.convert(draft)
+    for key, value, _, reason in config.replaced:
+        draft.extra(Line(key, value, Outcome.NO_EFFECT, reason=reason))
     if "model.path" not in draft.values:
         draft.put("model.path", "base-model", "replace: the config names no base")
-    _carry_launcher(draft)
+    carry_command(draft)
     _check_warmup(draft)
+    _check_evaluations(draft)
     _drop_template(draft)
     draft.finish(set(entry.known))
     return Conversion(draft, draft.in_order(), recipe_text(draft))
@@ -68,22 +72,31 @@ def _drop_template(draft: Draft) -> None:
                 draft.lines[key] = Line(key, line.value, Outcome.NO_EFFECT, reason=reason)
 
 
-def _carry_launcher(draft: Draft) -> None:
-    """Carry the number of processes that a command line starts."""
-    for name in ("num_processes", "nproc_per_node", "num_gpus"):
-        count = draft.config.get(f"launcher.{name}")
-        if isinstance(count, int):
-            draft.carry(f"launcher.{name}", "distributed.processes", count)
-    draft.no_effect("launcher", "how processes are started: `distributed:` has the options here")
-
-
 def _check_warmup(draft: Draft) -> None:
     """A warmup longer than the run cannot be written; its rates are those of the other tool up to the last step."""
     warmup, steps = draft.values.get("training.warmup", 0), draft.values.get("training.max_steps")
     if steps is None or warmup <= steps:
         return
     draft.put("training.warmup", steps, f"{warmup} there")
+    reason = f"the run has {steps} steps, so the rate never reaches its peak; accepted: a warmup of {steps}"
     for key, line in draft.lines.items():
         if line.to == "training.warmup":
-            reason = f"the run has {steps} steps, so the rate never reaches its peak; accepted: a warmup of {steps}"
             draft.lines[key] = line._replace(outcome=Outcome.NOT_OFFERED, to="", result=None, reason=reason)
+    for each in draft.assumed:
+        if each.to == "training.warmup":
+            draft.assumed.remove(each)
+            draft.missing("warmup", f"{draft.tool}'s default has {warmup} steps, and {reason}")
+            break
+
+
+def _check_evaluations(draft: Draft) -> None:
+    """Without rows to evaluate there is no best step, and nothing to stop by."""
+    if draft.values.get("data.eval", "held out") is not None:
+        return
+    reason = "there are no rows to evaluate: write data.eval and this; accepted: without it"
+    for to in ("training.stop_after", "training.keep"):
+        if draft.values.get(to) not in (None, "last"):
+            del draft.values[to]
+            for key, line in draft.lines.items():
+                if line.to == to:
+                    draft.lines[key] = line._replace(outcome=Outcome.NOT_OFFERED, to="", result=None, reason=reason)

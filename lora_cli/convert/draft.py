@@ -72,9 +72,16 @@ class Draft:
         """Add the line of a key that is carried, by whoever set `to`; with `computed`, also if a script computes it."""
         same = equals_default(to, result, method=self.values.get("adapter.method", "lora"))
         outcome = Outcome.DEFAULT if same and not note else Outcome.CARRIED
+        used = ""  # the first call of a script that passes the argument
         for name in self.config.keys_of(key):
-            if self.config.has(name) or (computed and self.config.is_written(name)):
+            if not (self.config.has(name) or (computed and self.config.is_written(name))):
+                continue
+            if used and self.config.raw(name) != self.config.raw(used):
+                reason = f"differs from {used}, and a recipe has one value; accepted: that of {used}"
+                self._line(name, Outcome.NOT_OFFERED, reason=reason)
+            else:
                 self._line(name, outcome, to=to, result=result, reason=note)
+                used = used or name
 
     def put(self, to: str, value: Any, comment: str = "") -> None:
         """Set a key of the recipe."""
@@ -92,9 +99,11 @@ class Draft:
         self.put(to, value, reason)
         self.assumed.append(Assumed(to, value, reason))
 
-    def same(self, key: str, reason: str) -> None:
-        """Note that this tool does the same without the key."""
-        self._each(key, Outcome.DEFAULT, reason)
+    def same(self, key: str, reason: str, *, computed: bool = False) -> None:
+        """Note that this tool does the same without the key; with `computed`, also for a value that is not known."""
+        for name in self.config.keys_of(key):
+            if self.config.has(name) or (computed and self.config.is_written(name)):
+                self._line(name, Outcome.DEFAULT, reason=reason)
 
     def no_effect(self, key: str, reason: str) -> None:
         """Note that the key has no effect on what is learnt; null is not a value."""
@@ -119,15 +128,18 @@ class Draft:
                 else:
                     self._line(name, Outcome.NOT_OFFERED, reason=reason)
 
-    def other_task(self, key: str, reason: str) -> None:
-        """Note that the config is for another task, which no recipe stands for."""
+    def other_task(self, key: str, reason: str, *, computed: bool = False) -> None:
+        """Note that the config is for another task, which no recipe stands for; `computed` as in `same`."""
+        if isinstance(self.config.raw(key), Unreadable) and not computed:
+            return  # `finish` says that its value is not known
         if not self.config.is_written(key):
             self.lines[key] = Line(key, None, Outcome.OTHER_TASK, reason=reason)
         self._each(key, Outcome.OTHER_TASK, reason)
 
     def missing(self, key: str, reason: str) -> None:
         """Note that a key which is needed is missing, or that something is not in the config at all."""
-        self.lines[key] = Line(key, None, Outcome.NOT_OFFERED, reason=reason)
+        if not isinstance(self.config.raw(key), Unreadable):  # of which `finish` says that it is not known
+            self.lines[key] = Line(key, None, Outcome.NOT_OFFERED, reason=reason)
 
     def extra(self, line: Line) -> None:
         """Add a line for a key of another file that the config names, such as dataset_info.json."""
@@ -156,10 +168,16 @@ class Draft:
             if self.has_line(key):
                 continue
             last = key.rpartition(".")[2]
-            if isinstance(value, Unreadable):
-                reason = "is computed by the script: write its value; accepted: as if it were not there"
+            names = {strip_indices(key), last} if self.config.kind == "script" else {strip_indices(key)}
+            anchor = self.config.anchor_above(key)
+            if anchor and not known & set(_sections(strip_indices(key))):
+                reason = f"is read where `{anchor}` names it, if it is not replaced there"
+                self.lines[key] = Line(key, value, Outcome.NO_EFFECT, reason=reason)
+            elif isinstance(value, Unreadable):
+                why = "is computed by the script" if self.config.kind == "script" else "is not known here"
+                reason = f"{why}: write its value; accepted: as if it were not there"
                 self.lines[key] = Line(key, value, Outcome.NOT_OFFERED, reason=reason)
-            elif {key, last, strip_indices(key)} & known:
+            elif names & known:
                 if asks_for_nothing(value) or value in ([], {}):
                     reason = "not set" if value is None else "asks for nothing"
                     self.lines[key] = Line(key, value, Outcome.DEFAULT, reason=reason)
@@ -184,6 +202,12 @@ class Draft:
             return min(inside, default=len(order))
 
         return sorted(self.lines.values(), key=position)
+
+
+def _sections(key: str) -> list[str]:
+    """Return a dotted key, and those of the sections that it is in."""
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def strip_indices(key: str) -> str:

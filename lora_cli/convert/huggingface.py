@@ -91,10 +91,7 @@ TRAINING_ARGUMENTS = KeyTable(
         "sortish_sampler",
     },
     same={
-        "the loss is the mean over the supervised tokens of all devices": "average_tokens_across_devices",
         "training.seed sets the row order too": "data_seed",
-        "the best step has the lowest evaluation loss": "metric_for_best_model greater_is_better "
-        "early_stopping_threshold",
     },
     not_offered={
         "AdamW's epsilon is 1e-8; accepted: 1e-8": "adam_epsilon=1e-8",
@@ -102,17 +99,24 @@ TRAINING_ARGUMENTS = KeyTable(
         "only adapters are trained; accepted: without it": "optim_target_modules",
         "every row is used; accepted: the last batch of an epoch is trained, too": "dataloader_drop_last",
         "stops after a time; accepted: all steps": "max_train_minutes",
+        "the loss is the mean over the tokens of all devices; accepted: so": "average_tokens_across_devices=true",
     },
     handled="output_dir learning_rate max_steps num_train_epochs per_device_train_batch_size per_gpu_train_batch_size "
     "train_batch_size gradient_accumulation_steps max_grad_norm lr_scheduler_type lr_scheduler_kwargs warmup_steps "
     "warmup_ratio optim adafactor bf16 fp16 neftune_noise_alpha eval_strategy evaluation_strategy eval_steps do_eval "
     "do_predict save_strategy save_steps save_total_limit load_best_model_at_end early_stopping_patience "
-    "logging_steps report_to",
+    "early_stopping_threshold metric_for_best_model greater_is_better logging_steps report_to",
 )
 
 
-def carry_training(draft: Draft, defaults: TrainerDefaults) -> None:
-    """Carry the steps, the learning rate, the optimizer, evaluations and checkpoints; batches are carried elsewhere."""
+def carry_training(draft: Draft, defaults: TrainerDefaults, *, patience: str = "early_stopping_patience") -> None:
+    """Carry the steps, the learning rate, the optimizer, evaluations and checkpoints; batches are carried elsewhere.
+
+    Args:
+        draft: the recipe.
+        defaults: of the tool.
+        patience: as of `carry_checkpoints`.
+    """
     config = draft.config
     carry_output(draft, "output_dir")
     carry_steps(draft, epochs="num_train_epochs", max_steps="max_steps", default=defaults.epochs)
@@ -141,7 +145,7 @@ def carry_training(draft: Draft, defaults: TrainerDefaults) -> None:
         draft.carry("neftune_noise_alpha", "training.neftune_alpha", float(alpha))
     else:
         draft.same("neftune_noise_alpha", "asks for nothing")
-    carry_checkpoints(draft)
+    carry_checkpoints(draft, patience=patience)
     carry_tracking(draft)
 
 
@@ -157,19 +161,26 @@ def carry_output(draft: Draft, key: str) -> None:
     """Carry the output folder, unless it is the base's own folder."""
     folder = draft.config.get(key)
     if draft.config.is_written(key) and not draft.config.has(key):
-        draft.no_effect(key, "is computed by the script: the run folder is `output`, runs/lora by default")
+        draft.no_effect(key, "is not known here: the run folder is `output`, runs/lora by default")
     elif folder is not None and str(folder).rstrip("/") == str(draft.values.get("model.path", "")).rstrip("/"):
         draft.no_effect(key, "is the folder of the base, which a run does not write to: the run folder is runs/lora")
     elif folder is not None:
         draft.carry(key, "output", str(folder))
 
 
-def carry_steps(draft: Draft, *, epochs: str, max_steps: str, default: float) -> None:
-    """Carry the length of the run: a number of steps takes precedence over epochs."""
+def carry_steps(draft: Draft, *, epochs: str, max_steps: str, default: float, note: str = "") -> None:
+    """Carry the length of the run: a number of steps takes precedence over epochs.
+
+    Args:
+        draft: the recipe.
+        epochs, max_steps: keys of the config.
+        default: epochs without both.
+        note: what is otherwise with a number of steps.
+    """
     config = draft.config
-    steps = positive(config.number(max_steps))
+    steps = positive(config.whole(max_steps))
     if steps is not None:
-        draft.carry(max_steps, "training.max_steps", int(steps))
+        draft.carry(max_steps, "training.max_steps", int(steps), note)
         draft.same(epochs, f"{max_steps} takes precedence")
         return
     draft.same(max_steps, "asks for nothing")
@@ -180,35 +191,50 @@ def carry_steps(draft: Draft, *, epochs: str, max_steps: str, default: float) ->
         draft.carry(epochs, "training.epochs", float(number_of_epochs))
 
 
-def carry_clipping(draft: Draft, key: str, default: float | None = 1.0) -> None:
-    """Carry the norm that gradients are clipped to; 0 and null switch it off where the other tool reads them so."""
-    if not draft.config.has(key) or (draft.config.get(key) is None and default is not None):
+def carry_clipping(draft: Draft, key: str, default: float | None = 1.0, *, null_is_off: bool = True) -> None:
+    """Carry the norm that gradients are clipped to; 0 switches it off, and null unless the tool leaves it out then."""
+    if not draft.config.has(key) or (draft.config.get(key) is None and not null_is_off):
         draft.assume("training.max_grad_norm", default)
     else:
         norm = positive(draft.config.number(key))
         draft.carry(key, "training.max_grad_norm", None if norm is None else float(norm))
 
 
-def carry_checkpoints(draft: Draft) -> None:
-    """Carry when the run is evaluated and saved; what counts epochs has no counterpart, and changes no weights."""
+def carry_checkpoints(draft: Draft, *, patience: str = "early_stopping_patience", best: bool | None = None) -> bool:
+    """Carry when the run is evaluated and saved; what counts epochs has no counterpart, and changes no weights.
+
+    Args:
+        draft: the recipe.
+        patience: key of the number of evaluations without a lower loss after which the run ends.
+        best: whether the best step is kept; None: as load_best_model_at_end says.
+
+    Returns:
+        Whether evaluations decide which step is kept, or when the run ends.
+    """
     config = draft.config
-    best = config.switch("load_best_model_at_end")
-    patience = positive(config.number("early_stopping_patience"))
-    if best:
-        draft.carry("load_best_model_at_end", "training.keep", "best")
-    else:
-        draft.same("load_best_model_at_end", "asks for nothing")
-    if patience:
-        draft.carry("early_stopping_patience", "training.stop_after", int(patience))
-    else:
-        draft.same("early_stopping_patience", "asks for nothing")
+    limit = positive(config.number(patience))
+    if best is None:
+        best = config.switch("load_best_model_at_end")
+        if best:
+            evaluated, saved = config.get("eval_steps"), config.get("save_steps")
+            other = saved is not None and saved != evaluated
+            note = f"there only of the steps that are saved, every {show(saved)}" if other else ""
+            draft.carry("load_best_model_at_end", "training.keep", "best", note)
+        else:
+            draft.same("load_best_model_at_end", "asks for nothing")
+    needed = best or bool(limit)
     evaluation = "eval_strategy" if config.get("eval_strategy") is not None else "evaluation_strategy"
+    if limit:
+        draft.carry(patience, "training.stop_after", int(limit))
+    else:
+        draft.same(patience, "asks for nothing")
+    _carry_metric(draft, needed=needed)
     for strategy, steps, to in (
         (evaluation, "eval_steps", "training.eval_every"),
         ("save_strategy", "save_steps", "training.save_every"),
         ("logging_strategy", "logging_steps", "training.log_every"),
     ):
-        _carry_interval(draft, strategy, steps, to, needed=best or bool(patience))
+        _carry_interval(draft, strategy, steps, to, needed=needed)
     kept = positive(config.number("save_total_limit"))
     if kept:
         draft.carry("save_total_limit", "training.keep_checkpoints", int(kept))
@@ -216,28 +242,55 @@ def carry_checkpoints(draft: Draft) -> None:
         draft.same("save_total_limit", "asks for nothing: two checkpoints are kept")
     draft.no_effect("do_eval", "data.eval turns evaluation on and off")
     draft.no_effect("do_predict", "`lora eval` generates answers")
+    return needed
+
+
+def _carry_metric(draft: Draft, *, needed: bool) -> None:
+    """Add the lines of what the best step is: here that of the lowest evaluation loss."""
+    config = draft.config
+    keys = ("metric_for_best_model", "greater_is_better", "early_stopping_threshold")
+    if not needed:
+        for key in keys:
+            draft.no_effect(key, "without load_best_model_at_end and early stopping")
+        return
+    reason = "the best step has the lowest evaluation loss"
+    if (config.text(keys[0]) or "loss").removeprefix("eval_") == "loss":
+        draft.same(keys[0], reason)
+    if not config.switch(keys[1]):
+        draft.same(keys[1], reason)
+    if not positive(config.number(keys[2])):
+        draft.same(keys[2], "any lower loss counts")
+    for key in keys:
+        draft.refuse(key, f"{reason}, however little it is lower; accepted: so")
 
 
 def _carry_interval(draft: Draft, strategy: str, steps: str, to: str, *, needed: bool) -> None:
     """Carry a number of steps between events; with `needed`, null would switch off what depends on evaluations."""
+    decides = needed and to == "training.eval_every"  # which step is kept, or when the run ends
     written = draft.config.get(strategy)
     name = "no" if written is False else str(written or "").lower().rpartition(".")[2]
     every = positive(draft.config.get(steps))
-    if name == "no" and not (needed and to == "training.eval_every") and to != "training.log_every":
+    if name == "no" and not decides and to != "training.log_every":
         draft.carry(strategy, to, None)
         draft.no_effect(steps, f"{strategy} is no")
         return
     if name in ("epoch", "best"):
         reason = f"{to} counts steps: write those of an epoch; its default is 100"
-        if needed and to == "training.eval_every":
+        if decides:
             draft.refuse(strategy, f"when it is evaluated decides which step is kept, and {reason}")
         draft.no_effect(strategy, reason)
     elif written is not None:
         draft.no_effect(strategy, f"{to} counts steps")
     if every is not None and every >= 1 and name not in ("epoch", "no"):
         draft.carry(steps, to, int(every))
-    else:
-        draft.no_effect(steps, f"{to} is a number of steps; its default is {1 if 'log' in to else 100}")
+        return
+    if decides and every is not None and name != "epoch":
+        draft.refuse(steps, f"a share of the steps, and {to} counts them: write it; accepted: its default, 100")
+    elif decides and name == "steps":
+        logged = positive(draft.config.get("logging_steps")) or 500
+        if logged >= 1:
+            draft.assume(to, int(logged), f"without {steps}, it is logging_steps")
+    draft.no_effect(steps, f"{to} is a number of steps; its default is {1 if 'log' in to else 100}")
 
 
 def carry_eval_fraction(draft: Draft, key: str) -> None:
@@ -271,7 +324,4 @@ def section(config: Config, key: str) -> Any:
     Raises:
         LoraError: it is none.
     """
-    value = config.get(key)
-    if not isinstance(value, dict):
-        raise config.error(key, "not a section")
-    return value or None
+    return config.section(key) or None

@@ -10,7 +10,7 @@ from lora_cli.convert.tables import CACHE, EVALUATION, HARDWARE, LOGGING, SHARDI
 from lora_cli.convert.torchtune import carry_betas
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.tracking import carry_tracking
-from lora_cli.convert.values import carry_dtype, carry_optimizer, family_of, positive
+from lora_cli.convert.values import carry_dtype, carry_optimizer, carry_torch_decay, family_of, positive
 
 # Data modules: hub id or URL, format, columns.
 DATASETS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -142,6 +142,12 @@ def _carry_rows(draft: Draft) -> None:
     name = str(config.get("data.class_path") or config.get("data") or "Alpaca").rpartition(".")[2]
     path, kind, columns = DATASETS.get(name, ("", "", {}))
     source = Source({"path": config.text("data.init_args.json_path") or path or "data/train.jsonl"}, f"data: {name}")
+    folder = Path(source.values["path"]) if name == "JSON" else Path("rows.json")
+    if not folder.suffix:  # a folder with train.json and val.json
+        source.values["path"] = f"{folder}/train.json"
+    if kind == "messages":
+        reason = "writes the first question and answer in its prompt style; accepted: every turn, in the chat template"
+        draft.refuse("data.class_path" if config.has("data.class_path") else "data", reason)
     if kind:
         source.values["format"] = kind
         source.columns(**columns)
@@ -151,9 +157,14 @@ def _carry_rows(draft: Draft) -> None:
     else:
         draft.refuse("data.class_path", f"there is no dataset {name} here; accepted: data/train.jsonl")
     draft.carried("data.init_args.json_path", "data.train", source.values["path"])
-    write_sources(draft, "data.train", [source])
     fraction = config.number("data.init_args.val_split_fraction")
-    if fraction is None:
+    if not folder.suffix:
+        held_out = Source({**source.values, "path": f"{folder}/val.json"}, source.comment)
+        write_sources(draft, "data.eval", [held_out])
+    write_sources(draft, "data.train", [source])
+    if "data.eval" in draft.values:
+        draft.refuse("data.init_args.val_split_fraction", "the folder has rows to evaluate; accepted: those")
+    elif fraction is None:
         default = VAL_FRACTIONS.get(name, 0.05)
         draft.assume("data.eval", default or None)
     else:
@@ -183,8 +194,10 @@ def _carry_training(draft: Draft) -> None:
     config = draft.config
     steps = positive(config.number("train.max_steps"))
     if steps:
-        draft.carry("train.max_steps", "training.max_steps", int(steps))
-        if config.get("train.epochs") is not None:
+        written = config.get("train.epochs") is not None
+        note = "" if written else "litgpt ends after 5 epochs, its default, if that is earlier"
+        draft.carry("train.max_steps", "training.max_steps", int(steps), note)
+        if written:
             draft.refuse("train.epochs", "the shorter of epochs and max_steps ends the run there; accepted: max_steps")
     else:
         draft.same("train.max_steps", "asks for nothing")
@@ -222,7 +235,7 @@ def _carry_batch(draft: Draft) -> None:
     total = config.whole("train.global_batch_size") or 16
     micro = config.whole("train.micro_batch_size") or 1
     devices = config.get("devices")
-    count = (devices if isinstance(devices, int) else 1) * (config.whole("num_nodes") or 1)
+    count = (devices if isinstance(devices, int) and devices > 0 else 1) * (config.whole("num_nodes") or 1)
     rows = max(1, total // count // micro) * micro * count
     note = (
         "" if rows == total else f"{total} is no multiple of {micro} rows on {count} device(s), and litgpt takes {rows}"
@@ -239,17 +252,19 @@ def _carry_batch(draft: Draft) -> None:
 
 def _carry_optimizer(draft: Draft) -> None:
     config = draft.config
-    if isinstance(config.get("optimizer"), str):
-        carry_optimizer(draft, "optimizer", default="adamw")
-    else:
-        carry_optimizer(draft, "optimizer.class_path", default="adamw")
+    name = "optimizer" if isinstance(config.get("optimizer"), str) else "optimizer.class_path"
+    carry_optimizer(draft, name, default="adamw")
     old = config.has("train.learning_rate")  # before litgpt had the section `optimizer`
-    defaults = (3e-4, 0.02, 0.95) if old else (1e-3, 0.01, 0.999)
+    if not old:
+        carry_torch_decay(draft, "optimizer.init_args.weight_decay", config.text(name) or "AdamW")
+    elif config.get("train.weight_decay") is None:
+        draft.assume("training.weight_decay", 0.02)
+    else:
+        draft.carry("train.weight_decay", "training.weight_decay", config.number("train.weight_decay"))
     for keys, to, default in (
-        (("optimizer.init_args.lr", "train.learning_rate"), "training.learning_rate", defaults[0]),
-        (("optimizer.init_args.weight_decay", "train.weight_decay"), "training.weight_decay", defaults[1]),
+        (("optimizer.init_args.lr", "train.learning_rate"), "training.learning_rate", 3e-4 if old else 1e-3),
         (("train.beta1",), "training.adam_beta1", 0.9),
-        (("train.beta2",), "training.adam_beta2", defaults[2]),
+        (("train.beta2",), "training.adam_beta2", 0.95 if old else 0.999),
     ):
         key = next((key for key in keys if config.get(key) is not None), "")
         if key:

@@ -51,7 +51,7 @@ _OWN = KeyTable(
         "buffer_size",
         LOGGING: "plot_loss print_param_status include_effective_tokens_per_second",
         PRECISION: "upcast_layernorm upcast_lmhead_output infer_dtype compute_dtype",
-        EVALUATION: "compute_accuracy eval_on_each_dataset eval_num_beams ignore_pad_token_for_loss",
+        EVALUATION: "compute_accuracy eval_on_each_dataset eval_num_beams",
         GENERATION: "infer_backend temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty "
         "length_penalty skip_special_tokens do_sample vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
         "vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend "
@@ -96,13 +96,14 @@ _OWN = KeyTable(
         "new tokens are special tokens here; accepted: without them": "add_tokens",
         "new embeddings start at the mean of all; accepted: so": "new_special_tokens_config "
         "init_special_tokens=noise_init",
-        "reasoning is trained as the row has it; accepted: so": "enable_thinking=true preserve_thinking",
+        "reasoning is trained as the row has it: write data.template_variables; accepted: so": "enable_thinking=true "
+        "preserve_thinking",
+        "padding carries no loss; accepted: so": "ignore_pad_token_for_loss=true",
         "the language model is what is trained; accepted: so": "freeze_language_model",
         "several adapters start from one; accepted: without it": "create_new_adapter adapter_folder",
         "the answer's end-of-turn token is that of the chat template; accepted: so": "efficient_eos",
-        "it stops by steps; write training.stop_after in evaluations; accepted: never": "early_stopping_steps",
     },
-    handled="model_revision pure_bf16 "
+    handled="model_revision pure_bf16 early_stopping_steps "
     "stage finetuning_type do_train quantization_bit quantization_method quantization_type "
     "double_quantization "
     "lora_rank lora_alpha lora_dropout lora_target lora_target_modules loraplus_lr_ratio use_rslora use_dora "
@@ -140,7 +141,7 @@ def convert(draft: Draft) -> None:
     _carry_adapter(draft, kind)
     _carry_quantization(draft)
     _carry_rows(draft, stage)
-    carry_training(draft, TrainerDefaults())
+    carry_training(draft, TrainerDefaults(), patience="early_stopping_steps")
     if config.switch("use_muon"):
         draft.carry("use_muon", "training.optimizer", "muon")
     apply_table(draft, TABLE)

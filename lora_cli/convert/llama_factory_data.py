@@ -4,7 +4,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lora_cli.convert.config import as_list
+from lora_cli.convert.config import as_list, as_number
 from lora_cli.convert.draft import Draft, Line, Outcome
 from lora_cli.convert.sources import Source, carry_split, file_line, refused_line, write_sources
 from lora_cli.errors import LoraError
@@ -137,7 +137,10 @@ def _locate(draft: Draft, source: Source, entry: dict[str, Any], prefix: str, fo
     if entry.get("split") and (refused := carry_split(draft, "split", source, str(entry["split"]))):
         draft.extra(refused_line(f"{prefix}.split", entry["split"], refused))
     if entry.get("num_samples"):
-        source.values["max_rows"] = int(entry["num_samples"])
+        count = as_number(entry["num_samples"])
+        if count is None:
+            raise LoraError(f"{folder / INFO}: {prefix}.num_samples is not a number", hint="correct it first")
+        source.values["max_rows"] = int(count)
         draft.extra(
             file_line(
                 f"{prefix}.num_samples",
@@ -152,8 +155,7 @@ def _locate(draft: Draft, source: Source, entry: dict[str, Any], prefix: str, fo
 
 
 def _read_columns(draft: Draft, source: Source, columns: dict[str, Any] | None, prefix: str, *, alpaca: bool) -> None:
-    if columns is None:
-        return
+    named, columns = columns is not None, columns or {}
     for key in PREFERENCE_COLUMNS:
         if columns.get(key):
             reason = "marks good and bad answers, for preference training: another task"
@@ -173,7 +175,7 @@ def _read_columns(draft: Draft, source: Source, columns: dict[str, Any] | None, 
         if isinstance(name := columns.get(theirs), str):
             source.columns(**{ours: name})
             draft.extra(file_line(f"{prefix}.columns.{theirs}", name, f"columns.{ours}", name))
-        elif theirs in ("query", "system"):
+        elif theirs in ("history", "system", "tools") or (theirs == "query" and named):
             # Columns that the entry does not name are not read, also if the rows have them.
             source.columns(**{ours: None})
     for key in columns.keys() - {*known, *PREFERENCE_COLUMNS, *MEDIA_COLUMNS}:
@@ -186,7 +188,9 @@ def _read_tags(draft: Draft, source: Source, tags: Any, prefix: str, *, openai: 
     source.message_fields(**fields)
     for key, ours in (("role_tag", "role"), ("content_tag", "content")):
         if key in tags:
-            draft.extra(file_line(f"{prefix}.tags.{key}", tags[key], f"message_fields.{ours}", tags[key]))
+            skipped = ours == "role" and not openai and "system_tag" not in tags
+            note = "rows that start with a system message are left out there, without system_tag" if skipped else ""
+            draft.extra(file_line(f"{prefix}.tags.{key}", tags[key], f"message_fields.{ours}", tags[key], note))
     for key, (role, default) in ROLE_TAGS.items():
         if key in tags and not openai:
             source.roles(role, str(tags[key] or default))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.convert.batches import carry_no_packing
-from lora_cli.convert.config import as_list, as_number, show
+from lora_cli.convert.config import as_list, as_number, known_values, show
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.schedules import rounded
 from lora_cli.convert.sources import Source, carry_split, write_sources
@@ -15,11 +15,15 @@ from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.tracking import carry_tracking
 from lora_cli.convert.values import carry_optimizer, positive
 
+MASKS = ("mask_prompt", "hf_dataset.mask_prompt")
+PAIRS = "rows of prompt and completion are written in the chat template"
+PAIR_COLUMNS = {"query": "prompt", "response": "completion"}
+MAX_ROW = 1 << 20  # bytes
 TABLE = KeyTable(
     no_effect={
         HARDWARE: "grad_checkpoint clear_cache_threshold",
         EVALUATION: "val_batches test test_batches",
-        "read by its other commands": "config c prompt max_tokens temp top_p verbose",
+        "read by its other commands": "config prompt max_tokens temp top_p verbose",
         "settings of preference training, which is off": "beta dpo_loss_type dpo_cpo_loss_type is_reference_free delta "
         "reference_model_path reward_scaling",
     },
@@ -27,13 +31,12 @@ TABLE = KeyTable(
     not_offered={
         "AdamW's epsilon is 1e-8; accepted: 1e-8": "optimizer_config.adamw.eps=1e-8 optimizer_config.adam.eps=1e-8",
         "biases alone are not trained; accepted: the adapter": "train_bias_only",
-        "AdamW corrects the bias of its moments; accepted: corrected": "optimizer_config.adamw.bias_correction=true "
-        "optimizer_config.adam.bias_correction=true",
         "the learning rate is the recipe's; accepted: that": "optimizer_config.adafactor optimizer_config.muon "
         "optimizer_config.sgd optimizer_config.lion",
     },
     handled="model train fine_tune_type training_mode train_mode optimizer optimizer_config optimizer_config.adam "
-    "optimizer_config.adamw optimizer_config.adamw.betas optimizer_config.adamw.weight_decay "
+    "optimizer_config.adamw optimizer_config.adamw.bias_correction optimizer_config.adam.bias_correction "
+    "optimizer_config.adamw.betas optimizer_config.adamw.weight_decay "
     "optimizer_config.adam.betas data seed num_layers lora_layers batch_size grad_accumulation_steps iters epochs "
     "learning_rate steps_per_report steps_per_eval resume_adapter_file adapter_path save_every max_seq_length "
     "mask_prompt lora_parameters lora_parameters.rank lora_parameters.alpha lora_parameters.scale "
@@ -41,6 +44,7 @@ TABLE = KeyTable(
     "lr_schedule.warmup_init lr_schedule.arguments hf_dataset hf_dataset.name hf_dataset.path hf_dataset.train_split "
     "hf_dataset.valid_split hf_dataset.test_split hf_dataset.prompt_feature hf_dataset.completion_feature "
     "hf_dataset.text_feature hf_dataset.chat_feature hf_dataset.config hf_dataset.mask_prompt wandb project_name "
+    "hf_dataset.config.name "
     f"{TRACKING_KEYS}",
 )
 
@@ -161,22 +165,14 @@ def _carry_rows(draft: Draft) -> None:
     config = draft.config
     hub = config.get("hf_dataset")
     if isinstance(hub, dict) and hub:
-        _carry_hub(draft, hub)
+        _write_hub(draft, [_read_hub(draft, "hf_dataset", hub)])
+    elif isinstance(hub, list) and hub and all(isinstance(each, dict) for each in hub):
+        _write_hub(draft, [_read_hub(draft, f"hf_dataset[{index}]", each) for index, each in enumerate(hub)])
     else:
-        folder = config.text("data") or "data/"
-        values: list[Source] = []
-        if folder.startswith((".", "/")) or Path(folder).is_dir() or folder.count("/") != 1 or folder.endswith("/"):
-            base = folder.rstrip("/")
-            values = [Source({"path": f"{base}/train.jsonl"}, "data"), Source({"path": f"{base}/valid.jsonl"}, "data")]
-        else:
-            values = [Source({"path": folder}, "data"), Source({"path": folder, "split": "valid"}, "data")]
-        draft.put("data.train", values[0].values["path"], "data")
-        write_sources(draft, "data.eval", values[1:])
-        draft.carried("data", "data.train", values[0].values["path"], "and data.eval: its validation rows")
-    if config.switch("mask_prompt") or config.switch("hf_dataset.mask_prompt"):
-        for key in ("mask_prompt", "hf_dataset.mask_prompt"):
-            if config.switch(key):
-                draft.carry(key, "data.loss_on", "assistant")
+        _carry_folder(draft)
+    if masks := [key for key in MASKS if config.switch(key)]:
+        for key in masks:
+            draft.carry(key, "data.loss_on", "last-turn", "of a conversation, only the last answer carries loss")
     else:
         draft.assume("data.loss_on", "all", "mask_prompt is false")
         draft.carried("mask_prompt", "data.loss_on", "all")
@@ -189,37 +185,87 @@ def _carry_rows(draft: Draft) -> None:
     carry_no_packing(draft, "packing")
 
 
-def _carry_hub(draft: Draft, hub: dict[str, Any]) -> None:
+def _carry_folder(draft: Draft) -> None:
+    """Carry `data`: a folder with train.jsonl and valid.jsonl, or the id of a dataset on the hub."""
+    folder = draft.config.text("data") or "data/"
+    note = "and data.eval: its validation rows"
+    if folder.startswith((".", "/")) or Path(folder).is_dir() or folder.count("/") != 1 or folder.endswith("/"):
+        base = folder.rstrip("/")
+        paths: list[dict[str, Any]] = [{"path": f"{base}/{name}.jsonl"} for name in ("train", "valid")]
+    else:
+        paths = [{"path": folder}, {"path": folder, "split": "valid"}]
+    columns = _columns_of(paths[0]["path"])
+    if columns is None:
+        note += f"; {PAIRS}, so write format: query-response for these"
+    elif {"prompt", "completion"} <= columns:
+        paths = [{**each, "format": "query-response", "columns": PAIR_COLUMNS} for each in paths]
+        note += f"; {PAIRS}"
+    train, held_out = (Source(each, "data") for each in paths)
+    write_sources(draft, "data.train", [train])
+    write_sources(draft, "data.eval", [held_out])
+    draft.carried("data", "data.train", train.values["path"], note)
+
+
+def _columns_of(path: str) -> set[str] | None:
+    """Return the columns of the first row of a local file; None if it cannot be read."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            row = json.loads(file.readline(MAX_ROW))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return set(row) if isinstance(row, dict) else None
+
+
+def _read_hub(draft: Draft, prefix: str, hub: dict[str, Any]) -> tuple[Source, Source | None]:
+    """Return the rows of training and of evaluation of a dataset of the hub."""
+    hub = known_values(hub)
     path = str(hub.get("path") or hub.get("name") or "data/train.jsonl")
-    sources = {}
-    for key, to in (("train_split", "data.train"), ("valid_split", "data.eval")):
-        source = Source({"path": path}, "hf_dataset")
+    pairs = bool(hub.get("prompt_feature") or hub.get("completion_feature"))
+    features = (
+        ("prompt_feature", "query"),
+        ("completion_feature", "response"),
+        ("text_feature", "text"),
+        ("chat_feature", "messages"),
+    )
+    found: list[Source] = []
+    for key in ("train_split", "valid_split"):
+        source = Source({"path": path}, prefix)
         if hub.get(key):
-            if refused := carry_split(draft, f"hf_dataset.{key}", source, str(hub[key])):
-                draft.refuse(f"hf_dataset.{key}", refused)
-            draft.carried(f"hf_dataset.{key}", "split", source.values.get("split"))
-        for feature, column in (
-            ("prompt_feature", "prompt"),
-            ("completion_feature", "completion"),
-            ("text_feature", "text"),
-            ("chat_feature", "messages"),
-        ):
+            if refused := carry_split(draft, f"{prefix}.{key}", source, str(hub[key])):
+                draft.refuse(f"{prefix}.{key}", refused)
+            draft.carried(f"{prefix}.{key}", "split", source.values.get("split"))
+        if pairs:
+            source.values["format"] = "query-response"
+            source.columns(query="prompt", response="completion")
+        elif hub.get("text_feature") or hub.get("chat_feature"):
+            source.values["format"] = "messages" if hub.get("chat_feature") else "text"
+        for feature, column in features:
             if hub.get(feature):
                 source.columns(**{column: str(hub[feature])})
-                draft.carried(f"hf_dataset.{feature}", f"columns.{column}", hub[feature])
-        if hub.get("config"):
+                draft.carried(f"{prefix}.{feature}", f"columns.{column}", hub[feature], PAIRS if pairs else "")
+        if isinstance(hub.get("config"), dict):  # arguments of load_dataset
+            if name := hub["config"].get("name"):
+                source.values["subset"] = str(name)
+                draft.carried(f"{prefix}.config.name", "subset", name)
+        elif hub.get("config"):
             source.values["subset"] = str(hub["config"])
-            draft.carried("hf_dataset.config", "subset", hub["config"])
-        if to == "data.train" or hub.get(key):
-            sources[to] = source
+            draft.carried(f"{prefix}.config", "subset", hub["config"])
+        found.append(source)
     for name in ("name", "path"):
-        draft.carried(f"hf_dataset.{name}", "path", path)
-    draft.no_effect("hf_dataset.test_split", EVALUATION)
+        draft.carried(f"{prefix}.{name}", "path", path)
+    draft.no_effect(f"{prefix}.test_split", EVALUATION)
+    if not hub.get("train_split"):
+        draft.missing(f"{prefix}.train_split", "mlx-lm's default is train[:80%]; accepted: all rows of train")
+    return found[0], found[1] if hub.get("valid_split") else None
+
+
+def _write_hub(draft: Draft, sources: list[tuple[Source, Source | None]]) -> None:
+    write_sources(draft, "data.train", [train for train, _ in sources])
+    if held_out := [each for _, each in sources if each is not None]:
+        write_sources(draft, "data.eval", held_out)
+    else:
+        draft.assume("data.eval", 0.1, "the last tenth of train")
     draft.no_effect("data", "hf_dataset has the rows")
-    for to, source in sources.items():
-        write_sources(draft, to, [source])
-    if "data.eval" not in sources:
-        draft.assume("data.eval", None)
 
 
 def _carry_training(draft: Draft) -> None:
@@ -273,7 +319,9 @@ def _carry_optimizer(draft: Draft) -> None:
     section = f"optimizer_config.{name}"
     carry_optimizer(draft, "optimizer", default="adamw")
     correction = "mlx's corrects the bias of its moments only with bias_correction: true"
-    if name in ("adam", "adamw") and "optimizer" in draft.lines:
+    corrects = config.switch(f"{section}.bias_correction")
+    draft.carried(f"{section}.bias_correction", "training.optimizer", "adamw", "" if corrects else correction)
+    if name in ("adam", "adamw") and "optimizer" in draft.lines and not corrects:
         line = draft.lines["optimizer"]
         draft.lines["optimizer"] = line._replace(reason=correction)
     decay = config.number(f"{section}.weight_decay")

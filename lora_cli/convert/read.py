@@ -1,11 +1,14 @@
 """Read a file that another tool trains from: YAML, JSON, a script, or a shell command. Nothing is run. No torch."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lora_cli.convert.command_line import read_command_line
-from lora_cli.convert.config import Config
+from lora_cli.convert.config import Config, Unreadable, show
 from lora_cli.convert.python_script import read_script
 from lora_cli.errors import LoraError
 from lora_cli.recipe.problem import Location, UnreadableRecipe
@@ -14,8 +17,6 @@ from lora_cli.run.read_file import read_text
 
 MAX_BYTES = 1024 * 1024
 PASS_A_CONFIG = "pass the config, script or command that the other tool trains from"
-# What another tool may have in YAML, and a recipe may not.
-HARMLESS = ("a key that is not a string", "is not supported")
 
 
 def read_config(file: Path) -> Config:
@@ -24,15 +25,19 @@ def read_config(file: Path) -> Config:
     Raises:
         LoraError: it cannot be read, or has no keys.
     """
-    text = read_text(file, limit=MAX_BYTES, hint=PASS_A_CONFIG)
+    text = _text(file)
     match file.suffix.lower():
         case ".py":
             return read_script(file, text)
         case ".sh" | ".bash" | ".txt" | ".sbatch" | ".slurm":
-            return read_command_line(file, text)
+            return read_command_line(file, text, lambda config: _read_yaml(config, _text(config)))
         case ".ipynb":
             return read_script(file, _cells(file, text))
     return _read_yaml(file, text)
+
+
+def _text(file: Path) -> str:
+    return read_text(file, limit=MAX_BYTES, hint=PASS_A_CONFIG)
 
 
 def _cells(file: Path, text: str) -> str:
@@ -50,30 +55,48 @@ def _cells(file: Path, text: str) -> str:
 
 def _read_yaml(file: Path, text: str) -> Config:
     try:
-        tree, problems = parse_yaml(text, lambda line: Location(line, f"{file}:{line}"), merge=True)
+        tree, problems = parse_yaml(text, lambda line: Location(line, f"{file}:{line}"), foreign=True)
     except UnreadableRecipe as error:
         raise LoraError(error.problem.line(), hint=PASS_A_CONFIG) from None
-    serious = [problem for problem in problems if not any(each in problem.message for each in HARMLESS)]
-    if serious:
+    if problems:
         raise LoraError(
-            f"{file} cannot be read", hint="correct it first", details=[problem.line() for problem in serious]
+            f"{file} cannot be read", hint="correct it first", details=[problem.line() for problem in problems]
         )
     if tree is None or not isinstance(tree.value, dict):
         raise LoraError(f"{file} has no keys", hint=PASS_A_CONFIG)
-    values = tree.plain()
+    values = _plain(tree)
     assert isinstance(values, dict), "its value is a dict"
+    named = {event.anchor for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)}
     places: dict[str, str] = {}
-    _add_places(tree, "", places)
-    return Config(file, values, places=places)
-
-
-def _add_places(node: Node, key: str, places: dict[str, str]) -> None:
-    value: Any = node.value
-    if key:
+    anchors: dict[str, str] = {}
+    for key, node in _walk(tree, ""):
         places[key] = node.location.text
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _add_places(inner, f"{key}.{name}" if key else name, places)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            _add_places(inner, f"{key}[{index}]", places)
+        if node.anchor in named:
+            anchors[key] = f"*{node.anchor}"
+    return Config(file, values, places=places, anchors=anchors)
+
+
+def _plain(node: Node) -> Any:
+    """Return the value of a node; what has a tag of an application, which alone knows its value, is not read."""
+    if node.tag:
+        text = node.source if not isinstance(node.value, list | dict) else show(node.plain())
+        return Unreadable(f"{node.tag} {text}".strip())
+    match node.value:
+        case dict(entries):
+            return {key: _plain(inner) for key, inner in entries.items()}
+        case list(items):
+            return [_plain(inner) for inner in items]
+        case value:
+            return value
+
+
+def _walk(node: Node, key: str) -> Iterator[tuple[str, Node]]:
+    """Yield each value with its dotted key."""
+    if key:
+        yield key, node
+    if isinstance(node.value, dict):
+        for name, inner in node.value.items():
+            yield from _walk(inner, f"{key}.{name}" if key else name)
+    elif isinstance(node.value, list):
+        for index, inner in enumerate(node.value):
+            yield from _walk(inner, f"{key}[{index}]")

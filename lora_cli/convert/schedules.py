@@ -23,8 +23,7 @@ def carry_schedule(draft: Draft, key: str, *, default: str, kwargs: str = "lr_sc
     """
     written = draft.config.text(key)
     name = (written or default).rpartition(".")[2].lower()
-    options = draft.config.get(kwargs)
-    options = dict(options) if isinstance(options, dict) else {}
+    options = draft.config.section(kwargs)
     ours, note, used = _plain(name), "", set[str]()
     rate = draft.values.get("training.learning_rate", 0.0)
     match name:

@@ -1,6 +1,7 @@
 """Tables of another tool's keys that need no code: carried as they are, without effect, or not offered. No torch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class KeyTable(NamedTuple):
     carried: Mapping[str, tuple[str, Callable[[Config, str], Any]]] = MappingProxyType({})
     no_effect: Keys = MappingProxyType({})
     same: Keys = MappingProxyType({})  # this tool does the same without the key, whatever its value
-    # `key=value`: with this value it asks for nothing, besides false, null and 0.
+    # `key=value`: this value asks for nothing; without one, false, 0 and an empty value do. Null always does.
     not_offered: Keys = MappingProxyType({})
     other_task: Keys = MappingProxyType({})
     handled: str = ""  # keys that code handles, separated by spaces
@@ -54,9 +55,10 @@ def apply_table(draft: Draft, table: KeyTable) -> None:
     for key, (to, read) in table.carried.items():
         if draft.config.get(key) not in (None, "", [], {}):
             draft.carry(key, to, read(draft.config, key))
+    same = partial(draft.same, computed=True)
     for add, groups in (
         (draft.no_effect, table.no_effect),
-        (draft.same, table.same),
+        (same, table.same),
         (draft.refuse, table.not_offered),
         (draft.other_task, table.other_task),
     ):
@@ -70,6 +72,8 @@ def apply_table(draft: Draft, table: KeyTable) -> None:
                     draft.same(key, f"the default of {draft.tool}, and what is done here")
                 elif add == draft.other_task and as_switch(value) is False:
                     draft.same(key, "asks for nothing")
+                elif neutral:
+                    draft.refuse(key, reason, always=True)  # false and 0 are not what it is without the key
                 else:
                     add(key, reason)
 

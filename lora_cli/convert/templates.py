@@ -1,4 +1,4 @@
-"""Chat templates of other tools, by name: one of this tool's, the tokenizer's own, or none that fits. No torch."""
+"""Chat templates of other tools, by name: one of this tool's, the tokenizer's own, or none; and prompts. No torch."""
 
 import re
 
@@ -52,3 +52,28 @@ def is_of_family(template: str, model: str | None) -> bool:
     words = re.match(r"[a-z]+", re.sub(r"[^a-z0-9]", "", template.lower()))
     name = re.sub(r"[^a-z0-9]", "", (model or "").lower())
     return words is not None and len(words[0]) > 2 and words[0] in name
+
+
+def prompt_template(system: str, user: str, answer: str, *, preamble: str = "", after: str = "") -> str:
+    """Return a chat template that writes a prompt and its answer as plain text.
+
+    Args:
+        system, user: text of such a message, with {} for what it says; an empty text leaves it out.
+        answer: the text before an answer.
+        preamble: of a system message that each conversation without one starts with.
+        after: the text after an answer, before the end of the text.
+    """
+
+    def message(text: str) -> str:
+        before, field, rest = text.partition("{}")
+        return f"{{{{ {before!r} + message['content'] + {rest!r} }}}}" if field else ""
+
+    start = f"{{% if messages[0]['role'] != 'system' %}}{{{{ {system.format(preamble)!r} }}}}{{% endif %}}"
+    end = f"{after!r} + eos_token" if after else "eos_token"
+    return (
+        f"{start if preamble else ''}{{% for message in messages %}}"
+        f"{{% if message['role'] == 'system' %}}{message(system)}"
+        f"{{% elif message['role'] == 'user' %}}{message(user)}"
+        f"{{% else %}}{{{{ {answer!r} + message['content'] + {end} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {answer!r} }}}}{{% endif %}}"
+    )

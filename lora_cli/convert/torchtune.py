@@ -1,33 +1,34 @@
 """torchtune: recipes with `_component_` keys, and what they become. No torch."""
 
 import re
-from typing import Any
 
 from lora_cli.convert.batches import Batches, carry_batches, carry_no_packing
-from lora_cli.convert.config import as_list, show
+from lora_cli.convert.config import as_list, as_number, known_values, show
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_clipping, carry_output, carry_steps
 from lora_cli.convert.sources import Source, carry_split, write_sources
 from lora_cli.convert.tables import CODE, EVALUATION, HARDWARE, LOGGING, OWN_TOKENIZER, SHARDING, KeyTable, apply_table
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
-from lora_cli.convert.values import DTYPES, carry_optimizer, family_of, positive
+from lora_cli.convert.values import DTYPES, carry_optimizer, carry_torch_decay, family_of, positive
 
 COMPONENT = "_component_"
-INTERPOLATION = re.compile(r"\$\{([\w.]+)\}")
 
 # Dataset builders: hub id, format, columns, and whether the prompt carries loss by default.
 DATASETS: dict[str, tuple[str, str, dict[str, str], bool]] = {
     "alpaca_dataset": ("tatsu-lab/alpaca", "alpaca", {}, True),
     "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", "alpaca", {}, True),
-    "grammar_dataset": ("liweili/c4_200m", "alpaca", {"instruction": "input", "output": "output"}, False),
-    "samsum_dataset": ("Samsung/samsum", "alpaca", {"instruction": "dialogue", "output": "summary"}, False),
+    "grammar_dataset": ("liweili/c4_200m", "query-response", {"query": "input", "response": "output"}, False),
+    "samsum_dataset": ("Samsung/samsum", "query-response", {"query": "dialogue", "response": "summary"}, False),
     "slimorca_dataset": ("Open-Orca/SlimOrca-Dedup", "sharegpt", {}, False),
     "chat_dataset": ("", "sharegpt", {}, False),
-    "instruct_dataset": ("", "prompt-completion", {"prompt": "input", "completion": "output"}, False),
+    "instruct_dataset": ("", "query-response", {"query": "input", "response": "output"}, False),
     "text_completion_dataset": ("", "text", {}, True),
     "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "text", {"text": "article"}, True),
     "wikitext_dataset": ("EleutherAI/wikitext_document_level", "text", {"text": "page"}, True),
 }
+# With tokenizers that add no chat template, the text of a pair is the prompt and its answer.
+PLAIN = {"query": "prompt", "response": "completion"}
+LOSSES = ("all", "assistant", "last-turn")
 TABLE = KeyTable(
     no_effect={
         HARDWARE: "compile enable_activation_checkpointing enable_activation_offloading optimizer_in_bwd "
@@ -67,6 +68,7 @@ TABLE = KeyTable(
     "model.apply_lora_to_output model.lora_rank model.lora_alpha model.lora_dropout model.use_dora model.quantize_base "
     "checkpointer._component_ checkpointer.checkpoint_dir checkpointer.adapter_checkpoint tokenizer.max_seq_len "
     "dataset dataset._component_ dataset.packed dataset.source dataset.split dataset.train_on_input dataset.column "
+    "dataset.masking_strategy "
     "dataset.column_map dataset.conversation_column dataset.conversation_style dataset.data_files dataset.name "
     "dataset.new_system_prompt dataset.add_eos dataset.max_rows dataset.split_across_pack dataset.max_seq_len "
     "dataset_val run_val_every_n_steps dataset.partition datasets dataloader seed shuffle epochs max_steps_per_epoch "
@@ -75,29 +77,6 @@ TABLE = KeyTable(
     "clip_grad_norm dtype log_every_n_steps save_every_n_steps checkpointer dataset.dataset dataloader.shuffle "
     f"dataloader.packed tokenizer metric_logger._component_ {TRACKING_KEYS}",
 )
-
-
-def resolve(values: Any, top: Any = None) -> Any:
-    """Return the values with `${output_dir}` replaced by what it refers to."""
-    top = values if top is None else top
-    if isinstance(values, dict):
-        return {key: resolve(value, top) for key, value in values.items()}
-    if isinstance(values, list):
-        return [resolve(value, top) for value in values]
-    if not isinstance(values, str):
-        return values
-
-    def replace(match: re.Match[str]) -> str:
-        found = top
-        for part in match[1].split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        return match[0] if found is None or isinstance(found, dict | list) else str(found)
-
-    for _ in range(4):  # references to references
-        if (changed := INTERPOLATION.sub(replace, values)) == values:
-            break
-        values = changed
-    return values
 
 
 def convert(draft: Draft) -> None:
@@ -182,8 +161,9 @@ def _carry_training(draft: Draft) -> None:
     per_epoch = positive(config.number("max_steps_per_epoch"))
     epochs = config.number("epochs") or 1
     if per_epoch:
-        steps = int(per_epoch * epochs)
-        draft.carry("max_steps_per_epoch", "training.max_steps", steps, f"of {show(epochs)} epochs")
+        steps = max(1, int(per_epoch * epochs))
+        note = f"in {show(epochs)} epochs, each of which has as many steps or more"
+        draft.carry("max_steps_per_epoch", "training.max_steps", steps, note)
         draft.same("epochs", "max_steps has them")
     else:
         draft.same("max_steps_per_epoch", "asks for nothing")
@@ -194,11 +174,7 @@ def _carry_training(draft: Draft) -> None:
     else:
         draft.carry("optimizer.lr", "training.learning_rate", float(rate))
     carry_optimizer(draft, f"optimizer.{COMPONENT}", default="adamw")
-    decay = config.number("optimizer.weight_decay")
-    if decay is not None:
-        draft.carry("optimizer.weight_decay", "training.weight_decay", float(decay))
-    else:
-        draft.assume("training.weight_decay", 0.01, "of torch's AdamW")
+    carry_torch_decay(draft, "optimizer.weight_decay", str(config.get(f"optimizer.{COMPONENT}") or "AdamW"))
     carry_betas(draft, "optimizer.betas")
     scheduler = str(config.get(f"lr_scheduler.{COMPONENT}") or "")
     if not config.get("lr_scheduler"):
@@ -229,8 +205,9 @@ def _carry_training(draft: Draft) -> None:
 
 def carry_betas(draft: Draft, key: str, default: tuple[float, float] = (0.9, 0.999)) -> None:
     """Carry the two betas of AdamW from one list."""
-    betas = draft.config.get(key)
-    values = [float(each) for each in betas] if isinstance(betas, list) and len(betas) == 2 else list(default)
+    values = [as_number(each) for each in as_list(draft.config.get(key))] or list(default)
+    if len(values) != 2 or None in values:
+        raise draft.config.error(key, "not two numbers")
     for to, value in zip(("training.adam_beta1", "training.adam_beta2"), values, strict=True):
         draft.assume(to, value)
     draft.carried(key, "training.adam_beta1 and adam_beta2", values)
@@ -265,14 +242,25 @@ def _carry_rows(draft: Draft) -> None:
         _carry_mixture(draft)
         draft.assume("data.eval", None, "no rows are held out")
         return
-    source, on_input = _source(draft, "dataset")
-    write_sources(draft, "data.train", [source])
-    draft.carried("dataset.train_on_input", "data.loss_on", "all" if on_input else "assistant")
-    if on_input and source.values.get("format") != "text":
-        key = (
-            "dataset.train_on_input" if config.has("dataset.train_on_input") else "torchtune's default: train_on_input"
+    listed = config.get("dataset")
+    prefixes = [f"dataset[{index}]" for index in range(len(listed))] if isinstance(listed, list) else ["dataset"]
+    sources = [_source(draft, prefix) for prefix in prefixes]
+    write_sources(draft, "data.train", [source for source, _ in sources])
+    losses = {loss for source, loss in sources if source.values.get("format") != "text"}
+    if losses:
+        loss_on = min(losses, key=LOSSES.index)
+        for prefix, (_, loss) in zip(prefixes, sources, strict=True):
+            for key in ("train_on_input", "masking_strategy"):
+                if loss != loss_on:
+                    draft.refuse(f"{prefix}.{key}", f"loss_on is for all sources; accepted: {loss_on}", always=True)
+                draft.carried(f"{prefix}.{key}", "data.loss_on", loss)
+        written = any(
+            config.has(f"{prefix}.{key}") for prefix in prefixes for key in ("train_on_input", "masking_strategy")
         )
-        draft.put("data.loss_on", "all", key)
+        if written:
+            draft.put("data.loss_on", loss_on, "dataset.train_on_input or masking_strategy")
+        else:
+            draft.assume("data.loss_on", loss_on, "of this dataset")
     if config.get("dataset_val"):
         held_out, _ = _source(draft, "dataset_val")
         write_sources(draft, "data.eval", [held_out])
@@ -283,10 +271,15 @@ def _carry_rows(draft: Draft) -> None:
     draft.same("run_val_every_n_steps", "asks for nothing")
 
 
-def _source(draft: Draft, prefix: str) -> tuple[Source, bool]:
+def _source(draft: Draft, prefix: str) -> tuple[Source, str]:
+    """Return a source, and the tokens of it that carry loss, in the words of data.loss_on."""
     config = draft.config
     name = str(config.get(f"{prefix}.{COMPONENT}") or "").rpartition(".")[2]
     path, kind, columns, on_input = DATASETS.get(name, ("", "", {}, False))
+    plain = re.search(r"\.((?:code_)?llama2|gemma2?|mistral)\.", str(config.get(f"model.{COMPONENT}")))
+    if kind == "query-response" and plain and not config.text("tokenizer.prompt_template"):
+        kind = "prompt-completion"
+        columns = {PLAIN[ours]: column for ours, column in columns.items()}
     source = Source({}, f"{prefix}: {name}")
     if not kind:
         draft.refuse(f"{prefix}.{COMPONENT}", f"there is no dataset {show(name)} here; accepted: data/train.jsonl")
@@ -299,19 +292,20 @@ def _source(draft: Draft, prefix: str) -> tuple[Source, bool]:
         if config.text(f"{prefix}.conversation_style") == "openai":
             kind = "messages"
         source.values["format"] = kind
-        note = ""
+        around = "" if not plain or plain[1].startswith("gemma") else "; from version 0.3 on, [INST] is around prompts"
+        note = around.removeprefix("; ") if kind == "prompt-completion" else ""
         if name.startswith("alpaca"):
             note = "an input follows the instruction, without a heading of its own"
-            if re.search(r"\.(code_)?llama2\.|\.gemma2?\.|\.mistral\.", str(config.get(f"model.{COMPONENT}"))):
-                draft.assume("data.chat_template", "alpaca", "these tokenizers add no template to Alpaca's text")
+            if plain:
+                reason = f"these tokenizers add no template to Alpaca's text{around}"
+                draft.assume("data.chat_template", "alpaca", reason)
             else:
                 note = f"in the template's user turn, without Alpaca's text around it; {note}"
         draft.carried(f"{prefix}.{COMPONENT}", "format", kind, note)
     given = config.get(f"{prefix}.column_map")
     for theirs, column in (dict(given) if isinstance(given, dict) else {}).items():
-        ours = (
-            {"input": "prompt", "output": "completion"}.get(theirs, theirs) if kind == "prompt-completion" else theirs
-        )
+        names = {"query-response": ("query", "response"), "prompt-completion": ("prompt", "completion")}.get(kind)
+        ours = dict(zip(("input", "output"), names, strict=True)).get(theirs, theirs) if names else theirs
         columns = {**columns, ours: str(column)}
         draft.carried(f"{prefix}.column_map.{theirs}", f"columns.{ours}", column)
     for key, ours in (
@@ -334,16 +328,24 @@ def _source(draft: Draft, prefix: str) -> tuple[Source, bool]:
         draft.carried(f"{prefix}.split", "split", source.values.get("split"))
     draft.refuse(f"{prefix}.new_system_prompt", "the system message is the row's; accepted: the row's")
     draft.refuse(f"{prefix}.partition", "a part of the rows; accepted: all rows")
-    draft.same(f"{prefix}.add_eos", "texts end with EOS")
+    if config.switch(f"{prefix}.add_eos", default=True):
+        draft.same(f"{prefix}.add_eos", "texts end with EOS")
+    draft.refuse(f"{prefix}.add_eos", "texts end with EOS; accepted: so", always=True)
     draft.refuse(f"{prefix}.split_across_pack", "rows are not cut at the end of a pack; accepted: whole")
     draft.same(f"{prefix}.packed", "as the training rows")
-    on_input = config.switch(f"{prefix}.train_on_input", default=on_input)
-    return source, on_input
+    strategy = config.text(f"{prefix}.masking_strategy")
+    loss = {"train_on_all": "all", "train_on_assistant": "assistant", "train_on_last": "last-turn"}.get(strategy or "")
+    if strategy and loss is None:
+        draft.refuse(f"{prefix}.masking_strategy", "loss is on all, the answers or the last one; accepted: the answers")
+    if strategy is None or config.has(f"{prefix}.train_on_input"):
+        loss = "all" if config.switch(f"{prefix}.train_on_input", default=on_input) else "assistant"
+    return source, loss or "assistant"
 
 
 def _carry_mixture(draft: Draft) -> None:
     sources = []
-    for index, entry in enumerate(draft.config.get("datasets")):
+    entries = [known_values(entry) for entry in draft.config.get("datasets") if isinstance(entry, dict)]
+    for index, entry in enumerate(entries):
         prefix = f"datasets[{index}]"
         source = Source({"path": str(entry.get("source", "data/train.jsonl"))}, prefix)
         draft.carried(f"{prefix}.source", "path", source.values["path"])

@@ -36,6 +36,16 @@ from lora_cli.convert.trl_data import DATA_KEYS, carry_rows
 from lora_cli.convert.values import END_OF_TURN, carry_dtype, carry_targets, peft_targets
 
 MODEL_KEYS = ("model_name_or_path", "model_name", "pretrained_model_name_or_path", "model_id")
+# Arguments of from_pretrained that change nothing of what is learnt.
+LOADING = (
+    "attn_implementation",
+    "use_cache",
+    "device_map",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "cache_dir",
+    "token",
+)
 UNSLOTH_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 UNSLOTH_CONFIGS = ("UnslothTrainingArguments", "TrainingArguments")
 # unsloth replaces TRL's SFTConfig by one with these.
@@ -65,7 +75,7 @@ _OWN = KeyTable(
         "chars_per_token trust_remote_code_datasets shuffle_dataset",
         CODE: "env gradient_checkpointing_use_reentrant ignore_bias_buffers train test_mode save_on_train_end",
         PADDING: "pad_token pad_to_multiple_of padding_side ",
-        EVALUATION: "eval_packing do_bench_eval benchmarks callbacks compute_metrics preprocess_logits_for_metrics "
+        EVALUATION: "eval_packing do_bench_eval benchmarks compute_metrics preprocess_logits_for_metrics "
         "eval_on_train log_completions num_completions_to_print",
         UPLOAD: "hub_model_revision overwrite_hub_revision push_to_hub_revision token hf_token",
         OWN_TOKENIZER: "processing_class tokenizer fix_tokenizer use_fast legacy",
@@ -104,13 +114,14 @@ _OWN = KeyTable(
         "the tokenizer of the base is used; accepted: that one": "tokenizer_name_or_path tokenizer_name",
         "rows are read as they are; accepted: so": "dataset_kwargs",
         "the text of a row is made by code; accepted: the row's format": "formatting_func",
-        "the model is built with more arguments; accepted: without them": "model_init_kwargs config_overrides",
+        "is called in training, and may change it; accepted: without it": "callbacks",
+        "the model is built with more arguments; accepted: without them": "config_overrides",
         "the optimizer is the one of optim; accepted: that": "optimizers optimizer_cls_and_kwargs",
         "the system message is the row's; accepted: the row's": "system_prompt default_system_message",
         "teacher and student are another task; accepted: without it": "teacher_model_name_or_path",
     },
-    handled=" ".join(MODEL_KEYS)
-    + " model_revision r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora "
+    handled=" ".join(MODEL_KEYS) + " model_init_kwargs "
+    "model_revision r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora "
     "task_type lora_task_type data_collator "
     "init_lora_weights use_peft use_peft_lora full_finetuning load_in_4bit load_in_8bit use_4bit_quantization "
     "use_8bit_quantization "
@@ -135,9 +146,10 @@ def convert(draft: Draft) -> None:
     if "model.path" not in draft.values and not any(config.is_written(key) for key in MODEL_KEYS):
         draft.missing("model_name_or_path", "the config names no base; accepted: a placeholder in model.path")
     carry_revision(draft, "model_revision")
-    for key in ("torch_dtype", "dtype"):
+    for key in ("torch_dtype", "dtype", "model_init_kwargs.torch_dtype", "model_init_kwargs.dtype"):
         if config.has(key):
             carry_dtype(draft, key)
+    _carry_init_kwargs(draft)
     if config.has("trust_remote_code") and config.get("trust_remote_code"):
         draft.no_effect(
             "trust_remote_code", "code of the model's repository: write model.trust_remote_code if it needs it"
@@ -155,6 +167,17 @@ def convert(draft: Draft) -> None:
         draft.no_effect("eos_token", "the chat template ends an answer with it, and it carries loss")
     draft.refuse("eos_token", "the tokenizer's own ends texts; accepted: that one")
     apply_table(draft, TABLE)
+
+
+def _carry_init_kwargs(draft: Draft) -> None:
+    """Add the lines of arguments that SFTTrainer loads the base with; its dtype is carried."""
+    if not isinstance(options := draft.config.get("model_init_kwargs"), dict):
+        return
+    for option in options:
+        key = f"model_init_kwargs.{option}"
+        if option in LOADING:
+            draft.no_effect(key, HARDWARE)
+        draft.refuse(key, "the model is loaded with more arguments; accepted: without it", always=True)
 
 
 def _defaults(draft: Draft) -> TrainerDefaults:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from lora_cli.convert.config import as_list
+from lora_cli.convert.config import as_list, as_number, known_values
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_eval_fraction
-from lora_cli.convert.script_calls import ROWS_AS_STORED, alpaca_columns
+from lora_cli.convert.script_calls import ROWS_AS_STORED, facts_of_map, prompt_columns
 from lora_cli.convert.sources import Source, carry_split, write_sources
 
 DATA_KEYS = (
@@ -30,23 +30,30 @@ def carry_rows(draft: Draft) -> None:
                 sources.append(_read_entry(draft, f"{prefix}[{index}]", entry))
         _carry_mixture(draft)
     elif isinstance(mixer := config.get("dataset_mixer"), dict):
-        for name, weight in mixer.items():
-            sources.append(Source({"path": str(name), "weight": float(weight)}, "dataset_mixer"))
+        for name, share in mixer.items():
+            weight = as_number(share)
+            if weight is None:
+                raise config.error("dataset_mixer", "not a number for each dataset")
+            sources.append(Source({"path": str(name), "weight": weight}, "dataset_mixer"))
         draft.carried("dataset_mixer", "data.train", list(mixer))
     else:
         sources = _single(draft)
-    column = config.get("dataset_text_field")
-    if config.get("chat_template_format") or config.facts:
-        draft.same("dataset_text_field", "the script writes the row's text into it")
+    column, facts = config.get("dataset_text_field"), facts_of_map(draft)
+    if config.get("chat_template_format") or facts:
+        draft.same("dataset_text_field", "the script writes the row's text into it", computed=True)
     elif isinstance(column, str) and column not in ("text", "messages", ""):
         for source in sources:
             source.values["format"] = "text"
             source.columns(text=column)
         draft.carried("dataset_text_field", "columns.text", column)
-    if config.facts.get("map") == "alpaca":
+    if facts.get("map") == "prompt":
         for source in sources:
             source.values["format"] = "alpaca"
-            source.columns(**alpaca_columns(draft))
+            source.columns(**prompt_columns(facts))
+    elif facts.get("column", "messages") not in ("messages", "conversations"):
+        for source in sources:
+            source.values["format"] = "messages"
+            source.columns(messages=facts["column"])
     draft.same("dataset_text_field", "the column of texts has this name; conversations have none")
     draft.refuse("dataset.select", f"changes the rows in code: write them to a file; {ROWS_AS_STORED}")
     if sources:
@@ -101,7 +108,7 @@ def _single(draft: Draft) -> list[Source]:
 
 
 def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any]) -> Source:
-    source = Source({"path": "data/train.jsonl"}, prefix)
+    source, entry = Source({"path": "data/train.jsonl"}, prefix), known_values(entry)
     for key in ("path", "id"):
         if entry.get(key):
             source.values["path"] = str(entry[key])

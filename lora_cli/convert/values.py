@@ -48,6 +48,18 @@ def carry_optimizer(draft: Draft, key: str, *, default: str, why: str = "") -> N
         draft.put("training.schedule", "constant", "schedule-free AdamW has no decay")
 
 
+def carry_torch_decay(draft: Draft, key: str, optimizer: str) -> None:
+    """Carry the weight decay of torch's optimizers: by default 0.01; that of Adam, by default 0, is in the gradient."""
+    decay = draft.config.number(key)
+    coupled = optimizer.rpartition(".")[2].lower() == "adam"
+    if coupled and decay:
+        draft.refuse(key, "Adam's decay is a part of the gradient; accepted: AdamW's")
+    if decay is not None:
+        draft.carry(key, "training.weight_decay", float(decay))
+    elif not coupled:
+        draft.assume("training.weight_decay", 0.01, "of torch's AdamW")
+
+
 def carry_targets(
     draft: Draft, key: str, *, default: Any = None, why: str = "", rename: dict[str, str] | None = None
 ) -> None:
@@ -129,7 +141,11 @@ def carry_precision(draft: Draft) -> None:
     ):
         value = config.raw(key)
         if isinstance(value, Unreadable) or value in ("auto", "full"):
-            draft.same(key, "model.dtype: auto is bfloat16 where the device computes in it, else float16 on a GPU")
+            draft.same(
+                key,
+                "model.dtype: auto is bfloat16 where the device computes in it, else float16 on a GPU",
+                computed=True,
+            )
         elif value is None or not config.switch(key):
             draft.same(key, "asks for nothing")
         elif "model.dtype" in draft.values:

@@ -25,6 +25,8 @@ class Node:
     source: str = ""  # the text of a scalar, without quotes
     quoted: bool = False
     size: int = 1  # number of values in it, aliases expanded
+    tag: str = ""  # of another tool's file: a YAML tag that does not say which kind of value it is
+    anchor: str = ""  # that other values refer to it by
 
     @property
     def is_empty(self) -> bool:
@@ -50,23 +52,35 @@ class _Open:
     location: Location
     path: str  # dotted
     anchor: str | None
+    tag: str
     key: Node | None = None  # the key whose value comes next
     size: int = 1
     merged: list[Node] = field(default_factory=list)  # the sections of its merge keys
 
 
-def parse_yaml(text: str, at: Callable[[int], Location], *, merge: bool = False) -> tuple[Node | None, list[Problem]]:
+# YAML's own tags for scalars, and the types that their values may have.
+SCALAR_TAGS: dict[str, tuple[type, ...]] = {
+    "tag:yaml.org,2002:int": (int,),
+    "tag:yaml.org,2002:float": (int, float),
+    "tag:yaml.org,2002:bool": (bool,),
+    "tag:yaml.org,2002:null": (type(None),),
+}
+TEXT_TAG, LIST_TAG, SECTION_TAG = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
+
+
+def parse_yaml(text: str, at: Callable[[int], Location], *, foreign: bool = False) -> tuple[Node | None, list[Problem]]:
     """Return the tree of the single document in `text` (None if it is empty), and its problems.
 
     Args:
         text: YAML.
         at: returns the location of a line, counted from 1.
-        merge: whether `<<: *base` adds the keys of a section, as YAML 1.1 has it; a recipe must not have it.
+        foreign: whether it is of another tool, and may have what a recipe must not: merge keys (`<<: *base` adds the
+            keys of a section, as in YAML 1.1), keys that are not strings (under their text), and tags.
 
     Raises:
         UnreadableRecipe: a problem after which parsing cannot continue.
     """
-    builder = _TreeBuilder(at, merge=merge)
+    builder = _TreeBuilder(at, foreign=foreign)
     try:
         # Events, not yaml.compose: composing recurses, so ten thousand brackets would overflow the stack.
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -84,9 +98,9 @@ def parse_yaml(text: str, at: Callable[[int], Location], *, merge: bool = False)
 class _TreeBuilder:
     """Builds the tree from the events of PyYAML's parser."""
 
-    def __init__(self, at: Callable[[int], Location], *, merge: bool) -> None:
+    def __init__(self, at: Callable[[int], Location], *, foreign: bool) -> None:
         self.at = at
-        self.merge = merge
+        self.foreign = foreign
         self.line = 1
         self.root: Node | None = None
         self.problems: list[Problem] = []
@@ -106,15 +120,13 @@ class _TreeBuilder:
             case yaml.AliasEvent():
                 self._add(self._alias(event.anchor or ""))
             case yaml.ScalarEvent():
-                self._check_tag(event.tag)
-                quoted = event.style is not None
-                value = event.value if quoted else parse_scalar(event.value)
-                node = Node(value, self.at(self.line), event.value, quoted)
+                node = self._scalar(event)
                 self._check_text(node)
                 self._set_anchor(event.anchor, node)
                 self._add(node)
             case yaml.SequenceStartEvent() | yaml.MappingStartEvent():
-                self._check_tag(event.tag)
+                own = SECTION_TAG if isinstance(event, yaml.MappingStartEvent) else LIST_TAG
+                tag = self._unknown_tag(None if event.tag == own and self.foreign else event.tag)
                 if len(self._open) == MAX_DEPTH:
                     self._stop(
                         f"nested more than {MAX_DEPTH} levels deep", "a recipe has about four: check the brackets"
@@ -122,12 +134,12 @@ class _TreeBuilder:
                 if event.anchor:
                     self._anchors.pop(event.anchor, None)
                 empty: list[Node] | dict[str, Node] = [] if isinstance(event, yaml.SequenceStartEvent) else {}
-                self._open.append(_Open(empty, self.at(self.line), self._path(), event.anchor))
+                self._open.append(_Open(empty, self.at(self.line), self._path(), event.anchor, tag))
             case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
                 done = self._open.pop()
                 if isinstance(done.value, dict):
                     _merge(done.value, done.merged)
-                node = Node(done.value, done.location, size=done.size)
+                node = Node(done.value, done.location, size=done.size, tag=done.tag, anchor=done.anchor or "")
                 self._set_anchor(done.anchor, node)
                 self._add(node, counted=True)
 
@@ -151,12 +163,14 @@ class _TreeBuilder:
 
     def _add_entry(self, entries: dict[str, Node], key: Node, node: Node) -> None:
         path = self._path()
+        if self.foreign and not isinstance(key.value, list | dict | str):
+            key = replace(key, value=key.source or "null")
         if not isinstance(key.value, str):
             is_scalar = not isinstance(key.value, list | dict)
             message = "a key that is not a string" if is_scalar else "a list or section as a key"
             fix = f'put it in quotes: "{key.source}"' if is_scalar else "write a string as the key"
             self.problems.append(Problem(key.location, path, message, fix))
-        elif key.value == "<<" and not key.quoted and self.merge:
+        elif key.value == "<<" and not key.quoted and self.foreign:
             sections = node.value if isinstance(node.value, list) else [node]
             if all(isinstance(each.value, dict) for each in sections):
                 self._open[-1].merged += sections
@@ -183,16 +197,35 @@ class _TreeBuilder:
                 f"alias *{shorten(anchor)} has no anchor before it",
                 f"write &{shorten(anchor)} before the value that it refers to",
             )
-        return replace(self._anchors[anchor], location=self.at(self.line))
+        return replace(self._anchors[anchor], location=self.at(self.line), anchor="")
 
     def _set_anchor(self, anchor: str | None, node: Node) -> None:
         if anchor:
             self._anchors[anchor] = node
 
-    def _check_tag(self, tag: str | None) -> None:
-        if tag not in (None, "!"):
-            written = shorten(tag.replace("tag:yaml.org,2002:", "!!"))
+    def _scalar(self, event: yaml.ScalarEvent) -> Node:
+        """Return a scalar; in a file of another tool, with the type that its tag names."""
+        quoted = event.style is not None
+        value = event.value if quoted else parse_scalar(event.value)
+        tag = event.tag
+        if self.foreign and tag == TEXT_TAG:
+            tag, value, quoted = None, event.value, True
+        elif self.foreign and tag in SCALAR_TAGS:
+            typed = parse_scalar(event.value)
+            if type(typed) in SCALAR_TAGS[tag]:
+                tag, value = None, typed
+        return Node(
+            value, self.at(self.line), event.value, quoted, tag=self._unknown_tag(tag), anchor=event.anchor or ""
+        )
+
+    def _unknown_tag(self, tag: str | None) -> str:
+        """Return a tag that says nothing here, which is a problem in a recipe; empty if there is none."""
+        if tag in (None, "!"):
+            return ""
+        written = shorten(tag.replace("tag:yaml.org,2002:", "!!"))
+        if not self.foreign:
             self._report(f"YAML tag {written} is not supported", "remove it")
+        return written
 
     def _check_text(self, node: Node) -> None:
         # A surrogate such as "\uD800" can be neither printed nor encoded as UTF-8, and "\0" ends a path for the

@@ -35,7 +35,7 @@ OTHER_TASKS = {
 ACCEPTED: dict[str, tuple[str, ...]] = {
     "axolotl/cogito-llama-3b-lora": ("sample_packing",),
     "axolotl/devstral-small-qlora": ("scaling_softmax",),
-    "axolotl/falcon-7b-qlora": ("datasets[0].type", "special_tokens.bos_token"),
+    "axolotl/falcon-7b-qlora": ("special_tokens.bos_token", "evals_per_epoch"),
     "axolotl/openllama-3b-lora": ("sample_packing",),
     "axolotl/phi-1-5-qlora": ("adam_epsilon",),
     "axolotl/qwen3-32b-qlora": ("datasets[0].split", "optimizer"),
@@ -59,7 +59,7 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
     "torchtune/phi3-mini-lora": ("model.lora_attn_modules",),
     "trl/zephyr-7b-qlora": ("dataset_mixture.test_split_size",),
     "unsloth/mistral-7b-cpt": (
-        *("dataset.train_test_split", "dataset.map"),
+        "dataset.train_test_split",
         "UnslothTrainingArguments.embedding_learning_rate",
     ),
 }

@@ -121,7 +121,7 @@ def test_environment_and_module_are_no_options(tmp_path: Path):
     command = "WANDB_API_KEY=abc python -m mlx_lm.lora --model a/b --train --data rows --num-layers -1 --iters 10"
     result = read(tmp_path, "run.sh", command)
     assert recipe_of(result).model.path == "a/b"
-    (line,) = [line for line in result.lines if line.key == "launcher"]
+    (line,) = [line for line in result.lines if line.key == "launcher.WANDB_API_KEY"]
     assert "WANDB_API_KEY: (not shown)" in line.text()
 
 
