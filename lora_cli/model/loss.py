@@ -106,7 +106,7 @@ class LossFunction:
     @torch.no_grad()
     def per_token(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of every unit, fp32 [units], and whether its most likely label is right, bool [units]."""
-        targets = batch.targets.to(self.device)
+        targets = batch.targets.to(self.device, non_blocking=True)
         if self.head is None:
             return self._loss(self.logits(batch), targets)
         hidden, head = self._hidden(batch), self.head
