@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
-from lora_cli.model import packed_attention, varlen_attention
+from lora_cli.model import packed_attention, varlen_attention, virtual_tokens
 from lora_cli.model.device import to_device
 from lora_cli.model.head_loss import (
     ChunkedHeadCrossEntropy,
@@ -266,7 +266,8 @@ def unit_logits(model: PeftModel | PreTrainedModel, inputs: dict[str, Any], batc
     if task == "causal-lm" and not isinstance(model, PeftModel):
         return logits_at(model, inputs, batch.label_positions)
     positions = to_device(batch.label_positions, inputs["input_ids"].device)
-    logits: Tensor = model(**inputs).logits
+    output = virtual_tokens.forward(model, inputs) if isinstance(model, PeftModel) else model(**inputs)
+    logits: Tensor = output.logits
     if task == "seq-cls":
         return logits
     # Virtual tokens before the row have outputs too: they are cut off.
