@@ -214,7 +214,8 @@ def model_inputs(model: PreTrainedModel, batch: Batch, *, task: TaskName = "caus
         inputs["position_ids"] = batch.position_ids.to(device, non_blocking=True)
     if task in ("causal-lm", "seq2seq-lm"):
         inputs["use_cache"] = False
-    if batch.attention_mask is not None:
+    if batch.attention_mask is not None and (task == "causal-lm" or len(set(batch.lengths)) > 1):
+        # Without padding, the models of other tasks need no mask, and do not read it to know that.
         mask = batch.attention_mask.to(device, non_blocking=True)
         inputs["attention_mask"] = mask if task == "causal-lm" else mask.long()
     elif task == "causal-lm":
