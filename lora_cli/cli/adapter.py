@@ -14,6 +14,7 @@ from lora_cli.cli.options import (
     Json,
     check_choice,
     check_json_file,
+    choice_option,
     write_record,
 )
 from lora_cli.errors import LoraError
@@ -96,12 +97,7 @@ def combine(
     ],
     out: Out,
     method: Annotated[
-        str,
-        typer.Option(
-            metavar="METHOD",
-            help="concat (exact), svd, linear, ties or dare.",
-            autocompletion=completion.choices(*COMBINE_METHODS),
-        ),
+        str, choice_option("METHOD", "concat (exact), svd, linear, ties or dare.", COMBINE_METHODS)
     ] = "concat",
     rank: Annotated[
         int | None,

@@ -5,24 +5,15 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli import completion
 from lora_cli.cli.app import app
-from lora_cli.cli.options import Json, check_json_file, write_record
+from lora_cli.cli.options import Json, check_json_file, target_argument, write_record
 from lora_cli.run.hub_account import check_repository_name, why_no_upload
 from lora_cli.setup.publishable import find_publishable
 
 
 @app.command(examples=["lora push runs/quickstart me/my-adapter --dry-run", "lora push merged me/my-model --private"])
 def push(
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN|ADAPTER|MODEL",
-            help="What to publish; of a run, its adapter.",
-            show_default=False,
-            autocompletion=completion.runs_and_adapters,
-        ),
-    ],
+    target: Annotated[Path, target_argument("RUN|ADAPTER|MODEL", "What to publish; of a run, its adapter.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and upload nothing.")] = False,

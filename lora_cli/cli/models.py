@@ -17,6 +17,9 @@ from lora_cli.cli.options import (
     TrustRemoteCode,
     check_choice,
     check_json_file,
+    choice_option,
+    more_adapters_option,
+    target_argument,
     write_record,
 )
 from lora_cli.errors import LoraError
@@ -39,29 +42,15 @@ def merge(
     adapter: AdapterPath,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the merged model.", show_default=False)],
     base: BasePath = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            metavar="DTYPE",
-            help="auto (as stored), bfloat16, float16 or float32.",
-            autocompletion=completion.choices(*DTYPES),
-        ),
-    ] = "auto",
+    dtype: Annotated[str, choice_option("DTYPE", "auto (as stored), bfloat16, float16 or float32.", DTYPES)] = "auto",
     weights: Annotated[
         str,
-        typer.Option(
-            metavar="KIND",
-            help="For a base that was quantized in training: auto (measured), original or dequantized.",
-            autocompletion=completion.choices(*WEIGHTS),
+        choice_option(
+            "KIND", "For a base that was quantized in training: auto (measured), original or dequantized.", WEIGHTS
         ),
     ] = "auto",
     verify: Annotated[
-        str,
-        typer.Option(
-            metavar="HOW",
-            help="logits (and every tensor), or tensors alone.",
-            autocompletion=completion.choices(*VERIFY_MERGE),
-        ),
+        str, choice_option("HOW", "logits (and every tensor), or tensors alone.", VERIFY_MERGE)
     ] = "logits",
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest size of a file.")] = "2GB",
     force: Force = False,
@@ -100,15 +89,7 @@ def merge(
     examples=["lora export --to list", "lora export runs/quickstart --to gguf --quantize q8_0 --out model.gguf"]
 )
 def export(
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL|RUN|ADAPTER",
-            help="What to export.",
-            show_default=False,
-            autocompletion=completion.runs_and_adapters,
-        ),
-    ] = None,
+    target: Annotated[str | None, target_argument("MODEL|RUN|ADAPTER", "What to export.")] = None,
     to: Annotated[
         str,
         typer.Option(
@@ -129,12 +110,7 @@ def export(
     ] = None,
     base: BasePath = None,
     verify: Annotated[
-        str,
-        typer.Option(
-            metavar="HOW",
-            help="auto, file (read back), or runtime (run, compare with the original).",
-            autocompletion=completion.choices(*VERIFY_EXPORT),
-        ),
+        str, choice_option("HOW", "auto, file (read back), or runtime (run, compare with the original).", VERIFY_EXPORT)
     ] = "auto",
     force: Force = False,
     other_base: OtherBase = False,
@@ -169,24 +145,8 @@ def export(
 
 @app.command(examples=["lora chat runs/quickstart", "echo 'Who are you?' | lora chat runs/quickstart"])
 def chat(
-    target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN|ADAPTER|MODEL",
-            help="What to chat with.",
-            show_default=False,
-            autocompletion=completion.runs_and_adapters,
-        ),
-    ],
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="[NAME=]DIR",
-            help="Another adapter of the same base.",
-            autocompletion=completion.named_adapters,
-        ),
-    ] = None,
+    target: Annotated[Path, target_argument("RUN|ADAPTER|MODEL", "What to chat with.")],
+    adapters: Annotated[list[str] | None, more_adapters_option("Another adapter of the same base.")] = None,
     base: BasePath = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0: always the most likely token.")] = 0.0,

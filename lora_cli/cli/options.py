@@ -1,6 +1,6 @@
 """Arguments and options that several commands share, with their completion, and what is done with --json. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +16,24 @@ RecipePath = Annotated[
     Path,
     typer.Argument(metavar="RECIPE", help="YAML file, or - for stdin; `lora init` lists examples.", show_default=False),
 ]
-AdapterPath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="ADAPTER",
-        help="A run, or an adapter folder.",
-        show_default=False,
-        autocompletion=completion.runs_and_adapters,
-    ),
-]
+
+
+def target_argument(metavar: str, help_: str) -> Any:
+    """Return the argument that names a run, an adapter or a model, completed with those of this folder."""
+    return typer.Argument(metavar=metavar, help=help_, show_default=False, autocompletion=completion.runs_and_adapters)
+
+
+def more_adapters_option(help_: str) -> Any:
+    """Return the option --adapter, which names further adapters."""
+    return typer.Option("--adapter", metavar="[NAME=]DIR", help=help_, autocompletion=completion.named_adapters)
+
+
+def choice_option(metavar: str, help_: str, known: Sequence[str]) -> Any:
+    """Return an option with a few values, which `check_choice` checks."""
+    return typer.Option(metavar=metavar, help=help_, autocompletion=completion.choices(*known))
+
+
+AdapterPath = Annotated[Path, target_argument("ADAPTER", "A run, or an adapter folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -5,20 +5,14 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.cli import completion
 from lora_cli.cli.app import app
-from lora_cli.cli.options import Json, check_json_file, write_record
+from lora_cli.cli.options import Json, check_json_file, target_argument, write_record
 from lora_cli.errors import LoraError
 
 
 @app.command(examples=["lora report runs/quickstart --open", "lora report runs/a runs/b --out compare.html"])
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="RUN...", help="Run folders.", show_default=False, autocompletion=completion.runs_and_adapters
-        ),
-    ],
+    runs: Annotated[list[Path], target_argument("RUN...", "Run folders.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page; default: report.html in the run, or here."),

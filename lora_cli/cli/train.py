@@ -9,7 +9,16 @@ import typer
 
 from lora_cli.cli import completion
 from lora_cli.cli.app import app, without_json
-from lora_cli.cli.options import Json, OtherBase, Overrides, RecipePath, check_json_file, write_record
+from lora_cli.cli.options import (
+    Json,
+    OtherBase,
+    Overrides,
+    RecipePath,
+    check_json_file,
+    more_adapters_option,
+    target_argument,
+    write_record,
+)
 from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.byte_size import parse_size
@@ -88,24 +97,8 @@ def train(
 
 @app.command("eval", examples=["lora eval runs/quickstart --answers 3", "lora eval runs/a --data test.jsonl --json"])
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|RUN|ADAPTER",
-            help="What to measure.",
-            show_default=False,
-            autocompletion=completion.runs_and_adapters,
-        ),
-    ],
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="[NAME=]DIR",
-            help="Another adapter, or a merged model.",
-            autocompletion=completion.named_adapters,
-        ),
-    ] = None,
+    target: Annotated[str, target_argument("RECIPE|RUN|ADAPTER", "What to measure.")],
+    adapters: Annotated[list[str] | None, more_adapters_option("Another adapter, or a merged model.")] = None,
     data: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to measure on, instead of data.eval.")] = None,
     json: Json = None,
     answers: Annotated[int, typer.Option(min=0, metavar="N", help="Number of prompts that each model answers.")] = 0,

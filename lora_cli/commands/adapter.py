@@ -2,12 +2,10 @@
 
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from peft import LoraConfig
 from rich.table import Table
 from safetensors.torch import save_file
@@ -16,8 +14,16 @@ from lora_cli.data.check_template import check_template_files
 from lora_cli.data.class_labels import LABELS_FILE
 from lora_cli.errors import LoraError
 from lora_cli.merging import low_rank
-from lora_cli.merging.expert_factors import group_experts, stacked_name
+from lora_cli.merging.expert_factors import group_experts
 from lora_cli.merging.low_rank import LoraWeights, LowRankFactors
+from lora_cli.merging.spectrum import (
+    ENERGY_SHARES,
+    ModuleStats,
+    by_kind,
+    kind_stats,
+    module_stats,
+    rank_range,
+)
 from lora_cli.model import safetensors_io
 from lora_cli.model.adapter_files import open_adapter
 from lora_cli.model.conversion import CheckpointMapping
@@ -32,30 +38,11 @@ from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.redact import redact_path
 from lora_cli.run.workspace import remove_leftovers
 
-ENERGY_SHARES = (0.9, 0.95, 0.99)
 COPIED_FILES = (
     TRAINED_ON_FILE,
     LABELS_FILE,
     *TOKENIZER_FILES,
 )
-
-
-class ModuleStats(NamedTuple):
-    """Statistics of one adapted module; the field names are the keys of the JSON output."""
-
-    module: str
-    rank: int
-    parameters: int
-    norm: float  # of ΔW, Frobenius
-    base_norm: float | None  # of W, Frobenius; None if the base is not available
-    effective_rank: float
-    ranks: dict[str, int]  # by share of the energy: the rank that keeps it
-    singular_values: list[float]
-
-    @property
-    def relative(self) -> float | None:
-        """‖ΔW‖/‖W‖."""
-        return self.norm / self.base_norm if self.base_norm else None
 
 
 def inspect(folder: Path, *, base_path: str | None, plot: Path | None) -> dict[str, Any]:
@@ -71,7 +58,7 @@ def inspect(folder: Path, *, base_path: str | None, plot: Path | None) -> dict[s
     """
     adapter = low_rank.read_lora(open_adapter(folder))
     norms = _base_norms(adapter, base_path)
-    stats = [_module_stats(module, factors, norms.get(module)) for module, factors in adapter.factors.items()]
+    stats = [module_stats(module, factors, norms.get(module)) for module, factors in adapter.factors.items()]
     untrained = [module.module for module in stats if module.norm == 0]
     stats = [module for module in stats if module.norm > 0]
     if not stats:
@@ -81,7 +68,7 @@ def inspect(folder: Path, *, base_path: str | None, plot: Path | None) -> dict[s
     parameters = sum(module.parameters for module in stats) + sum(t.numel() for t in adapter.other_tensors.values())
     console.out.print(
         f"{method} on {config.base_model_name_or_path}: {len(stats)} modules, "
-        f"rank {_range([module.rank for module in stats])}, {parameters:,} parameters, {console.format_bytes(size)}"
+        f"rank {rank_range([module.rank for module in stats])}, {parameters:,} parameters, {console.format_bytes(size)}"
     )
     console.print_table(_table(stats))
     if adapter.other_tensors:
@@ -102,20 +89,6 @@ def inspect(folder: Path, *, base_path: str | None, plot: Path | None) -> dict[s
     records = [{**module._asdict(), "relative": module.relative} for module in stats]
     summary = {"base": config.base_model_name_or_path, "method": method, "parameters": parameters, "bytes": size}
     return {**summary, "modules": records}
-
-
-def _module_stats(module: str, factors: LowRankFactors, base_norm: float | None) -> ModuleStats:
-    _, values, _ = factors.svd()
-    return ModuleStats(
-        module,
-        factors.rank,
-        factors.a.numel() + factors.b.numel(),
-        float(values.square().sum().sqrt()),
-        base_norm,
-        low_rank.effective_rank(values),
-        {f"{share:.2f}": low_rank.rank_for_energy(values, share) for share in ENERGY_SHARES},
-        values.tolist(),
-    )
 
 
 def _base_norms(adapter: LoraWeights, base_path: str | None) -> dict[str, float]:
@@ -141,20 +114,6 @@ def _base_norms(adapter: LoraWeights, base_path: str | None) -> dict[str, float]
     return norms
 
 
-def _kind(module: str) -> str:
-    """Return the last part of a module's name: `q_proj`, and for an expert its parameter: `experts.down_proj`."""
-    if module.endswith(("]", ".weight")):  # of a parameter
-        return ".".join(stacked_name(module).split(".")[-2:])
-    return module.rpartition(".")[2]
-
-
-def _by_kind(stats: list[ModuleStats]) -> dict[str, list[ModuleStats]]:
-    kinds: defaultdict[str, list[ModuleStats]] = defaultdict(list)
-    for module in stats:
-        kinds[_kind(module.module)].append(module)
-    return kinds
-
-
 def _table(stats: list[ModuleStats]) -> Table:
     shares = [f"{share:.0%}" for share in ENERGY_SHARES]
     table = Table(
@@ -168,26 +127,21 @@ def _table(stats: list[ModuleStats]) -> Table:
         *shares,
         box=None,
     )
-    for kind, group in _by_kind(stats).items():
+    for kind, group in by_kind(stats).items():
+        means = kind_stats(kind, group)
         largest = max(group, key=lambda module: module.relative or module.norm)
         relative = [module.relative for module in group if module.relative is not None]
-        ranks = [f"{sum(module.ranks[f'{share:.2f}'] for module in group) / len(group):.1f}" for share in ENERGY_SHARES]
         table.add_row(
             kind,
-            str(len(group)),
-            _range([module.rank for module in group]),
-            f"{sum(module.norm for module in group) / len(group):.3f}",
+            str(means.modules),
+            means.rank,
+            f"{means.norm:.3f}",
             f"{sum(relative) / len(relative):.2%}" if relative else "?",
             "" if (number := layer_index(largest.module)) is None else f"layer {number}",
-            f"{sum(module.effective_rank for module in group) / len(group):.1f}",
-            *ranks,
+            f"{means.effective_rank:.1f}",
+            *(f"{rank:.1f}" for rank in means.energy_ranks.values()),
         )
     return table
-
-
-def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low}-{high}"
 
 
 def _plot(stats: list[ModuleStats], file: Path) -> None:
@@ -197,11 +151,9 @@ def _plot(stats: list[ModuleStats], file: Path) -> None:
         raise LoraError("--plot needs matplotlib", hint='pip install "lora-cli[plot]"') from None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     spectra, sizes = figure.subplots(1, 2)
-    for kind, group in _by_kind(stats).items():
-        common_rank = min(module.rank for module in group)
-        values = torch.tensor([module.singular_values[:common_rank] for module in group])
-        median = (values / values[:, :1].clamp_min(1e-30)).median(dim=0).values
-        spectra.semilogy(range(1, common_rank + 1), median, marker=".", label=kind)
+    for kind, group in by_kind(stats).items():
+        spectrum = kind_stats(kind, group).spectrum
+        spectra.semilogy(range(1, len(spectrum) + 1), spectrum, marker=".", label=kind)
         sizes.plot(range(len(group)), [module.relative or module.norm for module in group], marker=".", label=kind)
     spectra.set(xlabel="component", ylabel="singular value / largest", title="spectrum (median of the modules)")
     has_base = all(module.relative is not None for module in stats)
@@ -239,7 +191,7 @@ def resize(folder: Path, *, out: Path, rank: int | None, energy: float | None, f
     for module, factors in adapter.factors.items():
         new_rank = rank if rank is not None else low_rank.rank_for_energy(factors.svd()[1], float(energy or 1))
         small[module] = low_rank.truncate_rank(factors, new_rank)
-    before = _range([factors.rank for factors in adapter.factors.values()])
+    before = rank_range([factors.rank for factors in adapter.factors.values()])
     _write_adapter(small, adapter, out, replace=force, what=f"resized from rank {before}")
     kept = _energy_kept(adapter.factors, low_rank.read_lora(open_adapter(out)).factors)
     console.out.print(str(out))
@@ -378,6 +330,8 @@ def _energy_kept(original: dict[str, LowRankFactors], written: dict[str, LowRank
         return record
     kept = sum(shares[module] * factors.energy for module, factors in original.items()) / total
     worst = min(shares, key=lambda module: shares[module])
-    console.info(f"rank {_range(ranks)}: {kept:.4%} of the energy kept, read back; least {shares[worst]:.4%} ({worst})")
+    console.info(
+        f"rank {rank_range(ranks)}: {kept:.4%} of the energy kept, read back; least {shares[worst]:.4%} ({worst})"
+    )
     least = {"module": worst, "share": shares[worst]}
     return {**record, "energy_kept": kept, "least_energy_kept": least}

@@ -17,8 +17,8 @@ from lora_cli.errors import LoraError
 from lora_cli.evaluation import lm_eval_harness, text_metrics
 from lora_cli.evaluation.generation import Answer, generate, prompt_ids, reference_ids, stop_ids
 from lora_cli.evaluation.likelihood import Stopping, never
+from lora_cli.model.select_attention import OWN_ATTENTION
 from lora_cli.model.tasks import TASKS
-from lora_cli.model.varlen_attention import OWN_ATTENTION
 from lora_cli.recipe.schema import GenerationSpec
 from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import console
@@ -156,7 +156,7 @@ def generate_answers(
 
 @contextmanager
 def _padding_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, the model has an attention that supports padding; the packed attention does not."""
+    """Within the block, the model has an attention that supports padding on the left; ours do not."""
     before = model.config._attn_implementation
     if before in OWN_ATTENTION:
         model.set_attn_implementation("sdpa")

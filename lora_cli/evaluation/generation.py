@@ -12,6 +12,7 @@ from lora_cli.data.encoded_rows import Row
 from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.errors import LoraError
 from lora_cli.evaluation.likelihood import Stopping, never
+from lora_cli.model.device import to_device
 from lora_cli.model.multimodal import placeholder_tokens
 from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.schema import GenerationSpec
@@ -158,8 +159,8 @@ def _generate_batch(
     missing = [longest - len(prompt) for prompt in prompts]
     paddings = [(0, n) if is_encoder_decoder else (n, 0) for n in missing]  # tokens on the left and on the right
     padded = list(zip(prompts, paddings, strict=True))
-    ids = torch.tensor([[pad] * left + list(p) + [pad] * right for p, (left, right) in padded], device=device)
-    mask = torch.tensor([[0] * left + [1] * len(p) + [0] * right for p, (left, right) in padded], device=device)
+    ids = torch.tensor([[pad] * left + list(p) + [pad] * right for p, (left, right) in padded])
+    mask = torch.tensor([[0] * left + [1] * len(p) + [0] * right for p, (left, right) in padded])
     config = GenerationConfig(
         do_sample=spec.temperature > 0,
         temperature=spec.temperature or None,
@@ -187,8 +188,8 @@ def _generate_batch(
         model.generation_config = config
     try:
         output = generator.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=to_device(ids, device),
+            attention_mask=to_device(mask, device),
             generation_config=config,
             stopping_criteria=[StopOnSignal(stopping)],
             synced_gpus=is_sharded(base),  # all processes gather its layers as often

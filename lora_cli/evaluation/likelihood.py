@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch, rows_of_labels
+from lora_cli.data.prefetch import prefetch_all
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.sharding import is_sharded
 from lora_cli.recipe.tasks import TaskName
@@ -130,7 +131,7 @@ def _batches(loss_fn: LossFunction, plan: BatchPlan, rank: int, world: int) -> I
     All processes gather the layers of a sharded base together, so that each runs as many batches: some of them twice.
     """
     last = None
-    for last in plan.all_batches(rank=rank, world_size=world):
+    for last in prefetch_all(plan, device=loss_fn.device, rank=rank, world_size=world):
         yield last, True
     if is_sharded(loss_fn.base) and plan.batches_per_epoch % world > 0 and rank >= plan.batches_per_epoch % world:
         yield last or plan.make_batch(plan.epoch(0)[0]), False

@@ -9,6 +9,7 @@ import torch
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.class_labels import ClassLabels, LabelKind
 from lora_cli.data.collate import rows_of_labels
+from lora_cli.data.prefetch import prefetch_all
 from lora_cli.model.loss import LossFunction
 
 
@@ -28,15 +29,16 @@ def predict(loss_fn: LossFunction, plan: BatchPlan, labels: ClassLabels) -> Pred
     training = loss_fn.base.training
     loss_fn.base.eval()
     targets, predicted, row, rows_done = [], [], [], 0
-    for batch in plan.all_batches():
-        logits = loss_fn.logits(batch).float().cpu()
+    for batch in prefetch_all(plan, device=loss_fn.device):
+        predicted.append(_decode(loss_fn.logits(batch).float(), labels))
         targets.append(batch.targets.double().numpy())
-        predicted.append(_decode(logits, labels).double().numpy())
         within_batch = np.arange(len(batch.rows)) if loss_fn.task == "seq-cls" else rows_of_labels(batch)
         row.append(rows_done + within_batch)
         rows_done += len(batch.rows)
     loss_fn.base.train(training)
-    return Predictions(labels.kind, labels.names, *(np.concatenate(parts) for parts in (targets, predicted, row)))
+    # One transfer of all: the host waits for a GPU once.
+    values = torch.cat(predicted).double().cpu().numpy()
+    return Predictions(labels.kind, labels.names, np.concatenate(targets), values, np.concatenate(row))
 
 
 def _decode(logits: torch.Tensor, labels: ClassLabels) -> torch.Tensor:

@@ -20,6 +20,7 @@ from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.fused_lora import register_custom_layers
 from lora_cli.model.fused_mlp import fuse_mlps
 from lora_cli.model.peft_config import METHODS
+from lora_cli.model.peft_waits import remove_waits
 from lora_cli.model.shared_input import share_inputs
 from lora_cli.model.target_modules import Targets
 from lora_cli.model.tasks import TASKS
@@ -88,6 +89,7 @@ def attach(model: PreTrainedModel, spec: AdapterSpec, *, seed: int, context: Ada
     _freeze(adapted, *(f".{part.name}." for part in multimodal.outside_text(adapted.get_base_model())))
     if isinstance(config, LoraConfig):
         share_inputs(adapted.get_base_model())
+    remove_waits(adapted)
     return adapted
 
 

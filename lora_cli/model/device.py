@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from lora_cli.data.pinning import pin
 from lora_cli.recipe.schema import QuantizationSpec
 
 MIN_SLOWDOWN = 1.5  # of a dtype that is told
@@ -27,11 +28,7 @@ def pick_device() -> torch.device:
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a small tensor of the CPU to `device`; from page-locked memory, so that the host does not wait for a GPU."""
-    return tensor if device.type == "cpu" else _pinned(tensor).to(device, non_blocking=True)
-
-
-def _pinned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    return tensor if device.type == "cpu" else pin(tensor).to(device, non_blocking=True)
 
 
 def pick_dtype(name: str, device: torch.device, quantization: QuantizationSpec | None = None) -> torch.dtype:

@@ -14,6 +14,7 @@ from lora_cli.model.adapter_files import PREFIX, AdapterFiles, unwrapped_name
 from lora_cli.model.config_values import targeted
 from lora_cli.model.experts import placeholders
 from lora_cli.model.fused_lora import register_custom_layers
+from lora_cli.model.peft_waits import remove_waits
 from lora_cli.run.folder import CONFIG_FILE
 from lora_cli.run.read_file import printable
 
@@ -88,6 +89,7 @@ def load_adapter(
     expected = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
     check_adapter_keys(adapter, {unwrapped_name(key) for key in expected}, base_keys, base=base)
     adalora.restore_fp32_tensors(adapted, adapter.load(), name=name)
+    remove_waits(adapted)
     return adapted
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora_cli.data.collate import Batch
-from lora_cli.model import packed_attention, varlen_attention
+from lora_cli.model import packed_attention, varlen_attention, virtual_tokens
 from lora_cli.model.device import to_device
 from lora_cli.model.head_loss import (
     ChunkedHeadCrossEntropy,
@@ -106,7 +106,7 @@ class LossFunction:
     @torch.no_grad()
     def per_token(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of every unit, fp32 [units], and whether its most likely label is right, bool [units]."""
-        targets = batch.targets.to(self.device)
+        targets = batch.targets.to(self.device, non_blocking=True)
         if self.head is None:
             return self._loss(self.logits(batch), targets)
         hidden, head = self._hidden(batch), self.head
@@ -214,7 +214,8 @@ def model_inputs(model: PreTrainedModel, batch: Batch, *, task: TaskName = "caus
         inputs["position_ids"] = batch.position_ids.to(device, non_blocking=True)
     if task in ("causal-lm", "seq2seq-lm"):
         inputs["use_cache"] = False
-    if batch.attention_mask is not None:
+    if batch.attention_mask is not None and (task == "causal-lm" or len(set(batch.lengths)) > 1):
+        # Without padding, the models of other tasks need no mask, and do not read it to know that.
         mask = batch.attention_mask.to(device, non_blocking=True)
         inputs["attention_mask"] = mask if task == "causal-lm" else mask.long()
     elif task == "causal-lm":
@@ -266,7 +267,8 @@ def unit_logits(model: PeftModel | PreTrainedModel, inputs: dict[str, Any], batc
     if task == "causal-lm" and not isinstance(model, PeftModel):
         return logits_at(model, inputs, batch.label_positions)
     positions = to_device(batch.label_positions, inputs["input_ids"].device)
-    logits: Tensor = model(**inputs).logits
+    output = virtual_tokens.forward(model, inputs) if isinstance(model, PeftModel) else model(**inputs)
+    logits: Tensor = output.logits
     if task == "seq-cls":
         return logits
     # Virtual tokens before the row have outputs too: they are cut off.

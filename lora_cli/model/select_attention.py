@@ -14,6 +14,7 @@ from lora_cli.model import packed_attention, varlen_attention
 from lora_cli.model.experts import expert_weights
 from lora_cli.model.falcon_attention import use_attention_interface
 from lora_cli.model.loss import logits_at, model_inputs
+from lora_cli.model.padded_attention import PADDED_ATTENTION
 
 # Largest difference between the logits of packed rows and of each row alone with eager attention, relative to the
 # largest logit, that rounding can explain for a matmul in this dtype. SmolLM2 135M shows 1.4e-6 in fp32 and 2 to 6 % in
@@ -28,6 +29,8 @@ MAX_LEAK = 1e-5
 MAX_LOOKAHEAD = 1e-3
 # Values of `layer_types` in the model's config that our attention for packed rows supports.
 SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Of this project; none of them supports rows that are padded on the left, as prompts are.
+OWN_ATTENTION = (packed_attention.PACKED_ATTENTION, varlen_attention.VARLEN_ATTENTION, PADDED_ATTENTION)
 COMPARED_TOKENS = 16  # last tokens of each row whose logits are compared
 
 
@@ -52,7 +55,8 @@ def candidates(requested: str, *, packing: bool, device: torch.device, dtype: to
         # This project was developed without a GPU, and has never run any of them there with packed rows.
         flash = ["flash_attention_2"] if is_flash_attn_2_available() and dtype != torch.float32 else []
         if not packing:
-            return [*flash, "sdpa", "eager"]
+            # Flash attention takes the padding out in every layer, and waits for the device to know what is left.
+            return [PADDED_ATTENTION, *flash, "sdpa", "eager"]
         varlen = varlen_attention.runs_on(device, dtype)
         # With sdpa, every layer has a mask of tokens x tokens between the rows. A cap on the scores (Gemma 2) is
         # computed by flash and flex attention.
@@ -157,8 +161,14 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
     """Set the attention implementation of `model`.
 
     Raises:
-        NotImplementedError: the model's code has its own attention, so that transformers keeps that one.
+        NotImplementedError: the model's code has its own attention, so that transformers keeps that one, or may make
+            its masks itself.
+        ValueError: transformers does not support the attention in this model.
     """
+    if name == PADDED_ATTENTION:
+        if not type(model).__module__.startswith("transformers."):
+            raise NotImplementedError(f"{type(model).__name__} is not a class of transformers")
+        model.set_attn_implementation("sdpa")  # of which it is a form
     model.set_attn_implementation(name)
     found = model.config._attn_implementation
     # For flash attention without its package, transformers takes a kernel of the hub, with another name.
@@ -185,7 +195,7 @@ def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
 def _measure_leak(model: PreTrainedModel, name: str) -> LeakCheck:
     """Measure the attention `name`, which is set on `model` already; leaves mode and attention unchanged."""
     layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or SUPPORTED_LAYER_TYPES)
-    if name in varlen_attention.OWN_ATTENTION and not layer_types <= SUPPORTED_LAYER_TYPES:
+    if name in OWN_ATTENTION and not layer_types <= SUPPORTED_LAYER_TYPES:
         raise NotImplementedError(f"not supported: {', '.join(sorted(layer_types - SUPPORTED_LAYER_TYPES))}")
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]

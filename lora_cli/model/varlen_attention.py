@@ -15,11 +15,10 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_cli.model.device import to_device
-from lora_cli.model.packed_attention import PACKED_ATTENTION, unsupported_options
+from lora_cli.model.packed_attention import unsupported_options
 
 # Value of `_attn_implementation` in the model's config. transformers creates no mask for a name that it does not know.
 VARLEN_ATTENTION = "lora_varlen"
-OWN_ATTENTION = (PACKED_ATTENTION, VARLEN_ATTENTION)  # for packed rows only, without padding
 MIN_CAPABILITY = (8, 0)  # of a GPU (Ampere): the kernel needs its instructions
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256

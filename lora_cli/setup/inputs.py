@@ -33,9 +33,9 @@ from lora_cli.model.device import describe_emulation, pick_device, pick_dtype, r
 from lora_cli.model.library_errors import panics_as_errors
 from lora_cli.model.model_source import find_model, load_config, load_tokenizer, restore_hint
 from lora_cli.model.packing_support import packing_obstacle
+from lora_cli.model.select_attention import OWN_ATTENTION
 from lora_cli.model.tasks import PREFIX_MODELS, TASKS, is_supported
 from lora_cli.model.trained_on import TRAINED_ON_FILE
-from lora_cli.model.varlen_attention import OWN_ATTENTION
 from lora_cli.recipe.load import load_recipe
 from lora_cli.recipe.schema import DataSpec, Recipe
 from lora_cli.run.cache_folder import cache_folder

@@ -132,14 +132,10 @@ def write_merged_model(
         console.info(line)
     return {
         **size_record(plan),
-        "changed_parameters": len(merged),
-        "least_update_kept": min(tensor.retained for tensor in merged),
+        "changed_parameters": verdict["changed"],
+        "least_update_kept": verdict["smallest_retained"]["share"],
         "seconds": seconds,
-        "verified": {
-            "weights_equal": True,  # else it is an error
-            "probes": probes.description if probes is not None and agreement is not None else None,
-            **(agreement._asdict() if agreement is not None else {}),
-        },
+        "verified": {"weights_equal": True, "probes": None, **(verdict["logits"] or {})},  # unequal ones are an error
     }
 
 
@@ -151,8 +147,8 @@ def size_record(plan: MergePlan) -> dict[str, Any]:
 
 def describe_size(plan: MergePlan) -> str:
     """Return the number of tensors, their bytes and dtypes, for the user."""
-    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()})
-    return f"{len(plan.tensors):,} tensors, {console.format_bytes(plan.size)} of {' and '.join(dtypes)}"
+    size = size_record(plan)
+    return f"{size['tensors']:,} tensors, {console.format_bytes(plan.size)} of {' and '.join(size['dtypes'])}"
 
 
 def _quantization(adapter: SavedAdapter, weights: str) -> QuantizationSpec | None:
@@ -297,10 +293,8 @@ def _verdict(
         "adapter": checksum(adapter.folder / ADAPTER_WEIGHTS, sha256=True).sha256,
         "base": redact_path(adapter.base.name),
         "weights": "dequantized" if dequantized else "as stored",
-        "tensors": len(plan.tensors),
+        **size_record(plan),
         "changed": len(merged),
-        "bytes": plan.size,
-        "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype, _ in plan.tensors.values()}),
         "smallest_retained": {"tensor": worst.name, "share": worst.retained},
         "logits": compared,  # null: the weights alone were verified
     }

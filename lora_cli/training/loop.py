@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.data.collate import Batch
+from lora_cli.data.prefetch import prefetch_steps
 from lora_cli.errors import LoraError
 from lora_cli.model.adalora import AdaLoraRankAllocator
 from lora_cli.model.loss import LossFunction
@@ -33,7 +34,6 @@ from lora_cli.training.loss_scale import LossScale
 from lora_cli.training.loss_spikes import LossSpikes, Spike, describe_rows
 from lora_cli.training.lr_schedule import learning_rate, set_learning_rate
 from lora_cli.training.memory_ladder import MemoryLadder, drop_gradients, release_memory
-from lora_cli.training.prefetch import prefetch
 
 
 class Step(NamedTuple):
@@ -115,7 +115,7 @@ def fit(
     model.train()
     device, rank = accelerator.device, accelerator.process_index
     idle = IdleBatch(plan, accelerator, trained) if is_sharded(model) else None
-    with closing(loss_fn), closing(prefetch(plan, start, total, rank=rank, device=device)) as steps:
+    with closing(loss_fn), closing(prefetch_steps(plan, start, total, rank=rank, device=device)) as steps:
         if ladder is not None and accelerator.device.type != "cpu":
             _rehearse(loss_fn, plan, ladder, trained, accelerator, started=bool(optimizer.state))
         for number in range(start, total):

@@ -5,6 +5,7 @@ import torch
 
 from lora_cli.evaluation.answers import Prompt, generate_answers
 from lora_cli.model.packed_attention import PACKED_ATTENTION
+from lora_cli.model.padded_attention import PADDED_ATTENTION
 from lora_cli.recipe.schema import GenerationSpec
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import zoo
@@ -13,7 +14,9 @@ TOKENIZER = build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CH
 PROMPTS = [Prompt(f"rows.jsonl:{n}", list(range(5, 5 + n)), "", ["a"], 3, [[6, 7]]) for n in (3, 8)]
 
 
-@pytest.mark.parametrize(("attention", "used"), [(PACKED_ATTENTION, "sdpa"), ("eager", "eager")])
+@pytest.mark.parametrize(
+    ("attention", "used"), [(PACKED_ATTENTION, "sdpa"), (PADDED_ATTENTION, "sdpa"), ("eager", "eager")]
+)
 def test_the_attention_is_the_models_own_again_after_generation(attention: str, used: str):
     model = zoo.make("llama", vocab_size=len(TOKENIZER), attention=attention)
     seen: set[str] = set()

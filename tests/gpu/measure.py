@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_cli.data.batches import BatchPlan
+from lora_cli.data.prefetch import prefetch_steps
 from lora_cli.errors import LoraError
 from lora_cli.model.attach_adapter import attach
 from lora_cli.model.compile_layers import compile_layers
@@ -38,7 +39,6 @@ from lora_cli.training.cpu import peak_memory
 from lora_cli.training.gpu import set_up_allocator, set_up_gpu
 from lora_cli.training.memory_ladder import MemoryLadder
 from lora_cli.training.optimizer import make_optimizer, state_bytes, trained_shapes
-from lora_cli.training.prefetch import prefetch
 from tests.gpu.cases import SHAPES, Base, Shape
 from tests.gpu.library_inputs import library_inputs
 from tests.gpu.machine import synchronize
@@ -133,7 +133,7 @@ def lora(
     rows = "packed" if plan.packing else "padded"
     # The loop has no switch for it: on the CPU, batches are made when they are needed.
     here = partial(_without_thread, CPU)
-    swap = nullcontext() if prefetched else patch.object(loop, "prefetch", here)
+    swap = nullcontext() if prefetched else patch.object(loop, "prefetch_steps", here)
     counts = (Count(step.tokens, step.supervised, step.loss) for step in _within(swap, steps))
     return Prepared(counts, lambda: ", ".join([rows, base.config._attn_implementation, *how, ladder.rung.describe()]))
 
@@ -144,7 +144,7 @@ def _within(context: AbstractContextManager[Any], steps: Iterator[loop.Step]) ->
 
 
 def _without_thread(here: torch.device, *args: Any, **options: Any) -> Any:
-    return prefetch(*args, **{**options, "device": here})
+    return prefetch_steps(*args, **{**options, "device": here})
 
 
 def lora_config() -> LoraConfig:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor
 
+from lora_cli.data.pinning import pin_batch
 from lora_cli.model import save_adapter
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.packed_attention import PACKED_ATTENTION
@@ -19,7 +20,6 @@ from lora_cli.training import checkpoint
 from lora_cli.training.checkpoint_folders import newest_checkpoint
 from lora_cli.training.loop import Step, fit
 from lora_cli.training.optimizer import make_optimizer
-from lora_cli.training.prefetch import pin
 from tests.gpu.tiny_runs import SPEC, adapt, error, load_base, make_model, make_plan, train, trained
 from tests.model import zoo
 
@@ -185,6 +185,6 @@ def test_a_step_waits_for_the_gpu_once(
 @pytest.mark.parametrize("packing", [True, False])
 def test_batches_are_pinned(packing: bool, gpu: torch.device):
     batch = make_plan(packing=packing).largest_batch()
-    pairs = list(zip(tensors_in(tuple(pin(batch))), tensors_in(tuple(batch)), strict=True))
+    pairs = list(zip(tensors_in(tuple(pin_batch(batch))), tensors_in(tuple(batch)), strict=True))
     assert pairs
     assert all(found.is_pinned() and torch.equal(found, plain) for found, plain in pairs)

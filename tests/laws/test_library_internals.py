@@ -51,6 +51,7 @@ PRIVATE: dict[str, Use] = {
     "_MODEL_TO_CONVERSION_PATTERN": Use("model/expert_targets.py", moe_checks.names_read_as_experts),
     "_MOE_FUSED_TARGETS": Use("model/expert_targets.py", moe_checks.names_read_as_experts),
     "_MOE_TARGET_MODULE_MAPPING": Use("model/expert_targets.py", moe_checks.names_read_as_experts),
+    "_prefix_tuning_forward": Use("model/virtual_tokens.py", peft_checks.prefix_below_a_head),
     "_did_swap_in_out_features": Use("model/experts_lora.py", moe_checks.parameter_layer),
     "_register_custom_module": Use("model/fused_lora.py", peft_checks.custom_layers),
     # liger-kernel
@@ -87,7 +88,11 @@ PRIVATE: dict[str, Use] = {
 # Names that peft, transformers and torch.distributed export from submodules only; every import in lora_cli is listed.
 IMPORTED: dict[str, Use] = {
     "peft.tuners.adalora.layer.AdaLoraLayer": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "peft.tuners.boft.layer.BOFTLayer": Use("model/peft_waits.py", peft_checks.replaced_methods),
+    "peft.tuners.boft.layer.MultiplicativeDropoutLayer": Use("model/peft_waits.py", peft_checks.replaced_methods),
     "peft.tuners.boft.layer.get_fbd_cuda": Use("model/peft_config.py", peft_checks.boft_extension),
+    "peft.tuners.loha.LoHaLayer": Use("model/peft_waits.py", peft_checks.replaced_methods),
+    "peft.tuners.lokr.LoKrLayer": Use("model/peft_waits.py", peft_checks.replaced_methods),
     "peft.tuners.lora.Embedding": Use("merging/check_weights.py merging/deltas.py", peft_checks.lora_embedding),
     "peft.tuners.lora.Linear": Use(
         "merging/check_weights.py merging/deltas.py model/fused_lora.py model/gguf_base.py", peft_checks.custom_layers
@@ -185,9 +190,17 @@ IMPORTED: dict[str, Use] = {
         "model/quantize_experts.py", moe_checks.eight_bit_loader
     ),
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": Use(
-        "model/falcon_attention.py model/packed_attention.py model/varlen_attention.py setup/inputs.py",
+        "model/falcon_attention.py model/packed_attention.py model/padded_attention.py model/varlen_attention.py "
+        "setup/inputs.py",
         library_checks.attention_functions,
     ),
+    "transformers.integrations.sdpa_attention.sdpa_attention_forward": Use(
+        "model/padded_attention.py", library_checks.mask_functions
+    ),
+    "transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": Use(
+        "model/padded_attention.py", library_checks.mask_functions
+    ),
+    "transformers.masking_utils.sdpa_mask": Use("model/padded_attention.py", library_checks.mask_functions),
     "transformers.activations.GELUActivation": Use("model/fused_mlp.py", library_checks.activations),
     "transformers.activations.GELUTanh": Use("model/fused_mlp.py", library_checks.activations),
     "transformers.activations.NewGELUActivation": Use(
@@ -246,9 +259,17 @@ UNDOCUMENTED: dict[str, Use] = {
     "AdaLoraModel.resize_modules_by_rank_pattern": Use("model/adalora.py", peft_checks.adalora_allocator),
     "AdaLoraLayer.lora_E": Use("model/adalora.py", peft_checks.adalora_allocator),
     "AdaLoraLayer.ranknum": Use("model/attach_adapter.py", peft_checks.adalora_allocator),
+    "RankAllocator.update_ipt": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "RankAllocator.budget_schedule": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "RankAllocator.reset_ipt": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "RankAllocator.init_bgt": Use("model/adalora.py", peft_checks.adalora_allocator),
     "RankAllocator.ipt": Use("model/adalora.py", peft_checks.adalora_allocator),
     "RankAllocator.exp_avg_ipt": Use("model/adalora.py", peft_checks.adalora_allocator),
     "RankAllocator.exp_avg_unc": Use("model/adalora.py", peft_checks.adalora_allocator),
+    "BOFTLayer.cayley_batch": Use("model/peft_waits.py", peft_checks.replaced_methods),
+    "LoHaLayer.get_delta_weight": Use("model/peft_waits.py", peft_checks.replaced_methods),
+    "LoHaLayer.rank_dropout": Use("model/peft_waits.py", peft_checks.replaced_methods),
+    "LoKrLayer.rank_dropout_scale": Use("model/peft_waits.py", peft_checks.replaced_methods),
     "EvaConfig.rho": Use("model/attach_adapter.py model/init_adapter.py", peft_checks.eva_factor),
     "LoraLayer.lora_bias": Use("merging/deltas.py", peft_checks.lora_layer),
     "LoraLayer.lora_magnitude_vector": Use("model/init_adapter.py", peft_checks.dora_variant),
@@ -262,6 +283,9 @@ UNDOCUMENTED: dict[str, Use] = {
     ),
     "TrainableTokensWrapper.token_adapter": Use("merging/deltas.py", peft_checks.trainable_tokens_wrapper),
     "ParamWrapper": Use("model/init_adapter.py", peft_checks.param_wrapper),
+    "PeftModel.prompt_tokens": Use("model/virtual_tokens.py", peft_checks.prompt_learning),
+    "PeftModel.word_embeddings": Use("model/virtual_tokens.py", peft_checks.prompt_learning),
+    "PeftModelForTokenClassification.cls_layer_name": Use("model/virtual_tokens.py", peft_checks.prefix_below_a_head),
     "PeftModel.prompt_encoder": Use("model/init_adapter.py", peft_checks.prompt_learning),
     "PeftModel.generation_config": Use("evaluation/generation.py", peft_checks.prompt_learning),
     "Linear4bit.compute_dtype": Use(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from lora_cli.training.checkpoint_folders import checkpoint_damage
-from tests.laws.test_runs import Workspace, losses, same_bits, weights
+from tests.laws.test_runs import Workspace, same_bits, wait_for_losses, weights
 
 pytestmark = pytest.mark.slow
 
@@ -49,14 +49,6 @@ def two(workspace: Workspace) -> Path:
     return workspace.folder / "two"
 
 
-def wait_for_losses(run: Path, process: subprocess.Popen[Any], more_than: int) -> None:
-    deadline = time.monotonic() + 240
-    while not ((run / "metrics.jsonl").exists() and len(losses(run)) > more_than):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def workers_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
     """Return the processes that a launcher has started, by rank."""
     return sorted(psutil.Process(process.pid).children(), key=lambda worker: worker.pid)
@@ -66,7 +58,7 @@ def workers_of(process: subprocess.Popen[Any]) -> list[psutil.Process]:
 def test_a_run_that_restarts_after_a_kill_equals_an_uninterrupted_one(killed: int, workspace: Workspace, two: Path):
     run = workspace.folder / f"restarted-{killed}"
     process = workspace.start(run.name, "--processes", "2", "--max-restarts", "1", **TRAINING)
-    wait_for_losses(run, process, 12)
+    wait_for_losses(run, process, more_than=12)
     workers_of(process)[killed].kill()
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
@@ -83,7 +75,7 @@ def test_a_run_of_one_process_restarts_too(workspace: Workspace):
     whole = workspace.train("one-whole", **{**TRAINING, "gradient_accumulation": 2})
     run = workspace.folder / "one"
     process = workspace.start("one", "--max-restarts", "2", **{**TRAINING, "gradient_accumulation": 2})
-    wait_for_losses(run, process, 12)
+    wait_for_losses(run, process, more_than=12)
     workers_of(process)[0].kill()
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
@@ -96,7 +88,7 @@ def test_workers_that_torchrun_starts_again_resume_the_run(workspace: Workspace,
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "-m", "lora_cli", "train"]
     command = [*TORCHRUN, *options, str(workspace.recipe(run.name, **TRAINING))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    wait_for_losses(run, process, 12)
+    wait_for_losses(run, process, more_than=12)
     workers_of(process)[1].kill()
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 0, stderr
@@ -186,7 +178,7 @@ def test_a_machine_that_is_lost_ends_the_run_which_both_resume_to_the_same_adapt
     recipe = workspace.recipe("machines", **TRAINING)
     run = workspace.folder / "machines"
     first, second = (machines.start(at, recipe) for at in range(2))
-    wait_for_losses(run, first, 12)
+    wait_for_losses(run, first, more_than=12)
     machines.kill(second)
     start = time.monotonic()
     assert first.wait(timeout=60) == 1

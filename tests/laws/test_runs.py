@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,28 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in metrics(run) if "loss" in record]
 
 
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for something that `process` does while it runs."""
+    deadline = time.monotonic() + 240
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def wait_for_losses(run: Path, process: subprocess.Popen[str], *, more_than: int = 0) -> None:
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > more_than, process)
+
+
+def stop(run: Path, process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Send SIGINT to a process that trains; return the step that it saved, and its stderr."""
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    (saved,) = (run / "checkpoints").iterdir()
+    return int(saved.name.removeprefix("step-")), stderr
+
+
 def records_until(run: Path, until: int) -> list[dict[str, Any]]:
     """Return the records up to step `until` with their times, which differ if a resumed run repeats these steps."""
     return [record for record in metrics_log.read_metrics(run / "metrics.jsonl") if record["step"] <= until]
@@ -155,21 +177,12 @@ def test_another_seed_gives_another_adapter(workspace: Workspace, uninterrupted:
 
 
 def test_a_run_stopped_by_sigint_and_resumed_equals_the_uninterrupted_run(workspace: Workspace, uninterrupted: Path):
-    process = workspace.start("stopped")
-    file = workspace.folder / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (file.exists() and losses(file.parent)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    (saved,) = (workspace.folder / "stopped" / "checkpoints").iterdir()
-    done = int(saved.name.removeprefix("step-"))
+    run, process = workspace.folder / "stopped", workspace.start("stopped")
+    wait_for_losses(run, process)
+    done, stderr = stop(run, process)
     assert 0 < done < STEPS
     assert f"stopped after step {done}" in stderr
-    before = records_until(file.parent, done)
+    before = records_until(run, done)
     resumed = workspace.train("stopped", resume=True)
     # The signal leaves out the evaluation of its step, which the resumed run makes first.
     assert records_until(resumed, done)[: len(before)] == before
@@ -280,11 +293,7 @@ def test_a_killed_run_with_a_sharded_base_goes_on_to_the_same_adapter(workspace:
     options = ["--set", "distributed.strategy=fsdp"]
     process = workspace.start_two_processes("killed", *options, gradient_accumulation=1, save_every=7)
     checkpoint = workspace.folder / "killed" / "checkpoints" / "step-00000007"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(checkpoint.exists, process)
     for each in [*psutil.Process(process.pid).children(), psutil.Process(process.pid)]:
         each.kill()
     process.communicate()
@@ -363,18 +372,9 @@ def test_a_run_in_one_process_goes_on_in_two(workspace: Workspace):
 
 
 def test_two_processes_stopped_by_sigint_save_one_checkpoint_and_report_it_once(workspace: Workspace):
-    process = workspace.start_two_processes("pair", max_steps=2000, eval_every=None)
-    file = workspace.folder / "pair" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (file.exists() and losses(file.parent)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    (saved,) = (workspace.folder / "pair" / "checkpoints").iterdir()
-    done = int(saved.name.removeprefix("step-"))
+    run, process = workspace.folder / "pair", workspace.start_two_processes("pair", max_steps=2000, eval_every=None)
+    wait_for_losses(run, process)
+    done, stderr = stop(run, process)
     assert stderr.splitlines()[-1] == f"stopped after step {done}, which is saved; --resume continues from there"
     assert "Traceback" not in stderr
 
@@ -401,13 +401,8 @@ def test_two_processes_skip_the_same_loss_spike_as_one(workspace: Workspace, tmp
 
 
 def test_two_processes_whose_launcher_is_killed_stop_and_resume_to_the_same_adapter(workspace: Workspace, two: Path):
-    process = workspace.start_two_processes("lost", gradient_accumulation=1)
-    file = workspace.folder / "lost" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (file.exists() and losses(file.parent)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    run, process = workspace.folder / "lost", workspace.start_two_processes("lost", gradient_accumulation=1)
+    wait_for_losses(run, process)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2, [worker.cmdline() for worker in workers]
     process.kill()
@@ -416,11 +411,11 @@ def test_two_processes_whose_launcher_is_killed_stop_and_resume_to_the_same_adap
     _, stderr = process.communicate()
     assert "stopped after step" in stderr
     assert "Traceback" not in stderr
-    assert not (file.parent / "adapter").exists()
+    assert not (run / "adapter").exists()
     resumed = workspace.start_two_processes("lost", "--resume", gradient_accumulation=1)
     _, stderr = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, stderr
-    assert same_bits(weights(file.parent), weights(two))
+    assert same_bits(weights(run), weights(two))
 
 
 def test_plain_peft_loads_the_saved_adapter(workspace: Workspace, uninterrupted: Path):

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_cli.errors import LoraError
 from lora_cli.model import packed_attention, select_attention
 from lora_cli.model.packed_attention import PACKED_ATTENTION
+from lora_cli.model.padded_attention import PADDED_ATTENTION
 from lora_cli.model.select_attention import TOLERANCE, candidates, choose_attention
 from lora_cli.model.varlen_attention import VARLEN_ATTENTION
 from tests.model import zoo
@@ -29,11 +30,11 @@ REST = ["flex_attention", "sdpa", "eager"]
         ("auto", True, CUDA, BF16, True, [VARLEN_ATTENTION, "flash_attention_2", PACKED_ATTENTION, *REST]),
         ("auto", True, TURING, BF16, True, ["flash_attention_2", PACKED_ATTENTION, *REST]),
         ("auto", True, TURING, FP16, False, [PACKED_ATTENTION, *REST]),
-        ("auto", False, CUDA, BF16, True, ["flash_attention_2", "sdpa", "eager"]),
+        ("auto", False, CUDA, BF16, True, [PADDED_ATTENTION, "flash_attention_2", "sdpa", "eager"]),
         ("auto", True, CUDA, BF16, False, [VARLEN_ATTENTION, PACKED_ATTENTION, *REST]),
         ("auto", True, CUDA, FP16, False, [VARLEN_ATTENTION, PACKED_ATTENTION, *REST]),
         ("auto", True, CUDA, FP32, True, [PACKED_ATTENTION, *REST]),  # flash attention does not support fp32
-        ("auto", False, CUDA, FP32, True, ["sdpa", "eager"]),
+        ("auto", False, CUDA, FP32, True, [PADDED_ATTENTION, "sdpa", "eager"]),
         ("eager", True, CPU, FP32, False, ["eager"]),
         ("flash_attention_2", False, CUDA, BF16, False, ["flash_attention_2"]),
     ],

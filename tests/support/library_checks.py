@@ -39,6 +39,8 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.gguf import dequant
 from transformers.integrations.gguf import utils as gguf_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.auto import AutoHfQuantizer
@@ -89,6 +91,30 @@ def attention_functions() -> None:
     assert (query, key, mask) == ((1, 4, 12, 16), (1, 2, 12, 16), None)
     assert options["row_plan"] == "passed through"
     assert options["scaling"] == 16**-0.5
+
+
+def mask_functions() -> None:
+    def mask(**options: Any) -> Any:
+        masks.append(options)
+        return sdpa_mask(**options)
+
+    masks: list[dict[str, Any]] = []
+    ALL_ATTENTION_FUNCTIONS.register("test_attention", sdpa_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("test_attention", mask)
+    padding = torch.ones_like(IDS)
+    padding[:, -2:] = 0
+    try:
+        zoo.make("llama", attention="test_attention")(IDS, attention_mask=padding, use_cache=False)
+    finally:
+        del type(ALL_ATTENTION_FUNCTIONS)._global_mapping["test_attention"]
+        del type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping["test_attention"]
+    (options,) = masks
+    assert options["allow_is_causal_skip"] is True
+    assert torch.equal(options["attention_mask"], padding.bool())
+    # Without a mask of padding, a causal mask is not made; with one that is not skipped, it is.
+    assert sdpa_mask(**{**options, "attention_mask": None}) is None
+    made = sdpa_mask(**{**options, "allow_is_causal_skip": False})
+    assert torch.equal(made[0, 0], torch.ones(12, 12).tril().bool() & padding[0].bool())
 
 
 def task_mappings() -> None:

@@ -9,8 +9,11 @@ import peft
 import torch
 import transformers
 from peft import get_peft_model, get_peft_model_state_dict
+from peft.config import PromptLearningConfig
 from peft.tuners.adalora.layer import AdaLoraLayer
-from peft.tuners.boft.layer import get_fbd_cuda
+from peft.tuners.boft.layer import BOFTLayer, MultiplicativeDropoutLayer, get_fbd_cuda
+from peft.tuners.loha import LoHaLayer
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer, corda, dora
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.config import CordaConfig, EvaConfig
@@ -25,7 +28,7 @@ from tests.support.library_checks import IDS, four_bit
 
 def adapted(family: str = "llama", *, kind: Any = peft.LoraConfig, **options: Any) -> Any:
     """Attach an adapter by plain PEFT, by default LoRA on q_proj."""
-    targets = {} if kind is peft.PromptTuningConfig else {"target_modules": ["q_proj"]}
+    targets = {} if issubclass(kind, PromptLearningConfig) else {"target_modules": ["q_proj"]}
     return get_peft_model(zoo.make(family), kind(task_type="CAUSAL_LM", **{**targets, **options}))
 
 
@@ -126,6 +129,8 @@ def adalora_allocator() -> None:
     model(IDS, labels=IDS).loss.backward()
     model.base_model.update_and_allocate(1)
     names = {name for name, _ in model.base_model.model.named_parameters() if ".lora_" in name}
+    assert allocator.init_bgt == 8  # the ranks of both layers
+    assert [allocator.budget_schedule(step) for step in (1, 2)] == [(2, True), (2, True)]
     assert allocator.ipt.keys() == allocator.exp_avg_ipt.keys() == allocator.exp_avg_unc.keys() == names
     model.base_model.update_and_allocate(2)  # the first of the last `tfinal` steps sets the final ranks
     kept = {name: sum(mask) for name, mask in config.rank_pattern.items()}
@@ -198,8 +203,48 @@ def targeted_modules() -> None:
     assert not check_target_module_exists(config, "layers.0.q_proj")
 
 
+def replaced_methods() -> None:
+    model = adapted("llama", kind=peft.BOFTConfig, boft_block_size=4, boft_dropout=0.25)
+    layer = q_proj(model)
+    assert isinstance(layer, BOFTLayer)
+    assert isinstance(layer.boft_dropout["default"], MultiplicativeDropoutLayer)
+    assert layer.boft_dropout["default"].p == 0.25
+    called: list[tuple[int, ...]] = []
+    layer.__dict__["cayley_batch"] = lambda data: called.append(data.shape) or data
+    model(IDS)
+    assert called == [(16, 4, 4)]
+    for kind, base in ((peft.LoHaConfig, LoHaLayer), (peft.LoKrConfig, LoKrLayer)):
+        model = adapted(kind=kind, r=4, rank_dropout=0.5)
+        layer, options = q_proj(model), list[dict[str, Any]]()
+        assert isinstance(layer, base)
+        assert layer.rank_dropout == {"default": 0.5}
+        whole = layer.get_delta_weight("default")
+        layer.__dict__["get_delta_weight"] = lambda name, seen=options, whole=whole, **given: (
+            seen.append(given) or whole
+        )
+        for training in (True, False):
+            model.train(training)(IDS)
+        assert options == [{"apply_rank_dropout": True}, {"apply_rank_dropout": False}]
+    assert layer.rank_dropout_scale == {"default": False}
+
+
+def prefix_below_a_head() -> None:
+    config = transformers.BertConfig(vocab_size=97, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    for task, kind in (("TOKEN_CLS", "Token"), ("SEQ_CLS", "Sequence")):
+        base = getattr(transformers, f"BertFor{kind}Classification")(config)
+        model: Any = get_peft_model(base, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3)).eval()
+        assert model.cls_layer_name == "classifier"
+        mask = torch.ones(1, IDS.shape[1] + 3)
+        found = model._prefix_tuning_forward(input_ids=IDS, attention_mask=mask, return_dict=True)
+        assert torch.equal(found.logits, model(input_ids=IDS, attention_mask=mask[:, 3:]).logits)
+    causal = adapted("gpt2", kind=peft.PrefixTuningConfig, num_virtual_tokens=3)
+    assert not hasattr(causal, "cls_layer_name")
+
+
 def prompt_learning() -> None:
     model = adapted("gpt2", kind=peft.PromptTuningConfig, num_virtual_tokens=3)
+    assert model.prompt_tokens["default"].tolist() == [0, 1, 2]
+    assert model.word_embeddings is model.get_base_model().get_input_embeddings()
     assert model.prompt_encoder["default"].embedding.weight.shape == (3, 64)
     assert "generation_config" not in vars(model)
     model.generation_config = transformers.GenerationConfig(max_new_tokens=2, pad_token_id=0)
