@@ -124,7 +124,8 @@ def runs_and_adapters(incomplete: str) -> list[str]:
 
 def _results_in(place: str) -> Iterator[str]:
     """Yield the runs and adapters in a folder, as the user would write them."""
-    from lora_cli.run.folder import CONFIG_FILE, LOCK
+    from lora_cli.run.folder import CONFIG_FILE
+    from lora_cli.run.run_lock import LOCK
 
     try:
         with os.scandir(os.path.expanduser(place)) as entries:

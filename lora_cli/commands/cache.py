@@ -57,7 +57,8 @@ def prune_cache(*, older_than_days: float) -> dict[str, Any]:
     left, others, hub = list_entries(folder), unknown_bytes(folder), _hub_cache()
     removed = [each for each in results if each.removed]
     for each in results:
-        verb = "removed" if each.removed else "kept, because a process uses it"
+        kept = "it cannot be read now" if each.entry.unreadable else "a process uses it"
+        verb = "removed" if each.removed else f"kept, because {kept}"
         size_text = format_bytes(each.entry.bytes)
         console.out.print(f"{verb}: {each.entry.kind} {_describe(each.entry)}, {size_text} ({each.reason})")
     freed = format_bytes(sum(each.entry.bytes for each in removed))
@@ -69,7 +70,8 @@ def prune_cache(*, older_than_days: float) -> dict[str, Any]:
     return {
         **_summary(folder, left, others, hub),
         "removed": [_removal_as_json(each) for each in removed],
-        "in_use": [_removal_as_json(each) for each in results if not each.removed],
+        "in_use": [_removal_as_json(each) for each in results if not (each.removed or each.entry.unreadable)],
+        "unreadable": [_removal_as_json(each) for each in results if each.entry.unreadable],
         "removed_bytes": sum(each.entry.bytes for each in removed),
         "entries": [_as_json(entry) for entry in left],
     }
@@ -82,7 +84,12 @@ def _print_entries(entries: Sequence[Entry]) -> None:
     for entry in entries:
         place = f"{entry.path.parent.name}/{entry.path.name}"
         table.add_row(
-            entry.kind, _describe(entry), format_bytes(entry.bytes), _age(entry.used), place, entry.problem or ""
+            entry.kind,
+            _describe(entry),
+            format_bytes(entry.bytes),
+            _age(entry.used),
+            place,
+            entry.problem or entry.unreadable or "",
         )
     console.print_table(table)
 
@@ -135,7 +142,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         "path": str(entry.path),
         "bytes": entry.bytes,
         "last_used": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.used)),
-        "problem": entry.problem,
+        "problem": entry.problem or entry.unreadable,
     }
 
 

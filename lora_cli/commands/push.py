@@ -7,6 +7,7 @@ that arrived, by the hub's client. Nothing on the hub is deleted.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -21,11 +22,13 @@ from lora_cli.run import console, json_output
 from lora_cli.run.console import format_bytes
 from lora_cli.run.hub import ask_hub
 from lora_cli.run.hub_account import TRY_AGAIN, Account, hub_errors, read_account, why_no_upload
+from lora_cli.run.hub_limits import Limits, limited_upload
 from lora_cli.setup.leaks import Leak, find_leaks
 from lora_cli.setup.publishable import Publishable, PublishedFile, raise_problems, read_published
 
 OF_THE_HUB = (".gitattributes",)  # files that the hub itself writes into a new repository
 MAX_NAMED = 8  # files in a line
+ASK_S = 10.0  # that the hub may take to say what it has, after an upload has failed
 
 
 class PushRequest(NamedTuple):
@@ -86,22 +89,28 @@ def push(result: Publishable, repository: str, *, request: PushRequest) -> dict[
     if json_output.is_reserved() or not console.err.is_terminal:
         disable_progress_bars()
     api = HfApi(library_name="lora-cli")
-    account = read_account(api)
-    with hub_errors(repository, account=account):
-        remote = _read_remote(api, repository)
-        changes = _changes(files, remote)
-        _check_allowed(repository, remote, changes, request)
-        if request.dry_run:
-            return _finish(repository, files, result, remote, changes, request)
-        if not (changes.new or changes.replaced):
-            return _finish(repository, files, result, remote, changes, request)
-        if not remote.exists:
-            api.create_repo(repository, private=True if request.private else None)
+    with limited_upload(repository, sum(file.size for file in files)) as limits:
+        account = read_account(api)
+        with hub_errors(repository, account=account):
             remote = _read_remote(api, repository)
-            console.info(f"created {repository} ({'private' if remote.private else 'public'})")
-            _check_private(repository, remote, request)
-        commit = _upload(api, repository, files, remote, changes, what=result.kind)
-        arrived = _files_of(api, repository, commit)
+            changes = _changes(files, remote)
+            _check_allowed(repository, remote, changes, request)
+            if request.dry_run or not (changes.new or changes.replaced):
+                return _finish(repository, files, result, remote, changes, request)
+            if not remote.exists:
+                api.create_repo(repository, private=True if request.private else None)
+                remote = _read_remote(api, repository)
+                console.info(f"created {repository} ({'private' if remote.private else 'public'})")
+                _check_private(repository, remote, request)
+        going = [file for file in files if file.name not in changes.unchanged]
+        limits.details = (_not_there(repository, going),)
+        try:
+            with hub_errors(repository, account=account):
+                commit = _upload(api, repository, going, remote, what=result.kind)
+        except LoraError as error:
+            commit = _commit_in_spite_of(error, api, repository, going, remote, limits)
+        with hub_errors(repository, account=account):
+            arrived = _files_of(api, repository, commit)
     _compare(repository, files, arrived, account)
     return _finish(repository, files, result, remote._replace(commit=commit), changes, request)
 
@@ -250,11 +259,8 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + more
 
 
-def _upload(
-    api: HfApi, repository: str, files: Sequence[PublishedFile], remote: Remote, changes: Changes, *, what: str
-) -> str:
-    """Upload the new and the changed files as one commit after the one that was looked at, and return its id."""
-    going = [file for file in files if file.name not in changes.unchanged]
+def _upload(api: HfApi, repository: str, going: Sequence[PublishedFile], remote: Remote, *, what: str) -> str:
+    """Upload files as one commit after the one that was looked at, and return its id."""
     console.info(f"uploading {len(going)} files, {format_bytes(sum(file.size for file in going))}")
     operations = [CommitOperationAdd(file.name, file.path if file.content is None else file.content) for file in going]
     commit = api.create_commit(
@@ -264,6 +270,32 @@ def _upload(
         parent_commit=remote.commit,
     )
     return commit.oid
+
+
+def _commit_in_spite_of(
+    error: LoraError, api: HfApi, repository: str, going: Sequence[PublishedFile], remote: Remote, limits: Limits
+) -> str:
+    """Return the commit if the files have arrived although the upload has failed: the answer can be what was lost.
+
+    Raises:
+        LoraError: they have not: `error`, with the files.
+    """
+    limits.answer_s = ASK_S
+    state = "perhaps not"
+    with suppress(LoraError), hub_errors(repository, account=None):
+        now = _read_remote(api, repository)
+        if now.commit is not None and _changes(going, now).unchanged == [file.name for file in going]:
+            console.info(f"note: {error.message}; but {repository} has all files")
+            return now.commit
+        state = "not"
+    error.details = (*error.details, _not_there(repository, going, state=state))
+    raise error
+
+
+def _not_there(repository: str, going: Sequence[PublishedFile], *, state: str = "perhaps not") -> str:
+    """Return a line on files that an upload which has failed did not bring; `perhaps` if the hub could not be asked."""
+    names, size = _names([file.name for file in going]), format_bytes(sum(file.size for file in going))
+    return f"{state} in {repository}: {names} ({size}); all files are one commit at the end"
 
 
 def _compare(repository: str, files: Sequence[PublishedFile], arrived: dict[str, RepoFile], account: Account) -> None:

@@ -11,9 +11,10 @@ from rich.table import Table
 from lora_cli.errors import LoraError
 from lora_cli.report.recorded_run import Json, RunState, as_number, as_object, read_state
 from lora_cli.run import console
-from lora_cli.run.folder import LOCK, is_run
+from lora_cli.run.folder import is_run
 from lora_cli.run.metrics_log import read_metrics
 from lora_cli.run.read_file import read_json_object
+from lora_cli.run.run_lock import LOCK
 from lora_cli.run.sparkline import sparkline
 from lora_cli.training.checkpoint_folders import checkpoint_steps
 

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import yaml
 
 from lora_cli.errors import LoraError, first_line
-from lora_cli.run.folder import FAILURE, RUN_FILES, is_run, user_of_run
+from lora_cli.run.folder import FAILURE, RUN_FILES, is_run
 from lora_cli.run.metrics_log import read_metrics
 from lora_cli.run.read_file import UnreadableError, read_json_object, read_text
 from lora_cli.run.run_checksums import find_changed_records
+from lora_cli.run.run_lock import user_of_run
 
 Json = dict[str, Any]
 Value = TypeVar("Value")

@@ -9,6 +9,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.cache_use import mark_used, write_about
 from lora_cli.run.checksums import CHECKSUMS_FILE, compare, list_files, read_checksums, verified_folder
+from lora_cli.run.read_file import UnreadableError
 from lora_cli.run.system_errors import WRITING, describe
 from lora_cli.run.workspace import remove_leftovers
 
@@ -91,7 +92,22 @@ def is_intact(folder: Path, *, what: str, info: Info, unread: str | None = None)
 
 
 def entry_damage(folder: Path, *, unread: str | None = None) -> str | None:
-    """Return what is damaged in the cache entry `folder`, in one line; None if nothing, or if there is no entry."""
+    """Return what is damaged in the cache entry `folder`, in one line; None if nothing, or if there is no entry.
+
+    What cannot be read now counts as damaged: it cannot be used.
+    """
+    try:
+        return find_entry_damage(folder, unread=unread)
+    except UnreadableError as error:
+        return error.message
+
+
+def find_entry_damage(folder: Path, *, unread: str | None = None) -> str | None:
+    """Return what is damaged, as `entry_damage`.
+
+    Raises:
+        UnreadableError: it cannot be read now, and may be whole: too many open files, no permission, a bad block.
+    """
     if not os.path.lexists(folder):
         return None
     try:
@@ -108,8 +124,10 @@ def entry_damage(folder: Path, *, unread: str | None = None) -> str | None:
             return f"it has {added[0]}, which was not written with it"
         read = {name: entry for name, entry in record.files.items() if unread is None or not name.endswith(unread)}
         damage = compare(folder, read)
+    except UnreadableError:
+        raise
     except LoraError as error:
         return error.message
-    except OSError as error:  # the disk cannot read a block of it
-        return f"it cannot be read: {error.strerror}"
+    except OSError as error:
+        raise UnreadableError(f"it cannot be read: {error.strerror}") from error
     return damage[0] + (f", and {len(damage) - 1} more" if len(damage) > 1 else "") if damage else None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.checksums import CHECKSUMS_FILE
-from lora_cli.run.read_file import read_json_object
+from lora_cli.run.read_file import UnreadableError, read_json_object
 
 ABOUT_FILE = "about.json"  # in an entry: what it is, for `lora cache`
 
@@ -34,11 +34,19 @@ def write_about(folder: Path, what: str, versions: Mapping[str, str]) -> None:
 
 
 def read_about(folder: Path) -> About | None:
-    """Return what an entry is; None if it does not say, as those of earlier versions, or if it is damaged."""
+    """Return what an entry is; None if it does not say, as those of earlier versions, or if it is damaged.
+
+    Raises:
+        UnreadableError: it cannot be read now.
+    """
     try:
         value = read_json_object(folder / ABOUT_FILE)
-    except (LoraError, OSError):
+    except UnreadableError:
+        raise
+    except LoraError:
         return None
+    except OSError as error:  # a block of the disk
+        raise UnreadableError(f"it cannot be read: {error.strerror}") from error
     what, versions = value.get("what"), value.get("versions")
     if not isinstance(what, str) or not isinstance(versions, dict):
         return None
@@ -66,12 +74,23 @@ def mark_used(folder: Path) -> bool:
         return False
     except OSError:
         pass
+    if not _is_at(folder / CHECKSUMS_FILE, descriptor):  # removed between the two calls, or made again
+        os.close(descriptor)
+        return False
     with suppress(OSError):  # of another user
         os.utime(descriptor)
     if (earlier := _in_use.pop(key, None)) is not None:
         os.close(earlier)
     _in_use[key] = descriptor
     return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Return whether `path` is the file that is open as `descriptor`."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def last_used(folder: Path) -> float:
@@ -86,19 +105,20 @@ def alone(folder: Path) -> Iterator[bool]:
     """Within the block, no process uses the entry `folder`, or makes it; yields False if one does."""
     descriptors: list[int] = []
     try:
+        # The lock file is created where it is missing, as in a copy of a cache: who makes the entry would create it.
         yield all(
-            _lock_alone(path, descriptors)
-            for path in (folder.with_name(f".lock-{folder.name}"), folder / CHECKSUMS_FILE)
+            _lock_alone(path, flags, descriptors)
+            for path, flags in ((folder.with_name(f".lock-{folder.name}"), os.O_CREAT), (folder / CHECKSUMS_FILE, 0))
         )
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _lock_alone(path: Path, descriptors: list[int]) -> bool:
+def _lock_alone(path: Path, flags: int, descriptors: list[int]) -> bool:
     """Lock a file alone, if there is one, and return whether no other process holds a lock on it."""
     try:
-        descriptors.append(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC))
+        descriptors.append(os.open(path, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
     except FileNotFoundError:
         return True
     except OSError:  # a link, a folder in its place, or of another user: damage, or not ours to lock

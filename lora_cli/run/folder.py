@@ -1,8 +1,6 @@
 """The run folder: created or reopened, locked against other processes, without files of other programs. No torch."""
 
-import fcntl
 import os
-import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +9,12 @@ from typing import Self
 
 from lora_cli.errors import LoraError, one_line
 from lora_cli.run import atomic
+from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.read_file import describe_kind, read_json_object
+from lora_cli.run.run_lock import LOCK, lock_run
+from lora_cli.run.system_errors import system_error
 from lora_cli.run.workspace import remove_leftovers, sync
 
-LOCK = ".lora-lock"
 BASE = "base"  # name of the base model among the adapters of a command
 MERGE_VERDICT = "merge.json"  # in a merged model
 EXPORT_VERDICT = "export.json"  # in an exported folder; beside an exported file, with its name before it
@@ -47,8 +47,11 @@ class RunFolder:
         self._begun = True
 
     def _record_failure(self, error: BaseException) -> None:
-        """Write the error that ends the run, so that `lora runs` and `lora report` can show it."""
-        message, hint = (error.message, error.hint) if isinstance(error, LoraError) else (one_line(repr(error)), None)
+        """Write the error that ends the run as the terminal gets it, so that `lora runs` and `lora report` show it."""
+        found: BaseException | None = system_error(error) or error
+        if isinstance(found, OSError | MemoryError | RuntimeError):
+            found = as_lora_error(found)
+        message, hint = (found.message, found.hint) if isinstance(found, LoraError) else (one_line(repr(error)), None)
         with suppress(OSError):  # a full disk, for example, which is what the error says
             atomic.write_json(self.path / FAILURE, {"error": message, "hint": hint})
 
@@ -145,7 +148,7 @@ def open_run(
         path.mkdir(parents=True, exist_ok=True)
         # Before the lock file is created, so that a folder with other files stays unchanged.
         _check_no_foreign_files(path)
-        run = RunFolder(path, _lock(path), arguments)
+        run = RunFolder(path, lock_run(path), arguments)
     except (FileExistsError, NotADirectoryError):
         raise LoraError(f"{path} is a file, or inside a file", hint="set output to a folder") from None
     except OSError as error:
@@ -254,24 +257,6 @@ def _is_empty(folder: Path) -> bool:
     return not folder.is_symlink() and folder.is_dir() and not any(folder.iterdir())
 
 
-def _lock(path: Path) -> int:
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.lstat(path / LOCK).st_mode):
-            raise LoraError(f"{path / LOCK} is not a file of lora", hint="remove it, or set another output")
-    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "another"
-        os.close(lock)
-        raise LoraError(
-            f"{path} is in use by process {holder}", hint="wait for it, stop it, or set another output"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    return lock
-
-
 def recipe_of_adapter(folder: Path) -> Path | None:
     """Return the recipe.yaml of the run whose adapter or checkpoint is in `folder`; None if it is not part of a run."""
     recipe = run_of_adapter(folder) / "recipe.yaml"
@@ -282,21 +267,6 @@ def run_of_adapter(folder: Path) -> Path:
     """Return the folder of the run whose adapter or checkpoint is in `folder`, if it is part of a run."""
     parent = folder.absolute().parent
     return parent.parent if parent.name == "checkpoints" else parent
-
-
-def user_of_run(path: Path) -> str | None:
-    """Return the id of the process that has locked the run folder `path`; None if no process uses it."""
-    try:
-        lock = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # no lock file, or a link
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(lock, 20, 0).decode(errors="replace").strip() or "another"
-    finally:
-        os.close(lock)
-    return None
 
 
 def is_path(text: str) -> bool:

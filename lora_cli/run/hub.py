@@ -19,6 +19,8 @@ FIRST_ANSWER_S = 1.5  # seconds until it is asked again
 LAST_ANSWER_S = 4.5  # seconds for both attempts together
 UNAVAILABLE = (500, 502, 503, 504)  # HTTP statuses after which the libraries would ask again for half a minute
 PAUSE_S = 1.0  # seconds from an attempt that fails at once to the next one
+OFFLINE = "HF_HUB_OFFLINE"
+BEFORE = "LORA_HF_HUB_OFFLINE"  # environment variable with the value of OFFLINE that `ask_hub` has replaced, or empty
 USING_CACHE = "the hub does not answer: using the files in the cache"
 
 _problems: dict[str, str | None] = {}  # by the address of a hub: why it does not answer
@@ -49,6 +51,17 @@ def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
         if _problems[ENDPOINT] is not None:
             _go_offline()
     return _problems[ENDPOINT]
+
+
+def environment_of_others() -> dict[str, str]:
+    """Return the environment without what `ask_hub` has decided for models and data, also in the process above.
+
+    A hub that was slow once need not keep a tracker offline for the whole run.
+    """
+    environment = dict(os.environ)
+    if (before := environment.pop(BEFORE, None)) is not None:
+        environment[OFFLINE] = before
+    return {name: value for name, value in environment.items() if name != OFFLINE or value}
 
 
 def no_answer_error(name: str, problem: str, *, key: str) -> LoraError:
@@ -96,10 +109,11 @@ def _ask(address: str) -> str | None:
 
 
 def _go_offline() -> None:
-    """Let the libraries use their caches only; their processes inherit it."""
+    """Let the libraries use their caches only; workers, which load the same, inherit it."""
     from huggingface_hub import constants
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault(BEFORE, os.environ.get(OFFLINE, ""))
+    os.environ[OFFLINE] = "1"
     constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError, first_line
@@ -113,19 +114,29 @@ def _as_lora_error(error: BaseException, repository: str, account: Account | Non
 
     # The client wraps what happened to one file.
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+    if isinstance(cause, LoraError):  # of `hub_limits`
+        return cause
     owner = repository.partition("/")[0]
     whose = f"your token is of {account.describe()}" if account else LOG_IN
     if not isinstance(cause, HfHubHTTPError):
-        said = first_line(cause)
+        said = "no answer in time" if _is_timeout(cause) else first_line(cause)
         hint = whose if re.search(r"\b(401|403)\b", said) else TRY_AGAIN
-        return LoraError(f"{repository}: the upload failed: {said}", hint=hint, exit_code=1)
+        hint = f"wait some minutes, and {TRY_AGAIN}" if "429" in said else hint
+        what = f"{repository}: the upload failed" if account else "the hub does not say whose token it is"
+        return LoraError(f"{what}: {said}", hint=hint, exit_code=1)
     status, said = cause.response.status_code, _said(cause)
     match status:
         case 401 if account is None:
             return LoraError("the hub does not accept the token of this machine", hint=LOG_IN)
-        case 401 | 403:
+        case 401:
             return LoraError(
-                f"{repository}: the token may not write there ({status}){said}",
+                f"{repository}: the hub does not accept the token any more (401){said}",
+                hint=f"{LOG_IN}; then {TRY_AGAIN}",
+                exit_code=1,
+            )
+        case 403:
+            return LoraError(
+                f"{repository}: the token may not write there (403){said}",
                 hint=f"{whose}; to write to {owner}, use a token of it with write access",
             )
         case 404:
@@ -137,11 +148,22 @@ def _as_lora_error(error: BaseException, repository: str, account: Account | Non
                 exit_code=1,
             )
         case 429:
-            return LoraError(f"{repository}: too many requests (429){said}", hint="wait some minutes", exit_code=1)
+            return LoraError(
+                f"{repository}: too many requests (429){said}",
+                hint=f"wait some minutes, and {TRY_AGAIN}",
+                exit_code=1,
+            )
         case 400:
             return LoraError(f"{repository}: the hub refuses it (400){said}", hint="correct what it names")
         case _:
             return LoraError(f"{repository}: the hub answered with status {status}{said}", hint=TRY_AGAIN, exit_code=1)
+
+
+def _is_timeout(error: BaseException) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])  # httpx or httpx2
+    return isinstance(error, client.TimeoutException)
 
 
 def _said(error: Any) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.run.console import format_bytes
-from lora_cli.run.folder import LOCK, user_of_run
+from lora_cli.run.run_lock import LOCK, user_of_run
 from lora_cli.run.system_errors import HINTS, VANISHED, describe
 
 # torch has no exception class of its own for these: of the CPU, of CUDA outside of its allocator, of cuBLAS.

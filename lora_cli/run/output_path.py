@@ -9,8 +9,9 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, list_files, read_checksums
-from lora_cli.run.folder import CONFIG_FILE, LOCK, RUN_FILES
+from lora_cli.run.folder import CONFIG_FILE, RUN_FILES
 from lora_cli.run.read_file import open_regular
+from lora_cli.run.run_lock import LOCK
 from lora_cli.run.workspace import remove_leftovers, reserve
 
 # Files of an adapter or a model in the format of Hugging Face, as this and other tools write them.

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.model.foreign_adapters.detect import TOOLS, conversion_hint, find_foreign
-from lora_cli.run.folder import BASE, CONFIG_FILE, LOCK, find_adapter_folder, user_of_run
+from lora_cli.run.folder import BASE, CONFIG_FILE, find_adapter_folder
+from lora_cli.run.run_lock import LOCK, user_of_run
 from lora_cli.training.checkpoint_folders import list_checkpoints
 
 HINT = "give a run of lora train, or an adapter folder"

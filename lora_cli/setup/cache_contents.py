@@ -13,10 +13,11 @@ from typing import NamedTuple
 from lora_cli.data.cache_versions import encoded_versions, gguf_versions
 from lora_cli.report.chart_library import chart_versions
 from lora_cli.run import atomic
-from lora_cli.run.cache_entry import entry_damage
+from lora_cli.run.cache_entry import find_entry_damage
 from lora_cli.run.cache_use import About, alone, last_used, read_about
 from lora_cli.run.checksums import CHECKSUMS_FILE
 from lora_cli.run.disk_space import written_bytes
+from lora_cli.run.read_file import UnreadableError
 from lora_cli.run.workspace import WORKSPACE, remove_leftovers
 
 DAY_S = 86_400
@@ -48,6 +49,7 @@ class Entry(NamedTuple):
     bytes: int
     used: float  # seconds since the epoch
     problem: str | None  # why it is not used any more: unfinished, damaged, of an earlier version
+    unreadable: str | None = None  # why it cannot be told whether it has a problem; it is never removed
 
 
 def list_entries(cache: Path, *, verify: bool = False) -> list[Entry]:
@@ -82,11 +84,13 @@ def _entry(path: Path, kind: Kind, *, verify: bool) -> Entry | None:
     if path.name.startswith(".lock-"):
         return None
     with suppress(FileNotFoundError):
-        about = read_about(path) or About("", {})
         size = written_bytes(path) if path.is_dir() and not path.is_symlink() else path.lstat().st_size
-        return Entry(
-            path, kind.name, about.what or _file_name(path), size, last_used(path), _problem(path, kind, verify)
-        )
+        used = last_used(path)
+        try:
+            what = (read_about(path) or About("", {})).what or _file_name(path)
+            return Entry(path, kind.name, what, size, used, _problem(path, kind, verify))
+        except UnreadableError as error:
+            return Entry(path, kind.name, "", size, used, None, error.message)
     return None
 
 
@@ -103,7 +107,7 @@ def _problem(path: Path, kind: Kind, verify: bool) -> str | None:
     if path.name.startswith(UNFINISHED):
         return "unfinished: the encoding goes on when it is started again"
     # With an ending that each name has, only the record and the list of files are compared.
-    damage = entry_damage(path, unread=None if verify else "")
+    damage = find_entry_damage(path, unread=None if verify else "")
     if damage is not None:
         return f"damaged: {damage}"
     about = read_about(path)
@@ -117,7 +121,7 @@ class Pruned(NamedTuple):
 
     entry: Entry
     reason: str
-    removed: bool  # False: a process uses it
+    removed: bool  # False: a process uses it, or it cannot be read
 
 
 def prune(entries: list[Entry], *, older_than_days: float) -> Iterator[Pruned]:
@@ -130,7 +134,9 @@ def prune(entries: list[Entry], *, older_than_days: float) -> Iterator[Pruned]:
     for entry in entries:
         days = (now - entry.used) / DAY_S
         reason = entry.problem or (f"not used for {days:.0f} days" if days >= older_than_days else None)
-        if reason is not None:
+        if entry.unreadable is not None:
+            yield Pruned(entry, entry.unreadable, removed=False)
+        elif reason is not None:
             yield Pruned(entry, reason, _remove(entry.path))
 
 

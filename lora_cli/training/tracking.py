@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.recipe.tracking_section import TrackerName, TrackingSpec
+from lora_cli.run.hub import environment_of_others
 from lora_cli.run.signals import SIGNALS, stop_request
 
 # -P: not from the working folder, where W&B and MLflow leave folders with their names.
@@ -37,7 +38,7 @@ class _Process:
         self.name, self.folder = name, folder
         environment = {
             key: value
-            for key, value in os.environ.items()
+            for key, value in environment_of_others().items()
             if key not in OF_WORKERS and not key.startswith(OF_LAUNCHERS)
         }
         # It would die of a signal to the whole group before it ignores them: they wait until it does.

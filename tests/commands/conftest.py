@@ -3,17 +3,20 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from lora_cli import cli
 from lora_cli.commands.train import train
 from lora_cli.recipe.load import load_recipe
+from lora_cli.run import hub as hub_state
 from lora_cli.training import cpu
+from tests.support.stub_hub import StubHub, stub_hub
 
 
 class CommandResult(NamedTuple):
@@ -150,3 +153,16 @@ def remove_checksums(adapter: Path) -> Path:
     """Remove the checksums of an adapter, so that a command accepts changes of its other files; return its folder."""
     (adapter / "checksums.json").unlink()
     return adapter
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
+    """The hub that the client of this process talks to, by LFS over HTTP, with a token that may write."""
+    with stub_hub() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(hub_state, "_problems", {})
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_TOKEN", "hf_writer")
+        yield served

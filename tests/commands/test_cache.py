@@ -1,7 +1,10 @@
 """`lora cache`: what it lists, what it removes and what it leaves: never an entry that a process uses."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +170,43 @@ def test_an_entry_that_is_removed_while_it_is_found_is_made_again(folder: Path):
         assert not nobody_else
     with lock_entry(entry, what="x", info=no_output), cache_use.alone(entry) as nobody_else:
         assert not nobody_else
+
+
+@pytest.mark.parametrize("name", ["checksums.json", "about.json", "part-00000.arrow"])
+def test_an_entry_that_cannot_be_read_now_is_kept(name: str, folder: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    entry, open_file = make(folder, "a", days=90), os.open
+
+    def refuse(path: Any, *options: Any, **names: Any) -> int:
+        if str(path).endswith(name) and not names.get("dir_fd"):
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return open_file(path, *options, **names)
+
+    monkeypatch.setattr(os, "open", refuse)
+    result = lora("cache", "--prune")
+    assert "kept, because it cannot be read now: rows" in result.out
+    assert "Too many open files" in result.out
+    monkeypatch.setattr(os, "open", open_file)
+    assert entry.is_dir()
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_an_entry_that_is_removed_while_it_is_locked_is_not_used(
+    made_again: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between the opening of its file and the lock, `lora cache --prune` has the lock, removes it, and ends."""
+    entry, lock = make(folder, "a"), fcntl.flock
+
+    def prune_first(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        with cache_use.alone(entry) as nobody_else:
+            assert nobody_else
+            shutil.rmtree(entry)
+        if made_again:
+            make(folder, "a")
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", prune_first)
+    assert not cache_use.mark_used(entry)
 
 
 @pytest.mark.slow

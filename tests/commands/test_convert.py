@@ -154,7 +154,7 @@ def test_dataset_info_gives_format_columns_and_roles(lora: Lora):
         "path": "data/mine.json",
         "format": "sharegpt",
         "max_rows": 50,
-        "columns": {"conversations": "dialog", "system": "sys"},
+        "columns": {"conversations": "dialog", "system": "sys", "tools": None},
         "message_fields": {"role": "who", "content": "says"},
         "roles": {"narrator": "user"},
     }

@@ -4,34 +4,19 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from lora_cli.run import hub as hub_state
 from lora_cli.setup.publishable import find_publishable
 from tests.commands.conftest import Lora, remove_checksums
-from tests.support.stub_hub import Refusal, StubHub, git_blob_sha1, stub_hub
+from tests.support.stub_hub import Refusal, StubHub, git_blob_sha1
 
 REPOSITORY = "me/adapter"
 HF_TOKEN = "hf_" + "a1B2" * 8 + "c3"
 NO_ADAPTER = "note: adapter_config.json names the base base, which is no hub id"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    """The hub that the client of this process talks to, by LFS over HTTP, with a token that may write."""
-    with stub_hub() as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(hub_state, "_problems", {})
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        yield served
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from lora_cli.model import memory
 from lora_cli.run import console, metrics_log
 from lora_cli.run.checksums import write_checksums
-from lora_cli.run.folder import LOCK
 from lora_cli.run.metrics_log import read_metrics
+from lora_cli.run.run_lock import LOCK
 from lora_cli.training import launch
 from tests.commands.conftest import LORA_ON_ONE_CORE, CommandResult, Lora, WriteRecipe, write_inputs, write_recipe
 

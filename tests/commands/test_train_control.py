@@ -184,8 +184,9 @@ def test_one_evaluation_is_too_few_to_choose_from(recipe: WriteRecipe, lora: Lor
 def test_an_optimizer_or_adapter_that_cannot_be_used_is_refused_before_the_rows_are_read(
     recipe: WriteRecipe, lora: Lora
 ):
+    Path("broken.jsonl").write_text("no row")
     for changes in ({"training.optimizer": "paged-lion"}, {"adapter": {"from": "nowhere"}}):
-        recipe({**changes, "data.train": "missing.jsonl"})
+        recipe({**changes, "data.train": "broken.jsonl"})
         for command in ("check", "train"):
             line = lora(command, "recipe.yaml").last_two[0]
             assert line.startswith(("error: training.optimizer: paged-lion pages", "error: adapter.from: nowhere"))

@@ -18,11 +18,11 @@ from lora_cli.run.library_warnings import silence_library_warnings
 
 # Modules that the commands import, of lora_cli and of libraries; those of an extra may be missing.
 MODULES = (
-    "lora_cli.cli", "lora_cli.commands.adapter", "lora_cli.commands.chat", "lora_cli.commands.check",
-    "lora_cli.commands.evaluate", "lora_cli.commands.export", "lora_cli.commands.merge", "lora_cli.commands.train",
-    "lora_cli.export.gguf.model", "lora_cli.export.hf.model", "lora_cli.export.ollama.model",
-    "lora_cli.export.onnx.model", "transformers.models.llama.modeling_llama", "pandas", "pyarrow.compute",
-    "pyarrow.dataset", "gguf", "onnx", "onnxscript", "torch.onnx",
+    "lora_cli.cli", "lora_cli.commands.adapter", "lora_cli.commands.cache", "lora_cli.commands.chat",
+    "lora_cli.commands.check", "lora_cli.commands.evaluate", "lora_cli.commands.export", "lora_cli.commands.merge",
+    "lora_cli.commands.train", "lora_cli.export.gguf.model", "lora_cli.export.hf.model",
+    "lora_cli.export.ollama.model", "lora_cli.export.onnx.model", "transformers.models.llama.modeling_llama", "pandas",
+    "pyarrow.compute", "pyarrow.dataset", "gguf", "onnx", "onnxscript", "torch.onnx",
 )  # fmt: skip
 SECONDS = 90.0  # of one command; all take a few seconds
 BLOCK = 1 << 16

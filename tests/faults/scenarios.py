@@ -1,8 +1,9 @@
 """Commands that write results, and the law of each result: old or new, complete, whatever happens to the command."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 from tests.faults import forked_lora, workplace
 from tests.faults.operations import call_before_operations, record_in
 from tests.faults.workplace import Contents, contents, difference
+from tests.support.workspaces import leave_workspace
 
 # whole: a file or folder, the old or the new one; description: a file that belongs to the first result; run: a run
 # folder, with complete checkpoints and an adapter that is complete or missing; entries: a cache, whose entries are
-# complete or missing.
-Law = Literal["whole", "description", "run", "entries"]
+# complete or missing; pruned: a cache whose good entries stay, and whose other ones are as they were, or gone.
+Law = Literal["whole", "description", "run", "entries", "pruned"]
 
 
 class Scenario(NamedTuple):
@@ -23,6 +25,7 @@ class Scenario(NamedTuple):
     command: str
     results: dict[str, Law]  # by path in the working folder
     before: str = ""  # a command whose results are there before
+    change: Callable[[Path], None] | None = None  # what happens to these results
     again: tuple[str, ...] = ()  # the next commands, until one succeeds; empty: the same command
     standard_input: str = ""
     weight: float = 1.0  # share of its operations that a campaign takes: less for a slow command
@@ -69,6 +72,18 @@ def _scenarios() -> Iterator[Scenario]:
     yield Scenario("report runs/a --out out.html", page, before="report runs/b --out out.html", weight=0.1)
     yield Scenario("chat runs/a --max-new-tokens 4", figures, standard_input="hello\n/save out.json\n")
     yield Scenario("init quickstart", {"quickstart.yaml": "whole"})
+    other = "check recipe.yaml --set data.max_length=100"
+    yield Scenario("cache --prune", {"cache": "pruned"}, before=other, change=_spoil_cache)
+
+
+def _spoil_cache(work: Path) -> None:
+    """Let one of two entries be old, and add a damaged one, and what a killed encoding and a killed writer leave."""
+    encoded = work / "cache" / "encoded"
+    good, old = sorted(encoded.glob("[!.]*/checksums.json"), key=lambda file: file.stat().st_mtime)
+    os.utime(old, (0, 0))
+    shutil.copytree(good.parent, encoded / "damaged")
+    shutil.copytree(good.parent, encoded / ".unfinished-rows")
+    shutil.copytree(good.parent, leave_workspace(encoded / "killed") / "killed")
 
 
 # By name: the command, with a mark where the next command differs.
@@ -107,6 +122,8 @@ def _record(folder: Path, name: str) -> Record:
     with workplace.fresh(folder) as work:
         if scenario.before:
             workplace.lora(scenario.before, work)
+            if scenario.change is not None:
+                scenario.change(work)
             for result in scenario.results:
                 (before / result).parent.mkdir(parents=True, exist_ok=True)
                 _copy(work / result, before / result)
@@ -175,8 +192,10 @@ def find_problem(work: Path, name: str, record: Record) -> str:
                 return f"{result} is half"
             case "description" if here and (here == old) is not (found[first] == record.old[first]):
                 return f"{result} is not that of {first}"
-            case "entries" if half := _find_half_entry(here, old, new):
+            case "entries" | "pruned" if half := _find_half_entry(here, old, new):
                 return f"{result}/{half} is half"
+            case "pruned" if gone := _find_missing_entry(here, new):
+                return f"{result}/{gone} is gone"
             case "run" if problem := find_problem_of_run(here, old, new, record.checkpoints):
                 return f"{result}: {problem}"
     return ""
@@ -218,10 +237,13 @@ def is_new(work: Path, name: str, record: Record) -> str:
             if record.old[result] and record.old[result] not in moved:
                 return f"{result}: the earlier run is not in one folder: {difference(moved[0], record.old[result])}"
         if law == "entries":
-            missing = [name for name, files in _entries(expected).items() if files not in _entries(here).values()]
-            if missing:
-                return f"{result}: {missing[0]} is missing"
+            if missing := _find_missing_entry(here, expected):
+                return f"{result}: {missing} is missing"
             continue
+        if law == "pruned":
+            here, expected = (
+                {path: digest for path, digest in found.items() if "/.lock-" not in path} for found in (here, expected)
+            )
         if changed := difference(here, expected):
             return f"{result}: {changed}"
     return ""
@@ -230,6 +252,11 @@ def is_new(work: Path, name: str, record: Record) -> str:
 def _find_half_entry(here: Contents, old: Contents, new: Contents) -> str:
     complete = [*_entries(old).values(), *_entries(new).values()]
     return next((name for name, files in _entries(here).items() if files not in complete), "")
+
+
+def _find_missing_entry(here: Contents, new: Contents) -> str:
+    entries = _entries(here).values()
+    return next((name for name, files in _entries(new).items() if files not in entries), "")
 
 
 def _entries(cache: Contents) -> dict[str, Contents]:

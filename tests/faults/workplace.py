@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from lora_cli.run.folder import LOCK
+from lora_cli.run.run_lock import LOCK
 from tests.commands.conftest import write_inputs, write_recipe
 from tests.faults import forked_lora
 from tests.faults.mounts import mount_small_disk, unmount, used_space

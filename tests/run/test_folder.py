@@ -1,5 +1,7 @@
 """A run folder is locked by one process, and other files in a folder are never taken for a run."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lora_cli.errors import LoraError
-from lora_cli.run.folder import LOCK, MOVING, check_start, open_run
+from lora_cli.run.folder import MOVING, check_start, open_run
+from lora_cli.run.run_lock import LOCK
 from tests.support.workspaces import leave_workspace
 
 
@@ -256,3 +259,23 @@ def test_what_is_checked_before_the_imports_is_what_opening_says(
 def test_the_user_of_a_run_is_told_by_opening_it(tmp_path: Path):
     with open_run(make_run(tmp_path / "a"), resume=True):
         check_start(tmp_path / "a", resume=False, fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device"),
+        (ValueError("Error while serializing: I/O error: disk (os error 28)"), "No space left on device"),  # of Rust
+        (MemoryError(), "this machine has too little memory"),
+        (ValueError("a bug"), "ValueError('a bug')"),
+    ],
+)
+def test_the_error_that_ends_a_run_is_recorded_as_the_terminal_gets_it(tmp_path: Path, error: Exception, message: str):
+    def train() -> None:
+        with open_run(tmp_path) as run:
+            run.begin()
+            raise error
+
+    with pytest.raises(type(error)):
+        train()
+    assert json.loads((tmp_path / "failed.json").read_text())["error"] == message

@@ -36,6 +36,8 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv(hub.BEFORE, "")  # so that it is removed afterwards
+    monkeypatch.delenv(hub.BEFORE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_problems", {})
@@ -82,11 +84,12 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Status]]:
 
 @pytest.mark.slow
 def test_a_refused_connection_is_tried_again_once_and_told(refused: str):
-    lines: list[str] = []
+    lines, before = list[str](), dict(os.environ)
     assert hub.ask_hub(lines.append) == f"{refused}: Connection refused"
     assert lines == [f"the hub ({refused}) does not answer (Connection refused): trying again"]
     assert huggingface_hub.is_offline_mode()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert hub.environment_of_others() == {**before, "HF_HUB_OFFLINE": "0"}
     assert hub.ask_hub(lines.append) == f"{refused}: Connection refused"
     assert len(lines) == 1, "it is asked once in a process"
 
@@ -123,6 +126,12 @@ def test_a_late_answer_to_the_first_attempt_counts(silent: str, monkeypatch: pyt
 def test_a_server_that_is_out_of_order_does_not_answer(answering: type[Status], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(answering, "code", 503)
     assert str(hub.ask_hub(lambda _: None)).endswith(": HTTP status 503")
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_what_the_user_has_set_holds_for_other_programs_too(value: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value) if value else monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert hub.environment_of_others() == dict(os.environ)
 
 
 def test_offline_nothing_is_asked(silent: str, monkeypatch: pytest.MonkeyPatch):

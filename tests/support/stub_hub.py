@@ -1,6 +1,7 @@
 """A Hugging Face hub on localhost: repositories in memory, in the protocol of the real client (API, LFS, Xet).
 
-It is made for faults: `break_at` lets a request fail, `damage` flips a byte of a stored file.
+It is made for faults: `break_at` lets a request fail or wait, `lose` loses an answer, `damage` flips a byte of a stored
+file.
 """
 
 import base64
@@ -27,9 +28,11 @@ NO_COMMIT = "0" * 40
 class Refusal(Exception):
     """An answer with an error status."""
 
-    def __init__(self, status: int, message: str = "", code: str = "") -> None:
+    def __init__(
+        self, status: int, message: str = "", code: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.headers = status, message, code, headers or {}
 
 
 @dataclass
@@ -84,6 +87,7 @@ class StubHub:
     requests: list[str] = field(default_factory=list)  # `PUT /lfs/...`, in order
     part_bytes: int | None = None  # of a multipart upload; None: whole files
     damage: str | None = None  # the name of a file of which a byte is flipped when it is stored
+    lose: str | None = None  # a pattern of requests that are done, and whose answers do not arrive
     break_at: Callable[[str], Refusal | None] = lambda request: None  # called with every request
 
     def add(self, name: str, files: Mapping[str, bytes], *, private: bool = False) -> Repository:
@@ -141,7 +145,11 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if (refusal := self.hub.break_at(request)) is not None:
                 raise refusal
-            self.reply(200, self.find(path, body))
+            found = self.find(path, body)
+            if self.hub.lose and re.search(self.hub.lose, request):
+                self.close_connection = True
+                return
+            self.reply(200, found)
         except Refusal as refusal:
             self.reply(refusal.status, {"error": refusal.message}, refusal)
 
@@ -159,6 +167,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Message", refusal.message)
             if refusal.code:
                 self.send_header("X-Error-Code", refusal.code)
+            for name, text in refusal.headers.items():
+                self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from lora_cli.recipe.tracking_section import TrackingSpec
-from lora_cli.run import metrics_log
+from lora_cli.run import hub, metrics_log
 from lora_cli.run.metrics_log import MetricsLog
+from lora_cli.training import tracking
 from lora_cli.training.tracker_process import Pending, State, read_state, values_of
 from lora_cli.training.tracking import Tracking
 from tests.support import tracked
@@ -95,6 +98,25 @@ def state(run: Run, name: str) -> State:
 
 def process_ids(trackers: Tracking) -> list[int]:
     return [each.process.pid for each in trackers._processes]
+
+
+def test_a_hub_that_was_slow_for_the_model_does_not_keep_a_tracker_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv(hub.BEFORE, "")  # so that it is removed afterwards
+    monkeypatch.delenv(hub.BEFORE)
+    monkeypatch.setenv("RANK", "0")
+    hub._go_offline()
+    report = "json.dumps(dict(event='ready', place=str([os.environ.get(n) for n in sys.argv[1:]]), resumed=False))"
+    code = f"import json, os, sys; print({report}); input(); input()"
+    monkeypatch.setattr(tracking, "PROGRAM", (sys.executable, "-c", code, "HF_HUB_OFFLINE", hub.BEFORE, "RANK"))
+    run = Run(tmp_path / "a")
+    trackers = run.track(to=["tensorboard"])
+    run.wait_for(trackers, lambda: bool(run.told))
+    trackers.finish()
+    assert run.told[0] == "tensorboard: tracked [None, None, None]"
 
 
 @pytest.mark.slow
