@@ -146,7 +146,6 @@ def _oft(spec: AdapterSpec, targets: Targets, context: AdapterContext) -> OFTCon
         **_target_kwargs(spec, targets, context),
         r=0,
         oft_block_size=spec.rotation_size,
-        module_dropout=spec.dropout,
         bias=bias,
     )
 

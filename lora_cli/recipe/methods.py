@@ -161,7 +161,7 @@ METHOD_FACTS: dict[MethodName, MethodFacts] = {
     ),
     "oft": MethodFacts(
         "W multiplied by a trained block-diagonal rotation (arXiv:2306.07280, arXiv:2506.19847)",
-        {"rotation_size": 32, "dropout": 0.0, **TARGET_OPTIONS, "bias": "none", **FULLY_TRAINED_OPTIONS},
+        {"rotation_size": 32, **TARGET_OPTIONS, "bias": "none", **FULLY_TRAINED_OPTIONS},
     ),
     "boft": MethodFacts(
         "W multiplied by a trained product of sparse (butterfly) rotations (arXiv:2311.06243)",

@@ -73,7 +73,7 @@ class AdapterSpec(Section):
     """The update is multiplied by alpha/rank (rslora: alpha/sqrt(rank)). Above 0. Default 32."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Dropout probability in training: of the adapter's inputs (default 0.05; vera: 0), of the rows of the update
-    (loha, lokr: 0), or of the rotation blocks (oft, boft: 0). From 0 to below 1."""
+    (loha, lokr: 0), or of the rotation blocks (boft: 0). From 0 to below 1."""
     target_modules: str | list[str] | None = None
     """Modules to adapt: all-linear (every linear layer except the output head), a list of module names, or a regex that
     matches full module names. Default all-linear (ia3: PEFT's defaults for the architecture)."""

@@ -33,7 +33,7 @@ KEYS: dict[str, dict[str, str]] = {
     "LOKR": {**COMMON, **LAYERS, "rank": "r", "alpha": "alpha", "dropout": "rank_dropout"},
     "VERA": {**COMMON, **LAYERS, "rank": "r", "dropout": "vera_dropout", "bias": "bias"},
     "IA3": {**COMMON, "feedforward_modules": "feedforward_modules"},
-    "OFT": {**COMMON, **LAYERS, "rotation_size": "oft_block_size", "dropout": "module_dropout", "bias": "bias"},
+    "OFT": {**COMMON, **LAYERS, "rotation_size": "oft_block_size", "bias": "bias"},
     "BOFT": {
         **COMMON,
         **LAYERS,

@@ -167,6 +167,9 @@ def oft_layer() -> None:
     layer = q_proj(adapted(kind=peft.OFTConfig, r=0, oft_block_size=8))
     assert isinstance(layer, OFTLayer)
     assert layer.in_features == 64
+    # The method has no adapter.dropout, because PEFT does not apply it.
+    model = adapted(kind=peft.OFTConfig, r=0, oft_block_size=8, module_dropout=0.9, init_weights=False).train()
+    assert torch.equal(model(IDS).logits, model.eval()(IDS).logits)
 
 
 def ia3_table() -> None:
