@@ -11,7 +11,7 @@ from lora_cli.errors import LoraError, one_line
 from lora_cli.run import atomic
 from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.read_file import describe_kind, read_json_object
-from lora_cli.run.run_lock import LOCK, lock_run
+from lora_cli.run.run_lock import LOCK, lock_run, user_of_run
 from lora_cli.run.system_errors import system_error
 from lora_cli.run.workspace import remove_leftovers, sync
 
