@@ -50,7 +50,7 @@ def _carry_model(draft: Draft) -> None:
         draft.carry("base_model", "model.path", path)
     else:
         draft.missing("base_model", "the config names no base; accepted: a placeholder in model.path")
-    carry_revision(draft, "revision_of_model")
+    carry_revision(draft, "revision_of_model" if config.has("revision_of_model") else "model_revision")
     carry_precision(draft)
     if config.switch("trust_remote_code"):
         draft.no_effect(
@@ -194,7 +194,8 @@ def _carry_overlong(draft: Draft, kinds: list[Kind]) -> None:
     key, to = "excess_length_strategy", "data.overlong"
     documents = [kind for kind in kinds if kind.is_document]
     if documents and documents == kinds:
-        draft.put(to, "split", f"type {documents[0].name}: long documents are cut into pieces")
+        overlap = ", which share 256 tokens there and none here" if documents[0].name == "pretrain" else ""
+        draft.assume(to, "split", f"type {documents[0].name}: long documents are cut into pieces{overlap}")
         draft.no_effect(key, "documents are split")
         return
     if documents:

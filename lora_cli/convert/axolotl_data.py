@@ -220,7 +220,11 @@ def _read_messages(draft: Draft, source: Source, prefix: str, entry: dict[str, A
     trained = [str(name).lower() for name in as_list(entry.get("roles_to_train"))]
     if trained and set(trained) <= {"assistant", "gpt", "model"}:
         draft.same(f"{prefix}.roles_to_train", "the assistant's turns carry loss")
-    draft.refuse(f"{prefix}.roles_to_train", "the assistant's turns carry loss; accepted: those")
+    draft.refuse(
+        f"{prefix}.roles_to_train",
+        "the assistant's turns carry loss; accepted: those",
+        always=entry.get("roles_to_train") is not None,  # an empty list: no turn does
+    )
     for key in ("train_on_eos", "train_on_eot"):
         if str(entry.get(key)).lower() in ("turn", "true"):
             draft.same(f"{prefix}.{key}", "the end of an answer carries loss")

@@ -52,7 +52,7 @@ _OWN = KeyTable(
         "axolotl's own checks of the config": "strict",
         "the base is read from its config": "model_type base_model_config cls_model_config is_falcon_derived_model "
         "is_llama_derived_model is_mistral_derived_model is_qwen_derived_model base_model_ignore_patterns "
-        "model_quantization_config model_quantization_config_kwargs overrides_of_model_kwargs",
+        "model_quantization_config model_quantization_config_kwargs overrides_of_model_kwargs model_kwargs",
         OWN_TOKENIZER: "tokenizer_type tokenizer_use_fast tokenizer_legacy tokenizer_use_mistral_common "
         "tokenizer_save_jinja_files processor_type",
         "rows of the embedding that no token uses": "resize_token_embeddings_to_32x shrink_embeddings "
@@ -93,7 +93,7 @@ _OWN = KeyTable(
         "another attention than the base's; accepted: full attention": "s2_attention scaling_softmax",
         "8-bit floats; accepted: 16 bits": "fp8 fp8_enable_fsdp_float8_all_gather",
         "longer contexts by other positions; accepted: without it": "use_pose pose_split_on_token_ids "
-        "pose_max_context_len pose_num_chunks rope_scaling overrides_of_model_config",
+        "pose_max_context_len pose_num_chunks rope_scaling overrides_of_model_config model_config",
         "LISA trains other weights; accepted: the adapter": "lisa_n_layers lisa_step_interval "
         "lisa_layers_attribute=model.layers",
         "ReLoRA restarts the adapter; accepted: one adapter": "relora relora_steps relora_warmup_steps "
@@ -126,9 +126,8 @@ _OWN = KeyTable(
         "another task than supervised fine-tuning": "reward_model process_reward_model",
         "classification is `task: seq-cls`, whose rows are a text and a label": "num_labels",
     },
-    handled="revision_of_model datasets test_datasets pretraining_dataset rl adapter load_in_8bit load_in_4bit bf16 "
-    "fp16 bfloat16 "
-    "float16 "
+    handled="revision_of_model model_revision datasets test_datasets pretraining_dataset rl adapter load_in_8bit "
+    "load_in_4bit bf16 fp16 bfloat16 float16 "
     "float32 lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear peft_use_dora peft_use_rslora "
     "peft_init_lora_weights loraplus_lr_ratio peft peft.loftq_config peft.backend peft.weight_dtype peft.group_size "
     "sequence_len excess_length_strategy sample_packing pretrain_multipack_attn train_on_inputs chat_template "

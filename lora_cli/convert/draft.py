@@ -35,11 +35,13 @@ class Line(NamedTuple):
     to: str = ""  # key of the recipe, dotted
     result: Any = None  # its value
     reason: str = ""
+    written: bool = True  # in the config
 
     def text(self) -> str:
         """Return it without its outcome: `lora_r: 8 -> adapter.rank: 8`."""
         value = show(hide(self.key, self.value))
-        parts = f"{self.key}: {value}" if self.value is not None or not self.to else self.key
+        shown = self.value is not None or (self.written and not self.to)
+        parts = f"{self.key}: {value}" if shown else self.key
         if self.to:
             parts += f" -> {self.to}: {show(hide(self.to, self.result))}"
         return f"{parts} — {self.reason}" if self.reason else parts
@@ -133,13 +135,14 @@ class Draft:
         if isinstance(self.config.raw(key), Unreadable) and not computed:
             return  # `finish` says that its value is not known
         if not self.config.is_written(key):
-            self.lines[key] = Line(key, None, Outcome.OTHER_TASK, reason=reason)
+            self.lines[key] = Line(key, None, Outcome.OTHER_TASK, reason=reason, written=False)
         self._each(key, Outcome.OTHER_TASK, reason)
 
     def missing(self, key: str, reason: str) -> None:
         """Note that a key which is needed is missing, or that something is not in the config at all."""
         if not isinstance(self.config.raw(key), Unreadable):  # of which `finish` says that it is not known
-            self.lines[key] = Line(key, None, Outcome.NOT_OFFERED, reason=reason)
+            written = self.config.is_written(key)
+            self.lines[key] = Line(key, None, Outcome.NOT_OFFERED, reason=reason, written=written)
 
     def extra(self, line: Line) -> None:
         """Add a line for a key of another file that the config names, such as dataset_info.json."""

@@ -6,7 +6,7 @@ from lora_cli.convert.batches import carry_no_packing
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_clipping, carry_output
 from lora_cli.convert.sources import Source, write_sources
-from lora_cli.convert.tables import CACHE, EVALUATION, HARDWARE, LOGGING, SHARDING, KeyTable, apply_table
+from lora_cli.convert.tables import CACHE, EVALUATION, HARDWARE, SHARDING, TRACKING, KeyTable, apply_table
 from lora_cli.convert.torchtune import carry_betas
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.tracking import carry_tracking
@@ -28,11 +28,10 @@ TABLE = KeyTable(
     no_effect={
         HARDWARE: "num_nodes compiler",
         SHARDING: "tensor_parallel strategy",
-        LOGGING: "log log.project log.run log.group log.teamspace log.metadata log.log_model "
-        "log.save_logs log.checkpoint_name",
+        TRACKING: "log",
         EVALUATION: "eval.max_new_tokens eval.max_iters eval.initial_validation eval.final_validation "
         "eval.evaluate_example",
-        CACHE: "data.init_args.num_workers data.init_args.download_dir data.init_args.ignore_index "
+        CACHE: "data.init_args.num_workers data.init_args.download_dir "
         "data.init_args.file_url data.init_args.file_name data.num_workers",
         "files of the hub": "access_token model_name",
         "settings of GaLore, which is off": "galore.galore_8bit galore.galore_r galore.galore_update_proj_gap "
@@ -42,6 +41,7 @@ TABLE = KeyTable(
         "training.seed sets which rows are held out": "data.init_args.seed",
     },
     not_offered={
+        "-100 is the label of tokens without loss; accepted: -100": "data.init_args.ignore_index=-100",
         "GaLore trains every weight; accepted: the adapter": "galore.use_galore",
         "LongLoRA's shifted attention; accepted: full attention": "longlora.use_longlora",
         "a run is counted in steps or epochs; accepted: epochs": "train.max_tokens train.max_time",
@@ -57,7 +57,8 @@ TABLE = KeyTable(
     "train.log_interval train.global_batch_size train.micro_batch_size train.lr_warmup_steps train.epochs "
     "train.max_steps train.max_seq_length train.learning_rate train.weight_decay train.beta1 train.beta2 "
     "train.max_norm train.min_lr eval.interval optimizer optimizer.class_path optimizer.init_args.lr "
-    f"optimizer.init_args.weight_decay optimizer.init_args.betas seed galore longlora train eval {TRACKING_KEYS}",
+    "optimizer.init_args.weight_decay optimizer.init_args.betas seed galore longlora train eval log.project log.run "
+    f"log.group log.teamspace log.metadata log.log_model log.save_logs log.checkpoint_name {TRACKING_KEYS}",
 )
 
 
@@ -171,14 +172,16 @@ def _carry_rows(draft: Draft) -> None:
         draft.carry("data.init_args.val_split_fraction", "data.eval", float(fraction) or None)
     if config.switch("data.init_args.mask_prompt"):
         draft.carry("data.init_args.mask_prompt", "data.loss_on", "assistant")
+    elif config.has("data.init_args.mask_prompt"):
+        draft.carry("data.init_args.mask_prompt", "data.loss_on", "all")
     else:
         draft.assume("data.loss_on", "all", "mask_prompt is false")
-        draft.carried("data.init_args.mask_prompt", "data.loss_on", "all")
     style = (config.text("data.init_args.prompt_style") or "alpaca").lower().rpartition(".")[2]
     if style == "alpaca" and kind == "alpaca":
-        draft.put("data.chat_template", "alpaca", "litgpt's default: prompt_style: alpaca")
+        key = "data.init_args.prompt_style"
+        draft.put("data.chat_template", "alpaca", key if config.has(key) else "litgpt's default: prompt_style: alpaca")
         note = "an input follows the instruction, without a heading of its own"
-        draft.carried("data.init_args.prompt_style", "data.chat_template", "alpaca", note)
+        draft.carried(key, "data.chat_template", "alpaca", note)
     length = config.whole("train.max_seq_length")
     if length:
         draft.carry("train.max_seq_length", "data.max_length", length)

@@ -54,8 +54,7 @@ _OWN = KeyTable(
         EVALUATION: "compute_accuracy eval_on_each_dataset eval_num_beams",
         GENERATION: "infer_backend temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty "
         "length_penalty skip_special_tokens do_sample vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank "
-        "vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend "
-        "default_system",
+        "vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend",
         "`lora merge` and `lora export` do this after training": "export_dir export_size export_device "
         "export_quantization_bit export_quantization_dataset export_quantization_nsamples export_quantization_maxlen "
         "export_legacy_format export_hub_model_id",
@@ -81,6 +80,7 @@ _OWN = KeyTable(
     },
     same={"tool calls are written by the chat template of the base": "tool_format"},
     not_offered={
+        "a conversation starts as its row says; accepted: without it": "default_system",
         "the position embeddings of the base are used; accepted: unchanged": "rope_scaling",
         "LongLoRA's shifted attention; accepted: full attention": "shift_attn",
         "other layers than the base's; accepted: without it": "mixture_of_depths use_llama_pro",

@@ -34,9 +34,9 @@ TABLE = KeyTable(
         "the learning rate is the recipe's; accepted: that": "optimizer_config.adafactor optimizer_config.muon "
         "optimizer_config.sgd optimizer_config.lion",
     },
-    handled="model train fine_tune_type training_mode train_mode optimizer optimizer_config optimizer_config.adam "
-    "optimizer_config.adamw optimizer_config.adamw.bias_correction optimizer_config.adam.bias_correction "
-    "optimizer_config.adamw.betas optimizer_config.adamw.weight_decay "
+    handled="model train use_dora fine_tune_type training_mode train_mode optimizer optimizer_config "
+    "optimizer_config.adam optimizer_config.adamw optimizer_config.adamw.bias_correction "
+    "optimizer_config.adam.bias_correction optimizer_config.adamw.betas optimizer_config.adamw.weight_decay "
     "optimizer_config.adam.betas data seed num_layers lora_layers batch_size grad_accumulation_steps iters epochs "
     "learning_rate steps_per_report steps_per_eval resume_adapter_file adapter_path save_every max_seq_length "
     "mask_prompt lora_parameters lora_parameters.rank lora_parameters.alpha lora_parameters.scale "
@@ -58,6 +58,9 @@ def convert(draft: Draft) -> None:
     elif kind == "dora":
         draft.carry("fine_tune_type", "adapter.method", "dora")
     draft.same("fine_tune_type", "lora is the default")
+    if config.switch("use_dora"):  # before fine_tune_type had it
+        draft.carry("use_dora", "adapter.method", "dora")
+    draft.same("use_dora", "lora is the default")
     for key in ("training_mode", "train_mode"):
         mode = config.text(key)
         if mode not in (None, "normal", "sft"):
@@ -91,6 +94,10 @@ def _carry_adapter(draft: Draft) -> None:
         draft.assume("adapter.alpha", alpha, f"a scale of 20, times rank {rank}")
     else:
         draft.carry("lora_parameters.scale", "adapter.alpha", alpha, f"a scale of {show(scale)}, times rank {rank}")
+    later = any(config.is_written(key) for key in ("num_layers", "use_dora", "fine_tune_type"))
+    if config.is_written("lora_layers") and not later and config.number("lora_parameters.alpha") != rank:
+        reason = "mlx-lm up to 0.13 multiplied the updates by alpha / rank, too; accepted: by scale, as later versions"
+        draft.refuse("lora_parameters.alpha", reason)
     draft.no_effect("lora_parameters.alpha", "mlx-lm reads lora_parameters.scale")
     dropout = config.number("lora_parameters.dropout")
     if dropout is None:
@@ -173,9 +180,10 @@ def _carry_rows(draft: Draft) -> None:
     if masks := [key for key in MASKS if config.switch(key)]:
         for key in masks:
             draft.carry(key, "data.loss_on", "last-turn", "of a conversation, only the last answer carries loss")
+    elif config.has("mask_prompt"):
+        draft.carry("mask_prompt", "data.loss_on", "all")
     else:
         draft.assume("data.loss_on", "all", "mask_prompt is false")
-        draft.carried("mask_prompt", "data.loss_on", "all")
     length = config.whole("max_seq_length")
     if length is None:
         draft.assume("data.max_length", 2048)

@@ -15,6 +15,7 @@ SAME_TEMPLATES = {
     "gemma-it": "gemma",
     "gemma_chatml": "chatml",
 }
+JINJA_FILES = (".jinja", ".jinja2", ".j2")
 DEFAULT_TEMPLATES = ("tokenizer_default", "default", "auto", "tokenizer", "none", "")
 
 
@@ -31,7 +32,7 @@ def carry_template(draft: Draft, key: str, *, model: str | None) -> None:
         return
     name = value.strip().lower().removeprefix("tokenizer_default_fallback_")
     ours = SAME_TEMPLATES.get(name, name)
-    if "{%" in value or "{{" in value or value.endswith((".jinja", ".jinja2", ".j2")):
+    if "{%" in value or "{{" in value or value.endswith(JINJA_FILES):
         draft.carry(key, "data.chat_template", value)
     elif name in DEFAULT_TEMPLATES:
         draft.same(key, OWN)

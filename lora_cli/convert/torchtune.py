@@ -7,11 +7,21 @@ from lora_cli.convert.config import as_list, as_number, known_values, show
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_clipping, carry_output, carry_steps
 from lora_cli.convert.sources import Source, carry_split, write_sources
-from lora_cli.convert.tables import CODE, EVALUATION, HARDWARE, LOGGING, OWN_TOKENIZER, SHARDING, KeyTable, apply_table
+from lora_cli.convert.tables import (
+    CODE,
+    EVALUATION,
+    HARDWARE,
+    LOGGING,
+    OWN_TOKENIZER,
+    RESUME,
+    SHARDING,
+    TRACKING,
+    KeyTable,
+    apply_table,
+)
+from lora_cli.convert.torchtune_text import COMPONENT, carry_text, plain_family
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.values import DTYPES, carry_optimizer, carry_torch_decay, family_of, positive
-
-COMPONENT = "_component_"
 
 # Dataset builders: hub id, format, columns, and whether the prompt carries loss by default.
 DATASETS: dict[str, tuple[str, str, dict[str, str], bool]] = {
@@ -26,6 +36,7 @@ DATASETS: dict[str, tuple[str, str, dict[str, str], bool]] = {
     "cnn_dailymail_articles_dataset": ("ccdv/cnn_dailymail", "text", {"text": "article"}, True),
     "wikitext_dataset": ("EleutherAI/wikitext_document_level", "text", {"text": "page"}, True),
 }
+NO_DATASET: tuple[str, str, dict[str, str], bool] = ("", "", {}, False)  # of this name
 # With tokenizers that add no chat template, the text of a pair is the prompt and its answer.
 PLAIN = {"query": "prompt", "response": "completion"}
 LOSSES = ("all", "assistant", "last-turn")
@@ -40,10 +51,11 @@ TABLE = KeyTable(
         SHARDING: "fsdp_cpu_offload fsdp_reshard_after_forward data_parallel_shard_dim data_parallel_replicate_dim "
         "tensor_parallel_dim context_parallel_dim tensor_parallel_plan parallelize_plan device process_group_backend "
         "memory_efficient_fsdp_wrap fsdp_sharding_strategy",
-        LOGGING: "metric_logger log_level log_peak_memory_stats profiler name",
-        CODE: "cudnn_deterministic_mode epochs_to_save resume_from_checkpoint "
-        "should_load_recipe_state checkpointer.output_dir checkpointer.checkpoint_files checkpointer.model_type "
-        "checkpointer.recipe_checkpoint checkpointer.safe_serialization "
+        LOGGING: "log_level log_peak_memory_stats profiler name",
+        TRACKING: "metric_logger",
+        RESUME: "resume_from_checkpoint should_load_recipe_state",
+        CODE: "cudnn_deterministic_mode epochs_to_save checkpointer.output_dir checkpointer.checkpoint_files "
+        "checkpointer.model_type checkpointer.recipe_checkpoint checkpointer.safe_serialization "
         "checkpointer.keep_last_n_checkpoints save_every_epoch",
         "the adapter alone is saved": "save_adapter_weights_only save_last_epoch_only",
         OWN_TOKENIZER: "tokenizer.path tokenizer.merges_file tokenizer.special_tokens_path tokenizer._component_ "
@@ -58,7 +70,8 @@ TABLE = KeyTable(
         "an image model: `lora train` trains text models": "model.image_size tokenizer.image_size "
         "model.decoder_trainable model.encoder_trainable model.fusion_trainable",
         "the chat template is the tokenizer's; accepted: that one": "tokenizer.prompt_template tokenizer.chat_template",
-        "the router's loss; accepted: without it": "loss.ignore_index=-100",
+        "-100 is the label of tokens without loss; accepted: -100": "loss.ignore_index=-100",
+        "rows are chosen by code: write them to a file; accepted: all rows": "dataset.filter_fn",
         "AdamW's epsilon is 1e-8; accepted: 1e-8": "optimizer.eps=1e-8 optimizer.amsgrad",
         "the decay goes to 0; accepted: so": "lr_scheduler.num_cycles=0.5 lr_scheduler.last_epoch=-1",
         "quantization-aware training; accepted: without it": "quantizer",
@@ -209,7 +222,10 @@ def carry_betas(draft: Draft, key: str, default: tuple[float, float] = (0.9, 0.9
     if len(values) != 2 or None in values:
         raise draft.config.error(key, "not two numbers")
     for to, value in zip(("training.adam_beta1", "training.adam_beta2"), values, strict=True):
-        draft.assume(to, value)
+        if draft.config.has(key):
+            draft.put(to, value, key)
+        else:
+            draft.assume(to, value)
     draft.carried(key, "training.adam_beta1 and adam_beta2", values)
 
 
@@ -244,6 +260,8 @@ def _carry_rows(draft: Draft) -> None:
         return
     listed = config.get("dataset")
     prefixes = [f"dataset[{index}]" for index in range(len(listed))] if isinstance(listed, list) else ["dataset"]
+    names = {prefix: _builder(draft, prefix) for prefix in prefixes}
+    carry_text(draft, {prefix: name for prefix, name in names.items() if DATASETS.get(name, NO_DATASET)[1] != "text"})
     sources = [_source(draft, prefix) for prefix in prefixes]
     write_sources(draft, "data.train", [source for source, _ in sources])
     losses = {loss for source, loss in sources if source.values.get("format") != "text"}
@@ -271,13 +289,16 @@ def _carry_rows(draft: Draft) -> None:
     draft.same("run_val_every_n_steps", "asks for nothing")
 
 
+def _builder(draft: Draft, prefix: str) -> str:
+    """Return the name of a dataset builder, without its module."""
+    return str(draft.config.get(f"{prefix}.{COMPONENT}") or "").rpartition(".")[2]
+
+
 def _source(draft: Draft, prefix: str) -> tuple[Source, str]:
     """Return a source, and the tokens of it that carry loss, in the words of data.loss_on."""
-    config = draft.config
-    name = str(config.get(f"{prefix}.{COMPONENT}") or "").rpartition(".")[2]
-    path, kind, columns, on_input = DATASETS.get(name, ("", "", {}, False))
-    plain = re.search(r"\.((?:code_)?llama2|gemma2?|mistral)\.", str(config.get(f"model.{COMPONENT}")))
-    if kind == "query-response" and plain and not config.text("tokenizer.prompt_template"):
+    config, name, plain = draft.config, _builder(draft, prefix), plain_family(draft)
+    path, kind, columns, on_input = DATASETS.get(name, NO_DATASET)
+    if kind == "query-response" and plain:
         kind = "prompt-completion"
         columns = {PLAIN[ours]: column for ours, column in columns.items()}
     source = Source({}, f"{prefix}: {name}")
@@ -292,15 +313,13 @@ def _source(draft: Draft, prefix: str) -> tuple[Source, str]:
         if config.text(f"{prefix}.conversation_style") == "openai":
             kind = "messages"
         source.values["format"] = kind
-        around = "" if not plain or plain[1].startswith("gemma") else "; from version 0.3 on, [INST] is around prompts"
-        note = around.removeprefix("; ") if kind == "prompt-completion" else ""
-        if name.startswith("alpaca"):
-            note = "an input follows the instruction, without a heading of its own"
-            if plain:
-                reason = f"these tokenizers add no template to Alpaca's text{around}"
-                draft.assume("data.chat_template", "alpaca", reason)
-            else:
-                note = f"in the template's user turn, without Alpaca's text around it; {note}"
+        note = (
+            "in Alpaca's text; an input follows the instruction, without a heading of its own"
+            if name.startswith("alpaca")
+            else ""
+        )
+        if kind == "prompt-completion" and plain and not plain.startswith("gemma"):
+            note = "from version 0.3 on, [INST] is around prompts"
         draft.carried(f"{prefix}.{COMPONENT}", "format", kind, note)
     given = config.get(f"{prefix}.column_map")
     for theirs, column in (dict(given) if isinstance(given, dict) else {}).items():

@@ -1,5 +1,6 @@
 """TRL and unsloth: SFTConfig, ModelConfig, ScriptArguments, PEFT's LoraConfig, and what their keys become. No torch."""
 
+from pathlib import Path
 from typing import Any
 
 from lora_cli.convert.adapters import carry_lora_variant
@@ -30,7 +31,7 @@ from lora_cli.convert.tables import (
     apply_table,
     join,
 )
-from lora_cli.convert.templates import carry_template
+from lora_cli.convert.templates import JINJA_FILES, OWN, carry_template
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.trl_data import DATA_KEYS, carry_rows
 from lora_cli.convert.values import END_OF_TURN, carry_dtype, carry_targets, peft_targets
@@ -90,8 +91,9 @@ _OWN = KeyTable(
         "llm_int8_enable_fp32_cpu_offload",
     },
     same={
-        "the end of an answer carries loss, and is that of the chat template": "append_concat_token add_eos_token",
-        "special tokens are those of the chat template": "add_special_tokens",
+        "the end of an answer carries loss, and is that of the chat template": "append_concat_token add_eos_token "
+        "dataset_kwargs.append_concat_token",
+        "special tokens are those of the chat template": "add_special_tokens dataset_kwargs.add_special_tokens",
         "training.seed is the seed": "set_seed",
     },
     not_offered={
@@ -112,7 +114,7 @@ _OWN = KeyTable(
         "tied weights are trained as one; accepted: so": "ensure_weight_tying",
         "layers are listed by their index; accepted: all": "layers_pattern",
         "the tokenizer of the base is used; accepted: that one": "tokenizer_name_or_path tokenizer_name",
-        "rows are read as they are; accepted: so": "dataset_kwargs",
+        "rows are read as they are; accepted: so": "dataset_kwargs.skip_prepare_dataset",
         "the text of a row is made by code; accepted: the row's format": "formatting_func",
         "is called in training, and may change it; accepted: without it": "callbacks",
         "the model is built with more arguments; accepted: without them": "config_overrides",
@@ -120,7 +122,7 @@ _OWN = KeyTable(
         "the system message is the row's; accepted: the row's": "system_prompt default_system_message",
         "teacher and student are another task; accepted: without it": "teacher_model_name_or_path",
     },
-    handled=" ".join(MODEL_KEYS) + " model_init_kwargs "
+    handled=" ".join(MODEL_KEYS) + " model_init_kwargs dataset_kwargs "
     "model_revision r lora_r lora_alpha lora_dropout target_modules lora_target_modules use_rslora use_dora "
     "task_type lora_task_type data_collator "
     "init_lora_weights use_peft use_peft_lora full_finetuning load_in_4bit load_in_8bit use_4bit_quantization "
@@ -160,13 +162,28 @@ def convert(draft: Draft) -> None:
     carry_training(draft, defaults)
     _carry_lengths(draft, defaults, unsloth=unsloth)
     carry_rows(draft)
-    for key in ("chat_template", "chat_template_path", "chat_template_format"):
+    _carry_template_path(draft)
+    for key in ("chat_template", "chat_template_format"):
         carry_template(draft, key, model=draft.values.get("model.path"))
     eos = config.get("eos_token")
     if eos in END_OF_TURN:
         draft.no_effect("eos_token", "the chat template ends an answer with it, and it carries loss")
     draft.refuse("eos_token", "the tokenizer's own ends texts; accepted: that one")
     apply_table(draft, TABLE)
+
+
+def _carry_template_path(draft: Draft) -> None:
+    """Carry the Jinja file whose template is trained with; a tokenizer has one of its own."""
+    key = "chat_template_path"
+    if not (path := draft.config.text(key)):
+        return
+    inside = Path(path) / "chat_template.jinja"
+    if path.endswith(JINJA_FILES) or inside.is_file():
+        draft.carry(key, "data.chat_template", str(inside) if inside.is_file() else path)
+    elif path == draft.values.get("model.path"):
+        draft.same(key, OWN)
+    reason = f"the template of the tokenizer {path}: write its chat_template.jinja as data.chat_template"
+    draft.refuse(key, f"{reason}; accepted: {OWN}")
 
 
 def _carry_init_kwargs(draft: Draft) -> None:

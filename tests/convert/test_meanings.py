@@ -165,7 +165,7 @@ def test_a_list_of_datasets_of_torchtune():
         {"_component_": f"{TUNE}samsum_dataset", "train_on_input": False},
     ]
     result = conversion("torchtune", dataset=listed)
-    assert result.to_accept() == ["dataset[1].train_on_input"]
+    assert result.to_accept() == ["dataset[0]._component_", "dataset[1].train_on_input"]
     assert [source.path for source in recipe_of(result).data.train] == ["tatsu-lab/alpaca", "Samsung/samsum"]  # type: ignore[union-attr]
 
 
@@ -207,3 +207,48 @@ def test_datasets_of_the_hub_in_mlx():
     assert isinstance(data.train, list)
     assert [source.format for source in data.train] == ["query-response", "text"]
     assert data.eval == 0.1
+
+
+def test_another_tokenizer_s_template_is_not_the_base_s(tmp_path: Path):
+    key = "chat_template_path"
+    base = MINIMAL["trl"]["model_name_or_path"]
+    assert line_of(conversion("trl", chat_template_path=base), key).outcome == Outcome.DEFAULT
+    assert conversion("trl", chat_template_path=f"{base}-Chat").to_accept() == [key]
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    carried = conversion("trl", chat_template_path=str(tmp_path))
+    assert recipe_of(carried).data.chat_template == str(tmp_path / "chat_template.jinja")
+
+
+def test_options_of_trl_s_datasets_are_judged_one_by_one():
+    harmless = {"skip_prepare_dataset": False, "add_special_tokens": False, "append_concat_token": True}
+    assert conversion("trl", dataset_kwargs=harmless).to_accept() == []
+    refused = conversion("trl", dataset_kwargs={**harmless, "skip_prepare_dataset": True})
+    assert refused.to_accept() == ["dataset_kwargs.skip_prepare_dataset"]
+
+
+@pytest.mark.parametrize(("roles", "accept"), [(["assistant"], False), ([], True), (None, False), (["user"], True)])
+def test_no_role_to_train_is_not_the_assistant(roles: Any, accept: bool):
+    rows = [{"path": "rows.jsonl", "type": "chat_template", "roles_to_train": roles}]
+    assert conversion("axolotl", datasets=rows).to_accept() == ["datasets[0].roles_to_train"] * accept
+
+
+def test_older_names_of_axolotl_s_keys_are_known():
+    older = {"model_revision": "v1", "model_kwargs": {"attn_implementation": "eager"}}
+    result = conversion("axolotl", **older)
+    assert recipe_of(result).model.revision == "v1"
+    assert result.to_accept() == []
+    assert conversion("axolotl", model_config={"rope_theta": 1e6}).to_accept() == ["model_config"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "changes"),
+    [
+        ("mlx", {"optimizer": "adamw", "optimizer_config": {"adamw": {"betas": [0.9, 0.98]}}}),
+        ("litgpt", {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.98]}}}),
+        ("mlx", {"mask_prompt": False}),
+    ],
+)
+def test_what_is_written_is_not_called_a_default(tool: str, changes: dict[str, Any]):
+    assumed = {each.to for each in conversion(tool, **changes).draft.assumed}
+    assert not assumed & {"training.adam_beta1", "training.adam_beta2"}
+    assert ("data.loss_on" in assumed) == ("mask_prompt" not in changes)
