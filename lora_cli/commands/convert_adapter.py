@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from lora_cli.model.saved_adapter import SavedAdapter, find_base
 from lora_cli.run import console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
+from lora_cli.run.folder import CONFIG_FILE
 from lora_cli.run.redact import redact_path
 from lora_cli.run.workspace import remove_leftovers
 
@@ -159,8 +161,12 @@ def _convert_pickled(source: PickledPeft, out: Path, base_path: str | None, forc
     if not name:
         raise LoraError(f"{folder}: adapter_config.json names no base", hint="name it with --base")
 
-    def verify(_: EmptyModel) -> None:
-        """Nothing more: names and shapes were compared by PEFT, and the values bit for bit."""
+    scales: set[float] = set()
+
+    def verify(loaded: EmptyModel) -> None:
+        """Read the scales: names and shapes were compared by PEFT, and the values are bit for bit."""
+        layers = (layer for layer in loaded.model.modules() if isinstance(layer, LoraLayer))
+        scales.update(scale for layer in layers for scale in layer.scaling.values())
 
     _write(
         out, config, source.tensors, name=name, replace=force, source=source.file, verify=verify,
@@ -176,12 +182,12 @@ def _convert_pickled(source: PickledPeft, out: Path, base_path: str | None, forc
         "dora" if lora and lora.use_dora else str(config.peft_type.value).lower(),
         len({key.rpartition(".lora_")[0] for key in source.tensors if ".lora_" in key}),
         ranks,
-        [],
+        sorted(scales) if ranks else [],
         sum(tensor.numel() for tensor in source.tensors.values()),
         len(source.tensors),
         len(source.tensors),
         0.0,
-        [],
+        [f"{CONFIG_FILE} has no {key}: PEFT's default is {getattr(config, key)}" for key in source.missing],
     )
 
 
@@ -213,15 +219,29 @@ def _write(
             if (source.parent / file).is_file():
                 shutil.copyfile(source.parent / file, partial / file)
         (partial / "README.md").write_text(_model_card(name), encoding="utf-8")
-        files = open_adapter(partial)
-        named = files.config.base_model_name_or_path
-        saved = find_base(files, path=None if named == name else name, trust_remote_code=False)
-        model = empty_base.init_empty_weights(saved.base.skeleton())
-        verify(empty_base.attach_saved_adapter(model, files, base=name))
+        try:
+            files = open_adapter(partial)
+            named = files.config.base_model_name_or_path
+            saved = find_base(files, path=None if named == name else name, trust_remote_code=False)
+            model = empty_base.init_empty_weights(saved.base.skeleton())
+            loaded = empty_base.attach_saved_adapter(model, files, base=name)
+        except LoraError as error:
+            raise _about_source(error, partial, source) from None
+        verify(loaded)
         written: Mapping[str, Any] = load_file(partial / ADAPTER_WEIGHTS)
         for key, tensor in tensors.items():
             if written[key].dtype != tensor.dtype or not written[key].equal(tensor):
                 raise LoraError(f"{key} was not written as it is", hint="this is a bug of lora", exit_code=1)
+
+
+def _about_source(error: LoraError, partial: Path, source: Path) -> LoraError:
+    """Return an error about what was written as one about the source, whose mistakes it has, too."""
+
+    def renamed(text: str) -> str:
+        return text.replace(str(partial), str(source.parent)).replace(ADAPTER_WEIGHTS, source.name)
+
+    hint = error.hint and renamed(error.hint)
+    return LoraError(renamed(error.message), hint=hint, details=error.details, exit_code=error.exit_code)
 
 
 def _model_card(base: str) -> str:

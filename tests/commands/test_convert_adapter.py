@@ -217,6 +217,17 @@ def test_pickled_peft_of_any_method(peft_config: Any, workdir: Path, lora: Lora)
     assert again.last_two == ["error: out is a PEFT adapter already", "hint: use it as it is"]
 
 
+def test_the_scale_of_a_pickled_adapter_is_shown(workdir: Path, lora: Lora):
+    write_pickled(Path("old"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    file = Path("old/adapter_config.json")
+    values = json.loads(file.read_text())
+    del values["lora_alpha"]
+    file.write_text(json.dumps(values))
+    result = lora("adapter", "convert", "old", "--out", "out", "--base", "base")
+    assert "2 modules, rank 4, scale 2, 1,024 parameters" in result.out
+    assert "note: adapter_config.json has no lora_alpha: PEFT's default is 8" in result.err
+
+
 def test_a_converted_adapter_is_merged_as_any_other(workdir: Path, lora: Lora):
     reference = foreign_adapters.write_torchtune(Path("tune"), load_base(Path("base")))
     convert(lora, "tune")

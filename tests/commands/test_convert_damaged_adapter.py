@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.commands.conftest import Lora
+from tests.commands.test_convert_adapter import write_pickled
 from tests.support import foreign_adapters
 from tests.support.foreign_adapters import base_folder, load_base
 
@@ -75,6 +77,35 @@ def test_damaged_mlx_adapters_are_one_error(mistake: str, workdir: Path, lora: L
     check_refused(lora, "mlx", message)
 
 
+PEFT_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+PEFT_MISTAKES: dict[str, tuple[Change | None, dict[str, Any], str]] = {
+    "nan": (lambda t: t[PEFT_A].fill_(torch.nan), {}, f"old/adapter_model.bin: {PEFT_A} has 256 of 256 values"),
+    "other rank of a layer": (
+        lambda t: t.update({PEFT_A: torch.ones(8, 64), PEFT_A.replace("A", "B"): torch.ones(64, 8)}), {},
+        "old: adapter_config.json and adapter_model.bin do not belong together: model.layers.0.self_attn.q_proj has "
+        "rank 8, and 4 in the configuration",
+    ),
+    "no pair": (
+        lambda t: t.update({PEFT_A: torch.ones(3, 64)}), {}, "model.layers.0.self_attn.q_proj has factors A and B of "
+        "3x64 and 64x4",
+    ),
+    "other shape": (lambda t: t.update({PEFT_A: torch.ones(4, 32)}), {}, "old does not fit base: size mismatch for "),
+    "alpha is infinite": (None, {"lora_alpha": float("inf")}, "lora_alpha: inf is not a finite number"),
+    "absent base": (None, {"base_model_name_or_path": "absent/base"}, "old names its base absent/base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", PEFT_MISTAKES)
+def test_damaged_pickled_adapters_are_one_error(mistake: str, workdir: Path, lora: Lora):
+    change_tensors, changes, message = PEFT_MISTAKES[mistake]
+    tensors = write_pickled(Path("old"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    change_json(**{"base_model_name_or_path": "base", **changes})(Path("old/adapter_config.json"))
+    if change_tensors is not None:
+        change_tensors(tensors)
+        torch.save(tensors, "old/adapter_model.bin")
+    check_refused(lora, "old", message)
+
+
 def check_refused(lora: Lora, source: str, message: str, *options: str) -> None:
     result = lora("adapter", "convert", source, "--out", "out", *options)
     assert (result.code, result.out) == (2, "")
@@ -82,6 +113,7 @@ def check_refused(lora: Lora, source: str, message: str, *options: str) -> None:
     assert error.startswith("error: ")
     assert message in error
     assert hint.startswith("hint: ")
+    assert ".tmp-" not in error + hint
     assert not Path("out").exists()
 
 

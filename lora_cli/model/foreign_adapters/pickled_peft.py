@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from torch import Tensor
 
 from lora_cli.errors import LoraError
@@ -12,6 +12,7 @@ from lora_cli.model.adapter_config import read_adapter_config
 from lora_cli.model.foreign_adapters.detect import Found
 from lora_cli.model.foreign_adapters.torch_file import read_torch_file
 from lora_cli.run.folder import CONFIG_FILE
+from lora_cli.run.read_file import read_json_object
 
 
 class PickledPeft(NamedTuple):
@@ -20,6 +21,7 @@ class PickledPeft(NamedTuple):
     file: Path  # of its weights
     config: PeftConfig
     tensors: dict[str, Tensor]  # by PEFT's name
+    missing: list[str]  # keys of the size of updates that the configuration does not have
 
 
 def read(found: Found) -> PickledPeft:
@@ -36,4 +38,6 @@ def read(found: Found) -> PickledPeft:
     tensors = read_torch_file(found.weights)
     if any(name.endswith(("lora_a.weight", "lora_b.weight")) for name in tensors):
         raise LoraError(f"{found.weights} has the names of torchtune", hint="convert it with --from torchtune")
-    return PickledPeft(found.weights, read_adapter_config(found.folder), tensors)
+    config, written = read_adapter_config(found.folder), read_json_object(found.folder / CONFIG_FILE)
+    missing = [key for key in ("r", "lora_alpha") if key not in written] if isinstance(config, LoraConfig) else []
+    return PickledPeft(found.weights, config, tensors, missing)

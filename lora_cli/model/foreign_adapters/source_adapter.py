@@ -156,7 +156,7 @@ def read_number(file: Path, values: Mapping[str, Any], key: str, *, hint: str, i
         or not 1e-12 <= abs(value) <= 1e12
         or (integer and value < 1)
     ):
-        kind = "an integer above 0" if integer else "a number"
+        kind = "an integer above 0" if integer else "a number from 1e-12 to 1e12"
         raise LoraError(f"{file}: {key}: {printable(value)} is not {kind}", hint=hint)
     return float(value)
 
