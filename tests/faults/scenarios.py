@@ -71,6 +71,7 @@ def _scenarios() -> Iterator[Scenario]:
     page: dict[str, Law] = {"out.html": "whole", "cache": "entries"}
     yield Scenario("report runs/a --out out.html", page, before="report runs/b --out out.html", weight=0.1)
     yield Scenario("chat runs/a --max-new-tokens 4", figures, standard_input="hello\n/save out.json\n")
+    yield Scenario("convert train.sh --out out.yaml", {"out.yaml": "whole"})
     yield Scenario("init quickstart", {"quickstart.yaml": "whole"})
     other = "check recipe.yaml --set data.max_length=100"
     yield Scenario("cache --prune", {"cache": "pruned"}, before=other, change=_spoil_cache)

@@ -22,6 +22,13 @@ from tests.inputs.tiny_tokenizers import CHATML, build
 
 Contents = dict[str, str]  # digest of a file, or the target of a link, by path; empty: nothing is there
 
+# A command of LLaMA-Factory, the config that it names, and the table of the datasets that this one names.
+OTHER_TOOL = {
+    "train.sh": "llamafactory-cli train other.yaml learning_rate=1e-4\n",
+    "other.yaml": "{model_name_or_path: a/b, stage: sft, do_train: true, finetuning_type: lora, dataset_dir: .,"
+    " dataset: rows, template: chatml, cutoff_len: 64, output_dir: out}",
+    "dataset_info.json": '{"rows": {"file_name": "train.jsonl", "formatting": "sharegpt"}}',
+}
 EMPTY = "an empty folder"  # in place of a digest
 
 # Recipes of runs/new, which cases train; all are small, and save often.
@@ -64,6 +71,8 @@ def _make(folder: Path) -> None:
     write_inputs(work, Path("../base-model"))
     for name, changes in RECIPES.items():
         write_recipe(work / f"{name}.yaml", {"output": "runs/new", **changes})
+    for name, text in OTHER_TOOL.items():
+        (work / name).write_text(text)
     for name, seed in (("a", 1), ("b", 2)):
         write_recipe(work / f"{name}.yaml", {"output": f"runs/{name}", "training.seed": seed})
         lora(f"train {name}.yaml", work)
