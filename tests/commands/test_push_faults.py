@@ -102,7 +102,7 @@ def test_the_storage_of_large_files_is_out_of_order(
     result = lora("push", trained_run, REPOSITORY)
     assert result.code == 1
     assert hub.count("/v1/xorbs/") == 1
-    assert hf_xet.XetConfig().get("client.read_timeout").seconds == 60
+    assert hf_xet.XetConfig().get("client.read_timeout").seconds == 61, "of 55 KiB"
     assert result.last_two[0].startswith(f"error: {REPOSITORY}: the upload failed: Server error"), result.err
     assert NOT_THERE in result.err
 
@@ -110,22 +110,27 @@ def test_the_storage_of_large_files_is_out_of_order(
 def test_an_upload_that_never_ends_is_ended(
     trained_run: Path, lora: Lora, hub: StubHub, monkeypatch: pytest.MonkeyPatch
 ):
-    """By the end of the process, in place of which the server goes on here."""
+    """The time is up while a file is sent. By the end of the process, in place of which the server goes on here."""
+    times, first = list[float](), threading.Lock()
     ended: list[tuple[int, list[str]]] = []
-    go_on = threading.Event()
 
-    def end(code: int, lines: list[str]) -> None:
-        ended.append((code, lines))
-        go_on.set()
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            times.append(self.interval)
+            hub.break_at = self.end
 
-    monkeypatch.setattr(hub_limits, "WHOLE_S", 0.3)
-    monkeypatch.setattr(hub_limits, "SLOWEST", 1 << 30)
-    monkeypatch.setattr(hub_limits, "end_process", end)
-    hub.break_at = lambda request: Refusal(410) if "PUT /lfs/" in request and not go_on.wait(30) else None
+        def end(self, request: str) -> None:
+            if "PUT /lfs/" in request and first.acquire(blocking=False):
+                self.function(*self.args)
+
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(hub_limits, "end_process", lambda code, lines: ended.append((code, lines)))
     result = lora("push", trained_run, REPOSITORY, "--json")
     ((code, (details, error, hint)),) = ended
     assert code == 1
+    assert 600 < times[0] < 602, "of 55 KiB"
     assert details.startswith(f"perhaps {NOT_THERE}")
-    assert error == f"error: {REPOSITORY}: the upload has not ended after 0 s"
+    assert error == f"error: {REPOSITORY}: the upload has not ended after 10 minutes"
     assert hint == f"hint: check the network, and {AGAIN}"
-    assert json.loads(result.out[: result.out.index("}") + 1])["error"] == error.removeprefix("error: ")
+    document = json.JSONDecoder().raw_decode(result.out)[0]
+    assert (document["error"], document["exit_code"]) == (error.removeprefix("error: "), 1)
