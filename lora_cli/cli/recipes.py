@@ -31,11 +31,12 @@ def init(
     if interactive:
         if name is not None:
             raise LoraError("--interactive writes a recipe of its own", hint=f"leave out {name}, or --interactive")
+        check_json_file(json)
         check_terminal()
         with console.loading_libraries():
             from lora_cli.commands.new_recipe import write_first_recipe
 
-        write_first_recipe()
+        write_record(json, {"written": write_first_recipe()})
         return
     from lora_cli.commands import init as command
 

@@ -26,7 +26,7 @@ OTHER_TOOLS = {
     "generate": "lora chat",
     "infer": "lora chat",
     "inference": "lora chat",
-    "run": "lora chat",
+    "run": "lora runs, or lora chat",
     "fuse": "lora merge",
     "quantize": "lora export MODEL --to gguf --quantize q8_0",
     "validate": "lora check",

@@ -109,7 +109,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
         size = f"{console.format_bytes(cache['bytes'])} in {cache['files']:,} files" if cache["files"] else "empty"
         yield f"cache {name}: {size} ({cache['path']})"
     for name, value in report["environment"].items():
-        yield f"{name}={value}"
+        yield f"{name}={one_line(value)}"
 
 
 def _system() -> str:

@@ -15,13 +15,13 @@ from lora_cli.report.recorded_run import Json, RecordedRun, check_is_run, read_m
 from lora_cli.report.verdicts import find_verdicts
 from lora_cli.report.watch import Snapshot, Watch, make_server
 from lora_cli.run import atomic, console
-from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder
+from lora_cli.run.folder import EXPORT_VERDICT, PAGE, find_adapter_folder
 from lora_cli.run.read_file import open_regular
+from lora_cli.run.run_lock import user_of_run
 from lora_cli.run.signals import stop_request
 from lora_cli.setup.row_losses import row_loss_intervals
 from lora_cli.training.checkpoint_folders import checkpoint_steps
 
-PAGE = "report.html"
 TRAINING = "There is no adapter: a run writes it at its end."
 WATCHED = "The adapter's spectrum is not computed with --watch: make the report without it."
 
@@ -99,7 +99,7 @@ def _with_evaluations(runs: list[RecordedRun], files: Sequence[Path]) -> list[Re
         if any(measured is None for _, measured in found):
             raise LoraError(f"--eval {file} is not a result of lora eval", hint="write one: lora eval RUN --json FILE")
         # A file of an earlier version does not tell what it measured: it belongs to the only run.
-        fitting = {run.name: m for run, m in found if m and (m.of_adapter or len(runs) == 1)}
+        fitting = {run.name: m for run, m in found if m and (m.of_adapter or (m.of_adapter is None and len(runs) == 1))}
         if not fitting:
             raise LoraError(f"--eval {file} measured none of these runs' adapters", hint="measure them again")
         runs = [
@@ -110,12 +110,17 @@ def _with_evaluations(runs: list[RecordedRun], files: Sequence[Path]) -> list[Re
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return the names of runs: of their folders, or where these are equal, their paths."""
-    names = [folder.resolve().name for folder in folders]
-    named = [name if names.count(name) == 1 else str(folder) for folder, name in zip(folders, names, strict=True)]
-    if len(set(named)) < len(named):
-        raise LoraError("a run is named twice", hint="give each run once")
-    return named
+    """Return the names of runs: of their folders, or where these are equal, their paths.
+
+    Raises:
+        LoraError: a run is given twice, as it is or by a link.
+    """
+    places = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
+            raise LoraError(f"{folder} is given twice", hint="give each run once")
+    names = [place.name for place in places]
+    return [name if names.count(name) == 1 else str(folder) for folder, name in zip(folders, names, strict=True)]
 
 
 def _spectra(run: RecordedRun) -> tuple[list[Json], str]:
@@ -196,7 +201,7 @@ def make_watch(folders: Sequence[Path], request: ReportRequest) -> Watch:
 
 
 def _version(folders: Sequence[Path]) -> str:
-    """Return what changes when the files of the runs change, by their sizes and times."""
+    """Return what changes when the runs change, by the sizes and times of their files and the processes that train."""
     marks = []
     for folder in folders:
         for name in (".", "metrics.jsonl", "answers.jsonl", "manifest.json", "checkpoints"):
@@ -205,4 +210,5 @@ def _version(folders: Sequence[Path]) -> str:
             except OSError:
                 continue
             marks.append(f"{found.st_size}-{found.st_mtime_ns}")
+        marks.append(str(user_of_run(folder)))  # a process that is killed changes no file
     return ".".join(marks)

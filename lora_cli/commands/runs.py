@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from lora_cli.errors import LoraError
-from lora_cli.report.recorded_run import Json, RunState, as_number, as_object, read_state
+from lora_cli.report.recorded_run import Json, RunState, as_number, as_object, read_or_note, read_state
+from lora_cli.report.tables import DASH, number
 from lora_cli.run import console
-from lora_cli.run.folder import is_run
+from lora_cli.run.folder import PAGE, is_run
 from lora_cli.run.metrics_log import read_metrics
 from lora_cli.run.read_file import read_json_object
 from lora_cli.run.run_lock import LOCK
@@ -19,7 +20,6 @@ from lora_cli.run.sparkline import sparkline
 from lora_cli.training.checkpoint_folders import checkpoint_steps
 
 MAX_DEPTH = 3  # folders between the given one and a run
-DASH = "–"
 
 
 class RunLine(NamedTuple):
@@ -62,7 +62,7 @@ def runs(folder: Path) -> dict[str, Any]:
     """
     if not os.path.isdir(folder):
         raise LoraError(f"there is no folder {folder}", hint="name the folder of your runs: lora runs FOLDER")
-    lines = sorted((_read_line(path) for path in _find_runs(folder, MAX_DEPTH)), key=lambda line: line.changed)
+    lines = sorted(map(_read_line, _find_runs(folder)), key=lambda line: line.changed)
     if lines:
         _print_table(lines)
     else:
@@ -73,34 +73,46 @@ def runs(folder: Path) -> dict[str, Any]:
 def _print_table(lines: Sequence[RunLine]) -> None:
     table = Table("run", "state", "best loss", "last loss", "", "size", "changed", "recipe", box=None)
     for line in lines:
-        best = f"{line.best[1]:.4f} at {line.best[0]:,}" if line.best else DASH
-        last = f"{line.losses[-1]:.4f}" if line.losses else DASH
+        best = f"{number(line.best[1], '.4f')} at {line.best[0]:,}" if line.best else DASH
+        last = number(line.losses[-1], ".4f") if line.losses else DASH
         curve = sparkline(line.losses) if console.out.encoding.startswith("utf") else ""
         state = line.state.describe()
         age = f"{describe_age(time.time() - line.changed)} ago"
         size = console.format_bytes(line.size)
         cells = (str(line.folder), state, best, last, curve, size, age, line.recipe or DASH)
-        table.add_row(*(cell.translate(console.CONTROL) for cell in cells))
+        table.add_row(*cells)
     console.print_table(table)
     for line in lines:
         if line.state.error:
             console.info(f"{line.folder} failed: {line.state.error}")
         if line.problem:
-            console.info(f"{line.folder}: {line.problem}")
+            console.info(line.problem)
 
 
-def _find_runs(folder: Path, depth: int) -> Iterator[Path]:
-    if _looks_like_run(folder):
-        yield folder
-        return
+def _find_runs(folder: Path) -> Iterator[Path]:
+    """Yield the runs in `folder` and below it, each once, though links name it too."""
+    level, seen = [folder], set()
+    for depth in range(MAX_DEPTH + 1):
+        below = []
+        for place in level:
+            if (real := os.path.realpath(place)) in seen:
+                continue
+            seen.add(real)
+            if _looks_like_run(place):
+                yield place
+            elif depth < MAX_DEPTH:
+                below += _subfolders(place)
+        level = below
+
+
+def _subfolders(folder: Path) -> list[Path]:
     try:
-        entries = sorted((entry for entry in os.scandir(folder)), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         console.info(f"{folder} cannot be read: {error.strerror}")
-        return
-    for entry in entries:
-        if depth and entry.is_dir() and not entry.name.startswith("."):
-            yield from _find_runs(Path(entry.path), depth - 1)
+        return []
+    # os.path.isdir, because entry.is_dir raises an exception for a loop of links.
+    return [Path(entry.path) for entry in entries if not entry.name.startswith(".") and os.path.isdir(entry.path)]
 
 
 def _looks_like_run(folder: Path) -> bool:
@@ -109,12 +121,12 @@ def _looks_like_run(folder: Path) -> bool:
 
 
 def _read_line(folder: Path) -> RunLine:
-    problem, manifest, records = None, {}, []
-    try:
-        records = read_metrics(folder / "metrics.jsonl")
-        manifest = read_json_object(folder / "manifest.json") if os.path.lexists(folder / "manifest.json") else {}
-    except LoraError as reason:
-        problem = reason.message
+    problems: list[str] = []
+    nothing: list[Json] = []
+    manifest: Json = {}
+    records = read_or_note(lambda: read_metrics(folder / "metrics.jsonl"), nothing, problems)
+    if os.path.lexists(folder / "manifest.json"):
+        manifest = read_or_note(lambda: read_json_object(folder / "manifest.json"), manifest, problems)
     losses = [loss for record in records if (loss := as_number(record.get("loss"))) is not None]
     last = max((record["step"] for record in records if "loss" in record), default=0)
     size, changed = _size_and_time(folder)
@@ -127,7 +139,7 @@ def _read_line(folder: Path) -> RunLine:
         size=size,
         changed=changed,
         recipe=recipe if isinstance(recipe, str) else None,
-        problem=problem,
+        problem="; ".join(problems) or None,
     )
 
 
@@ -139,8 +151,8 @@ def _best(records: list[Json], manifest: Json) -> tuple[int, float] | None:
 
 
 def _size_and_time(folder: Path) -> tuple[int, float]:
-    """Return the bytes of all files in a folder, and the time of the newest one but the lock's."""
-    size, newest = 0, 0.0
+    """Return the bytes of all files in a folder, and the time of the newest one that the run itself writes."""
+    made, size, newest = os.stat(folder).st_mtime, 0, 0.0
     for parent, _, names in os.walk(folder):
         for name in names:
             try:
@@ -148,8 +160,8 @@ def _size_and_time(folder: Path) -> tuple[int, float]:
             except OSError:  # removed meanwhile, by the run
                 continue
             size += found.st_size
-            newest = max(newest, found.st_mtime if name != LOCK else 0.0)
-    return size, newest or folder.stat().st_mtime
+            newest = max(newest, found.st_mtime if name not in (LOCK, PAGE) else 0.0)
+    return size, newest or made
 
 
 def describe_age(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """`lora schema`: the JSON Schema of a recipe, or type, range, default and description of one key. No torch."""
 
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
@@ -21,7 +22,7 @@ def find_field(key: str) -> JsonSchema:
     """
     recipe = recipe_schema()
     field: JsonSchema = recipe
-    steps = key.replace("[]", "").split(".")
+    steps = re.sub(r"\[\d*\]", "", key).split(".")
     for number, step in enumerate(steps):
         found = _properties(field, recipe)
         if step not in found:

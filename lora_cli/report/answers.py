@@ -56,7 +56,7 @@ def _of_training(run: RecordedRun) -> list[PromptAnswers]:
     by_prompt: dict[tuple[str, str], list[Json]] = {}
     for record in run.answers:
         by_prompt.setdefault((str(record.get("where")), str(record.get("prompt"))), []).append(record)
-    first = "start" if as_object(run.recipe.get("adapter")).get("source") else BASE
+    first = "start" if run.starts_from_adapter else BASE
     return [
         PromptAnswers(
             where,

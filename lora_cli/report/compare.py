@@ -8,6 +8,7 @@ from lora_cli.report.recorded_run import Json, RecordedRun, as_number, as_object
 from lora_cli.report.tables import DASH, Table, interval, number
 from lora_cli.run.console import format_duration
 
+MIN_ROWS = 5  # fewer rows give no meaningful interval
 Interval = tuple[float, float, float]  # value, low and high
 
 
@@ -33,10 +34,8 @@ def recipe_differences(runs: Sequence[RecordedRun]) -> Table | None:
             rows.append((key, *values))
         else:
             equal += 1
-    notes = [f"{equal:,} other keys are equal"]
-    if not rows:
-        notes = ["the recipes are equal"]
-    return Table("Keys of the recipes that differ", ("key", *(run.name for run in runs)), rows, notes=notes)
+    header = ("key", *(run.name for run in runs))
+    return Table("Keys of the recipes that differ", header, rows, notes=[f"{equal:,} other keys are equal"])
 
 
 def _flatten(tree: Json, prefix: str = "") -> Json:
@@ -66,13 +65,13 @@ def final_table(runs: Sequence[RecordedRun], intervals: Mapping[str, RowLossInte
                 run.name,
                 run.state.describe(),
                 number(start["eval_loss"], ".4f") if start else DASH,
-                f"{best['eval_loss']:.4f} at step {best['step']:,}" if best else DASH,
+                f"{number(best['eval_loss'], '.4f')} at step {best['step']:,}" if best else DASH,
                 number(written_loss(run), ".4f"),
                 interval(list(found.loss[1:])) if found else DASH,
                 f"{found.rows:,}, {found.source}" if found else DASH,
-                f"{versus[0]:+.4f} ({interval(list(versus[1:]))})" if versus else DASH,
+                f"{number(versus[0], '+.4f')} ({interval(list(versus[1:]))})" if versus else DASH,
                 number(run.steps[-1].get("loss") if run.steps else None, ".4f"),
-                f"{sum(tokens):,.0f}" if tokens else DASH,
+                number(sum(tokens), ",.0f") if tokens else DASH,
                 format_duration(sum(seconds)) if seconds else DASH,
             )
         )
@@ -83,10 +82,9 @@ def final_table(runs: Sequence[RecordedRun], intervals: Mapping[str, RowLossInte
     notes = ["losses of held-out rows but for the last training loss; nats per supervised unit"]
     for run in runs:
         if run.name not in intervals:
-            notes.append(
-                f"{run.name}: no interval, because no losses of rows are recorded: "
-                f"lora eval {run.folder} --json {run.folder / 'eval.json'}"
-            )
+            is_measured = any(each.of_adapter for each in run.measurements)
+            how = f": {run.eval_command}" if run.eval_command and not is_measured else ""
+            notes.append(f"{run.name}: no interval, because no losses of at least {MIN_ROWS} rows are recorded{how}")
     fingerprints = {as_object(run.manifest).get("data_fingerprint") for run in runs}
     if len(fingerprints) > 1:
         notes.append("the runs have different rows: their losses are comparable only if the held-out rows are the same")

@@ -91,8 +91,9 @@ def chart_specs(runs: Sequence[RecordedRun]) -> dict[str, Json]:
 def _spec(chart: Chart, names: Sequence[str]) -> Json:
     """Return a chart of lines over steps.
 
-    A point has `step`, `value`, `run`, and `kind`: raw, smooth, evaluation or spike. With one run the color tells the
-    kind, with several the run. The page sets the parameters `low` and `high` (steps), and the data set `cursor`.
+    A point has `step`, `value`, `run`, and `kind`: the layer that draws it. With one run the color tells training from
+    held-out rows, with several the run. The page sets the parameters `low` and `high` (steps), and the data set
+    `cursor`.
     """
     several = len(names) > 1
     color: Json = (
@@ -108,22 +109,29 @@ def _spec(chart: Chart, names: Sequence[str]) -> Json:
     if not several and chart.key != "loss":
         color = {"value": "var(--c0)"}
     elif several:
-        color["legend"] = {"orient": "bottom", "columns": 3, "labelLimit": 400}
+        color["legend"] = {**_legend(names), "symbolType": "stroke"}
     else:
         color["legend"] = {"orient": "bottom"}
+    # At most one tick a step: tickMinStep lets Vega draw half steps, which it labels as whole ones.
+    ticks = {"expr": "min(ceil(width / 50), high - low)"}
     x = {
-        "field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1, "format": ",d"},
-        "scale": {"nice": False, "domainMin": {"expr": "low"}, "domainMax": {"expr": "high"}},
+        "field": "step", "type": "quantitative", "title": "step",
+        "axis": {"tickCount": ticks, "format": ",d", "labelFlush": False},
+        "scale": {"nice": False, "domain": [{"expr": "low"}, {"expr": "high"}]},
     }  # fmt: skip
+    # Vega rounds the one label of a constant to a whole number: a learning rate of 2e-4 would be 0.
+    label = "domain('y')[0] === domain('y')[1] ? format(datum.value, ',~g') : datum.label"
     y: Json = {
-        "field": "value", "type": "quantitative", "title": chart.unit or None, "scale": {"zero": False, "padding": 6},
+        "field": "value", "type": "quantitative", "title": chart.unit or None, "axis": {"labelExpr": label},
+        "scale": {"zero": False, "padding": 6},
     }  # fmt: skip
     encoding = {"x": x, "y": y, "color": color, "detail": {"field": "run"}}
     if several:  # not by color alone: print, and readers who see no colors
-        dashes = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
+        kinds = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
+        dashes = [kinds[(n + n // MAX_COLORS) % len(kinds)] for n in range(len(names))]  # no pair with a color twice
         encoding["strokeDash"] = {
             "field": "run", "type": "nominal", "title": None, "legend": color["legend"],
-            "scale": {"domain": list(names), "range": [dashes[n % len(dashes)] for n in range(len(names))]},
+            "scale": {"domain": list(names), "range": dashes},
         }  # fmt: skip
 
     def layer(kind: str, mark: Json, encoded: Json = encoding) -> Json:
@@ -135,22 +143,18 @@ def _spec(chart: Chart, names: Sequence[str]) -> Json:
         }
 
     points = {name: value for name, value in encoding.items() if name != "strokeDash"}
+    symbol = {"clip": False, "type": "point", "opacity": 1}  # the page leaves out those outside of the range
     layers = [
-        layer("raw", {"type": "line", "strokeWidth": 1, "opacity": 0.35} if chart.smoothed else {"type": "line"}),
-        *([layer("smooth", {"type": "line", "strokeWidth": 2})] if chart.smoothed else []),
+        layer("thin", {"type": "line", "strokeWidth": 1, "opacity": 0.35}),
+        layer("line", {"type": "line", "strokeWidth": 2}),
+        layer("dot", {**symbol, "filled": True, "size": 40, "shape": "circle"}, points),
     ]
     if chart.key == "loss":
         layers += [
             layer("evaluation", {"type": "line", "strokeWidth": 1.5}),
-            layer(
-                "evaluation", {"type": "point", "filled": True, "size": 45, "shape": "diamond", "opacity": 1}, points
-            ),
-            layer(
-                "best",
-                {"clip": False, "type": "point", "size": 190, "strokeWidth": 2, "shape": "circle", "opacity": 1},
-                points,
-            ),
-            layer("spike", {"clip": False, "type": "point", "size": 70, "shape": "triangle-up", "opacity": 1}, points),
+            layer("diamond", {**symbol, "filled": True, "size": 45, "shape": "diamond"}, points),
+            layer("best", {**symbol, "size": 190, "strokeWidth": 2, "shape": "circle"}, points),
+            layer("spike", {**symbol, "size": 70, "shape": "triangle-up"}, points),
         ]
     layers.append(
         {
@@ -174,14 +178,26 @@ def _colors(names: Sequence[str]) -> list[str]:
     return [f"var(--c{number % MAX_COLORS})" for number in range(len(names))]
 
 
+def _legend(names: Sequence[str]) -> Json:
+    """Return a legend below a chart with as many columns as it has place for."""
+    width = 7 * max(map(len, names)) + 30  # pixels
+    columns = {"expr": f"max(1, floor(width / {width}))"}
+    return {"orient": "bottom", "columns": columns, "labelLimit": {"expr": "width - 30"}}
+
+
 def histogram_spec(histograms: dict[str, Json]) -> Json:
-    """Return the bar chart of tokens per row; `histograms` are those of the ledger by split: train and eval."""
-    bars = [
-        {"split": split, "from": bar[0], "to": bar[1] + 1, "rows": bar[2]}
-        for split, histogram in histograms.items()
-        for bar in histogram_bars(histogram)
-    ]
+    """Return the bar chart of tokens per row; `histograms` are those of the ledger by split: train and eval.
+
+    Each split has its own part of a bar's width: drawn over each other, one would hide the other.
+    """
     splits = list(histograms)
+    bars = []
+    for number, (split, histogram) in enumerate(histograms.items()):
+        for low, high, rows in histogram_bars(histogram):
+            width = (high + 1 - low) / len(splits)
+            bars.append({"split": split, "from": low + number * width, "to": low + (number + 1) * width, "rows": rows})
+    most = max(bar["rows"] for bar in bars)
+    tokens = max(bar["to"] for bar in bars) - min(bar["from"] for bar in bars)
     return {
         "width": "container",
         "height": 170,
@@ -189,10 +205,14 @@ def histogram_spec(histograms: dict[str, Json]) -> Json:
         "data": {"values": bars},
         "mark": {"type": "bar", "aria": False, "binSpacing": 1},
         "encoding": {
-            "x": {"field": "from", "type": "quantitative", "title": "tokens per row", "bin": {"binned": True}},
+            "x": {
+                "field": "from", "type": "quantitative", "title": "tokens per row", "bin": {"binned": True},
+                "axis": {"format": ",d", "tickCount": {"expr": f"min(ceil(width / 50), {tokens:g})"}},
+            },
             "x2": {"field": "to"},
             "y": {
-                "field": "rows", "type": "quantitative", "title": "rows", "axis": {"tickMinStep": 1}, "stack": None,
+                "field": "rows", "type": "quantitative", "title": "rows", "axis": {"tickCount": max(1, min(5, most))},
+                "stack": None,
             },
             "color": {
                 "field": "split", "type": "nominal", "title": None, "legend": {"orient": "bottom"},
@@ -224,7 +244,8 @@ def spectrum_spec(kinds: Sequence[Json]) -> Json:
         if value > 0
     ]
     names = [each["kind"] for each in kinds]
-    scale, legend = {"domain": names}, {"orient": "bottom", "columns": 4}
+    scale, legend = {"domain": names}, _legend(names)
+    ticks = max(1, min(10, max(len(each["spectrum"]) for each in kinds) - 1))
     return {
         "width": "container",
         "height": 230,
@@ -232,7 +253,7 @@ def spectrum_spec(kinds: Sequence[Json]) -> Json:
         "data": {"values": values},
         "mark": {"type": "line", "point": {"size": 25}, "aria": False},
         "encoding": {
-            "x": {"field": "component", "type": "quantitative", "title": "component", "axis": {"tickMinStep": 1}},
+            "x": {"field": "component", "type": "quantitative", "title": "component", "axis": {"tickCount": ticks}},
             "y": {
                 "field": "value", "type": "quantitative", "title": "singular value / largest", "scale": {"type": "log"},
             },

@@ -24,6 +24,7 @@ from lora_cli.report.verdicts import Verdict, verdict_table
 
 MARK = "<!doctype html>\n<!-- lora report -->\n"  # a file that starts with it is replaced by the next report
 MAX_MANIFEST = 200_000  # characters that are shown
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}
 
 
 class ReportedRun(NamedTuple):
@@ -121,25 +122,28 @@ def _values(report: Report) -> dict[str, Any]:
         ],
         "final": compare.final_table(runs, report.intervals) if several else None,
         "differences": compare.recipe_differences(runs) if several else None,
-        "intervals": report.intervals,
-        "runs": [_run_values(number, each) for number, each in enumerate(report.runs)],
+        "runs": [_run_values(number, each, report.intervals) for number, each in enumerate(report.runs)],
     }
 
 
-def _run_values(number: int, each: ReportedRun) -> dict[str, Any]:
+def _run_values(number: int, each: ReportedRun, intervals: Mapping[str, RowLossIntervals]) -> dict[str, Any]:
     run = each.run
-    shown = run.manifest | ({"label_mask": "see the label mask above"} if "label_mask" in run.manifest else {})
-    manifest = json.dumps(shown, indent=2, ensure_ascii=False)
+    summary = tables.summary(run)
+    if (found := intervals.get(run.name)) is not None:
+        shown = f"{tables.interval(list(found.loss[1:]))} ({found.rows:,} rows, {found.source})"
+        summary.append(("95% interval of the adapter's loss", shown))
+    mask = {"label_mask": "see the label mask above"} if "label_mask" in run.manifest else {}
+    manifest = json.dumps(run.manifest | mask, indent=2, ensure_ascii=False)
     histograms = tables.histograms(run)
     task = str(run.manifest.get("task"))
     return {
         "id": number,
         "name": run.name,
-        "folder": str(run.folder),
+        "eval_command": run.eval_command,
         "state": run.state.name,
         "state_text": run.state.describe(),
         "notes": run.notes,
-        "summary": tables.summary(run),
+        "summary": summary,
         "evaluations": tables.evaluations_table(run),
         "steps": tables.steps_table(run),
         "ledger": tables.ledger_tables(run),
@@ -186,6 +190,11 @@ def _file(name: str) -> str:
     return (files("lora_cli.report") / "static" / name).read_text(encoding="utf-8")
 
 
+def _show_controls(value: object) -> object:
+    """Return a text with pictures of its control characters: HTML has no NUL, and shows no other one."""
+    return value.translate(CONTROL_PICTURES) if type(value) is str else value  # not Markup: the style, the scripts
+
+
 @cache
 def _environment() -> Environment:
     folder = str(files("lora_cli.report") / "static")
@@ -193,6 +202,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_show_controls,
         trim_blocks=True,
         lstrip_blocks=True,
     )

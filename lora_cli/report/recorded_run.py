@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ import yaml
 from lora_cli.errors import LoraError, first_line
 from lora_cli.run.folder import FAILURE, RUN_FILES, is_run
 from lora_cli.run.metrics_log import read_metrics
-from lora_cli.run.read_file import UnreadableError, read_json_object, read_text
+from lora_cli.run.read_file import open_regular, read_json_object, read_text
 from lora_cli.run.run_checksums import find_changed_records
 from lora_cli.run.run_lock import user_of_run
 
@@ -38,7 +39,7 @@ class RunState(NamedTuple):
         of = f" of {self.total:,}" if self.total is not None else ""
         match self.name:
             case "finished":
-                return f"finished after {self.step:,} steps"
+                return f"finished after {self.step:,} step{'s' * (self.step != 1)}"
             case "running":
                 return f"running, step {self.step:,}{of}"
             case "not started":
@@ -78,9 +79,23 @@ class RecordedRun(NamedTuple):
     @property
     def best(self) -> Json | None:
         """The evaluation with the lowest loss, the base's not included unless training went on from an adapter."""
-        first = 0 if as_object(self.recipe.get("adapter")).get("source") else 1
+        first = 0 if self.starts_from_adapter else 1
         candidates = [each for each in self.evaluations if each["step"] >= first]
         return min(candidates, key=lambda each: float(each["eval_loss"]), default=None)
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Whether training went on from another adapter: what was measured before step 1 is not the base."""
+        return bool(as_object(self.recipe.get("adapter")).get("from") or self.manifest.get("origins"))
+
+    @property
+    def eval_command(self) -> str | None:
+        """The command that measures the adapter where the report finds it; None before it is written."""
+        if not os.path.lexists(self.folder / "adapter"):
+            return None
+        has_rows = as_object(self.manifest.get("ledger")).get("eval") is not None
+        rows = [] if has_rows else ["--data", "FILE"]
+        return shlex.join(["lora", "eval", str(self.folder), *rows, "--json", str(self.folder / "eval.json")])
 
     @property
     def adapter_step(self) -> int | None:
@@ -140,8 +155,10 @@ def read_state(folder: Path, manifest: Json, *, last: int, checkpoints: Sequence
             failure = {"error": reason.message}
         hint = failure.get("hint")
         return RunState("failed", last, steps, saved, error=str(failure.get("error")), hint=str(hint) if hint else None)
-    if as_object(manifest.get("result")):
-        return RunState("finished", last, steps, saved)
+    result = as_object(manifest.get("result"))
+    if result or (not manifest and os.path.lexists(folder / "adapter")):  # which a run writes at its end
+        done = as_number(result.get("steps_done"))
+        return RunState("finished", last if done is None else int(done), steps, saved)
     if not last and not checkpoints:
         return RunState("not started", 0, steps, None)
     return RunState("stopped", max(last, saved or 0), steps, saved)
@@ -157,11 +174,12 @@ def read_run(folder: Path, *, name: str, checkpoints: Sequence[int]) -> Recorded
     """
     notes: list[str] = []
     nothing: Json = {}
-    manifest = _tolerant(lambda: read_json_object(folder / "manifest.json", limit=MAX_JSON_BYTES), nothing, notes)
-    recipe_text = _tolerant(lambda: read_text(folder / "recipe.yaml", limit=MAX_RECIPE_BYTES), "", notes)
+    manifest = read_or_note(lambda: read_json_object(folder / "manifest.json", limit=MAX_JSON_BYTES), nothing, notes)
+    recipe_text = read_or_note(lambda: read_text(folder / "recipe.yaml", limit=MAX_RECIPE_BYTES), "", notes)
     records = _log(folder / "metrics.jsonl", notes)
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if as_number(record.get("eval_loss")) is not None]
+    steps = _in_order([record for record in records if "loss" in record], "steps", notes)
+    measured = [record for record in records if as_number(record.get("eval_loss")) is not None]
+    evaluations = _in_order(measured, "evaluations", notes)
     answers = _log(folder / "answers.jsonl", notes) if os.path.lexists(folder / "answers.jsonl") else []
     adapter = _adapter_digest(folder / "adapter", notes)
     state = read_state(folder, manifest, last=max((r["step"] for r in steps), default=0), checkpoints=checkpoints)
@@ -188,7 +206,7 @@ def _state_notes(
     folder: Path, state: RunState, steps: list[Json], evaluations: list[Json], manifest: Json
 ) -> list[str]:
     """Return what the state of a run leaves out of its report, and what to do."""
-    resume = f"lora train {folder / 'recipe.yaml'} --resume"
+    resume = shlex.join(["lora", "train", str(folder / "recipe.yaml"), "--resume"])
     notes = []
     if state.name == "running":
         notes.append(f"process {state.process} trains this run: the page shows what there was when it was made")
@@ -201,7 +219,7 @@ def _state_notes(
         notes.append("the run has ended, but its folder has no adapter")
     if not steps:
         notes.append("metrics.jsonl has no step: there are no curves")
-    elif missing := steps[-1]["step"] - len({record["step"] for record in steps}):
+    elif (missing := steps[-1]["step"] - sum(record["step"] > 0 for record in steps)) > 0:
         notes.append(f"metrics.jsonl lacks {missing:,} of {steps[-1]['step']:,} steps")
     if steps and not evaluations:
         why = "no row is held out" if as_object(manifest.get("ledger")).get("eval") is None else "none was made yet"
@@ -211,29 +229,28 @@ def _state_notes(
 
 def _log(path: Path, notes: list[str]) -> list[Json]:
     """Return the records of a log, which may be missing; a damaged line is left out, and told."""
-    lines = _count_lines(path)  # before they are read: the log of a running run grows meanwhile
     try:
+        with open_regular(path) as file:  # before the records: the log of a running run grows meanwhile
+            lines = sum(line.endswith(b"\n") for line in file)
         records = read_metrics(path)
-    except UnreadableError as reason:
-        notes.append(reason.message)
+    except LoraError as reason:
+        notes.append(reason.message if os.path.lexists(path) else f"{path.name} is missing")
         return []
-    if not os.path.lexists(path):
-        notes.append(f"{path.name} is missing")
-    elif lines is not None and lines > len(records):
+    if lines > len(records):
         left_out = lines - len(records)
         notes.append(f"{path.name}: {left_out:,} of {lines:,} lines cannot be read, and are left out")
     return records
 
 
-def _count_lines(path: Path) -> int | None:
-    try:
-        with path.open("rb") as file:
-            return sum(line.endswith(b"\n") for line in file)
-    except OSError:
-        return None
+def _in_order(records: list[Json], what: str, notes: list[str]) -> list[Json]:
+    """Return records by their step, of several of one step the last; a log that was edited can have any order."""
+    by_step = {record["step"]: record for record in records}
+    if repeated := len(records) - len(by_step):
+        notes.append(f"metrics.jsonl has {repeated:,} {what} more than once: the last record is shown")
+    return [by_step[step] for step in sorted(by_step)]
 
 
-def _tolerant(read: Callable[[], Value], default: Value, notes: list[str]) -> Value:
+def read_or_note(read: Callable[[], Value], default: Value, notes: list[str]) -> Value:
     """Return what `read` returns; if it raises a LoraError, note why, and return `default`."""
     try:
         return read()

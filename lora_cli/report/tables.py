@@ -1,5 +1,6 @@
 """Tables of the report: what a run has recorded, as text for people; missing values are a dash. No torch."""
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from lora_cli.run.console import format_bytes, format_duration
 
 DASH = "–"
 MAX_STEPS = 60  # rows of the table of steps
+MAX_DIGITS = 20  # characters of a number
 # Counts of a ledger's source that are shown if they are not 0, with their meaning.
 COUNTED = {
     "cut": "rows truncated to data.max_length",
@@ -43,9 +45,16 @@ class Table(NamedTuple):
 
 
 def number(value: object, digits: str = ",") -> str:
-    """Return a number of JSON as text, a dash for anything else."""
+    """Return a number of JSON as text, a dash for anything else.
+
+    One that would fill a line, or become 0, is written with an exponent: the loss of a run that diverges, or overfits.
+    """
     found = as_number(value)
-    return DASH if found is None else f"{found:{digits}}"
+    if found is None:
+        return DASH
+    text = f"{found:{digits}}"
+    is_lost = found != 0 and not digits.endswith("%") and not re.search("[1-9]", text)
+    return f"{found:.3g}" if is_lost or len(text) > MAX_DIGITS else text
 
 
 def summary(run: RecordedRun) -> list[tuple[str, str]]:
@@ -62,12 +71,12 @@ def summary(run: RecordedRun) -> list[tuple[str, str]]:
         ("Trainable parameters", number(manifest.get("trainable_parameters"))),
     ]
     if start:
-        before = "Loss before training" if adapter.get("source") else "Loss of the base"
+        before = "Loss before training" if run.starts_from_adapter else "Loss of the base"
         rows.append((f"{before}, held-out rows", number(start["eval_loss"], ".4f")))
     if best:
-        rows.append(("Best loss, held-out rows", f"{best['eval_loss']:.4f} at step {best['step']:,}"))
+        rows.append(("Best loss, held-out rows", f"{number(best['eval_loss'], '.4f')} at step {best['step']:,}"))
         if start and start["eval_loss"]:
-            rows.append(("Change from the start", f"{best['eval_loss'] / start['eval_loss'] - 1:+.1%}"))
+            rows.append(("Change from the start", number(best["eval_loss"] / start["eval_loss"] - 1, "+.1%")))
     if run.adapter_step is not None:
         rows.append(("Step of the written adapter", f"{run.adapter_step:,}"))
     return [*rows, *_cost(run)]
@@ -81,11 +90,11 @@ def _cost(run: RecordedRun) -> list[tuple[str, str]]:
     memory = [m for record in run.steps if (m := as_number(record.get("peak_memory"))) is not None]
     rows = []
     if tokens:
-        rows.append(("Tokens trained on", f"{sum(tokens):,.0f}"))
+        rows.append(("Tokens trained on", number(sum(tokens), ",.0f")))
     if seconds:
         rows.append(("Time of all steps", format_duration(sum(seconds))))
     if speeds:
-        rows.append(("Tokens per second, median", f"{statistics.median(speeds):,.0f}"))
+        rows.append(("Tokens per second, median", number(statistics.median(speeds), ",.0f")))
     rows.append(("Peak memory", format_bytes(max(memory)) if memory else "not recorded"))
     return rows
 
@@ -119,7 +128,7 @@ def steps_table(run: RecordedRun) -> Table | None:
             number(record.get("learning_rate"), ".2e"),
             number(record.get("grad_norm"), ".3f"),
             number(tokens_per_second(record), ",.0f"),
-            DASH if (m := as_number(record.get("peak_memory"))) is None else f"{m / GIB:.2f}",
+            DASH if (m := as_number(record.get("peak_memory"))) is None else number(m / GIB, ".2f"),
         )
         for record in shown
     ]
@@ -236,19 +245,17 @@ def measurement_table(measured: Measurement, task: str) -> Table:
     return Table(caption, header, rows, 1, [tells])
 
 
-def interval(value: object, digits: str = ".4f") -> str:
+def interval(value: object) -> str:
     """Return `1.2000 to 1.3000` for the two ends of an interval, a dash for anything else."""
-    ends = [as_number(each) for each in as_list(value)]
-    if len(ends) != 2 or None in ends:
-        return DASH
-    return f"{ends[0]:{digits}} to {ends[1]:{digits}}"
+    ends = [number(each, ".4f") for each in as_list(value)]
+    return DASH if len(ends) != 2 or DASH in ends else f"{ends[0]} to {ends[1]}"
 
 
 def difference(value: Json) -> str:
     """Return `+0.1000 (0.0800 to 0.1200)` for an interval with its value, a dash for anything else."""
     middle = as_number(value.get("value"))
     ends = interval([value.get("low"), value.get("high")])
-    return DASH if middle is None or ends == DASH else f"{middle:+.4f} ({ends})"
+    return DASH if middle is None or ends == DASH else f"{number(middle, '+.4f')} ({ends})"
 
 
 def spectrum_table(kinds: Iterable[Json]) -> Table:
@@ -258,7 +265,7 @@ def spectrum_table(kinds: Iterable[Json]) -> Table:
             str(each["kind"]),
             f"{each['modules']:,}",
             str(each["rank"]),
-            f"{each['norm']:.3f}",
+            number(each["norm"], ".3f"),
             f"{each['effective_rank']:.1f}",
             *(f"{value:.1f}" for value in each["energy_ranks"].values()),
         )

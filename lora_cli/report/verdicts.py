@@ -41,8 +41,9 @@ def find_verdicts(folder: Path, adapter: str | None, more: Sequence[Path] = ()) 
 
 
 def _candidates(places: Sequence[Path]) -> Iterator[Path]:
+    # os.path asks without an exception: what a working folder has beside the run can be another user's, or a loop.
     for place in places:
-        if place.is_file():
+        if os.path.isfile(place):
             yield place
             continue
         try:
@@ -52,10 +53,9 @@ def _candidates(places: Sequence[Path]) -> Iterator[Path]:
         for entry in entries:
             if entry.name == MERGE_VERDICT or entry.name.endswith(EXPORT_VERDICT):
                 yield Path(entry.path)
-            elif entry.is_dir():
-                yield from (
-                    path for name in (MERGE_VERDICT, EXPORT_VERDICT) if (path := Path(entry.path, name)).is_file()
-                )
+            elif os.path.isdir(entry.path):
+                paths = (Path(entry.path, name) for name in (MERGE_VERDICT, EXPORT_VERDICT))
+                yield from filter(os.path.isfile, paths)
 
 
 def _read(path: Path) -> Verdict | None:

@@ -7,18 +7,40 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lora_cli.run.quick_imports import quick_imports
 from lora_cli.run.signals import at_end
 from lora_cli.run.sparkline import sparkline
 
+# Characters that control a terminal, or turn the direction of the text: names in messages can come from any file, and
+# answers from any model.
+CONTROL = {
+    code: ascii(chr(code))[1:-1]
+    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\n\t"
+}
+
+
+class PlainConsole(Console):
+    """Prints text as it is, its control characters escaped: rich would take `rows.jsonl:100:` for an emoji."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Return a printed text, or one in a table, as rich renders it."""
+        return super().render_str(text.translate(CONTROL), **options)
+
+
 # Without a `file`, rich looks up sys.stdout and sys.stderr at each line, so replacing them works (tests do).
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+out = PlainConsole(soft_wrap=True)
+err = PlainConsole(stderr=True, soft_wrap=True)
 
 
 # With --quiet, messages that begin with one of these are still printed; errors are too.
@@ -27,14 +49,6 @@ STARTED = time.monotonic()
 
 quiet = False
 verbose = False
-
-
-# Characters that control a terminal, or turn the direction of the text: names in messages can come from any file.
-CONTROL = {
-    code: ascii(chr(code))[1:-1]
-    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-    if chr(code) not in "\n\t"
-}
 
 
 def set_verbosity(*, be_quiet: bool = False, be_verbose: bool = False, no_results: bool = False) -> None:
@@ -51,20 +65,20 @@ def info(line: str) -> None:
 
 def print_always(line: str) -> None:
     """Print a line to stderr, whatever --quiet says: one of an error."""
-    err.print(line.translate(CONTROL))
+    err.print(line)
 
 
 def _print_message(console: Console, line: str) -> None:
     if quiet and not line.startswith(WARNINGS):
         return
     seconds = f"[{time.monotonic() - STARTED:7.1f} s] " if verbose else ""
-    console.print(seconds + line.translate(CONTROL))
+    console.print(seconds + line)
 
 
 def print_table(table: Table) -> None:
     """Print a table to stdout; no cell is wrapped, however many columns the terminal has (80 in a pipe)."""
     if not out.quiet:
-        Console(file=out.file, width=1000, highlight=False, markup=False).print(table)
+        PlainConsole(file=out.file, width=1000).print(table)
 
 
 def no_output(_: str) -> None:
@@ -93,7 +107,8 @@ def loading_message() -> Iterator[None]:
         err.file.flush()
 
 
-CURVE_COLUMNS = 100  # of the terminal: with fewer, the curve of the loss would leave no place for the figures
+# Columns of the terminal: with fewer, the curve of the loss or the bar would leave no place for the figures.
+CURVE_COLUMNS, BAR_COLUMNS = 100, 120
 
 
 class StepProgress:
@@ -137,9 +152,9 @@ def step_progress(total: int, *, done: int = 0, every: int = 1, bar: bool = True
         yield StepProgress(None, total=total, done=done, every=every)
         return
     columns = (
-        BarColumn(24),
+        *([BarColumn(24)] if err.width >= BAR_COLUMNS else []),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[curve]}"),
+        *([TextColumn("{task.fields[curve]}")] if err.width >= CURVE_COLUMNS else []),
         TextColumn("{task.fields[line]}"),
         TimeRemainingColumn(),
     )

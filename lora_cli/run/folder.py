@@ -19,6 +19,7 @@ BASE = "base"  # name of the base model among the adapters of a command
 MERGE_VERDICT = "merge.json"  # in a merged model
 EXPORT_VERDICT = "export.json"  # in an exported folder; beside an exported file, with its name before it
 CONFIG_FILE = "adapter_config.json"  # of an adapter, by PEFT's name
+PAGE = "report.html"  # of `lora report`, in the folder of a run
 FAILURE = "failed.json"  # in the folder of a run that an error ended: the error; the continued run removes it
 # Files of a run that its checksums.json covers once it is finished.
 RECORDS = ("metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")

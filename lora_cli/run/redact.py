@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
+SECRET_NAME = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASS|PWD|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 # Tokens of hubs and trackers, and any long run of letters and digits that is no path.
 SECRET_VALUE = re.compile(
-    r"\b(hf|sk|ghp|gho|glpat|xox[abp])[_-]\w{8,}|(?<![\w/.-])[A-Za-z0-9+_-]{32,}={0,2}(?![\w/.-])"
+    r"\b(hf|sk|ghp|gho|glpat|xox[abp])[_-][\w-]{8,}|\bBearer\s+\S+|(?<![\w/.-])[A-Za-z0-9+_-]{32,}={0,2}(?![\w/.-])"
 )
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")  # of a URL
+# Of a URL, whose password can have any character, or of a proxy without `http://`.
+CREDENTIALS = re.compile(r"(?<=://)[^\s'\"<>]*@|(?<!\S)[^/@:\s]+:(?!//)\S*@")
+HOMES = re.compile(r"(?<![\w.-])(/home|/Users)/[^/\s:;,'\"]+")
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")
 PRIVATE = ("command", "label_mask")  # of a manifest: arguments with paths and addresses; texts of rows
 
@@ -34,10 +36,12 @@ def redact_personal(text: str, *, name: str = "") -> str:
     """
     if SECRET_NAME.search(name):
         return "(set, not shown)" if text else ""
-    text = SECRET_VALUE.sub("(not shown)", CREDENTIALS.sub("", text))
+    text = ADDRESS.sub(lambda found: redact_address(found[0]), CREDENTIALS.sub("", text))
+    text = SECRET_VALUE.sub("(not shown)", text)
     home, *names = _identity()
     if home not in ("", "/"):
         text = text.replace(home, "~")
+    text = HOMES.sub(r"\1/USER", text)
     for found, shown in zip(names, ("USER", "HOST", "HOST"), strict=True):
         if found:
             text = re.sub(rf"(?<!\w){re.escape(found)}(?!\w)", shown, text)

@@ -10,11 +10,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from lora_cli.evaluation import bootstrap
-from lora_cli.report.compare import RowLossIntervals
+from lora_cli.report.compare import MIN_ROWS, RowLossIntervals
 from lora_cli.report.recorded_run import RecordedRun, as_list, as_object
 
 ROW_LOSSES = "eval_rows.safetensors"  # in the checkpoints of a run that keeps the best step
-MIN_ROWS = 5  # fewer rows give no meaningful interval
 
 
 class RowLosses(NamedTuple):

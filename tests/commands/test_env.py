@@ -50,19 +50,41 @@ def test_no_secret_and_no_name_is_in_the_report(monkeypatch: pytest.MonkeyPatch,
         "TORCH_LOGS": "on babbage.local and babbage",
         "HF_DEBUG": "hf_ZYXWVUTSRQPONM",
         "HTTPS_PROXY": "http://ada:geheim@proxy:3128",
+        "HTTP_PROXY": "ada:geheim@proxy:3128",
+        "no_proxy": "http://ada:ge/heim@geheim@proxy:3128",
+        "WANDB_BASE_URL": "https://example.org/?sig=geheim",
+        "NCCL_PWD": "geheim",
+        "WANDB_PASS": "geheim",
+        "LD_LIBRARY_PATH": "/home/grace/lib:/home/ada/lib",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_TWO_LINES": "one\ntwo\x1b[2J",
         "OTHER_SECRET": "not even its name",
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
     for words in (["env"], ["env", "--json"]):
         text = lora(*words).out
-        for hidden in ("ada", "babbage", "geheim", "abcdefghij", "0123456789abcdef", "ZYXWVUT", "OTHER_SECRET"):
+        for hidden in (
+            "ada",
+            "babbage",
+            "geheim",
+            "abcdefghij",
+            "0123456789abcdef",
+            "ZYXWVUT",
+            "OTHER_SECRET",
+            "grace",
+            "\x1b",
+        ):
             assert hidden not in text, hidden
     settings = json.loads(text)["environment"]
     assert settings["HF_TOKEN"] == settings["WANDB_API_KEY"] == "(set, not shown)"
     assert settings["HF_HOME"] == "~/cache/hf"
     assert settings["LORA_CACHE"] == "/scratch/USER/lora"
     assert settings["HF_ENDPOINT"] == "https://hub.example.org"
+    assert settings["HTTP_PROXY"] == "proxy:3128"
+    assert settings["no_proxy"] == "http://proxy:3128"
+    assert settings["LD_LIBRARY_PATH"] == "/home/USER/lib:~/lib"
+    assert settings["TOKENIZERS_PARALLELISM"] == "false"
     assert settings["TORCH_LOGS"] == "on HOST and HOST"
 
 

@@ -233,7 +233,7 @@ def _run_in_terminal() -> NoReturn:
         # The streams of this process are those of pytest.
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.argv = ["lora", "init", "--interactive"]
+        sys.argv = ["lora", "init", "--interactive", "--json", "done.json"]
         cli.main()
         code = 0
     except SystemExit as end:
@@ -268,6 +268,7 @@ def test_in_a_terminal(terminal: Terminal, workdir: Path):
     assert terminal.end() == 0, terminal.text
     assert "next: lora check base-rows.yaml; lora train base-rows.yaml" in terminal.text
     assert load_recipe(workdir / "base-rows.yaml").output == "runs/base-rows"
+    assert json.loads((workdir / "done.json").read_text()) == {"written": "base-rows.yaml"}
 
 
 @pytest.mark.slow

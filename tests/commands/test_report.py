@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_cli.commands import report
 from lora_cli.evaluation import bootstrap
-from lora_cli.report.page import MARK
+from lora_cli.report.page import CONTROL_PICTURES, MARK
+from lora_cli.run.folder import open_run
 from tests.commands.conftest import Lora, WriteRecipe, rows
-from tests.report.recorded import write_run
+from tests.report.recorded import evaluation, write_run
 
 
 def table_rows(page: str, caption: str) -> list[list[str]]:
@@ -92,7 +94,7 @@ def test_answers_intervals_and_verdicts_of_the_adapter_are_found(trained_run: Pa
     low, high = bootstrap.mean_interval(loss, units)[1:]
     assert f"{low:.4f} to {high:.4f}" in page
     for prompt in measured["answers"]:
-        assert prompt["answers"]["adapter"]["text"] in unescape(page)
+        assert prompt["answers"]["adapter"]["text"].translate(CONTROL_PICTURES) in unescape(page)
     assert ["logits", "not compared"] not in table_rows(page, "Merge: merged")
     assert [row[1] for row in table_rows(page, "Export: peft")] != []
     assert "Merge: merged" in page_of("runs/a", "--out", "again.html")
@@ -144,12 +146,21 @@ def test_where_the_page_may_be_written(trained_run: Path, lora: Lora, page_of):
     assert Path("mine.html").read_text() == "<html>my own page"
 
 
+def test_the_end_of_a_process_is_news_for_a_watched_page(tmp_path: Path):
+    folder = write_run(tmp_path / "a", finished=False)
+    with open_run(folder, resume=True):
+        training = report._version([folder])
+    assert report._version([folder]) != training, "though no file has changed"
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["nowhere"], "nowhere is not a folder"),
         (["base"], "base is not the folder of a run"),
-        (["runs/a", "runs/a"], "a run is named twice"),
+        (["runs/a", "runs/a"], "runs/a is given twice"),
+        (["runs/a", "runs/../runs/a"], "runs/a is given twice"),
+        (["runs/a", "--eval", "other.json"], "--eval other.json measured none of these runs' adapters"),
         (["runs/a", "--watch", "--out", "a.html"], "--watch serves the page"),
         (["runs/a", "--port", "80"], "--port is for --watch"),
         (["runs/a", "--eval", "nothing.json"], "--eval nothing.json is not a file"),
@@ -157,6 +168,7 @@ def test_where_the_page_may_be_written(trained_run: Path, lora: Lora, page_of):
     ],
 )
 def test_mistakes(trained_run: Path, lora: Lora, chart_cache: None, arguments: list[str], problem: str):
+    Path("other.json").write_text(json.dumps(evaluation(losses=[1.0] * 8)))
     result = lora("report", *arguments)
     assert result.code == 2
     assert problem in result.last_two[0]

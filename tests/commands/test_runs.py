@@ -74,6 +74,45 @@ def test_one_run_and_no_runs(folder: Path, lora: Lora):
     assert (result.code, result.last_two[0]) == (2, "error: there is no folder nowhere")
 
 
+def test_links_make_no_run_appear_twice_and_break_nothing(folder: Path, lora: Lora):
+    Path("runs/again").symlink_to(Path("runs/done").absolute())
+    Path("runs/more/up").symlink_to(Path("runs").absolute())
+    Path("runs/loop").symlink_to(Path("runs/loop").absolute())
+    result = lora("runs", "--json")
+    assert result.code == 0
+    found = [each["run"] for each in json.loads(result.out)["runs"]]
+    assert sorted(found) in (
+        ["runs/again", "runs/begun", "runs/failed", "runs/more/halted"],
+        ["runs/begun", "runs/done", "runs/failed", "runs/more/halted"],
+    )
+
+
+def test_a_report_makes_no_run_younger(folder: Path, lora: Lora):
+    before = json.loads(lora("runs", "runs/done", "--json").out)["runs"][0]
+    Path("runs/done/report.html").write_text("a page")
+    os.utime("runs/done/report.html", (before["changed"] + 900, before["changed"] + 900))
+    after = json.loads(lora("runs", "runs/done", "--json").out)["runs"][0]
+    assert (after["changed"], after["bytes"]) == (before["changed"], before["bytes"] + 6)
+
+
+def test_an_unreadable_log_hides_nothing_else(folder: Path, lora: Lora):
+    Path("runs/done/metrics.jsonl").unlink()
+    Path("runs/done/metrics.jsonl").symlink_to("x" * 300)
+    result = lora("runs", "runs/done")
+    assert "finished after 40 steps" in result.out
+    assert "small.yaml" in result.out
+    Path("runs/done/manifest.json").write_text("{")
+    result = lora("runs", "runs/done")
+    assert "finished" in result.out, "an adapter is written at the end"
+    assert result.err.count("runs/done/manifest.json is not JSON") == result.err.count("runs/done") == 1
+
+
+@pytest.mark.parametrize(("loss", "text"), [(5e31, "5e+31"), (3.2e-7, "3.2e-07"), (0.0, "0.0000")])
+def test_a_loss_of_any_size_is_legible(folder: Path, lora: Lora, loss: float, text: str):
+    Path("runs/done/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+    assert f" {text} " in lora("runs", "runs/done").out
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "manifest.json"])
 @pytest.mark.parametrize("damage", [b"", b"[1", b"\xff", b'{"steps": "many"}\n'])
 def test_damaged_runs_are_listed(folder: Path, lora: Lora, name: str, damage: bytes):

@@ -11,6 +11,7 @@ USAGE_ERRORS = {
     "SFT recipe.yaml": ("lora has no command SFT", "did you mean lora train?"),
     "evaluate runs/a": ("lora has no command evaluate", "did you mean lora eval?"),
     "generate": ("lora has no command generate", "did you mean lora chat?"),
+    "run runs/a": ("lora has no command run", "did you mean lora runs, or lora chat?"),
     "fuse runs/a": ("lora has no command fuse", "did you mean lora merge?"),
     "inspect runs/a": ("lora has no command inspect", "did you mean lora adapter inspect?"),
     "adapter inspct runs/a": ("lora adapter has no command inspct", "did you mean lora adapter inspect?"),
@@ -56,6 +57,7 @@ USAGE_ERRORS = {
     "-q methods -v": ("--quiet and --verbose are both set", "keep one"),
     "schema adapter.metod": ("a recipe has no key adapter.metod", "did you mean adapter.method?"),
     "schema lora_r": ("a recipe has no key lora_r", "did you mean adapter.rank?"),
+    "schema data.train[0].weigth": ("a recipe has no key data.train[0].weigth", "did you mean data.train.weight?"),
     "schema task.x": ("task.x is not a key of a recipe: task has no keys", "lora schema task"),
 }
 

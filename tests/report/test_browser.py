@@ -166,8 +166,36 @@ def test_the_range_of_steps(tmp_path: Path, open_page: Open):
     assert chart.get_attribute("aria-valuemax") == "40"
 
 
+def axis_labels(page: Page, chart: str) -> list[list[str]]:
+    """Return the texts of the axes of a chart: x, then y."""
+    labels: list[list[str]] = page.locator(f"#chart-{chart} .role-axis-label").evaluate_all(
+        "axes => axes.map(axis => [...axis.querySelectorAll('text')].map(each => each.textContent))"
+    )
+    return labels
+
+
+def test_axes_of_few_and_of_equal_values(tmp_path: Path, open_page: Open):
+    folder = write_run(tmp_path / "a", steps=3, every=0)
+    records = [{**step_record(step, steps=3), "learning_rate": 2e-4} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    page = open_page(folder)
+    assert axis_labels(page, "learning_rate") == [["1", "2", "3"], ["0.0002"]]
+    assert len(set(axis_labels(page, "loss")[1])) > 2
+
+
+def test_the_range_of_steps_is_that_of_the_losses_too(tmp_path: Path, open_page: Open):
+    folder = write_run(tmp_path / "a", steps=40, every=10)
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 35, "eval_loss": 1e6}) + "\n")
+    page = open_page(folder)
+    assert "1,000,000" in axis_labels(page, "loss")[1]
+    page.get_by_label("to step").fill("20")
+    page.keyboard.press("Enter")
+    assert max(map(float, axis_labels(page, "loss")[1])) < 5
+
+
 def test_ten_thousand_steps_do_not_lag(tmp_path: Path, open_page: Open):
-    page = open_page(write_run(tmp_path / "a", steps=10_000, every=500))
+    page = open_page(*(write_run(tmp_path / name, steps=10_000, every=500) for name in "abc"))
     drawn = page.evaluate("performance.now()")
     chart = page.locator("#chart-loss")
     page.evaluate(
@@ -182,7 +210,21 @@ def test_ten_thousand_steps_do_not_lag(tmp_path: Path, open_page: Open):
     spent = sorted(page.evaluate("window.spent"))
     assert drawn < 15_000
     assert spent[len(spent) // 2] < 100, "ms from a pointer's move to the next frame"
+    pressed = sorted(page.evaluate(PRESS_KEYS))
+    assert pressed[len(pressed) // 2] < 150, "ms until the charts have moved their cursors"
     assert page.evaluate("document.querySelector('#chart-loss svg').outerHTML.length") < 500_000
+
+
+PRESS_KEYS = """async () => {
+  const chart = document.getElementById('chart-loss'), spent = [];
+  for (let i = 0; i < 9; i++) {
+    const start = performance.now();
+    chart.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight' }));
+    await new Promise((done) => setTimeout(done, 0));
+    spent.push(performance.now() - start);
+  }
+  return spent;
+}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -268,7 +310,13 @@ def test_a_run_with_little_in_it(tmp_path: Path, open_page: Open, kind: str):
     page = open_page(folder)
     assert page.locator(".note li").count() >= 1
     assert (page.get_by_role("slider").count() > 0) == (kind == "one step")
+    assert page.locator("#chart-loss .mark-symbol.role-mark path").count() == (1 if kind == "one step" else 0)
     assert page.get_by_text("the disk is full").count() == (1 if kind == "failed" else 0)
+
+
+def append_steps(folder: Path, first: int, last: int) -> None:
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write("".join(json.dumps(step_record(step, steps=20)) + "\n" for step in range(first, last + 1)))
 
 
 def test_the_page_follows_a_run(tmp_path: Path, open_page: Open):
@@ -279,10 +327,14 @@ def test_the_page_follows_a_run(tmp_path: Path, open_page: Open):
     try:
         page = open_page(server.address)
         page.locator("#part-recipe-0 summary").click()
-        with (folder / "metrics.jsonl").open("a") as log:
-            for step in range(11, 16):
-                log.write(json.dumps(step_record(step, steps=20)) + "\n")
+        append_steps(folder, 11, 14)
+        page.get_by_text("stopped at step 14 of 20").first.wait_for(timeout=15_000)
+        focused = "document.activeElement.closest('details')?.id"
+        assert page.evaluate(focused) == "part-recipe-0", "the keyboard stays where it is"
+        page.get_by_label("from step").fill("3")
+        append_steps(folder, 15, 15)
         page.get_by_text("stopped at step 15 of 20").first.wait_for(timeout=15_000)
+        assert page.get_by_label("from step").input_value() == "3", "what is typed stays"
         page.locator("#chart-loss").focus()
         page.keyboard.press("End")
         assert page.locator("#chart-loss").get_attribute("aria-valuenow") == "15"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,31 @@ def test_json_cannot_end_its_script():
     assert not set(str(script_json(HOSTILE))) & set("<>&\u2028")
 
 
+def test_control_characters_are_shown(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    (folder / "answers.jsonl").write_text(json.dumps({"step": 1, "answer": "a\x00b\x1b[1m\n\x7f"}) + "\n")
+    page = render(folder)
+    assert "a\u2400b\u241b[1m\n\u2421" in page
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", page)
+
+
+def test_twelve_runs_are_told_apart_without_color_alone(tmp_path: Path):
+    runs = [
+        ReportedRun(read_run(write_run(tmp_path / str(n), steps=1), name=str(n), checkpoints=[])) for n in range(12)
+    ]
+    encoding = script_data(Report(runs, {}, "now"))["charts"]["loss"]["layer"][0]["encoding"]
+    colors, dashes = (encoding[channel]["scale"]["range"] for channel in ("color", "strokeDash"))
+    assert len({(color, tuple(dash)) for color, dash in zip(colors, dashes, strict=True)}) == 12
+
+
+def test_a_bar_hides_no_bar_of_the_other_split(tmp_path: Path):
+    run = read_run(write_run(tmp_path / "a"), name="a", checkpoints=[])
+    bars = script_data(Report([ReportedRun(run)], {}, "now"))["static"]["lengths-0"]["data"]["values"]
+    assert {bar["split"] for bar in bars} == {"train", "eval"}
+    edges = sorted((bar["from"], bar["to"]) for bar in bars)
+    assert all(first[1] <= second[0] for first, second in pairwise(edges))
+
+
 def test_recipes_are_compared_by_key(tmp_path: Path):
     folders = write_run(tmp_path / "a"), write_run(tmp_path / "b", learning_rate=1e-4)
     table = recipe_differences([read_run(folder, name=folder.name, checkpoints=[]) for folder in folders])
@@ -177,6 +203,8 @@ def test_merges_and_exports_are_found_by_the_hash_of_the_adapter(tmp_path: Path,
     place = tmp_path / "elsewhere" if named else tmp_path / "runs"
     write_verdicts(place, ADAPTER)
     write_verdicts(place / "others", "cd" * 32)
+    (place / "loop").symlink_to(place / "loop")
+    (place / "link").symlink_to("x" * 300)
     assert find_verdicts(folder, None, [place] if named else []) == []
     found = find_verdicts(folder, ADAPTER, [place] if named else [])
     assert [each.path.relative_to(place).as_posix() for each in found] == [

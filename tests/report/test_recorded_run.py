@@ -94,6 +94,52 @@ def test_lines_that_cannot_be_read_are_counted(tmp_path: Path):
     assert "metrics.jsonl lacks 1 of 40 steps" in notes
 
 
+def test_a_pipe_in_place_of_a_log_is_not_waited_for(tmp_path: Path):
+    folder = write_run(tmp_path / "a")
+    for name in ("metrics.jsonl", "answers.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    notes = read(folder).notes
+    assert f"{folder}/metrics.jsonl is a pipe, not a file" in notes
+    assert f"{folder}/answers.jsonl is a pipe, not a file" in notes
+
+
+def test_a_log_in_another_order_is_sorted_and_told(tmp_path: Path):
+    folder = write_run(tmp_path / "a", steps=5, every=0)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[2:], *lines[:4]]) + "\n")
+    run = read(folder)
+    assert [record["step"] for record in run.steps] == [1, 2, 3, 4, 5]
+    assert run.notes[0] == "metrics.jsonl has 2 steps more than once: the last record is shown"
+    assert not any("lacks" in note for note in run.notes)
+
+
+def test_the_start_of_a_run_from_an_adapter_is_not_the_base(tmp_path: Path):
+    from lora_cli.report.answers import answer_sources
+    from lora_cli.report.tables import summary
+
+    folder = write_run(tmp_path / "a", changes={"origins": [{"adapter": "runs/b", "digest": "0", "step": 20}]})
+    (folder / "recipe.yaml").write_text("adapter: {method: lora, from: runs/b}\n")
+    records = [{"step": 0, "eval_loss": 1.0}, {"step": 40, "eval_loss": 2.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    (folder / "answers.jsonl").write_text('{"step": 0, "where": "x", "prompt": "Who?", "answer": "I."}\n')
+    run = read(folder)
+    assert run.best == records[0]
+    assert ("Loss before training, held-out rows", "1.0000") in summary(run)
+    assert answer_sources(run)[0].prompts[0].answers[0].model == "start"
+
+
+def test_commands_on_the_page_can_be_pasted(tmp_path: Path):
+    folder = write_run(tmp_path / "my run; ls", steps=12, finished=False, changes={"steps": 100})
+    run = read(folder)
+    assert run.eval_command is None, "there is no adapter to measure"
+    assert run.notes == [
+        f"the run has not ended: lora train '{folder}/recipe.yaml' --resume goes on from its first step"
+    ]
+    done = read(write_run(tmp_path / "my run", changes={"ledger": {}}))
+    assert done.eval_command == f"lora eval '{done.folder}' --data FILE --json '{done.folder}/eval.json'"
+
+
 @pytest.mark.parametrize("key", ["ledger", "coverage", "label_mask", "result", "versions", "machine", "base", "steps"])
 @pytest.mark.parametrize("value", [None, 3, "x", [], {}, [[]], {"train": 1}, [{"tokens": [1]}]])
 def test_a_manifest_can_have_any_value(tmp_path: Path, key: str, value: Any):

@@ -31,6 +31,35 @@ def test_the_bar_has_the_curve_of_the_loss(encoding: str, width: int, monkeypatc
     assert ("█▅▁" in drawn) == (encoding == "utf-8" and width == 120)
 
 
+def test_text_is_printed_as_it_is_and_controls_no_terminal(monkeypatch: pytest.MonkeyPatch):
+    screen = io.StringIO()
+    for name in ("out", "err"):
+        monkeypatch.setattr(console, name, console.PlainConsole(file=screen, soft_wrap=True))
+    table = Table("a:x:", box=None)
+    table.add_row("rows.jsonl:100: \x1b[2J")
+    console.info("rows.jsonl:100: [bold]no[/bold]")
+    console.out.print("runs/a:smile:\x1b[2J\u202e ünï\n")
+    console.print_table(table)
+    lines = [line.rstrip() for line in screen.getvalue().splitlines()]
+    assert lines == [
+        "rows.jsonl:100: [bold]no[/bold]", r"runs/a:smile:\x1b[2J\u202e ünï", "", " a:x:", r" rows.jsonl:100: \x1b[2J"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_no_figure_is_cut_off(width: int, monkeypatch: pytest.MonkeyPatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=width))
+    figures = {"loss": "6.7657", "lr": "6.82e-06", "grad": "2.45", "tok/s": "12100", "mem": "69.2 GiB"}
+    with console.step_progress(4000) as progress:
+        for step in range(1200, 1241):
+            progress.step(step, figures, loss=float(step))
+    last = screen.getvalue().rpartition("\r")[2]
+    assert "1240/4000" in last
+    assert "mem 69.2 GiB" in last
+    assert "…" not in last
+
+
 def test_the_cells_of_a_wide_table_are_not_wrapped(monkeypatch: pytest.MonkeyPatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "out", Console(file=screen, width=80, soft_wrap=True))

@@ -61,20 +61,24 @@
     return kept.map((i) => ({ step: column[i], value: values[i] }));
   }
 
-  function points(key) {
-    const found = [], span = shown();
+  // The points of a chart; their kinds are the layers of its specification.
+  function points(chart) {
+    const found = [], span = shown(), { chart: key, smoothed } = chart.dataset;
     for (const run of data.runs) {
       const { step } = run.columns, values = run.columns[key];
       const add = (kind, label, list) => {
         for (const point of list) found.push({ ...point, kind, label, run: run.name });
       };
-      add("raw", "training", linePoints(step, values, span));
-      if (smooth.checked && step.length > 20) add("smooth", "training", linePoints(step, runningMean(values), span));
+      const line = linePoints(step, values, span), hasMean = smoothed && smooth.checked && step.length > 20;
+      if (hasMean) add("thin", "training", line);
+      add("line", "training", hasMean ? linePoints(step, runningMean(values), span) : line);
+      if (line.length === 1) add("dot", "training", line); // a line of one point is not seen
       if (key !== "loss") continue;
-      const evaluations = run.evaluations.map(([at, value]) => ({ step: at, value }));
-      add("evaluation", "held-out rows", evaluations);
-      // These two are drawn over the edges of the chart too, so that those outside of the range are left out.
+      // Symbols are drawn over the edges of the chart too, so that those outside of the range are left out.
       const inRange = (each) => each.step >= span[0] && each.step <= span[1];
+      const evaluations = linePoints(run.evaluations.map(([at]) => at), run.evaluations.map(([, value]) => value), span);
+      add("evaluation", "held-out rows", evaluations);
+      add("diamond", "held-out rows", evaluations.filter(inRange));
       add("best", "held-out rows", evaluations.filter((each) => each.step === run.best && inRange(each)));
       const at = new Map(step.map((each, i) => [each, values[i]]));
       const spikes = run.spikes.map((each) => ({ step: each, value: at.get(each) }));
@@ -108,22 +112,23 @@
     for (const chart of charts) {
       const key = chart.dataset.chart, words = reading(key);
       chart.setAttribute("aria-valuetext", words);
-      chart.setAttribute("aria-valuenow", String(cursor ?? 0));
+      chart.setAttribute("aria-valuenow", String(cursor ?? shown()[0]));
       document.querySelector(`[data-reading="${key}"]`).textContent = cursor === null ? "\u00a0" : words;
       const view = views.get(key);
       if (view) view.data("cursor", cursor === null ? [] : [{ step: cursor }]).runAsync();
     }
   }
 
-  function draw() {
+  // Draws all charts; the value of `typing`, an input of the range, stays.
+  function draw(typing = null) {
     const [first, last] = shown();
     for (const chart of charts) {
       const view = views.get(chart.dataset.chart);
       chart.setAttribute("aria-valuemin", String(first));
       chart.setAttribute("aria-valuemax", String(last));
-      if (view) view.signal("low", first).signal("high", last).data("points", points(chart.dataset.chart)).runAsync();
+      if (view) view.signal("low", first).signal("high", last).data("points", points(chart)).runAsync();
     }
-    if (low) [low.value, high.value] = [first, last];
+    for (const [input, value] of [[low, first], [high, last]]) if (input && input !== typing) input.value = value;
   }
 
   function zoom(first, last) {
@@ -214,7 +219,17 @@
     form.addEventListener("submit", (event) => event.preventDefault());
     form.addEventListener("reset", (event) => { event.preventDefault(); zoom(null); });
     for (const input of [low, high]) input.addEventListener("change", () => zoom(Number(low.value), Number(high.value)));
-    smooth.addEventListener("change", draw);
+    smooth.addEventListener("change", () => draw());
+  }
+
+  // Puts news in the place of a part; what is open stays open, and the keyboard stays where it is.
+  function replacePart(part, html) {
+    const places = () => [...part.querySelectorAll("summary, [tabindex]")];
+    const open = new Map([...part.querySelectorAll("details")].map((each) => [each.id, each.open]));
+    const focused = places().indexOf(document.activeElement);
+    part.innerHTML = html;
+    for (const each of part.querySelectorAll("details")) if (open.has(each.id)) each.open = open.get(each.id);
+    places()[focused]?.focus({ preventScroll: true });
   }
 
   // With --watch: ask the server of this page for news.
@@ -227,12 +242,10 @@
         version = news.version;
         if (Object.keys(news.data.charts).join() !== Object.keys(data.charts).join()) return location.reload();
         data = news.data;
-        const open = new Map([...document.querySelectorAll("#sections details")].map((each) => [each.id, each.open]));
-        for (const [id, html] of Object.entries(news.parts)) document.getElementById(id).innerHTML = html;
-        for (const each of document.querySelectorAll("#sections details")) if (open.has(each.id)) each.open = open.get(each.id);
+        for (const [id, html] of Object.entries(news.parts)) replacePart(document.getElementById(id), html);
         document.getElementById("changed").textContent = news.changed;
         readSteps();
-        draw();
+        draw(document.activeElement);
         showCursor();
         await embedStatic();
       }
