@@ -28,6 +28,7 @@ from lora_cli.run.checksums import CHECKSUMS_FILE, find_damage, read_checksums
 from lora_cli.run.console import format_bytes
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
 from lora_cli.run.read_file import RESTORE, open_regular, read_json_object
+from lora_cli.run.worker import is_first_of_run
 
 Info = Callable[[str], None]
 
@@ -73,7 +74,7 @@ def find_model(
         return ModelSource(str(folder), trust, gguf_file=path, packed=packed)
     if path.is_dir():
         # Of several processes, one reads all weights twice.
-        _check_own_model(path, weights=weights and os.environ.get("RANK", "0") == "0", info=info)
+        _check_own_model(path, weights=weights and is_first_of_run(), info=info)
         return ModelSource(str(path), trust)
     return _find_on_hub(spec, info)
 

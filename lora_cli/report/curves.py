@@ -191,13 +191,13 @@ def histogram_spec(histograms: dict[str, Json]) -> Json:
     Each split has its own part of a bar's width: drawn over each other, one would hide the other.
     """
     splits = list(histograms)
-    bars = []
+    bars: list[Json] = []
     for number, (split, histogram) in enumerate(histograms.items()):
         for low, high, rows in histogram_bars(histogram):
             width = (high + 1 - low) / len(splits)
             bars.append({"split": split, "from": low + number * width, "to": low + (number + 1) * width, "rows": rows})
-    most = max(bar["rows"] for bar in bars)
-    tokens = max(bar["to"] for bar in bars) - min(bar["from"] for bar in bars)
+    most = max((bar["rows"] for bar in bars), default=1)
+    tokens = max((bar["to"] for bar in bars), default=1) - min((bar["from"] for bar in bars), default=0)
     return {
         "width": "container",
         "height": 170,

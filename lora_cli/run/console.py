@@ -17,6 +17,7 @@ from rich.text import Text
 from lora_cli.run.quick_imports import quick_imports
 from lora_cli.run.signals import at_end
 from lora_cli.run.sparkline import sparkline
+from lora_cli.run.worker import is_first_of_machine
 
 # Characters that control a terminal, or turn the direction of the text: names in messages can come from any file, and
 # answers from any model.
@@ -95,7 +96,7 @@ def loading_libraries() -> Iterator[None]:
 @contextmanager
 def loading_message() -> Iterator[None]:
     """Within the block, say on a terminal that libraries are imported, which takes seconds; the line is removed."""
-    if quiet or not err.is_terminal or err.is_dumb_terminal or os.environ.get("LOCAL_RANK", "0") != "0":
+    if quiet or not err.is_terminal or err.is_dumb_terminal or not is_first_of_machine():
         yield
         return
     err.file.write("loading torch, transformers and PEFT ...")
