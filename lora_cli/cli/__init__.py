@@ -1,6 +1,5 @@
 """The command line (typer): parse arguments, call a function of commands/, print errors in two lines. No torch."""
 
-import os
 import sys
 import time
 import traceback
@@ -21,6 +20,7 @@ from lora_cli.run.standard_input import forget_stdin, receive_stdin
 from lora_cli.run.streams import standard_streams
 from lora_cli.run.system_errors import as_os_error
 from lora_cli.run.telemetry import switch_off_telemetry
+from lora_cli.run.worker import is_first_of_machine
 
 __all__ = ["adapter", "app", "cache", "convert", "env", "hub", "main", "models", "recipes", "runs", "train"]
 
@@ -61,7 +61,7 @@ def _run() -> None:
 
 def _report(mistake: LoraError, *, json: bool) -> NoReturn:
     """Print the lines of an error and, with --json, its document; exit with its code."""
-    if os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+    if not is_first_of_machine():
         # With several processes, the first one of this machine prints the error. When this one exits, the launcher
         # ends the others, so it waits.
         time.sleep(1)

@@ -11,6 +11,7 @@ from lora_cli.cli.app import TO_STDOUT
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic, json_output
 from lora_cli.run.output_path import check_output_file
+from lora_cli.run.worker import is_first_of_run
 
 RecipePath = Annotated[
     Path,
@@ -70,5 +71,5 @@ def write_record(target: str | None, record: Mapping[str, Any]) -> None:
     """
     if target == TO_STDOUT:
         json_output.print_document(record)
-    elif target is not None and json_output.is_first_process():
+    elif target is not None and is_first_of_run():
         atomic.write_json(Path(target), json_output.strict(record))

@@ -1,11 +1,11 @@
 """Choose the device (GPU or CPU) of this process, and the dtype that it computes in."""
 
-import os
 import time
 
 import torch
 
 from lora_cli.recipe.schema import QuantizationSpec
+from lora_cli.run.worker import local_rank
 
 MIN_SLOWDOWN = 1.5  # of a dtype that is told
 # By dtype, the instructions of CPUs that multiply it, by torch's name; without one of them, it is emulated.
@@ -21,7 +21,7 @@ def pick_device() -> torch.device:
     Under Slurm each process may see only its own GPU, whatever its rank.
     """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 

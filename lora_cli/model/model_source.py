@@ -29,6 +29,7 @@ from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.folder import is_path
 from lora_cli.run.hub import USING_CACHE, ask_hub, no_answer_error
 from lora_cli.run.read_file import RESTORE, describe_kind, open_regular, read_json_object
+from lora_cli.run.worker import is_first_of_run
 
 Info = Callable[[str], None]
 
@@ -86,7 +87,7 @@ def find_model(
                 hint="move the files of one of them to another folder",
             )
         # Of several processes, one reads all weights twice.
-        _check_own_model(path, weights=weights and os.environ.get("RANK", "0") == "0", info=info)
+        _check_own_model(path, weights=weights and is_first_of_run(), info=info)
         return ModelSource(str(path), trust)
     if os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
         raise LoraError(f"model.path: {spec.path} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))

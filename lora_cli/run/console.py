@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lora_cli.run.signals import at_end
 from lora_cli.run.sparkline import sparkline
+from lora_cli.run.worker import is_first_of_machine
 
 # Without a `file`, rich looks up sys.stdout and sys.stderr at each line, so replacing them works (tests do).
 out = Console(highlight=False, soft_wrap=True, markup=False)
@@ -73,7 +74,7 @@ def no_output(_: str) -> None:
 @contextmanager
 def loading_libraries() -> Iterator[None]:
     """Within the block, say on a terminal that libraries are imported, which takes seconds; the line is removed."""
-    if quiet or not err.is_terminal or err.is_dumb_terminal or os.environ.get("LOCAL_RANK", "0") != "0":
+    if quiet or not err.is_terminal or err.is_dumb_terminal or not is_first_of_machine():
         yield
         return
     err.file.write("loading torch, transformers and PEFT ...")

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple, TextIO
 
 from lora_cli.errors import LoraError
+from lora_cli.run.worker import is_first_of_run
 
 
 class _Stdout(NamedTuple):
@@ -49,14 +50,9 @@ def is_reserved() -> bool:
 def print_document(value: Mapping[str, Any]) -> None:
     """Print `value` as the document; of several processes of a run, only the first one prints."""
     release_stdout()
-    if is_first_process():
+    if is_first_of_run():
         sys.stdout.write(json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         sys.stdout.flush()
-
-
-def is_first_process() -> bool:
-    """Return whether this process is the one of its run that writes."""
-    return os.environ.get("RANK", "0") in ("", "0")
 
 
 def error_document(error: LoraError) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from lora_cli.run.worker import is_first_of_machine
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LAUNCHED = "LORA_LAUNCHED"  # environment variable of a worker whose stdin is a pipe of its launcher
 OF_TORCHRUN = "TORCHELASTIC_RUN_ID"  # environment variable of a worker of torchrun
@@ -173,8 +175,7 @@ def end_process(exit_code: int, lines: Sequence[str] = ()) -> NoReturn:
 
 def _end_process(number: signal.Signals) -> NoReturn:
     # Of several processes on a machine, the first one speaks.
-    speaks = os.environ.get("LOCAL_RANK", "0") in ("", "0")
-    end_process(128 + number, [f"stopped by {number.name}"] if speaks else [])
+    end_process(128 + number, [f"stopped by {number.name}"] if is_first_of_machine() else [])
 
 
 def _block() -> None:

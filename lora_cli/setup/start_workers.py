@@ -9,6 +9,7 @@ from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
 from lora_cli.run.folder import open_run
+from lora_cli.run.worker import is_worker
 from lora_cli.setup.inputs import load_inputs, with_recorded_date
 from lora_cli.setup.resume import find_run_state
 from lora_cli.setup.training_model import check_before_rows
@@ -34,7 +35,7 @@ def start_workers(recipe: Recipe, request: StartRequest) -> int | None:
         LoraError: recipe, rows and model do not fit, the run folder cannot be used, or this is a worker of torchrun,
             which alone could start the workers of all machines again.
     """
-    if process_group.is_worker():
+    if is_worker():
         if request.max_restarts:
             raise LoraError(
                 f"{MAX_RESTARTS}: these processes are started by another program than lora",

@@ -15,8 +15,10 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
 from lora_cli.errors import LoraError
+from lora_cli.model.memory import PROCESS_BYTES, available_memory
 from lora_cli.recipe.schema import DistributedSpec
 from lora_cli.run import console
+from lora_cli.run.console import format_bytes
 from lora_cli.run.print_error import print_error
 from lora_cli.run.signals import LAUNCHED, SIGNALS, receive_signals
 from lora_cli.run.standard_input import BYTES, text_for_workers
@@ -37,6 +39,8 @@ SIGNAL_HINTS = {
     "need less",
     signal.SIGABRT: "a library ended it: see the messages above; NCCL does so when a GPU or a connection does not "
     "answer, and NCCL_DEBUG=INFO prints more",
+    signal.SIGSEGV: "a library has crashed: PYTHONFAULTHANDLER=1 prints where",
+    signal.SIGBUS: "a library has crashed, as where /dev/shm is full: start a container with --shm-size 1g or more",
 }
 
 
@@ -58,11 +62,18 @@ def resolve_processes(spec: DistributedSpec) -> int:
     """Return the number of processes to start on this machine.
 
     Raises:
-        LoraError: `distributed.processes` is more than the number of GPUs.
+        LoraError: `distributed.processes` is more than the number of GPUs, or than the host memory has room for.
     """
     gpus = torch.cuda.device_count()
     if spec.processes == "auto":
         return max(1, gpus)
+    need, free = spec.processes * PROCESS_BYTES, available_memory(torch.device("cpu"))
+    if not gpus and spec.processes > 1 and need > free:
+        raise LoraError(
+            f"distributed.processes: {spec.processes:,} processes take {format_bytes(need)} for Python and its "
+            f"libraries alone, and {format_bytes(free)} is free",
+            hint=f"write at most {max(1, free // PROCESS_BYTES)}",
+        )
     if gpus and spec.processes > gpus:
         raise LoraError(
             f"distributed.processes: {spec.processes}, but this machine has {gpus} GPU{'s' * (gpus > 1)}",
@@ -196,8 +207,11 @@ def _report(rank: int, code: int) -> None:
     """Print how a worker has ended, unless it has printed its own error."""
     if code in REPORTED:
         return
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = SIGNAL_HINTS.get(signal.Signals(-code)) if code < 0 else None
+    how, hint = f"ended with exit code {code}", None
+    if code < 0:
+        how, hint = f"was ended by {signal.Signals(-code).name}", SIGNAL_HINTS.get(signal.Signals(-code))
+    elif code - 128 in SIGNALS:  # it has handled the signal, which somebody sent to it alone
+        how = f"was stopped by {signal.Signals(code - 128).name}"
     print_error(LoraError(f"process {rank} ({socket.gethostname()}) {how}", hint=hint))
 
 

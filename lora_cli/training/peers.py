@@ -5,7 +5,6 @@ or of the first process, and every process has its own connection to it, whateve
 """
 
 import json
-import os
 import socket
 import threading
 import time
@@ -22,6 +21,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run.console import format_duration
 from lora_cli.run.print_error import error_lines
 from lora_cli.run.signals import end_process
+from lora_cli.run.worker import is_first_of_machine
 
 POLL_S = 0.05  # seconds between two looks for the others
 TICK_S = 1.0  # seconds between two heartbeats of a process
@@ -198,7 +198,7 @@ class Peers:
         try:
             return bool(self._store.add(f"printed/{self.host}/{digest}", 1) == 1)
         except DistError:
-            return os.environ.get("LOCAL_RANK", "0") in ("", "0")
+            return is_first_of_machine()
 
     def record_failure(self, failure: Failure) -> None:
         """Tell the others why the run ends; only the first failure counts."""

@@ -4,8 +4,11 @@ Every worker finds the others through environment variables: RANK, WORLD_SIZE, L
 """
 
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +27,7 @@ from lora_cli.errors import LoraError, first_line
 from lora_cli.recipe.problem import join_words
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
+from lora_cli.run.worker import OF_MACHINE, STARTERS, is_worker, local_rank, processes_of_machine
 from lora_cli.training.agreement import check_start, start_record
 from lora_cli.training.cpu import set_up_cpu
 from lora_cli.training.gpu import set_up_allocator, set_up_determinism
@@ -35,30 +39,10 @@ PREPARING_TIMEOUT = timedelta(days=1)
 # The group's own timeout is later than that of `Peers`, which names the process that does not answer. NCCL's watchdog,
 # which cannot, ends the process with a trace of its threads.
 LATER = timedelta(minutes=1)
-RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables of a worker
-OF_MACHINE = "LOCAL_WORLD_SIZE"  # environment variable of a worker: processes on its machine
+TRY_S, POLL_S = 10, 0.2  # seconds of a try to reach the first machine, and between two of them
 SUPERVISED = "LORA_SUPERVISED"  # environment variable of the only worker of a run, which joins no group
-STARTERS = "start it with torchrun or accelerate launch, or let `lora train` start the processes of one machine"
 _groups: list[Any] = []  # within the group of all processes; their type has no annotation of the number of collectives
 _timeout = [PREPARING_TIMEOUT]  # how long others may take to begin a collective, at present
-
-
-def is_worker() -> bool:
-    """Return whether torchrun, `accelerate launch` or `launch_workers` started this process as a worker of a group.
-
-    Raises:
-        LoraError: some environment variables of a worker of several are set, but not all.
-    """
-    size, missing = os.environ.get("WORLD_SIZE"), [name for name in RENDEZVOUS if not os.environ.get(name)]
-    # Platforms set WORLD_SIZE, RANK and an address, but no LOCAL_RANK, for containers that start the processes.
-    if not size or (size == "1" and "LOCAL_RANK" in missing):
-        return False
-    if missing:
-        raise LoraError(
-            f"WORLD_SIZE is {size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set",
-            hint=f"{STARTERS}; if this is one process alone, unset WORLD_SIZE",
-        )
-    return True
 
 
 def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], None] = console.info) -> Peers | None:
@@ -73,13 +57,12 @@ def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], No
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     joining = timedelta(minutes=recipe.distributed.timeout_minutes)
     server = _serve() if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" else None
-    store = _connect(joining)
-    store.set_timeout(STORE_ANSWERS)
+    store = _connect(joining, answers=STORE_ANSWERS)
     peers = Peers(store, rank=rank, world_size=world_size)
     records = peers.join(start_record(recipe, device), timeout=joining)
     check_start(peers, records, info=info if rank == 0 else console.no_output)
     # torchrun keeps its store over restarts, and the addresses in it would be those of the ended workers.
-    of_group = PrefixStore(peers.start, server or _connect(PREPARING_TIMEOUT))
+    of_group = PrefixStore(peers.start, server or _connect(joining, answers=PREPARING_TIMEOUT))
     torch.distributed.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
         store=of_group,
@@ -118,7 +101,7 @@ def shard_mesh(device: torch.device, *, of_machine: bool) -> DeviceMesh:
     size = sizes[rank]
     if set(sizes) == {world}:
         return init_device_mesh(device.type, (world,))
-    in_order = gather_object([int(os.environ.get("LOCAL_RANK") or 0) == rank % size])
+    in_order = gather_object([local_rank() == rank % size])
     found = join_words([str(each) for each in sorted(set(sizes))], "and")
     if found != str(size) or size == 1 or not all(in_order):
         order = "" if all(in_order) else ", whose ranks do not follow each other"
@@ -135,9 +118,10 @@ def shard_mesh(device: torch.device, *, of_machine: bool) -> DeviceMesh:
 
 
 def _serve() -> TCPStore:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    port = int(os.environ["MASTER_PORT"])
     try:
-        return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=PREPARING_TIMEOUT)
+        # It serves all addresses of this machine, and this connection to it needs none that others know.
+        return TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=PREPARING_TIMEOUT)
     except DistError as error:
         if "EADDRINUSE" not in str(error):
             raise LoraError(f"MASTER_PORT {port} cannot be opened: {first_line(error)}", hint=STARTERS) from None
@@ -149,17 +133,46 @@ def _serve() -> TCPStore:
         ) from None
 
 
-def _connect(timeout: timedelta) -> TCPStore:
+def _connect(timeout: timedelta, *, answers: timedelta) -> TCPStore:
+    """Return the store of the run, which must be reached within `timeout`, and may take `answers` for an answer."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    except DistError:
-        raise LoraError(
-            f"the first machine of the run, {address}, does not answer on port {port}",
-            hint="it must be started too, with the same MASTER_ADDR and MASTER_PORT, and a firewall must let this port "
-            "and those of the connections between the processes pass",
-            exit_code=1,
-        ) from None
+    reason, found = _wait_for_server(address, port, timeout), list[TCPStore]()
+
+    def connect() -> None:
+        with suppress(DistError):
+            found.append(TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout))
+
+    if not reason:
+        # In a thread, because torch waits without end for a program that is no store.
+        thread = threading.Thread(target=connect, name="store", daemon=True)
+        thread.start()
+        thread.join(timeout.total_seconds())
+        reason = "another program has this port"
+    if found:
+        found[0].set_timeout(answers)
+        return found[0]
+    raise LoraError(
+        f"the first machine of the run, {address}, does not answer on port {port}: {reason}",
+        hint="MASTER_ADDR must name it on all machines; it must be started too, with the same MASTER_ADDR and "
+        "MASTER_PORT, and a firewall must let this port and those of the connections between the processes pass",
+        exit_code=1,
+    ) from None
+
+
+def _wait_for_server(address: str, port: int, timeout: timedelta) -> str:
+    """Wait until the store can be reached; return why it cannot be within `timeout`, or an empty text.
+
+    torch would wait too, and print a trace of its C++ functions, and a warning each time that a name is not found.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=TRY_S):
+                return ""
+        except OSError as error:  # also of a name that is not known (yet): that of a new container
+            if time.monotonic() > deadline:
+                return error.strerror or first_line(error)
+        time.sleep(POLL_S)
 
 
 def join_processes(device: torch.device, *, deterministic: bool = False) -> Accelerator:
@@ -174,11 +187,6 @@ def join_processes(device: torch.device, *, deterministic: bool = False) -> Acce
     if device.type == "cpu":
         set_up_cpu(processes_of_machine(accelerator.num_processes))
     return accelerator
-
-
-def processes_of_machine(processes: int) -> int:
-    """Return the number of processes on this machine, which is less than all `processes` of a multi-machine run."""
-    return int(os.environ.get(OF_MACHINE) or processes)
 
 
 def set_timeout(timeout: timedelta) -> None:

@@ -117,7 +117,8 @@ def test_nothing_of_other_programs_reaches_stdout(
 
 
 def test_only_the_first_process_of_a_run_prints(lora: Lora, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert lora("methods", "--json").out == ""
 
 

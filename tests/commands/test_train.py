@@ -217,6 +217,9 @@ def test_only_the_first_of_several_processes_reports_an_error(
     recipe({"training.max_steps": -1})
     assert "error: " in lora("train", "recipe.yaml").err
     monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "error: " in lora("train", "recipe.yaml").err  # of one process alone, whose shell has the variable
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert lora("train", "recipe.yaml") == (2, "", "")
 
 

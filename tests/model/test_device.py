@@ -40,7 +40,7 @@ def test_the_dtype_follows_the_gpu(has_bf16: bool, monkeypatch: pytest.MonkeyPat
     assert multiplies(GPU, torch.float16)
 
 
-@pytest.mark.parametrize(("gpus", "rank", "index"), [(1, "0", 0), (8, "5", 5), (1, "5", 0), (2, "3", 1)])
+@pytest.mark.parametrize(("gpus", "rank", "index"), [(1, "0", 0), (8, "5", 5), (1, "5", 0), (2, "3", 1), (2, "-1", 0)])
 def test_the_gpu_of_a_process_is_one_that_it_sees(gpus: int, rank: str, index: int, monkeypatch: pytest.MonkeyPatch):
     """Under Slurm, a process of any rank may see its own GPU alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -62,6 +62,8 @@ def test_bytes_are_formatted_with_two_or_three_digits(count: int, text: str):
 def test_a_terminal_is_told_that_libraries_are_loaded(
     terminal: bool, rank: str, text: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()

@@ -9,6 +9,7 @@ from torch.distributed import HashStore
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
+from lora_cli.run.worker import RENDEZVOUS
 from lora_cli.setup import start_workers as module
 from lora_cli.setup.start_workers import StartRequest, resumes_after_restart, start_workers
 from lora_cli.training import launch, process_group
@@ -89,8 +90,8 @@ def test_a_further_start_resumes_a_run_that_has_begun(
 
 
 def test_restarts_of_torchruns_workers_are_torchruns(monkeypatch: pytest.MonkeyPatch):
-    for name in process_group.RENDEZVOUS:
-        monkeypatch.setenv(name, "1")
+    for name in RENDEZVOUS:
+        monkeypatch.setenv(name, "0" if "RANK" in name else "1")
     assert start_workers(RECIPE, StartRequest(False, False, [])) is None
     with pytest.raises(LoraError, match=r"^--max-restarts: ") as raised:
         start_workers(RECIPE, StartRequest(False, False, [], 1))

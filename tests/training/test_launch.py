@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-from lora_cli.training import launch, process_group
+from lora_cli.errors import LoraError
+from lora_cli.recipe.schema import DistributedSpec
+from lora_cli.run.worker import RENDEZVOUS
+from lora_cli.training import launch
 
 # A worker as launch.py starts it, without torch. It appends its rank to a file when it can receive signals.
 WORKER = """
@@ -79,11 +82,12 @@ def test_a_second_signal_ends_the_workers_at_once(log: Path, capfd: pytest.Captu
     assert capfd.readouterr().err == "stopped by SIGTERM\n"  # said by one worker only
 
 
+@pytest.mark.parametrize(("code", "how"), [(3, "ended with exit code 3"), (143, "was stopped by SIGTERM")])
 def test_a_worker_that_fails_ends_the_others_and_is_named_with_its_machine(
-    log: Path, capfd: pytest.CaptureFixture[str]
+    code: int, how: str, log: Path, capfd: pytest.CaptureFixture[str]
 ):
-    assert launch.launch_workers(2, [str(log), "3"]).exit_code == 3
-    assert capfd.readouterr().err == f"error: process 1 ({socket.gethostname()}) ended with exit code 3\n"
+    assert launch.launch_workers(2, [str(log), str(code)]).exit_code == code
+    assert capfd.readouterr().err == f"error: process 1 ({socket.gethostname()}) {how}\n"
 
 
 def test_a_worker_that_has_printed_its_error_is_not_reported_again(log: Path, capfd: pytest.CaptureFixture[str]):
@@ -191,8 +195,25 @@ def test_a_signal_to_the_launcher_is_not_followed_by_a_restart(log: Path):
     assert ended == 130
 
 
+@pytest.mark.parametrize(("wanted", "most"), [(1, 1), (3, 3), (4, None)])
+def test_processes_that_host_memory_has_no_room_for_are_refused(
+    wanted: int, most: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Each of them takes its libraries, and a typing error would start thousands."""
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(launch, "available_memory", lambda _: 4 * launch.PROCESS_BYTES - 1)
+    spec = DistributedSpec(processes=wanted)
+    if most is not None:
+        assert launch.resolve_processes(spec) == most
+        return
+    message = r"^distributed.processes: 4 processes take 2.7 GiB .* and 2.7 GiB is free$"
+    with pytest.raises(LoraError, match=message) as told:
+        launch.resolve_processes(spec)
+    assert told.value.hint == "write at most 3"
+
+
 def test_the_only_worker_of_a_run_joins_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    names = "', '".join(process_group.RENDEZVOUS)
+    names = "', '".join(RENDEZVOUS)
     monkeypatch.setattr(
         launch, "WORKER", (sys.executable, "-c", f"import os; assert not {{'{names}'}} & {{*os.environ}}")
     )

@@ -1,9 +1,10 @@
-"""The process group: environment variables of a worker, timeouts, a hanging process, ports, processes per machine."""
+"""The process group: timeouts, a hanging process, ports, processes per machine."""
 
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import Recipe
+from lora_cli.run import worker
 from lora_cli.training import process_group
 
 WORKER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -25,36 +27,12 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that sets the environment variables of a worker to these alone."""
 
     def set_variables(values: dict[str, str]) -> None:
-        for name in (*process_group.RENDEZVOUS, "TORCHELASTIC_USE_AGENT_STORE"):
+        for name in (*worker.RENDEZVOUS, "TORCHELASTIC_USE_AGENT_STORE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)
 
     return set_variables
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({}, False),
-        (WORKER, True),
-        ({**WORKER, "WORLD_SIZE": "1"}, True),
-        # Of a container in which a launcher is to start the processes.
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, False),
-        ({"LOCAL_RANK": "1"}, False),
-    ],
-)
-def test_a_worker_is_known_by_its_environment(values: dict[str, str], expected: bool, variables: Any):
-    variables(values)
-    assert process_group.is_worker() is expected
-
-
-@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_a_worker_without_one_of_the_variables_is_refused(missing: str, variables: Any):
-    variables({name: value for name, value in WORKER.items() if name != missing})
-    with pytest.raises(LoraError, match=f"^WORLD_SIZE is 2, but {missing} is not set$") as raised:
-        process_group.is_worker()
-    assert "torchrun" in str(raised.value.hint)
 
 
 def test_a_port_in_use_is_one_error_with_a_hint(variables: Any):
@@ -66,22 +44,43 @@ def test_a_port_in_use_is_one_error_with_a_hint(variables: Any):
     assert "--master-port" in str(raised.value.hint)
 
 
-def test_a_first_machine_that_does_not_answer_is_named(variables: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("rank", "address", "reason"),
+    [
+        ("1", "127.0.0.1", "Connection refused"),
+        ("1", "name.invalid", "Name or service not known"),
+        ("0", "name.invalid", "Name or service not known"),  # which has the store itself
+    ],
+)
+def test_a_first_machine_that_does_not_answer_is_named(
+    rank: str,
+    address: str,
+    reason: str,
+    variables: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-    variables({**WORKER, "RANK": "1", "MASTER_PORT": str(port)})
-    monkeypatch.setattr(process_group, "timedelta", lambda **_: timedelta(seconds=1))
-    with pytest.raises(
-        LoraError, match=rf"^the first machine of the run, 127\.0\.0\.1, does not answer on port {port}$"
-    ):
+    variables({**WORKER, "RANK": rank, "MASTER_ADDR": address, "MASTER_PORT": str(port)})
+    monkeypatch.setattr(process_group, "timedelta", lambda **_: timedelta(seconds=0.1))
+    with pytest.raises(LoraError) as raised:
         process_group.join_peers(RECIPE, torch.device("cpu"))
+    told = f"the first machine of the run, {address}, does not answer on port {port}: {reason}"
+    assert raised.value.message == told
+    assert capfd.readouterr().err == ""  # of torch: a trace of C++ functions, and warnings
 
 
-def test_the_local_world_size_counts_the_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert process_group.processes_of_machine(16) == 4
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert process_group.processes_of_machine(16) == 16
+def test_a_program_that_is_no_store_is_told(variables: Any, monkeypatch: pytest.MonkeyPatch):
+    """As where the first process has ended because its port was in use: torch waits for an answer without end."""
+    ended = threading.Event()
+    monkeypatch.setattr(process_group, "timedelta", lambda **_: timedelta(seconds=0.1))
+    monkeypatch.setattr(process_group, "TCPStore", lambda *_, **__: ended.wait(60))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        variables({**WORKER, "RANK": "1", "MASTER_PORT": str(server.getsockname()[1])})
+        with pytest.raises(LoraError, match=r"does not answer on port \d+: another program has this port$"):
+            process_group.join_peers(RECIPE, torch.device("cpu"))
+    ended.set()
 
 
 @pytest.mark.parametrize(
