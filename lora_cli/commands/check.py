@@ -35,14 +35,13 @@ from lora_cli.setup.planned_gpus import (
     PlannedGpus,
     changes_that_help,
     check_planned,
-    forms_of,
     host_bytes,
     on_planned_gpus,
     planned_gpus,
     planned_sharding,
 )
 from lora_cli.setup.run_size import SMALLER, run_needs
-from lora_cli.setup.strategy import choose_strategy, planned_strategy, sharding_obstacle
+from lora_cli.setup.strategy import choose_strategy, forms_of, full_batch_form, planned_strategy, sharding_obstacle
 from lora_cli.setup.tracked_run import check_trackers_installed, describe_tracking
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import (
@@ -147,7 +146,8 @@ def _print_sizes(
         console.out.print(line)
     of_run = memory_of_run(recipe, inputs, adapted, optimizer=optimizer)
     if planned:
-        needed = _print_gpu_plan(recipe, inputs, of_run, forms_of(recipe, adapted, batches), planned)
+        forms = forms_of(recipe, adapted, batches)
+        needed = _print_gpu_plan(recipe, inputs, of_run, forms, planned, full=full_batch_form(forms, batches))
     else:
         needed = _print_memory(recipe, of_run, batches, free=memory.available_memory(inputs.device))
     disk = _print_disk(recipe, adapted, base=Path(inputs.base.source.path), optimizer=optimizer, total=total)
@@ -176,9 +176,18 @@ def _print_memory(recipe: Recipe, of_run: memory.TrainingMemory, batches: BatchP
 
 
 def _print_gpu_plan(
-    recipe: Recipe, inputs: RunInputs, of_run: memory.TrainingMemory, forms: list[Form], gpus: PlannedGpus
+    recipe: Recipe,
+    inputs: RunInputs,
+    of_run: memory.TrainingMemory,
+    forms: list[Form],
+    gpus: PlannedGpus,
+    *,
+    full: Form,
 ) -> dict[str, Any]:
-    """Print what training takes on each of the planned GPUs, for each strategy and form, and which ones fit."""
+    """Print what training takes on each of the planned GPUs, for each strategy and form, and which ones fit.
+
+    `full` is the smallest form of whole batches.
+    """
     plans = plan_strategies(of_run, forms, gpus=gpus.number, budget=gpus.memory, sharding=planned_sharding(recipe))
     console.out.print(f"memory of each GPU, estimated, for {gpus.describe()}:")
     names = [plan.name for plan in plans] if len(plans) > 1 else ["one GPU"]
@@ -196,8 +205,9 @@ def _print_gpu_plan(
             f"{name}: {best.form.name}: {console.format_bytes(best.total)}, {best.total / gpus.memory:.0%} of a GPU; "
             f"host memory of a machine with {machine} of them: {host} at least"
         )
-    if len(plans) > 1:
-        console.out.print(f"strategy: {planned_strategy(recipe, inputs, plans)}")
+    if gpus.number > 1:
+        strategy = planned_strategy(recipe, inputs, of_run, full, gpus=gpus.number, budget=gpus.memory)
+        console.out.print(f"strategy: {strategy.name} ({strategy.why})")
     if all(plan.best is None for plan in plans):
         console.out.print("what would need less:")
         shardable = not sharding_obstacle(recipe, inputs)

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from functools import partial
 from typing import NamedTuple
 
-from lora_cli.model.memory import FP32, TrainingMemory
+from lora_cli.model.memory import FP32, PROCESS_BYTES, TrainingMemory
 from lora_cli.model.weight_memory import StoredWeights
 
 CONTEXT_BYTES = 512 << 20  # CUDA context with its kernels, and the workspace of cuBLAS
@@ -168,6 +168,13 @@ def step_bytes(memory: TrainingMemory, form: Form, tokens: int) -> int:
     """Return the bytes of the tensors of one step, of a batch of `tokens`, without weights, gradients and optimizer."""
     plan = memory.plan(tokens, every=form.every, offload=form.offload)
     return plan.activations + plan.temporary + plan.logits
+
+
+def full_model_bytes(memory: TrainingMemory, form: Form, *, processes: int) -> int:
+    """Return the bytes of a full model and a step in `form` in each of `processes`, without what CUDA takes."""
+    parts = ddp_parts(memory, processes)
+    of_process = PROCESS_BYTES if memory.on_cpu else 0
+    return parts.total(step_bytes(memory, form, form.tokens)) - parts.context + of_process
 
 
 def fewest_gpus(

@@ -3,7 +3,6 @@
 Weights and adapter are exact (`weight_memory.py`); activations are an estimate (`activation_memory.py`).
 """
 
-import os
 from typing import NamedTuple
 
 import psutil
@@ -142,10 +141,9 @@ def available_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def free_for_process(device: torch.device) -> int:
-    """Return the bytes that one process may take: those of a run on one machine see the same free host memory."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device.type == "cpu" else 1
-    return available_memory(device) // processes
+def free_for_process(device: torch.device, processes: int) -> int:
+    """Return the bytes that each of `processes` of this machine may take: all see the same free host memory."""
+    return available_memory(device) // (processes if device.type == "cpu" else 1)
 
 
 def fits_in_memory(parameters: int) -> bool:

@@ -17,8 +17,8 @@ from lora_cli.recipe.tasks import FormatName, TaskName
 from lora_cli.run.console import format_bytes, no_output
 from lora_cli.setup.first_inputs import CPU, MAX_BAD, FoundModel, FoundRows, Info
 from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
-from lora_cli.setup.planned_gpus import GPU, PlannedGpus, changes_that_help, forms_of, on_planned_gpus
-from lora_cli.setup.strategy import sharding_obstacle
+from lora_cli.setup.planned_gpus import GPU, PlannedGpus, changes_that_help, on_planned_gpus
+from lora_cli.setup.strategy import forms_of, sharding_obstacle
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import adapter_context, check_before_rows, resolve_optimizer
 

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
 
-from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model.device import pick_dtype
 from lora_cli.model.gpu_plan import CONTEXT_BYTES, Form, Sharding, StrategyPlan, fewest_gpus, plan_strategies
@@ -16,7 +14,6 @@ from lora_cli.recipe.schema import QuantizationSpec, Recipe
 from lora_cli.run.console import format_bytes
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.strategy import check_offload
-from lora_cli.training.memory_ladder import all_rungs
 
 GPU = torch.device("cuda")
 MIN_SHARE = 0.02  # of a GPU's memory: an adapter that takes less is not named
@@ -92,23 +89,6 @@ def on_planned_gpus(recipe: Recipe, inputs: RunInputs) -> RunInputs:
         device=GPU,
         base=inputs.base._replace(dtype=dtype),
     )
-
-
-def forms_of(recipe: Recipe, model: PeftModel, batches: BatchPlan) -> list[Form]:
-    """Return the forms of the memory ladder that a run on a GPU has, the fastest first."""
-    base = model.get_base_model()
-    rungs = all_rungs(
-        setting=recipe.training.gradient_checkpointing,
-        can_recompute=recipe.adapter.method != "prefix" and base.supports_gradient_checkpointing,
-        on_cpu=False,
-        max_parts=batches.max_rows,
-        parts_first=min(batches.parts, batches.max_rows),
-    )
-    longest = int(batches.rows.lengths.max())
-    tokens = {
-        rung.parts: longest if rung.parts >= batches.max_rows else batches.tokens_of_part(rung.parts) for rung in rungs
-    }
-    return [Form(rung.describe(), rung.every, rung.offload, tokens[rung.parts]) for rung in rungs]
 
 
 def planned_sharding(recipe: Recipe) -> Sharding:

@@ -11,17 +11,18 @@ from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
 from lora_cli.model import attach_adapter, memory
 from lora_cli.model.base_model import task_heads
-from lora_cli.model.gpu_plan import StrategyPlan, offloaded_bytes
+from lora_cli.model.gpu_plan import CONTEXT_BYTES, Form, full_model_bytes, offloaded_bytes
 from lora_cli.model.sharded_base import sharding_problem
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.methods import METHOD_FACTS
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.sharding_rules import KEY, OFFLOAD_KEY, SHARDED, sharding_conflicts
 from lora_cli.run import console
+from lora_cli.run.worker import processes_of_machine
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_memory import memory_of_run
 from lora_cli.setup.training_model import adapter_context, resolve_optimizer
-from lora_cli.training.process_group import processes_of_machine
+from lora_cli.training.memory_ladder import all_rungs
 
 MAX_SHARE = 0.9  # of the free memory that an estimate may take
 StrategyName = Literal["ddp", "fsdp", "hsdp"]
@@ -63,31 +64,72 @@ def choose_strategy(
         return Strategy("ddp")
     if wanted != "auto":
         return Strategy(wanted, _required(recipe, inputs) + offload, _trained_modules(recipe, inputs))
-    need, free = _needed(recipe, inputs, plan), memory.free_for_process(inputs.device)
-    texts = f"a full model in each process needs about {console.format_bytes(need)}"
-    texts += f", and {console.format_bytes(free)} is free"
-    if not any_process(need > MAX_SHARE * free):
-        return Strategy("ddp", f"auto: {texts}")
-    if problem := sharding_obstacle(recipe, inputs):
-        return Strategy("ddp", f"auto: {texts}; but {problem}")
-    return Strategy("fsdp", f"auto: {texts}", _trained_modules(recipe, inputs))
+    free = memory.free_for_process(inputs.device, processes_of_machine(plan.processes))
+    chosen = _choose(recipe, inputs, _needed(recipe, inputs, plan), free, any_process=any_process)
+    return chosen if chosen.name == "ddp" else chosen._replace(whole=_trained_modules(recipe, inputs))
 
 
-def planned_strategy(recipe: Recipe, inputs: RunInputs, plans: Sequence[StrategyPlan]) -> str:
-    """Return the name of the strategy that a run on the GPUs of these plans would have, and why.
+def planned_strategy(
+    recipe: Recipe, inputs: RunInputs, of_run: memory.TrainingMemory, form: Form, *, gpus: int, budget: int
+) -> Strategy:
+    """Return the strategy that a run on `gpus` planned GPUs of `budget` bytes each would have, and why.
+
+    Args:
+        recipe: of the run.
+        inputs: of the run, on such a GPU.
+        of_run: what it takes.
+        form: of `full_batch_form`.
+        gpus: several.
+        budget: bytes of each.
 
     Raises:
         LoraError: the recipe requests fsdp or hsdp, and the base cannot be sharded.
     """
     wanted = recipe.distributed.strategy
-    if wanted in SHARDED:
-        return f"{wanted} ({_required(recipe, inputs)})"
     if wanted == "ddp":
-        return "ddp (set in the recipe)"
-    if next(plan for plan in plans if plan.name == "ddp").best:
-        return "ddp (auto: the full model fits on each)"
-    problem = sharding_obstacle(recipe, inputs)
-    return f"ddp (auto: {problem})" if problem else "fsdp (auto: the full model does not fit on each)"
+        return Strategy("ddp", "set in the recipe")
+    if wanted != "auto":
+        return Strategy(wanted, _required(recipe, inputs))
+    need = full_model_bytes(of_run, form, processes=gpus)
+    return _choose(recipe, inputs, need, budget - CONTEXT_BYTES)
+
+
+def _choose(
+    recipe: Recipe, inputs: RunInputs, need: int, free: int, *, any_process: Callable[[bool], bool] = bool
+) -> Strategy:
+    """Return the strategy that `auto` takes, where each process needs `need` bytes for a full model."""
+    texts = f"auto: a full model in each process needs about {console.format_bytes(need)}"
+    texts += f", and {console.format_bytes(free)} is free"
+    if not any_process(need > MAX_SHARE * free):
+        return Strategy("ddp", texts)
+    texts += f", of which it may take {MAX_SHARE:.0%}"
+    if problem := sharding_obstacle(recipe, inputs):
+        return Strategy("ddp", f"{texts}; but {problem}")
+    return Strategy("fsdp", texts)
+
+
+def forms_of(recipe: Recipe, model: PeftModel, batches: BatchPlan, *, on_cpu: bool = False) -> list[Form]:
+    """Return the forms of the memory ladder that a run has, the fastest first."""
+    base = model.get_base_model()
+    rungs = all_rungs(
+        setting=recipe.training.gradient_checkpointing,
+        can_recompute=recipe.adapter.method != "prefix" and base.supports_gradient_checkpointing,
+        on_cpu=on_cpu,
+        max_parts=batches.max_rows,
+        parts_first=min(batches.parts, batches.max_rows),
+    )
+    return [Form(rung.describe(), rung.every, rung.offload, _tokens_of(batches, rung.parts)) for rung in rungs]
+
+
+def full_batch_form(forms: Sequence[Form], batches: BatchPlan) -> Form:
+    """Return the smallest of the forms that divide no batch and need no transfer to the host."""
+    tokens = _tokens_of(batches, min(batches.parts, batches.max_rows))
+    return [form for form in forms if form.tokens >= tokens and not form.offload][-1]
+
+
+def _tokens_of(batches: BatchPlan, parts: int) -> int:
+    """Return the tokens that run at a time of batches in `parts`."""
+    return int(batches.rows.lengths.max()) if parts >= batches.max_rows else batches.tokens_of_part(parts)
 
 
 def sharding_obstacle(recipe: Recipe, inputs: RunInputs) -> str:
@@ -138,7 +180,8 @@ def _offload(recipe: Recipe, inputs: RunInputs, *, processes: int) -> str:
     check_offload(recipe, processes=processes)
     weights = stored_weights(inputs.base.skeleton(), dtype=inputs.base.dtype, quantization=recipe.quantization)
     shards = processes_of_machine(processes) if recipe.distributed.strategy == "hsdp" else processes
-    need, free = offloaded_bytes(weights, shards), memory.free_for_process(torch.device("cpu"))
+    need = offloaded_bytes(weights, shards)
+    free = memory.free_for_process(torch.device("cpu"), processes_of_machine(processes))
     texts = f"{console.format_bytes(need)} of host memory for the layers of each process"
     if need + memory.PROCESS_BYTES > MAX_SHARE * free:
         raise LoraError(
@@ -152,10 +195,10 @@ def _offload(recipe: Recipe, inputs: RunInputs, *, processes: int) -> str:
 
 def _needed(recipe: Recipe, inputs: RunInputs, plan: BatchPlan) -> int:
     """Return the bytes of a full model and its step, in the smallest form that does not divide batches."""
-    optimizer = resolve_optimizer(recipe, inputs)
-    of_run = memory_of_run(recipe, inputs, _adapted_skeleton(recipe, inputs), optimizer=optimizer)
-    every = None if recipe.training.gradient_checkpointing is False else 1
-    return of_run.plan(plan.tokens_of_part(plan.parts), every=every).total
+    model = _adapted_skeleton(recipe, inputs)
+    of_run = memory_of_run(recipe, inputs, model, optimizer=resolve_optimizer(recipe, inputs))
+    forms = forms_of(recipe, model, plan, on_cpu=inputs.device.type == "cpu")
+    return full_model_bytes(of_run, full_batch_form(forms, plan), processes=plan.processes)
 
 
 def _adapted_skeleton(recipe: Recipe, inputs: RunInputs) -> PeftModel:

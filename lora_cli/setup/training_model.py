@@ -34,6 +34,7 @@ from lora_cli.model.trained_on import Origin
 from lora_cli.recipe.schema import AdapterSpec, Recipe
 from lora_cli.run import console
 from lora_cli.run.redact import redact_path
+from lora_cli.run.worker import processes_of_machine
 from lora_cli.setup.adapter_folders import find_adapter
 from lora_cli.setup.coverage import AdapterCoverage, adapter_coverage
 from lora_cli.setup.inputs import RunInputs
@@ -357,7 +358,7 @@ def _memory_ladder(
     tried = inputs.device.type != "cpu" and not is_sharded(model)
     if (recipe.training.gradient_checkpointing != "auto" and not auto) or tried:
         return ladder
-    free = memory.free_for_process(inputs.device) - gathered_bytes(model)
+    free = memory.free_for_process(inputs.device, processes_of_machine(plan.processes)) - gathered_bytes(model)
     rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= plan.parts]
     of_run = memory_of_run(recipe, inputs, model, optimizer=resolve_optimizer(recipe, inputs))
     needs = {

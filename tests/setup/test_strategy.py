@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model.gpu_plan import offloaded_bytes
+from lora_cli.model.gpu_plan import Form, full_model_bytes, offloaded_bytes
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import Recipe
 from lora_cli.setup import strategy
 from tests.model import zoo
+from tests.model.test_memory import memory_of
 
 GIB = 1 << 30
 
@@ -33,7 +35,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(strategy, "_needed", lambda *_: 10 * GIB)
         monkeypatch.setattr(strategy, "sharding_problem", lambda *_: problem)
         monkeypatch.setattr(strategy, "_trained_modules", lambda *_: ("lm_head",))
-        monkeypatch.setattr(strategy.memory, "free_for_process", lambda _: int(free * GIB))
+        monkeypatch.setattr(strategy.memory, "free_for_process", lambda *_: int(free * GIB))
         recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
         inputs: Any = SimpleNamespace(
             prequantized=object() if prequantized else None,
@@ -52,7 +54,8 @@ def test_auto_shards_what_does_not_fit(choose: Any):
     fits, too_large = choose(free=12), choose(free=11)
     assert (fits.name, fits.kept_whole) == ("ddp", None)
     assert (too_large.name, too_large.kept_whole) == ("fsdp", ("lm_head",))
-    assert too_large.why == "auto: a full model in each process needs about 10.0 GiB, and 11.0 GiB is free"
+    why = "auto: a full model in each process needs about 10.0 GiB, and "
+    assert (fits.why, too_large.why) == (f"{why}12.0 GiB is free", f"{why}11.0 GiB is free, of which it may take 90%")
 
 
 def test_auto_says_why_it_cannot_shard(choose: Any):
@@ -107,20 +110,54 @@ def test_layers_on_the_cpu_are_in_host_memory_anyway(choose: Any, processes: int
     assert chosen.why.endswith("; cpu_offload has no effect on the CPU, where the base is in host memory anyway")
 
 
+NEEDED = "auto: a full model in each process needs about"
+
+
 @pytest.mark.parametrize(
-    ("sections", "fits", "expected"),
+    ("sections", "budget", "name", "why"),
     [
-        ({}, True, "ddp (auto: the full model fits on each)"),
-        ({}, False, "fsdp (auto: the full model does not fit on each)"),
-        ({"distributed": {"strategy": "fsdp"}}, True, "fsdp (set in the recipe)"),
-        ({"task": "seq-cls"}, False, "ddp (auto: fsdp is for causal-lm, not for seq-cls)"),
+        ({}, 10.5, "ddp", rf"{NEEDED} 8\.9 GiB, and 10\.0 GiB is free"),
+        ({}, 10, "fsdp", rf"{NEEDED} 8\.9 GiB, and 9\.5 GiB is free, of which it may take 90%"),
+        ({"distributed": {"strategy": "fsdp"}}, 99, "fsdp", "set in the recipe"),
+        ({"distributed": {"strategy": "ddp"}}, 1, "ddp", "set in the recipe"),
+        ({"task": "seq-cls"}, 1, "ddp", rf"{NEEDED} .* 90%; but fsdp is for causal-lm, not for seq-cls"),
     ],
 )
 def test_a_plan_says_what_a_run_would_take(
-    sections: dict[str, Any], fits: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    sections: dict[str, Any], budget: float, name: str, why: str, monkeypatch: pytest.MonkeyPatch
 ):
+    """By the same rule: of what CUDA leaves, 90 % for the forms that divide no batch and keep all on the GPU."""
     monkeypatch.setattr(strategy, "sharding_problem", lambda *_: "")
     recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **sections})
     inputs: Any = SimpleNamespace(prequantized=None, base=SimpleNamespace(source=SimpleNamespace(packed=False)))
-    plans: Any = [SimpleNamespace(name="ddp", best=object() if fits else None), SimpleNamespace(name="fsdp", best=None)]
-    assert strategy.planned_strategy(recipe, inputs, plans) == expected
+    memory = memory_of()._replace(optimizer=int(8.9 * GIB))
+    chosen = strategy.planned_strategy(
+        recipe, inputs, memory, Form("", 1, False, 512), gpus=2, budget=round(budget * GIB)
+    )
+    assert chosen.name == name
+    assert re.fullmatch(why, chosen.why)
+
+
+def test_paged_state_needs_no_memory_of_a_gpu():
+    """It moves to the host where the GPU is full, in the plan of GPUs and in a run."""
+    memory, form = memory_of(), Form("", 1, False, 512)
+    whole, paged = (full_model_bytes(memory._replace(paged=paged), form, processes=2) for paged in (False, True))
+    assert whole - paged == memory.optimizer
+
+
+def test_the_form_that_decides_divides_no_batch_and_keeps_all_on_the_gpu():
+    model, rows = zoo.attached(zoo.make("llama")), zoo.rows_of([30] * 8)
+    for options, every, tokens in (
+        ({}, 1, 120),
+        ({"training": {"gradient_checkpointing": False}}, None, 120),
+        ({"adapter": {"method": "prefix"}}, None, 120),  # whose layers cannot be recomputed
+    ):
+        recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, **options})
+        plan = BatchPlan(rows, packing=True, size=120, batches_per_step=1, seed=0)
+        forms = strategy.forms_of(recipe, model, plan)
+        form = strategy.full_batch_form(forms, plan)
+        assert (form.every, form.offload, form.tokens) == (every, False, tokens)
+        assert min(each.tokens for each in forms) == 30
+    joined = BatchPlan(rows, packing=True, size=60, batches_per_step=4, seed=0, join=True)
+    recipe = Recipe.model_validate({"model": {"path": "m"}, "data": {"train": "rows.jsonl"}})
+    assert strategy.full_batch_form(strategy.forms_of(recipe, model, joined), joined).tokens == 90
