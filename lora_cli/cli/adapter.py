@@ -23,7 +23,12 @@ from lora_cli.run import console
 from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
 from lora_cli.setup.adapter_folders import find_adapter, parse_weighted_adapters
 
-adapter_app = new_group(app, "adapter", help="Inspect, resize, combine and convert LoRA adapters.")
+adapter_app = new_group(
+    app,
+    "adapter",
+    help="Inspect, resize, combine and convert LoRA adapters.",
+    examples=["lora adapter inspect runs/quickstart", "lora adapter combine runs/a runs/b --out both"],
+)
 COMBINE_METHODS = ("concat", "svd", "linear", "ties", "dare")
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter.", show_default=False)]
 

@@ -1,7 +1,7 @@
 """The typer app that the other files of this folder add their commands to, and what all commands have. No torch.
 
 Every command has -h, --quiet, --verbose, two examples and the exit codes in its help. `@app.command(examples=[...])`
-adds all of it; a group of commands is made by `new_group(app, "name", help=...)`.
+adds all of it; a group of commands is made by `new_group(app, "name", help=..., examples=[...])`.
 """
 
 import os
@@ -127,14 +127,18 @@ class App(typer.Typer):
             examples: command lines for its help, without `$`; a test parses them.
             options: those of typer's decorator.
         """
-        epilog = "\n".join(["Examples:", *(f"  {example}" for example in examples)]) if examples else None
-        add: Callable[[Function], Function] = super().command(name, cls=_Command, epilog=epilog, **options)
+        add: Callable[[Function], Function] = super().command(name, cls=_Command, epilog=_epilog(examples), **options)
         return add
 
 
-def _new_app(help_text: str, **options: Any) -> App:
+def _epilog(examples: Sequence[str]) -> str | None:
+    return "\n".join(["Examples:", *(f"  {example}" for example in examples)]) if examples else None
+
+
+def _new_app(help_text: str, *, examples: Sequence[str], **options: Any) -> App:
     return App(
         help=help_text,
+        epilog=_epilog(examples),
         cls=_Group,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -144,9 +148,9 @@ def _new_app(help_text: str, **options: Any) -> App:
     )
 
 
-def new_group(parent: App, name: str, *, help: str) -> App:
+def new_group(parent: App, name: str, *, help: str, examples: Sequence[str]) -> App:
     """Return an app for the commands `lora NAME ...`, added to `parent`."""
-    group = _new_app(help, add_completion=False)
+    group = _new_app(help, examples=examples, add_completion=False)
     parent.add_typer(group, name=name)
     return group
 
@@ -225,7 +229,10 @@ def _show_version(value: bool) -> None:
         raise typer.Exit
 
 
-app = _new_app("Fine-tune language models with LoRA and QLoRA from one YAML recipe.")
+app = _new_app(
+    "Fine-tune language models with LoRA and QLoRA from one YAML recipe.",
+    examples=["lora init quickstart", "lora train quickstart.yaml"],
+)
 
 
 @app.callback()

@@ -14,7 +14,7 @@ from lora_cli.run import console
 from lora_cli.run.questions import check_terminal
 
 
-@app.command(examples=["lora init", "lora init quickstart"])
+@app.command(examples=["lora init", "lora init quickstart", "lora init --interactive"])
 def init(
     name: Annotated[
         str | None,

@@ -57,8 +57,13 @@ def report(folders: Sequence[Path], request: ReportRequest) -> dict[str, Any]:
     atomic.write_bytes(out, page.encode("utf-8", errors="replace"))
     console.out.print(str(out))
     if request.open_page:
-        webbrowser.open(out.absolute().as_uri())
+        _open(out.absolute().as_uri())
     return {"page": out}
+
+
+def _open(address: str) -> None:
+    if not webbrowser.open(address):
+        console.info(f"note: no browser was found: open {address}")
 
 
 def _read(folders: Sequence[Path], request: ReportRequest, *, spectra: bool) -> Report:
@@ -172,7 +177,7 @@ def _serve(folders: Sequence[Path], request: ReportRequest) -> None:
     console.out.print(server.address)
     console.info("Ctrl-C ends it; only this machine can open the address")
     if request.open_page:
-        webbrowser.open(server.address)
+        _open(server.address)
     with server, stop_request() as stop:
         server.timeout = 0.2
         while not stop.is_set():

@@ -111,6 +111,7 @@ def _unknown(key: str, section: str, step: str, known: dict[str, JsonSchema], re
     if not known:
         return LoraError(f"{key} is not a key of a recipe: {section} has no keys", hint=f"lora schema {section}")
     found = suggest(step, section, value=None, keys=list(known), recipe=recipe).key or find_key(step, recipe)
-    close = [found] if found else get_close_matches(key, all_keys(recipe), n=1)
+    # The name of its section alone would make any key close to those in it.
+    close = [found] if found else [] if section else get_close_matches(key, all_keys(recipe), n=1)
     where = f"the keys of {section} are {', '.join(known)}" if section else f"its sections are {', '.join(known)}"
     return LoraError(f"a recipe has no key {key}", hint=f"did you mean {close[0]}?" if close else where)

@@ -79,7 +79,8 @@ def final_table(runs: Sequence[RecordedRun], intervals: Mapping[str, RowLossInte
         "run", "state", "loss at the start", "best loss", "loss of the written adapter", "95% interval",
         "its rows", f"below {runs[0].name}, paired", "last training loss", "tokens", "time of all steps",
     )  # fmt: skip
-    notes = ["losses of held-out rows but for the last training loss; nats per supervised unit"]
+    units = " or ".join(sorted({run.loss_unit for run in runs}))
+    notes = [f"losses of held-out rows but for the last training loss; {units}"]
     for run in runs:
         if run.name not in intervals:
             is_measured = any(each.of_adapter for each in run.measurements)

@@ -26,13 +26,13 @@ class Chart(NamedTuple):
 
     key: str  # column of the page's data
     title: str
-    unit: str
+    unit: str  # of the loss, that of the runs
     smoothed: bool  # whether a running mean is drawn too
     what: str  # what it shows, in one sentence
 
 
 CHARTS = (
-    Chart("loss", "Loss", "nats per supervised unit", True, "Loss of each training step, and of the held-out rows."),
+    Chart("loss", "Loss", "", True, "Loss of each training step, and of the held-out rows."),
     Chart("learning_rate", "Learning rate", "", False, "Learning rate of each step."),
     Chart("grad_norm", "Gradient norm", "L2, before clipping", True, "Norm of each step's gradient."),
     Chart(
@@ -81,8 +81,9 @@ def chart_specs(runs: Sequence[RecordedRun]) -> dict[str, Json]:
     """Return the charts that the runs have data for, by key: Vega-Lite, with the data set `points` left to the page."""
     names = [run.name for run in runs]
     known = [columns(run) for run in runs]
+    unit = " or ".join(sorted({run.loss_unit for run in runs}))
     return {
-        chart.key: _spec(chart, names)
+        chart.key: _spec(chart._replace(unit=unit) if chart.key == "loss" else chart, names)
         for chart in CHARTS
         if any(value is not None for each in known for value in each[chart.key])
     }

@@ -152,6 +152,7 @@ def _run_values(number: int, each: ReportedRun, intervals: Mapping[str, RowLossI
         "coverage": tables.coverage_table(run),
         "measurements": [tables.measurement_table(measured, task) for measured in run.measurements],
         "answers": answers.answer_sources(run),
+        "classifies": task in tables.CLASSIFIERS,
         "spectrum": tables.spectrum_table(each.spectra) if each.spectra else None,
         "no_spectra": each.no_spectra,
         "verdicts": [verdict_table(verdict) for verdict in each.verdicts],

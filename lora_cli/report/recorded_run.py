@@ -84,6 +84,12 @@ class RecordedRun(NamedTuple):
         return min(candidates, key=lambda each: float(each["eval_loss"]), default=None)
 
     @property
+    def loss_unit(self) -> str:
+        """What the losses are."""
+        is_regression = as_object(self.manifest.get("labels")).get("kind") == "regression"
+        return "mean squared error" if is_regression else "nats per supervised unit"
+
+    @property
     def starts_from_adapter(self) -> bool:
         """Whether training went on from another adapter: what was measured before step 1 is not the base."""
         return bool(as_object(self.recipe.get("adapter")).get("from") or self.manifest.get("origins"))
@@ -128,11 +134,15 @@ def check_is_run(folder: Path) -> None:
     Raises:
         LoraError: it does not exist, or contains no run.
     """
+    # A file of a run, its adapter, or a checkpoint:
+    run = next((parent for parent in [*folder.parents][:2] if is_run(parent)), None)
     if not os.path.isdir(folder):
-        raise LoraError(f"{folder} is not a folder", hint="give the folder of a run; lora runs lists them")
+        hint = "give the folder of a run; lora runs lists them" if run is None else f"give its run: {run}"
+        raise LoraError(f"{folder} is not a folder", hint=hint)
     has_log = os.path.lexists(folder / "metrics.jsonl") or os.path.lexists(folder / "manifest.json")
     if not (is_run(folder) or has_log):
-        raise LoraError(f"{folder} is not the folder of a run", hint="lora runs lists the runs of a folder")
+        hint = f"lora runs {shlex.quote(str(folder))} lists the runs in it" if run is None else f"give its run: {run}"
+        raise LoraError(f"{folder} is not the folder of a run", hint=hint)
 
 
 def read_state(folder: Path, manifest: Json, *, last: int, checkpoints: Sequence[int]) -> RunState:

@@ -12,6 +12,7 @@ from lora_cli.run.console import format_bytes, format_duration
 DASH = "–"
 MAX_STEPS = 60  # rows of the table of steps
 MAX_DIGITS = 20  # characters of a number
+CLASSIFIERS = ("seq-cls", "token-cls")  # tasks
 # Counts of a ledger's source that are shown if they are not 0, with their meaning.
 COUNTED = {
     "cut": "rows truncated to data.max_length",
@@ -226,8 +227,7 @@ def coverage_table(run: RecordedRun) -> Table | None:
 def measurement_table(measured: Measurement, task: str) -> Table:
     """Return the figures of one result of `lora eval`: a row for each model."""
     results = {name: as_object(value) for name, value in as_object(measured.content.get("results")).items()}
-    classifier = task in ("seq-cls", "token-cls")
-    columns = {"loss": ".4f", **({} if classifier else {"perplexity": ".2f"}), "accuracy": ".1%"}
+    columns = {"loss": ".4f", **({} if task in CLASSIFIERS else {"perplexity": ".2f"}), "accuracy": ".1%"}
     others = {key for values in results.values() for key, value in values.items() if as_number(value) is not None}
     columns |= dict.fromkeys(sorted(others - columns.keys() - {"tokens"}), ".4f")
     rows = []

@@ -26,8 +26,9 @@ FAST_S = 2.0
 
 
 def commands(group: Command = ROOT, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Command]]:
-    """Yield the words and the object of every command."""
+    """Yield the words and the object of every group and command."""
     assert isinstance(group, TyperGroup)
+    yield " ".join(path), group
     for name, command in group.commands.items():
         if isinstance(command, TyperGroup):
             yield from commands(command, (*path, name))
@@ -35,7 +36,8 @@ def commands(group: Command = ROOT, path: tuple[str, ...] = ()) -> Iterator[tupl
             yield " ".join((*path, name)), command
 
 
-COMMANDS = dict(commands())
+GROUPS = {name: command for name, command in commands() if isinstance(command, TyperGroup)}
+COMMANDS = {name: command for name, command in commands() if name not in GROUPS}
 each_command = pytest.mark.parametrize("name", COMMANDS)
 
 
@@ -43,8 +45,7 @@ def examples(command: Command) -> list[str]:
     return [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
 
 
-def help_of(name: str) -> str:
-    command = COMMANDS[name]
+def help_of(name: str, command: Command) -> str:
     with Context(command, info_name=name.rpartition(" ")[2], help_option_names=["-h", "--help"]) as ctx:
         return command.get_help(ctx)
 
@@ -53,17 +54,17 @@ def help_of(name: str) -> str:
 def test_a_command_is_made_by_our_app(name: str):
     assert isinstance(COMMANDS[name], _Command), (
         f"lora {name}: add it with @app.command(examples=[...]) of cli/app.py; a group of commands is made by "
-        'new_group(app, "NAME", help=...), not by typer.Typer()'
+        'new_group(app, "NAME", help=..., examples=[...]), not by typer.Typer()'
     )
 
 
-@each_command
-def test_a_command_has_two_examples_that_can_be_parsed(name: str):
-    found = examples(COMMANDS[name])
+@pytest.mark.parametrize("name", [*COMMANDS, *GROUPS])
+def test_each_has_two_examples_that_can_be_parsed(name: str):
+    found = examples(COMMANDS[name] if name in COMMANDS else GROUPS[name])
     assert len(found) >= 2, f'lora {name}: add two examples: @app.command(examples=["lora {name} ...", ...])'
     for example in found:
         line = example.rpartition("|")[2].strip()
-        assert line.startswith(f"lora {name}"), f"{example}: an example of lora {name} begins with it"
+        assert line.startswith(f"lora {name}".rstrip()), f"{example}: an example of lora {name} begins with it"
         with ROOT.make_context("lora", shlex.split(line)[1:]) as ctx:
             rest = ctx._protected_args + ctx.args
             command: Command | None = ROOT
@@ -77,7 +78,7 @@ def test_a_command_has_two_examples_that_can_be_parsed(name: str):
 
 @each_command
 def test_the_help_of_a_command_is_complete(name: str):
-    text = help_of(name)
+    text = help_of(name, COMMANDS[name])
     for wanted in ("-h, --help", "-q, --quiet", "-v, --verbose", "Examples:", EXIT_CODES):
         assert wanted in text, f"lora {name} --help lacks {wanted}"
     assert "<bool>" not in text
@@ -111,9 +112,10 @@ def test_an_argument_that_is_a_path_of_a_run_or_adapter_is_completed(name: str):
 
 
 def test_groups_have_quiet_and_verbose_before_the_command():
-    for group in (ROOT, *(each for each in ROOT.commands.values() if isinstance(each, TyperGroup))):  # type: ignore[attr-defined]
-        assert isinstance(group, _Group), f"{group.name}: make it with new_group of cli/app.py"
+    for name, group in GROUPS.items():
+        assert isinstance(group, _Group), f"lora {name}: make it with new_group of cli/app.py"
         assert {"--quiet", "--verbose"} <= {opt for each in group.params for opt in each.opts}
+        assert EXIT_CODES in help_of(name, group)
 
 
 LIGHT = """

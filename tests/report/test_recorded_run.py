@@ -161,5 +161,12 @@ def test_results_of_lora_eval_in_the_run_folder_are_found(tmp_path: Path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(LoraError, match="is not a folder"):
         check_is_run(tmp_path / "missing")
-    with pytest.raises(LoraError, match="is not the folder of a run"):
+    folder = write_run(tmp_path / "a")
+    (folder / "checkpoints" / "step-00000010").mkdir(parents=True)
+    with pytest.raises(LoraError, match="is not the folder of a run") as caught:
         check_is_run(tmp_path)
+    assert caught.value.hint == f"lora runs {tmp_path} lists the runs in it"
+    for inside in ("adapter", "checkpoints/step-00000010", "recipe.yaml"):
+        with pytest.raises(LoraError, match="is not") as caught:
+            check_is_run(folder / inside)
+        assert caught.value.hint == f"give its run: {folder}"
