@@ -153,7 +153,7 @@ def _carry_adapter(draft: Draft, kind: str) -> None:
         draft.carry("finetuning_type", "adapter.method", "oft")
         draft.carry("oft_block_size", "adapter.rotation_size", config.whole("oft_block_size") or 32)
         carry_targets(draft, "oft_target")
-        draft.carry("module_dropout", "adapter.dropout", real(config, "module_dropout") or 0.0)
+        draft.no_effect("module_dropout", "PEFT does not apply it to OFT")
         draft.refuse("oft_rank", "the size of the rotation blocks is set here; accepted: oft_block_size")
         return
     draft.same("finetuning_type", "lora is the default")

@@ -98,7 +98,7 @@ IMPORTED: dict[str, Use] = {
         "merging/check_weights.py merging/deltas.py model/fused_lora.py model/gguf_base.py", peft_checks.custom_layers
     ),
     "peft.tuners.lora.LoraLayer": Use(
-        "export/gguf/adapter.py export/hf/vllm_adapter.py model/activation_memory.py "
+        "commands/convert_adapter.py export/gguf/adapter.py export/hf/vllm_adapter.py model/activation_memory.py "
         "model/foreign_adapters/to_peft.py model/fp32_weights.py model/fused_lora.py model/init_adapter.py",
         peft_checks.lora_layer,
     ),
