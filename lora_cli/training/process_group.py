@@ -77,6 +77,8 @@ def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], No
 def _collectives_begun() -> int:
     """Return the number of collectives that this process has begun; it rises equally in all processes."""
     groups: list[Any] = [torch.distributed.group.WORLD, *_groups]
+    if groups[0] is None:  # the run has ended, and so will the thread that watches
+        return 0
     return sum(int(group._get_sequence_number_for_group()) for group in groups)
 
 

@@ -35,6 +35,12 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Any:
     return set_variables
 
 
+def test_the_thread_that_watches_the_others_outlives_the_group():
+    """At the end of a run the group is destroyed first; an error of the thread would be printed below the last line."""
+    assert torch.distributed.group.WORLD is None
+    assert process_group._collectives_begun() == 0
+
+
 def test_a_port_in_use_is_one_error_with_a_hint(variables: Any):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
