@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from lora_cli.errors import LoraError
 from lora_cli.run import console
+from lora_cli.run.os_errors import as_lora_error
 
 T = TypeVar("T")
 ReadLine = Callable[[], str]  # returns a line with its line break, or an empty text at the end of the input
@@ -32,7 +33,7 @@ def ask(question: str, parse: Callable[[str], T], *, default: str = "", read: Re
 
     Args:
         question: without a question mark; the default is shown after it.
-        parse: returns the value of an answer; a LoraError is shown, and the question is asked again.
+        parse: returns the value of an answer; an error of the user is shown, and the question is asked again.
         default: the answer that an empty line stands for; without one, an empty line is asked again.
         read: reads a line; None: from stdin.
 
@@ -52,9 +53,9 @@ def ask(question: str, parse: Callable[[str], T], *, default: str = "", read: Re
             continue
         try:
             return parse(answer)
-        except LoraError as error:
-            for detail in error.details:
-                console.info(f"  {detail}")
-            console.info(f"  {error.message}")
-            if error.hint:
-                console.info(f"  {error.hint}")
+        except (LoraError, OSError) as error:  # OSError: a path that is too long, or without permission
+            wrong = error if isinstance(error, LoraError) else as_lora_error(error)
+            if wrong is None:
+                raise
+            for line in filter(None, (*wrong.details, wrong.message, wrong.hint)):
+                console.info(f"  {line}")

@@ -37,6 +37,20 @@ def three_adapters(recipe: WriteRecipe, lora: Lora) -> None:
         assert result.code == 0, result.err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer_controls_no_terminal(terminal: bool, monkeypatch: pytest.MonkeyPatch):
+    from lora_cli.commands.chat import CollectingStreamer
+    from tests.inputs.tiny_tokenizers import CHATML, build
+
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", screen)
+    streamer = CollectingStreamer(build("<|im_start|>", "<|endoftext|>", eos="<|im_end|>", template=CHATML))
+    streamer.on_finalized_text("a\x1b[2Jb")
+    assert screen.getvalue() == (r"a\x1b[2Jb" if terminal else "a\x1b[2Jb"), "a pipe has the answer as it is"
+    assert streamer.parts == ["a\x1b[2Jb"]
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_chat(trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
     from lora_cli.commands.chat import CollectingStreamer
 
