@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hf_xet
@@ -55,14 +57,21 @@ def test_a_commit_whose_answer_is_lost_is_there(trained_run: Path, lora: Lora, h
     assert result.out.splitlines()[-1].endswith(f"commit {hub.repositories[REPOSITORY].head}")
 
 
+@contextmanager
+def silence(hub: StubHub, part: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within the block, requests with `part` in them get no answer, and the client waits for none for long."""
+    monkeypatch.setattr(hub_limits, "ANSWER_S", 0.2)
+    end = threading.Event()
+    hub.break_at = lambda request: Refusal(410) if part in request and end.wait(30) else None
+    yield
+    end.set()
+
+
 def test_a_server_that_takes_a_file_and_keeps_silent(
     trained_run: Path, lora: Lora, hub: StubHub, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hub_limits, "ANSWER_S", 0.2)
-    end = threading.Event()
-    hub.break_at = lambda request: Refusal(410) if "PUT /lfs/" in request and end.wait(30) else None
-    result = lora("push", trained_run, REPOSITORY)
-    end.set()
+    with silence(hub, "PUT /lfs/", monkeypatch):
+        result = lora("push", trained_run, REPOSITORY)
     assert result.err.count("127.0.0.1 has not answered: trying again") <= 2  # of the adapter, and of the tokenizer
     assert result.last_two[0].startswith(f"error: {REPOSITORY}: 127.0.0.1 does not answer: asked again and again for ")
     assert result.last_two[1] == f"hint: check the network, and {AGAIN}"
@@ -73,11 +82,8 @@ def test_a_server_that_takes_a_file_and_keeps_silent(
 def test_a_hub_that_does_not_say_whose_token_it_is(
     trained_run: Path, lora: Lora, hub: StubHub, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hub_limits, "ANSWER_S", 0.2)
-    end = threading.Event()
-    hub.break_at = lambda request: Refusal(410) if "whoami" in request and end.wait(30) else None
-    result = lora("push", trained_run, REPOSITORY)
-    end.set()
+    with silence(hub, "whoami", monkeypatch):
+        result = lora("push", trained_run, REPOSITORY)
     assert result.last_two == ["error: the hub does not say whose token it is: no answer in time", f"hint: {AGAIN}"]
 
 
