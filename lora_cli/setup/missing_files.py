@@ -1,11 +1,10 @@
 """Tell that a model, rows or a run are not where the command line says, before the imports of seconds. No torch."""
 
-import os
-
 from lora_cli.data.file_sources import check_local_path
 from lora_cli.model.model_path import check_model_path
 from lora_cli.recipe.schema import Recipe, SourceSpec
 from lora_cli.run.folder import check_start
+from lora_cli.run.worker import is_worker
 
 
 def check_inputs_exist(recipe: Recipe, *, data: str | None = None) -> None:
@@ -28,9 +27,10 @@ def check_training_can_start(recipe: Recipe, *, resume: bool, fresh: bool) -> No
     Workers check nothing: the first of them may have begun the run already.
 
     Raises:
-        LoraError: a run is there or not, against the options; or model or rows do not exist.
+        LoraError: a run is there or not, against the options; model or rows do not exist; or environment variables of a
+            worker cannot be right.
     """
-    if "LOCAL_RANK" in os.environ:
+    if is_worker():
         return
     check_start(recipe.output, resume=resume, fresh=fresh)
     if not resume:
