@@ -1,6 +1,7 @@
 """Usage errors of typer in the style of all other errors: an `error:` line, and a `hint:` line with did-you-mean."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -118,7 +119,8 @@ def _hint_for_option(name: str, ctx: "Context | None") -> str | None:
     close = get_close_matches(name, names, n=1)
     if "--set" in names and (key := _recipe_key(name)):
         value = _written_value([name], ctx)
-        return f"it is a key of the recipe: write --set {key}={value if value[:1] not in ('', '-') else 'VALUE'}"
+        setting = f"{key}={value if value[:1] not in ('', '-') else 'VALUE'}"
+        return f"it is a key of the recipe: write --set {shlex.quote(setting)}"
     return f"did you mean {close[0]}?" if close else None
 
 

@@ -36,6 +36,7 @@ from lora_cli.run import atomic, console
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.redact import redact_path
+from lora_cli.run.shell import shell_path
 from lora_cli.run.workspace import remove_leftovers
 
 COPIED_FILES = (
@@ -301,7 +302,9 @@ def _write_adapter(
     base: str | None = config.base_model_name_or_path
     if base is not None and redact_path(base) != base:
         config.base_model_name_or_path = redact_path(base)
-        console.info(f"note: {out} names its base {redact_path(base)}, without its folder: use it with --base {base}")
+        console.info(
+            f"note: {out} names its base {redact_path(base)}, without its folder: use it with --base {shell_path(base)}"
+        )
     tensors: dict[str, Any] = {**low_rank.to_peft_tensors(factors, wrappers), **like.other_tensors}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

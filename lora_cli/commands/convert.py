@@ -1,6 +1,7 @@
 """`lora convert`: read another tool's config, account for each of its keys, and write a recipe. No torch."""
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from lora_cli.convert.secrets import hide
 from lora_cli.errors import LoraError
 from lora_cli.recipe.load import parse_recipe
 from lora_cli.run import atomic, console, json_output
+from lora_cli.run.shell import shell_path
 
 TITLES: tuple[tuple[Outcome, str], ...] = (
     (Outcome.CARRIED, "carried"),
@@ -48,7 +50,7 @@ def convert(file: Path, *, tool: str | None, out: Path | None, accepted: Sequenc
         raise _refusal(conversion, open_keys, file, record)
     if out is not None:
         _write(out, conversion.text)
-        console.info(f"{out} is written; next: lora check {out}")
+        console.info(f"{out} is written; next: lora check {shell_path(out)}")
     elif not json_output.is_reserved():
         sys.stdout.write(conversion.text)
     return record
@@ -112,16 +114,12 @@ def _refusal(conversion: Conversion, open_keys: list[str], file: Path, record: d
             record=record,
         )
     count = "1 key changes" if len(open_keys) == 1 else f"{len(open_keys)} keys change"
-    accept = " ".join(f"--accept {_quoted(key)}" for key in open_keys)
+    accept = " ".join(f"--accept {shlex.quote(key)}" for key in open_keys)
     return LoraError(
         f"{count} what is learnt, and nothing was written: {', '.join(open_keys)}",
         hint=f"read above what is done instead; to write the recipe so, add {accept}",
         record=record,
     )
-
-
-def _quoted(key: str) -> str:
-    return key if all(c.isalnum() or c in "._-" for c in key) else f"'{key}'"
 
 
 def _record(conversion: Conversion, detected: Detected, accepted: Sequence[str], out: Path | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.folder import CONFIG_FILE
 from lora_cli.run.redact import redact_path
+from lora_cli.run.shell import shell_path
 from lora_cli.run.workspace import remove_leftovers
 
 
@@ -209,7 +210,9 @@ def _write(
     """
     config.base_model_name_or_path = redact_path(name)
     if redact_path(name) != name:
-        console.info(f"note: {out} names its base {redact_path(name)}, without its folder: use it with --base {name}")
+        console.info(
+            f"note: {out} names its base {redact_path(name)}, without its folder: use it with --base {shell_path(name)}"
+        )
     check_free_space([Need(out, sum(tensor.nbytes for tensor in tensors.values()), "the adapter")])
     with verified_folder(out, kind="adapter", published=True, replace=replace) as partial:
         save_file(dict(tensors), partial / ADAPTER_WEIGHTS, {"format": "pt"})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic, console
+from lora_cli.run.shell import shell_path
 
 
 def recipes() -> dict[str, str]:
@@ -50,5 +51,5 @@ def write_recipe(name: str) -> Path:
     except FileExistsError:
         raise LoraError(f"{path} exists", hint="move it away, or edit it") from None
     console.out.print(str(path))
-    console.info(f"next: put your model and rows into it; lora check {path}; lora train {path}")
+    console.info(f"next: put your model and rows into it; lora check {shell_path(path)}; lora train {shell_path(path)}")
     return path

@@ -12,6 +12,7 @@ from lora_cli.recipe.tasks import TaskName
 from lora_cli.run import atomic, console
 from lora_cli.run.byte_size import parse_size
 from lora_cli.run.questions import ReadLine, ask
+from lora_cli.run.shell import shell_path
 from lora_cli.setup.first_inputs import FoundModel, FoundRows, find_first_model, find_first_rows
 from lora_cli.setup.first_recipe import Choice, Choices, Machine, choose
 from lora_cli.setup.planned_gpus import planned_gpus
@@ -54,7 +55,7 @@ def write_first_recipe(*, read: ReadLine | None = None) -> Path:
     for key, choice in choices.items():
         if key in REASONED:
             console.info(f"  {key}: {format_value(choice.value)} ({choice.why})")
-    console.info(f"next: lora check {path}; lora train {path}")
+    console.info(f"next: lora check {shell_path(path)}; lora train {shell_path(path)}")
     return path
 
 

@@ -23,6 +23,7 @@ from lora_cli.run.console import format_bytes
 from lora_cli.run.hub import ask_hub
 from lora_cli.run.hub_account import TRY_AGAIN, Account, hub_errors, read_account, why_no_upload
 from lora_cli.run.hub_limits import Limits, limited_upload
+from lora_cli.run.shell import shell_path
 from lora_cli.setup.leaks import Leak, find_leaks
 from lora_cli.setup.publishable import Publishable, PublishedFile, raise_problems, read_published
 
@@ -138,7 +139,9 @@ def _leak_hint(result: Publishable, leaks: Sequence[Leak]) -> str:
     if any(not leak.is_path for leak in leaks):
         hints.append("remove the secret, and revoke it if anybody else could read the file")
     if any(leak.is_path and leak.file == "adapter_config.json" for leak in leaks):
-        hints.append(f"write the base's hub id: lora export {result.folder} --to peft --base ORG/NAME --out FOLDER")
+        hints.append(
+            f"write the base's hub id: lora export {shell_path(result.folder)} --to peft --base ORG/NAME --out FOLDER"
+        )
     elif any(leak.is_path for leak in leaks):
         hints.append("write a hub id or a file name in place of the path")
     return "; ".join(hints)
@@ -152,7 +155,7 @@ def _note_local_base(result: Publishable) -> None:
     if not base or "/" not in base:
         console.info(
             f"note: adapter_config.json names the base {base or 'not at all'}, which is no hub id: others will not "
-            f"find it; lora export {result.folder} --to peft --base ORG/NAME --out FOLDER writes it"
+            f"find it; lora export {shell_path(result.folder)} --to peft --base ORG/NAME --out FOLDER writes it"
         )
 
 

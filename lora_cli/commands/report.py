@@ -18,6 +18,7 @@ from lora_cli.run import atomic, console
 from lora_cli.run.folder import EXPORT_VERDICT, PAGE, find_adapter_folder
 from lora_cli.run.read_file import open_regular
 from lora_cli.run.run_lock import user_of_run
+from lora_cli.run.shell import shell_path
 from lora_cli.run.signals import stop_request
 from lora_cli.setup.row_losses import row_loss_intervals
 from lora_cli.training.checkpoint_folders import checkpoint_steps
@@ -165,7 +166,7 @@ def _check_out(out: Path) -> None:
     if not os.path.lexists(out):
         return
     if out.is_dir():
-        raise LoraError(f"--out {out} is a folder", hint=f"write --out {out / PAGE}")
+        raise LoraError(f"--out {out} is a folder", hint=f"write --out {shell_path(out / PAGE)}")
     with open_regular(out, hint="name another file") as file:
         if file.read(len(MARK)) != MARK.encode():
             raise LoraError(f"--out {out} exists, and is no report", hint="name another file")

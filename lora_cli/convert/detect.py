@@ -6,6 +6,7 @@ from lora_cli.convert.config import Config
 from lora_cli.convert.draft import strip_indices
 from lora_cli.convert.tools import TOOLS
 from lora_cli.errors import LoraError
+from lora_cli.run.shell import shell_path
 
 OUR_SECTIONS = ("model.path", "data.train")
 
@@ -27,7 +28,7 @@ def detect_tool(config: Config) -> Detected:
     sections = {part for key in written for part in _prefixes(key)}
     keys = written | sections
     if all(key in keys for key in OUR_SECTIONS):
-        raise LoraError(f"{config.file} is a recipe of this tool already", hint=f"lora check {config.file}")
+        raise LoraError(f"{config.file} is a recipe of this tool already", hint=f"lora check {shell_path(config.file)}")
     if config.program in TOOLS:
         where = "the script imports it" if config.kind == "script" else "the command runs it"
         return Detected(config.program, where)

@@ -1,6 +1,7 @@
 """mlx-lm: configs of `mlx_lm.lora`, and what their keys become. No torch."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def _carry_layers(draft: Draft) -> None:
     if total is None:
         reason = (
             f"the last {count} layers: adapter.layers lists their indices, and the number of layers of {model} is not "
-            f"known here: `hf download {model} config.json`, then convert again; accepted: every layer"
+            f"known here: `hf download {shlex.quote(model)} config.json`, then convert again; accepted: every layer"
         )
         if config.has(key):
             draft.refuse(key, reason)

@@ -8,6 +8,7 @@ transformers reads an index without any check. Nothing here reads a tensor.
 import json
 import math
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_cli.errors import LoraError, first_line
 from lora_cli.run.read_file import open_regular, printable, read_json_object
+from lora_cli.run.shell import python_text
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -75,11 +77,12 @@ def read_headers(folder: Path, *, hint: str = FETCH_HINT) -> dict[str, StoredTen
 
 def conversion_hint(folder: Path | str) -> str:
     """Return the hint for a model whose weights are pickled, in .bin files."""
-    return (
-        "lora reads no pickled weights; convert them once, if you trust their origin: python -c 'from transformers "
-        "import AutoModelForCausalLM as M, AutoTokenizer as T; "
-        f'[c.from_pretrained("{folder}").save_pretrained("{Path(folder).name}-safetensors") for c in (M, T)]\''
+    target = f"{Path(folder).name}-safetensors"
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"[c.from_pretrained({python_text(folder)}).save_pretrained({python_text(target)}) for c in (M, T)]"
     )
+    return f"lora reads no pickled weights; convert them once, if you trust their origin: python -c {shlex.quote(code)}"
 
 
 def read_header(file: Path, *, hint: str = FETCH_HINT) -> dict[str, StoredTensor]:

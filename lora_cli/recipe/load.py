@@ -13,6 +13,7 @@ from lora_cli.recipe.yaml_tree import Node, parse_yaml
 from lora_cli.run.folder import is_run
 from lora_cli.run.read_file import read_bytes
 from lora_cli.run.run_checksums import find_changed_records
+from lora_cli.run.shell import shell_path
 from lora_cli.run.standard_input import STDIN, read_stdin
 
 MAX_BYTES = 256 * 1024  # a recipe has a few kilobytes; a model file passed by mistake has gigabytes
@@ -72,7 +73,11 @@ FOREIGN_KEYS = {"base_model", "model_name_or_path", "checkpointer", "checkpoint_
 def _foreign_hint(tree: Node, path: Path) -> str | None:
     """Return a hint if the whole file looks like a config of another tool, and not only one of its keys."""
     keys = tree.value.keys() if isinstance(tree.value, dict) else set()
-    return f"for a config of another tool: lora convert {path}" if FOREIGN_KEYS & keys and "data" not in keys else None
+    return (
+        f"for a config of another tool: lora convert {shell_path(path)}"
+        if FOREIGN_KEYS & keys and "data" not in keys
+        else None
+    )
 
 
 def _with_output(recipe: Recipe, folder: Path) -> Recipe:

@@ -1,6 +1,7 @@
 """Apply `--set section.key=value` overrides of the command line to the tree of a recipe. No torch."""
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -55,7 +56,7 @@ def _set_value(node: Node, steps: list[str], value: Node, parent: str) -> Node:
     entries = {} if node.is_empty else node.value
     if not isinstance(entries, dict):
         message = f"{parent} is a {'list' if isinstance(entries, list) else 'single value'}, not a section"
-        raise UnreadableRecipe(Problem(value.location, "", message, f"set all of it: --set {parent}=..."))
+        raise UnreadableRecipe(Problem(value.location, "", message, f"set all of it: --set {shlex.quote(parent)}=..."))
     first, *rest = steps
     if rest:
         # A section of the file keeps its line; a new one has the location of the override that adds it.

@@ -1,6 +1,7 @@
 """Rules between the fields of a recipe: a value that has no effect is an error, and not ignored. No torch."""
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from datetime import date
 from glob import has_magic
@@ -294,7 +295,9 @@ def _check_paths(recipe: Recipe) -> Iterator[Conflict]:
         if path.startswith("~"):
             yield Conflict(key, "`~` is not expanded", f"write the full path: {shorten(expanduser(path))}")
         elif re.search(r"\$\w|\$\{", path):
-            yield Conflict(key, "variables are not expanded", f"write the full path, or use --set {key}=...")
+            yield Conflict(
+                key, "variables are not expanded", f"write the full path, or use --set {shlex.quote(key)}=..."
+            )
     output = normpath(recipe.output)
     for key, path in _all_paths(recipe):
         if key != "output" and normpath(path) == output:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -15,6 +14,7 @@ from lora_cli.run.metrics_log import read_metrics
 from lora_cli.run.read_file import open_regular, read_json_object, read_text
 from lora_cli.run.run_checksums import find_changed_records
 from lora_cli.run.run_lock import user_of_run
+from lora_cli.run.shell import shell_path
 
 Json = dict[str, Any]
 Value = TypeVar("Value")
@@ -100,8 +100,8 @@ class RecordedRun(NamedTuple):
         if not os.path.lexists(self.folder / "adapter"):
             return None
         has_rows = as_object(self.manifest.get("ledger")).get("eval") is not None
-        rows = [] if has_rows else ["--data", "FILE"]
-        return shlex.join(["lora", "eval", str(self.folder), *rows, "--json", str(self.folder / "eval.json")])
+        rows = "" if has_rows else " --data FILE"
+        return f"lora eval {shell_path(self.folder)}{rows} --json {shell_path(self.folder / 'eval.json')}"
 
     @property
     def adapter_step(self) -> int | None:
@@ -141,7 +141,7 @@ def check_is_run(folder: Path) -> None:
         raise LoraError(f"{folder} is not a folder", hint=hint)
     has_log = os.path.lexists(folder / "metrics.jsonl") or os.path.lexists(folder / "manifest.json")
     if not (is_run(folder) or has_log):
-        hint = f"lora runs {shlex.quote(str(folder))} lists the runs in it" if run is None else f"give its run: {run}"
+        hint = f"lora runs {shell_path(folder)} lists the runs in it" if run is None else f"give its run: {run}"
         raise LoraError(f"{folder} is not the folder of a run", hint=hint)
 
 
@@ -216,7 +216,7 @@ def _state_notes(
     folder: Path, state: RunState, steps: list[Json], evaluations: list[Json], manifest: Json
 ) -> list[str]:
     """Return what the state of a run leaves out of its report, and what to do."""
-    resume = shlex.join(["lora", "train", str(folder / "recipe.yaml"), "--resume"])
+    resume = f"lora train {shell_path(folder / 'recipe.yaml')} --resume"
     notes = []
     if state.name == "running":
         notes.append(f"process {state.process} trains this run: the page shows what there was when it was made")

@@ -6,6 +6,7 @@ Only the time until the first answer is bounded, so that downloads over slow con
 import os
 import queue
 import re
+import shlex
 import sys
 import threading
 import time
@@ -68,8 +69,8 @@ def no_answer_error(name: str, problem: str, *, key: str) -> LoraError:
     """Return the error about the repository `name`, which `key` of the recipe names, and which is not in the cache."""
     return LoraError(
         f"{key}: {name} is not in the cache, and the hub does not answer (asked twice): {problem}",
-        hint=f"check {name}, the network and HF_ENDPOINT; to work offline, run `hf download {name}` where there is a "
-        "network, and copy the folder that it prints to this machine",
+        hint=f"check {name}, the network and HF_ENDPOINT; to work offline, run `hf download {shlex.quote(name)}` where "
+        "there is a network, and copy the folder that it prints to this machine",
     )
 
 

@@ -13,6 +13,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model.foreign_adapters.detect import TOOLS, conversion_hint, find_foreign
 from lora_cli.run.folder import BASE, CONFIG_FILE, find_adapter_folder
 from lora_cli.run.run_lock import LOCK, user_of_run
+from lora_cli.run.shell import shell_path
 from lora_cli.training.checkpoint_folders import list_checkpoints
 
 HINT = "give a run of lora train, or an adapter folder"
@@ -64,7 +65,7 @@ def check_not_unfinished(target: Path) -> None:
             f"{target} has no adapter yet: process {process} is training it",
             hint="wait for it" + (f", or {newest}" if newest else ""),
         )
-    resume = f"lora train {target / 'recipe.yaml'} --resume"
+    resume = f"lora train {shell_path(target / 'recipe.yaml')} --resume"
     raise LoraError(
         f"{target} has no adapter: its training did not finish",
         hint=f"continue it with {resume}, or {newest}" if newest else f"train it again: {resume[:-9]} --fresh",

@@ -7,6 +7,7 @@ from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
 from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder, is_path
 from lora_cli.run.output_path import check_output_path
+from lora_cli.run.shell import shell_path
 from lora_cli.setup.adapter_folders import check_not_foreign, check_not_unfinished
 
 
@@ -50,7 +51,7 @@ def check_export_paths(
     if suffix and out.suffix != suffix:
         raise LoraError(
             f"--out {out}: {to} is one file, whose name ends in {suffix}",
-            hint=f"write --out {out.with_name(out.name + suffix)}",
+            hint=f"write --out {shell_path(out.with_name(out.name + suffix))}",
         )
     inputs = [path for path in (target, adapter, over) if path is not None]
     for path in (out, verdict_path(out)) if suffix else (out,):

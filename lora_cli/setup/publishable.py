@@ -17,6 +17,7 @@ from lora_cli.run.checksums import CHECKSUMS_FILE, FileChecksum, checksum, list_
 from lora_cli.run.console import format_bytes
 from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder
 from lora_cli.run.read_file import describe_kind, read_json_object
+from lora_cli.run.shell import shell_path
 from lora_cli.run.workspace import WORKSPACE
 from lora_cli.setup.adapter_folders import check_not_unfinished
 from lora_cli.setup.export_paths import verdict_path
@@ -109,7 +110,7 @@ def find_publishable(target: Path) -> Publishable:
     if record is not None and record.kind == checkpoint_folders.KIND:
         raise LoraError(
             f"{folder} is a checkpoint: it has the state of an optimizer too",
-            hint=f"write its adapter alone, and push that: lora export {folder} --to peft --out FOLDER",
+            hint=f"write its adapter alone, and push that: lora export {shell_path(folder)} --to peft --out FOLDER",
         )
     names = list_files(folder)
     kind = _kind_of(folder, names)

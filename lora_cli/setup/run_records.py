@@ -29,6 +29,7 @@ from lora_cli.run.folder import RunFolder
 from lora_cli.run.read_file import read_json_object, read_text
 from lora_cli.run.redact import redact_path
 from lora_cli.run.set_aside import set_aside_damaged
+from lora_cli.run.shell import shell_path
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.tracked_run import write_tracked_config
 from lora_cli.setup.training_model import TrainableModel, resolve_optimizer
@@ -98,7 +99,7 @@ def _publishing_notes(recipe: Recipe) -> list[str]:
         return []
     return [
         f"note: adapter_config.json names the base by a local path, {redact_path(recipe.model.path)}; to publish it, "
-        f"give the base's hub id: lora export {recipe.output} --to peft --base ORG/NAME --out FOLDER"
+        f"give the base's hub id: lora export {shell_path(recipe.output)} --to peft --base ORG/NAME --out FOLDER"
     ]
 
 

@@ -5,6 +5,7 @@ Only `tracker_process.py`, a process of its own for each tracker, uses this file
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -15,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from lora_cli.recipe.dump import dump_values
 from lora_cli.recipe.tracking_section import PROJECT, TRACKERS, TrackerName, TrackingSpec
 from lora_cli.run.redact import redact_address
+from lora_cli.run.shell import shell_path
 
 Status = Literal["finished", "stopped", "failed"]
 EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 130, "failed": 1}
@@ -151,7 +153,7 @@ def _wandb_options(job: Job) -> dict[str, Any]:
 
 def _wandb_place(job: Job, tracker: Any) -> str:
     url = tracker.tracker.url
-    return f"at {url}" if url else f"offline; to send it: wandb sync {job.folder}/wandb/offline-*"
+    return f"at {url}" if url else f"offline; to send it: wandb sync {shell_path(job.folder / 'wandb')}/offline-*"
 
 
 def _wandb_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
@@ -242,7 +244,7 @@ def _trackio_options(job: Job) -> dict[str, Any]:
 def _trackio_place(job: Job, tracker: Any) -> str:
     if job.spec.space:
         return f"in the Space {job.spec.space}, run {tracker.tracker.name}"
-    return f"as run {tracker.tracker.name}: trackio show --project {job.project}"
+    return f"as run {tracker.tracker.name}: trackio show --project {shlex.quote(job.project)}"
 
 
 def _trackio_config(job: Job, tracker: Any, config: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ from lora_cli.model.adapter_files import PREFIX
 from lora_cli.model.gguf_header import read_gguf_header
 from lora_cli.model.multimodal import text_names
 from lora_cli.run.read_file import printable
+from lora_cli.run.shell import shell_path
 
 DEFAULT_QUANTIZATION = "f32"
 QUANTIZATIONS = ("f32", "f16", "bf16")
@@ -118,8 +119,10 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return the commands that run the adapter in llama.cpp."""
-    over = options.over or "BASE.gguf"
-    return [f"{program} -m {over} --lora {out} {template_options(source)}" for program in ("llama-cli", "llama-server")]
+    over, adapter = shell_path(options.over or "BASE.gguf"), shell_path(out)
+    return [
+        f"{program} -m {over} --lora {adapter} {template_options(source)}" for program in ("llama-cli", "llama-server")
+    ]
 
 
 def _config(source: ExportSource) -> PeftConfig:

@@ -19,6 +19,7 @@ from lora_cli.export.gguf.tokenizer import GGUFVocabulary
 from lora_cli.export.gguf.verify import check_outputs, check_tokens, context_length, template_options
 from lora_cli.export.source import Check, ExportOptions, ExportSource
 from lora_cli.model import multimodal
+from lora_cli.run.shell import shell_path
 
 DEFAULT_QUANTIZATION = "f16"
 
@@ -114,7 +115,8 @@ def _left_out(source: ExportSource) -> Iterator[str]:
 
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return the commands that run the file in llama.cpp."""
-    return [f"{program} -m {out} {template_options(source)}" for program in ("llama-cli", "llama-server")]
+    path = shell_path(out)
+    return [f"{program} -m {path} {template_options(source)}" for program in ("llama-cli", "llama-server")]
 
 
 def check_tensors(source: ExportSource, out: Path, quantization: GGUFQuantization) -> Check:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora_cli.model.finite import is_finite, not_finite_error
 from lora_cli.model.quantize import BLOCK_SIZE
 from lora_cli.model.safetensors_io import ShardFiles, TensorInfo
 from lora_cli.run.read_file import read_json_object
+from lora_cli.run.shell import shell_path
 
 MAX_SHARD_BYTES = 2 * 10**9  # bytes of a file, unless a single tensor is larger
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -152,7 +152,7 @@ def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     ]
     if source.task == "causal-lm":
         flag = " --trust-remote-code" if source.trust_remote_code else ""
-        path = shlex.quote(str(out))
+        path = shell_path(out)
         lines += [f"lora chat {path}", f"vllm serve {path}{flag}"]
         if options.quantize is None or options.quantize in DTYPES:
             lines.append(f"python -m sglang.launch_server --model-path {path}{flag}")

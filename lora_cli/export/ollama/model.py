@@ -9,7 +9,6 @@ run Ollama itself: the checks use an interpreter of Go's template language (see 
 """
 
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from lora_cli.export.ollama.chat_template import TemplateParts
 from lora_cli.export.ollama.modelfile import Instruction
 from lora_cli.export.probe_chats import Messages
 from lora_cli.export.source import Check, ExportOptions, ExportSource
+from lora_cli.run.shell import shell_path
 
 WEIGHTS_FILE, MODELFILE_NAME = "model.gguf", "Modelfile"
 # Ollama allocates the KV cache of all num_ctx positions when it loads a model. If num_ctx is not set, Ollama chooses
@@ -82,7 +82,7 @@ def verify(source: ExportSource, out: Path, options: ExportOptions) -> Iterator[
 def usage(source: ExportSource, out: Path, options: ExportOptions) -> list[str]:
     """Return the commands that create and run the model in Ollama."""
     name = re.sub(r"[^a-z0-9._-]+", "-", Path(source.name).name.lower()).strip("-._") or "model"
-    return [f"ollama create {name} -f {shlex.quote(str(out / MODELFILE_NAME))}", f"ollama run {name}"]
+    return [f"ollama create {name} -f {shell_path(out / MODELFILE_NAME)}", f"ollama run {name}"]
 
 
 def infer_parts(source: ExportSource) -> TemplateParts:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_cli.errors import LoraError
+from lora_cli.run.shell import shell_path
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
@@ -53,7 +54,7 @@ def find_foreign(path: Path) -> Found | None:
 
 def conversion_hint(path: Path) -> str:
     """Return the hint that converts the adapter at `path`."""
-    return f"convert it: lora adapter convert {path} --out DIR"
+    return f"convert it: lora adapter convert {shell_path(path)} --out DIR"
 
 
 def choose_source(path: Path, tool: str | None) -> Found:

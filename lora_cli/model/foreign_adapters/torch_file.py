@@ -9,6 +9,7 @@ torch (also with weights_only, whose restrictions have been broken before) are n
 
 import math
 import pickletools
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor
 from lora_cli.errors import LoraError
 from lora_cli.model.foreign_adapters.stored_zip import StoredZip, open_stored_zip
 from lora_cli.run.read_file import open_regular, printable
+from lora_cli.run.shell import python_text
 
 FETCH_HINT = "fetch the adapter again"
 PICKLE = "data.pkl"  # in the folder of the archive, as the storages in data/
@@ -121,10 +123,11 @@ def _check_start(path: Path) -> None:
 
 def _resave_hint(path: Path) -> str:
     new = path.with_name(f"{path.stem}-new{path.suffix}")
-    return (
-        "save it again, if you trust its origin: python -c 'import torch; "
-        f'torch.save(torch.load("{path}", map_location="cpu", weights_only=True), "{new}")\''
+    code = (
+        f'import torch; torch.save(torch.load({python_text(path)}, map_location="cpu", weights_only=True), '
+        f"{python_text(new)})"
     )
+    return f"save it again, if you trust its origin: python -c {shlex.quote(code)}"
 
 
 def _folder(archive: StoredZip) -> str:
