@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from lora_cli.run.quick_imports import quick_imports
@@ -99,7 +99,7 @@ def loading_message() -> Iterator[None]:
     if quiet or not err.is_terminal or err.is_dumb_terminal or not is_first_of_machine():
         yield
         return
-    err.file.write("loading torch, transformers and PEFT ...")
+    err.file.write("loading torch, transformers and PEFT ..."[: err.width - 1])  # a second line would stay
     err.file.flush()
     try:
         yield
@@ -108,8 +108,41 @@ def loading_message() -> Iterator[None]:
         err.file.flush()
 
 
+BAR_WIDTH = 24
 # Columns of the terminal: with fewer, the curve of the loss or the bar would leave no place for the figures.
 CURVE_COLUMNS, BAR_COLUMNS = 100, 120
+
+
+class _LineColumn(ProgressColumn):
+    """Step, curve of the loss, figures and time left, as many of them as the terminal has columns for."""
+
+    def __init__(self, *, beside: int) -> None:
+        """`beside` is the number of columns that the bar takes."""
+        super().__init__(table_column=Column(no_wrap=True, overflow="crop"))
+        self._beside = beside
+        self._left = TimeRemainingColumn()
+
+    def render(self, task: Task) -> Text:
+        """Return the line of the task."""
+        total = f"{task.total or 0:.0f}"
+        step, left = f"{task.completed:{len(total)}.0f}/{total}", self._left.render(task).plain
+        curve = task.fields["curve"] if err.width >= CURVE_COLUMNS else ""
+        # Measured for each line: the terminal can be resized.
+        return Text(fit_line(step, task.fields["figures"], left, curve=curve, width=err.width - self._beside))
+
+
+def fit_line(step: str, figures: Mapping[str, str], left: str, *, curve: str, width: int) -> str:
+    """Return the line of a step with what fits into `width` columns.
+
+    The curve is left out first, then the figures from the last on, and the time left; the step number stays.
+    """
+    names = list(figures)
+    texts = [f"{name} {value}" for name, value in figures.items()]
+    lines = [[step, curve, "  ".join(texts), left]]
+    lines += [[step, "  ".join(texts[:count]), left] for count in range(len(texts), 0, -1)]
+    lines += [[step, texts[0]], [step, figures[names[0]]]] if texts else [[step, left]]
+    fitting = (line for parts in lines if len(line := " ".join(filter(None, parts))) <= width)
+    return next(fitting, step)
 
 
 class StepProgress:
@@ -117,21 +150,21 @@ class StepProgress:
 
     def __init__(self, bar: Progress | None, *, total: int, done: int, every: int) -> None:
         self._bar = bar
-        self._task = bar.add_task("", total=total, completed=done, line="", curve="") if bar else None
+        self._task = bar.add_task("", total=total, completed=done, figures={}, curve="") if bar else None
         self._losses: list[float] = []  # of each step of this process
-        self._draws = err.encoding.startswith("utf") and err.width >= CURVE_COLUMNS
+        self._draws = err.encoding.startswith("utf")
         self._total, self._every = total, every
         self._first, self._start = done, time.monotonic()
 
     def step(self, number: int, values: Mapping[str, str], *, loss: float) -> None:
         """Report that step `number` is done; `values` are formatted figures by name, the bar draws the `loss`es."""
-        text = "  ".join(f"{name} {value}" for name, value in values.items())
         if self._bar is not None and self._task is not None:
             self._losses.append(loss)
             curve = sparkline(self._losses) if self._draws else ""
-            self._bar.update(self._task, completed=number, line=text, curve=curve)
+            self._bar.update(self._task, completed=number, figures=values, curve=curve)
         elif number % self._every == 0 or number == self._total:
             left = (time.monotonic() - self._start) / max(1, number - self._first) * (self._total - number)
+            text = "  ".join(f"{name} {value}" for name, value in values.items())
             info(f"step {number}/{self._total}  {text}  left {format_duration(left)}")
 
     def info(self, line: str) -> None:
@@ -152,13 +185,8 @@ def step_progress(total: int, *, done: int = 0, every: int = 1, bar: bool = True
     if quiet or not (bar and err.is_terminal and not err.is_dumb_terminal):  # the latter cannot draw over a line
         yield StepProgress(None, total=total, done=done, every=every)
         return
-    columns = (
-        *([BarColumn(24)] if err.width >= BAR_COLUMNS else []),
-        MofNCompleteColumn(),
-        *([TextColumn("{task.fields[curve]}")] if err.width >= CURVE_COLUMNS else []),
-        TextColumn("{task.fields[line]}"),
-        TimeRemainingColumn(),
-    )
+    bars = [BarColumn(BAR_WIDTH)] if err.width >= BAR_COLUMNS else []
+    columns = (*bars, _LineColumn(beside=(BAR_WIDTH + 1) * len(bars)))
     with at_end(_leave_bar), Progress(*columns, console=err) as progress:
         yield StepProgress(progress, total=total, done=done, every=every)
 

@@ -60,6 +60,41 @@ def test_no_figure_is_cut_off(width: int, monkeypatch: pytest.MonkeyPatch):
     assert "…" not in last
 
 
+@pytest.mark.parametrize(
+    ("width", "kept", "left_out"),
+    [
+        (79, ("tok/s 12100", "0:"), ("mem",)),
+        (60, ("loss 6.7657", "lr 6.82e-06", "0:"), ("tok/s",)),
+        (40, ("loss 6.7657", "0:"), ("lr",)),
+        (20, ("6.7657",), ("loss", "0:")),
+        (10, (), ("6.7657",)),
+    ],
+)
+def test_a_narrow_terminal_keeps_step_loss_and_time_left(
+    width: int, kept: tuple[str, ...], left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=width))
+    figures = {"loss": "6.7657", "lr": "6.82e-06", "grad": "2.45", "tok/s": "12100", "mem": "69.2 GiB"}
+    with console.step_progress(4000) as progress:
+        for step in range(1200, 1241):
+            progress.step(step, figures, loss=float(step))
+    last = screen.getvalue().rpartition("\x1b[2K")[2].partition("\n")[0]
+    assert last.startswith("1240/4000")
+    assert len(last) <= width
+    assert all(text in last for text in kept), last
+    assert not any(text in last for text in left_out), last
+
+
+def test_the_line_of_a_long_run_is_cut_nowhere():
+    figures = {"loss": "6.7657", "lr": "6.82e-06"}
+    for width in range(9, 100):
+        line = console.fit_line("1240/4000", figures, "0:00:12", curve="", width=width)
+        assert len(line) <= width
+        assert line.startswith("1240/4000")
+        assert all(word in ("1240/4000", "0:00:12", *figures, *figures.values()) for word in line.split())
+
+
 def test_the_cells_of_a_wide_table_are_not_wrapped(monkeypatch: pytest.MonkeyPatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "out", Console(file=screen, width=80, soft_wrap=True))
@@ -91,12 +126,19 @@ def test_bytes_are_formatted_with_two_or_three_digits(count: int, text: str):
 def test_a_terminal_is_told_that_libraries_are_loaded(
     terminal: bool, rank: str, text: str, monkeypatch: pytest.MonkeyPatch
 ):
+    for width in (80, 20):
+        _check_told(
+            terminal, rank, text if width == 80 else text.replace("sformers and PEFT ...", ""), width, monkeypatch
+        )
+
+
+def _check_told(terminal: bool, rank: str, text: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
-    monkeypatch.setattr(console, "err", Console(file=file, force_terminal=terminal))
+    monkeypatch.setattr(console, "err", Console(file=file, force_terminal=terminal, width=width))
     with console.loading_libraries():
         pass
     assert file.getvalue() == text
