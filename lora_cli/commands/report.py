@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError
 from lora_cli.report.chart_library import chart_library
-from lora_cli.report.page import MARK, Report, ReportedRun, render_page, render_parts, script_data
+from lora_cli.report.page import Report, ReportedRun, render_page, render_parts, script_data
 from lora_cli.report.recorded_run import Json, RecordedRun, check_is_run, read_measurement, read_run
 from lora_cli.report.verdicts import find_verdicts
 from lora_cli.report.watch import Snapshot, Watch, make_server
@@ -18,6 +18,7 @@ from lora_cli.run import atomic, console
 from lora_cli.run.folder import EXPORT_VERDICT, PAGE, find_adapter_folder
 from lora_cli.run.read_file import open_regular
 from lora_cli.run.run_lock import user_of_run
+from lora_cli.run.run_results import PAGE_MARK
 from lora_cli.run.shell import shell_path
 from lora_cli.run.signals import stop_request
 from lora_cli.setup.row_losses import row_loss_intervals
@@ -168,7 +169,7 @@ def _check_out(out: Path) -> None:
     if out.is_dir():
         raise LoraError(f"--out {out} is a folder", hint=f"write --out {shell_path(out / PAGE)}")
     with open_regular(out, hint="name another file") as file:
-        if file.read(len(MARK)) != MARK.encode():
+        if file.read(len(PAGE_MARK)) != PAGE_MARK.encode():
             raise LoraError(f"--out {out} exists, and is no report", hint="name another file")
 
 

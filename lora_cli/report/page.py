@@ -21,8 +21,8 @@ from lora_cli.report.curves import CHARTS, chart_specs, histogram_spec, page_dat
 from lora_cli.report.recorded_run import Json, RecordedRun, as_number
 from lora_cli.report.tables import Table
 from lora_cli.report.verdicts import Verdict, verdict_table
+from lora_cli.run.run_results import PAGE_MARK
 
-MARK = "<!doctype html>\n<!-- lora report -->\n"  # a file that starts with it is replaced by the next report
 MAX_MANIFEST = 200_000  # characters that are shown
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}
 
@@ -71,7 +71,7 @@ def render_page(report: Report, *, library: str, live: bool = False) -> str:
         _environment()
         .get_template("page.html")
         .render(
-            mark=Markup(MARK),
+            mark=Markup(PAGE_MARK),
             policy="; ".join(policy),
             style=Markup(_file("report.css")),
             library=Markup(library),

@@ -14,6 +14,7 @@ from lora_cli.run.metrics_log import read_metrics
 from lora_cli.run.read_file import open_regular, read_json_object, read_text
 from lora_cli.run.run_checksums import find_changed_records
 from lora_cli.run.run_lock import user_of_run
+from lora_cli.run.run_results import is_measurement
 from lora_cli.run.shell import shell_path
 
 Json = dict[str, Any]
@@ -310,7 +311,7 @@ def read_measurement(path: Path, adapter: str | None) -> Measurement | None:
         content = read_json_object(path, limit=MAX_JSON_BYTES)
     except LoraError:
         return None
-    if not (as_object(content.get("results")) and "rows" in content and "data" in content):
+    if not is_measurement(content):
         return None
     digests = as_object(content.get("adapters"))
     return Measurement(path.name, content, None if adapter is None or not digests else adapter in digests.values())

@@ -12,6 +12,8 @@ from lora_cli.run import atomic
 from lora_cli.run.os_errors import as_lora_error
 from lora_cli.run.read_file import describe_kind, read_json_object
 from lora_cli.run.run_lock import LOCK, lock_run, user_of_run
+from lora_cli.run.run_results import list_results
+from lora_cli.run.set_aside import original_name
 from lora_cli.run.system_errors import system_error
 from lora_cli.run.workspace import remove_leftovers, sync
 
@@ -93,6 +95,8 @@ class RunFolder:
 
     def move_earlier_aside(self) -> Path | None:
         """Move the files of the earlier run to a folder of their own in the run folder; nothing is deleted.
+
+        What `lora report` and `lora eval` have written there is moved too, as it is on that run.
 
         Call it right before training, so that an error before it leaves the run as it is.
 
@@ -244,13 +248,18 @@ def is_run(path: Path) -> bool:
 
 def _complete_move(folder: Path) -> None:
     """Move the files of the earlier run that are not in `folder` yet; those of a new one are written afterwards."""
-    for name in RUN_FILES:
+    for name in (*RUN_FILES, *_damaged_files(folder.parent), *list_results(folder.parent)):
         if os.path.lexists(folder.parent / name) and not os.path.lexists(folder / name):
             (folder.parent / name).rename(folder / name)
     sync(folder)
     sync(folder.parent)
     (folder / MOVING).unlink()
     sync(folder)
+
+
+def _damaged_files(folder: Path) -> list[str]:
+    """Return the names of the files of a run that were set aside as damaged."""
+    return [name for name in sorted(os.listdir(folder)) if original_name(name) in RUN_FILES]
 
 
 def _is_empty(folder: Path) -> bool:

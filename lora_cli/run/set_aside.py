@@ -1,6 +1,7 @@
 """Set a damaged file aside: rename it to a name that no program reads, so that nothing is lost. No torch."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def set_aside(path: Path) -> Path:
     path.rename(aside)
     sync(path.parent)
     return aside
+
+
+def original_name(name: str) -> str | None:
+    """Return the name that a file had before `set_aside` gave it `name`; None if it did not."""
+    found = re.fullmatch(r"(.+)\.damaged-\d+(\.\w+)?", name)
+    return f"{found[1]}{found[2] or ''}" if found else None
 
 
 def set_aside_damaged(path: Path, read: Callable[[Path], object], *, info: Callable[[str], None]) -> None:

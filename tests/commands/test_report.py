@@ -12,8 +12,9 @@ import pytest
 
 from lora_cli.commands import report
 from lora_cli.evaluation import bootstrap
-from lora_cli.report.page import CONTROL_PICTURES, MARK
+from lora_cli.report.page import CONTROL_PICTURES
 from lora_cli.run.folder import open_run
+from lora_cli.run.run_results import PAGE_MARK
 from tests.commands.conftest import Lora, WriteRecipe, rows
 from tests.report.recorded import evaluation, write_run
 
@@ -131,7 +132,7 @@ def test_a_run_without_an_adapter_needs_no_torch(tmp_path: Path):
 
 
 def test_where_the_page_may_be_written(trained_run: Path, lora: Lora, page_of):
-    assert page_of("runs/a").startswith(MARK)
+    assert page_of("runs/a").startswith(PAGE_MARK)
     assert Path("runs/a/report.html").is_file()
     page = page_of("runs/a")
     assert page_of("runs/a") == page, "a report is replaced, and equal files give an equal page"

@@ -13,6 +13,7 @@ import pytest
 from lora_cli.errors import LoraError
 from lora_cli.run.folder import MOVING, check_start, open_run
 from lora_cli.run.run_lock import LOCK
+from lora_cli.run.run_results import PAGE_MARK
 from tests.support.workspaces import leave_workspace
 
 
@@ -75,6 +76,40 @@ def test_fresh_moves_the_run_aside_and_nothing_else(tmp_path: Path):
     moved = {entry.name for entry in (path / "earlier-1").iterdir()}
     assert moved == before - {LOCK, "notes.md", "logs"}
     assert (path / "earlier-1" / "checkpoints" / "step").exists()
+
+
+def test_fresh_moves_what_was_written_about_the_run(tmp_path: Path):
+    path = make_run(tmp_path / "a")
+    measured = {"rows": 2, "data": "0", "results": {"base": {}}}
+    answer = {"where": "rows.jsonl:1", "prompt": "a", "references": [], "answers": {}}
+    about = {
+        "report.html": f"{PAGE_MARK}<html>",
+        "eval.json": json.dumps(measured),
+        "answers-of-7.jsonl": json.dumps(answer),
+    }
+    about |= {"metrics.damaged-1.jsonl": "{", "manifest.damaged-2.json": "{"}
+    own = {
+        "my-page.html": "<!doctype html>",
+        "labels.json": '{"results": 1}',
+        "rows.jsonl": '{"prompt": "a"}\n',
+        "b.json": "[",
+    }
+    own |= {"notes.damaged-1.md": "", "empty.jsonl": ""}
+    for name, text in (about | own).items():
+        (path / name).write_text(text)
+    os.mkfifo(path / "pipe.html")
+    (path / "folder.json").mkdir()
+    with open_run(path, fresh=True) as run:
+        run.move_earlier_aside()
+    assert {entry.name for entry in path.iterdir()} == {LOCK, "earlier-1", "pipe.html", "folder.json", *own}
+    assert {entry.name for entry in (path / "earlier-1").iterdir()} >= about.keys()
+
+
+def test_a_move_that_was_killed_takes_a_page_too(tmp_path: Path):
+    path = moving_run(tmp_path / "a")
+    (path / "report.html").write_text(PAGE_MARK)
+    open_run(path).close()
+    assert {entry.name for entry in path.iterdir()} == {LOCK, "earlier-1"}
 
 
 @pytest.mark.parametrize("options", [{"fresh": True}, {"resume": True}, {}])
