@@ -277,7 +277,7 @@ class CollectingStreamer(TextStreamer):  # type: ignore[misc]  # transformers ha
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece of text that will not change any more; called by transformers."""
         self.parts.append(text)
-        sys.stdout.write(text.translate(console.CONTROL) if sys.stdout.isatty() else text)
+        sys.stdout.write(console.visible(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from lora_cli.data.batches import BatchPlan
@@ -75,7 +74,7 @@ def check(recipe: Recipe, *, rows: int, gpus: int | None = None, budget: int | N
     for number in range(min(rows, len(inputs.data.train))):
         out(_row_text(inputs.data.train[number], inputs, recipe))
     if rows and recipe.task == "causal-lm":
-        out("(bold green carries loss)" if console.out.is_terminal else "([[ ]] carries loss)")
+        out("(bold green carries loss)" if console.has_color() else "([[ ]] carries loss)")
     processes = planned.number if planned else resolve_processes(recipe.distributed)
     plan = batch_plan(recipe, inputs, inputs.data.train, processes=processes)
     total = plan.steps_in(epochs=recipe.training.epochs, max_steps=recipe.training.max_steps)
@@ -274,7 +273,7 @@ def _print_disk(recipe: Recipe, model: nn.Module, *, base: Path, optimizer: str,
     return {"bytes": needed, "free_bytes": free}
 
 
-def _row_text(row: Row, inputs: RunInputs, recipe: Recipe) -> Text:
+def _row_text(row: Row, inputs: RunInputs, recipe: Recipe) -> console.Shown:
     """Return a row as the model sees it: for language models token by token, else its text and labels."""
     tokenizer = inputs.base.tokenizer
     match recipe.task:
@@ -282,10 +281,10 @@ def _row_text(row: Row, inputs: RunInputs, recipe: Recipe) -> Text:
             return _masked_text(row, inputs)
         case "seq2seq-lm":
             target = "".join(token_texts([int(token) for token in row.labels], tokenizer))
-            return Text(f"{row.where}: {''.join(token_texts(row.input_ids.tolist(), tokenizer))} -> {target}")
+            return f"{row.where}: {''.join(token_texts(row.input_ids.tolist(), tokenizer))} -> {target}"
         case "seq-cls":
             text = "".join(token_texts(row.input_ids.tolist(), tokenizer))
-            return Text(f"{row.where}: {text} -> {_label_text(row, inputs)}")
+            return f"{row.where}: {text} -> {_label_text(row, inputs)}"
         case _:
             return _tagged_text(row, inputs)
 
@@ -300,27 +299,27 @@ def _label_text(row: Row, inputs: RunInputs) -> str:
     return labels.names[int(row.labels[0])]
 
 
-def _tagged_text(row: Row, inputs: RunInputs) -> Text:
+def _tagged_text(row: Row, inputs: RunInputs) -> str:
     labels = inputs.data.labels
     assert labels is not None
-    text = Text(f"{row.where}:")
+    text = f"{row.where}:"
     words = token_texts(row.input_ids.tolist(), inputs.base.tokenizer)
     for word, label in zip(map(str.strip, words), row.labels.tolist(), strict=True):
         tag = "" if label == IGNORE_INDEX else f"[{labels.names[label]}]"
         if word or tag:  # of the tokens of one character, the first has its text
-            text.append(f" {word}{tag}")
+            text += f" {word}{tag}"
     return text
 
 
-def _masked_text(row: Row, inputs: RunInputs) -> Text:
+def _masked_text(row: Row, inputs: RunInputs) -> console.Shown:
     """Return the row's text with supervised tokens in bold green, or between [[ and ]] if there is no color."""
-    text = Text(f"{row.where}: ")
-    color, inside = console.out.is_terminal, False
+    parts = [(f"{row.where}: ", "")]
+    color, inside = console.has_color(), False
     for token, supervised in show_mask(row, inputs.base.tokenizer):
         if not color and supervised != inside:
-            text.append("[[" if supervised else "]]")
+            parts.append(("[[" if supervised else "]]", ""))
         inside = supervised
-        text.append(token, style="bold green" if supervised else "dim")
+        parts.append((token, "bold green" if supervised else "dim"))
     if inside and not color:
-        text.append("]]")
-    return text
+        parts.append(("]]", ""))
+    return console.styled(parts)

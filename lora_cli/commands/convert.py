@@ -97,11 +97,11 @@ def _print_report(conversion: Conversion, detected: Detected, accepted: Sequence
                 f"{place}: " if outcome in (Outcome.NOT_OFFERED, Outcome.OTHER_TASK, Outcome.UNKNOWN) and place else ""
             )
             mark = " (accepted)" if line.key in accepted else ""
-            stream.print(f"  {shown}{line.text()}{mark}".translate(console.CONTROL))
+            stream.print(f"  {shown}{line.text()}{mark}")
     if draft.assumed:
         stream.print(f"defaults of {draft.tool} that differ from ours, written out:")
     for each in draft.assumed:
-        stream.print(f"  {each.to}: {show(each.value)} — {each.reason}".translate(console.CONTROL))
+        stream.print(f"  {each.to}: {show(each.value)} — {each.reason}")
 
 
 def _refusal(conversion: Conversion, open_keys: list[str], file: Path, record: dict[str, Any]) -> LoraError:

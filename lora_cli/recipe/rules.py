@@ -298,6 +298,8 @@ def _check_paths(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(
                 key, "variables are not expanded", f"write the full path, or use --set {shlex.quote(key)}=..."
             )
+        elif key in ("model.path", "adapter.from") and not path.isprintable():  # no adapter could name its origin
+            yield Conflict(key, f"{path!a} has characters that cannot be printed", "rename it, or link to it")
     output = normpath(recipe.output)
     for key, path in _all_paths(recipe):
         if key != "output" and normpath(path) == output:

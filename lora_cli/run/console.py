@@ -5,7 +5,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,22 @@ from lora_cli.run.worker import is_first_of_machine
 # answers from any model.
 CONTROL = {
     code: ascii(chr(code))[1:-1]
-    for code in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    for code in (*range(32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
     if chr(code) not in "\n\t"
 }
+
+
+Shown = str | Text  # what a console prints
+
+
+def visible(text: str) -> str:
+    """Return a text that is shown, its control characters escaped. All output for people goes through here."""
+    return text.translate(CONTROL)
+
+
+def styled(parts: Iterable[tuple[str, str]]) -> Shown:
+    """Return a text for the console of parts with their styles; `Text` alone would drop or print control characters."""
+    return Text.assemble(*((visible(text), style) for text, style in parts))
 
 
 class PlainConsole(Console):
@@ -36,12 +49,17 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a printed text, or one in a table, as rich renders it."""
-        return super().render_str(text.translate(CONTROL), **options)
+        return super().render_str(visible(text), **options)
 
 
 # Without a `file`, rich looks up sys.stdout and sys.stderr at each line, so replacing them works (tests do).
 out = PlainConsole(soft_wrap=True)
 err = PlainConsole(stderr=True, soft_wrap=True)
+
+
+def has_color() -> bool:
+    """Return whether results are printed in colors: on a terminal that has them, if NO_COLOR does not forbid it."""
+    return out.color_system is not None and not out.no_color
 
 
 # With --quiet, messages that begin with one of these are still printed; errors are too.

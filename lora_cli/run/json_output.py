@@ -9,7 +9,11 @@ from pathlib import PurePath
 from typing import Any, NamedTuple, TextIO
 
 from lora_cli.errors import LoraError
+from lora_cli.run.console import CONTROL
 from lora_cli.run.worker import is_first_of_run
+
+# JSON escapes only some of the characters that control a terminal, which the document may be printed on.
+ESCAPES = {code: f"\\u{code:04x}" for code in CONTROL if code >= 127}
 
 
 class _Stdout(NamedTuple):
@@ -51,7 +55,8 @@ def print_document(value: Mapping[str, Any]) -> None:
     """Print `value` as the document; of several processes of a run, only the first one prints."""
     release_stdout()
     if is_first_of_run():
-        sys.stdout.write(json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False)
+        sys.stdout.write(text.translate(ESCAPES) + "\n")
         sys.stdout.flush()
 
 

@@ -3,7 +3,6 @@
 Without it, one failing process gives a traceback in every other one: of gloo, of NCCL, or of the store.
 """
 
-import sys
 import time
 from types import TracebackType
 
@@ -82,7 +81,7 @@ def _report(peers: Peers, error: Exception) -> None:
         peers.want_form(dict(error.rung._asdict()))
     if isinstance(error, LostPeer):
         for line in peers.lines_after(error):
-            sys.stderr.write(f"{line}\n")
+            console.print_always(line)
         raise SystemExit(error.exit_code) from None
     found = as_lora_error(error) if isinstance(error, (OSError, MemoryError, RuntimeError)) else None
     found = error if isinstance(error, LoraError) else found
@@ -100,7 +99,7 @@ def _report(peers: Peers, error: Exception) -> None:
     if found is None:
         if not is_first:
             raise SystemExit(1) from None
-        sys.stderr.write(f"{own} failed:\n")
+        console.print_always(f"{own} failed:")
         return
     raise SystemExit(found.exit_code) from None
 

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import all_keys
+from lora_cli.run import console
 from lora_cli.setup.planned_gpus import PlannedGpus, planned_gpus
 from tests.commands.conftest import Lora, WriteRecipe
 from tests.model.test_gguf_base import write_gguf
@@ -37,6 +38,16 @@ def test_check_shows_rows_labels_targets_and_memory(recipe: WriteRecipe, lora: L
     assert "memory, estimated: " in result.out
     assert result.out.splitlines()[-1] == "ok: lora train would train base on these rows"
     assert not Path("runs").exists()
+
+
+def test_the_text_of_a_row_controls_no_terminal(recipe: WriteRecipe, lora: Lora):
+    hostile = "a\x1b]0;title\x07\r\u202e\x9b2J [red]b[/red]"
+    row = {"prompt": hostile, "completion": hostile}
+    Path("rows.jsonl").write_text("".join(json.dumps({**row, "prompt": f"{hostile}{i}"}) + "\n" for i in range(9)))
+    result = lora("check", recipe())
+    assert result.code == 0, result.err
+    assert r"[[a\x1b]0;title\x07\r\u202e\x9b2J [red]b[/red]" in result.out
+    assert not set(console.CONTROL) & set(map(ord, result.out))
 
 
 def test_check_counts_what_train_trains(finished_run: Path, recipe: WriteRecipe, lora: Lora):

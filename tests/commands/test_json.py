@@ -26,6 +26,14 @@ def document(result: CommandResult) -> dict[str, Any]:
     return value
 
 
+def test_a_document_controls_no_terminal(capfd: pytest.CaptureFixture[str]):
+    value = {"a\x9b": "\x1b[2J\x07\x7f\u202e ünï"}
+    json_output.print_document(value)
+    text = capfd.readouterr().out
+    assert not set(console.CONTROL) & set(map(ord, text))
+    assert json.loads(text) == value
+
+
 @pytest.mark.parametrize(
     ("words", "becomes"),
     [

@@ -1,11 +1,14 @@
 """The progress bar is drawn on a terminal, and by one process only; tables are not wrapped."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
+import lora_cli
 from lora_cli.run import console
 
 
@@ -44,6 +47,37 @@ def test_text_is_printed_as_it_is_and_controls_no_terminal(monkeypatch: pytest.M
     assert lines == [
         "rows.jsonl:100: [bold]no[/bold]", r"runs/a:smile:\x1b[2J\u202e ünï", "", " a:x:", r" rows.jsonl:100: \x1b[2J"
     ]  # fmt: skip
+
+
+def test_a_styled_text_shows_its_control_characters():
+    """rich's Text would drop the bell and the carriage return, and print the escape."""
+    screen = io.StringIO()
+    text = console.styled([("a\x07\r", ""), ("\x1b[2J\x9b\u200f [red]b[/red]", "bold")])
+    console.PlainConsole(file=screen, soft_wrap=True).print(text)
+    assert screen.getvalue() == "a\\x07\\r\\x1b[2J\\x9b\\u200f [red]b[/red]\n"
+
+
+# Files that write to a standard stream themselves, and what.
+WRITERS = {
+    "__main__.py": "a line of its own",
+    "cli/__init__.py": "the help page",
+    "cli/recipes.py": "the JSON Schema",
+    "commands/chat.py": "answers: at a terminal, by console.visible; else as they are",
+    "commands/convert.py": "a recipe: YAML has no control characters",
+    "commands/env.py": "JSON for its parent process",
+    "export/gguf/llama_cpp_server.py": "an address for its parent process",
+    "run/json_output.py": "JSON, its control characters escaped",
+    "training/tracker_process.py": "a log file",
+}
+
+
+def test_all_other_output_goes_through_the_console():
+    package = Path(lora_cli.__file__).parent
+    texts = {file.relative_to(package).as_posix(): file.read_text() for file in package.rglob("*.py")}
+    writes = re.compile(r"(?<![\w.])print\(|sys\.std(out|err)\.write\(")
+    assert {name for name, text in texts.items() if writes.search(text)} == WRITERS.keys()
+    of_rich = re.compile(r"^\s*(from rich import|from rich\.(text|markup|panel)|import rich)", re.MULTILINE)
+    assert [name for name, text in texts.items() if of_rich.search(text)] == ["run/console.py"], "use console.styled"
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
