@@ -82,7 +82,7 @@ class Chat:
             case "/quit" | "/exit":
                 return False
             case "/help":
-                console.info(HELP)
+                _print_help()
             case "/base":
                 self._use(BASE)
             case "/use":
@@ -98,7 +98,8 @@ class Chat:
             case "/compare":
                 self._compare(rest)
             case _ if word.startswith("/"):
-                console.info(f"{word} is not a command\n{HELP}")
+                console.info(f"{word} is not a command")
+                _print_help()
             case _:
                 # Of a literal prompt, spaces and empty lines at its ends are a part.
                 text = line.strip() if self._kind() == "chat" else line
@@ -206,7 +207,8 @@ class Chat:
                 stopping_criteria=[StopOnSignal(stop.is_set)],
             )
         if stop.is_set():
-            console.info("\n(stopped)")
+            console.info("")
+            console.info("(stopped)")
         sys.stdout.write("\n")
         sys.stdout.flush()
         return "".join(streamer.parts).strip()
@@ -254,6 +256,11 @@ class Chat:
         after = full[len(before) :] if full[: len(before)] == before else []
         first = next((number for number, id_ in enumerate(after) if id_ in special), None)
         return [after[: first + 1]] if first is not None else []
+
+
+def _print_help() -> None:
+    for line in HELP.splitlines():
+        console.info(line)
 
 
 def _check_logits(_: Tensor, logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lora_cli.convert.detect import Detected, detect_tool
 from lora_cli.convert.draft import Outcome
 from lora_cli.convert.read import read_config
 from lora_cli.convert.secrets import hide
-from lora_cli.errors import LoraError
+from lora_cli.errors import LoraError, one_line
 from lora_cli.recipe.load import parse_recipe
 from lora_cli.run import atomic, console, json_output
 from lora_cli.run.shell import shell_path
@@ -84,7 +84,7 @@ def _check_accepted(conversion: Conversion, accepted: Sequence[str]) -> list[str
 def _print_report(conversion: Conversion, detected: Detected, accepted: Sequence[str], stream: Console) -> None:
     """Print a line for each key, by what became of it, and one for each default that is written out."""
     draft = conversion.draft
-    stream.print(f"{draft.config.file}: a {draft.config.kind} of {draft.tool} ({detected.why})")
+    stream.print(f"{one_line(str(draft.config.file))}: a {draft.config.kind} of {draft.tool} ({detected.why})")
     counts = [f"{len(conversion.of(outcome))} {title}" for outcome, title in TITLES if conversion.of(outcome)]
     stream.print(f"{len(conversion.lines)} keys: {', '.join(counts)}")
     for outcome, title in TITLES:
@@ -97,11 +97,11 @@ def _print_report(conversion: Conversion, detected: Detected, accepted: Sequence
                 f"{place}: " if outcome in (Outcome.NOT_OFFERED, Outcome.OTHER_TASK, Outcome.UNKNOWN) and place else ""
             )
             mark = " (accepted)" if line.key in accepted else ""
-            stream.print(f"  {shown}{line.text()}{mark}")
+            stream.print(one_line(f"  {shown}{line.text()}{mark}"))
     if draft.assumed:
         stream.print(f"defaults of {draft.tool} that differ from ours, written out:")
     for each in draft.assumed:
-        stream.print(f"  {each.to}: {show(each.value)} — {each.reason}")
+        stream.print(one_line(f"  {each.to}: {show(each.value)} — {each.reason}"))
 
 
 def _refusal(conversion: Conversion, open_keys: list[str], file: Path, record: dict[str, Any]) -> LoraError:

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 from lora_cli.convert.draft import Draft
+from lora_cli.errors import one_line
 from lora_cli.recipe.dump import dump_value
 from lora_cli.recipe.schema import Recipe
 
@@ -12,7 +13,7 @@ WIDTH = 40  # column of the comments
 
 def recipe_text(draft: Draft) -> str:
     """Return the YAML of the draft's recipe, with comments."""
-    lines = [f"# From {draft.config.file.name}, a {draft.config.kind} of {draft.tool}, by `lora convert`."]
+    lines = [f"# From {one_line(draft.config.file.name)}, a {draft.config.kind} of {draft.tool}, by `lora convert`."]
     for section, field in Recipe.model_fields.items():
         name = field.alias or section
         inner = {key.partition(".")[2]: value for key, value in draft.values.items() if key.startswith(f"{name}.")}
@@ -49,5 +50,5 @@ def _entry(dotted: str, key: str, value: Any, comments: dict[str, str], *, inden
 
 
 def _with_comment(line: str, comment: str) -> str:
-    comment = " ".join(comment.split())
+    comment = one_line(" ".join(comment.split()))
     return f"{line:<{WIDTH}}  # {comment}" if comment else line

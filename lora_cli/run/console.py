@@ -78,7 +78,7 @@ def set_verbosity(*, be_quiet: bool = False, be_verbose: bool = False, no_result
 
 
 def info(line: str) -> None:
-    """Print a message to stderr; with --quiet, only if it is a warning."""
+    """Print a message of one line to stderr; with --quiet, only if it is a warning."""
     _print_message(err, line)
 
 
@@ -91,7 +91,7 @@ def _print_message(console: Console, line: str) -> None:
     if quiet and not line.startswith(WARNINGS):
         return
     seconds = f"[{time.monotonic() - STARTED:7.1f} s] " if verbose else ""
-    console.print(seconds + line)
+    console.print(seconds + line.replace("\n", "\\n"))  # of a name: the rest would look like another message
 
 
 def print_table(table: Table) -> None:

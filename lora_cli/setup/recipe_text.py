@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from lora_cli.errors import one_line
+
 SECTIONS = ("model", "quantization", "adapter", "data", "training")
 COMMENT_COLUMN = 26  # at which short lines have their comment
 
@@ -16,7 +18,7 @@ def render_recipe(title: str, values: Mapping[str, tuple[Any, str]]) -> str:
         title: of the first line.
         values: value and reason by key with dots, such as `data.max_length`; keys without a dot are at the top level.
     """
-    lines = [f"# {title}"]
+    lines = [f"# {one_line(title)}"]
     for section in SECTIONS:
         inside = {key.partition(".")[2]: each for key, each in values.items() if key.startswith(f"{section}.")}
         if not inside:
@@ -32,7 +34,7 @@ def render_recipe(title: str, values: Mapping[str, tuple[Any, str]]) -> str:
 
 def _line(key: str, value: Any, why: str) -> str:
     text = f"{key}: {format_value(value)}"
-    return f"{text:<{COMMENT_COLUMN - 2}}  # {why}"
+    return f"{text:<{COMMENT_COLUMN - 2}}  # {one_line(why)}"
 
 
 def format_value(value: Any) -> str:

@@ -72,6 +72,13 @@ def test_without_out_the_recipe_is_printed(lora: Lora):
     assert "12 keys: " in result.err
 
 
+def test_the_name_of_the_config_is_no_part_of_the_recipe(lora: Lora):
+    result = lora("convert", write("a\x1b[1m\noutput: mine\n.yml", AXOLOTL), "--out", "recipe.yaml")
+    assert result.code == 0, result.err
+    assert yaml.safe_load(Path("recipe.yaml").read_text()).get("output") != "mine"
+    assert result.out.splitlines()[0].startswith(r"a\x1b[1m\noutput: mine\n.yml: a config of axolotl")
+
+
 def test_an_existing_file_is_not_replaced(lora: Lora):
     write("recipe.yaml", "mine")
     result = lora("convert", write("a.yml", AXOLOTL), "--out", "recipe.yaml")

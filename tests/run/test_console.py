@@ -57,6 +57,13 @@ def test_a_styled_text_shows_its_control_characters():
     assert screen.getvalue() == "a\\x07\\r\\x1b[2J\\x9b\\u200f [red]b[/red]\n"
 
 
+def test_a_message_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "err", console.PlainConsole(file=screen, soft_wrap=True))
+    console.info("runs/a\nerror: no.jsonl: read")
+    assert screen.getvalue() == "runs/a\\nerror: no.jsonl: read\n"
+
+
 # Files that write to a standard stream themselves, and what.
 WRITERS = {
     "__main__.py": "a line of its own",
