@@ -7,7 +7,7 @@ import typer
 
 from lora_cli.cli.app import app
 from lora_cli.cli.options import Json, check_choice, check_json_file, write_record
-from lora_cli.run.output_path import check_output_file
+from lora_cli.run.output_path import STDOUT, check_output_file
 
 FROM = ("axolotl", "llama-factory", "trl", "torchtune", "litgpt", "mlx", "unsloth")
 
@@ -27,7 +27,7 @@ def convert(
     tool: Annotated[
         str | None, typer.Option("--from", metavar="TOOL", help=f"{', '.join(FROM)}; default: found from the keys.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The recipe; default: printed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The recipe; default: - (printed).")] = None,
     accept: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="A key that is not offered: write the recipe without it.")
     ] = None,
@@ -36,6 +36,7 @@ def convert(
     """Write a recipe from another tool's config, with a line for each key: carried, or why not."""
     if tool is not None:
         check_choice("--from", tool, *FROM)
+    out = None if out == STDOUT else out
     check_output_file("--out", out)
     check_json_file(json)
     from lora_cli.commands.convert import convert as command

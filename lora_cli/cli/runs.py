@@ -8,6 +8,7 @@ import typer
 from lora_cli.cli.app import app
 from lora_cli.cli.options import Json, check_json_file, target_argument, write_record
 from lora_cli.errors import LoraError
+from lora_cli.run.output_path import STDOUT
 
 
 @app.command(examples=["lora report runs/quickstart --open", "lora report runs/a runs/b --out compare.html"])
@@ -15,7 +16,7 @@ def report(
     runs: Annotated[list[Path], target_argument("RUN...", "Run folders.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="The page; default: report.html in the run, or here."),
+        typer.Option("--out", metavar="FILE", help="The page, - for stdout; default: report.html in the run, or here."),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     evaluations: Annotated[
@@ -38,6 +39,9 @@ def report(
         raise LoraError("--watch serves the page, and writes no file", hint="leave out --out or --watch")
     if watch and json is not None:
         raise LoraError("--json has nothing to print with --watch", hint="leave one out")
+    if out == STDOUT and (open_page or json is not None):
+        option = "--open needs a file" if open_page else "--json prints to stdout too"
+        raise LoraError(f"--out - prints the page, and {option}", hint="leave one out")
     if port and not watch:
         raise LoraError("--port is for --watch", hint="leave it out")
     for file in evaluations or []:

@@ -1,6 +1,7 @@
 """`lora report`: one HTML page on runs, of what their folders have recorded; with --watch, while they train."""
 
 import os
+import sys
 import webbrowser
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from lora_cli.report.verdicts import find_verdicts
 from lora_cli.report.watch import Snapshot, Watch, make_server
 from lora_cli.run import atomic, console
 from lora_cli.run.folder import EXPORT_VERDICT, PAGE, find_adapter_folder
+from lora_cli.run.output_path import STDOUT
 from lora_cli.run.read_file import open_regular
 from lora_cli.run.run_lock import user_of_run
 from lora_cli.run.run_results import PAGE_MARK
@@ -51,12 +53,16 @@ def report(folders: Sequence[Path], request: ReportRequest) -> dict[str, Any]:
         _serve(folders, request)
         return {}
     out = request.out or (folders[0] / PAGE if len(folders) == 1 else Path(PAGE))
-    _check_out(out)
+    if out != STDOUT:
+        _check_out(out)
     library = chart_library(info=console.info)
     content = _read(folders, request, spectra=True)
     _tell_empty_places(content, request.verdicts)
-    page = render_page(content, library=library)
-    atomic.write_bytes(out, page.encode("utf-8", errors="replace"))
+    page = render_page(content, library=library).encode("utf-8", errors="replace")
+    if out == STDOUT:
+        sys.stdout.buffer.write(page)
+        return {}
+    atomic.write_bytes(out, page)
     console.out.print(str(out))
     if request.open_page:
         _open(out.absolute().as_uri())

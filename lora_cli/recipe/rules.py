@@ -308,6 +308,8 @@ def _check_paths(recipe: Recipe) -> Iterator[Conflict]:
     if source is not None and PurePath(abspath(output)) in PurePath(abspath(source)).parents:
         message = f"'{shorten(recipe.output)}' contains adapter.from, {shorten(source)}, which this run would replace"
         yield Conflict("output", message, "write another folder", ("adapter.from",))
+    if output == "-":
+        yield Conflict("output", "'-' is standard output, and a run is a folder", "write a folder")
     if PurePath(output).suffix in (*DATA_SUFFIXES, ".yaml", ".yml", ".gguf", ".safetensors"):
         yield Conflict("output", f"'{shorten(recipe.output)}' looks like a file", "write a folder")
 

@@ -23,6 +23,7 @@ FORMAT_FILE = re.compile(
     r"|chat_template\.jinja|README\.md|\.gitattributes"
 )
 FORMAT_MARKS = (CONFIG_FILE, "config.json")  # a folder of the format has one of them
+STDOUT = Path("-")
 FILE_MAGIC = {".gguf": b"GGUF", ".json": b"{\n"}
 # Files that are compared by content before they are replaced: larger ones are nobody's edited text.
 MAX_COMPARED_BYTES = 16 << 20
@@ -64,6 +65,7 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
             without `replace`, was not written by this tool, or its parent is missing or cannot be written.
     """
     another = f"name another {kind}"
+    check_not_stdout("--out", out, kind=kind)
     mode = _mode(out, another)
     _check_place(out, another)
     for path in inputs:
@@ -93,8 +95,20 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
         )
 
 
+def check_not_stdout(option: str, path: Path, *, kind: str) -> None:
+    """Raise if `path` is -, which stands for stdout: a file of this name would surprise.
+
+    Raises:
+        LoraError: it is; `kind` is what is written instead.
+    """
+    if path == STDOUT:
+        raise LoraError(f"{option} - is standard output, and a {kind} is written", hint=f"name the {kind}")
+
+
 def check_output_file(option: str, file: Path | None) -> None:
-    """Raise if a file that an option names, such as --json, cannot be written because its folder is missing."""
+    """Raise if a file that an option names, such as --json, is stdout, or its folder is missing."""
+    if file is not None:
+        check_not_stdout(option, file, kind="file")
     if file is not None and not file.absolute().parent.is_dir():
         raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
 from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder, is_path
-from lora_cli.run.output_path import check_output_path
+from lora_cli.run.output_path import check_not_stdout, check_output_path
 from lora_cli.run.shell import shell_path
 from lora_cli.setup.adapter_folders import check_not_foreign, check_not_unfinished
 
@@ -46,6 +46,7 @@ def check_export_paths(
         LoraError: `out` cannot be written, see `check_output_path`; or it, or `over`, does not fit the format.
     """
     suffix = EXPORTERS[to].suffix
+    check_not_stdout("--out", out, kind="file" if suffix else "folder")
     if over is not None and to != "gguf-adapter":
         raise LoraError(f"--over is for --to gguf-adapter, not for {to}", hint="leave it out")
     if suffix and out.suffix != suffix:

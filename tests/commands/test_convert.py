@@ -72,6 +72,13 @@ def test_without_out_the_recipe_is_printed(lora: Lora):
     assert "12 keys: " in result.err
 
 
+def test_a_dash_is_stdout(lora: Lora):
+    result = lora("convert", write("a.yml", AXOLOTL), "--out", "-")
+    assert result.code == 0, result.err
+    assert yaml.safe_load(result.out)["model"]["path"] == "Qwen/Qwen3-0.6B"
+    assert not Path("-").exists()
+
+
 def test_the_name_of_the_config_is_no_part_of_the_recipe(lora: Lora):
     result = lora("convert", write("a\x1b[1m\noutput: mine\n.yml", AXOLOTL), "--out", "recipe.yaml")
     assert result.code == 0, result.err

@@ -147,6 +147,14 @@ def test_where_the_page_may_be_written(trained_run: Path, lora: Lora, page_of):
     assert Path("mine.html").read_text() == "<html>my own page"
 
 
+def test_the_page_is_printed(trained_run: Path, lora: Lora, chart_cache: None):
+    assert lora("report", "runs/a").code == 0
+    printed = lora("report", "runs/a", "--out", "-")
+    assert printed.code == 0, printed.err
+    assert printed.out == (trained_run / "report.html").read_text()
+    assert not Path("-").exists()
+
+
 def test_the_end_of_a_process_is_news_for_a_watched_page(tmp_path: Path):
     folder = write_run(tmp_path / "a", finished=False)
     with open_run(folder, resume=True):
@@ -164,6 +172,8 @@ def test_the_end_of_a_process_is_news_for_a_watched_page(tmp_path: Path):
         (["runs/a", "--eval", "other.json"], "--eval other.json measured none of these runs' adapters"),
         (["runs/a", "--watch", "--out", "a.html"], "--watch serves the page"),
         (["runs/a", "--port", "80"], "--port is for --watch"),
+        (["runs/a", "--out", "-", "--open"], "--out - prints the page, and --open needs a file"),
+        (["runs/a", "--out", "-", "--json"], "--out - prints the page, and --json prints to stdout too"),
         (["runs/a", "--eval", "nothing.json"], "--eval nothing.json is not a file"),
         (["runs/a", "--verdict", "nothing"], "--verdict nothing does not exist"),
     ],

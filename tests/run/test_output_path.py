@@ -44,6 +44,7 @@ def snapshot(home: Path) -> dict[str, str]:
     ("out", "message"),
     [
         (".", "--out . is the working folder"),
+        ("-", "--out - is standard output, and a folder is written"),
         ("..", "--out .. contains the working folder"),
         ("/", "--out / contains the working folder"),
         ("base/..", "--out base/.. is the working folder"),
