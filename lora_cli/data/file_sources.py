@@ -5,6 +5,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from lora_cli.recipe.schema import SourceSpec
 from lora_cli.run.read_file import describe_kind
 
 MAX_LISTED = 5  # files listed in a message
+MAX_ENTRIES = 50_000  # files of a folder: it is no dataset, but a home folder, or the root
 
 # Files beside the data of a dataset, which contain no rows.
 NO_ROWS = re.compile(
@@ -66,7 +68,7 @@ def find_files(spec: SourceSpec, *, splits: Sequence[str], cache: Path, info: Ca
     elif path.is_file():
         listed, single, folder = [_local(path, path.parent)], True, False
     elif path.is_dir():
-        listed = [_local(file, path) for file in _files(sorted(path.rglob("*")))]
+        listed = [_local(file, path) for file in _files(_walk(path))]
         single, folder = False, True
     elif glob.has_magic(str(path)):
         listed, single, folder = _glob(path), False, False
@@ -112,17 +114,45 @@ def _local(path: Path, root: Path) -> _Listed:
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files of some paths; folders are left out, and hidden entries, as editors make links as locks.
+    """Return the files of some paths, and hidden folders, which are told as not read; other folders are left out.
 
     Raises:
         LoraError: one is a link to nothing, a pipe or a device: its rows would be missing silently.
     """
-    files = [path for path in paths if path.is_file()]
+    files = [path for path in paths if path.is_file() or (_is_hidden(path.name) and path.is_dir())]
     others = (path for path in paths if not path.is_dir() and not path.is_file())
     for path in others:
-        if not _is_hidden(path.name):
+        if not _is_hidden(path.name):  # editors make links as locks
             raise _not_a_file(path)
     return files
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Return what is in `folder` and the folders below it, sorted; of a hidden folder, the folder alone.
+
+    Raises:
+        LoraError: that is more than a dataset has, or a folder cannot be read.
+    """
+    found: list[Path] = []
+
+    def refuse(error: OSError) -> None:
+        place = os.fsdecode(error.filename)
+        raise LoraError(
+            f"data: the folder {place} cannot be read: {error.strerror}",
+            hint="check its permissions, or name the folder of the rows alone",
+        )
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        hidden = [name for name in folders if name.startswith(".")]
+        found += [Path(place, name) for name in (*hidden, *files)]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if len(found) + len(folders) > MAX_ENTRIES:
+            raise _too_many(f"the folder {folder} has")
+    return sorted(found)
+
+
+def _too_many(what: str) -> LoraError:
+    return LoraError(f"data: {what} more than {MAX_ENTRIES:,} files", hint="name the folder of the rows alone")
 
 
 def _not_a_file(path: Path) -> LoraError:
@@ -130,15 +160,20 @@ def _not_a_file(path: Path) -> LoraError:
 
 
 def _glob(pattern: Path) -> list[_Listed]:
-    matches = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
+    parts = pattern.parts
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    root = Path(*parts[:fixed])
+    if "**" in parts and os.path.isdir(root):
+        _walk(root)  # which tells that there are too many
+    matches = sorted(map(Path, islice(glob.iglob(str(pattern), recursive=True), MAX_ENTRIES + 1)))
+    if len(matches) > MAX_ENTRIES:
+        raise _too_many(f"{pattern} matches")
     files = _files(matches)
     if not files:
         found = "matches only folders" if matches else "matches no file"
         hint = f"write {pattern}/** for the files in them" if matches else "correct the pattern; ** matches folders"
         raise LoraError(f"data: {pattern} {found}", hint=hint)
-    parts = pattern.parts
-    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    return [_local(path, Path(*parts[:fixed])) for path in files]
+    return [_local(path, root) for path in files]
 
 
 def _no_such_part(spec: SourceSpec, key: str, value: str) -> LoraError:

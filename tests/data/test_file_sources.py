@@ -4,13 +4,15 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import time
 
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.data import readers
+from lora_cli.data import file_sources, readers
 from lora_cli.data.data_file import data_file
 from lora_cli.data.sources import eval_sources, read_records, train_sources
 from lora_cli.data.split_names import group_by_split
@@ -169,6 +171,46 @@ def test_globs_and_literal_brackets(folder):
     assert read(train_sources(DataSpec(train="x[1].jsonl"))) == ["x[1].jsonl"]
     with pytest.raises(LoraError, match=r"d/\* matches|d/e\* matches only folders"):
         train_sources(DataSpec(train="d/e*"))
+
+
+@pytest.mark.parametrize("path", ["d", "d/**", "d/**/*.jsonl", "d/*"])
+def test_a_folder_with_too_many_files_is_not_read(path: str, folder, monkeypatch):
+    monkeypatch.setattr(file_sources, "MAX_ENTRIES", 20)
+    folder(*(f"d/{number}.jsonl" for number in range(15)))
+    assert len(read(train_sources(DataSpec(train=path)))) == 15
+    folder(*(f"d/{number}.jsonl" for number in range(25)))
+    with pytest.raises(LoraError, match="more than 20 files"):
+        train_sources(DataSpec(train=path))
+
+
+def test_the_root_is_told_soon():
+    start = time.monotonic()
+    for path in ("/", "/**"):
+        with pytest.raises(LoraError, match=r"more than|cannot be read"):
+            train_sources(DataSpec(train=path))
+    assert time.monotonic() - start < 10
+
+
+def test_hidden_folders_are_not_entered(folder):
+    folder("d/a.jsonl", *(f"d/.cache/{number}.jsonl" for number in range(9)))
+    told: list[str] = []
+    assert read(train_sources(DataSpec(train="d"), info=told.append)) == ["a.jsonl"]
+    assert told == ["d: not read, as they contain no rows: .cache"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(folder, monkeypatch):
+    """Its rows would be missing silently."""
+    folder("d/a.jsonl", "d/closed/b.jsonl")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(LoraError, match="data: the folder d/closed cannot be read: Permission denied"):
+        train_sources(DataSpec(train="d"))
 
 
 TEXT = '{"text": "é1"}\n{"text": "2"}\n'
