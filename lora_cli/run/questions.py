@@ -57,5 +57,10 @@ def ask(question: str, parse: Callable[[str], T], *, default: str = "", read: Re
             wrong = error if isinstance(error, LoraError) else as_lora_error(error)
             if wrong is None:
                 raise
-            for line in filter(None, (*wrong.details, wrong.message, wrong.hint)):
-                console.info(f"  {line}")
+            tell(wrong)
+
+
+def tell(error: LoraError) -> None:
+    """Print what is wrong with an answer, which is asked for again, in one line behind the details."""
+    for line in (*error.details, "; ".join(filter(None, (error.message, error.hint)))):
+        console.info(f"  {line}")

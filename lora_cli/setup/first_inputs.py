@@ -1,5 +1,6 @@
 """The base model and the rows of a first recipe, as far as this machine knows them: config, formats, bad rows."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -12,10 +13,10 @@ from transformers import PretrainedConfig
 from lora_cli.data.examples import open_source
 from lora_cli.data.formats import FORMATS
 from lora_cli.data.records import BadRow
-from lora_cli.data.sources import DataSource, train_sources
+from lora_cli.data.sources import DataSource, eval_sources, train_sources
 from lora_cli.data.turns import TurnOptions
 from lora_cli.errors import LoraError
-from lora_cli.model.model_source import find_model, load_config
+from lora_cli.model.model_source import find_model, load_config, load_tokenizer
 from lora_cli.model.tasks import is_supported
 from lora_cli.recipe.schema import DataSpec, ModelSpec
 from lora_cli.recipe.tasks import EVERY_TASK, FormatName, TaskName
@@ -53,17 +54,22 @@ class FoundRows(NamedTuple):
 
 
 def find_first_model(path: str, *, info: Info) -> FoundModel:
-    """Find the base model `path` and read its config, without weights.
+    """Find the base model `path`, and read its config and its tokenizer, without weights.
 
     Raises:
-        LoraError: a local path is not a model, or its files are damaged.
+        LoraError: a local path is not a model that can be trained, or its files are damaged.
     """
     spec = ModelSpec(path=path)
     try:
         source = find_model(spec, dtype=torch.float32, device=CPU, info=info, weights=False)
-        return FoundModel(path, load_config(source))
+        model = FoundModel(path, load_config(source))
+        load_tokenizer(source)
+        if not model.tasks:
+            raise LoraError(f"model.path: {path} cannot be trained", hint="give a language model, or a classifier")
+        return model
     except LoraError as error:
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith("."):
+        # A folder of this machine can have the name of a hub id.
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not path.startswith(".") and not os.path.lexists(path):
             return FoundModel(path, None, error.message)
         raise
 
@@ -86,8 +92,8 @@ def find_first_rows(path: str, model: FoundModel, *, info: Info) -> FoundRows:
             continue
         formats[task] = found.name
         columns = columns or found.columns
-    if not formats:
-        raise problem or LoraError(f"model.path: {model.path} cannot be trained", hint="give another model")
+    if problem is not None and not formats:
+        raise problem
     ranked = sorted(formats, key=lambda task: -len(FORMATS[formats[task]].required))
     rows, complete, bad = _count(source, ranked[0], TurnOptions())
     if bad:  # with on_bad_row: skip, a conversation is cut to its last answer
@@ -99,6 +105,24 @@ def find_first_rows(path: str, model: FoundModel, *, info: Info) -> FoundRows:
             hint="correct them, or give other rows",
         )
     return FoundRows(path, {task: formats[task] for task in ranked}, columns, rows, complete, bad)
+
+
+def count_held_out(path: str, rows: FoundRows, task: TaskName) -> tuple[int, bool]:
+    """Return the number of the evaluation rows at `path`, and whether these are all.
+
+    Raises:
+        LoraError: there are none, they are training rows too, or do not have the format and columns of those.
+    """
+    spec = DataSpec(train=rows.path, eval=path, format=rows.formats[task], columns=rows.columns)
+    (source,) = eval_sources(spec, train_sources(spec))
+    count, complete, bad = _count(source, task, TurnOptions(cut_end=bool(rows.bad)))
+    if bad and not rows.bad:
+        reason = max(bad, key=lambda each: bad[each])
+        raise LoraError(
+            f"{path}: {sum(bad.values()):,} of {count:,} rows cannot be used as {rows.formats[task]}: {reason}",
+            hint="correct them, or give other rows",
+        )
+    return count, complete
 
 
 def _count(source: DataSource, task: TaskName, turns: TurnOptions) -> tuple[int, bool, dict[str, int]]:

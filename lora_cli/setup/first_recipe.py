@@ -62,23 +62,77 @@ Choices = dict[str, Choice]  # by the key of the recipe, with dots
 SMALL_RATE = Choice(5.0e-4, "small models need more than the usual 2e-4")
 
 
-def choose(
-    model: FoundModel, rows: FoundRows, task: TaskName, machine: Machine, *, held_out: Choice, output: str, info: Info
-) -> Choices:
-    """Choose every value of a recipe.
+class Inputs(NamedTuple):
+    """What the recipe is for."""
 
-    Args:
-        model: the base.
-        rows: of training.
-        task: one that model and rows have in common.
-        machine: that the run is planned for.
-        held_out: value of data.eval.
-        output: run folder.
-        info: prints what is being measured.
+    model: FoundModel
+    rows: FoundRows  # of training
+    task: TaskName  # one that model and rows have in common
+    held_out: Choice  # value of data.eval
+
+
+class Sample(NamedTuple):
+    """The first rows, tokenized."""
+
+    lengths: Any  # int [rows], in tokens
+    held_out: int  # tokens of the longest of the first evaluation rows; 0 if they are a share of the rows
+    complete: bool  # whether these are all rows, and all evaluation rows
+    limit: int  # tokens, to which longer rows were cut
+    packing: bool  # whether the model allows it
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(self.lengths.max()), self.held_out)
+
+    @property
+    def tokens(self) -> int:
+        """The smallest max_length for all rows: a multiple of LENGTH_STEP, but not above the limit."""
+        return min(self.limit, -(-self.longest // LENGTH_STEP) * LENGTH_STEP)
+
+
+def measure(inputs: Inputs, *, info: Info) -> Sample | None:
+    """Tokenize the first rows; return None for a model that is not on this machine.
 
     Raises:
-        LoraError: the model's files or the rows do not fit together, or no form of the run fits the machine.
+        LoraError: model, rows and evaluation rows do not fit together.
     """
+    if inputs.model.config is None:
+        return None
+    rows = inputs.rows
+    info(f"tokenizing the first {min(rows.rows, SAMPLE_ROWS):,} rows")
+    sample = _tokenize(inputs)
+    _length(sample, rows.formats[inputs.task])
+    info(f"their longest row has {sample.longest:,} tokens, the mean is {sample.lengths.mean():,.0f}")
+    return sample
+
+
+def choose(inputs: Inputs, machine: Machine, sample: Sample | None, *, info: Info) -> Choices:
+    """Choose every value of a recipe except its output.
+
+    Args:
+        inputs: what it is for.
+        machine: that the run is planned for.
+        sample: what `measure` returned for `inputs`.
+        info: prints what is planned.
+
+    Raises:
+        LoraError: no form of the run fits the machine.
+    """
+    choices = _given(inputs)
+    if sample is None:
+        return choices | _by_name(inputs.model, inputs.rows, inputs.task, machine)
+    return choices | _by_plan(choices, inputs, sample, machine, info=info)
+
+
+def in_order(choices: Choices) -> Choices:
+    """Return the choices in the order of configs/."""
+    return {key: choices[key] for key in sorted(choices, key=lambda key: ORDER.index(key.rpartition(".")[2]))}
+
+
+def _given(inputs: Inputs) -> Choices:
+    """Return the values that depend on the inputs alone."""
+    model, rows, task, held_out = inputs
     choices: Choices = {
         "model.path": Choice(model.path, "hub id, folder or .gguf file"),
         "model.dtype": Choice("auto", DTYPE),
@@ -86,19 +140,13 @@ def choose(
         "data.train": Choice(rows.path, f"{rows.rows:,} rows{'' if rows.complete else ' and more'}"),
         "data.eval": held_out,
         "data.format": Choice(rows.formats[task], FORMATS[rows.formats[task]].summary.split(";")[0]),
-        "output": Choice(output, "run folder: recipe, metrics, checkpoints and adapter"),
     }
     if rows.columns:
         choices["data.columns"] = Choice(rows.columns, "maps the columns of the format to those of the file")
     if rows.bad:
         count = sum(rows.bad.values())
         choices["data.on_bad_row"] = Choice("skip", f"{count:,} of {rows.rows:,} rows: {', '.join(rows.bad)}; counted")
-    choices |= _usual(model, rows)
-    if model.config is None:
-        choices |= _by_name(model, rows, task, machine)
-    else:
-        choices |= _by_plan(choices, rows, task, machine, info=info)
-    return {key: choices[key] for key in sorted(choices, key=lambda key: ORDER.index(key.rpartition(".")[2]))}
+    return choices | _usual(model, rows)
 
 
 def to_tree(choices: Choices) -> dict[str, Any]:
@@ -139,34 +187,13 @@ def parameters_in_name(name: str) -> int | None:
     return int(max(found)) if found else None
 
 
-class _Sample(NamedTuple):
-    """The first rows, tokenized."""
-
-    lengths: Any  # int [rows], in tokens
-    complete: bool  # whether these are all rows
-    limit: int  # tokens, to which longer rows were cut
-    packing: bool  # whether the model allows it
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest row."""
-        return int(self.lengths.max())
-
-    @property
-    def tokens(self) -> int:
-        """The smallest max_length for all rows: a multiple of LENGTH_STEP, but not above the limit."""
-        return min(self.limit, -(-self.longest // LENGTH_STEP) * LENGTH_STEP)
-
-
-def _by_plan(choices: Choices, rows: FoundRows, task: TaskName, machine: Machine, *, info: Info) -> Choices:
+def _by_plan(choices: Choices, inputs: Inputs, sample: Sample, machine: Machine, *, info: Info) -> Choices:
     """Choose length, quantization and batches by the memory plan for the first rows.
 
     Raises:
-        LoraError: model and rows do not fit together, or no form of the run fits the machine.
+        LoraError: no form of the run fits the machine.
     """
-    info(f"tokenizing the first {min(rows.rows, SAMPLE_ROWS):,} rows")
-    sample = _tokenize(choices, rows)
-    info(f"their longest row has {sample.longest:,} tokens, the mean is {sample.lengths.mean():,.0f}")
+    rows, task = inputs.rows, inputs.task
     chosen = _length(sample, rows.formats[task])
     chosen |= _steps(sample, rows, machine, chosen["data.max_length"].value)
     if task == "causal-lm":
@@ -201,30 +228,41 @@ def _by_plan(choices: Choices, rows: FoundRows, task: TaskName, machine: Machine
     return chosen
 
 
-def _recipe(choices: Choices) -> Recipe:
-    """Return the recipe of `choices` with the first rows only, none of them held out."""
+def _recipe(choices: Choices, *, held_out: str | float | None = None) -> Recipe:
+    """Return the recipe of `choices` with the first rows only."""
     tree = to_tree(choices)
-    tree["data"] |= {"train": [{"path": tree["data"]["train"], "max_rows": SAMPLE_ROWS}], "eval": None}
+    tree["data"] |= {"train": _first(tree["data"]["train"])}
+    tree["data"] |= {"eval": _first(held_out) if isinstance(held_out, str) else held_out}
     return Recipe.model_validate(tree)
 
 
-def _tokenize(choices: Choices, rows: FoundRows) -> _Sample:
+def _first(path: str) -> list[dict[str, Any]]:
+    return [{"path": path, "max_rows": SAMPLE_ROWS}]
+
+
+def _tokenize(inputs: Inputs) -> Sample:
+    rows, held_out = inputs.rows, inputs.held_out.value
+    complete = rows.complete and rows.rows <= SAMPLE_ROWS
     limit = LONGEST
     while True:
         measured = {"data.max_length": Choice(limit, ""), "data.overlong": Choice("truncate", "")}
+        # A share of some rows says nothing about that of all, and leaves out rows to measure.
+        recipe = _recipe({**_given(inputs), **measured}, held_out=held_out if isinstance(held_out, str) else None)
         try:
-            inputs = load_inputs(_recipe({**choices, **measured}), info=no_output, weights=False)
+            found = load_inputs(recipe, info=no_output, weights=False)
         except LoraError as error:
             positions = re.search(r"the model has positions for ([\d,]+)", error.message)
             if positions is None or int(positions[1].replace(",", "")) >= limit:
                 raise
             limit = int(positions[1].replace(",", ""))
             continue
-        complete = rows.complete and rows.rows <= SAMPLE_ROWS
-        return _Sample(inputs.data.train.lengths, complete, limit, bool(inputs.recipe.data.packing))
+        lengths, longest = found.data.train.lengths, 0
+        if isinstance(held_out, str) and found.data.eval is not None:
+            longest, complete = int(found.data.eval.lengths.max()), complete and len(found.data.eval) < SAMPLE_ROWS
+        return Sample(lengths, longest, complete, limit, bool(found.recipe.data.packing))
 
 
-def _length(sample: _Sample, format_: FormatName) -> Choices:
+def _length(sample: Sample, format_: FormatName) -> Choices:
     """Choose max_length: no less than the longest row, except for documents, which are split.
 
     Raises:
@@ -250,7 +288,7 @@ def _length(sample: _Sample, format_: FormatName) -> Choices:
     }
 
 
-def _steps(sample: _Sample, rows: FoundRows, machine: Machine, longest: int) -> Choices:
+def _steps(sample: Sample, rows: FoundRows, machine: Machine, longest: int) -> Choices:
     """Choose the size of a step such that the run has enough steps, and its batches, of rows up to `longest` tokens."""
     gpus = machine.gpus.number if machine.gpus else 1
     epochs = _epochs(rows.rows)
