@@ -29,6 +29,7 @@ Exit codes: 0 done, 1 failed, 2 wrong recipe, data, model or arguments,
 COMPLETE = "_LORA_COMPLETE"  # environment variable of a shell that asks for completions
 JSON = "--json"
 JSON_FILES = (".json", ".jsonl")
+TEXT = "TEXT"  # metavar of options whose value can be empty
 TO_STDOUT = "-"  # the value of --json without a file
 QUIET, VERBOSE, JSON_ON_STDOUT = "lora.quiet", "lora.verbose", "lora.json"  # keys of the contexts' common `meta`
 
@@ -44,6 +45,8 @@ class _Command(TyperCommand):
         ctx.meta[ARGUMENTS] = list(args)  # for the messages of usage errors
         if self.takes_json_file and not ctx.resilient_parsing:  # which completion does
             args = with_json_value(args, ctx)
+        if not ctx.resilient_parsing:
+            check_not_empty(args, ctx)
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
@@ -97,6 +100,10 @@ class _Group(TyperGroup):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.params.extend(_common_options())
+
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: "Context", args: list[str]) -> Any:
         if args and not args[0].startswith("-") and not ctx.resilient_parsing and args[0] not in self.commands:
@@ -184,6 +191,24 @@ def with_json_value(args: Sequence[str], ctx: "Context | None" = None) -> list[s
     if ctx is not None and f"{JSON}={TO_STDOUT}" in values:
         ctx.meta[JSON_ON_STDOUT] = True
     return [*done, *rest]
+
+
+def check_not_empty(args: Sequence[str], ctx: "Context") -> None:
+    """Check that no argument is empty, which `.` would be taken for, or the default of an option.
+
+    Raises:
+        HintedError: one is; a variable of the shell that is not set is a usual reason.
+    """
+    options = {opt: each for each in ctx.command.params if isinstance(each, TyperOption) for opt in each.opts}
+    hint = "write a value; a variable of the shell may not be set"
+    for before, word in zip(["", *args], args, strict=False):
+        name, equals, value = word.partition("=")
+        option = options.get(before if not word else name)
+        is_value = option is not None and not option.is_flag and (not word or (equals and not value))
+        if is_value and option is not None and option.metavar != TEXT:
+            raise HintedError(f"{option.opts[-1]}: the value is empty", hint=hint, ctx=ctx)
+        if not word and not is_value:
+            raise HintedError(f"{ctx.command_path}: an argument is empty", hint=hint, ctx=ctx)
 
 
 def without_json(args: Sequence[str]) -> list[str]:

@@ -116,12 +116,24 @@ def _hint_for_option(name: str, ctx: "Context | None") -> str | None:
     if ctx is None:
         return None
     names = [opt for each in ctx.command.get_params(ctx) for opt in each.opts if opt.startswith("--")]
+    if not name.startswith("--"):  # of `-set`, the parser names `-s`
+        words = ctx.meta.get(ARGUMENTS, ())
+        name = next((f"-{word}" for word in words if word.startswith(name) and len(word) > 2), name)
+    if ctx.parent is None and (owner := _command_with(name, ctx)):
+        return f"write it behind the command: lora {owner} {name}"
     close = get_close_matches(name, names, n=1)
-    if "--set" in names and (key := _recipe_key(name)):
+    if name not in names and "--set" in names and (key := _recipe_key(name)):
         value = _written_value([name], ctx)
         setting = f"{key}={value if value[:1] not in ('', '-') else 'VALUE'}"
         return f"it is a key of the recipe: write --set {shlex.quote(setting)}"
     return f"did you mean {close[0]}?" if close else None
+
+
+def _command_with(option: str, ctx: "Context") -> str | None:
+    """Return the command that is written in a command line and has an option; None if there is none."""
+    commands = getattr(ctx.command, "commands", {})
+    words = [word for word in ctx.meta.get(ARGUMENTS, ()) if word in commands]
+    return next((word for word in words if any(option in each.opts for each in commands[word].params)), None)
 
 
 def _recipe_key(option: str) -> str | None:

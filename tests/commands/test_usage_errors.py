@@ -18,6 +18,8 @@ USAGE_ERRORS = {
     "train": ("lora train: RECIPE is missing", "write lora train RECIPE"),
     "train a.yaml b.yaml": ("lora train: unexpected argument b.yaml", "write lora train RECIPE"),
     "train recipe.yaml --outptu x": ("lora train has no option --outptu", "did you mean --output?"),
+    "train recipe.yaml -output x": ("lora train has no option -o", "did you mean --output?"),
+    "--json runs": ("lora has no option --json", "write it behind the command: lora runs --json"),
     "train recipe.yaml --lr 1e-4": (
         "lora train has no option --lr",
         "it is a key of the recipe: write --set training.learning_rate=1e-4",
@@ -68,6 +70,28 @@ def test_a_usage_error_is_two_lines(command: str, lora: Lora):
     error, hint = USAGE_ERRORS[command]
     assert (result.code, result.out) == (2, "")
     assert result.err.splitlines() == [f"error: {error}", f"hint: {hint}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["train", ""], "lora train: an argument is empty"),
+        (["train", "recipe.yaml", "--output", ""], "--output: the value is empty"),
+        (["train", "recipe.yaml", "--output="], "--output: the value is empty"),
+        (["train", "recipe.yaml", "--resume", ""], "lora train: an argument is empty"),
+        (["eval", "runs/a", "--data", ""], "--data: the value is empty"),
+        (["merge", "runs/a", "--out", ""], "--out: the value is empty"),
+        (["check", "recipe.yaml", "--set", ""], "--set: the value is empty"),
+        (["adapter", "inspect", ""], "lora adapter inspect: an argument is empty"),
+        (["runs", ""], "lora runs: an argument is empty"),
+    ],
+)
+def test_an_empty_argument_is_not_the_working_folder(words: list[str], problem: str, lora: Lora):
+    result = lora(*words)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.splitlines() == [
+        f"error: {problem}", "hint: write a value; a variable of the shell may not be set"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [[], ["adapter"]])
