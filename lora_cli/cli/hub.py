@@ -1,5 +1,6 @@
 """`lora push`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,9 @@ import typer
 
 from lora_cli.cli.app import app
 from lora_cli.cli.options import Json, check_json_file, target_argument, write_record
+from lora_cli.errors import LoraError
 from lora_cli.run.hub_account import check_repository_name, why_no_upload
+from lora_cli.run.shell import shell_path
 from lora_cli.setup.publishable import find_publishable
 
 
@@ -25,6 +28,11 @@ def push(
 ) -> None:
     """Publish an adapter, a model or an export on the Hugging Face hub, and compare what arrived."""
     check_json_file(json)
+    if not os.path.exists(target) and os.path.exists(repository):
+        raise LoraError(
+            f"{target} does not exist: the repository comes behind the result",
+            hint=f"write lora push {shell_path(repository)} {shell_path(target)}",
+        )
     check_repository_name(repository)
     result = find_publishable(target)
     if not dry_run and (refused := why_no_upload()) is not None:

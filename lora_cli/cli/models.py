@@ -25,6 +25,7 @@ from lora_cli.cli.options import (
 from lora_cli.errors import LoraError
 from lora_cli.model.model_path import check_model_path
 from lora_cli.run import console
+from lora_cli.run.byte_size import parse_size
 from lora_cli.run.output_path import check_output_path, reserve_output_path
 from lora_cli.setup.adapter_folders import find_adapter, find_chat_adapters
 from lora_cli.setup.export_paths import check_export_paths, find_exported_adapter
@@ -64,6 +65,7 @@ def merge(
     check_choice("--dtype", dtype, *DTYPES)
     check_choice("--weights", weights, *WEIGHTS)
     check_choice("--verify", verify, *VERIFY_MERGE)
+    shard_size = parse_size(max_shard_size, option="--max-shard-size", example="5GB")
     with reserve_output_path(out):
         check_output_path(out, inputs=[find_adapter(adapter)], replace=force, command="merge")
         _check_base(base)
@@ -75,7 +77,7 @@ def merge(
             dtype=dtype,
             weights=weights,
             verify=verify,
-            max_shard_size=max_shard_size,
+            max_shard_size=shard_size,
             force=force,
             unmerge=unmerge,
             other_base=other_base,
@@ -166,4 +168,4 @@ def chat(
 
 def _check_base(base: str | None) -> None:
     if base is not None:
-        check_model_path(base)
+        check_model_path(base, key="--base")

@@ -79,10 +79,9 @@ def train(
     from lora_cli.setup.missing_files import check_training_can_start
 
     check_json_file(json)
-    settings = [*(overrides or [])]
-    settings += [f"output={json_library.dumps(output)}"] if output else []
-    settings += [f"distributed.processes={processes}"] if processes else []
-    loaded = load_recipe(recipe, settings)
+    options = {f"output={json_library.dumps(output, ensure_ascii=False)}": f"--output {output}"} if output else {}
+    options |= {f"distributed.processes={processes}": f"--processes {processes}"} if processes else {}
+    loaded = load_recipe(recipe, [*(overrides or []), *options], options=options)
     check_training_can_start(loaded, resume=resume, fresh=fresh)
     with console.loading_libraries():
         from lora_cli.commands.train import train as command
@@ -119,8 +118,15 @@ def evaluate(
     other_base: OtherBase = False,
 ) -> None:
     """Measure base, adapters and merged models side by side on held-out rows."""
+    from lora_cli.evaluation.text_metrics import check_text_metrics
+
     check_json_file(json)
     check_output_file("--predictions", predictions)
+    if (metric or predictions) and not answers:
+        raise LoraError("--metric and --predictions need answers", hint="set their number: --answers 100")
+    check_text_metrics(metric or [])
+    if tasks_dir is not None and not tasks_dir.is_dir():
+        raise LoraError(f"--tasks-dir {tasks_dir}: folder not found", hint="name a folder with YAML files of tasks")
     check_measurable(Path(target))
     if Path(target).is_file():
         from lora_cli.recipe.load import load_recipe

@@ -11,7 +11,6 @@ from lora_cli.model.model_source import find_model, local_folder
 from lora_cli.model.saved_adapter import CPU, SavedAdapter, base_path, check_same_base, find_base
 from lora_cli.recipe.schema import ModelSpec
 from lora_cli.run import console
-from lora_cli.run.byte_size import parse_size
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.disk_space import Need, check_free_space
 from lora_cli.run.output_path import check_output_path
@@ -40,7 +39,7 @@ class MergeRequest(NamedTuple):
     dtype: str
     weights: str  # auto, original or dequantized
     verify: str  # logits or tensors
-    max_shard_size: str
+    max_shard_size: int  # bytes
     force: bool
     unmerge: bool
     other_base: bool
@@ -57,7 +56,6 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> dict[str, Any]:
         LoraError: adapter, base and options do not fit, the method cannot be merged, or the merged model is wrong.
     """
     remove_leftovers(out.absolute().parent, out.name)  # of a merge that was killed
-    max_shard_bytes = parse_size(request.max_shard_size, option="--max-shard-size", example="5GB")
     files = open_adapter(find_adapter(folder))
     check_method_merges(files)
     _check_paths(files, out, request)
@@ -65,7 +63,7 @@ def merge(folder: Path, *, out: Path, request: MergeRequest) -> dict[str, Any]:
     check_base_merges(adapter)
     if not request.unmerge:
         check_same_base(files, adapter.base, allowed=request.other_base)
-    options = MergeOptions(request.dtype, request.weights, request.verify, max_shard_bytes, request.force)
+    options = MergeOptions(request.dtype, request.weights, request.verify, request.max_shard_size, request.force)
     if request.unmerge:
         figures = _unmerge(adapter, out, options)
     else:

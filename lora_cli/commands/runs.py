@@ -60,6 +60,8 @@ def runs(folder: Path) -> dict[str, Any]:
     Raises:
         LoraError: there is no such folder.
     """
+    if os.path.isfile(folder):
+        raise LoraError(f"{folder} is a file, not a folder", hint="name the folder of your runs: lora runs FOLDER")
     if not os.path.isdir(folder):
         raise LoraError(f"there is no folder {folder}", hint="name the folder of your runs: lora runs FOLDER")
     lines = sorted(map(_read_line, _find_runs(folder)), key=lambda line: line.changed)

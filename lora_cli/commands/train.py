@@ -381,7 +381,7 @@ class Training:
         write_run_checksums(self.run.path)
         for line in run_records.describe_results(self.run, self.recipe, self.evaluations.history, step=step):
             self.info(line)
-        console.out.print(f"{self.recipe.output}/adapter")
+        console.out.print(str(self.run.adapter))
 
     def _write_verified(self, run: RunFolder, step: int, probe: Batch) -> None:
         """Write the model's adapter and its card, compared with what is read back."""

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from lora_cli.data.dataset import EncodedDataset
-from lora_cli.errors import LoraError
 from lora_cli.evaluation import lm_eval_harness, text_metrics
 from lora_cli.evaluation.generation import Answer, generate, prompt_ids, reference_ids, stop_ids
 from lora_cli.evaluation.likelihood import Stopping, never
@@ -40,14 +39,11 @@ class GenerationOptions(NamedTuple):
     limit: int | None = None  # documents of each task
 
     def check(self) -> None:
-        """Check the options before any model is loaded.
+        """Check the tasks before any model is loaded.
 
         Raises:
-            LoraError: metrics or a file without answers, or a metric or task that is not available.
+            LoraError: one is not available.
         """
-        if (self.metrics or self.file) and not self.prompts:
-            raise LoraError("--metric and --predictions need answers", hint="set their number: --answers 100")
-        text_metrics.check_text_metrics(self.metrics)
         lm_eval_harness.check_tasks(self.tasks, self.tasks_folder)
 
 

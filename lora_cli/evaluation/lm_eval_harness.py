@@ -33,8 +33,6 @@ def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
         return
     if find_spec("lm_eval") is None:
         raise LoraError("--tasks needs the package lm-eval", hint='pip install "lora-cli[tasks]"')
-    if folder is not None and not folder.is_dir():
-        raise LoraError(f"--tasks-dir {folder}: folder not found", hint="name a folder with YAML files of tasks")
     for file in sorted(folder.rglob("*.yaml")) if folder else ():
         read_bytes(file, limit=MAX_TASK_BYTES, hint="--tasks-dir: name a folder with YAML files of tasks")
     known = _task_manager(folder).all_tasks

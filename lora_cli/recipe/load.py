@@ -1,11 +1,13 @@
 """Load a recipe: YAML and `--set` overrides to a validated `Recipe`, or all problems at once. No torch."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.recipe.dump import HEADER
-from lora_cli.recipe.overrides import apply_overrides
+from lora_cli.recipe.overrides import NO_OPTIONS, apply_overrides
 from lora_cli.recipe.problem import Location, Problem, UnreadableRecipe
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.validate import validate_recipe
@@ -20,8 +22,10 @@ MAX_BYTES = 256 * 1024  # a recipe has a few kilobytes; a model file passed by m
 PASS_A_RECIPE = "pass a recipe (a .yaml file)"
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, options: Mapping[str, str] = NO_OPTIONS) -> Recipe:
     """Return the recipe in the YAML file `path`, or on stdin (`-`), with `overrides` such as `training.seed=1` applied.
+
+    `options` are those of the command line that some of them stand for, as they were written.
 
     The recipe.yaml that a run wrote has the folder of the run as its output, also after the folder was moved.
 
@@ -29,17 +33,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         LoraError: the file cannot be read, or the recipe is invalid: `details` has a line for each problem of the
             file and the overrides.
     """
-    data = read_stdin(limit=MAX_BYTES) if path == STDIN else read_bytes(path, limit=MAX_BYTES, hint=PASS_A_RECIPE)
+    if path.suffix in (".jsonl", ".csv", ".tsv", ".parquet") and os.path.isfile(path):
+        raise LoraError(f"{path} is a file of rows, not a recipe", hint=f"{PASS_A_RECIPE} that names it in data.train")
+    data = read_stdin(limit=MAX_BYTES) if path == STDIN else read_bytes(path, limit=MAX_BYTES, hint=_meant(path))
     path = Path("<stdin>") if path == STDIN else path
     text = _decode(data, path)
-    recipe = parse_recipe(text, path, overrides)
+    recipe = parse_recipe(text, path, overrides, options=options)
     sets_output = any(each.partition("=")[0].strip() == "output" for each in overrides)
     if path.name == "recipe.yaml" and text.startswith(HEADER) and is_run(path.parent) and not sets_output:
         return _with_output(recipe, path.parent)
     return recipe
 
 
-def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    text: str, path: Path, overrides: Sequence[str] = (), *, options: Mapping[str, str] = NO_OPTIONS
+) -> Recipe:
     """Return the recipe in `text`, with `overrides` applied; `path` is its file in messages.
 
     Raises:
@@ -59,11 +67,22 @@ def parse_recipe(text: str, path: Path, overrides: Sequence[str] = ()) -> Recipe
             )
     except UnreadableRecipe as error:
         raise _invalid_recipe(path, [error.problem]) from None
-    tree, problems = apply_overrides(tree, overrides, problems)
+    tree, problems = apply_overrides(tree, overrides, problems, options=options)
     recipe, more = validate_recipe(tree, top)
     if problems or more or recipe is None:
         raise _invalid_recipe(path, [*problems, *more], hint=_foreign_hint(tree, path))
     return recipe
+
+
+def _meant(path: Path) -> str:
+    """Return the hint for a path that is no file: the recipe that was meant, if there is one."""
+    if os.path.isfile(path / "recipe.yaml"):
+        return f"pass the recipe of this run: {path / 'recipe.yaml'}"
+    folder, names = path.parent, []
+    if not os.path.lexists(path) and os.path.isdir(folder):
+        names = sorted(name for name in os.listdir(folder) if name.endswith((".yaml", ".yml")))
+    close = get_close_matches(path.name, names, n=1)
+    return f"did you mean {folder / close[0]}?" if close else PASS_A_RECIPE
 
 
 # Keys with which the configs of other tools name their base, and recipes do not.

@@ -2,27 +2,32 @@
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from lora_cli.recipe.problem import Location, Problem, UnreadableRecipe, shorten
 from lora_cli.recipe.yaml_tree import MAX_DEPTH, Node, parse_yaml
 
 # `Location.order` of the first override: problems of the command line are printed after those of the file.
 AFTER_THE_FILE = 1_000_000_000
+NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 
 
-def apply_overrides(tree: Node, overrides: Sequence[str], problems: list[Problem]) -> tuple[Node, list[Problem]]:
+def apply_overrides(
+    tree: Node, overrides: Sequence[str], problems: list[Problem], *, options: Mapping[str, str] = NO_OPTIONS
+) -> tuple[Node, list[Problem]]:
     """Return the tree with each `key=value` applied, and the remaining problems.
 
     Args:
         tree: the recipe.
         overrides: texts such as `training.seed=1`; the value is YAML.
         problems: those of the file; problems of an overridden key are dropped.
+        options: how those were written that are no `--set`, such as `--output runs/a`; for messages.
     """
     seen: set[str] = set()
     for number, text in enumerate(overrides):
-        location = Location(AFTER_THE_FILE + number, f"--set {shorten(text, 80)}")
+        location = Location(AFTER_THE_FILE + number, options.get(text) or f"--set {shorten(text, 80)}")
         key, equals, written = (part.strip() for part in text.partition("="))
         steps = key.split(".")
         if not equals:

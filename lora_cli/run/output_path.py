@@ -24,6 +24,7 @@ FORMAT_FILE = re.compile(
 )
 FORMAT_MARKS = (CONFIG_FILE, "config.json")  # a folder of the format has one of them
 STDOUT = Path("-")
+FILE_SUFFIXES = (".gguf", ".safetensors", ".onnx", ".bin", ".pt", ".zip")  # a folder of such a name would mislead
 FILE_MAGIC = {".gguf": b"GGUF", ".json": b"{\n"}
 # Files that are compared by content before they are replaced: larger ones are nobody's edited text.
 MAX_COMPARED_BYTES = 16 << 20
@@ -66,6 +67,8 @@ def check_output_path(out: Path, *, inputs: Iterable[Path], replace: bool, comma
     """
     another = f"name another {kind}"
     check_not_stdout("--out", out, kind=kind)
+    if kind == "folder" and out.suffix.lower() in FILE_SUFFIXES:
+        raise LoraError(f"--out {out} is the name of a file, and the {command} writes a folder", hint=another)
     mode = _mode(out, another)
     _check_place(out, another)
     for path in inputs:

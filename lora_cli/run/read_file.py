@@ -35,7 +35,8 @@ def open_regular(path: Path, *, hint: str = RESTORE) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
-        raise LoraError(f"{path} does not exist", hint=hint) from None
+        found = "is a link to nothing" if os.path.islink(path) else "does not exist"
+        raise LoraError(f"{path} {found}", hint=hint) from None
     except OSError as error:  # no permission, a loop of links, a name that is too long
         error_type = LoraError if error.errno in _NO_FILE else UnreadableError
         raise error_type(f"{shorten_path(path)} cannot be read: {error.strerror}", hint=hint) from None

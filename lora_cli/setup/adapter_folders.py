@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lora_cli.errors import LoraError
 from lora_cli.model.foreign_adapters.detect import TOOLS, conversion_hint, find_foreign
 from lora_cli.run.folder import BASE, CONFIG_FILE, find_adapter_folder
+from lora_cli.run.read_file import describe_kind
 from lora_cli.run.run_lock import LOCK, user_of_run
 from lora_cli.run.shell import shell_path
 from lora_cli.training.checkpoint_folders import list_checkpoints
@@ -32,6 +33,8 @@ def find_adapter(target: Path, *, hint: str = HINT) -> Path:
     check_not_unfinished(target)
     if not os.path.exists(target):  # False for a name that is too long, where Path.exists raises
         raise LoraError(f"{target} does not exist", hint=hint)
+    if not os.path.isdir(target):
+        raise LoraError(f"{target} is {describe_kind(target)}, not an adapter", hint=hint)
     if (target / "adapter").is_dir():
         target /= "adapter"
     if is_model_folder(target):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
+from lora_cli.model.model_path import check_model_path
 from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder, is_path
 from lora_cli.run.output_path import check_not_stdout, check_output_path
 from lora_cli.run.shell import shell_path
@@ -26,6 +27,7 @@ def find_exported_adapter(name: str | Path) -> Path | None:
             raise LoraError(
                 f"{name} does not exist", hint="give a run, an adapter or a model: a folder, a .gguf file or a hub id"
             )
+        check_model_path(str(name), key="MODEL")
     return folder
 
 

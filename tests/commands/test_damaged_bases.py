@@ -97,7 +97,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a config that is a link to nothing": (
         lambda folder: link_away(folder / "config.json"),
-        ["error: bad/config.json does not exist", RESTORE],
+        ["error: bad/config.json is a link to nothing", RESTORE],
     ),
     "a config of ten million layers": (
         lambda folder: edit_json(folder / "config.json", num_hidden_layers=10**7),

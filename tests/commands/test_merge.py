@@ -93,7 +93,7 @@ def test_the_base_is_not_replaced(trained_run: Path, lora: Lora):
         (["base", "--out", "x"], ["error: base is a model, not an adapter", "hint: give a run of lora train, or an adapter folder"]),
         (["runs/a/adapter", "--out", "no/x"], ["error: --out no/x: there is no folder no", "hint: make it first"]),
         (["runs/a/adapter", "--out", "x", "--dtype", "bf16"], ["error: --dtype bf16 is not known", "hint: write auto, bfloat16, float16 or float32"]),
-        (["runs/a/adapter", "--out", "x", "--base", "./none"], ["error: model.path: there is no folder ./none", None]),
+        (["runs/a/adapter", "--out", "x", "--base", "./none"], ["error: --base: there is no folder ./none", None]),
     ],
 )  # fmt: skip
 def test_wrong_arguments_give_an_error_and_a_hint(

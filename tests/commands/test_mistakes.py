@@ -10,8 +10,9 @@ from tests.commands.conftest import Lora, WriteRecipe
 from tests.inputs.data_mistakes import DATA_MISTAKES
 from tests.inputs.mistakes import write_model_with_code
 from tests.inputs.model_mistakes import MODEL_MISTAKES
+from tests.inputs.path_mistakes import PATH_MISTAKES
 
-MISTAKES = {**MODEL_MISTAKES, **DATA_MISTAKES}
+MISTAKES = {**MODEL_MISTAKES, **DATA_MISTAKES, **PATH_MISTAKES}
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -1,6 +1,5 @@
 """Mistakes in the data, labels, output and command line, with the exact lines of each error."""
 
-# ruff: noqa: E501 - messages are in one line, as in the terminal
 from tests.inputs.mistakes import (
     Mistake,
     file_writer,
@@ -140,14 +139,14 @@ DATA_MISTAKES = {
     ),
     "no recipe": Mistake(
         {},
-        ["error: recpe.yaml does not exist", "hint: pass a recipe (a .yaml file)"],
+        ["error: recpe.yaml does not exist", "hint: did you mean recipe.yaml?"],
         command="train recpe.yaml",
     ),
     "the data file as recipe": Mistake(
         {},
         [
-            "rows.jsonl:2: not valid YAML: expected '<document start>', but found '{' — check it in an editor with YAML support",
-            "error: 1 problem in rows.jsonl",
+            "error: rows.jsonl is a file of rows, not a recipe",
+            "hint: pass a recipe (a .yaml file) that names it in data.train",
         ],
         command="train rows.jsonl",
     ),

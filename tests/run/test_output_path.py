@@ -44,6 +44,7 @@ def snapshot(home: Path) -> dict[str, str]:
     ("out", "message"),
     [
         (".", "--out . is the working folder"),
+        ("a.gguf", "--out a.gguf is the name of a file, and the merge writes a folder"),
         ("-", "--out - is standard output, and a folder is written"),
         ("..", "--out .. contains the working folder"),
         ("/", "--out / contains the working folder"),

@@ -71,7 +71,8 @@ def choose_source(path: Path, tool: str | None) -> Found:
         found = Found(tool, path) if tool is not None else find_foreign(path)
         if found is None:
             raise LoraError(
-                f"{path}: its name is none of a known tool", hint=f"name the tool with --from: {', '.join(TOOLS)}"
+                f"{path} does not have the name of a file of a known tool",
+                hint=f"name the tool with --from: {', '.join(TOOLS)}",
             )
         return found
     if not os.path.isdir(path):
