@@ -94,6 +94,8 @@ def _describe(error: UsageError) -> tuple[str, str]:
             return f"{command}: {argument_name(argument)} is missing", _usage(ctx)
         case MissingParameter(param=TyperOption() as option):
             return f"{command}: {option.opts[-1]} is missing", f"add {_with_value(option)}"
+        case BadParameter() if closed := re.search(r"[Pp]ath '(.*)' is not readable", error.message):
+            return f"{closed[1]} cannot be read: Permission denied", "check its permissions"
         case BadParameter(param=TyperOption() as option):
             written = f"{option.opts[-1]} {_written_value(option.opts, ctx)}".rstrip()
             if (expected := _expected(option)) is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_cli.errors import LoraError
 from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.folder import is_path
-from lora_cli.run.read_file import describe_kind
+from lora_cli.run.read_file import check_folder_readable, describe_kind
 
 CONFIG_FILE = "config.json"  # of a model
 # Of files that are no model, whatever they contain; another file can have the name of a hub id.
@@ -39,6 +39,7 @@ def check_model_path(text: str, *, key: str = "model.path") -> None:
 
 
 def _check_model_folder(path: Path, text: str, key: str) -> None:
+    check_folder_readable(path)
     is_adapter = os.path.lexists(path / ADAPTER_CONFIG_FILE)
     if not os.path.lexists(path / CONFIG_FILE):  # a link to nothing is named where the file is read
         hint = f"{key} accepts a folder that save_pretrained wrote, a .gguf file or a hub id"

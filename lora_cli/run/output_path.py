@@ -109,11 +109,23 @@ def check_not_stdout(option: str, path: Path, *, kind: str) -> None:
 
 
 def check_output_file(option: str, file: Path | None) -> None:
-    """Raise if a file that an option names, such as --json, is stdout, or its folder is missing."""
-    if file is not None:
-        check_not_stdout(option, file, kind="file")
-    if file is not None and not file.absolute().parent.is_dir():
+    """Check a file that an option names, such as --json, before the work of which it has the result.
+
+    Raises:
+        LoraError: it is stdout or a folder, or its folder is missing or cannot be written.
+    """
+    if file is None:
+        return
+    check_not_stdout(option, file, kind="file")
+    parent = file.absolute().parent
+    if not parent.is_dir():
         raise LoraError(f"{option} {file}: there is no folder {file.parent}", hint="make it first")
+    if file.is_dir():
+        raise LoraError(f"{option} {file} is a folder, and a file is written", hint="name a file in it")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise LoraError(
+            f"{option} {file}: {file.parent} cannot be written", hint="check its permissions, or name another file"
+        )
 
 
 def _mode(out: Path, another: str) -> int | None:

@@ -98,6 +98,16 @@ def read_json_object(path: Path, *, limit: int = MAX_TEXT_BYTES, hint: str = RES
     return value
 
 
+def check_folder_readable(folder: Path) -> None:
+    """Raise if there is a folder without permission to read it, in which nothing would be found.
+
+    Raises:
+        UnreadableError: it is one.
+    """
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise UnreadableError(f"{shorten_path(folder)} cannot be read: Permission denied", hint="check its permissions")
+
+
 def describe_kind(path: Path) -> str:
     """Return what there is at a path that exists: `a pipe`, `a link to nothing`."""
     try:

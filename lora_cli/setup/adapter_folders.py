@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lora_cli.errors import LoraError
 from lora_cli.model.foreign_adapters.detect import TOOLS, conversion_hint, find_foreign
 from lora_cli.run.folder import BASE, CONFIG_FILE, find_adapter_folder
-from lora_cli.run.read_file import describe_kind
+from lora_cli.run.read_file import check_folder_readable, describe_kind
 from lora_cli.run.run_lock import LOCK, user_of_run
 from lora_cli.run.shell import shell_path
 from lora_cli.training.checkpoint_folders import list_checkpoints
@@ -35,8 +35,10 @@ def find_adapter(target: Path, *, hint: str = HINT) -> Path:
         raise LoraError(f"{target} does not exist", hint=hint)
     if not os.path.isdir(target):
         raise LoraError(f"{target} is {describe_kind(target)}, not an adapter", hint=hint)
+    check_folder_readable(target)
     if (target / "adapter").is_dir():
         target /= "adapter"
+        check_folder_readable(target)
     if is_model_folder(target):
         raise LoraError(f"{target} is a model, not an adapter", hint=hint)
     raise LoraError(f"{target} has no {CONFIG_FILE}", hint=hint)

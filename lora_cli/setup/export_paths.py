@@ -8,6 +8,7 @@ from lora_cli.export import EXPORTERS
 from lora_cli.model.model_path import check_model_path
 from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder, is_path
 from lora_cli.run.output_path import check_not_stdout, check_output_path
+from lora_cli.run.read_file import check_folder_readable
 from lora_cli.run.shell import shell_path
 from lora_cli.setup.adapter_folders import check_not_foreign, check_not_unfinished
 
@@ -27,6 +28,7 @@ def find_exported_adapter(name: str | Path) -> Path | None:
             raise LoraError(
                 f"{name} does not exist", hint="give a run, an adapter or a model: a folder, a .gguf file or a hub id"
             )
+        check_folder_readable(target / "adapter")
         check_model_path(str(name), key="MODEL")
     return folder
 

@@ -68,6 +68,29 @@ def write_other_base() -> str:
     return "other"
 
 
+@pytest.mark.parametrize(
+    ("command", "closed"),
+    [
+        ("chat runs/a", "runs/a/adapter"),
+        ("adapter inspect runs/a/adapter", "runs/a/adapter"),
+        ("export runs/a --to peft --out x", "runs/a/adapter"),
+        ("merge runs/a --out x", "runs/a"),
+        ("check recipe.yaml", "base"),
+    ],
+)
+def test_a_folder_without_permission_is_told(
+    command: str, closed: str, trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    """Root may read everything: the calls of the system answer as for another user."""
+    access, lexists, isfile = os.access, os.path.lexists, os.path.isfile
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != closed and access(path, mode))
+    for name, asked in (("lexists", lexists), ("isfile", isfile)):
+        monkeypatch.setattr(
+            os.path, name, lambda path, asked=asked: not str(path).startswith(f"{closed}/") and asked(path)
+        )
+    assert_refused(lora(*command.split()), f"{closed} cannot be read: Permission denied")
+
+
 def assert_refused(result: CommandResult, message: str) -> None:
     assert (result.code, result.out) == (2, ""), result.err
     assert [line.partition(": ")[0] for line in result.last_two] == ["error", "hint"]

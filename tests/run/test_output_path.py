@@ -12,7 +12,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import atomic
 from lora_cli.run.checksums import verified_folder
 from lora_cli.run.folder import open_run
-from lora_cli.run.output_path import check_output_path, reserve_output_path
+from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
 from tests.support.workspaces import leave_workspace
 
 
@@ -34,6 +34,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def check(out: str, *, replace: bool = True, kind: str = "folder") -> None:
     inputs = [Path("base"), Path("runs/a/adapter"), Path("org/hub-id")]
     check_output_path(Path(out), inputs=inputs, replace=replace, command="merge", kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("-", "--json - is standard output, and a file is written"),
+        ("no/a.json", "--json no/a.json: there is no folder no"),
+        ("documents", "--json documents is a folder, and a file is written"),
+        ("closed/a.json", "--json closed/a.json: closed cannot be written"),
+    ],
+)
+def test_the_file_of_an_option_is_checked_before_the_work(
+    file: str, message: str, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (home / "closed").mkdir()
+    access = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("closed") and access(path, mode))
+    with pytest.raises(LoraError, match=re.escape(message)):
+        check_output_file("--json", Path(file))
+    check_output_file("--json", Path("documents/a.json"))
+    check_output_file("--json", None)
 
 
 def snapshot(home: Path) -> dict[str, str]:
