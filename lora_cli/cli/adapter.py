@@ -29,6 +29,7 @@ adapter_app = new_group(
     help="Inspect, resize, combine and convert LoRA adapters.",
     examples=["lora adapter inspect runs/quickstart", "lora adapter combine runs/a runs/b --out both"],
 )
+PLOTS = (".png", ".svg", ".pdf")
 COMBINE_METHODS = ("concat", "svd", "linear", "ties", "dare")
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the new adapter.", show_default=False)]
 
@@ -45,6 +46,8 @@ def inspect(
     """Print the size of an adapter's updates by kind of module, and how much of its rank they use."""
     check_json_file(json)
     check_output_file("--plot", plot)
+    if plot is not None and plot.suffix.lower() not in PLOTS:
+        raise LoraError(f"--plot {plot}: the name of a plot ends in {' or '.join(PLOTS)}", hint="write --plot FILE.png")
     folder = find_adapter(adapter)
     with console.loading_libraries():
         from lora_cli.commands.adapter import inspect as command

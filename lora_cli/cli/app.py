@@ -46,7 +46,7 @@ class _Command(TyperCommand):
         if self.takes_json_file and not ctx.resilient_parsing:  # which completion does
             args = with_json_value(args, ctx)
         if not ctx.resilient_parsing:
-            check_not_empty(args, ctx)
+            check_words(args, ctx)
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
@@ -193,22 +193,31 @@ def with_json_value(args: Sequence[str], ctx: "Context | None" = None) -> list[s
     return [*done, *rest]
 
 
-def check_not_empty(args: Sequence[str], ctx: "Context") -> None:
-    """Check that no argument is empty, which `.` would be taken for, or the default of an option.
+def check_words(args: Sequence[str], ctx: "Context") -> None:
+    """Check that no argument is empty, which `.` would be taken for, and that no option has two values.
 
     Raises:
-        HintedError: one is; a variable of the shell that is not set is a usual reason.
+        HintedError: one is empty, as of a variable of the shell that is not set; or an option is given twice.
     """
     options = {opt: each for each in ctx.command.params if isinstance(each, TyperOption) for opt in each.opts}
+    with_value = {opt: each for opt, each in options.items() if not each.is_flag}
     hint = "write a value; a variable of the shell may not be set"
-    for before, word in zip(["", *args], args, strict=False):
+    seen: set[str] = set()
+    before = ""
+    for word in args:
+        if word == "--" and not before:
+            with_value = {}  # what follows are arguments
         name, equals, value = word.partition("=")
-        option = options.get(before if not word else name)
-        is_value = option is not None and not option.is_flag and (not word or (equals and not value))
-        if is_value and option is not None and option.metavar != TEXT:
-            raise HintedError(f"{option.opts[-1]}: the value is empty", hint=hint, ctx=ctx)
-        if not word and not is_value:
+        option = with_value.get(before or name)
+        if not word and option is None:
             raise HintedError(f"{ctx.command_path}: an argument is empty", hint=hint, ctx=ctx)
+        if option is not None and (before or equals):
+            if option.metavar != TEXT and not (word if before else value):
+                raise HintedError(f"{option.opts[-1]}: the value is empty", hint=hint, ctx=ctx)
+            if option.opts[-1] in seen and not option.multiple:
+                raise HintedError(f"{option.opts[-1]} is given twice", hint="keep one", ctx=ctx)
+            seen.add(option.opts[-1])
+        before = word if not before and word in with_value else ""
 
 
 def without_json(args: Sequence[str]) -> list[str]:

@@ -157,6 +157,8 @@ def chat(
     other_base: OtherBase = False,
 ) -> None:
     """Chat with a base and its adapters; /help lists the commands. Piped input is answered line by line."""
+    if system is not None and any("\ud800" <= each <= "\udfff" for each in system):
+        raise LoraError("--system has bytes that are not text", hint="write it in UTF-8")
     find_chat_adapters(target, adapters or [])  # mistakes are reported before the import
     _check_base(base)
     with console.loading_libraries():

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share, with their completion, and what is done with --json. No torch."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from lora_cli.cli import completion
 from lora_cli.cli.app import TO_STDOUT
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic, json_output
+from lora_cli.run.json_output import is_document
 from lora_cli.run.output_path import check_output_file
 from lora_cli.run.worker import is_first_of_run
 
@@ -70,7 +72,10 @@ def check_choice(option: str, value: str, *known: str) -> None:
 def check_json_file(target: str | None) -> None:
     """Raise LoraError if the file of --json cannot be written because its folder is missing."""
     if target not in (None, TO_STDOUT):
-        check_output_file("--json", Path(str(target)))
+        file = Path(str(target))
+        check_output_file("--json", file)
+        if os.path.isfile(file) and not is_document(file):
+            raise LoraError(f"--json {file} exists, and is no document of lora", hint="name another file")
 
 
 def write_record(target: str | None, record: Mapping[str, Any]) -> None:

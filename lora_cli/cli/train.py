@@ -23,6 +23,7 @@ from lora_cli.errors import LoraError
 from lora_cli.run import console
 from lora_cli.run.byte_size import parse_size
 from lora_cli.run.output_path import check_output_file
+from lora_cli.run.run_results import check_predictions_file
 from lora_cli.setup.adapter_folders import check_measurable
 
 
@@ -122,6 +123,7 @@ def evaluate(
 
     check_json_file(json)
     check_output_file("--predictions", predictions)
+    check_predictions_file(predictions)
     if (metric or predictions) and not answers:
         raise LoraError("--metric and --predictions need answers", hint="set their number: --answers 100")
     check_text_metrics(metric or [])

@@ -341,20 +341,33 @@ def _read_line(prompt: str) -> str | None:
         try:
             line = sys.stdin.readline()
         except UnicodeDecodeError as error:
-            raise LoraError(
-                f"standard input is not {error.encoding} text: byte {error.object[error.start]:#04x}",
-                hint="convert it to UTF-8; PYTHONIOENCODING=utf-8 reads UTF-8 whatever the locale is",
-            ) from None
+            raise _not_text(error.encoding, error.object[error.start]) from None
+        if (byte := _undecoded_byte(line)) is not None:
+            raise _not_text(sys.stdin.encoding, byte)
         return line.rstrip("\r\n") if line else None
     import readline  # noqa: F401 - its import gives input() editing and history
 
     terminal = termios.tcgetattr(0)  # readline changes its modes while it reads
     try:
         with at_end(lambda: _leave_prompt(terminal)):
-            return input(prompt)
+            while (byte := _undecoded_byte(line := input(prompt))) is not None:
+                console.info(_not_text(sys.stdin.encoding, byte).message)
+            return line
     except EOFError:
         console.info("")
         return None
+
+
+def _undecoded_byte(line: str) -> int | None:
+    """Return the first byte of a line that is not text; Python has a half of a pair in its place."""
+    return next((ord(each) - 0xDC00 for each in line if "\udc80" <= each <= "\udcff"), None)
+
+
+def _not_text(encoding: str, byte: int) -> LoraError:
+    return LoraError(
+        f"standard input is not {encoding} text: byte {byte:#04x}",
+        hint="convert it to UTF-8; PYTHONIOENCODING=utf-8 reads UTF-8 whatever the locale is",
+    )
 
 
 def _leave_prompt(terminal: list[Any]) -> None:

@@ -52,6 +52,9 @@ def apply_overrides(
             tree = _set_value(tree, steps, value or Node(None, location), parent="")
         except UnreadableRecipe as error:
             fix = error.problem.fix if written else "write a value after the `=`"
+            if written.startswith(("*", "&", "!", "%", "@", "`")):  # as of `data.train=*.jsonl`; YAML has its own use
+                setting = f'{key}="{written}"'
+                fix = f"put it into quotes: --set {shlex.quote(setting)}"
             problems.append(error.problem._replace(key=_join(key, error.problem.key), fix=fix))
     return tree, problems
 

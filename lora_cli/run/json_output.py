@@ -5,11 +5,12 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TextIO
 
 from lora_cli.errors import LoraError
 from lora_cli.run.console import CONTROL
+from lora_cli.run.read_file import open_regular
 from lora_cli.run.worker import is_first_of_run
 
 # JSON escapes only some of the characters that control a terminal, which the document may be printed on.
@@ -58,6 +59,12 @@ def print_document(value: Mapping[str, Any]) -> None:
         text = json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False)
         sys.stdout.write(text.translate(ESCAPES) + "\n")
         sys.stdout.flush()
+
+
+def is_document(file: Path) -> bool:
+    """Return whether a file begins as the documents do: rows, one object in a line, do not."""
+    with open_regular(file) as opened:
+        return opened.read(2) in (b"", b"{\n", b"{}")
 
 
 def error_document(error: LoraError) -> dict[str, Any]:

@@ -23,6 +23,16 @@ def is_measurement(content: Mapping[str, Any]) -> bool:
     return isinstance(results, dict) and bool(results) and "rows" in content and "data" in content
 
 
+def check_predictions_file(file: Path | None) -> None:
+    """Raise if the file of --predictions exists, and has something else than predictions: it can be the rows.
+
+    Raises:
+        LoraError: it does.
+    """
+    if file is not None and os.path.lexists(file) and not _has_predictions(file, or_nothing=True):
+        raise LoraError(f"--predictions {file} exists, and has no predictions of lora", hint="name another file")
+
+
 def list_results(folder: Path) -> list[str]:
     """Return the names of the files in `folder`, not deeper, that are pages, results or predictions, sorted."""
     return sorted(name for name in os.listdir(folder) if _is_result(folder / name))
@@ -37,9 +47,20 @@ def _is_result(path: Path) -> bool:
             case ".json":
                 return is_measurement(read_json_object(path, limit=MAX_RESULT_BYTES))
             case ".jsonl":
-                with open_regular(path) as file:
-                    first = json.loads(file.readline(MAX_RESULT_BYTES))
-                return isinstance(first, dict) and first.keys() == PREDICTION
+                return _has_predictions(path)
     except (LoraError, ValueError, RecursionError):  # not JSON, a folder, no permission: nothing that is known
         pass
     return False
+
+
+def _has_predictions(path: Path, *, or_nothing: bool = False) -> bool:
+    """Return whether a file has the answers of --predictions; for one that is empty, `or_nothing`."""
+    with open_regular(path, hint="name another file") as file:
+        line = file.readline(MAX_RESULT_BYTES)
+    if not line:
+        return or_nothing
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and first.keys() == PREDICTION

@@ -112,6 +112,7 @@ def find_publishable(target: Path) -> Publishable:
             f"{folder} is a checkpoint: it has the state of an optimizer too",
             hint=f"write its adapter alone, and push that: lora export {shell_path(folder)} --to peft --out FOLDER",
         )
+    _kind_of(folder, os.listdir(folder))  # what is in a folder shows there: a home folder is not searched
     names = list_files(folder)
     kind = _kind_of(folder, names)
     chosen, left_out, unknown = [], {}, []

@@ -69,8 +69,9 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(trained_run: Path, lora: Lora, 
     assert "/quit" in result.err
 
 
-def test_input_that_is_not_text_is_refused(trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello \xff\n"), encoding="utf-8"))
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the latter in the C locale
+def test_input_that_is_not_text_is_refused(errors: str, trained_run: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello \xff\n"), encoding="utf-8", errors=errors))
     result = lora("chat", trained_run)
     assert result.code == 2
     assert result.last_two == [
@@ -145,6 +146,8 @@ def test_a_merged_model_is_a_chat_target(three_adapters: None, lora: Lora, monke
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
+        (["runs/a", "--system", "\udcff"],
+         ["error: --system has bytes that are not text", "hint: write it in UTF-8"]),
         (["nothing"],
          ["error: nothing does not exist", "hint: give a run of lora train, an adapter folder or a model"]),
         (["runs/a", "--adapter", "base=runs/a/adapter"],

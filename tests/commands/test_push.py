@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from lora_cli.setup import publishable
 from lora_cli.setup.publishable import find_publishable
 from tests.commands.conftest import Lora, remove_checksums
 from tests.support.stub_hub import Refusal, StubHub, git_blob_sha1
@@ -174,6 +175,14 @@ def test_a_dry_run_uploads_nothing(trained_run: Path, lora: Lora, hub: StubHub, 
     assert without.out.splitlines()[-1] == (
         "dry run: nothing was uploaded, and the hub was not asked: there is no token of the hub on this machine"
     )
+
+
+def test_a_folder_that_is_no_result_is_not_searched(workdir: Path, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+    """As of a home folder, which would take minutes."""
+    monkeypatch.setattr(publishable, "list_files", lambda folder: pytest.fail("searched"))
+    Path("home/below").mkdir(parents=True)
+    result = lora("push", "home", REPOSITORY, "--dry-run")
+    assert result.last_two[0] == "error: home is no result of lora: it has no adapter, model or export"
 
 
 @pytest.mark.slow

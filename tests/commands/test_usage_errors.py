@@ -56,6 +56,7 @@ USAGE_ERRORS = {
         "to print to stdout, write --json last; to write a file, --json=FILE",
     ),
     "methods --json a.json --json": ("--json is given twice", "keep one"),
+    "merge runs/a --out a --out=b": ("--out is given twice", "keep one"),
     "-q methods -v": ("--quiet and --verbose are both set", "keep one"),
     "schema adapter.metod": ("a recipe has no key adapter.metod", "did you mean adapter.method?"),
     "schema lora_r": ("a recipe has no key lora_r", "did you mean adapter.rank?"),

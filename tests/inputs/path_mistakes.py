@@ -84,6 +84,21 @@ PATH_MISTAKES = {
         "--metric accuracy is not known",
         "use one of exact_match, f1, rouge, bleu, chrf, json_valid, numeric_match",
     ),
+    "rows for the file of --json": _mistake(
+        "eval recipe.yaml --json rows.jsonl",
+        "--json rows.jsonl exists, and is no document of lora",
+        "name another file",
+    ),
+    "rows for the file of --predictions": _mistake(
+        "eval recipe.yaml --answers 2 --predictions rows.jsonl",
+        "--predictions rows.jsonl exists, and has no predictions of lora",
+        "name another file",
+    ),
+    "rows for the file of --plot": _mistake(
+        "adapter inspect base --plot rows.jsonl",
+        "--plot rows.jsonl: the name of a plot ends in .png or .svg or .pdf",
+        "write --plot FILE.png",
+    ),
     "a metric without answers": _mistake(
         "eval recipe.yaml --metric f1", "--metric and --predictions need answers", "set their number: --answers 100"
     ),

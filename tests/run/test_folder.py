@@ -98,10 +98,18 @@ def test_fresh_moves_what_was_written_about_the_run(tmp_path: Path):
     for name, text in (about | own).items():
         (path / name).write_text(text)
     os.mkfifo(path / "pipe.html")
+    (path / "link.jsonl").symlink_to("nothing")
     (path / "folder.json").mkdir()
     with open_run(path, fresh=True) as run:
         run.move_earlier_aside()
-    assert {entry.name for entry in path.iterdir()} == {LOCK, "earlier-1", "pipe.html", "folder.json", *own}
+    assert {entry.name for entry in path.iterdir()} == {
+        LOCK,
+        "earlier-1",
+        "pipe.html",
+        "folder.json",
+        "link.jsonl",
+        *own,
+    }
     assert {entry.name for entry in (path / "earlier-1").iterdir()} >= about.keys()
 
 
