@@ -123,12 +123,20 @@ def _hint_for_option(name: str, ctx: "Context | None") -> str | None:
         name = next((f"-{word}" for word in words if word.startswith(name) and len(word) > 2), name)
     if ctx.parent is None and (owner := _command_with(name, ctx)):
         return f"write it behind the command: lora {owner} {name}"
+    if name not in names and _is_argument(name, ctx.command):
+        return f"it is no option: {_usage(ctx)}"
     close = get_close_matches(name, names, n=1)
     if name not in names and "--set" in names and (key := _recipe_key(name)):
         value = _written_value([name], ctx)
         setting = f"{key}={value if value[:1] not in ('', '-') else 'VALUE'}"
         return f"it is a key of the recipe: write --set {shlex.quote(setting)}"
     return f"did you mean {close[0]}?" if close else None
+
+
+def _is_argument(option: str, command: "Command") -> bool:
+    """Return whether an option is called like an argument of the command, as in other tools: `--recipe`, `--config`."""
+    words = {word for each in argument_names(command) for word in re.findall(r"[A-Z]+", each)}
+    return option.lstrip("-").upper() in words | ({"CONFIG"} if "RECIPE" in words else set())
 
 
 def _command_with(option: str, ctx: "Context") -> str | None:

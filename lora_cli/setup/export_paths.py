@@ -54,9 +54,10 @@ def check_export_paths(
     if over is not None and to != "gguf-adapter":
         raise LoraError(f"--over is for --to gguf-adapter, not for {to}", hint="leave it out")
     if suffix and out.suffix != suffix:
+        name = out.stem if out.suffix.lower() == suffix else out.name
         raise LoraError(
             f"--out {out}: {to} is one file, whose name ends in {suffix}",
-            hint=f"write --out {shell_path(out.with_name(out.name + suffix))}",
+            hint=f"write --out {shell_path(out.with_name(name + suffix))}",
         )
     inputs = [path for path in (target, adapter, over) if path is not None]
     for path in (out, verdict_path(out)) if suffix else (out,):

@@ -19,6 +19,7 @@ USAGE_ERRORS = {
     "train a.yaml b.yaml": ("lora train: unexpected argument b.yaml", "write lora train RECIPE"),
     "train recipe.yaml --outptu x": ("lora train has no option --outptu", "did you mean --output?"),
     "train recipe.yaml -output x": ("lora train has no option -o", "did you mean --output?"),
+    "train --config a.yaml": ("lora train has no option --config", "it is no option: write lora train RECIPE"),
     "--json runs": ("lora has no option --json", "write it behind the command: lora runs --json"),
     "train recipe.yaml --lr 1e-4": (
         "lora train has no option --lr",

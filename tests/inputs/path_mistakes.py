@@ -79,6 +79,11 @@ PATH_MISTAKES = {
         ],
         command="train recipe.yaml --output a.gguf",
     ),
+    "a suffix in capitals": _mistake(
+        "export base --to gguf --out a.GGUF",
+        "--out a.GGUF: gguf is one file, whose name ends in .gguf",
+        "write --out a.gguf",
+    ),
     "an unknown metric": _mistake(
         "eval recipe.yaml --answers 2 --metric accuracy",
         "--metric accuracy is not known",
