@@ -198,7 +198,7 @@ def test_hostile_pickles_do_nothing(workdir: Path, lora: Lora):
         (["base"], "base has no adapter of mlx-lm, LitGPT, torchtune or PEFT"),
         (["mlx", "--from", "litgpt"], "mlx has no adapter of LitGPT"),
         (["mlx", "--from", "axolotl"], "--from axolotl is not known"),
-        (["rows.jsonl"], "rows.jsonl: its name is none of a known tool"),
+        (["rows.jsonl"], "rows.jsonl does not have the name of a file of a known tool"),
         (["both"], "both has several adapters: adapters.npz, adapters.safetensors"),
         (["mlx", "--base", "absent"], "absent"),
         (["mlx", "--base", "rows.jsonl"], ""),
