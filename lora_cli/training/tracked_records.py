@@ -1,12 +1,13 @@
 """Records of the metrics log on their way to a tracker: their order, what it has, and what it lacks. No torch."""
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_cli.errors import LoraError
 from lora_cli.run.metrics_log import MetricsFollower, read_metrics
+from lora_cli.run.read_file import read_json_object
 
 EVALUATION = {"eval_loss": "eval/loss", "eval_accuracy": "eval/accuracy"}  # keys of metrics.jsonl, and of trackers
 
@@ -66,10 +67,10 @@ class State(NamedTuple):
 def read_state(path: Path) -> State:
     """Return the state in `path`; a new one if there is none, or it is damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json_object(path)
         step, kind = values["mark"]
         return State(str(values["id"]), values["where"], (int(step), int(kind)), bool(values["configured"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (LoraError, OSError, ValueError, KeyError, TypeError):
         return State()
 
 

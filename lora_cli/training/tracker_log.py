@@ -11,6 +11,7 @@ import selectors
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,15 +69,21 @@ class LogWriter:
             self._lost = 0
 
 
-def start_log(log: Path) -> None:
-    """Let what this process prints go to a new process, which writes it to `log`; wait for one that still has the log.
+def start_log(log: Path, on_wait: Callable[[], None]) -> None:
+    """Let what this process prints go to a new process, which writes it to `log`.
+
+    Wait for the process of an earlier start that still has the log, after a call of `on_wait`.
 
     Raises:
         OSError: the log cannot be opened, or the process cannot be started.
     """
     with open(log, "ab", buffering=0) as file:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(file, fcntl.LOCK_EX)
         program = (sys.executable, "-P", "-m", "lora_cli.training.tracker_log", str(os.getpid()))
         writer = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=file, stderr=file)
     assert writer.stdin is not None

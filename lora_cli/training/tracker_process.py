@@ -334,7 +334,7 @@ def main() -> None:
     ending = Ending(channel, training=int(request["pid"]), limit=float(request["spec"]["timeout_seconds"]))
     path = Path(request["folder"]) / "tracking" / f"{request['tracker']}.log"
     try:
-        start_log(path)
+        start_log(path, partial(channel.report, "note", text="it waits for its process of an earlier start"))
     except OSError as error:
         drop_output()
         channel.report("note", text=f"{path.name} cannot be written: {error.strerror}")

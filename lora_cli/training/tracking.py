@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lora_cli.recipe.tracking_section import TrackerName, TrackingSpec
 from lora_cli.run import atomic
@@ -45,14 +45,14 @@ class Sent(NamedTuple):
     steps_left: int
     evaluations_left: int
     problem: str | None = None  # why something is left
-    ended: bool = False  # its process has not ended by itself at the end of the run
+    cut_off: bool = False  # its process has ended before it told what it has, or goes on alone
     uploaded: list[str] | None = None  # names of the files; None if none were to be sent
     unreadable: Sequence[str] = ()  # names of files that could not be read
 
     @property
     def is_complete(self) -> bool:
         """Whether the tracker has everything."""
-        return not (self.steps_left or self.evaluations_left or self.ended or self.unreadable or self.uploaded == [])
+        return not (self.steps_left or self.evaluations_left or self.cut_off or self.unreadable or self.uploaded == [])
 
     def line(self, name: str, folder: Path) -> str:
         """Return the line on it for the terminal."""
@@ -65,8 +65,9 @@ class Sent(NamedTuple):
                 if self.problem
                 else "; the last one follows on --resume"
             )
-        elif self.ended:
-            line += f", of which the last may be lost: {self.problem}; see {folder}"
+        elif self.cut_off:
+            lost = ", of which the last may be lost" if self.steps + self.evaluations else ""
+            line += f"{lost}: {self.problem}; see {folder}"
         if self.uploaded:
             line += f", with {', '.join(self.uploaded)}"
         elif self.uploaded is not None:
@@ -90,7 +91,7 @@ class _Process:
         self.problem: str | None = None
         self.ready = False
         self.told_end = False
-        with shared_file({"tracker": name, **request}) as memory, open(folder / f"{name}.log", "ab") as log:
+        with shared_file({"tracker": name, **request}) as memory, _open_log(folder / f"{name}.log") as log:
             self.channel = Channel(memory)
             self.process = _start(memory, log.fileno())
 
@@ -120,6 +121,11 @@ class _Process:
         if self.end is not None:
             return Counts(*self.end["left"])
         return _left(metrics, self.folder / f"{self.name}.json", self.channel)
+
+
+def _open_log(path: Path) -> BinaryIO:
+    # A pipe (FIFO) in the place of the log is refused: opening it would wait for a reader.
+    return open(path, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))
 
 
 def _start(memory: int, log: int) -> "subprocess.Popen[bytes]":
@@ -254,7 +260,7 @@ class Tracking:
 
     def _not_sent(self, name: TrackerName, why: str) -> Sent:
         left = _left(self._run / "metrics.jsonl", self._run / "tracking" / f"{name}.json", None)
-        return Sent(0, 0, *left, why, ended=True)
+        return Sent(0, 0, *left, why, cut_off=True)
 
     def _record(self, found: Mapping[TrackerName, Sent]) -> None:
         """Write what the trackers have into the run folder."""

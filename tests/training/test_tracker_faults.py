@@ -105,12 +105,12 @@ def test_a_tracker_that_has_ended_is_noticed_at_once_and_counted(stage: str, fau
         "steps_left": 4,
         "evaluations_left": 2,
         "problem": None,
-        "ended": True,
+        "cut_off": True,
         "uploaded": None,
         "unreadable": [],
         "complete": False,
     }
-    if fault == "kill":
+    if fault in ("kill", "fork"):  # which still has the files of the first process
         with tracked(run, "log", "nothing"):
             pass
         assert stored_steps(run) == ALL
@@ -271,3 +271,11 @@ def test_training_goes_first(run: Run):
         run.wait_for(trackers, lambda: bool(run.told))
         pid = trackers._processes[0].process.pid
         assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+
+
+def test_a_pipe_in_the_place_of_a_log_or_state_is_not_waited_for(run: Run):
+    os.mkfifo(run.path / "tracking" / "wandb.log")
+    os.mkfifo(run.path / "tracking" / "wandb.json")
+    with tracked(run, "log", "nothing"):
+        pass
+    assert run.told[0].startswith("warning: wandb: its process cannot be started: No such device")
