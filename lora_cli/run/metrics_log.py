@@ -162,11 +162,12 @@ class MetricsFollower:
         if (not self._is_open() or (reopen and self._is_replaced())) and not self._open(reopen=reopen):
             return []
         assert self._descriptor is not None
-        text = self._rest
-        while data := os.pread(self._descriptor, READ_BYTES, self._offset):
-            text += data
-            self._offset += len(data)
-        *lines, self._rest = text.split(b"\n")
+        parts, offset = [self._rest], self._offset
+        while data := os.pread(self._descriptor, READ_BYTES, offset):
+            parts.append(data)
+            offset += len(data)
+        *lines, self._rest = b"".join(parts).split(b"\n")
+        self._offset = offset
         return [record for line in lines if (record := _record(line)) is not None]
 
     def close(self) -> None:

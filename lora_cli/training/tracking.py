@@ -106,7 +106,8 @@ class _Process:
         """End it, with the processes that it has started; one that waits for a disk is left to the system."""
         # What an ended one has left behind may be sending yet; and its number may be that of another group now.
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError, PermissionError):  # on macOS, of a group whose processes have just ended
+                os.killpg(self.process.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(KILLED_S)
 
