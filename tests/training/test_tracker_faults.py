@@ -92,7 +92,7 @@ def test_a_tracker_that_has_ended_is_noticed_at_once_and_counted(stage: str, fau
     with tracked(run, stage, fault) as trackers:
         run.wait_for(trackers, lambda: "has ended" in str(run.told))
         start = time.monotonic()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5  # not the minute that a run waits for a tracker
     how = {"kill": "SIGKILL", "fork": "SIGKILL", "daemonise": "exit code 0", "signals": "signal 40"}[fault]
     assert run.told[stage == "log" :] == [
         f"warning: wandb: its process has ended ({how}); the run goes on, see {run.path}/tracking/wandb.log",
@@ -130,15 +130,16 @@ def test_a_tracker_that_is_killed_at_the_end(run: Run):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "fault"), [("log", "hang"), ("log", "stop"), ("finish", "hang")])
 def test_a_tracker_that_hangs_or_is_stopped_neither_delays_a_step_nor_the_end(stage: str, fault: str, run: Run):
-    with tracked(run, stage, fault, timeout_seconds=1) as trackers:
-        time.sleep(0.5)
+    limit = 3 if stage == "finish" else 1
+    with tracked(run, stage, fault, timeout_seconds=limit) as trackers:
+        run.wait_for(trackers, lambda: run.told == ["wandb: tracked here"])
         start = time.monotonic()
         for _ in range(1000):
             trackers.poll()
         assert time.monotonic() - start < 0.5
         start = time.monotonic()
-    assert 1 <= time.monotonic() - start < 2
-    problem = "not ready after 1 s, and ended"
+    assert limit <= time.monotonic() - start < limit + 2
+    problem = f"not ready after {limit} s, and ended"
     assert run.told[-1].startswith("warning: wandb: ")
     assert run.told[-1].endswith(
         f"4 steps and 2 evaluations sent, of which the last may be lost: {problem}; see {run.path}/tracking"
