@@ -223,6 +223,8 @@ class Tracking:
 
         A signal ends the waiting, as the time does. After a failure of the run, they go on alone.
         """
+        if not (self._processes or self._not_started):
+            return
         for each in self._processes:
             each.channel.end(self.status)
         limit = min(FAILED_S, self._limit) if self.status == "failed" else self._limit
@@ -265,8 +267,6 @@ class Tracking:
 
     def _record(self, found: Mapping[TrackerName, Sent]) -> None:
         """Write what the trackers have into the run folder."""
-        if not found:
-            return
         records = {name: {**sent._asdict(), "complete": sent.is_complete} for name, sent in found.items()}
         try:
             atomic.write_json(self._run / "tracking" / "sent.json", records)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lora_cli.run.signals import handle_signals
 from lora_cli.training import tracking
 from lora_cli.training.tracker_log import LogWriter
 from lora_cli.training.tracking import Tracking
@@ -149,36 +150,62 @@ def test_a_tracker_that_hangs_or_is_stopped_neither_delays_a_step_nor_the_end(st
     assert trackers._processes[0].process.returncode == -signal.SIGKILL
 
 
-def test_a_process_that_cannot_be_started_is_told_and_counted(run: Run):
+@contextmanager
+def open_files(limit: int) -> Iterator[None]:
+    """Within the block, let this process have no descriptor from `limit` on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, limit), hard))
     try:
-        trackers = run.track(to=["wandb"])
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_process_that_cannot_be_started_is_told_and_counted(run: Run):
+    with open_files(3):
+        trackers = run.track(to=["wandb"])
     run.write(1)
     trackers.poll()
     trackers.status = "finished"
     trackers.finish()
     why = "its process cannot be started: Too many open files"
-    assert run.told == [
-        f"warning: wandb: {why}; the run goes on without it",
-        f"warning: wandb: 0 of 1 step and 0 evaluations sent, 1 not sent: {why}; {tracking.LATER}",
+    line = f"warning: wandb: 0 of 1 step and 0 evaluations sent, 1 not sent: {why}; {tracking.LATER}"
+    assert run.told == [f"warning: wandb: {why}; the run goes on without it", line]
+    assert sent(run)["steps_left"] == 1
+    with handle_signals(), open_files(3):  # not even the records can be counted
+        trackers.finish()
+    assert run.told[2:] == [
+        f"warning: wandb: 0 steps and 0 evaluations sent: {why}; see {run.path}/tracking",
+        "warning: tracking/sent.json cannot be written: Too many open files",
     ]
 
 
 @pytest.mark.slow
+def test_without_the_process_of_the_log_nothing_is_printed(run: Run, monkeypatch: pytest.MonkeyPatch):
+    code = "import sys; sys.executable = '/missing'; from tests.support import stub_tracker; stub_tracker.main()"
+    monkeypatch.setattr(tracking, "PROGRAM", (sys.executable, "-c", code, "log", "secrets"))
+    trackers = run.track(to=["wandb"])
+    run.write(1)
+    run.wait_for(trackers, lambda: stored_steps(run) == ALL[:1])
+    trackers.status = "finished"
+    trackers.finish()
+    assert run.told[0] == "warning: wandb: wandb.log cannot be written: No such file or directory; the run goes on"
+    assert run.told[-1] == "wandb: 1 step and 0 evaluations sent"
+    log = (run.path / "tracking" / "wandb.log").read_text()
+    assert "ConnectionError: refused: https://host/x (not shown)" in log
+    assert "GET" not in log
+
+
+@pytest.mark.slow
 def test_more_than_1024_open_files(run: Run):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 2048), hard))
-    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
-    try:
-        with tracked(run, "log", "nothing") as trackers:
-            run.wait_for(trackers, lambda: bool(run.told))
-    finally:
-        for each in opened:
-            os.close(each)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with open_files(2048):
+        opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        try:
+            with tracked(run, "log", "nothing") as trackers:
+                run.wait_for(trackers, lambda: bool(run.told))
+        finally:
+            for each in opened:
+                os.close(each)
     assert run.told == ["wandb: tracked here", COMPLETE]
 
 
