@@ -11,6 +11,7 @@ import selectors
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_cli.run.redact import redact_secrets
 
 MAX_BYTES = 8 << 20  # of the log of one start
 MAX_LINE = 8 << 10  # bytes
-POLL_S = 0.2  # seconds between two looks whether the tracker has ended: what it leaves behind may keep the pipe open
+POLL_S = 0.1  # seconds between two looks whether the tracker has ended: what it leaves behind may keep the pipe open
 PIPE_BYTES = 1 << 20  # more than a pipe holds
 
 
@@ -108,15 +109,18 @@ def drop_output() -> None:
 
 
 def main() -> None:
-    """Write what comes from stdin to stdout, until it ends, or the process that has started this one."""
+    """Write what comes from stdin to stdout, the log, until the process ends that has started this one."""
     parent, log = int(sys.argv[1]), LogWriter(1)
+    os.set_blocking(0, False)
     with selectors.PollSelector() as selector:
         selector.register(0, selectors.EVENT_READ)
-        data = b"-"
-        while data and os.getppid() == parent:
-            if selector.select(POLL_S) and (data := os.read(0, PIPE_BYTES)):
+        while os.getppid() == parent:
+            if not selector.select(POLL_S):
+                continue
+            if data := os.read(0, PIPE_BYTES):
                 log.add(data)
-    os.set_blocking(0, False)
+            else:  # its libraries have closed what they print to; the lock stays
+                time.sleep(POLL_S)
     with suppress(BlockingIOError):  # what it has printed last
         log.add(os.read(0, PIPE_BYTES))
     log.close()

@@ -1,5 +1,6 @@
 """A run goes on whatever a tracker's library does: it closes files, forks, prints secrets, is killed, hangs, stops."""
 
+import fcntl
 import json
 import os
 import resource
@@ -52,6 +53,15 @@ def stored_steps(run: Run) -> list[tuple[int, str]]:
     ]
 
 
+def is_locked(log: Path) -> bool:
+    with log.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 ALL = [(1, "train"), (2, "train"), (2, "eval"), (3, "train"), (4, "train"), (4, "eval")]
 COMPLETE = "wandb: 4 steps and 2 evaluations sent"
 
@@ -78,6 +88,8 @@ def sent(run: Run) -> dict[str, Any]:
 def test_what_a_library_does_to_its_process_is_no_matter(stage: str, fault: str, run: Run):
     with tracked(run, stage, fault) as trackers:
         run.wait_for(trackers, lambda: stored_steps(run) == ALL[:3])
+        if fault != "children":  # which kills the process that holds the lock
+            assert is_locked(run.path / "tracking" / "wandb.log")
     assert run.told == ["wandb: tracked here", COMPLETE]
     assert stored_steps(run) == ALL
     assert sent(run)["complete"]
