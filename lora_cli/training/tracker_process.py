@@ -42,6 +42,7 @@ LATE_S = 5  # seconds after its time in which the training process has to end th
 SAVE_S = 1.0  # seconds between two writes of the state
 PAUSES_S = (1, 2, 4, 8, 15, 30)  # before a call that has failed is tried again; the last one is repeated
 MAX_TRACE = 20_000  # characters of a traceback in the log, which has one where the failure changes
+MAX_FAILURE = 200  # characters of a library's message in the terminal
 MAX_PLACE = 1000  # characters of an address
 NICENESS = 10  # training goes first on a busy machine
 
@@ -214,7 +215,8 @@ class Sender:
                 return True
             why = describe_failure(errors.found[0])
             trace = "".join(traceback.format_exception(errors.found[0]))
-            self._log.write(why if why == self._why else trace[:MAX_TRACE] + why)
+            trace = redact_secrets(trace[: 2 * MAX_TRACE])[:MAX_TRACE]  # not cut within a secret
+            self._log.write(why if why == self._why else f"{trace}\n{why}")
             self._why = why
             self._tell("problem", why, about="problem")
             if ended:
@@ -274,8 +276,13 @@ class library_errors:  # used like a function: `with library_errors() as errors:
 
 def describe_failure(error: BaseException) -> str:
     """Return an exception as one line without secrets and folders of this machine: `ConnectionError: ...`."""
-    text = redact_secrets(redact_text(first_line(error))).rstrip(".") if str(error) else "no message"
-    return f"{type(error).__name__}: {text[:200]}"
+    message = ""
+    with library_errors():  # its own method may fail
+        message = str(error)
+    # Redacted before it is cut: half of a secret would not be found.
+    line = next(iter(message[:MAX_TRACE].splitlines()), "")
+    text = redact_secrets(redact_text(line)).strip().rstrip(".") or "no message"
+    return f"{type(error).__name__}: {one_line(text, limit=MAX_FAILURE)}"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import pytest
 from lora_cli.run.signals import handle_signals
 from lora_cli.training import tracking
 from lora_cli.training.tracker_log import LogWriter
+from lora_cli.training.tracker_process import describe_failure
 from lora_cli.training.tracking import Tracking
 from tests.support import stub_tracker
 from tests.support.tracked_run import Run
@@ -319,3 +320,21 @@ def test_a_pipe_in_the_place_of_a_log_or_state_is_not_waited_for(run: Run):
     with tracked(run, "log", "nothing"):
         pass
     assert run.told[0].startswith("warning: wandb: its process cannot be started: No such device")
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise TypeError
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError(), "ValueError: no message"),
+        (Unspeakable(), "Unspeakable: no message"),
+        (ValueError("\x1b[1m first.\nsecond"), "ValueError: \\x1b[1m first"),
+        (ValueError("x" * 190 + " " + stub_tracker.SECRETS[1]), f"ValueError: {'x' * 190} (not s..."),
+    ],
+)
+def test_an_exception_is_one_line(error: Exception, expected: str):
+    assert describe_failure(error) == expected
