@@ -5,6 +5,7 @@ import gc
 import os
 import signal
 import sys
+from contextlib import suppress
 
 
 def main() -> None:
@@ -12,7 +13,8 @@ def main() -> None:
     if sys.platform == "win32":
         sys.stderr.write("error: lora runs on Linux and macOS; on Windows, use it in WSL\n")
         sys.exit(2)
-    atexit.register(_hide_leaks)  # before those of libraries, so that it is called after them
+    exit_codes: list[object] = []
+    atexit.register(_end, exit_codes)  # before those of libraries, so that it is called after them
     from lora_cli.run.openmp import limit_spinning, read_cpu_times
 
     started = read_cpu_times()
@@ -28,15 +30,29 @@ def main() -> None:
         limit_spinning(started)
         try:
             cli.main()
+        except SystemExit as end:
+            exit_codes.append(end.code)
+            raise
         finally:
             # At its end, Python would search the objects of all libraries for garbage: 1.5 s.
             gc.freeze()
 
 
-def _hide_leaks() -> None:
-    """Hide what Triton writes to stderr as the last thing of the process: that its objects were left out of that."""
+def _end(exit_codes: list[object]) -> None:
+    """Do the last thing of the process: hide what Triton would write, and end at once after a process group.
+
+    Triton writes to stderr that its objects were left out of the garbage collection. A thread of gloo that still frees
+    a tensor while Python ends is stopped within C++ code, which aborts the process of a run that has finished.
+    """
+    from lora_cli.run import worker
+
     if "triton" in sys.modules:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if worker.joined.is_set() and exit_codes and isinstance(exit_codes[0], int):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(exit_codes[0])
 
 
 if __name__ == "__main__":

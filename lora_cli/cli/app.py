@@ -115,9 +115,9 @@ class _Group(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         if COMPLETE in os.environ:  # typer has added its own completion of bash by now
-            from lora_cli.cli.completion import add_bash_completion
+            from lora_cli.cli.completion import complete_behind_equals_signs
 
-            add_bash_completion()
+            complete_behind_equals_signs()
         return super().main(*args, **kwargs)
 
 

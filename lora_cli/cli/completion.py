@@ -150,10 +150,10 @@ def weighted_adapters(incomplete: str) -> list[str]:
     return [f"{weight}{star}{folder}" for folder in runs_and_adapters(path)]
 
 
-def add_bash_completion() -> None:
-    """Let bash complete behind an equals sign, at which it splits words: `--set adapter.method=do`."""
-    from typer._click.shell_completion import add_completion_class
-    from typer._completion_classes import BashComplete
+def complete_behind_equals_signs() -> None:
+    """Let shells complete `--set adapter.method=do`, which bash splits, and `--set=adapter.method=do`."""
+    from typer._click.shell_completion import ShellComplete, add_completion_class
+    from typer._completion_classes import BashComplete, FishComplete, ZshComplete
 
     class Bash(BashComplete):
         def get_completion_args(self) -> tuple[list[str], str]:
@@ -164,7 +164,31 @@ def add_bash_completion() -> None:
         def format_completion(self, item: Any) -> str:
             return super().format_completion(item).removeprefix(self.split_off)
 
+    class WholeWords(ShellComplete):  # before the class of a shell, whose methods these call
+        def get_completion_args(self) -> tuple[list[str], str]:
+            args, incomplete = super().get_completion_args()  # type: ignore[safe-super]
+            self.option = option_of_word(incomplete)
+            return args, incomplete
+
+        def format_completion(self, item: Any) -> str:
+            item.value = self.option + item.value
+            return super().format_completion(item)  # type: ignore[safe-super]
+
+    class Zsh(WholeWords, ZshComplete):
+        pass
+
+    class Fish(WholeWords, FishComplete):
+        pass
+
     add_completion_class(Bash, "bash")
+    add_completion_class(Zsh, "zsh")
+    add_completion_class(Fish, "fish")
+
+
+def option_of_word(word: str) -> str:
+    """Return `--set=` of `--set=adapter.rank`: zsh and fish replace whole words; empty if there is no option."""
+    option, equals, _ = word.partition("=")
+    return option + equals if equals and option.startswith("--") else ""
 
 
 def join_words(words: list[str]) -> tuple[list[str], str]:

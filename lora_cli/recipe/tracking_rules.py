@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from lora_cli.recipe.adapter_rules import check_list
 from lora_cli.recipe.problem import Conflict, join_words
 from lora_cli.recipe.schema import Recipe
+from lora_cli.recipe.tracking_limits import check_limits
 from lora_cli.recipe.tracking_section import TRACKERS, TrackerFacts, TrackingSpec
 
 # Tokens in the forms in which services issue them: the Hub's, W&B's (40 or 86 characters), OpenAI's.
@@ -26,6 +27,7 @@ def check_tracking(recipe: Recipe) -> Iterator[Conflict]:
             yield Conflict(f"tracking.{key}", "an empty string", "write a value, or remove the key")
     if spec.tags:
         yield from check_list("tracking.tags", spec.tags)
+    yield from check_limits(spec)
     users: dict[str, tuple[object, Callable[[str, TrackerFacts], bool]]] = {
         "entity": (spec.entity, lambda _, facts: facts.entity),
         "server": (spec.server, lambda name, _: name == "mlflow"),

@@ -24,8 +24,8 @@ OFFLINE = "HF_HUB_OFFLINE"
 BEFORE = "LORA_HF_HUB_OFFLINE"  # environment variable with the value of OFFLINE that `ask_hub` has replaced, or empty
 USING_CACHE = "the hub does not answer: using the files in the cache"
 
-_problems: dict[str, str | None] = {}  # by the address of a hub: why it does not answer
-_answered: set[tuple[str, str]] = set()  # addresses, and the paths that they were asked for
+# By the address of a hub, and the path that it was asked for: why it does not answer; None if it does.
+_answers: dict[str, dict[str, str | None]] = {}
 
 
 def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
@@ -44,14 +44,13 @@ def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:
     from huggingface_hub import is_offline_mode
     from huggingface_hub.constants import ENDPOINT
 
-    if _problems.get(ENDPOINT) is None and (ENDPOINT, about) not in _answered:
-        if is_offline_mode():
-            return None
-        _problems[ENDPOINT] = _find_problem(ENDPOINT, f"/{about}" if about else "", info)
-        _answered.add((ENDPOINT, about))
-        if _problems[ENDPOINT] is not None:
+    answers = _answers.setdefault(ENDPOINT, {})
+    problem = next(filter(None, answers.values()), None)
+    if problem is None and about not in answers and not is_offline_mode():
+        problem = answers[about] = _find_problem(ENDPOINT, f"/{about}" if about else "", info)
+        if problem is not None:
             _go_offline()
-    return _problems[ENDPOINT]
+    return problem
 
 
 def environment_of_others() -> dict[str, str]:

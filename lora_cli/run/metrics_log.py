@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from lora_cli.errors import LoraError
 from lora_cli.run import atomic
@@ -17,6 +17,7 @@ from lora_cli.run.read_file import UnreadableError, open_regular
 from lora_cli.run.set_aside import set_aside
 from lora_cli.run.system_errors import as_os_error
 
+READ_BYTES = 4 << 20  # of one call that follows a log
 MAX_LINE_BYTES = 64 << 20  # a record of answers can have long texts; a damaged line can be of any length
 
 Info = Callable[[str], None]
@@ -136,12 +137,18 @@ def remove_evaluation(path: Path, step: int) -> None:
 
 
 class MetricsFollower:
-    """Reads the records of a log that another process writes, each once, also after the log was written anew."""
+    """Reads the records of a log that another process writes, each once, also after the log was written anew.
+
+    The libraries of a tracker may close the descriptor of the log, and open another file under its number: it is looked
+    at before it is used.
+    """
 
     def __init__(self, path: Path) -> None:
         """`path` need not exist yet."""
         self._path = path
-        self._file: BinaryIO | None = None
+        self._descriptor: int | None = None
+        self._opened: os.stat_result | None = None  # of the log that was read last
+        self._offset = 0  # bytes that were read
         self._rest = b""  # an incomplete last line
 
     def read(self, *, reopen: bool = True) -> list[dict[str, Any]]:
@@ -152,29 +159,54 @@ class MetricsFollower:
         Raises:
             OSError: it cannot be read.
         """
-        if self._file is None or (reopen and self._is_replaced(self._file)):
-            self.close()
-            try:
-                self._file, self._rest = open_regular(self._path), b""
-            except LoraError:  # not written yet
-                return []
-        lines = (self._rest + self._file.read()).split(b"\n")
-        self._rest = lines.pop()
+        if (not self._is_open() or (reopen and self._is_replaced())) and not self._open(reopen=reopen):
+            return []
+        assert self._descriptor is not None
+        parts, offset = [self._rest], self._offset
+        while data := os.pread(self._descriptor, READ_BYTES, offset):
+            parts.append(data)
+            offset += len(data)
+        *lines, self._rest = b"".join(parts).split(b"\n")
+        self._offset = offset
         return [record for line in lines if (record := _record(line)) is not None]
 
     def close(self) -> None:
         """Close the log."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._descriptor is not None and self._is_open():
+            os.close(self._descriptor)
+        self._descriptor = None
 
-    def _is_replaced(self, file: BinaryIO) -> bool:
-        opened = os.fstat(file.fileno())
+    def _open(self, *, reopen: bool) -> bool:
+        """Open the log; return whether there is one to be read."""
+        self.close()
+        try:
+            with open_regular(self._path) as file:
+                found = os.fstat(file.fileno())
+                is_same = self._opened is not None and os.path.samestat(found, self._opened)
+                if self._opened is not None and not is_same and not reopen:
+                    return False
+                self._descriptor = os.dup(file.fileno())
+        except LoraError:  # not written yet
+            return False
+        if not is_same or found.st_size < self._offset:
+            self._offset, self._rest = 0, b""
+        self._opened = found
+        return True
+
+    def _is_open(self) -> bool:
+        if self._descriptor is None or self._opened is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self._opened)
+        except OSError:
+            return False
+
+    def _is_replaced(self) -> bool:
         try:
             found = os.stat(self._path)
         except FileNotFoundError:  # moved: its writer still has it
             return False
-        return (opened.st_dev, opened.st_ino) != (found.st_dev, found.st_ino) or found.st_size < file.tell()
+        return self._opened is None or not os.path.samestat(found, self._opened) or found.st_size < self._offset
 
 
 class _Line(NamedTuple):

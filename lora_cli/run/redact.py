@@ -8,13 +8,22 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 SECRET_NAME = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASS|PWD|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
 # Tokens of hubs and trackers, and any long run of letters and digits that is no path.
-SECRET_VALUE = re.compile(
-    r"\b(hf|sk|ghp|gho|glpat|xox[abp])[_-][\w-]{8,}|\bBearer\s+\S+|(?<![\w/.-])[A-Za-z0-9+_-]{32,}={0,2}(?![\w/.-])"
+SERVICE_TOKEN = r"\b(hf|sk|ghp|gho|glpat|xox[abp])[_-][\w-]{8,}|\bBearer\s+\S+"
+SECRET_VALUE = re.compile(rf"{SERVICE_TOKEN}|(?<![\w/.-])[A-Za-z0-9+_-]{{32,}}={{0,2}}(?![\w/.-])")
+# As in SECRET_VALUE, but with a digit: identifiers in the traceback of a library can be as long.
+SECRET_IN_OUTPUT = re.compile(
+    rf"{SERVICE_TOKEN}|(?<![\w/.-])(?=[A-Za-z+_-]*\d)[A-Za-z0-9+_-]{{32,}}={{0,2}}(?![\w/.-])"
 )
+# Of a header, or written as in a program, a query or JSON: `api_key='...'`.
+NAMED_SECRET = re.compile(
+    r"(?i)(\bBasic\s+|(?:api[_-]?key|token|passw(?:or)?d|secret|credential)s?[\"']?\s*[=:]\s*[\"']?)"
+    r"(?!(?:Bearer|Basic)\b)[^\s\"',;&)}\]]{6,}"
+)
+SHORTEST_SECRET = 6  # characters; a shorter value of a variable is also a word of other texts
 # Of a URL, whose password can have any character, or of a proxy without `http://`.
 CREDENTIALS = re.compile(r"(?<=://)[^\s'\"<>]*@|(?<!\S)[^/@:\s]+:(?!//)\S*@")
 HOMES = re.compile(r"(?<![\w.-])(/home|/Users)/[^/\s:;,'\"]+")
@@ -46,6 +55,37 @@ def redact_personal(text: str, *, name: str = "") -> str:
         if found:
             text = re.sub(rf"(?<!\w){re.escape(found)}(?!\w)", shown, text)
     return text
+
+
+def redact_secrets(text: str) -> str:
+    """Return what a library prints without passwords, tokens, and the values of environment variables for secrets.
+
+    Addresses lose user, password and query. Paths and names stay: the text is for this machine.
+    """
+    if "://" in text:  # a search for addresses takes long in a line without spaces
+        text = ADDRESS.sub(lambda found: redact_address(found[0]), CREDENTIALS.sub("", text))
+    for secret in _secrets_of_environment():
+        text = text.replace(secret, "(not shown)")
+    return SECRET_IN_OUTPUT.sub("(not shown)", NAMED_SECRET.sub(r"\1(not shown)", text))
+
+
+@cache
+def _secrets_of_environment() -> tuple[str, ...]:
+    """Return what is secret in environment variables, the longest first, also as addresses spell it."""
+    found = set[str]()
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and not os.path.exists(value):  # such as SSH_AUTH_SOCK
+            found.add(value)
+        for address in ADDRESS.findall(value):
+            found.add(_password(address))
+    found |= {quote(secret, safe="") for secret in found} | {unquote(secret) for secret in found}
+    return tuple(sorted((each for each in found if len(each) >= SHORTEST_SECRET), key=len, reverse=True))
+
+
+def _password(address: str) -> str:
+    """Return the password in an address, or the only name before its host; empty if there is neither."""
+    user, _, password = address.partition("://")[2].partition("/")[0].rpartition("@")[0].partition(":")
+    return password or user
 
 
 @cache

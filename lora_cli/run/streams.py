@@ -7,7 +7,7 @@ stream lacks are escaped (`\\xe9`).
 import errno
 import io
 import os
-import select
+import selectors
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,7 +81,9 @@ class _Stream(io.FileIO):
             try:
                 rest = rest[os.write(self.fileno(), rest) :]
             except BlockingIOError:  # another program has made the shared pipe non-blocking
-                select.select([], [self.fileno()], [])
+                with selectors.PollSelector() as pipe:
+                    pipe.register(self.fileno(), selectors.EVENT_WRITE)
+                    pipe.select()
             except OSError as error:
                 self._failed(error)
                 break

@@ -1,6 +1,7 @@
 """Whether this process is one of several of a run, by the environment variables that its launcher has set. No torch."""
 
 import os
+import threading
 from typing import NamedTuple
 
 from lora_cli.errors import LoraError
@@ -11,6 +12,7 @@ OF_MACHINE = "LOCAL_WORLD_SIZE"  # environment variable of a worker: processes o
 OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 STARTERS = "start it with torchrun or accelerate launch, or let `lora train` start the processes of one machine"
 LAST_PORT = 65535
+joined = threading.Event()  # this process has joined a process group, whose threads can outlast the run
 
 
 class _Range(NamedTuple):

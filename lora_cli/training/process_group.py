@@ -27,7 +27,7 @@ from lora_cli.errors import LoraError, first_line
 from lora_cli.recipe.problem import join_words
 from lora_cli.recipe.schema import Recipe
 from lora_cli.run import console
-from lora_cli.run.worker import OF_MACHINE, STARTERS, is_worker, local_rank, processes_of_machine
+from lora_cli.run.worker import OF_MACHINE, STARTERS, is_worker, joined, local_rank, processes_of_machine
 from lora_cli.training.agreement import check_start, start_record
 from lora_cli.training.cpu import set_up_cpu
 from lora_cli.training.gpu import set_up_allocator, set_up_determinism
@@ -70,6 +70,7 @@ def join_peers(recipe: Recipe, device: torch.device, *, info: Callable[[str], No
         world_size=world_size,
         timeout=PREPARING_TIMEOUT,
     )
+    joined.set()
     peers.watch(_collectives_begun, lambda: _timeout[0])
     return peers
 

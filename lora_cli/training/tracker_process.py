@@ -1,12 +1,11 @@
 """The process of one experiment tracker: follows metrics.jsonl of a run, and sends each step and evaluation.
 
-A process of its own, because trackers block, patch other libraries, install handlers of signals and of the exit, and
-run threads; here none of that touches training. The metrics log is its buffer: what a tracker cannot take now is read
-and sent later, also by a resumed run. `training/tracking.py` starts this process.
+A process of its own, because trackers block, patch other libraries, install handlers of signals and of the exit, run
+threads, close files and fork; here none of that touches training. The metrics log is its buffer: what a tracker cannot
+take now is read and sent later, also by a resumed run. `training/tracking.py` starts this process, and shares memory
+with it; after the start, nothing here depends on an open file.
 """
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -17,127 +16,100 @@ import threading
 import time
 import traceback
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-from lora_cli.errors import first_line
+from lora_cli.errors import first_line, one_line
 from lora_cli.recipe.dump import dump_values
 from lora_cli.recipe.tracking_section import TrackerName, TrackingSpec
 from lora_cli.run import atomic
 from lora_cli.run.folder import RunFolder
-from lora_cli.run.metrics_log import MetricsFollower
 from lora_cli.run.quick_imports import quick_imports
-from lora_cli.run.redact import redact_text, redact_values, without_private
+from lora_cli.run.redact import redact_secrets, redact_text, redact_values, without_private
 from lora_cli.run.signals import SIGNALS
+from lora_cli.training.tracked_records import Counts, Pending, State, mark_of, read_state, values_of
+from lora_cli.training.tracker_channel import Channel
+from lora_cli.training.tracker_job import Job, Status
+from lora_cli.training.tracker_log import drop_output, start_log
 
 POLL_S = 0.5  # seconds between two looks at the metrics log
+WATCH_S = 0.05  # seconds between two looks whether the run has ended
+LATE_S = 5  # seconds after its time in which the training process has to end this one
 SAVE_S = 1.0  # seconds between two writes of the state
 PAUSES_S = (1, 2, 4, 8, 15, 30)  # before a call that has failed is tried again; the last one is repeated
-EVALUATION = {"eval_loss": "eval/loss", "eval_accuracy": "eval/accuracy"}  # keys of metrics.jsonl, and of trackers
-
-Mark = tuple[int, int]  # place of a record in the order in which it is sent: its step; 0 for training, 1 for evaluation
-START: Mark = (-1, 0)
-
-
-def mark_of(record: Mapping[str, Any]) -> Mark:
-    """Return the place of a record of metrics.jsonl."""
-    return int(record["step"]), int("eval_loss" in record)
+MAX_TRACE = 20_000  # characters of a traceback in the log, which has one where the failure changes
+MAX_FAILURE = 200  # characters of a library's message in the terminal
+MAX_PLACE = 1000  # characters of an address
+NICENESS = 10  # training goes first on a busy machine
 
 
-def values_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a record by the names that trackers show: `train/loss`, `eval/loss`."""
-    return {
-        EVALUATION.get(key, f"train/{key}"): value
-        for key, value in record.items()
-        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+class Ending:
+    """How the run ends, as a thread sees it, which ends this process if it takes too long then."""
+
+    def __init__(self, channel: Channel, *, training: int, limit: float) -> None:
+        """`training` is the process of the run; `limit` is the time that is left after its end, in seconds."""
+        self.event = threading.Event()  # set when the run has ended
+        self.status: Status = "failed"
+        self.orphaned = False  # the training process has ended, and its run folder may be another run's
+        threading.Thread(target=self._watch, args=(channel, training, limit), daemon=True).start()
+
+    def _watch(self, channel: Channel, training: int, limit: float) -> None:
+        while channel.status is None and os.getppid() == training:
+            time.sleep(WATCH_S)
+        self.orphaned = channel.status is None
+        self.status = channel.status or "failed"
+        self.event.set()
+        time.sleep(limit + (0 if self.orphaned else LATE_S))
+        if os.getpgrp() == os.getpid():  # with the processes that libraries have started
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
 
-class State(NamedTuple):
-    """What the run folder records of a tracked run, in `tracking/NAME.json`."""
+class Log:
+    """What this program itself writes to the log of a tracker: by its path, as libraries close files."""
 
-    id: str | None = None
-    where: Mapping[str, Any] | None = None  # its project and store
-    mark: Mark = START  # of the last record that the tracker has
-    configured: bool = False  # the tracker has the configuration
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with suppress(OSError):
+            self._stat = path.stat()
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON."""
-        return {**self._asdict(), "mark": list(self.mark)}
+    def in_place(self) -> bool:
+        """Return whether the log is still there: --fresh may have moved the run away."""
+        try:
+            return os.path.samestat(self._stat, self._path.stat())
+        except (OSError, AttributeError):
+            return False
 
-
-def read_state(path: Path) -> State:
-    """Return the state in `path`; a new one if there is none, or it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        step, kind = values["mark"]
-        return State(str(values["id"]), values["where"], (int(step), int(kind)), bool(values["configured"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return State()
-
-
-class Pending:
-    """Records of the metrics log that the tracker does not have yet, in order."""
-
-    def __init__(self, path: Path, mark: Mark, awaits_evaluation: Callable[[int], bool]) -> None:
-        """`awaits_evaluation` tells whether an evaluation after a step is due.
-
-        Such a step is held until its evaluation is there: W&B takes no more values of a step once the next one began,
-        and a run that is stopped during the evaluation makes it when it is resumed.
-        """
-        self._follower = MetricsFollower(path)
-        self._records: deque[dict[str, Any]] = deque()
-        self._mark = mark
-        self._awaits_evaluation = awaits_evaluation
-
-    def read(self, *, reopen: bool = True) -> None:
-        """Read what was written since the last call; see MetricsFollower.read."""
-        for record in self._follower.read(reopen=reopen):
-            if mark_of(record) > self._mark:
-                self._records.append(record)
-                self._mark = mark_of(record)
-
-    def next(self, *, whole: bool = False) -> dict[str, Any] | None:
-        """Return the next record, which stays the next one; with `whole`, also one whose evaluation is awaited."""
-        if not self._records:
-            return None
-        step, kind = mark_of(self._records[0])
-        held = kind == 0 and len(self._records) == 1 and self._awaits_evaluation(step)
-        return None if held and not whole else self._records[0]
-
-    def remove(self) -> None:
-        """Remove the next record."""
-        self._records.popleft()
-
-    @property
-    def steps(self) -> int:
-        """Number of steps that are left."""
-        return sum(mark_of(record)[1] == 0 for record in self._records)
+    def write(self, text: str) -> None:
+        """Add lines, without secrets. What cannot be written is lost: the terminal has the first failure."""
+        if self.in_place():
+            with suppress(OSError), self._path.open("ab", buffering=0) as file:
+                file.write(redact_secrets(f"{time.strftime('%F %T')} {text.rstrip()}\n").encode(errors="replace"))
 
 
 class Sender:
     """One tracker at work. What its library raises is tried again, then counted; nothing of it gets out."""
 
-    def __init__(self, request: Mapping[str, Any], report: Callable[..., None]) -> None:
-        """`request` is that of `training/tracking.py`; `report` tells the training process of an event."""
+    def __init__(self, request: Mapping[str, Any], channel: Channel, ending: Ending, log: Log) -> None:
+        """`request` is that of `training/tracking.py`."""
         with quick_imports():  # of torch and Accelerate: seconds, in which signals are ignored already
             from lora_cli.training import trackers
 
         self._trackers = trackers
-        run = RunFolder(Path(request["run"]), -1)
+        run = RunFolder(Path(request["folder"]), -1)
         self._name: TrackerName = request["tracker"]
         self._state_file = run.tracking / f"{self._name}.json"
         self._config = json.loads((run.tracking / "config.json").read_text(encoding="utf-8"))
         state = read_state(self._state_file)
         spec = TrackingSpec.model_validate(request["spec"])
-        self._job = trackers.Job(
+        self._job = Job(
             tracker=self._name,
             spec=spec,
-            run=run.path,
+            run=Path(request["run"]),
             run_id=None,
             configured=False,
             new_id=uuid.uuid4().hex,
@@ -150,16 +122,16 @@ class Sender:
             state = State(where=self._job.where)
         if self._name == "tensorboard":  # its reader leaves out what an earlier start has sent after this step
             state = state._replace(mark=min(state.mark, (self._job.done, 1)))
-        self._state, self._run, self._report = state, run, report
+        self._state, self._run = state, run
+        self._channel, self._ending, self._log = channel, ending, log
         self._saved_at = 0.0
-        self._sent = {"steps": 0, "evaluations": 0}
+        self._sent = Counts(0, 0)
         self._tracker: Any = None
-        self._told = False
         self._why = ""
-        self.ending = threading.Event()  # set when the run has ended
-        self.status: trackers.Status = "failed"
-        self.orphaned = False
+        self._told: set[str] = set()
+        self._pid = os.getpid()
         self._pending = Pending(run.metrics, state.mark, self._awaits_evaluation)
+        channel.record_sent(state.mark, self._sent)
 
     def _awaits_evaluation(self, step: int) -> bool:
         every = self._config["recipe"]["training"]["eval_every"]
@@ -170,57 +142,63 @@ class Sender:
         """Send the records until the run has ended, then the files; report how it went."""
         if self._attempt(self._start):
             while True:
-                ending = self.ending.is_set()  # before the last look at the log
+                ending = self._ending.event.is_set()  # before the last look at the log
                 self._send()
                 if ending:
                     break
-                self.ending.wait(POLL_S)
-        uploaded = self._end() if self._tracker is not None else None
+                self._ending.event.wait(POLL_S)
+        files = self._end() if self._tracker is not None else {}
         self._save(force=True)
-        self._pending.read(reopen=not self.orphaned)
-        self._report("end", **self._sent, left=self._pending.steps, why=self._why, uploaded=uploaded)
+        self._read()
+        self._channel.report("end", left=self._pending.left, why=self._why, **files)
 
     def _start(self) -> None:
         table = self._trackers.TABLE[self._name]
         if self._tracker is None:  # else only the rest has failed before
             self._tracker = self._trackers.start(self._job)
+            self._end_copy()
             self._state = self._state._replace(id=table.run_id(self._tracker))
             self._save(force=True)
         ignore_signals()  # libraries install handlers
         table.send_config(self._job, self._tracker, self._config)
         self._state = self._state._replace(configured=True)
         self._save(force=True)
-        self._report("ready", place=table.place(self._job, self._tracker), resumed=self._job.run_id is not None)
+        place = table.place(self._job, self._tracker)
+        self._channel.report("ready", place=one_line(place, limit=MAX_PLACE), resumed=self._job.run_id is not None)
 
     def _send(self) -> None:
-        self._pending.read(reopen=not self.orphaned)
-        whole = self.ending.is_set() and self.status == "finished"
+        self._read()
+        whole = self._ending.event.is_set() and self._ending.status == "finished"
         while (record := self._pending.next(whole=whole)) is not None:
             step, kind = mark_of(record)
             if not self._attempt(partial(self._tracker.log, values_of(record), step=step)):
                 return  # the run has ended: it stays for the next start
+            self._why = ""
             self._pending.remove()
             self._state = self._state._replace(mark=(step, kind))
-            self._sent["evaluations" if kind else "steps"] += 1
+            self._sent = Counts(self._sent.steps + 1 - kind, self._sent.evaluations + kind)
+            self._channel.record_sent((step, kind), self._sent)
             self._save()
-            self._pending.read(reopen=not self.orphaned)
+            self._read()
 
-    def _end(self) -> list[str] | None:
-        """Upload the files and end the tracked run; return the names of the files, None if none were to be sent."""
-        table, names = self._trackers.TABLE[self._name], None
-        if self._job.spec.artifacts and self.status == "finished" and table.upload is not None:
-            with tempfile.TemporaryDirectory(prefix="lora-tracking-") as folder:
-                # Named for the run's files, and kept until the tracked run has ended: some are read only then.
-                files = Path(folder) / "run"
-                files.mkdir()
-                names = write_artifacts(self._run, self._config, files)
-                upload = table.upload
-                if not self._attempt(lambda: upload(self._job, self._tracker, files)):
-                    names = []
-                self._attempt(lambda: table.finish(self._tracker, self.status))
-                return names
-        self._attempt(lambda: table.finish(self._tracker, self.status))
-        return names
+    def _read(self) -> None:
+        with self._tell_failure("metrics.jsonl cannot be read"):
+            self._pending.read(reopen=not self._ending.orphaned)
+
+    def _end(self) -> dict[str, Any]:
+        """Upload the files and end the tracked run; return which files were sent, and which ones could not be read."""
+        table, status, files = self._trackers.TABLE[self._name], self._ending.status, dict[str, Any]()
+        # Files are named for those of the run, and kept until the tracked run has ended: some are read only then.
+        with ExitStack() as stack:
+            if self._job.spec.artifacts and status == "finished" and table.upload is not None:
+                files = {"uploaded": [], "unreadable": []}
+                with self._tell_failure("the files cannot be copied"):
+                    folder = stack.enter_context(temporary_folder())
+                    names, files["unreadable"] = write_artifacts(self._run, self._config, folder)
+                    upload = partial(table.upload, self._job, self._tracker, folder)
+                    files["uploaded"] = names if names and self._attempt(upload) else []
+            self._attempt(lambda: table.finish(self._tracker, status))
+        return files
 
     def _attempt(self, call: Callable[[], object]) -> bool:
         """Call a library, again after pauses until it succeeds, or has failed after the run has ended.
@@ -229,33 +207,58 @@ class Sender:
         is the connection or the login, and a later record would fail too.
         """
         for pause in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
-            ended = self.ending.is_set()
+            ended = self._ending.event.is_set()
             with library_errors() as errors:
                 call()
+            self._end_copy()
             if not errors.found:
                 return True
-            self._why = describe_failure(errors.found[0])
-            print(f"{time.strftime('%F %T')} {self._why}", flush=True)
-            if not self._told:
-                self._told = True
-                self._report("problem", text=self._why)
+            why = describe_failure(errors.found[0])
+            trace = "".join(traceback.format_exception(errors.found[0]))
+            trace = redact_secrets(trace[: 2 * MAX_TRACE])[:MAX_TRACE]  # not cut within a secret
+            self._log.write(why if why == self._why else f"{trace}\n{why}")
+            self._why = why
+            self._tell("problem", why, about="problem")
             if ended:
                 break
-            self.ending.wait(pause)
+            self._ending.event.wait(pause)
         return False
+
+    def _end_copy(self) -> None:
+        """End this process if the library has forked, and the program goes on in the copy too."""
+        if os.getpid() != self._pid:
+            os._exit(0)
+
+    def _tell(self, event: str, text: str, *, about: str) -> None:
+        """Let the training process print a text; once only for what it is about."""
+        if about not in self._told:
+            self._told.add(about)
+            self._channel.report(event, text=text)
+
+    @contextmanager
+    def _tell_failure(self, what: str) -> Iterator[None]:
+        """Tell an error of the operating system in the block, such as a full disk, and go on."""
+        try:
+            yield
+        except OSError as error:
+            text = f"{what}: {error.strerror or first_line(error)}"
+            self._log.write(text)
+            self._why = self._why or text
+            self._tell("note", text, about=what)
 
     def _save(self, *, force: bool = False) -> None:
         if self._state.id is None or not (force or time.monotonic() > self._saved_at + SAVE_S):
             return
-        if in_place(self._state_file.with_suffix(".log")):
-            atomic.write_json(self._state_file, self._state.to_json())
+        if self._log.in_place():
+            with self._tell_failure(f"{self._state_file.name} cannot be written"):
+                atomic.write_json(self._state_file, self._state.to_json())
         self._saved_at = time.monotonic()
 
 
 class library_errors:  # used like a function: `with library_errors() as errors:`
     """Context manager that keeps what a tracker's library raises: any exception, and the exit of one without a login.
 
-    A class, as `except Exception` would hide the bugs of this program in other places.
+    A class, as `except BaseException` would hide the bugs of this program in other places.
     """
 
     def __init__(self) -> None:
@@ -267,21 +270,39 @@ class library_errors:  # used like a function: `with library_errors() as errors:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        if not isinstance(error, Exception | SystemExit):
-            return False
-        traceback.print_exception(error)  # in the log of the tracker
-        self.found.append(error)
+        self.found += [] if error is None else [error]
         return True
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return an exception as one line without folders of this machine: `ConnectionError: ...`."""
-    text = redact_text(first_line(error)).rstrip(".") if str(error) else "no message"
-    return f"{type(error).__name__}: {text[:200]}"
+    """Return an exception as one line without secrets and folders of this machine: `ConnectionError: ...`."""
+    message = ""
+    with library_errors():  # its own method may fail
+        message = str(error)
+    # Redacted before it is cut: half of a secret would not be found.
+    line = next(iter(message[:MAX_TRACE].splitlines()), "")
+    text = redact_secrets(redact_text(line)).strip().rstrip(".") or "no message"
+    return f"{type(error).__name__}: {one_line(text, limit=MAX_FAILURE)}"
 
 
-def write_artifacts(run: RunFolder, config: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write what a tracker stores of a finished run into `folder`, without paths of this machine; return the names."""
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Yield a new folder named like a run, for the files that are sent."""
+    with tempfile.TemporaryDirectory(prefix="lora-tracking-", ignore_cleanup_errors=True) as folder:
+        files = Path(folder) / "run"
+        files.mkdir()
+        yield files
+
+
+def write_artifacts(run: RunFolder, config: Mapping[str, Any], folder: Path) -> tuple[list[str], list[str]]:
+    """Write what a tracker stores of a finished run into `folder`, without paths of this machine.
+
+    Returns:
+        The names of the files, and those of files that are missing, damaged or cannot be read.
+
+    Raises:
+        OSError: `folder` cannot be written.
+    """
     texts: dict[str, Callable[[], str]] = {
         "README.md": lambda: (run.adapter / "README.md").read_text(encoding="utf-8"),
         "recipe.yaml": lambda: dump_values(config["recipe"]),
@@ -290,66 +311,50 @@ def write_artifacts(run: RunFolder, config: Mapping[str, Any], folder: Path) -> 
         ),
         "metrics.jsonl": lambda: run.metrics.read_text(encoding="utf-8"),
     }
+    names, unreadable = list[str](), list[str]()
     for name, text in texts.items():
-        (folder / name).write_text(text(), encoding="utf-8")
-    return list(texts)
+        try:
+            found = text()
+        except (OSError, ValueError):
+            unreadable.append(name)
+            continue
+        (folder / name).write_text(found, encoding="utf-8")
+        names.append(name)
+    return names, unreadable
 
 
 def ignore_signals() -> None:
-    """Ignore the signals that end a run: its process decides what happens, and a closed pipe tells this one."""
+    """Ignore the signals that end a run: its process decides what happens, and its end tells this one."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def in_place(log: Path) -> bool:
-    """Return whether the log that stdout goes to is still there: --fresh may have moved the run away."""
-    try:
-        return os.path.samestat(os.fstat(1), os.stat(log))
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def locked(log: Path) -> Iterator[None]:
-    """Within the block, let no other process track this run with this tracker; wait for one that still does."""
-    with open(log, "ab", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        yield
-
-
 def main() -> None:
-    """Track the run that the first line of stdin describes, until stdin says how it ended, or is closed."""
+    """Track the run that the shared memory describes, whose descriptor is the last argument."""
     ignore_signals()
-    request = json.loads(sys.stdin.buffer.readline())
-    reports = os.dup(1)  # what libraries print goes to a log instead
+    descriptor = int(sys.argv[-1])
+    channel = Channel(descriptor)
+    os.close(descriptor)
+    request = channel.request()
+    be_nice()
+    ending = Ending(channel, training=int(request["pid"]), limit=float(request["spec"]["timeout_seconds"]))
+    path = Path(request["folder"]) / "tracking" / f"{request['tracker']}.log"
+    try:
+        start_log(path, partial(channel.report, "note", text="it waits for its process of an earlier start"))
+    except OSError as error:
+        drop_output()
+        channel.report("note", text=f"{path.name} cannot be written: {error.strerror}")
+    Sender(request, channel, ending, Log(path)).work()
+    # Without the handlers of libraries, which may wait for their servers: all was sent, or the time is up.
+    os._exit(0)
 
-    def report(event: str, **values: Any) -> None:
-        with contextlib.suppress(OSError):  # the training process has ended
-            os.write(reports, json.dumps({"event": event, **values}).encode() + b"\n")
 
-    log = Path(request["run"]) / "tracking" / f"{request['tracker']}.log"
-    with locked(log):
-        sender = Sender(request, report)
-        limit = float(request["spec"]["timeout_seconds"])
-        threading.Thread(target=_wait_for_end, args=(sender, limit), daemon=True).start()
-        sender.work()
-        # Without the handlers of libraries, which may wait for their servers: all was sent, or the time is up.
-        os._exit(0)
-
-
-def _wait_for_end(sender: Sender, limit: float) -> None:
-    """Tell the sender how the run ended, and end this process after `limit` seconds from then."""
-    line = sys.stdin.buffer.readline().decode().strip()
-    if line in ("finished", "stopped", "failed"):
-        sender.status = line  # type: ignore[assignment]  # one of Status
-    else:
-        sender.orphaned = True
-    sender.ending.set()
-    time.sleep(limit)
-    os._exit(1)
+def be_nice() -> None:
+    """Let training go first; where Linux groups processes by session, niceness counts only between groups."""
+    with suppress(OSError):
+        os.nice(NICENESS)
+        Path("/proc/self/autogroup").write_text(f"{NICENESS}\n")
 
 
 if __name__ == "__main__":

@@ -8,17 +8,17 @@ import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from lora_cli.recipe.dump import dump_values
-from lora_cli.recipe.tracking_section import PROJECT, TRACKERS, TrackerName, TrackingSpec
+from lora_cli.recipe.tracking_section import TrackerName
 from lora_cli.run.redact import redact_address
 from lora_cli.run.shell import shell_path
+from lora_cli.training.tracker_job import Job, Status
 
-Status = Literal["finished", "stopped", "failed"]
 EXIT_CODES: dict[Status, int] = {"finished": 0, "stopped": 130, "failed": 1}
 MLFLOW_STATUS: dict[Status, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 MLFLOW_VALUE = 6000  # characters of a parameter's value; its store refuses longer ones
@@ -31,44 +31,6 @@ ENVIRONMENT = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
 }
-
-
-class Job(NamedTuple):
-    """A run to track with one tracker."""
-
-    tracker: TrackerName
-    spec: TrackingSpec
-    run: Path  # the run folder
-    run_id: str | None  # of the tracked run that goes on; None for a new one
-    configured: bool  # it has its configuration
-    new_id: str  # of a new one, where its id can be chosen: 32 hexadecimal digits
-    done: int  # steps of the run before this start
-    pid: int  # of the training process
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the trackers in the run folder."""
-        return self.run / "tracking"
-
-    @property
-    def name(self) -> str:
-        """Name of the tracked run."""
-        return self.spec.name or self.run.resolve().name
-
-    @property
-    def project(self) -> str:
-        """Project of the tracked run."""
-        variable = TRACKERS[self.tracker].project_variable
-        return self.spec.project or (os.environ.get(variable) if variable else None) or PROJECT
-
-    @property
-    def where(self) -> dict[str, str | bool | None]:
-        """Return what decides on the store of the tracked run: with another one, another tracked run begins."""
-        spec = self.spec
-        if self.tracker == "tensorboard":  # in the run folder
-            return {}
-        store = {"mlflow": spec.server, "trackio": spec.space}.get(self.tracker)
-        return {"project": self.project, "entity": spec.entity, "store": store}
 
 
 class Tracker(NamedTuple):
@@ -153,7 +115,9 @@ def _wandb_options(job: Job) -> dict[str, Any]:
 
 def _wandb_place(job: Job, tracker: Any) -> str:
     url = tracker.tracker.url
-    return f"at {url}" if url else f"offline; to send it: wandb sync {shell_path(job.folder / 'wandb')}/offline-*"
+    if url:
+        return f"at {redact_address(url)}"
+    return f"offline; to send it: wandb sync {shell_path(job.folder / 'wandb')}/offline-*"
 
 
 def _wandb_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
@@ -296,7 +260,7 @@ def _comet_config(_: Job, tracker: Any, config: Mapping[str, Any]) -> None:
 
 def _comet_place(job: Job, tracker: Any) -> str:
     offline = f"offline; to send it at the end: comet upload {job.folder}/comet_ml/*.zip"
-    return offline if job.spec.offline else f"at {tracker.tracker.url}"
+    return offline if job.spec.offline else f"at {redact_address(tracker.tracker.url)}"
 
 
 def _comet_upload(_: Job, tracker: Any, files: Path) -> None:
@@ -335,7 +299,7 @@ def _swanlab_config(_: Job, __: Any, config: Mapping[str, Any]) -> None:
 def _swanlab_place(job: Job, tracker: Any) -> str:
     if job.spec.offline:
         return f"offline; to send it: swanlab sync {job.folder}/swanlab/run-*"
-    return f"at {getattr(tracker.tracker, 'url', None) or 'swanlab.cn'}"
+    return f"at {redact_address(getattr(tracker.tracker, 'url', None) or 'swanlab.cn')}"
 
 
 TABLE: dict[TrackerName, Tracker] = {

@@ -162,7 +162,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
         monkeypatch.setattr(constants, "ENDPOINT", served.address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(hub_state, "_problems", {})
+        monkeypatch.setattr(hub_state, "_answers", {})
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
         yield served

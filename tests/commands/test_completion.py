@@ -93,15 +93,17 @@ def test_runs_and_adapters_are_found_here_and_in_runs(complete, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("shell", "expected"),
+    ("shell", "option", "expected"),
     [
-        ("zsh", """_arguments '*: :(("adapter.method=dora"))'"""),
-        ("fish", "adapter.method=dora"),
+        ("zsh", "--set ", """_arguments '*: :(("adapter.method=dora"))'"""),
+        ("fish", "--set ", "adapter.method=dora"),
+        ("zsh", "--set=", """_arguments '*: :(("--set=adapter.method=dora"))'"""),
+        ("fish", "--set=", "--set=adapter.method=dora"),
     ],
 )
-def test_zsh_and_fish(shell: str, expected: str, lora: Lora, monkeypatch: pytest.MonkeyPatch):
+def test_zsh_and_fish(shell: str, option: str, expected: str, lora: Lora, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("_LORA_COMPLETE", f"complete_{shell}")
-    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "lora train r.yaml --set adapter.method=do")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", f"lora train r.yaml {option}adapter.method=do")
     monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
     assert lora().out.strip() == expected
 

@@ -74,7 +74,6 @@ WRITERS = {
     "commands/env.py": "JSON for its parent process",
     "export/gguf/llama_cpp_server.py": "an address for its parent process",
     "run/json_output.py": "JSON, its control characters escaped",
-    "training/tracker_process.py": "a log file",
 }
 
 

@@ -40,8 +40,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(hub.BEFORE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "_problems", {})
-    monkeypatch.setattr(hub, "_answered", set())
+    monkeypatch.setattr(hub, "_answers", {})
 
 
 def use_hub(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,3 +233,27 @@ def test_a_follower_reads_each_record_once_also_from_a_new_log(tmp_path: Path):
         file.write(b'{"step": 3}\n')
     assert follower.read() == [{"step": 3}]
     follower.close()
+
+
+@pytest.mark.parametrize("reopen", [True, False])
+def test_a_follower_whose_descriptor_a_library_has_taken_goes_on(reopen: bool, tmp_path: Path):
+    path, other = tmp_path / "m.jsonl", tmp_path / "other"
+    other.write_text('{"step": 7}\n' * 100)
+    follower = metrics_log.MetricsFollower(path)
+    with MetricsLog(path) as log:
+        log.write({"step": 1})
+        assert follower.read() == [{"step": 1}]
+        descriptor = follower._descriptor
+        assert descriptor is not None
+        os.close(descriptor)
+        log.write({"step": 2})
+        assert follower.read(reopen=reopen) == [{"step": 2}]
+        with other.open("rb") as file:
+            descriptor = follower._descriptor
+            assert descriptor is not None
+            os.dup2(file.fileno(), descriptor)
+        log.write({"step": 3})
+        assert follower.read(reopen=reopen) == [{"step": 3}]
+    assert os.read(descriptor, 11) == b'{"step": 7}'  # not closed
+    os.close(descriptor)
+    follower.close()

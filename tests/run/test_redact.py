@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.run.redact import redact_values, without_private
+from lora_cli.run import redact
+from lora_cli.run.redact import redact_secrets, redact_values, without_private
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,38 @@ from lora_cli.run.redact import redact_values, without_private
 def test_text(text: str, expected: str):
     assert redact_values({"a": [text]}) == {"a": [expected]}
     assert redact_values({text: 1}) == {expected: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("GET http://bob:p%40ss-word@host:5/x?sig=3 as p@ss-word", "GET http://host:5/x as (not shown)"),
+        ("key k3y of-it, twice: k3y of-it", "key (not shown), twice: (not shown)"),
+        ("through tok3n-of-proxy", "through (not shown)"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic (not shown)"),
+        ("-H 'Authorization: Bearer abcdefghi' -v", "-H 'Authorization: (not shown) -v"),
+        ('{"api_key": "abcdef123", "a": 1}', '{"api_key": "(not shown)", "a": 1}'),
+        ("token=xyz123abc&a=1, Password: hunter2x", "token=(not shown)&a=1, Password: (not shown)"),
+        ("0123456789abcdef0123456789abcdef01234567", "(not shown)"),
+        ("hf_abcdefghijkl", "(not shown)"),
+        ("-" * 40, "-" * 40),
+        ("in _validate_the_type_of_an_experiment_id(x)", "in _validate_the_type_of_an_experiment_id(x)"),
+        ("pad_token: 5, 12 tokens: few", "pad_token: 5, 12 tokens: few"),
+        ('File "/a/lib/wandb.py", line 3 in true', 'File "/a/lib/wandb.py", line 3 in true'),
+    ],
+)
+def test_secrets_in_what_a_library_prints(text: str, expected: str, monkeypatch: pytest.MonkeyPatch):
+    for name, value in {
+        "WANDB_API_KEY": "k3y of-it",
+        "MLFLOW_TRACKING_URI": "http://bob:p%40ss-word@host:5/x",
+        "ALL_PROXY": "socks5://tok3n-of-proxy@host",
+        "SSH_AUTH_SOCK": "/a",
+        "USE_AUTH": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    redact._secrets_of_environment.cache_clear()
+    assert redact_secrets(text) == expected
+    redact._secrets_of_environment.cache_clear()
 
 
 def test_folders_within_a_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -1,5 +1,7 @@
 """Whether a process is one of several, from its environment variables; values that they cannot have are one error."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -103,3 +105,26 @@ def test_one_process_speaks(values: dict[str, str], of_machine: bool, of_run: bo
 def test_the_local_world_size_counts_the_processes_of_this_machine(value: str, found: int, variables: Any):
     variables({worker.OF_MACHINE: value})
     assert worker.processes_of_machine(16) == found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_process_of_a_group_ends_at_once_after_the_run_with_its_exit_code(joined: bool):
+    """A thread of gloo can abort a process whose objects Python frees at its end; the code stands for these objects."""
+    code = f"""if True:
+        import os, sys
+        from lora_cli import __main__
+        from lora_cli.run import worker
+        class Freed:
+            def __del__(self, write=os.write):
+                write(1, b"objects are freed")
+        sys.freed = Freed()
+        if {joined}:
+            worker.joined.set()
+        sys.argv = ["lora", "methods", "unknown-method"]
+        __main__.main()
+    """
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert ended.stdout == ("" if joined else "objects are freed")

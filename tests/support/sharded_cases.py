@@ -5,6 +5,7 @@ The first process prints one line of JSON: by case, or by base, the largest rela
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -251,6 +252,9 @@ def main() -> None:
     if run.accelerator.is_main_process:
         print(json.dumps(found))
     run.accelerator.end_training()
+    # A thread of gloo may still free tensors, and be stopped in C++ code when Python ends, which aborts the process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,24 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from lora_cli.recipe.tracking_section import TrackingSpec
 from lora_cli.run import hub, metrics_log
 from lora_cli.run.metrics_log import MetricsLog
 from lora_cli.training import tracking
-from lora_cli.training.tracker_process import Pending, State, read_state, values_of
+from lora_cli.training.tracked_records import Pending, State, read_state, values_of
 from lora_cli.training.tracking import Tracking
 from tests.support import tracked
+from tests.support.tracked_run import Run
 
-CONFIG = {"recipe": {"training": {"eval_every": 2}, "name": "a"}, "steps": 4, "ledger": {"eval": {"rows": 3}}}
+ROOT = Path(__file__).parents[2]
 
 
 def test_values_are_the_numbers_of_a_record():
@@ -49,7 +48,7 @@ def test_a_step_waits_for_its_evaluation_and_nothing_is_sent_twice(tmp_path: Pat
         for step in (1, 2):
             log.write({"step": step, "loss": 1.0})
         pending.read()
-        assert (pending.steps, pending.next()) == (1, None)
+        assert (pending.left, pending.next()) == ((1, 0), None)
         assert pending.next(whole=True) == {"step": 2, "loss": 1.0}
         log.write({"step": 2, "eval_loss": 1.0})
         pending.read()
@@ -63,33 +62,6 @@ def test_a_step_waits_for_its_evaluation_and_nothing_is_sent_twice(tmp_path: Pat
             log.write({"step": step, "loss": 2.0})
     pending.read()
     assert pending.next() == {"step": 3, "loss": 2.0}
-
-
-class Run:
-    """A run folder with metrics, as training writes it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.told = path, list[str]()
-        (path / "tracking").mkdir(parents=True)
-        (path / "tracking" / "config.json").write_text(json.dumps(CONFIG))
-
-    def write(self, *steps: int) -> None:
-        with MetricsLog(self.path / "metrics.jsonl") as log:
-            for step in steps:
-                log.write({"step": step, "loss": 1 / step})
-                if step % 2 == 0:
-                    log.write({"step": step, "eval_loss": 1 / step})
-
-    def track(self, done: int = 0, **spec: Any) -> Tracking:
-        return Tracking(TrackingSpec.model_validate(spec), self.path, done=done, info=self.told.append)
-
-    def wait_for(self, trackers: Tracking, happened: Callable[[], bool]) -> None:
-        for _ in range(600):
-            trackers.poll()
-            if happened():
-                return
-            time.sleep(0.1)
-        raise TimeoutError(str(self.told))
 
 
 def state(run: Run, name: str) -> State:
@@ -109,12 +81,18 @@ def test_a_hub_that_was_slow_for_the_model_does_not_keep_a_tracker_offline(
     monkeypatch.delenv(hub.BEFORE)
     monkeypatch.setenv("RANK", "0")
     hub._go_offline()
-    report = "json.dumps(dict(event='ready', place=str([os.environ.get(n) for n in sys.argv[1:]]), resumed=False))"
-    code = f"import json, os, sys; print({report}); input(); input()"
+    code = (
+        "import os, sys, time; from lora_cli.training.tracker_channel import Channel;"
+        "channel = Channel(int(sys.argv[-1]));"
+        "channel.report('ready', place=str([os.environ.get(n) for n in sys.argv[1:-1]]), resumed=False);"
+        "time.sleep(60)"
+    )
     monkeypatch.setattr(tracking, "PROGRAM", (sys.executable, "-c", code, "HF_HUB_OFFLINE", hub.BEFORE, "RANK"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     run = Run(tmp_path / "a")
     trackers = run.track(to=["tensorboard"])
     run.wait_for(trackers, lambda: bool(run.told))
+    trackers._processes[0].kill()
     trackers.finish()
     assert run.told[0] == "tensorboard: tracked [None, None, None]"
 
@@ -146,16 +124,14 @@ def test_servers_that_refuse_or_never_answer(tmp_path: Path):
             each.finish()
             assert time.monotonic() - start < 3
     assert runs[0].told == [
-        f"warning: mlflow: not ready when a signal came, and ended; what it has is in {runs[0].path}/tracking; "
-        "the rest stays in metrics.jsonl"
+        "warning: mlflow: 0 of 3 steps and 0 of 1 evaluation sent, 4 not sent: not ready when a signal came, and "
+        f"ended; {tracking.LATER}"
     ]
     first, last = runs[1].told
     assert first.startswith("warning: mlflow: MlflowException: API request to")
     assert first.endswith("; the run goes on, and it is tried again")
     # Its last try may take longer than the time that is left.
-    assert last.removeprefix("warning: ").startswith(
-        ("mlflow: 0 of 3 steps and 0 evaluations sent, 3 not sent: Mlflow", "mlflow: not ready after")
-    )
+    assert last.startswith("warning: mlflow: 0 of 3 steps and 0 of 1 evaluation sent, 4 not sent: ")
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -165,17 +141,23 @@ def test_servers_that_refuse_or_never_answer(tmp_path: Path):
 def test_a_killed_run_and_a_killed_tracker(tmp_path: Path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     run = Run(tmp_path / "a")
-    trackers = run.track(to=["tensorboard"])
     run.write(1, 2, 3)
-    run.wait_for(trackers, lambda: bool(run.told))
-    for each in trackers._processes:
-        each.release()  # as a kill of the training process does
+    program = (
+        "import os, sys; from pathlib import Path; from tests.support.tracked_run import Run;"
+        "run = Run(Path(sys.argv[1])); trackers = run.track(to=['tensorboard']);"
+        "run.wait_for(trackers, lambda: bool(run.told)); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(run.path)], cwd=ROOT, check=False).returncode == 9
     # The next start waits for the process of the first one, which sends what is left.
     metrics_log.truncate_after(run.path / "metrics.jsonl", 2, info=lambda _: None)
     again = run.track(done=2, to=["tensorboard"])
     run.write(3, 4)
-    run.wait_for(again, lambda: len(run.told) > 1)
+    run.wait_for(again, lambda: "tensorboard: goes on" in str(run.told))
     assert run.told[-1].startswith("tensorboard: goes on in ")
+    assert run.told[:-1] in (
+        [],
+        ["warning: tensorboard: it waits for its process of an earlier start; the run goes on"],
+    )
     again.status = "finished"
     again.finish()
     assert run.told[-1] == "tensorboard: 2 steps and 1 evaluation sent"
@@ -193,4 +175,6 @@ def test_a_killed_run_and_a_killed_tracker(tmp_path: Path):
     assert run.told[-1] == f"warning: tensorboard: its process has ended (SIGKILL); the run goes on, see {log}"
     killed.status = "finished"
     killed.finish()
-    assert run.told[-1].startswith("warning: tensorboard: what it has is in ")
+    assert run.told[-1].startswith(
+        "warning: tensorboard: 0 steps and 0 evaluations sent: its process has ended (SIGKILL)"
+    )
