@@ -1,26 +1,39 @@
 """The memory of a recipe's training step: the estimates of `model/memory.py` for the model and the rows of a run."""
 
+import torch
 from peft import PeftModel
 
-from lora_cli.model.activation_memory import TrainingSetup, score_width
+from lora_cli.model.activation_memory import TrainingSetup, row_tokens
 from lora_cli.model.memory import TrainingMemory, training_memory
+from lora_cli.model.prequantized import Prequantized
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import QuantizationSpec, Recipe
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 
-def memory_of_run(recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimizer: str) -> TrainingMemory:
+def memory_of_run(
+    recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimizer: str, attention: str | None = None
+) -> TrainingMemory:
     """Count what training of `model`, with the adapter, takes on the device of `inputs`.
 
-    `model` may be on the meta device. `optimizer` is its resolved name.
+    Args:
+        recipe: of the run.
+        inputs: of the run.
+        model: on the meta device.
+        optimizer: its resolved name.
+        attention: implementation that the loaded base has; None if it is not loaded.
     """
+    packed, is_seq2seq = bool(recipe.data.packing), recipe.task == "seq2seq-lm"
     setup = TrainingSetup(
         dtype=inputs.base.dtype,
-        packed=bool(recipe.data.packing),
+        packed=packed,
         on_cpu=inputs.device.type == "cpu",
-        scores=score_width(inputs.data.train.lengths.tolist()),
-        fused=len(inputs.compute_dtypes) == 1 and (recipe.quantization is None or recipe.quantization.bits == 4),
+        row=row_tokens(inputs.data.train.lengths.tolist(), packed=packed),
+        unfused=_unfused(recipe, inputs),
+        attention=attention or recipe.model.attention,
+        task=recipe.task,
+        target=int(inputs.data.train.supervised.max(initial=0)) if is_seq2seq else 0,
     )
     weights = stored_weights(
         inputs.base.skeleton(),  # not `model`, whose layers are those of the adapter, and may be quantized
@@ -29,6 +42,18 @@ def memory_of_run(recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimi
     )
     state = state_bytes(optimizer, trained_shapes(model))
     return training_memory(model, setup, weights=weights, optimizer_bytes=state, paged=optimizer.startswith("paged"))
+
+
+def _unfused(recipe: Recipe, inputs: RunInputs) -> torch.dtype | None:
+    """Return the dtype of the factors of LoRA layers that do not run as one step; None if they do."""
+    existing = inputs.prequantized
+    if inputs.base.source.packed:
+        return inputs.base.dtype
+    if recipe.quantization is not None and recipe.quantization.bits == 4:
+        return next(iter(inputs.compute_dtypes - {inputs.base.dtype}), None)
+    if recipe.quantization is None and existing in (None, Prequantized("bitsandbytes", 4)):
+        return None
+    return torch.float32  # PEFT multiplies int8 weights in it, and those of other libraries
 
 
 def _quantization(recipe: Recipe, inputs: RunInputs) -> QuantizationSpec | None:
