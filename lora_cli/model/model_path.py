@@ -6,28 +6,34 @@ from pathlib import Path
 from lora_cli.errors import LoraError
 from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.folder import is_path
-from lora_cli.run.read_file import describe_kind
+from lora_cli.run.hub import HUB_ID_HINT, is_hub_id
+from lora_cli.run.read_file import MAX_SHOWN, describe_kind, shorten_path
 
 CONFIG_FILE = "config.json"  # of a model
 ACCEPTED = "model.path accepts a .gguf file, a folder or a hub id"
 
 
 def check_model_path(text: str) -> None:
-    """Check that there is a model at a path; what is no path on this machine can be a hub id, and is not checked.
+    """Check that there is a model at a path; what is no path on this machine has the form of a hub id.
 
     Raises:
         LoraError: there is nothing, or it is not a model.
     """
+    if not text:
+        raise LoraError("the path of the model is empty", hint=ACCEPTED)
     path = Path(os.path.expanduser(text))
+    shown = shorten_path(path) if len(text) > MAX_SHOWN else text
     if path.suffix == ".gguf":
         if not os.path.lexists(path):
-            raise LoraError(f"model.path: there is no file {text}", hint=_suggest_path(path))
-    elif path.is_dir():
+            raise LoraError(f"model.path: there is no file {shown}", hint=_suggest_path(path))
+    elif os.path.isdir(path):
         _check_model_folder(path, text)
-    elif os.path.lexists(path) and not path.is_file():  # a file can have the name of a hub id
-        raise LoraError(f"model.path: {text} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
+    elif os.path.lexists(path) and not os.path.isfile(path):  # a file can have the name of a hub id
+        raise LoraError(f"model.path: {shown} is {describe_kind(path)}, not a folder", hint=_suggest_path(path))
     elif is_path(text):
-        raise LoraError(f"model.path: there is no folder {text}", hint=_suggest_path(path))
+        raise LoraError(f"model.path: there is no folder {shown}", hint=_suggest_path(path))
+    elif not is_hub_id(text):
+        raise LoraError(f"model.path: {shown} is not a folder, and cannot be a hub id", hint=HUB_ID_HINT)
 
 
 def _check_model_folder(path: Path, text: str) -> None:
@@ -45,8 +51,8 @@ def _check_model_folder(path: Path, text: str) -> None:
 
 
 def _suggest_path(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either; {ACCEPTED}"
+    if not os.path.isdir(path.parent):
+        return f"there is no folder {shorten_path(path.parent)} either; {ACCEPTED}"
     names = sorted(p.name for p in path.parent.glob("*"))
     listed = ", ".join(names[:5]) or "nothing"
     return f"{path.parent} contains {listed}; {ACCEPTED}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lora_cli.errors import LoraError
 from lora_cli.export import EXPORTERS
+from lora_cli.model.model_path import check_model_path
 from lora_cli.run.folder import EXPORT_VERDICT, find_adapter_folder, is_path
 from lora_cli.run.output_path import check_output_path
 from lora_cli.setup.adapter_folders import check_not_foreign, check_not_unfinished
@@ -16,6 +17,8 @@ def find_exported_adapter(name: str | Path) -> Path | None:
     Raises:
         LoraError: it is a run that has no adapter yet, an adapter of another tool, or a path where there is nothing.
     """
+    if not str(name):
+        check_model_path("")
     target = Path(os.path.expanduser(name))
     folder = find_adapter_folder(target)
     check_not_foreign(folder or target)
