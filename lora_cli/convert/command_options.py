@@ -78,7 +78,8 @@ def _trl(values: Values) -> None:
     """`trl sft --num_processes 2`."""
     moved = {key: values.pop(key) for key in ACCELERATE if key in values}
     if moved:
-        values["launcher"] = {**values.get("launcher", {}), **moved}
+        launcher = values.get("launcher", {})
+        values["launcher"] = {**(launcher if isinstance(launcher, dict) else {"program": launcher}), **moved}
 
 
 CHANGES: dict[str, Callable[[Values], None]] = {"litgpt": _litgpt, "axolotl": _axolotl, "trl": _trl}

@@ -1,5 +1,6 @@
 """litgpt: configs of `litgpt finetune_lora`, and what their keys become. No torch."""
 
+import os
 from pathlib import Path
 
 from lora_cli.convert.batches import carry_no_packing
@@ -84,7 +85,7 @@ def _carry_model(draft: Draft) -> None:
         draft.missing("checkpoint_dir", "the config names no base; accepted: a placeholder in model.path")
     else:
         parts = Path(folder).parts
-        local = (Path(folder) / "config.json").is_file()
+        local = os.path.isfile(Path(folder) / "config.json")
         path = folder if local or len(parts) < 2 else "/".join(parts[-2:])
         note = "" if path == folder else "litgpt's checkpoints have a format of their own: the id on the hub"
         draft.carry("checkpoint_dir", "model.path", path, note)
@@ -129,10 +130,15 @@ def _carry_adapter(draft: Draft) -> None:
     modules = [family.attention[part] for key, part in PARTS.items() if wanted[key]]
     if family.attention["q"] == family.attention["v"] and len({wanted[key] for key in list(PARTS)[:3]}) > 1:
         reason = f"the base has one module for queries, keys and values; accepted: all of {family.attention['q']}"
-        draft.refuse(next(key for key in list(PARTS)[:3] if config.has(key)), reason, always=True)
+        if key := next((key for key in list(PARTS)[:3] if config.has(key)), ""):
+            draft.refuse(key, reason, always=True)
+        else:
+            draft.missing("lora_query", f"litgpt's default adapts queries and values, and {reason}")
     modules += family.mlp if config.switch("lora_mlp") else ()
     modules += ["lm_head"] if config.switch("lora_head") else []
     targets = list(dict.fromkeys(modules))
+    if not targets:
+        draft.missing("lora_query", "no part is adapted, and litgpt trains nothing; accepted: every linear layer")
     draft.put("adapter.target_modules", targets or "all-linear", "lora_query, lora_key, lora_value, ...")
     for key in (*PARTS, "lora_mlp", "lora_head"):
         draft.carried(key, "adapter.target_modules", targets)

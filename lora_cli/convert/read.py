@@ -45,7 +45,7 @@ def _cells(file: Path, text: str) -> str:
     try:
         cells = json.loads(text)["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise LoraError(f"{file}: is not a notebook that can be read", hint=PASS_A_CONFIG) from None
     lines = "\n".join(sources).splitlines()
     return "\n".join(
