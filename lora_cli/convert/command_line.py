@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from lora_cli.convert.config import MAX_DEPTH, Config, Replaced, Unreadable, as_number, is_deep, leaves_of, unused_key
 from lora_cli.convert.shell_words import Command, commands
@@ -42,21 +43,41 @@ MAX_OPTIONS = 5_000  # far above any command's: each is compared with the keys o
 MAX_COMMANDS = 1_000  # with options, in one script
 CONFIG_OPTIONS = ("config", "c")
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-ReadConfig = Callable[[Path], Config]
 
 
-def read_command_line(file: Path, text: str, read: ReadConfig) -> Config:
+class ReadConfig(NamedTuple):
+    """How a config that a command names is read."""
+
+    file: Callable[[Path], Config]
+    written: Callable[[Path], Config | None] = lambda _: None  # one that a cell of a notebook writes; None if none does
+
+
+def training_commands(file: Path, text: str, variables: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return the commands of a shell script that train, by name: their words, and where they are."""
+    found: dict[str, tuple[str, str]] = {}
+    for command in commands(file, text, variables):
+        options = _Options(command)
+        if options.trains and options.has_options:
+            name = unused_key(f"line {command.line}", found)
+            found[name] = (" ".join(command.words), f"{file}:{command.line}")
+    return found
+
+
+def read_command_line(
+    file: Path, text: str, read: ReadConfig, variables: Mapping[str, str] = MappingProxyType({})
+) -> Config:
     """Return the options of the command in `text` that trains, and below them the keys of its config.
 
     Args:
         file: of the text.
         text: a shell script, or one command.
         read: reads the config that a command names.
+        variables: that are assigned before.
 
     Raises:
         LoraError: no command has options, or one has too many.
     """
-    read_commands = [_Options(command) for command in commands(file, text)]
+    read_commands = [_Options(command) for command in commands(file, text, variables)]
     found = [each for each in read_commands if each.has_options]
     if len(found) > MAX_COMMANDS:
         raise LoraError(f"{file}: {len(found):,} commands with options", hint="pass the training command")
@@ -139,13 +160,16 @@ class _Options:
         places: dict[str, str] = {}
         task = _other_task(words, self.start)
         if (named := self._config_name()) is not None and not task:
-            below = _find(file, named)
-            if below is None:
+            below, inner = _find(file, named), read.written(Path(named))
+            if below is None and inner is None:
                 hint = "convert in the folder where the command trains; `tune cp` writes a config of torchtune's own"
                 raise LoraError(f"{place}: {shorten(named)}, which the command names, is not here", hint=hint)
-            inner, given = read(below), Config(file, values)
+            if inner is None:
+                assert below is not None
+                inner = read.file(below)
+            given = Config(file, values)
             replaced += [
-                Replaced(f"{below.name}: {key}", value, inner.place(key), "the command has another value")
+                Replaced(f"{Path(named).name}: {key}", value, inner.place(key), "the command has another value")
                 for key, value in inner.leaves()
                 if given.is_written(key) and given.raw(key) != value
             ]

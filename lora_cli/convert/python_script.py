@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_cli.convert.config import Config, Unreadable, unused_key
 from lora_cli.convert.script_rows import RowSteps
-from lora_cli.convert.script_source import ScriptSource, arguments_text, assignments, call_name, walk
+from lora_cli.convert.script_source import ScriptSource, arguments_text, assignments, call_name, constants, walk
 from lora_cli.errors import LoraError
 
 # The calls that are read, by the last part of their name, and their positional arguments. Where several pass the same
@@ -55,6 +55,7 @@ OTHER_MODELS = re.compile(
     r"AutoModelFor(Sequence|Token)Classification|AutoModelFor(QuestionAnswering|Seq2SeqLM|MaskedLM|MultipleChoice)"
     r"|AutoModelForCausalLMWithValueHead"
 )
+PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
 MAX_DEPTH = 100  # of expressions and statements in each other: scripts that train have some 20
 MAX_NODES = 50_000  # of the syntax tree: a script of 5,000 lines
 CONFIGS = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments", "LoraConfig", "BitsAndBytesConfig")
@@ -73,7 +74,7 @@ def read_script(file: Path, text: str) -> Config:
     """
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except PARSE_ERRORS as error:
         line = getattr(error, "lineno", None)
         place = f"{file}:{line}" if line else str(file)
         raise LoraError(
@@ -96,6 +97,15 @@ def read_script(file: Path, text: str) -> Config:
         program="unsloth" if _imports(tree, "unsloth") else "trl",
         facts=reader.facts,
     )
+
+
+def constants_of(text: str) -> dict[str, Any]:
+    """Return the names of a script that are assigned once, to a literal; none of a text that is not Python."""
+    try:
+        tree = ast.parse(text)
+    except PARSE_ERRORS:
+        return {}
+    return constants(tree)
 
 
 def _check_size(file: Path, tree: ast.Module) -> None:

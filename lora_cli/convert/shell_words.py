@@ -2,7 +2,9 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lora_cli.convert.config import Unreadable
@@ -41,8 +43,8 @@ class Command(NamedTuple):
 class _Variables:
     """What the names of a script stand for, and how much of it was written out."""
 
-    def __init__(self, arrays: dict[str, str]) -> None:
-        self.texts: dict[str, str] = {}
+    def __init__(self, texts: Mapping[str, str], arrays: dict[str, str]) -> None:
+        self.texts = dict(texts)
         self.arrays = arrays  # items as words
         self._expanded = 0  # characters
 
@@ -58,15 +60,20 @@ class _Variables:
         return text
 
 
-def commands(file: Path, text: str) -> list[Command]:
+def commands(file: Path, text: str, assigned: Mapping[str, str] = MappingProxyType({})) -> list[Command]:
     """Return the commands of a shell script in their order; assignments are none.
+
+    Args:
+        file: of the script.
+        text: of the script.
+        assigned: variables that have a value before.
 
     Raises:
         LoraError: the variables of `file` become too long a text.
     """
     found: list[Command] = []
     text, arrays = _take_arrays(re.sub(r"\\\r?\n", CONTINUED, text))
-    variables = _Variables(arrays)
+    variables = _Variables(assigned, arrays)
     following = 1
     for line in text.split("\n"):
         number, following = following, following + 1 + line.count(CONTINUED)
