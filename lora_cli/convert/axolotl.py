@@ -134,6 +134,7 @@ def _carry_quantization(draft: Draft) -> None:
     if four or (not eight and config.text("adapter") == "qlora") or dtype in ("nf4", "int4"):
         draft.put("quantization.bits", 4, "load_in_4bit")
         draft.carried("load_in_4bit", "quantization.bits", 4)
+        draft.refuse("load_in_8bit", "a base has 4 bits or 8, and both are set; accepted: 4")
     elif eight or dtype == "int8":
         draft.put("quantization.bits", 8, "load_in_8bit")
         draft.carried("load_in_8bit", "quantization.bits", 8)

@@ -9,7 +9,7 @@ from lora_cli.convert.batches import carry_no_packing
 from lora_cli.convert.config import as_list, as_number, known_values, show
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.schedules import rounded
-from lora_cli.convert.sources import Source, carry_split, write_sources
+from lora_cli.convert.sources import NO_PATH, Source, carry_split, write_sources
 from lora_cli.convert.tables import EVALUATION, HARDWARE, KeyTable, apply_table
 from lora_cli.convert.torchtune import carry_betas
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
@@ -114,6 +114,9 @@ def _carry_adapter(draft: Draft) -> None:
         # mlx-lm has paths within a layer; a name here is the end of a path.
         draft.carry("lora_parameters.keys", "adapter.target_modules", keys)
     else:
+        if config.get("lora_parameters.keys") is not None:
+            reason = "names no layer, so mlx-lm adapts none; accepted: every linear layer"
+            draft.refuse("lora_parameters.keys", reason, always=True)
         draft.assume("adapter.target_modules", "all-linear", "every linear layer, in recent versions")
     _carry_layers(draft)
     if adapter := config.text("resume_adapter_file"):
@@ -235,6 +238,8 @@ def _read_hub(draft: Draft, prefix: str, hub: dict[str, Any]) -> tuple[Source, S
     """Return the rows of training and of evaluation of a dataset of the hub."""
     hub = known_values(hub)
     path = str(hub.get("path") or hub.get("name") or "data/train.jsonl")
+    if not hub.get("path") and not hub.get("name"):
+        draft.missing(f"{prefix}.path", NO_PATH)
     pairs = bool(hub.get("prompt_feature") or hub.get("completion_feature"))
     features = (
         ("prompt_feature", "query"),
@@ -286,8 +291,9 @@ def _write_hub(draft: Draft, sources: list[tuple[Source, Source | None]]) -> Non
 def _carry_training(draft: Draft) -> None:
     config = draft.config
     accumulation = config.whole("grad_accumulation_steps") or 1
-    iterations = config.whole("iters") or 1000
-    steps = max(1, iterations // accumulation)
+    written = config.whole("iters")
+    iterations = 1000 if written is None else written
+    steps = max(1, iterations // accumulation) if iterations > 0 else 0  # which a recipe cannot have
     note = f"{iterations} iterations of {accumulation} per step" if accumulation > 1 else ""
     if config.get("epochs") is not None and not config.has("iters"):
         draft.carry("epochs", "training.epochs", float(config.number("epochs") or 1))

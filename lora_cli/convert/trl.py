@@ -266,6 +266,8 @@ def _carry_quantization(draft: Draft, *, default: bool) -> None:
     if bits:
         draft.put("quantization.bits", bits, four if bits == 4 and four else eight or "unsloth's default: load_in_4bit")
         draft.carried(four if bits == 4 else eight, "quantization.bits", bits)
+        if four and bits == 8 and config.switch(four):
+            draft.refuse(four, "a base has 4 bits or 8, and both are set; accepted: 8")
     for key in (four, eight):
         if key:
             draft.same(key, "no quantization is the default")
