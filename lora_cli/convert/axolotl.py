@@ -215,7 +215,7 @@ def _carry_overlong(draft: Draft, kinds: list[Kind]) -> None:
 
 def _carry_batches(draft: Draft, *, packing: bool, length: int) -> None:
     config = draft.config
-    micro = config.whole("micro_batch_size") or 1
+    micro = config.count("micro_batch_size", 1)
     total = config.whole("batch_size")
     accumulation = config.whole("gradient_accumulation_steps")
     batches = Batches("micro_batch_size", micro, "gradient_accumulation_steps", accumulation or 1, length)

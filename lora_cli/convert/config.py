@@ -112,6 +112,17 @@ class Config:
             raise self.error(key, "not an integer")
         return None if number is None else int(number)
 
+    def count(self, key: str, default: int) -> int:
+        """Return an integer above 0, `default` if the key is missing or null.
+
+        Raises:
+            LoraError: the value is not such an integer.
+        """
+        number = self.whole(key)
+        if number is not None and number < 1:
+            raise self.error(key, "not above 0")
+        return default if number is None else number
+
     def switch(self, key: str, *, default: bool = False) -> bool:
         """Return a boolean, `default` if the key is missing or null.
 

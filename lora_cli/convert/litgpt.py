@@ -251,9 +251,9 @@ def _devices(draft: Draft) -> int:
 def _carry_batch(draft: Draft) -> None:
     """Carry rows per step over all devices; what does not divide is left out there, so it is left out here."""
     config = draft.config
-    total = config.whole("train.global_batch_size") or 16
-    micro = config.whole("train.micro_batch_size") or 1
-    count = _devices(draft) * (config.whole("num_nodes") or 1)
+    total = config.count("train.global_batch_size", 16)
+    micro = config.count("train.micro_batch_size", 1)
+    count = _devices(draft) * config.count("num_nodes", 1)
     rows = max(1, total // count // micro) * micro * count
     note = (
         "" if rows == total else f"{total} is no multiple of {micro} rows on {count} device(s), and litgpt takes {rows}"

@@ -88,7 +88,7 @@ def convert(draft: Draft) -> None:
 
 def _carry_adapter(draft: Draft) -> None:
     config = draft.config
-    rank = config.whole("lora_parameters.rank") or 8
+    rank = config.count("lora_parameters.rank", 8)
     if config.has("lora_parameters.rank"):
         draft.carry("lora_parameters.rank", "adapter.rank", rank)
     else:
@@ -290,7 +290,7 @@ def _write_hub(draft: Draft, sources: list[tuple[Source, Source | None]]) -> Non
 
 def _carry_training(draft: Draft) -> None:
     config = draft.config
-    accumulation = config.whole("grad_accumulation_steps") or 1
+    accumulation = config.count("grad_accumulation_steps", 1)
     written = config.whole("iters")
     iterations = 1000 if written is None else written
     steps = max(1, iterations // accumulation) if iterations > 0 else 0  # which a recipe cannot have

@@ -251,9 +251,9 @@ def _carry_rows(draft: Draft) -> None:
         carry_no_packing(draft, "dataset.packed")
     batches = Batches(
         "batch_size",
-        config.whole("batch_size") or 1,
+        config.count("batch_size", 1),
         "gradient_accumulation_steps",
-        config.whole("gradient_accumulation_steps") or 1,
+        config.count("gradient_accumulation_steps", 1),
         length or 8192,
     )
     carry_batches(draft, batches, packing=packing)

@@ -76,3 +76,21 @@ def test_the_last_none_of_the_layers_of_mlx_are_all(count: Any):
     assert "adapter.layers" not in result.draft.values
     (line,) = [line for line in result.lines if line.key == "num_layers"]
     assert line.outcome == Outcome.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("tool", "changes"),
+    [
+        ("axolotl", {"micro_batch_size": 0}),
+        ("llama-factory", {"per_device_train_batch_size": 0}),
+        ("llama-factory", {"gradient_accumulation_steps": "-1"}),
+        ("torchtune", {"batch_size": 0}),
+        ("litgpt", {"train": {"max_seq_length": 512, "micro_batch_size": 0}}),
+        ("litgpt", {"train": {"max_seq_length": 512, "global_batch_size": -4}}),
+        ("mlx", {"lora_parameters": {"rank": 0}}),
+        ("mlx", {"grad_accumulation_steps": 0}),
+    ],
+)
+def test_counts_of_nothing_are_not_the_default(tool: str, changes: dict[str, Any]):
+    with pytest.raises(LoraError, match="is not above 0"):
+        conversion(tool, **changes)
