@@ -19,6 +19,7 @@ from lora_cli.cli.options import (
 )
 from lora_cli.errors import LoraError
 from lora_cli.model.foreign_adapters.detect import TOOLS, choose_source
+from lora_cli.model.model_path import check_model_path
 from lora_cli.run import console
 from lora_cli.run.output_path import check_output_file, check_output_path, reserve_output_path
 from lora_cli.setup.adapter_folders import find_adapter, parse_weighted_adapters
@@ -150,6 +151,8 @@ def convert(
     check_json_file(json)
     if tool is not None:
         check_choice("--from", tool, *TOOLS)
+    if base is not None:
+        check_model_path(base)
     with reserve_output_path(out):
         found = choose_source(source, tool)
         check_output_path(out, inputs=[found.weights], replace=force, command="convert")

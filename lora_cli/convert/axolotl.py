@@ -134,6 +134,7 @@ def _carry_quantization(draft: Draft) -> None:
     if four or (not eight and config.text("adapter") == "qlora") or dtype in ("nf4", "int4"):
         draft.put("quantization.bits", 4, "load_in_4bit")
         draft.carried("load_in_4bit", "quantization.bits", 4)
+        draft.refuse("load_in_8bit", "a base has 4 bits or 8, and both are set; accepted: 4")
     elif eight or dtype == "int8":
         draft.put("quantization.bits", 8, "load_in_8bit")
         draft.carried("load_in_8bit", "quantization.bits", 8)
@@ -214,7 +215,7 @@ def _carry_overlong(draft: Draft, kinds: list[Kind]) -> None:
 
 def _carry_batches(draft: Draft, *, packing: bool, length: int) -> None:
     config = draft.config
-    micro = config.whole("micro_batch_size") or 1
+    micro = config.count("micro_batch_size", 1)
     total = config.whole("batch_size")
     accumulation = config.whole("gradient_accumulation_steps")
     batches = Batches("micro_batch_size", micro, "gradient_accumulation_steps", accumulation or 1, length)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from lora_cli.convert.axolotl_prompts import PROMPTS, own_template
 from lora_cli.convert.config import as_list, as_switch, known_values
 from lora_cli.convert.draft import Draft
-from lora_cli.convert.sources import Source, carry_split, write_sources
+from lora_cli.convert.sources import NO_PATH, Source, carry_split, write_sources
 from lora_cli.convert.tables import CACHE, OTHER_TASKS
 from lora_cli.convert.templates import carry_template
 
@@ -127,6 +127,8 @@ def _locate(draft: Draft, source: Source, prefix: str, entry: dict[str, Any]) ->
         path = f"{path.rstrip('/')}/{files[0]}" if local else f"hf://datasets/{path}/{files[0]}"
     else:
         draft.carried(f"{prefix}.path", "path", path)
+    if not path:
+        draft.missing(f"{prefix}.path", NO_PATH)
     source.values["path"] = path or "data/train.jsonl"
     if len(files) > 1:
         draft.refuse(f"{prefix}.data_files", "a source has one path: write one for each file; accepted: the first")

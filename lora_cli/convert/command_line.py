@@ -2,15 +2,18 @@
 
 import ast
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from lora_cli.convert.config import Config, Replaced, Unreadable, as_number, leaves_of
+from lora_cli.convert.config import MAX_DEPTH, Config, Replaced, Unreadable, as_number, is_deep, leaves_of, unused_key
 from lora_cli.convert.shell_words import Command, commands
 from lora_cli.errors import LoraError
+from lora_cli.recipe.problem import shorten
 
 # Programs, and the tool that each belongs to.
 PROGRAMS = (
@@ -36,24 +39,48 @@ OTHER_TASKS = {
 OPTION = re.compile(r"--?[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
 OVERRIDE = re.compile(r"(~|\+{0,2})([A-Za-z_][\w.\[\]-]*)=(.*)", re.DOTALL)  # key=value of torchtune and LLaMA-Factory
 REST = ("$@", "$*", "${@}", "${*}")  # all arguments of the script
+MAX_OPTIONS = 5_000  # far above any command's: each is compared with the keys of the tool
+MAX_COMMANDS = 1_000  # with options, in one script
 CONFIG_OPTIONS = ("config", "c")
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
-ReadConfig = Callable[[Path], Config]
 
 
-def read_command_line(file: Path, text: str, read: ReadConfig) -> Config:
+class ReadConfig(NamedTuple):
+    """How a config that a command names is read."""
+
+    file: Callable[[Path], Config]
+    written: Callable[[Path], Config | None] = lambda _: None  # one that a cell of a notebook writes; None if none does
+
+
+def training_commands(file: Path, text: str, variables: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return the commands of a shell script that train, by name: their words, and where they are."""
+    found: dict[str, tuple[str, str]] = {}
+    for command in commands(file, text, variables):
+        options = _Options(command)
+        if options.trains and options.has_options:
+            name = unused_key(f"line {command.line}", found)
+            found[name] = (" ".join(command.words), f"{file}:{command.line}")
+    return found
+
+
+def read_command_line(
+    file: Path, text: str, read: ReadConfig, variables: Mapping[str, str] = MappingProxyType({})
+) -> Config:
     """Return the options of the command in `text` that trains, and below them the keys of its config.
 
     Args:
         file: of the text.
         text: a shell script, or one command.
         read: reads the config that a command names.
+        variables: that are assigned before.
 
     Raises:
-        LoraError: no command has options.
+        LoraError: no command has options, or one has too many.
     """
-    read_commands = [_Options(command) for command in commands(text)]
+    read_commands = [_Options(command) for command in commands(file, text, variables)]
     found = [each for each in read_commands if each.has_options]
+    if len(found) > MAX_COMMANDS:
+        raise LoraError(f"{file}: {len(found):,} commands with options", hint="pass the training command")
     training = [each for each in found if each.trains] or found
     if not training:
         raise LoraError(
@@ -61,15 +88,18 @@ def read_command_line(file: Path, text: str, read: ReadConfig) -> Config:
             hint="pass a config, or the training command",
         )
     config = training[0].config(file, read)
+    if (count := sum(1 for _ in config.leaves())) > MAX_OPTIONS:
+        raise LoraError(
+            f"{file}:{training[0].command.line}: a command with {count:,} options",
+            hint="pass the training command",
+        )
     further: dict[str, dict[str, Any]] = {}
     for each in found:
         if each is not training[0]:
             kind = "further runs" if each.trains else "other commands"
             section = further.setdefault(kind, {})
-            section[f"line {each.command.line}"] = Unreadable(" ".join(each.command.words))
-    places = {
-        f"{kind}.{name}": f"{file}:{name.rpartition(' ')[2]}" for kind, names in further.items() for name in names
-    }
+            section[unused_key(f"line {each.command.line}", section)] = Unreadable(" ".join(each.command.words))
+    places = {f"{kind}.{name}": f"{file}:{name.split()[1]}" for kind, names in further.items() for name in names}
     return Config(
         file,
         {**config.values, **further},
@@ -130,20 +160,24 @@ class _Options:
         places: dict[str, str] = {}
         task = _other_task(words, self.start)
         if (named := self._config_name()) is not None and not task:
-            below = _find(file, named)
-            if below is None:
+            below, inner = _find(file, named), read.written(Path(named))
+            if below is None and inner is None:
                 hint = "convert in the folder where the command trains; `tune cp` writes a config of torchtune's own"
-                raise LoraError(f"{place}: {named}, which the command names, is not here", hint=hint)
-            inner, given = read(below), Config(file, values)
+                raise LoraError(f"{place}: {shorten(named)}, which the command names, is not here", hint=hint)
+            if inner is None:
+                assert below is not None
+                inner = read.file(below)
+            given = Config(file, values)
             replaced += [
-                Replaced(f"{below.name}: {key}", value, inner.place(key), "the command has another value")
+                Replaced(f"{Path(named).name}: {key}", value, inner.place(key), "the command has another value")
                 for key, value in inner.leaves()
                 if given.is_written(key) and given.raw(key) != value
             ]
             places.update(inner.places)
             values = _merged(inner.values, values)
         if self.launcher:
-            values["launcher"] = self.launcher
+            own = {"launcher": values["launcher"]} if "launcher" in values else {}
+            values["launcher"] = {**self.launcher, **own}
         if self.arguments:
             values["arguments"] = self.arguments
         if task:
@@ -194,7 +228,10 @@ class _Options:
             elif key:
                 value = _value(word)
                 before = _get(values, key)
-                _set(values, key, [*(before if isinstance(before, list) else [before]), value] if filled else value)
+                if filled and isinstance(before, list):
+                    before.append(value)
+                else:
+                    _set(values, key, [before, value] if filled else value)
                 filled = True
             else:
                 others.append(word)
@@ -241,7 +278,7 @@ def _other_task(words: list[str], start: int) -> str:
 def _find(file: Path, name: str) -> Path | None:
     """Return a config that a command names: in this folder, or beside the script."""
     places = (Path(name), file.parent / name)
-    return next((place for place in places if place.suffix in CONFIG_SUFFIXES and place.is_file()), None)
+    return next((place for place in places if place.suffix in CONFIG_SUFFIXES and os.path.isfile(place)), None)
 
 
 def _partition(words: list[str], separator: str) -> tuple[list[str], bool, list[str]]:
@@ -254,31 +291,36 @@ def _partition(words: list[str], separator: str) -> tuple[list[str], bool, list[
 def _value(text: str) -> Any:
     if isinstance(text, Unreadable):
         return text
+    if text[:1] in ("{", "["):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                value = parse(text)
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                continue
+            return text if is_deep(value) else value
+        if text[0] == "[" and text.endswith("]"):
+            return [_scalar(item.strip()) for item in text[1:-1].split(",") if item.strip()]
+    return _scalar(text)
+
+
+def _scalar(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if text.lower() in ("none", "null"):
         return None
-    if text[:1] in ("{", "["):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                return parse(text)
-            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                continue
-        if text[0] == "[" and text.endswith("]"):
-            return [_value(item.strip()) for item in text[1:-1].split(",") if item.strip()]
     number = as_number(text)
     return text if number is None else number
 
 
 def _get(values: Mapping[str, Any], key: str) -> Any:
     found: Any = values
-    for part in key.split("."):
+    for part in key.split(".", MAX_DEPTH):
         found = found.get(part) if isinstance(found, Mapping) else None
     return found
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
+    *sections, last = key.split(".", MAX_DEPTH)
     for part in sections:
         inner = values.get(part)
         if not isinstance(inner, dict):  # `--data JSON --data.json_path x`: the class, and its arguments

@@ -50,6 +50,7 @@ def carry_command(draft: Draft) -> None:
     draft.refuse("arguments", "belongs to no option, and is not read; accepted: without it")
     for name in draft.config.get("further runs") or ():
         draft.refuse(f"further runs.{name}", "a recipe is one run: convert it on its own; accepted: the first run")
+    draft.no_effect("unread cells", "magics, other languages and lines that start no training are not read")
     for name in draft.config.get("other commands") or ():
         draft.no_effect(f"other commands.{name}", "is not the command that trains")
 
@@ -78,7 +79,8 @@ def _trl(values: Values) -> None:
     """`trl sft --num_processes 2`."""
     moved = {key: values.pop(key) for key in ACCELERATE if key in values}
     if moved:
-        values["launcher"] = {**values.get("launcher", {}), **moved}
+        launcher = values.get("launcher", {})
+        values["launcher"] = {**(launcher if isinstance(launcher, dict) else {"program": launcher}), **moved}
 
 
 CHANGES: dict[str, Callable[[Values], None]] = {"litgpt": _litgpt, "axolotl": _axolotl, "trl": _trl}

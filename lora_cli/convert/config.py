@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lora_cli.errors import LoraError
 from lora_cli.recipe.field_types import parse_switch
 
+MAX_DEPTH = 16  # of sections and lists within each other, as in YAML
 MISSING = object()  # a key that the config does not have, where null is a value
 
 
@@ -111,6 +112,17 @@ class Config:
             raise self.error(key, "not an integer")
         return None if number is None else int(number)
 
+    def count(self, key: str, default: int) -> int:
+        """Return an integer above 0, `default` if the key is missing or null.
+
+        Raises:
+            LoraError: the value is not such an integer.
+        """
+        number = self.whole(key)
+        if number is not None and number < 1:
+            raise self.error(key, "not above 0")
+        return default if number is None else number
+
     def switch(self, key: str, *, default: bool = False) -> bool:
         """Return a boolean, `default` if the key is missing or null.
 
@@ -152,6 +164,28 @@ class Config:
         """Return the error of a value that its key cannot have."""
         name = next((name for name in self.keys_of(key) if name in self.places), key)
         return LoraError(f"{self.place(name)}: {name}: {show(self.get(key))} is {problem}", hint="correct it first")
+
+
+def is_deep(value: Any) -> bool:
+    """Return whether sections and lists are nested in a value deeper than MAX_DEPTH, beyond which they are a text."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = [each.values() if isinstance(each, Mapping) else each for each in level if _is_nest(each)]
+        level = [part for parts in inner for part in parts]
+    return bool(level)
+
+
+def _is_nest(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple | set)
+
+
+def unused_key(key: str, *known: Mapping[str, Any]) -> str:
+    """Return a key that none of the sections has: `key`, `key again`, `key again 3`, ..."""
+    count, name = 1, key
+    while any(name in each for each in known):
+        count += 1
+        name = f"{key} again" + (f" {count}" if count > 2 else "")
+    return name
 
 
 def known_values(section: Mapping[str, Any]) -> dict[str, Any]:

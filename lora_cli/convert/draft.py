@@ -159,7 +159,7 @@ class Draft:
 
     def has_line(self, key: str) -> bool:
         """Return whether the key has a line, or a section that it is in."""
-        return any(key == done or key.startswith((f"{done}.", f"{done}[")) for done in self.lines)
+        return any(above in self.lines for above in (key, *_above(key)))
 
     def finish(self, known: set[str]) -> None:
         """Add a line for each key of the config that has none: null, or unknown.
@@ -198,13 +198,16 @@ class Draft:
 
     def in_order(self) -> list[Line]:
         """Return the lines in the order of the config's keys; those of other files come last."""
-        order = {key: index for index, (key, _) in enumerate(leaves_of(self.config.values))}
+        order: dict[str, int] = {}  # of each key, and of the sections that it is in
+        for index, (key, _) in enumerate(leaves_of(self.config.values)):
+            for each in (key, *_above(key)):
+                order.setdefault(each, index)
+        return sorted(self.lines.values(), key=lambda line: order.get(line.key, len(order)))
 
-        def position(line: Line) -> int:
-            inside = [index for key, index in order.items() if key == line.key or key.startswith(f"{line.key}.")]
-            return min(inside, default=len(order))
 
-        return sorted(self.lines.values(), key=position)
+def _above(key: str) -> list[str]:
+    """Return the dotted keys of the sections and lists that a key is in."""
+    return [key[:index] for index, character in enumerate(key) if character in ".["]
 
 
 def _sections(key: str) -> list[str]:

@@ -71,7 +71,7 @@ TRAINING_ARGUMENTS = KeyTable(
         "auto_find_batch_size jit_mode_eval use_ipex bf16_full_eval fp16_full_eval half_precision_backend "
         "fp16_backend fp16_opt_level tpu_num_cores tpu_metrics_debug mp_parameters use_cache activation_offloading "
         "dataloader_multiprocessing_context dataloader_in_order activation_checkpointing "
-        "activation_checkpointing_kwargs no_cuda use_cpu use_mps_device parallelism_config train_sampling_strategy",
+        "activation_checkpointing_kwargs no_cuda use_cpu use_mps_device parallelism_config",
         SHARDING: "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap",
         "one process per GPU: `distributed:` has the options": "ddp_backend ddp_timeout ddp_bucket_cap_mb "
         "ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph local_rank world_size nproc_per_node",
@@ -99,6 +99,7 @@ TRAINING_ARGUMENTS = KeyTable(
         "only adapters are trained; accepted: without it": "optim_target_modules",
         "every row is used; accepted: the last batch of an epoch is trained, too": "dataloader_drop_last",
         "stops after a time; accepted: all steps": "max_train_minutes",
+        "rows are always shuffled; accepted: shuffled": "train_sampling_strategy=random",
         "the loss is the mean over the tokens of all devices; accepted: so": "average_tokens_across_devices=true",
     },
     handled="output_dir learning_rate max_steps num_train_epochs per_device_train_batch_size per_gpu_train_batch_size "
@@ -141,6 +142,8 @@ def carry_training(draft: Draft, defaults: TrainerDefaults, *, patience: str = "
             draft.assume(to, default)
     carry_clipping(draft, "max_grad_norm")
     carry_precision(draft)
+    if config.text("train_sampling_strategy") == "group_by_length":
+        draft.no_effect("train_sampling_strategy", ORDER_ONLY)
     if (alpha := positive(config.number("neftune_noise_alpha"))) is not None:
         draft.carry("neftune_noise_alpha", "training.neftune_alpha", float(alpha))
     else:

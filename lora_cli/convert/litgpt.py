@@ -1,8 +1,10 @@
 """litgpt: configs of `litgpt finetune_lora`, and what their keys become. No torch."""
 
+import os
 from pathlib import Path
 
 from lora_cli.convert.batches import carry_no_packing
+from lora_cli.convert.config import as_number
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_clipping, carry_output
 from lora_cli.convert.sources import Source, write_sources
@@ -11,6 +13,7 @@ from lora_cli.convert.torchtune import carry_betas
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.tracking import carry_tracking
 from lora_cli.convert.values import carry_dtype, carry_optimizer, carry_torch_decay, family_of, positive
+from lora_cli.recipe.other_tool_values import asks_for_nothing
 
 # Data modules: hub id or URL, format, columns.
 DATASETS: dict[str, tuple[str, str, dict[str, str]]] = {
@@ -84,14 +87,14 @@ def _carry_model(draft: Draft) -> None:
         draft.missing("checkpoint_dir", "the config names no base; accepted: a placeholder in model.path")
     else:
         parts = Path(folder).parts
-        local = (Path(folder) / "config.json").is_file()
+        local = os.path.isfile(Path(folder) / "config.json")
         path = folder if local or len(parts) < 2 else "/".join(parts[-2:])
         note = "" if path == folder else "litgpt's checkpoints have a format of their own: the id on the hub"
         draft.carry("checkpoint_dir", "model.path", path, note)
     if config.has("precision"):
         carry_dtype(draft, "precision")
     quantize = config.text("quantize")
-    if quantize is None:
+    if quantize is None or asks_for_nothing(quantize):
         draft.same("quantize", "asks for nothing")
     elif quantize.startswith("bnb.int8"):
         draft.put("quantization.bits", 8, "quantize")
@@ -105,8 +108,8 @@ def _carry_model(draft: Draft) -> None:
     else:
         draft.refuse("quantize", "a base is quantized by bitsandbytes; accepted: 4 bits")
         draft.put("quantization.bits", 4, "quantize")
-    devices = config.get("devices")
-    if isinstance(devices, int) and devices > 1:
+    devices = _devices(draft)
+    if devices > 1:
         draft.carry("devices", "distributed.processes", devices)
     else:
         draft.no_effect("devices", "distributed.processes: auto is one process per GPU")
@@ -129,10 +132,15 @@ def _carry_adapter(draft: Draft) -> None:
     modules = [family.attention[part] for key, part in PARTS.items() if wanted[key]]
     if family.attention["q"] == family.attention["v"] and len({wanted[key] for key in list(PARTS)[:3]}) > 1:
         reason = f"the base has one module for queries, keys and values; accepted: all of {family.attention['q']}"
-        draft.refuse(next(key for key in list(PARTS)[:3] if config.has(key)), reason, always=True)
+        if key := next((key for key in list(PARTS)[:3] if config.has(key)), ""):
+            draft.refuse(key, reason, always=True)
+        else:
+            draft.missing("lora_query", f"litgpt's default adapts queries and values, and {reason}")
     modules += family.mlp if config.switch("lora_mlp") else ()
     modules += ["lm_head"] if config.switch("lora_head") else []
     targets = list(dict.fromkeys(modules))
+    if not targets:
+        draft.missing("lora_query", "no part is adapted, and litgpt trains nothing; accepted: every linear layer")
     draft.put("adapter.target_modules", targets or "all-linear", "lora_query, lora_key, lora_value, ...")
     for key in (*PARTS, "lora_mlp", "lora_head"):
         draft.carried(key, "adapter.target_modules", targets)
@@ -158,6 +166,8 @@ def _carry_rows(draft: Draft) -> None:
     else:
         draft.refuse("data.class_path", f"there is no dataset {name} here; accepted: data/train.jsonl")
     draft.carried("data.init_args.json_path", "data.train", source.values["path"])
+    if name == "JSON" and config.text("data.init_args.json_path") is None:
+        draft.missing("data.init_args.json_path", "names no file; accepted: data/train.jsonl")
     fraction = config.number("data.init_args.val_split_fraction")
     if not folder.suffix:
         held_out = Source({**source.values, "path": f"{folder}/val.json"}, source.comment)
@@ -212,7 +222,7 @@ def _carry_training(draft: Draft) -> None:
     _carry_batch(draft)
     _carry_optimizer(draft)
     draft.no_effect("train.min_lr", "litgpt reads it in pretraining only: the cosine of fine-tuning ends at 0")
-    warmup = config.number("train.lr_warmup_steps")
+    warmup = config.whole("train.lr_warmup_steps")
     if warmup is None and not config.has("train.lr_warmup_steps"):
         draft.assume("training.warmup", 0 if config.get("train.lr_warmup_fraction") else 100)
     else:
@@ -232,13 +242,18 @@ def _carry_training(draft: Draft) -> None:
             draft.carry(key, to, int(every))
 
 
+def _devices(draft: Draft) -> int:
+    """Return the number of devices of a machine; 1 if litgpt finds them out."""
+    devices = as_number(draft.config.get("devices"))
+    return int(devices) if devices is not None and devices > 0 else 1
+
+
 def _carry_batch(draft: Draft) -> None:
     """Carry rows per step over all devices; what does not divide is left out there, so it is left out here."""
     config = draft.config
-    total = config.whole("train.global_batch_size") or 16
-    micro = config.whole("train.micro_batch_size") or 1
-    devices = config.get("devices")
-    count = (devices if isinstance(devices, int) and devices > 0 else 1) * (config.whole("num_nodes") or 1)
+    total = config.count("train.global_batch_size", 16)
+    micro = config.count("train.micro_batch_size", 1)
+    count = _devices(draft) * config.count("num_nodes", 1)
     rows = max(1, total // count // micro) * micro * count
     note = (
         "" if rows == total else f"{total} is no multiple of {micro} rows on {count} device(s), and litgpt takes {rows}"

@@ -151,7 +151,7 @@ def _carry_adapter(draft: Draft, kind: str) -> None:
     config = draft.config
     if kind == "oft":
         draft.carry("finetuning_type", "adapter.method", "oft")
-        draft.carry("oft_block_size", "adapter.rotation_size", config.whole("oft_block_size") or 32)
+        draft.carry("oft_block_size", "adapter.rotation_size", config.count("oft_block_size", 32))
         carry_targets(draft, "oft_target")
         draft.no_effect("module_dropout", "PEFT does not apply it to OFT")
         draft.refuse("oft_rank", "the size of the rotation blocks is set here; accepted: oft_block_size")
@@ -247,9 +247,9 @@ def _carry_rows(draft: Draft, stage: str) -> None:
     draft.same("packing", "neat_packing packs")
     batches = Batches(
         "per_device_train_batch_size",
-        config.whole("per_device_train_batch_size") or 8,
+        config.count("per_device_train_batch_size", 8),
         "gradient_accumulation_steps",
-        config.whole("gradient_accumulation_steps") or 1,
+        config.count("gradient_accumulation_steps", 1),
         length,
     )
     carry_batches(draft, batches, packing=packing)

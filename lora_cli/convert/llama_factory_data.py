@@ -1,5 +1,6 @@
 """LLaMA-Factory's datasets: entries of dataset_info.json as sources with a format, columns and roles. No torch."""
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _find_info(draft: Draft) -> tuple[dict[str, Any] | None, Path | None]:
         return None, None
     above = [parent / folder for parent in draft.config.file.absolute().parents]
     for path in [Path(folder), *above]:
-        if (path / INFO).is_file():
+        if os.path.isfile(path / INFO):
             return read_json_object(path / INFO), path / INFO
     return None, None
 

@@ -1,6 +1,7 @@
 """mlx-lm: configs of `mlx_lm.lora`, and what their keys become. No torch."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,21 @@ from lora_cli.convert.batches import carry_no_packing
 from lora_cli.convert.config import as_list, as_number, known_values, show
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.schedules import rounded
-from lora_cli.convert.sources import Source, carry_split, write_sources
+from lora_cli.convert.sources import NO_PATH, Source, carry_split, write_sources
 from lora_cli.convert.tables import EVALUATION, HARDWARE, KeyTable, apply_table
 from lora_cli.convert.torchtune import carry_betas
 from lora_cli.convert.tracking import KEYS as TRACKING_KEYS
 from lora_cli.convert.tracking import carry_tracking
 from lora_cli.convert.values import carry_optimizer, positive
+from lora_cli.errors import LoraError
+from lora_cli.run.read_file import open_regular, read_json_object
 
 MASKS = ("mask_prompt", "hf_dataset.mask_prompt")
 PAIRS = "rows of prompt and completion are written in the chat template"
 PAIR_COLUMNS = {"query": "prompt", "response": "completion"}
 MAX_ROW = 1 << 20  # bytes
+MAX_CONFIG = 8 << 20  # bytes, of a model's config.json
+MAX_LAYERS = 10_000
 TABLE = KeyTable(
     no_effect={
         HARDWARE: "grad_checkpoint clear_cache_threshold",
@@ -84,7 +89,7 @@ def convert(draft: Draft) -> None:
 
 def _carry_adapter(draft: Draft) -> None:
     config = draft.config
-    rank = config.whole("lora_parameters.rank") or 8
+    rank = config.count("lora_parameters.rank", 8)
     if config.has("lora_parameters.rank"):
         draft.carry("lora_parameters.rank", "adapter.rank", rank)
     else:
@@ -110,6 +115,9 @@ def _carry_adapter(draft: Draft) -> None:
         # mlx-lm has paths within a layer; a name here is the end of a path.
         draft.carry("lora_parameters.keys", "adapter.target_modules", keys)
     else:
+        if config.get("lora_parameters.keys") is not None:
+            reason = "names no layer, so mlx-lm adapts none; accepted: every linear layer"
+            draft.refuse("lora_parameters.keys", reason, always=True)
         draft.assume("adapter.target_modules", "all-linear", "every linear layer, in recent versions")
     _carry_layers(draft)
     if adapter := config.text("resume_adapter_file"):
@@ -122,7 +130,7 @@ def _carry_layers(draft: Draft) -> None:
     key = "num_layers" if config.has("num_layers") or not config.has("lora_layers") else "lora_layers"
     count = config.whole(key)
     count = 16 if count is None else count
-    if count < 0:
+    if count <= 0:  # mlx-lm takes the last 0 for all
         draft.same(key, "every layer is adapted")
         return
     model = config.text("model") or ""
@@ -149,7 +157,7 @@ def _carry_layers(draft: Draft) -> None:
 def count_layers(model: str) -> int | None:
     """Return the number of layers of a model whose config.json is in its folder or in the hub's cache; else None."""
     file = Path(model) / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
@@ -161,12 +169,14 @@ def count_layers(model: str) -> int | None:
             return None
         file = Path(found)
     try:
-        values = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+        values = read_json_object(file, limit=MAX_CONFIG)
+    except LoraError:
         return None
-    inner = values.get("text_config", values) if isinstance(values, dict) else {}
+    inner = values.get("text_config", values)
+    if not isinstance(inner, dict):
+        return None
     layers = next((inner[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in inner), None)
-    return layers if isinstance(layers, int) else None
+    return layers if type(layers) is int and 0 < layers <= MAX_LAYERS else None
 
 
 def _carry_rows(draft: Draft) -> None:
@@ -198,7 +208,7 @@ def _carry_folder(draft: Draft) -> None:
     """Carry `data`: a folder with train.jsonl and valid.jsonl, or the id of a dataset on the hub."""
     folder = draft.config.text("data") or "data/"
     note = "and data.eval: its validation rows"
-    if folder.startswith((".", "/")) or Path(folder).is_dir() or folder.count("/") != 1 or folder.endswith("/"):
+    if folder.startswith((".", "/")) or os.path.isdir(folder) or folder.count("/") != 1 or folder.endswith("/"):
         base = folder.rstrip("/")
         paths: list[dict[str, Any]] = [{"path": f"{base}/{name}.jsonl"} for name in ("train", "valid")]
     else:
@@ -218,9 +228,9 @@ def _carry_folder(draft: Draft) -> None:
 def _columns_of(path: str) -> set[str] | None:
     """Return the columns of the first row of a local file; None if it cannot be read."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with open_regular(Path(path)) as file:
             row = json.loads(file.readline(MAX_ROW))
-    except (OSError, ValueError, RecursionError):
+    except (LoraError, ValueError, RecursionError):
         return None
     return set(row) if isinstance(row, dict) else None
 
@@ -229,6 +239,8 @@ def _read_hub(draft: Draft, prefix: str, hub: dict[str, Any]) -> tuple[Source, S
     """Return the rows of training and of evaluation of a dataset of the hub."""
     hub = known_values(hub)
     path = str(hub.get("path") or hub.get("name") or "data/train.jsonl")
+    if not hub.get("path") and not hub.get("name"):
+        draft.missing(f"{prefix}.path", NO_PATH)
     pairs = bool(hub.get("prompt_feature") or hub.get("completion_feature"))
     features = (
         ("prompt_feature", "query"),
@@ -279,9 +291,10 @@ def _write_hub(draft: Draft, sources: list[tuple[Source, Source | None]]) -> Non
 
 def _carry_training(draft: Draft) -> None:
     config = draft.config
-    accumulation = config.whole("grad_accumulation_steps") or 1
-    iterations = config.whole("iters") or 1000
-    steps = max(1, iterations // accumulation)
+    accumulation = config.count("grad_accumulation_steps", 1)
+    written = config.whole("iters")
+    iterations = 1000 if written is None else written
+    steps = max(1, iterations // accumulation) if iterations > 0 else 0  # which a recipe cannot have
     note = f"{iterations} iterations of {accumulation} per step" if accumulation > 1 else ""
     if config.get("epochs") is not None and not config.has("iters"):
         draft.carry("epochs", "training.epochs", float(config.number("epochs") or 1))

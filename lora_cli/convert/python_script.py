@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_cli.convert.config import Config, Unreadable
+from lora_cli.convert.config import Config, Unreadable, unused_key
 from lora_cli.convert.script_rows import RowSteps
-from lora_cli.convert.script_source import ScriptSource, arguments_text, assignments, call_name, walk
+from lora_cli.convert.script_source import ScriptSource, arguments_text, assignments, call_name, constants, walk
 from lora_cli.errors import LoraError
 
 # The calls that are read, by the last part of their name, and their positional arguments. Where several pass the same
@@ -55,6 +55,9 @@ OTHER_MODELS = re.compile(
     r"AutoModelFor(Sequence|Token)Classification|AutoModelFor(QuestionAnswering|Seq2SeqLM|MaskedLM|MultipleChoice)"
     r"|AutoModelForCausalLMWithValueHead"
 )
+PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
+MAX_DEPTH = 100  # of expressions and statements in each other: scripts that train have some 20
+MAX_NODES = 50_000  # of the syntax tree: a script of 5,000 lines
 CONFIGS = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments", "LoraConfig", "BitsAndBytesConfig")
 # Calls that change the model, its tokenizer or the training.
 CHANGES = (
@@ -71,12 +74,13 @@ def read_script(file: Path, text: str) -> Config:
     """
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except PARSE_ERRORS as error:
         line = getattr(error, "lineno", None)
         place = f"{file}:{line}" if line else str(file)
         raise LoraError(
             f"{place}: is not Python that can be read", hint="notebooks: export the cells as a .py file"
         ) from None
+    _check_size(file, tree)
     reader = _Reader(ScriptSource(file, tree))
     reader.read()
     if not reader.values:
@@ -93,6 +97,33 @@ def read_script(file: Path, text: str) -> Config:
         program="unsloth" if _imports(tree, "unsloth") else "trl",
         facts=reader.facts,
     )
+
+
+def constants_of(text: str) -> dict[str, Any]:
+    """Return the names of a script that are assigned once, to a literal; none of a text that is not Python."""
+    try:
+        tree = ast.parse(text)
+    except PARSE_ERRORS:
+        return {}
+    return constants(tree)
+
+
+def _check_size(file: Path, tree: ast.Module) -> None:
+    """Raise if a script is larger, or nested deeper, than any that trains: its parts are followed through each other.
+
+    Raises:
+        LoraError: it is.
+    """
+    level: list[ast.AST] = [tree]
+    depth = count = 0
+    while level:
+        count += len(level)
+        depth += 1
+        if depth > MAX_DEPTH or count > MAX_NODES:
+            found = f"is nested more than {MAX_DEPTH}" if depth > MAX_DEPTH else f"has more than {MAX_NODES:,}"
+            what = "levels deep" if depth > MAX_DEPTH else "expressions"
+            raise LoraError(f"{file}: {found} {what}, and is not read", hint="pass the part of it that trains")
+        level = [inner for node in level for inner in ast.iter_child_nodes(node)]
 
 
 def _imports(tree: ast.Module, package: str) -> bool:
@@ -187,8 +218,7 @@ class _Reader:
 
     def _note(self, key: str, call: ast.Call, when: str) -> None:
         """Note a call that is not the one that is read: a further one, or one after training."""
-        while key in self.values or key in self.values.get("after training", {}):
-            key += " again"
+        key = unused_key(key, self.values, self.values.get("after training", {}))
         text = Unreadable(ast.unparse(call))
         if when == "further":
             self.values[key] = text
@@ -210,8 +240,7 @@ class _Reader:
         if self.source.is_after_training(call):
             return
         calls = self.values.setdefault("calls", {})
-        while name in calls:
-            name += " again"
+        name = unused_key(name, calls)
         calls[name] = Unreadable(arguments_text(call))
         self.places[f"calls.{name}"] = self.source.place(call)
 

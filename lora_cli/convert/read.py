@@ -1,14 +1,14 @@
 """Read a file that another tool trains from: YAML, JSON, a script, or a shell command. Nothing is run. No torch."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lora_cli.convert.command_line import read_command_line
+from lora_cli.convert.command_line import ReadConfig, read_command_line
 from lora_cli.convert.config import Config, Unreadable, show
+from lora_cli.convert.notebook import read_notebook
 from lora_cli.convert.python_script import read_script
 from lora_cli.errors import LoraError
 from lora_cli.recipe.problem import Location, UnreadableRecipe
@@ -30,9 +30,9 @@ def read_config(file: Path) -> Config:
         case ".py":
             return read_script(file, text)
         case ".sh" | ".bash" | ".txt" | ".sbatch" | ".slurm":
-            return read_command_line(file, text, lambda config: _read_yaml(config, _text(config)))
+            return read_command_line(file, text, ReadConfig(lambda config: _read_yaml(config, _text(config))))
         case ".ipynb":
-            return read_script(file, _cells(file, text))
+            return read_notebook(file, text, hint=PASS_A_CONFIG, read=_read_named)
     return _read_yaml(file, text)
 
 
@@ -40,17 +40,9 @@ def _text(file: Path) -> str:
     return read_text(file, limit=MAX_BYTES, hint=PASS_A_CONFIG)
 
 
-def _cells(file: Path, text: str) -> str:
-    """Return the code of a notebook; lines for the shell and magics are left out."""
-    try:
-        cells = json.loads(text)["cells"]
-        sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    except (ValueError, KeyError, TypeError):
-        raise LoraError(f"{file}: is not a notebook that can be read", hint=PASS_A_CONFIG) from None
-    lines = "\n".join(sources).splitlines()
-    return "\n".join(
-        "pass" if line.lstrip().startswith(("!", "%")) and line == line.lstrip() else line for line in lines
-    )
+def _read_named(file: Path, text: str | None) -> Config:
+    """Read a config that a notebook names: its text, if a cell writes it, else the file."""
+    return _read_yaml(file, _text(file) if text is None else text)
 
 
 def _read_yaml(file: Path, text: str) -> Config:

@@ -65,7 +65,7 @@ def carry_script(draft: Draft) -> None:
     for key in config.get("after training") or ():
         draft.no_effect(f"after training.{key}", "is called after training")
     for name in config.get("calls") or ():
-        draft.refuse(f"calls.{name}", CALLS[name.removesuffix(" again")])
+        draft.refuse(f"calls.{name}", CALLS[name.partition(" again")[0]])
     for key, value in config.leaves():
         if key.startswith("set.") and key != "set.chat_template":
             _carry_attribute(draft, key, value)

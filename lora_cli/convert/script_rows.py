@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lora_cli.convert.config import Unreadable
+from lora_cli.convert.config import Unreadable, unused_key
 from lora_cli.convert.script_source import ScriptSource, arguments_text, assignments, call_name, walk
+from lora_cli.errors import LoraError
 
 LOADS = (
     "load_dataset", "load_from_disk", "from_pandas", "from_list", "from_dict", "from_generator", "from_json",
@@ -23,6 +24,7 @@ METHODS = (
 )  # fmt: skip
 JOINS = ("concatenate_datasets", "interleave_datasets")
 STANDARDIZE = ("standardize_sharegpt", "standardize_data_formats", "standardize_dataset")
+MAX_PASSES = 20  # over a script, in each of which the rows get further names: two or three are usual
 FIELD = re.compile(r"\{\w*\}")
 # Arguments of apply_chat_template that do not change the text of a conversation.
 RENDERING = ("conversation", "tokenize", "return_tensors", "padding", "truncation", "max_length", "return_dict")
@@ -49,7 +51,7 @@ class RowSteps:
         functions = self.source.functions
         loading = {name for name, function in functions.items() if any(_loads(node) for node in ast.walk(function))}
         names = set(loading)
-        while True:
+        for _ in range(MAX_PASSES):
             before = len(names)
             for node in walk(self.source.tree):
                 for target, value in assignments(node):
@@ -64,6 +66,10 @@ class RowSteps:
                     names |= {name for name, each in given if isinstance(each, ast.Name) and each.id in names}
             if len(names) == before:
                 return names
+        raise LoraError(
+            f"{self.source.file}: its rows have too many names, each of which stands for the next",
+            hint="pass the part of it that trains",
+        )
 
     def _find_evaluations(self) -> set[str]:
         found: set[str] = set()
@@ -132,9 +138,7 @@ class RowSteps:
             self.maps.setdefault(key, self._describe(first))
 
     def _key(self, name: str, call: ast.Call, known: dict[str, Unreadable]) -> str:
-        key = f"{name}, line {call.lineno}"
-        while key in known:
-            key += " again"
+        key = unused_key(f"{name}, line {call.lineno}", known)
         self.places[key] = self.source.place(call)
         return key
 

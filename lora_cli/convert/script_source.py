@@ -26,7 +26,7 @@ class ScriptSource:
 
     def __init__(self, file: Path, tree: ast.Module) -> None:
         self.file, self.tree = file, tree
-        self.constants = _constants(tree)
+        self.constants = constants(tree)
         self.functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         self.assigned: dict[str, list[Assigned]] = defaultdict(list)  # by name, in the order of the lines
         for node in walk(tree):
@@ -128,7 +128,7 @@ def _scopes(node: ast.AST, scope: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
         yield from _scopes(child, inner)
 
 
-def _constants(tree: ast.Module) -> dict[str, Any]:
+def constants(tree: ast.Module) -> dict[str, Any]:
     """Return the names of the module that are assigned once, to a literal that nothing changes."""
     counts: Counter[str] = Counter()
     changed: set[str] = set()

@@ -2,9 +2,13 @@
 
 import re
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lora_cli.convert.config import Unreadable
+from lora_cli.errors import LoraError
 
 ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 ARRAY = re.compile(r"^\s*(?:declare\s+-a\s+|local\s+|export\s+)?(\w+)(\+?)=\(([^()]*)\)\s*$", re.MULTILINE)
@@ -24,6 +28,10 @@ PLAIN = {code: sign for sign, code in SIGNS.items()}
 REDIRECT = re.compile(r"(?:\d|&)?(?:>>?|<)(?:&\d|&-)?(.*)", re.DOTALL)
 
 
+# Characters that the variables of a script become together: a variable of variables could be without end.
+MAX_EXPANDED = 1 << 18
+
+
 class Command(NamedTuple):
     """A command of a script."""
 
@@ -32,11 +40,40 @@ class Command(NamedTuple):
     line: int
 
 
-def commands(text: str) -> list[Command]:
-    """Return the commands of a shell script in their order; assignments are none."""
+class _Variables:
+    """What the names of a script stand for, and how much of it was written out."""
+
+    def __init__(self, texts: Mapping[str, str], arrays: dict[str, str]) -> None:
+        self.texts = dict(texts)
+        self.arrays = arrays  # items as words
+        self._expanded = 0  # characters
+
+    def write_out(self, text: str) -> str:
+        """Return the text of a variable.
+
+        Raises:
+            OverflowError: it is too much, with what was written out before.
+        """
+        self._expanded += len(text)
+        if self._expanded > MAX_EXPANDED:
+            raise OverflowError
+        return text
+
+
+def commands(file: Path, text: str, assigned: Mapping[str, str] = MappingProxyType({})) -> list[Command]:
+    """Return the commands of a shell script in their order; assignments are none.
+
+    Args:
+        file: of the script.
+        text: of the script.
+        assigned: variables that have a value before.
+
+    Raises:
+        LoraError: the variables of `file` become too long a text.
+    """
     found: list[Command] = []
-    variables: dict[str, str] = {}
     text, arrays = _take_arrays(re.sub(r"\\\r?\n", CONTINUED, text))
+    variables = _Variables(assigned, arrays)
     following = 1
     for line in text.split("\n"):
         number, following = following, following + 1 + line.count(CONTINUED)
@@ -44,13 +81,20 @@ def commands(text: str) -> list[Command]:
         if line.lstrip().startswith("#"):
             continue
         computed: list[str] = []
-        for words in _split(_replace(line, variables, arrays, computed)):
+        try:
+            replaced = _replace(line, variables, computed)
+        except OverflowError:
+            raise LoraError(
+                f"{file}:{number}: variables become more than {MAX_EXPANDED:,} characters, and are not read further",
+                hint="write their values into the training command",
+            ) from None
+        for words in _split(replaced):
             plain = [_restored(word, computed) for word in words]
             plain, environment = _without_assignments(plain)
             if plain:
                 found.append(Command(plain, environment, number))
             else:
-                variables.update(environment)
+                variables.texts.update(environment)
     return found
 
 
@@ -66,16 +110,16 @@ def _take_arrays(text: str) -> tuple[str, dict[str, str]]:
     return ARRAY.sub(take, text), arrays
 
 
-def _replace(line: str, variables: dict[str, str], arrays: dict[str, str], computed: list[str]) -> str:
+def _replace(line: str, variables: _Variables, computed: list[str]) -> str:
     def hide(match: re.Match[str]) -> str:
         computed.append(match[0])
         return f"\ue000{len(computed) - 1}\ue001"
 
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
-        return variables.get(name, match[0] if match[3] is None else match[3])
+        return variables.write_out(variables.texts.get(name, match[0] if match[3] is None else match[3]))
 
-    line = ITEMS.sub(lambda match: arrays.get(match[1], match[0]), line)
+    line = ITEMS.sub(lambda match: variables.write_out(variables.arrays.get(match[1], match[0])), line)
     return COMPUTED.sub(hide, VARIABLE.sub(value, VARIABLE.sub(value, line)))
 
 

@@ -10,6 +10,7 @@ from lora_cli.convert.draft import Draft, Line, Outcome
 from lora_cli.data.message_shapes import FIELD_NAMES, ROLE_NAMES
 
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
+NO_PATH = "names no rows; accepted: data/train.jsonl"
 SLICE = re.compile(r"^(\w+)\[(:?)(\d+)(%?)(:?)\]$")
 
 

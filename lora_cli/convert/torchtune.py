@@ -6,7 +6,7 @@ from lora_cli.convert.batches import Batches, carry_batches, carry_no_packing
 from lora_cli.convert.config import as_list, as_number, known_values, show
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_clipping, carry_output, carry_steps
-from lora_cli.convert.sources import Source, carry_split, write_sources
+from lora_cli.convert.sources import NO_PATH, Source, carry_split, write_sources
 from lora_cli.convert.tables import (
     CODE,
     EVALUATION,
@@ -148,6 +148,9 @@ def _carry_model(draft: Draft, builder: str) -> None:
     modules += family.mlp if config.switch("model.apply_lora_to_mlp") else ()
     modules += ["lm_head"] if config.switch("model.apply_lora_to_output") else []
     targets = list(dict.fromkeys(modules))
+    if not targets and "lora" in builder:
+        reason = "names no part that is adapted, which torchtune refuses; accepted: every linear layer"
+        draft.missing("model.lora_attn_modules", reason)
     draft.put("adapter.target_modules", targets or "all-linear", "model.lora_attn_modules")
     for key in ("lora_attn_modules", "apply_lora_to_mlp", "apply_lora_to_output"):
         draft.carried(f"model.{key}", "adapter.target_modules", targets)
@@ -248,9 +251,9 @@ def _carry_rows(draft: Draft) -> None:
         carry_no_packing(draft, "dataset.packed")
     batches = Batches(
         "batch_size",
-        config.whole("batch_size") or 1,
+        config.count("batch_size", 1),
         "gradient_accumulation_steps",
-        config.whole("gradient_accumulation_steps") or 1,
+        config.count("gradient_accumulation_steps", 1),
         length or 8192,
     )
     carry_batches(draft, batches, packing=packing)
@@ -308,6 +311,8 @@ def _source(draft: Draft, prefix: str) -> tuple[Source, str]:
     files = [str(each) for each in as_list(config.get(f"{prefix}.data_files"))]
     if path in ("json", "csv", "parquet", "text") and files:
         path = files[0]
+    if kind and not path:
+        draft.missing(f"{prefix}.source", NO_PATH)
     source.values["path"] = path or "data/train.jsonl"
     if kind:
         if config.text(f"{prefix}.conversation_style") == "openai":
@@ -366,7 +371,9 @@ def _carry_mixture(draft: Draft) -> None:
     entries = [known_values(entry) for entry in draft.config.get("datasets") if isinstance(entry, dict)]
     for index, entry in enumerate(entries):
         prefix = f"datasets[{index}]"
-        source = Source({"path": str(entry.get("source", "data/train.jsonl"))}, prefix)
+        source = Source({"path": str(entry.get("source") or "data/train.jsonl")}, prefix)
+        if not entry.get("source"):
+            draft.missing(f"{prefix}.source", NO_PATH)
         draft.carried(f"{prefix}.source", "path", source.values["path"])
         for key in ("subset", "split", "weight"):
             if entry.get(key) is not None and not (key == "weight" and entry[key] == 1):

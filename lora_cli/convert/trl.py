@@ -1,5 +1,6 @@
 """TRL and unsloth: SFTConfig, ModelConfig, ScriptArguments, PEFT's LoraConfig, and what their keys become. No torch."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,8 @@ def _carry_template_path(draft: Draft) -> None:
     if not (path := draft.config.text(key)):
         return
     inside = Path(path) / "chat_template.jinja"
-    if path.endswith(JINJA_FILES) or inside.is_file():
-        draft.carry(key, "data.chat_template", str(inside) if inside.is_file() else path)
+    if path.endswith(JINJA_FILES) or os.path.isfile(inside):
+        draft.carry(key, "data.chat_template", str(inside) if os.path.isfile(inside) else path)
     elif path == draft.values.get("model.path"):
         draft.same(key, OWN)
     reason = f"the template of the tokenizer {path}: write its chat_template.jinja as data.chat_template"
@@ -265,6 +266,8 @@ def _carry_quantization(draft: Draft, *, default: bool) -> None:
     if bits:
         draft.put("quantization.bits", bits, four if bits == 4 and four else eight or "unsloth's default: load_in_4bit")
         draft.carried(four if bits == 4 else eight, "quantization.bits", bits)
+        if four and bits == 8 and config.switch(four):
+            draft.refuse(four, "a base has 4 bits or 8, and both are set; accepted: 8")
     for key in (four, eight):
         if key:
             draft.same(key, "no quantization is the default")

@@ -6,7 +6,7 @@ from lora_cli.convert.config import as_list, as_number, known_values
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.huggingface import carry_eval_fraction
 from lora_cli.convert.script_calls import ROWS_AS_STORED, facts_of_map, prompt_columns
-from lora_cli.convert.sources import Source, carry_split, write_sources
+from lora_cli.convert.sources import NO_PATH, Source, carry_split, write_sources
 
 DATA_KEYS = (
     "dataset_name dataset_path dataset_config dataset_subset dataset_train_split dataset_test_split dataset_text_field "
@@ -59,7 +59,7 @@ def carry_rows(draft: Draft) -> None:
     if sources:
         write_sources(draft, "data.train", sources)
     if "data.train" not in draft.values:
-        if not config.is_written("dataset_name"):
+        if config.get("dataset_name") in (None, ""):
             draft.missing("dataset_name", "the rows are not named; accepted: data/train.jsonl")
         draft.put("data.train", "data/train.jsonl", "replace: the rows are not named")
     _carry_eval(draft)
@@ -113,6 +113,8 @@ def _read_entry(draft: Draft, prefix: str, entry: dict[str, Any]) -> Source:
         if entry.get(key):
             source.values["path"] = str(entry[key])
             draft.carried(f"{prefix}.{key}", "path", source.values["path"])
+    if not entry.get("path") and not entry.get("id"):
+        draft.missing(f"{prefix}.path", NO_PATH)
     for key in ("name", "config"):
         if entry.get(key) not in (None, "default"):
             source.values["subset"] = str(entry[key])

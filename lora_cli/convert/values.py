@@ -93,16 +93,21 @@ def is_all_linear(name: str) -> bool:
     return name.lower().replace("_", "-") in ("all", "all-linear", "alllinear")
 
 
+FALCON = r"falcon(?!-?(3|e-|h1|mamba))"  # Falcon3 and later ones have other layers
+# By the first pattern that is found in the lower-case name of a model (`dolphin` is no phi); PEFT's table of types.
+PEFT_TARGETS = (
+    (rf"{FALCON}|pythia|neox|bloom|chatglm", ["query_key_value"]),
+    (r"gpt2|starcoder(?!2)|santacoder", ["c_attn"]),
+    (r"(?<![a-z])phi-?[34]", ["qkv_proj"]),
+    (r"(?<![a-z])phi", ["q_proj", "v_proj", "fc1", "fc2"]),
+    (r"(?<![a-z])mpt", ["Wqkv"]),
+)
+
+
 def peft_targets(model: str | None) -> list[str]:
     """Return the modules that PEFT adapts by default in a model of this name (its table of architectures)."""
     name = (model or "").lower()
-    if any(part in name for part in ("falcon", "pythia", "neox", "bloom", "chatglm")):
-        return ["query_key_value"]
-    if "gpt2" in name:
-        return ["c_attn"]
-    if "phi-3" in name or "phi3" in name or "phi-4" in name:
-        return ["qkv_proj"]
-    return ["q_proj", "v_proj"]
+    return next((list(targets) for pattern, targets in PEFT_TARGETS if re.search(pattern, name)), ["q_proj", "v_proj"])
 
 
 DTYPES = {
@@ -170,7 +175,12 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 _FUSED = dict.fromkeys("qkv", "query_key_value")
 # The first whose pattern is found in the lower-case name of the model.
 FAMILIES: tuple[Family, ...] = (
-    Family(r"falcon", _END_OF_TEXT, {**_FUSED, "o": "dense"}, ("dense_h_to_4h", "dense_4h_to_h")),
+    Family(
+        FALCON,
+        _END_OF_TEXT,
+        {**_FUSED, "o": "dense"},
+        ("dense_h_to_4h", "dense_4h_to_h"),
+    ),
     Family(
         r"pythia|neox|stablelm-(base|tuned)-alpha|redpajama|dolly",
         _END_OF_TEXT,
@@ -178,9 +188,12 @@ FAMILIES: tuple[Family, ...] = (
         ("dense_h_to_4h", "dense_4h_to_h"),
     ),
     Family(
-        r"phi-?[34]", _SENTENCEPIECE, {**dict.fromkeys("qkv", "qkv_proj"), "o": "o_proj"}, ("gate_up_proj", "down_proj")
+        r"(?<![a-z])phi-?[34]",
+        _SENTENCEPIECE,
+        {**dict.fromkeys("qkv", "qkv_proj"), "o": "o_proj"},
+        ("gate_up_proj", "down_proj"),
     ),
-    Family(r"phi", _END_OF_TEXT, {**_SPLIT, "o": "dense"}, ("fc1", "fc2")),
+    Family(r"(?<![a-z])phi", _END_OF_TEXT, {**_SPLIT, "o": "dense"}, ("fc1", "fc2")),
     Family(r"gpt-?j|stablelm|starcoder|btlm|cerebras|replit|mpt", _END_OF_TEXT, _SPLIT, _GATED),
     Family(r"llama-?3|llama-3", {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}, _SPLIT, _GATED),
     Family(r"gemma", {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}, _SPLIT, _GATED),

@@ -15,7 +15,8 @@ from lora_cli.data.file_types import READERS, SUPPORTED, WITH_DELIMITER, is_read
 from lora_cli.data.split_names import check_shards, files_of_split, group_by_split, select_split
 from lora_cli.errors import LoraError
 from lora_cli.recipe.schema import SourceSpec
-from lora_cli.run.read_file import describe_kind
+from lora_cli.run.hub import HUB_ID_HINT, is_hub_id
+from lora_cli.run.read_file import MAX_SHOWN, describe_kind, shorten_path
 
 MAX_LISTED = 5  # files listed in a message
 MAX_ENTRIES = 50_000  # files of a folder: it is no dataset, but a home folder, or the root
@@ -261,6 +262,19 @@ def check_local_path(text: str) -> None:
         _glob(path)
     elif looks_local(text):
         raise missing_path_error(path)
+    else:
+        check_dataset_id(text)
+
+
+def check_dataset_id(text: str) -> None:
+    """Check that what is no path on this machine has the form of the id of a hub dataset.
+
+    Raises:
+        LoraError: it has not.
+    """
+    if not is_hub_id(text):
+        shown = shorten_path(Path(text)) if len(text) > MAX_SHOWN else text
+        raise LoraError(f"data: {shown} is not a file or folder, and cannot be a hub id", hint=HUB_ID_HINT)
 
 
 def looks_local(path: str) -> bool:

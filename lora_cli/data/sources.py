@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from lora_cli.data.data_file import REGULAR_HINT, DataFile
-from lora_cli.data.file_sources import FileSet, find_files, looks_local, missing_path_error
+from lora_cli.data.file_sources import FileSet, check_dataset_id, find_files, looks_local, missing_path_error
 from lora_cli.data.file_types import READERS
 from lora_cli.data.read_binary import read_dataset, try_saved_dataset
 from lora_cli.data.records import Line, Record
@@ -193,6 +193,7 @@ def _from_disk(spec: SourceSpec, path: Path, splits: tuple[str, ...]) -> DataSou
 
 
 def _from_hub(spec: SourceSpec, splits: tuple[str, ...], info: Info) -> DataSource:
+    check_dataset_id(spec.path)
     problem = ask_hub(info, about=f"api/datasets/{spec.path}")
     import datasets
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from lora_cli.errors import LoraError
 from lora_cli.run.folder import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from lora_cli.run.folder import is_path
-from lora_cli.run.read_file import check_folder_readable, describe_kind
+from lora_cli.run.hub import HUB_ID_HINT, is_hub_id
+from lora_cli.run.read_file import MAX_SHOWN, check_folder_readable, describe_kind, shorten_path
 
 CONFIG_FILE = "config.json"  # of a model
 # Of files that are no model, whatever they contain; another file can have the name of a hub id.
@@ -17,7 +18,7 @@ OTHER_FILES = (
 
 
 def check_model_path(text: str, *, key: str = "model.path") -> None:
-    """Check that there is a model at a path; what is no path on this machine can be a hub id, and is not checked.
+    """Check that there is a model at a path; what is no path on this machine has the form of a hub id.
 
     Args:
         text: the path or hub id.
@@ -26,16 +27,21 @@ def check_model_path(text: str, *, key: str = "model.path") -> None:
     Raises:
         LoraError: there is nothing, or it is not a model.
     """
+    if not text:
+        raise LoraError(f"{key}: the path is empty", hint=_accepted(key))
     path = Path(os.path.expanduser(text))
+    shown = shorten_path(path) if len(text) > MAX_SHOWN else text
     if path.suffix == ".gguf":
         if not os.path.lexists(path):
-            raise LoraError(f"{key}: there is no file {text}", hint=_suggest_path(path, key))
-    elif path.is_dir():
+            raise LoraError(f"{key}: there is no file {shown}", hint=_suggest_path(path, key))
+    elif os.path.isdir(path):
         _check_model_folder(path, text, key)
-    elif os.path.lexists(path) and (not path.is_file() or path.suffix.lower() in OTHER_FILES):
-        raise LoraError(f"{key}: {text} is {describe_kind(path)}, not a folder", hint=_suggest_path(path, key))
+    elif os.path.lexists(path) and (not os.path.isfile(path) or path.suffix.lower() in OTHER_FILES):
+        raise LoraError(f"{key}: {shown} is {describe_kind(path)}, not a folder", hint=_suggest_path(path, key))
     elif is_path(text):
-        raise LoraError(f"{key}: there is no folder {text}", hint=_suggest_path(path, key))
+        raise LoraError(f"{key}: there is no folder {shown}", hint=_suggest_path(path, key))
+    elif not is_hub_id(text):
+        raise LoraError(f"{key}: {shown} is not a folder, and cannot be a hub id", hint=HUB_ID_HINT)
 
 
 def _check_model_folder(path: Path, text: str, key: str) -> None:
@@ -54,9 +60,12 @@ def _check_model_folder(path: Path, text: str, key: str) -> None:
 
 
 def _suggest_path(path: Path, key: str) -> str:
-    accepted = f"{key} accepts a .gguf file, a folder or a hub id"
-    if not path.parent.is_dir():
-        return f"there is no folder {path.parent} either; {accepted}"
+    if not os.path.isdir(path.parent):
+        return f"there is no folder {shorten_path(path.parent)} either; {_accepted(key)}"
     names = sorted(name for name in os.listdir(path.parent) if not name.startswith("."))
     listed = ", ".join(names[:5]) or "nothing"
-    return f"{path.parent} contains {listed}; {accepted}"
+    return f"{path.parent} contains {listed}; {_accepted(key)}"
+
+
+def _accepted(key: str) -> str:
+    return f"{key} accepts a .gguf file, a folder or a hub id"

@@ -16,6 +16,7 @@ from lora_cli.errors import LoraError
 from lora_cli.model import empty_base
 from lora_cli.model.adapter_files import PREFIX, AdapterFiles
 from lora_cli.model.base_model import BaseCheckpoint, head_labels
+from lora_cli.model.model_path import check_model_path
 from lora_cli.model.model_source import ModelSource, find_model, fingerprint, load_config, load_tokenizer, local_folder
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.load import load_recipe
@@ -65,6 +66,8 @@ def find_base(adapter: AdapterFiles, *, path: str | None, trust_remote_code: boo
     """
     folder, config, trained_on = adapter.folder, adapter.config, adapter.trained_on
     tasks: dict[str, TaskName] = {task.task_type: name for name, task in TASKS.items()}
+    if path is not None:
+        check_model_path(path)
     found_path = path or base_path(adapter)
     if not found_path:
         raise LoraError(f"{folder}: adapter_config.json names no base", hint="name it with --base")

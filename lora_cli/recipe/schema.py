@@ -162,9 +162,9 @@ class SourceSpec(Section):
 class DataSpec(Section):
     """Datasets, and how their rows are converted to token ids and labels."""
 
-    train: str | list[SourceSpec]
+    train: Annotated[str, Field(min_length=1)] | list[SourceSpec]
     """Path or hub dataset id of the training rows, or a list of sources."""
-    eval: str | Annotated[float, Field(gt=0.0, lt=1.0)] | list[SourceSpec] | None = 0.05
+    eval: Annotated[str, Field(min_length=1)] | Annotated[float, Field(gt=0.0, lt=1.0)] | list[SourceSpec] | None = 0.05
     """Path or hub dataset id of the evaluation rows, a list of sources, a fraction (above 0, below 1) held out of
     train, or null for none. Default 0.05."""
     format: Literal["auto"] | FormatName = "auto"

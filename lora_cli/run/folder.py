@@ -1,7 +1,6 @@
 """The run folder: created or reopened, locked against other processes, without files of other programs. No torch."""
 
 import os
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +29,6 @@ RECORDS = ("metrics.jsonl", "answers.jsonl", "manifest.json", "recipe.yaml")
 FOLDERS = ("adapter", "checkpoints", "tracking")
 RUN_FILES = ("checksums.json", FAILURE, *FOLDERS, *RECORDS)
 NO_RUN = "start it without --resume; to resume a run that was moved, give the recipe.yaml in its folder"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # `org/name`, or the name of an old repository alone
 EARLIER = "earlier-{}"  # folders in a run: earlier runs that --fresh moved aside
 MOVING = ".moving"  # a file in such a folder: not all files of the run are in it yet
 
@@ -287,7 +285,7 @@ def is_path(text: str) -> bool:
     A name in a folder of runs is a path: `runs/none` is a run that does not exist.
     """
     path = Path(text)
-    if path.is_absolute() or text.startswith(("./", "../", "~")) or not HUB_ID.fullmatch(text):
+    if path.is_absolute() or text.startswith(("./", "../", "~")) or text.count("/") > 1:
         return True
     if text.count("/") != 1:
         return False

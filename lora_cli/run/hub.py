@@ -22,10 +22,23 @@ UNAVAILABLE = (500, 502, 503, 504)  # HTTP statuses after which the libraries wo
 PAUSE_S = 1.0  # seconds from an attempt that fails at once to the next one
 OFFLINE = "HF_HUB_OFFLINE"
 BEFORE = "LORA_HF_HUB_OFFLINE"  # environment variable with the value of OFFLINE that `ask_hub` has replaced, or empty
+HUB_ID_HINT = "correct the path; a hub id is NAME or ORG/NAME, of at most 96 letters, digits and single - . _"
 USING_CACHE = "the hub does not answer: using the files in the cache"
 
 # By the address of a hub, and the path that it was asked for: why it does not answer; None if it does.
 _answers: dict[str, dict[str, str | None]] = {}
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether a text has the form of a hub id; nothing is asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        try_to_load_from_cache(text, "config.json")  # checks the id first
+    except HFValidationError:
+        return False
+    return True
 
 
 def ask_hub(info: Callable[[str], None], *, about: str = "") -> str | None:

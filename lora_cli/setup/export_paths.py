@@ -19,6 +19,8 @@ def find_exported_adapter(name: str | Path) -> Path | None:
     Raises:
         LoraError: it is a run that has no adapter yet, an adapter of another tool, or a path where there is nothing.
     """
+    if not str(name):
+        check_model_path("")
     target = Path(os.path.expanduser(name))
     folder = find_adapter_folder(target)
     check_not_foreign(folder or target)

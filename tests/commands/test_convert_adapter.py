@@ -183,6 +183,26 @@ def test_torchtune_without_permuted_rows_and_with_fused_weights(workdir: Path, l
         check_against(Reference(logits(model, extras), updates), family)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.float16, torch.float32)], ids=str)
+def test_factors_of_different_dtypes_are_not_rounded(
+    dtypes: tuple[torch.dtype, torch.dtype], workdir: Path, lora: Lora
+):
+    """An adapter whose values fit both dtypes computes the same from a file in fp32 as from one in two dtypes."""
+    foreign_adapters.write_torchtune(Path("tune"), load_base(Path("base")), dora=True)
+    file = "tune/adapter_model.pt"
+    stored = {
+        name: tensor.to(dtypes["lora_a" not in name])
+        for name, tensor in torch.load(file).items()  # noqa: TID251  (the test wrote it)
+    }
+    written = []
+    for tensors in (stored, {name: tensor.float() for name, tensor in stored.items()}):
+        torch.save(tensors, file)
+        convert(lora, "tune", "--force")
+        written.append(load_file("out/adapter_model.safetensors"))
+    assert written[0].keys() == written[1].keys()
+    assert all(tensor.float().equal(written[1][name]) for name, tensor in written[0].items())
+
+
 def write_pickled(folder: Path, peft_config: Any) -> dict[str, Tensor]:
     """Write a PEFT adapter with random values as older versions of PEFT did."""
     model = get_peft_model(load_base(Path("base")), peft_config)

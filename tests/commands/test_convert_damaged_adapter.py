@@ -56,6 +56,18 @@ MLX_MISTAKES: dict[str, tuple[Change | None, Callable[[Path], None] | None, str]
         None, change_json(num_layers=None, lora_layers=2, lora_parameters={"rank": 4, "alpha": 8, "scale": 3.0}),
         "mlx-lm up to 0.13 multiplied the updates by 6, later versions by 3",
     ),
+    "scale beyond floats": (
+        None, change_json(lora_parameters={"rank": 4, "scale": 10**400}), "is not a number from 1e-12 to 1e12",
+    ),
+    "rank beyond floats": (
+        None, change_json(lora_parameters={"rank": 10**400, "scale": 3.0}), "is not an integer above 0",
+    ),
+    "values beyond float32": (
+        lambda t: t.update({MLX_A: t[MLX_A].double() * 1e200}), None, f"{MLX_A} has values that float32 does not have",
+    ),
+    "values below float32": (
+        lambda t: t.update({MLX_A: t[MLX_A].double() * 1e-200}), None, f"{MLX_A} has values that float32 does not have",
+    ),
     "full": (None, change_json(fine_tune_type="full"), "fine_tune_type: full is no adapter"),
     "dora without magnitudes": (None, change_json(fine_tune_type="dora"), "has no magnitudes of DoRA"),
     "no base": (None, change_json(model=None), "mlx names no base"),
@@ -75,6 +87,25 @@ def test_damaged_mlx_adapters_are_one_error(mistake: str, workdir: Path, lora: L
     if change_config is not None:
         change_config(Path("mlx/adapter_config.json"))
     check_refused(lora, "mlx", message)
+
+
+@pytest.mark.parametrize("shape", [(63,), (1,), (0,), (), (1, 64)])
+def test_magnitudes_that_are_not_one_for_each_output(shape: tuple[int, ...], workdir: Path, lora: Lora):
+    for tool, file, key, name in (
+        ("mlx", "adapters.safetensors", MLX_A.replace("lora_a", "m"), "model.layers.0.self_attn.q_proj"),
+        ("tune", "adapter_model.pt", "layers.0.attn.q_proj.magnitude", "layers.0.attn.q_proj"),
+    ):
+        model = load_base(Path("base"))
+        if tool == "mlx":
+            foreign_adapters.write_mlx(Path("mlx"), model, dora=True)
+            tensors = load_file("mlx/adapters.safetensors")
+            save_file({**tensors, key: torch.ones(shape)}, "mlx/adapters.safetensors")
+        else:
+            foreign_adapters.write_torchtune(Path("tune"), model, dora=True)
+            tensors = torch.load(f"tune/{file}")  # noqa: TID251  (the test wrote it)
+            torch.save({**tensors, key: torch.ones(shape)}, f"tune/{file}")
+        shown = "x".join(map(str, shape)) or "a single number"
+        check_refused(lora, tool, f"{name} has magnitudes of DoRA of shape {shown}, for 64 outputs", "--base", "base")
 
 
 PEFT_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -132,8 +163,20 @@ def test_damaged_litgpt_and_torchtune_adapters_are_one_error(workdir: Path, lora
         change_json(**changes)(training)
         check_refused(lora, "lit", message, *base)
         training.write_text(text)
-    training.write_text("lora_r: [")
-    check_refused(lora, "lit", "hyperparameters.yaml is not YAML", *base)
+    laughs = "".join(f"a{depth}: &a{depth} [{f'*a{depth - 1}, ' * 9}]\n" for depth in range(1, 30))
+    for content, problem in (
+        ("lora_r: [", "line 1: a value is expected here"),
+        (f"a0: &a0 []\n{laughs}lora_r: *a29\n", "more than 5,000 values, aliases expanded"),
+        ("[" * 50_000, "nested more than 16 levels deep"),
+        ("a: &a\n  <<: *a", "alias *a is inside the value that it refers to"),
+        ("? [a]\n: 1", "a list or section as a key"),
+        ("a: 1\n---\nb: 1", "a second YAML document starts here"),
+    ):
+        training.write_text(content)
+        check_refused(lora, "lit", "hyperparameters.yaml is not YAML that is read here: ", *base)
+        check_refused(lora, "lit", problem, *base)
+    training.write_text(text.replace("lora_r: 4", f"lora_r: 1{'0' * 400}"))
+    check_refused(lora, "lit", "is not an integer above 0", *base)
     training.write_text(text)
     for changes, message in (
         ({"n_head": 2}, "model_config.yaml: n_head: 2, and base has num_attention_heads: 4"),
@@ -172,6 +215,26 @@ def test_damaged_litgpt_and_torchtune_adapters_are_one_error(workdir: Path, lora
     check_refused(lora, "tune", "is DoRA of a layer with a bias", "--base", "qwen")
 
 
+def test_the_halves_of_a_fused_weight_have_its_rows(workdir: Path, lora: Lora):
+    """Otherwise the rows of one part would be an update of the other's."""
+    model = load_base(base_folder(Path("phi"), "phi3"))
+    foreign_adapters.write_litgpt(Path("lit"), model, family="phi3")
+    foreign_adapters.write_torchtune(Path("tune"), load_base(Path("base")))
+    file = "lit/lit_model.pth.lora"
+    content = torch.load(file)["model"]  # noqa: TID251  (the test wrote it)
+    for part in ("fc_1", "fc_2"):
+        key = f"transformer.h.0.mlp.{part}.lora_B"
+        for rows in (content[key][:-2], torch.cat([content[key]] * 2)):
+            torch.save({"model": {**content, key: rows}}, file)
+            message = f"mlp.{part} has {len(rows)} outputs, and phi has {len(content[key])} there"
+            check_refused(lora, "lit", message, "--base", "phi")
+    tensors = torch.load("tune/adapter_model.pt")  # noqa: TID251  (the test wrote it)
+    for part in ("attn.q_proj", "attn.v_proj", "mlp.w1", "mlp.w3"):
+        key = f"layers.0.{part}.lora_b.weight"
+        torch.save({**tensors, key: torch.ones(7, 4)}, "tune/adapter_model.pt")
+        check_refused(lora, "tune", f"{part} has 7 outputs, and phi has ", "--base", "phi")
+
+
 def test_hostile_pickles_do_nothing(workdir: Path, lora: Lora):
     class Hostile:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -186,7 +249,7 @@ def test_hostile_pickles_do_nothing(workdir: Path, lora: Lora):
         (folder / "model_config.yaml").write_text("{n_head: 4, n_query_groups: 4, head_size: 16}")
         check_refused(lora, str(folder), "its pickle has a call of posix.mkdir", "--base", "base")
     (Path("lit_model-pth-lora") / "hyperparameters.yaml").write_text("!!python/object/apply:os.mkdir [created]")
-    check_refused(lora, "lit_model-pth-lora", "hyperparameters.yaml is not YAML")
+    check_refused(lora, "lit_model-pth-lora", "hyperparameters.yaml is not YAML that is read here")
     assert not Path("created-by-pickle").exists()
     assert not Path("created").exists()
 

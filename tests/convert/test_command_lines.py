@@ -154,7 +154,7 @@ def test_places_are_lines_of_the_script(tmp_path: Path):
 
 
 def test_words_that_only_the_shell_knows_are_marked():
-    (command,) = commands("train.py $A '${B}' \"x$(c d)y\" plain '' $")
+    (command,) = commands(Path("x.sh"), "train.py $A '${B}' \"x$(c d)y\" plain '' $")
     assert [type(word) for word in command.words[1:]] == [Unreadable, Unreadable, Unreadable, str, str, str]
     assert command.words[3] == "x$(c d)y"
 

@@ -80,6 +80,14 @@ TARGETS = {
         verified=False,
     ),
     "GGUF base": Target("base.gguf", {"train gguf.yaml": "runs/new/adapter"}, verified=False),
+    "pickled adapter": Target(
+        "pickled-a", {"adapter convert pickled-a --out out": "out"}, other="pickled-b", verified=False
+    ),
+    "other tool's command": Target("train.sh", {"convert train.sh --out out.yaml": "out.yaml"}, verified=False),
+    "other tool's config": Target("other.yaml", {"convert train.sh --out out.yaml": "out.yaml"}, verified=False),
+    "other tool's datasets": Target(
+        "dataset_info.json", {"convert train.sh --out out.yaml": "out.yaml"}, verified=False
+    ),
 }
 
 

@@ -27,6 +27,8 @@ COMMANDS = {
     "adapter inspect runs/new --json out.json": "out.json",
     "eval runs/new --json out.json --answers 1 --predictions out.jsonl": "out.json",
     "chat runs/new --max-new-tokens 4": "out.json",
+    "adapter convert pickled-a --out out --force": "out",
+    "convert train.sh --out out.yaml": "out.yaml",
 }
 STEP = "runs/new/checkpoints/step-00000004"
 PLACES = (
@@ -40,6 +42,8 @@ PLACES = (
     *(f"{STEP}/{name}" for name in ("state.json", "adapter_model.safetensors", "optimizer.safetensors")), STEP,
     "out", "out.gguf", "out.export.json", "out.json", "out.jsonl", ".tmp-out-01234567", ".tmp-out.gguf-01234567",
     "cache", "cache/encoded", "recipe.yaml", "rows.jsonl", "base",
+    "pickled-a", "pickled-a/adapter_model.bin", "pickled-a/adapter_config.json",
+    "train.sh", "other.yaml", "dataset_info.json", "out.yaml", ".tmp-out.yaml-01234567",
 )  # fmt: skip
 # Targets of links, from the working folder: files and folders outside the run, nothing, the link itself, a device; or
 # `moved`, the original in another folder, as a user makes it whose disk is full.

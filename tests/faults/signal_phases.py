@@ -76,7 +76,8 @@ def export_phases(to: str, out: str) -> list[Phase]:
     return [Phase("export", f"{to} {name}", arguments, each) for name, each in begun.items()]
 
 
-# The working folder has recipe.yaml, and for all commands except train a finished run in runs/a.
+# The working folder has recipe.yaml, for all commands except train a finished run in runs/a, and for the conversions
+# their sources.
 PHASES = [
     Phase("train", "start", TRAIN, started()),
     Phase("train", "encoding", (*TRAIN, "--set", "data.max_length=100"), line("encoding")),
@@ -99,6 +100,8 @@ PHASES = [
     Phase("chat", "start", ("chat", "runs/a"), started()),
     Phase("adapter", "inspect", ("adapter", "inspect", "runs/a"), started()),
     Phase("adapter", "resize", ("adapter", "resize", "runs/a", "--rank", "2", "--out", "out"), path(".tmp-out-*")),
+    Phase("adapter", "convert", ("adapter", "convert", "pickled-a", "--out", "out"), path(".tmp-out-*")),
+    Phase("convert", "start", ("convert", "train.sh", "--out", "out.yaml"), started()),
     Phase("adapter", "combine", ("adapter", "combine", "runs/a", "0.5*runs/a", "--out", "out"), path(".tmp-out-*")),
 ]
 

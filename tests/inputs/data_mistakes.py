@@ -11,6 +11,20 @@ from tests.inputs.mistakes import (
 CLASSES = {"model.path": "bert", "task": "seq-cls", "data.train": "classes.jsonl"}
 
 DATA_MISTAKES = {
+    "rows without a name": Mistake(
+        {"data.train": ""},
+        [
+            "recipe.yaml:9: data.train: an empty string — write a value, or remove the key",
+            "error: 1 problem in recipe.yaml",
+        ],
+    ),
+    "a name that is no file and no hub id": Mistake(
+        {"data.train": "our rows"},
+        [
+            "error: data: our rows is not a file or folder, and cannot be a hub id",
+            "hint: correct the path; a hub id is NAME or ORG/NAME, of at most 96 letters, digits and single - . _",
+        ],
+    ),
     "a label that is not in data.labels": Mistake(
         {**CLASSES, "data.labels": ["yes", "no"]},
         [

@@ -211,6 +211,13 @@ MODEL_MISTAKES = {
         ],
         setup=folder_writer("x", "config.json", '{"model_type": "gizmo"}'),
     ),
+    "a name that is no folder and no hub id": Mistake(
+        {"model.path": "org/name:main"},
+        [
+            "error: model.path: org/name:main is not a folder, and cannot be a hub id",
+            "hint: correct the path; a hub id is NAME or ORG/NAME, of at most 96 letters, digits and single - . _",
+        ],
+    ),
     "a hub id that is not in the cache": Mistake(
         {"model.path": "nobody/nothing"},
         [

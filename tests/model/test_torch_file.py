@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import pickletools
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -200,6 +201,58 @@ def test_damaged_archives_and_other_formats_are_refused(tmp_path: Path):
     write(file, program_of({"a": torch.zeros(2)}), data__0=b"\0" * 8, byteorder=b"big")
     assert "big-endian" in refused(file)
     assert "does not exist" in refused(tmp_path / "absent.bin")
+
+
+def test_a_program_takes_no_longer_than_its_length(tmp_path: Path):
+    """Each of these has a long list, and as many instructions: 10^10 steps if each of them read the list."""
+    count = 100_000
+    pairs = b"]q\x00(" + b"X\x01\x00\x00\x00aK\x01\x86" * count + b"e"
+    for program in (b")" * count + b"(t" * count, pairs + b"ccollections\nOrderedDict\nh\x00\x85R" * count):
+        write(tmp_path / "a.bin", b"\x80\x02" + program + b".")
+        before = time.perf_counter()
+        refused(tmp_path / "a.bin")
+        assert time.perf_counter() - before < 10
+
+
+def test_places_that_an_archive_does_not_have_are_refused(tmp_path: Path):
+    file = tmp_path / "a.bin"
+    torch.save({"a": torch.arange(4.0)}, file)
+    whole = file.read_bytes()
+    first = whole.index(b"PK\x01\x02")
+    places = [0xFFFFFFFE, 0x7FFFFFFF, len(whole) - 2, first]
+    for field, values in ((42, places), (20, places), (24, places)):  # where it is, its size, and both unpacked
+        for value in values:
+            changed = bytearray(whole)
+            changed[first + field : first + field + 4] = value.to_bytes(4, "little")
+            file.write_bytes(changed)
+            refused(file)
+    end = whole.rindex(b"PK\x06\x06")  # the list of entries: its size, and where it is
+    for field in (40, 48):
+        for value in (2**64 - 1, 2**63 - 1, 2**63, len(whole) + 1, 8 << 20):
+            changed = bytearray(whole)
+            changed[end + field : end + field + 8] = value.to_bytes(8, "little")
+            file.write_bytes(changed)
+            refused(file)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}" for shape in (
+            "(0, -4)", "(-1, -4)", "(0, 10000000000000000000000)", "(True, True)", f"({'1, ' * 100})", "(1L,", "1", "(",
+        )),
+        "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,), }",
+        "{'descr': '<f4', 'shape': (1,), }", "(" * 5000, "", "x = 1",
+    ],
+)  # fmt: skip
+def test_headers_of_npz_that_describe_no_array_are_refused(header: str, tmp_path: Path):
+    file, text = tmp_path / "a.npz", header.encode()
+    for content in (b"", b"\0" * 4, b"\0" * 64):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content)
+        with pytest.raises(LoraError) as error:
+            read_npz(file)
+        assert error.value.hint
 
 
 def test_arrays_of_npz_are_read_and_objects_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

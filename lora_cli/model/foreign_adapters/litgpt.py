@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from lora_cli.errors import LoraError
@@ -23,6 +22,7 @@ from lora_cli.model.foreign_adapters.source_adapter import (
     Piece,
     SourceAdapter,
     Update,
+    check_part,
     check_rank,
     group_factors,
     read_dropout,
@@ -31,6 +31,8 @@ from lora_cli.model.foreign_adapters.source_adapter import (
     unknown_family,
 )
 from lora_cli.model.foreign_adapters.torch_file import read_torch_file
+from lora_cli.recipe.problem import Location, UnreadableRecipe
+from lora_cli.recipe.yaml_tree import parse_yaml
 from lora_cli.run.read_file import printable, read_text
 
 SUFFIXES: dict[str, Part] = {".lora_A": "a", ".lora_B": "b"}
@@ -140,20 +142,16 @@ def read(found: Found) -> SourceAdapter:
     )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without tags of Python, and without merge keys: a nest of them would take memory without end."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Leave merge keys as they are; then they are an error."""
-
-
 def _read_yaml(file: Path) -> dict[str, Any]:
     text = read_text(file, limit=MAX_CONFIG_BYTES, hint=RESTORE_HINT)
-    try:
-        values = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = getattr(error, "problem", None) or "nested too deeply"
-        raise LoraError(f"{file} is not YAML: {printable(problem)}", hint=RESTORE_HINT) from None
+    try:  # in bounded time and memory: aliases of aliases are values without end
+        tree, problems = parse_yaml(text, lambda line: Location(line, f"{file}:{line}"))
+    except UnreadableRecipe as error:
+        problems = [error.problem]
+    if problems:
+        line, message = problems[0].location.order, problems[0].message
+        raise LoraError(f"{file} is not YAML that is read here: line {line}: {message}", hint=RESTORE_HINT)
+    values = tree.plain() if tree is not None else None
     if not isinstance(values, dict):
         raise LoraError(f"{file} has no keys", hint=RESTORE_HINT)
     return values
@@ -161,10 +159,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 def _base_name(model: Mapping[str, Any]) -> str | None:
     names = model.get("hf_config")
-    if not isinstance(names, dict) or not isinstance(names.get("name"), str):
+    if not isinstance(names, dict):
         return None
-    organization = names.get("org")
-    return f"{organization}/{names['name']}" if isinstance(organization, str) else str(names["name"])
+    name, organization = names.get("name"), names.get("org")
+    if not isinstance(name, str) or not name:
+        return None
+    return f"{organization}/{name}" if isinstance(organization, str) and organization else name
 
 
 def _check_sizes(file: Path, model: Mapping[str, Any], base: Base) -> Base:
@@ -196,8 +196,10 @@ def _place(file: Path, factors: Mapping[str, Factors], scale: float, heads: Head
         elif part == QKV:
             placed = _place_qkv(file, module, a, b, scale, heads, layout, layer)
         elif layout.gate_up is not None and part in ("mlp.fc_1", "mlp.fc_2"):
-            first = 0 if part == "mlp.fc_1" else b.shape[0]
-            rows = torch.arange(first, first + b.shape[0])
+            size = int(base.model.config.intermediate_size)
+            check_part(file, module, b.shape[0], size, base)
+            first = 0 if part == "mlp.fc_1" else size
+            rows = torch.arange(first, first + size)
             placed = {f"{layer}.{layout.gate_up}": Piece(module, a, b, scale, rows)}
         elif part in layout.modules:
             placed = {f"{layer}.{layout.modules[part]}": Piece(module, a, b, scale)}

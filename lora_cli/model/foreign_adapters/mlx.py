@@ -23,6 +23,7 @@ from lora_cli.model.foreign_adapters.source_adapter import (
     Piece,
     SourceAdapter,
     Update,
+    check_magnitude,
     check_rank,
     group_factors,
     read_dropout,
@@ -90,6 +91,7 @@ def read(found: Found) -> SourceAdapter:
             )
         if each.a.dim() != 2 or each.b.dim() != 2 or each.a.shape[1] != each.b.shape[0]:
             raise shape_error(file, module, each.a, each.b)
+        check_magnitude(file, module, each.magnitude, each.b.shape[1])
         check_rank(file, module, each.a.shape[1], int(rank))
     notes = (*notes, *_note_on_layers(config, factors))
     if (kind == "dora") != any(each.magnitude is not None for each in factors.values()):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lora_cli.errors import LoraError
 from lora_cli.model.foreign_adapters.stored_zip import StoredZip, open_stored_zip
+from lora_cli.model.foreign_adapters.torch_file import MAX_DIMENSIONS
 from lora_cli.run.read_file import printable
 
 FETCH_HINT = "fetch the adapter again"
@@ -17,6 +19,10 @@ SUFFIX = ".npy"  # of each entry
 DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(np.float64))
 BFLOAT16 = np.dtype("V2")  # as mlx writes it: numpy has no such numbers
 MAX_HEADER = 1 << 16  # bytes
+# What numpy raises for a header that is damaged: it is a Python literal, which older files have in other spellings.
+HEADER_ERRORS = (
+    ValueError, KeyError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError, tokenize.TokenError,
+)  # fmt: skip
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
@@ -35,10 +41,12 @@ def _read_array(archive: StoredZip, name: str) -> Tensor:
         version = np.lib.format.read_magic(content)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran, dtype = read_header[version](content, max_header_size=MAX_HEADER)
-    except (ValueError, KeyError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError):
+    except HEADER_ERRORS:
         raise archive.damage(f"{printable(name)} is no array of numpy") from None
     if dtype not in (*DTYPES, BFLOAT16):
         raise LoraError(f"{archive.path}: {printable(name)} has values of {dtype}, not float32", hint=FETCH_HINT)
+    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise archive.damage(f"{printable(name)} has the shape {printable(shape)}")
     values = content.getbuffer()[content.tell() :]
     if len(values) != math.prod(shape) * dtype.itemsize:
         raise archive.damage(f"{printable(name)} has {len(values):,} bytes for the shape {shape}")

@@ -14,6 +14,7 @@ from lora_cli.model.finite import describe_not_finite
 from lora_cli.run.read_file import printable
 
 DAMAGED_HINT = "fetch the adapter again, or take an earlier checkpoint"
+WRONG_BASE_HINT = "name the base that it was trained on with --base"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Part = Literal["a", "b", "magnitude"]
 
@@ -103,6 +104,11 @@ def group_factors(file: Path, tensors: Mapping[str, Tensor], suffixes: Mapping[s
             )
         if tensor.dtype not in FLOATS:
             raise LoraError(f"{file}: {printable(name)} is of {tensor.dtype}, not of floats", hint=DAMAGED_HINT)
+        if not _fits_float32(tensor):
+            raise LoraError(
+                f"{file}: {printable(name)} has values that float32 does not have, and adapters are computed in it",
+                hint=DAMAGED_HINT,
+            )
         modules.setdefault(name.removesuffix(suffix), {})[suffixes[suffix]] = tensor
     if (problem := describe_not_finite(tensors)) is not None:
         raise LoraError(f"{file}: {printable(problem)}: such an adapter computes nothing", hint=DAMAGED_HINT)
@@ -112,7 +118,7 @@ def group_factors(file: Path, tensors: Mapping[str, Tensor], suffixes: Mapping[s
             ending = next(suffix for suffix, part in suffixes.items() if part in missing)
             raise LoraError(f"{file}: {printable(module)} has no {ending.lstrip('.')}", hint=DAMAGED_HINT)
         a, b, magnitude = parts["a"], parts["b"], parts.get("magnitude")
-        if 0 in (*a.shape, *b.shape) or (magnitude is not None and magnitude.dim() != 1):
+        if 0 in (*a.shape, *b.shape):
             raise shape_error(file, module, a, b)
         factors[module] = Factors(a, b, magnitude)
     if len({each.magnitude is None for each in factors.values()}) > 1:
@@ -121,10 +127,45 @@ def group_factors(file: Path, tensors: Mapping[str, Tensor], suffixes: Mapping[s
     return factors
 
 
+def _fits_float32(tensor: Tensor) -> bool:
+    """Return whether float32 has the largest value of a tensor; of values that are not finite, it has them all."""
+    if tensor.dtype != torch.float64 or not tensor.numel():
+        return True
+    largest, bounds = float(tensor.abs().max()), torch.finfo(torch.float32)
+    return largest == 0 or not math.isfinite(largest) or bounds.tiny <= largest <= bounds.max
+
+
 def shape_error(file: Path, module: str, a: Tensor, b: Tensor) -> LoraError:
     """Return the error of two factors that do not go together."""
     shapes = " and ".join("x".join(map(str, each.shape)) or "a single number" for each in (a, b))
     return LoraError(f"{file}: {printable(module)} has factors of {shapes}, which are no pair", hint=DAMAGED_HINT)
+
+
+def check_magnitude(file: Path, module: str, magnitude: Tensor | None, outputs: int) -> None:
+    """Raise if there are magnitudes of DoRA that are not one for each output of the module.
+
+    Raises:
+        LoraError: they are not.
+    """
+    if magnitude is not None and magnitude.shape != (outputs,):
+        shape = "x".join(map(str, magnitude.shape)) or "a single number"
+        raise LoraError(
+            f"{file}: {printable(module)} has magnitudes of DoRA of shape {shape}, for {outputs:,} outputs",
+            hint=DAMAGED_HINT,
+        )
+
+
+def check_part(file: Path, module: str, outputs: int, expected: int, base: Base) -> None:
+    """Raise if a module has another number of outputs than its part of a fused weight of the base has rows.
+
+    Raises:
+        LoraError: it has.
+    """
+    if outputs != expected:
+        raise LoraError(
+            f"{file}: {printable(module)} has {outputs:,} outputs, and {base.name} has {expected:,} there",
+            hint=WRONG_BASE_HINT,
+        )
 
 
 def check_rank(file: Path, module: str, rank: int, expected: int) -> None:
@@ -152,8 +193,7 @@ def read_number(file: Path, values: Mapping[str, Any], key: str, *, hint: str, i
     kinds = (int,) if integer else (int, float)
     if (
         type(value) not in kinds
-        or not math.isfinite(value)
-        or not 1e-12 <= abs(value) <= 1e12
+        or not 1e-12 <= abs(value) <= 1e12  # nor of NaN; an integer can be beyond every float
         or (integer and value < 1)
     ):
         kind = "an integer above 0" if integer else "a number from 1e-12 to 1e12"

@@ -39,6 +39,8 @@ class StoredZip:
                 raise LoraError(
                     f"{path}: {name} is compressed, and neither torch nor mlx-lm compresses adapters", hint=hint
                 )
+            if not 0 <= entry.header_offset <= self.size:  # zipfile goes there unchecked
+                raise self.damage(f"{name} is at byte {entry.header_offset:,}, and the file has {self.size:,}")
             self.entries[entry.filename] = entry.file_size
         if (total := sum(self.entries.values())) > self.size:
             raise self.damage(f"its entries have {total:,} bytes, and the file {self.size:,}")

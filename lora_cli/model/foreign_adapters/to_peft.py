@@ -4,8 +4,10 @@ A fused weight of the base gets the factors of its parts in blocks: A has the ro
 of each part's own rows. So ΔW is exact, with the sum of the ranks and the same scale.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -17,12 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.errors import LoraError
 from lora_cli.model.adapter_files import PREFIX
 from lora_cli.model.empty_base import EmptyModel
-from lora_cli.model.foreign_adapters.source_adapter import Base, Piece, Update
+from lora_cli.model.foreign_adapters.source_adapter import WRONG_BASE_HINT, Base, Piece, Update
 from lora_cli.run.read_file import printable
 
 PROBES = 8  # random inputs that each update is compared on
 TOLERANCE = 1e-5  # of fp32, relative to the largest output of the module
-WRONG_BASE_HINT = "name the base that it was trained on with --base"
 
 
 class Converted(NamedTuple):
@@ -110,11 +111,11 @@ def _last_row(piece: Piece) -> int:
 
 
 def _factors(update: Update, rows: int) -> tuple[Tensor, Tensor]:
-    """Return A [sum of the ranks, in] and B [out, sum of the ranks] of a module."""
+    """Return A [sum of the ranks, in] and B [out, sum of the ranks] of a module, without rounding."""
     if len(update.pieces) == 1 and update.pieces[0].rows is None:
         return update.pieces[0].a.contiguous(), update.pieces[0].b.contiguous()
     a = torch.cat([piece.a for piece in update.pieces])
-    b = a.new_zeros(rows, a.shape[0])
+    b = torch.zeros(rows, a.shape[0], dtype=_common_dtype([piece.b for piece in update.pieces]))
     begin = 0
     for piece in update.pieces:
         end = begin + piece.a.shape[0]
@@ -123,6 +124,11 @@ def _factors(update: Update, rows: int) -> tuple[Tensor, Tensor]:
         b[:, begin:end] = placed
         begin = end
     return a, b
+
+
+def _common_dtype(parts: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype that has every value of the parts; the factors A and B of a tool may differ in it."""
+    return reduce(torch.promote_types, (part.dtype for part in parts))
 
 
 def _magnitude(update: Update, rows: int) -> Tensor:
@@ -137,11 +143,11 @@ def _magnitude(update: Update, rows: int) -> Tensor:
             f"{printable(update.pieces[0].source)} is DoRA of a part of {update.module}, which PEFT adapts as a whole",
             hint="merge it with the tool that trained it",
         )
-    assert all(piece.magnitude is not None for piece in update.pieces)
-    result = update.pieces[0].magnitude.new_zeros(rows)  # type: ignore[union-attr]
-    for piece in update.pieces:
-        assert piece.magnitude is not None
-        result[piece.rows if piece.rows is not None else slice(None)] = piece.magnitude.to(result.dtype)
+    magnitudes = [piece.magnitude for piece in update.pieces if piece.magnitude is not None]
+    assert len(magnitudes) == len(update.pieces)
+    result = torch.zeros(rows, dtype=_common_dtype(magnitudes))
+    for piece, magnitude in zip(update.pieces, magnitudes, strict=True):
+        result[piece.rows if piece.rows is not None else slice(None)] = magnitude.to(result.dtype)
     return result
 
 
@@ -162,7 +168,7 @@ def compare_with_source(updates: Sequence[Update], loaded: EmptyModel) -> float:
         name.removeprefix(PREFIX): layer for name, layer in loaded.model.named_modules() if isinstance(layer, LoraLayer)
     }
     if layers.keys() != {update.module for update in updates}:
-        return float("inf")
+        return math.inf
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for update in updates:
@@ -178,14 +184,19 @@ def compare_with_source(updates: Sequence[Update], loaded: EmptyModel) -> float:
         for piece in update.pieces:
             output = piece.scale * (inputs @ piece.a.double().T) @ piece.b.double().T
             expected[:, piece.rows if piece.rows is not None else slice(None)] += output
-        size = float(expected.abs().max())
-        difference = float((written - expected).abs().max())
-        worst = max(worst, difference / size if size else difference)
+        worst = max(worst, _relative(written - expected, expected))
         if layer.use_dora[key]:
             magnitudes = layer.lora_magnitude_vector[key].weight
             differences = [
                 magnitudes[piece.rows if piece.rows is not None else slice(None)] - piece.magnitude
                 for piece in update.pieces
             ]
-            worst = max(worst, *(float(each.abs().max() / magnitudes.abs().max()) for each in differences))
+            worst = max(worst, *(_relative(each, magnitudes) for each in differences))
     return worst
+
+
+def _relative(difference: Tensor, of: Tensor) -> float:
+    """Return the largest difference, relative to the largest value of `of`; infinite instead of NaN."""
+    size, largest = float(of.abs().max()), float(difference.abs().max())
+    result = largest / size if size else largest
+    return math.inf if math.isnan(result) else result

@@ -24,7 +24,7 @@ from lora_cli.run.shell import python_text
 
 FETCH_HINT = "fetch the adapter again"
 PICKLE = "data.pkl"  # in the folder of the archive, as the storages in data/
-MAX_PICKLE_BYTES = 64 << 20  # it has names and shapes: some hundred bytes for each tensor
+MAX_PICKLE_BYTES = 16 << 20  # it has names and shapes: some hundred bytes for each tensor
 MAX_DIMENSIONS = 8
 # torch's names of storages, with floating-point values only: factors of adapters.
 STORAGES = {
@@ -210,10 +210,12 @@ def _step(operation: str, argument: Any, stack: list[Any], memo: dict[int, Any])
 
 
 def _pop_to_mark(stack: list[Any]) -> list[Any]:
-    at = len(stack) - 1 - stack[::-1].index(_Mark)
-    values = stack[at + 1 :]
-    del stack[at:]
-    return values
+    for at in reversed(range(len(stack))):
+        if stack[at] is _Mark:
+            values = stack[at + 1 :]
+            del stack[at:]
+            return values
+    raise _Refused("no mark where a list of arguments begins")
 
 
 def _top(stack: list[Any], kind: type) -> Any:
@@ -230,17 +232,15 @@ def _call(called: Any, arguments: Any) -> Any:
     return _CALLS[called](*arguments)
 
 
-def _ordered_dict(*pairs: Any) -> dict[str, Any]:
-    return {_text(key): value for each in pairs for key, value in each}
-
-
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _Tensor:
+    if not isinstance(shape, tuple) or not isinstance(stride, tuple):
+        raise _Refused("a tensor without a shape")
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
+        raise _Refused(f"a tensor of {len(shape)} dimensions with {len(stride)} strides")
     sizes = (offset, *shape, *stride)
     if not isinstance(storage, _Storage) or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
         raise _Refused("a tensor without a storage, or with sizes that are none")
-    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS:
-        raise _Refused(f"a tensor of {len(shape)} dimensions with {len(stride)} strides")
-    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+    return _Tensor(storage, offset, shape, stride)
 
 
 def _parameter(tensor: Any, *rest: Any) -> _Tensor:
@@ -250,7 +250,9 @@ def _parameter(tensor: Any, *rest: Any) -> _Tensor:
 
 
 _CALLS: dict[_Name, Callable[..., Any]] = {
-    _Name("collections", "OrderedDict"): _ordered_dict,
+    _Name(
+        "collections", "OrderedDict"
+    ): lambda: {},  # its entries follow; a list of pairs could be used again and again
     _Name("torch._utils", "_rebuild_tensor_v2"): _tensor,
     _Name("torch._utils", "_rebuild_parameter"): _parameter,
 }

@@ -24,6 +24,8 @@ from lora_cli.model.foreign_adapters.source_adapter import (
     Piece,
     SourceAdapter,
     Update,
+    check_magnitude,
+    check_part,
     check_rank,
     group_factors,
     read_number,
@@ -101,8 +103,7 @@ def read(found: Found) -> SourceAdapter:
     for module, (a, b, magnitude) in factors.items():
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
             raise shape_error(file, module, a, b)
-        if magnitude is not None and magnitude.shape[0] != b.shape[0]:
-            raise shape_error(file, module, magnitude, b)
+        check_magnitude(file, module, magnitude, b.shape[0])
         check_rank(file, module, a.shape[0], rank)
     base = config.get("base_model_name_or_path")
     name = base if isinstance(base, str) and base else None
@@ -125,8 +126,9 @@ def _place(file: Path, factors: Mapping[str, Factors], scale: float, base: Base)
         elif part in layout.fused:
             fused, place = layout.fused[part]
             target = f"{layer}.{fused}"
-            first = _first_row(part, place, config)
-            rows = torch.arange(first, first + b.shape[0])
+            part_rows = _rows_of_part(part, place, config)
+            check_part(file, module, b.shape[0], len(part_rows), base)
+            rows = torch.tensor(part_rows)
         elif part in layout.modules:
             target = f"{layer}.{layout.modules[part]}"
             if layout.permutes and part in heads:
@@ -147,13 +149,14 @@ def _place(file: Path, factors: Mapping[str, Factors], scale: float, base: Base)
     return [Update(target, tuple(each)) for target, each in pieces.items()]
 
 
-def _first_row(part: str, place: int, config: Any) -> int:
-    """Return the first row of a part of a fused weight."""
+def _rows_of_part(part: str, place: int, config: Any) -> range:
+    """Return the rows of a part of a fused weight."""
     if part.startswith("mlp."):
-        return int(place * config.intermediate_size)
+        return range(place * config.intermediate_size, (place + 1) * config.intermediate_size)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-    return int((0, queries, queries + keys)[place])
+    ends = (0, queries, queries + keys, queries + 2 * keys)
+    return range(ends[place], ends[place + 1])
 
 
 def _rows_of_halves(rows: int, heads: int) -> Tensor:
