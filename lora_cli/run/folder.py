@@ -285,7 +285,7 @@ def is_path(text: str) -> bool:
     A name in a folder of runs is a path: `runs/none` is a run that does not exist.
     """
     path = Path(text)
-    if path.is_absolute() or text.startswith(("./", "../", "~")) or text.count("/") > 1:
+    if path.is_absolute() or text.startswith(("./", "../", "~")) or text.endswith("/") or text.count("/") > 1:
         return True
     if text.count("/") != 1:
         return False

@@ -11,7 +11,7 @@ from tests.run.test_hub import online, refused
 
 __all__ = ["online", "refused"]  # fixtures
 
-NAMES = ("x y", "--x", "ä/b", "org/name:main", "a--b", "x" * 97, "x" * 300, "org/" + "x" * 5000, "\u202eorg/x", "a@b")
+NAMES = ("x y", "--x", "ä/b", "org/name:main", "a--b", "x" * 97, "x" * 300, "org/" + "x" * 5000, "a@b")
 
 
 def check_error(result: CommandResult, message: str) -> None:
@@ -49,7 +49,7 @@ def test_a_name_that_cannot_be_a_hub_id(
         check_error(result, "is not a (file or )?folder, and cannot be a hub id")
     commands = [("chat", "base", "--base", name), ("export", "--to", "gguf", "--out", "o.gguf", "--", name)]
     for options in commands[: 1 if len(name) > 255 else 2]:  # a path of `lora export` is compared with its --out first
-        check_error(lora(*options), r"(model\.path|--base): .* is not a folder, and cannot be a hub id")
+        check_error(lora(*options), r"(model\.path|--base|MODEL): .* is not a folder, and cannot be a hub id")
 
 
 @pytest.mark.parametrize(

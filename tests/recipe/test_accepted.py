@@ -129,6 +129,9 @@ AMBIGUOUS = (
 TEXT = st.sampled_from(AMBIGUOUS) | st.text(
     st.characters(codec="utf-8", exclude_categories=("Cs",), exclude_characters="\0"), min_size=1
 )
+PRINTABLE = st.sampled_from(AMBIGUOUS) | st.text(
+    st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1
+)
 NUMBER = st.floats(min_value=1e-12, max_value=1, exclude_max=True)
 SOURCE = st.fixed_dictionaries(
     {"path": TEXT},
@@ -168,7 +171,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         "init_text": draw(st.none() | TEXT),
     }
     values = {
-        "model": {"path": draw(TEXT), "revision": draw(st.none() | TEXT)},
+        "model": {"path": draw(PRINTABLE), "revision": draw(st.none() | TEXT)},
         "adapter": {
             "method": method,
             **{key: value for key, value in adapter.items() if key in METHOD_FACTS[method].options},
