@@ -48,10 +48,10 @@ def carry_command(draft: Draft) -> None:
         if key.startswith("launcher."):
             draft.no_effect(key, "how processes are started: `distributed:` has the options here")
     draft.refuse("arguments", "belongs to no option, and is not read; accepted: without it")
-    for name in draft.config.get("further runs") or ():
+    for name in draft.config.names("further runs"):
         draft.refuse(f"further runs.{name}", "a recipe is one run: convert it on its own; accepted: the first run")
     draft.no_effect("unread cells", "magics, other languages and lines that start no training are not read")
-    for name in draft.config.get("other commands") or ():
+    for name in draft.config.names("other commands"):
         draft.no_effect(f"other commands.{name}", "is not the command that trains")
 
 

@@ -160,6 +160,11 @@ class Config:
             raise self.error(key, "not a section")
         return dict(value)
 
+    def names(self, key: str) -> list[str]:
+        """Return the keys of a section, such as the calls of a script; none of what is no section."""
+        value = self.get(key)
+        return [str(name) for name in value] if isinstance(value, dict) else []
+
     def error(self, key: str, problem: str) -> LoraError:
         """Return the error of a value that its key cannot have."""
         name = next((name for name in self.keys_of(key) if name in self.places), key)

@@ -62,10 +62,12 @@ def carry_script(draft: Draft) -> None:
         if ", line " in key:
             what = "max_rows is set once, for the rows of training" if key.startswith("select") else ONE_RUN
             draft.refuse(key, f"{what}; accepted: without this one")
-    for key in config.get("after training") or ():
+    for key in config.names("after training"):
         draft.no_effect(f"after training.{key}", "is called after training")
-    for name in config.get("calls") or ():
-        draft.refuse(f"calls.{name}", CALLS[name.partition(" again")[0]])
+    for name in config.names("calls"):
+        draft.refuse(
+            f"calls.{name}", CALLS.get(name.partition(" again")[0], "changes the model in code; accepted: without it")
+        )
     for key, value in config.leaves():
         if key.startswith("set.") and key != "set.chat_template":
             _carry_attribute(draft, key, value)
@@ -75,7 +77,7 @@ def carry_script(draft: Draft) -> None:
     for name in ("shuffle", "sort"):
         draft.no_effect(f"dataset.{name}", "training.seed sets the order of rows")
     draft.same("dataset.remove_columns", "the columns of the row format are read", computed=True)
-    for name in config.get("dataset") or ():
+    for name in config.names("dataset"):
         if name != "select":
             draft.refuse(f"dataset.{name}", f"changes the rows in code: write them to a file; {ROWS_AS_STORED}")
     draft.refuse("eval_dataset", "its rows are chosen in code: write data.eval; accepted: no evaluation")

@@ -94,3 +94,19 @@ def test_the_last_none_of_the_layers_of_mlx_are_all(count: Any):
 def test_counts_of_nothing_are_not_the_default(tool: str, changes: dict[str, Any]):
     with pytest.raises(LoraError, match="is not above 0"):
         conversion(tool, **changes)
+
+
+SECTIONS = ("dataset", "calls", "after training", "further runs", "other commands", "launcher", "set", "AutoTokenizer")
+
+
+@pytest.mark.parametrize("tool", MINIMAL)
+@pytest.mark.parametrize("kind", ["config", "command line"])
+def test_keys_that_are_named_like_the_sections_of_scripts(tool: str, kind: str):
+    for key in SECTIONS:
+        for value in (5, "x", [1], None, {"a": 1}, {"a": {"b": 1}}, [{"a": 1}], True, {}):
+            try:
+                result = convert_config(Config(Path("x"), {**MINIMAL[tool], key: value}, kind=kind), tool)
+            except LoraError as error:
+                assert error.hint  # noqa: PT017
+            else:
+                assert any(line.key.startswith(key) for line in result.lines), (key, value)
