@@ -151,23 +151,25 @@ def test_the_second_signal_and_one_that_is_not_accepted_end_the_process():
 def test_signals_that_interrupt_the_handler_of_another_signal_block_nothing():
     """As pressed twice: the second one arrives while the main thread waits for the decision on the first."""
     code = (
-        "import os, sys, threading, time\n"
+        "import os, sys, threading\n"
         "from lora_cli.run.signals import *\n"
-        "received = []\n"
+        "received, ended = [], threading.Event()\n"
         "sys.setswitchinterval(1e-6)\n"
+        "threading.Thread(target=lambda: (os.read(0, 1), ended.set()), daemon=True).start()\n"
         "threading.Thread(target=exec, args=('while True: pass',), daemon=True).start()\n"
         "with receive_signals(lambda number: received.append(number) or True):\n"
         "    os.write(1, b'x')\n"
-        "    end = time.monotonic() + 1.5\n"
-        "    while time.monotonic() < end: pass\n"
+        "    while not ended.is_set(): pass\n"
         "os.write(1, f'{len(received)}'.encode())\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.read(1)
         for number in range(1500):
             process.send_signal(SIGNALS[number % len(SIGNALS)])
             time.sleep(0.0005)
+        process.stdin.close()  # the end of the block: a signal behind it would end the process
         try:
             assert process.wait(timeout=30) == 0
         finally:
