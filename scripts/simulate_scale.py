@@ -38,6 +38,7 @@ from lora_cli.model import attach_adapter
 from lora_cli.model.activation_memory import TrainingSetup
 from lora_cli.model.gpu_plan import Form, StrategyPlan, plan_strategies
 from lora_cli.model.memory import FP32, TrainingMemory, training_memory
+from lora_cli.model.packed_attention import LONG_ROW
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import AdapterSpec, QuantizationSpec
 from lora_cli.run.byte_size import parse_size
@@ -100,7 +101,7 @@ def memory_of(name: str, *, rank: int, bits: int) -> TrainingMemory:
     quantization = None if bits == 16 else QuantizationSpec.model_validate({"bits": bits})
     weights = stored_weights(skeleton(name), dtype=dtype, quantization=quantization)
     model: PeftModel = attach_adapter.attach(skeleton(name), AdapterSpec(rank=rank), seed=0)
-    setup = TrainingSetup(dtype, packed=True, on_cpu=False, scores=0, fused=bits != 8)
+    setup = TrainingSetup(dtype, packed=True, on_cpu=False, row=LONG_ROW + 1, fused=bits != 8)
     state = state_bytes("adamw", trained_shapes(model))
     return training_memory(model, setup, weights=weights, optimizer_bytes=state)
 

@@ -1,6 +1,7 @@
 """Estimate the peak memory of a training step, part by part, from the model's shapes alone.
 
-Weights and adapter are exact (`weight_memory.py`); activations are an estimate (`activation_memory.py`).
+Weights and adapter are exact (`weight_memory.py`); activations are those of a forward pass without weights
+(`measure_activations.py`).
 """
 
 from typing import NamedTuple
@@ -11,8 +12,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lora_cli.model.activation_memory import ActivationBytes, TrainingSetup, activation_bytes
+from lora_cli.model.activation_memory import ActivationBytes, TrainingSetup
 from lora_cli.model.head_loss import chunk_tokens
+from lora_cli.model.measure_activations import activation_bytes
 from lora_cli.model.weight_memory import StoredWeights, text_layers
 
 FP32 = 4  # bytes
@@ -85,9 +87,9 @@ class TrainingMemory(NamedTuple):
             adapter=FP32 * self.adapter.total,
             gradients=FP32 * self.trained.total,
             optimizer=self.optimizer,
-            activations=self.activations.saved(every=every, offload=offload) * tokens,
-            temporary=self.activations.temporary * tokens + self.activations.fixed + self.dense,
-            logits=self.vocabulary * chunk * LOGITS_COPIES * FP32,
+            activations=self.activations.saved(tokens, every=every, offload=offload),
+            temporary=self.activations.temporary_at(tokens) + self.dense,
+            logits=self.vocabulary * chunk * LOGITS_COPIES * FP32 if self.activations.chunked else 0,
             process=PROCESS_BYTES if self.on_cpu else 0,
         )
 
@@ -98,7 +100,7 @@ def training_memory(
     """Count what `model` takes in training.
 
     Args:
-        model: with the adapter; may be on the meta device.
+        model: with the adapter, on the meta device.
         setup: of the run.
         weights: of the base.
         optimizer_bytes: state of the optimizer.

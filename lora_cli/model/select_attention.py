@@ -123,7 +123,7 @@ def _choose(model: PreTrainedModel, requested: str, *, packing: bool) -> LeakChe
     tried = []
     for name in candidates(requested, packing=packing, device=model.device, dtype=dtype):
         try:
-            _set_attention(model, name)
+            set_attention(model, name)
             if not packing:
                 return None
             check = _measure_leak(model, name)
@@ -157,7 +157,7 @@ def _choose(model: PreTrainedModel, requested: str, *, packing: bool) -> LeakChe
     )
 
 
-def _set_attention(model: PreTrainedModel, name: str) -> None:
+def set_attention(model: PreTrainedModel, name: str) -> None:
     """Set the attention implementation of `model`.
 
     Raises:
@@ -191,12 +191,18 @@ def matmul_dtype(model: PreTrainedModel) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
+def unsupported_layers(model: PreTrainedModel) -> list[str]:
+    """Return the kinds of layers of `model` that our attention for packed rows does not support."""
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return sorted(set(layer_types) - SUPPORTED_LAYER_TYPES)
+
+
 @torch.no_grad()
 def _measure_leak(model: PreTrainedModel, name: str) -> LeakCheck:
     """Measure the attention `name`, which is set on `model` already; leaves mode and attention unchanged."""
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or SUPPORTED_LAYER_TYPES)
-    if name in OWN_ATTENTION and not layer_types <= SUPPORTED_LAYER_TYPES:
-        raise NotImplementedError(f"not supported: {', '.join(sorted(layer_types - SUPPORTED_LAYER_TYPES))}")
+    unsupported = unsupported_layers(model)
+    if name in OWN_ATTENTION and unsupported:
+        raise NotImplementedError(f"not supported: {', '.join(unsupported)}")
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or packed_attention.LONG_ROW

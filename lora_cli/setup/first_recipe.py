@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from lora_cli.data.formats import FORMATS
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, memory
-from lora_cli.model.base_model import task_heads
+from lora_cli.model import memory
 from lora_cli.model.gpu_plan import CONTEXT_BYTES, plan_strategies
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.tasks import FormatName, TaskName
@@ -20,7 +19,7 @@ from lora_cli.setup.inputs import RunInputs, batch_plan, load_inputs
 from lora_cli.setup.planned_gpus import GPU, PlannedGpus, changes_that_help, on_planned_gpus
 from lora_cli.setup.strategy import forms_of, sharding_obstacle
 from lora_cli.setup.training_memory import memory_of_run
-from lora_cli.setup.training_model import adapter_context, check_before_rows, resolve_optimizer
+from lora_cli.setup.training_model import adapted_skeleton, check_before_rows, resolve_optimizer
 
 SAMPLE_ROWS = 1_000  # rows that are tokenized for their lengths and the plan
 LENGTH_STEP = 64  # max_length is a multiple of it
@@ -305,10 +304,7 @@ def _plan(choices: Choices, machine: Machine) -> _Fit:
     recipe = inputs.recipe
     optimizer = resolve_optimizer(recipe, inputs)
     batches = batch_plan(recipe, inputs, inputs.data.train, processes=gpus.number if gpus else 1)
-    total = batches.steps_in(epochs=recipe.training.epochs, max_steps=None)
-    model = inputs.base.skeleton()
-    context = adapter_context(recipe, inputs, heads=task_heads(model, recipe.task), plan=None, total=total)
-    adapted = attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
+    adapted = adapted_skeleton(recipe, inputs)
     needed = memory_of_run(recipe, inputs, adapted, optimizer=optimizer)
     if gpus is None:
         free, tokens = memory.available_memory(CPU), int(inputs.data.train.lengths.max())

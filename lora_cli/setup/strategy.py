@@ -9,8 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from lora_cli.data.batches import BatchPlan
 from lora_cli.errors import LoraError
-from lora_cli.model import attach_adapter, memory
-from lora_cli.model.base_model import task_heads
+from lora_cli.model import memory
 from lora_cli.model.gpu_plan import CONTEXT_BYTES, Form, full_model_bytes, offloaded_bytes
 from lora_cli.model.sharded_base import sharding_problem
 from lora_cli.model.weight_memory import stored_weights
@@ -21,7 +20,7 @@ from lora_cli.run import console
 from lora_cli.run.worker import processes_of_machine
 from lora_cli.setup.inputs import RunInputs
 from lora_cli.setup.training_memory import memory_of_run
-from lora_cli.setup.training_model import adapter_context, resolve_optimizer
+from lora_cli.setup.training_model import adapted_skeleton, resolve_optimizer
 from lora_cli.training.memory_ladder import all_rungs
 
 MAX_SHARE = 0.9  # of the free memory that an estimate may take
@@ -195,16 +194,10 @@ def _offload(recipe: Recipe, inputs: RunInputs, *, processes: int) -> str:
 
 def _needed(recipe: Recipe, inputs: RunInputs, plan: BatchPlan) -> int:
     """Return the bytes of a full model and its step, in the smallest form that does not divide batches."""
-    model = _adapted_skeleton(recipe, inputs)
+    model = adapted_skeleton(recipe, inputs)
     of_run = memory_of_run(recipe, inputs, model, optimizer=resolve_optimizer(recipe, inputs))
     forms = forms_of(recipe, model, plan, on_cpu=inputs.device.type == "cpu")
     return full_model_bytes(of_run, full_batch_form(forms, plan), processes=plan.processes)
-
-
-def _adapted_skeleton(recipe: Recipe, inputs: RunInputs) -> PeftModel:
-    model = inputs.base.skeleton()
-    context = adapter_context(recipe, inputs, heads=task_heads(model, recipe.task), plan=None, total=1)
-    return attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
 
 
 def _trained_modules(recipe: Recipe, inputs: RunInputs) -> tuple[str, ...]:
@@ -214,6 +207,6 @@ def _trained_modules(recipe: Recipe, inputs: RunInputs) -> tuple[str, ...]:
     names = {name: type(module) for name, module in before.named_modules() if module in ends}
     if "virtual_tokens" in METHOD_FACTS[recipe.adapter.method].options:
         return tuple(names)  # PEFT looks up the embeddings of the tokens itself
-    adapted = dict(_adapted_skeleton(recipe, inputs).get_base_model().named_modules())
+    adapted = dict(adapted_skeleton(recipe, inputs).get_base_model().named_modules())
     wrapped = [name for name, module in adapted.items() if isinstance(module, AuxiliaryTrainingWrapper)]
     return tuple(dict.fromkeys([*wrapped, *(name for name, kind in names.items() if type(adapted[name]) is not kind)]))

@@ -2,7 +2,7 @@
 
 from peft import PeftModel
 
-from lora_cli.model.activation_memory import TrainingSetup, score_width
+from lora_cli.model.activation_memory import TrainingSetup, row_tokens
 from lora_cli.model.memory import TrainingMemory, training_memory
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import QuantizationSpec, Recipe
@@ -10,17 +10,28 @@ from lora_cli.setup.inputs import RunInputs
 from lora_cli.training.optimizer import state_bytes, trained_shapes
 
 
-def memory_of_run(recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimizer: str) -> TrainingMemory:
+def memory_of_run(
+    recipe: Recipe, inputs: RunInputs, model: PeftModel, *, optimizer: str, attention: str | None = None
+) -> TrainingMemory:
     """Count what training of `model`, with the adapter, takes on the device of `inputs`.
 
-    `model` may be on the meta device. `optimizer` is its resolved name.
+    Args:
+        recipe: of the run.
+        inputs: of the run.
+        model: on the meta device.
+        optimizer: its resolved name.
+        attention: implementation that the loaded base has; None if it is not loaded.
     """
+    packed, is_seq2seq = bool(recipe.data.packing), recipe.task == "seq2seq-lm"
     setup = TrainingSetup(
         dtype=inputs.base.dtype,
-        packed=bool(recipe.data.packing),
+        packed=packed,
         on_cpu=inputs.device.type == "cpu",
-        scores=score_width(inputs.data.train.lengths.tolist()),
+        row=row_tokens(inputs.data.train.lengths.tolist(), packed=packed),
         fused=len(inputs.compute_dtypes) == 1 and (recipe.quantization is None or recipe.quantization.bits == 4),
+        attention=attention or recipe.model.attention,
+        task=recipe.task,
+        target=int(inputs.data.train.supervised.max(initial=0)) if is_seq2seq else 0,
     )
     weights = stored_weights(
         inputs.base.skeleton(),  # not `model`, whose layers are those of the adapter, and may be quantized

@@ -21,7 +21,7 @@ from lora_cli.model import (
 )
 from lora_cli.model.adapter_context import AdapterContext, StateDict
 from lora_cli.model.adapter_files import AdapterFiles, open_adapter
-from lora_cli.model.base_model import BaseCheckpoint
+from lora_cli.model.base_model import BaseCheckpoint, task_heads
 from lora_cli.model.compile_layers import CompileChoice, choose_compile, compile_layers
 from lora_cli.model.device import pick_device
 from lora_cli.model.fp32_weights import upcast_trainable_params
@@ -131,6 +131,13 @@ def adapter_context(
         encode=partial(_encode, inputs.base),
         unquantized_weights=partial(_unquantized_weights, inputs.base, recipe.training.seed),
     )
+
+
+def adapted_skeleton(recipe: Recipe, inputs: RunInputs) -> PeftModel:
+    """Return the model of a run with its adapter on the meta device."""
+    model = inputs.base.skeleton()
+    context = adapter_context(recipe, inputs, heads=task_heads(model, recipe.task), plan=None, total=1)
+    return attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
 
 
 def _encode(base: BaseCheckpoint, text: str) -> list[int]:
@@ -360,7 +367,13 @@ def _memory_ladder(
         return ladder
     free = memory.free_for_process(inputs.device, processes_of_machine(plan.processes)) - gathered_bytes(model)
     rungs = [rung for rung in (ladder.rung, *ladder.below()) if rung.parts <= plan.parts]
-    of_run = memory_of_run(recipe, inputs, model, optimizer=resolve_optimizer(recipe, inputs))
+    of_run = memory_of_run(
+        recipe,
+        inputs,
+        adapted_skeleton(recipe, inputs),
+        optimizer=resolve_optimizer(recipe, inputs),
+        attention=base.config._attn_implementation,
+    )
     needs = {
         rung: of_run.plan(plan.tokens_of_part(rung.parts), every=rung.every, offload=rung.offload) for rung in rungs
     }

@@ -73,6 +73,7 @@ PRIVATE: dict[str, Use] = {
         "model/quantize_experts.py",
         library_checks.module_dictionaries,
     ),
+    "_grouped_mm": Use("model/meta_forward.py", moe_checks.product_of_experts),
     "_get_dtype_plan": Use("model/sharded_base.py", library_checks.weights_kept_in_fp32),
     "_python_dispatch": Use("model/quantize.py", library_checks.dispatch_mode),
     "_get_sequence_number_for_group": Use("training/process_group.py", library_checks.collectives_are_counted),
@@ -95,10 +96,12 @@ IMPORTED: dict[str, Use] = {
     "peft.tuners.lokr.LoKrLayer": Use("model/peft_waits.py", peft_checks.replaced_methods),
     "peft.tuners.lora.Embedding": Use("merging/check_weights.py merging/deltas.py", peft_checks.lora_embedding),
     "peft.tuners.lora.Linear": Use(
-        "merging/check_weights.py merging/deltas.py model/fused_lora.py model/gguf_base.py", peft_checks.custom_layers
+        "merging/check_weights.py merging/deltas.py model/fused_lora.py model/gguf_base.py "
+        "model/measure_activations.py",
+        peft_checks.custom_layers,
     ),
     "peft.tuners.lora.LoraLayer": Use(
-        "commands/convert_adapter.py export/gguf/adapter.py export/hf/vllm_adapter.py model/activation_memory.py "
+        "commands/convert_adapter.py export/gguf/adapter.py export/hf/vllm_adapter.py "
         "model/foreign_adapters/to_peft.py model/fp32_weights.py model/fused_lora.py model/init_adapter.py",
         peft_checks.lora_layer,
     ),
@@ -109,7 +112,7 @@ IMPORTED: dict[str, Use] = {
     "peft.tuners.lora.layer.ParamWrapper": Use("model/experts_lora.py", moe_checks.parameter_layer),
     "peft.tuners.oft.OFTLayer": Use("model/attach_adapter.py", peft_checks.oft_layer),
     "peft.tuners.tuners_utils.BaseTunerLayer": Use(
-        "merging/deltas.py model/activation_memory.py model/attach_adapter.py model/experts_lora.py "
+        "merging/deltas.py model/attach_adapter.py model/experts_lora.py "
         "model/fused_lora.py model/memory.py model/save_adapter.py",
         peft_checks.lora_layer,
     ),
@@ -203,9 +206,7 @@ IMPORTED: dict[str, Use] = {
     "transformers.masking_utils.sdpa_mask": Use("model/padded_attention.py", library_checks.mask_functions),
     "transformers.activations.GELUActivation": Use("model/fused_mlp.py", library_checks.activations),
     "transformers.activations.GELUTanh": Use("model/fused_mlp.py", library_checks.activations),
-    "transformers.activations.NewGELUActivation": Use(
-        "model/activation_memory.py model/fused_mlp.py", library_checks.activations
-    ),
+    "transformers.activations.NewGELUActivation": Use("model/fused_mlp.py", library_checks.activations),
     "transformers.activations.SiLUActivation": Use("model/fused_mlp.py", library_checks.activations),
     "transformers.models.falcon.modeling_falcon.FalconLinear": Use(
         "model/fused_lora.py model/quantize_experts.py model/weight_memory.py", library_checks.falcon_linear
@@ -303,7 +304,7 @@ UNDOCUMENTED: dict[str, Use] = {
     "GgufLinear.ggml_type": Use("model/gguf_base.py", library_checks.packed_linear),
     "ParamWrapper.parameter_name": Use("model/attach_adapter.py model/experts_lora.py", moe_checks.parameter_layer),
     "Experts.is_transposed": Use("model/experts_lora.py", moe_checks.experts_module),
-    "Experts.has_gate": Use("model/experts_lora.py model/activation_memory.py", moe_checks.experts_module),
+    "Experts.has_gate": Use("model/experts_lora.py model/measure_activations.py", moe_checks.experts_module),
     "Linear8bitLt": Use("model/fake_quantize.py model/select_attention.py", library_checks.quantizer),
     "bitsandbytes.functional.int8_vectorwise_quant": Use("model/fake_quantize.py", library_checks.int8_functions),
     "bitsandbytes.functional.int8_vectorwise_dequant": Use("model/fake_quantize.py", library_checks.int8_functions),

@@ -34,8 +34,6 @@ from lora_cli.training.checkpoint_folders import newest_checkpoint
 from lora_cli.training.loop import fit
 from tests.inputs.tiny_tokenizers import CHATML, build
 from tests.model import families, zoo
-from tests.model.test_families import collate_of
-from tests.model.test_families import rows_of as rows_of_task
 from tests.support.meta_device import META, GpuPart
 
 pytestmark = pytest.mark.slow
@@ -205,8 +203,8 @@ def test_other_tasks_do_not_wait_for_their_batches(name: str, tmp_path: Path):
     model = zoo.attached(loaded.model.to(torch.bfloat16), context=context)
     upcast_trainable_params(model)
     loaded.model.set_attn_implementation(PADDED_ATTENTION)
-    rows = rows_of_task(family)
-    plan = BatchPlan(rows, packing=False, size=2, batches_per_step=2, seed=0, collate=collate_of(family, packing=False))
+    rows, collate = families.rows_of(family, [12, 30, 7, 21]), families.collate_of(family, packing=False)
+    plan = BatchPlan(rows, packing=False, size=2, batches_per_step=2, seed=0, collate=collate)
     with GpuPart() as part:
         taken = steps(model.to(META), plan, task=family.task)
         next(taken)

@@ -1,20 +1,34 @@
 """Tiny random checkpoints of many model families, with the linear layers of each and whether it supports packing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
 from lora_cli.data.class_labels import ClassLabels
+from lora_cli.data.collate import (
+    Collate,
+    collate_packed,
+    collate_padded,
+    collate_seq2seq,
+    collate_sequence_classification,
+    collate_token_classification,
+)
+from lora_cli.data.encoded_rows import Row
+from lora_cli.data.label_mask import IGNORE_INDEX
 from lora_cli.model.base_model import LoadedBase
 from lora_cli.model.tasks import TASKS
 from lora_cli.recipe.tasks import TaskName
+from tests.model import zoo
 from tests.model.zoo import COMMON
 from tests.support.checkpoints import CPU, checkpoint
 
+TARGET_TOKENS = 9  # of rows of seq2seq-lm
 LABELS = ClassLabels("single", ("yes", "no", "maybe"))
 NONE: Mapping[str, Any] = MappingProxyType({})
 GATED = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -323,6 +337,34 @@ def write(family: Family, folder: Path) -> Path:
         model = TASKS[family.task].auto_class.from_config(config)
     model.save_pretrained(folder)
     return folder
+
+
+def rows_of(family: Family, lengths: Sequence[int]) -> zoo.MemoryRows:
+    """Return random rows of `lengths` tokens with labels of the family's task."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in zoo.rows_of(lengths):
+        labels: Any = row.labels
+        if family.task == "seq-cls":
+            labels = rng.integers(0, 3, 1).astype(np.int32)
+        elif family.task == "token-cls":
+            labels = np.where(rng.random(len(row.input_ids)) < 0.5, rng.integers(0, 3), IGNORE_INDEX).astype(np.int32)
+            labels[0] = 1
+        elif family.task == "seq2seq-lm":
+            labels = rng.integers(3, 97, TARGET_TOKENS).astype(np.float64)
+        if family.kind == "bart":
+            row.input_ids[-1] = 2  # its classifier reads the state at the end token
+        rows.append(Row(row.input_ids, labels, row.where))
+    return zoo.MemoryRows(rows)
+
+
+def collate_of(family: Family, *, packing: bool) -> Collate:
+    return {
+        "causal-lm": collate_packed if packing else collate_padded,
+        "seq-cls": collate_sequence_classification,
+        "token-cls": collate_token_classification,
+        "seq2seq-lm": partial(collate_seq2seq, start_id=0),
+    }[family.task]
 
 
 def load(family: Family, folder: Path, **options: Any) -> LoadedBase:

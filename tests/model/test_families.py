@@ -5,11 +5,9 @@ and packed rows are isolated.
 import math
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,16 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_cli.data.batches import BatchPlan
-from lora_cli.data.collate import (
-    Collate,
-    collate_packed,
-    collate_padded,
-    collate_seq2seq,
-    collate_sequence_classification,
-    collate_token_classification,
-)
-from lora_cli.data.encoded_rows import Row
-from lora_cli.data.label_mask import IGNORE_INDEX
+from lora_cli.data.collate import collate_padded
 from lora_cli.errors import LoraError
 from lora_cli.model import (
     attach_adapter,
@@ -61,38 +50,11 @@ def folder(family: Family, tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
-def rows_of(family: Family) -> zoo.MemoryRows:
-    """Return random rows with labels of the family's task."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for row in zoo.rows_of(LENGTHS):
-        labels: Any = row.labels
-        if family.task == "seq-cls":
-            labels = rng.integers(0, 3, 1).astype(np.int32)
-        elif family.task == "token-cls":
-            labels = np.where(rng.random(len(row.input_ids)) < 0.5, rng.integers(0, 3), IGNORE_INDEX).astype(np.int32)
-            labels[0] = 1
-        elif family.task == "seq2seq-lm":
-            labels = rng.integers(3, 97, 9).astype(np.float64)
-        if family.kind == "bart":
-            row.input_ids[-1] = 2  # its classifier reads the state at the end token
-        rows.append(Row(row.input_ids, labels, row.where))
-    return zoo.MemoryRows(rows)
-
-
-def collate_of(family: Family, *, packing: bool) -> Collate:
-    return {
-        "causal-lm": collate_packed if packing else collate_padded,
-        "seq-cls": collate_sequence_classification,
-        "token-cls": collate_token_classification,
-        "seq2seq-lm": partial(collate_seq2seq, start_id=0),
-    }[family.task]
-
-
 def plan_of(family: Family, *, packing: bool) -> BatchPlan:
     size = sum(LENGTHS) if packing else len(LENGTHS)
-    collate = collate_of(family, packing=packing)
-    return BatchPlan(rows_of(family), packing=packing, size=size, batches_per_step=1, seed=0, collate=collate)
+    collate = families.collate_of(family, packing=packing)
+    rows = families.rows_of(family, LENGTHS)
+    return BatchPlan(rows, packing=packing, size=size, batches_per_step=1, seed=0, collate=collate)
 
 
 def attached(family: Family, folder: Path) -> tuple[PeftModel, set[str]]:
@@ -195,6 +157,6 @@ def test_packed_rows_equal_separate_rows_or_raise_with_the_reason(family: Family
     (packed,) = plan_of(family, packing=True).all_batches()
     packed_logits = LossFunction(model).logits(packed)
     model.set_attn_implementation("eager")
-    rows = rows_of(family)
+    rows = families.rows_of(family, LENGTHS)
     separate = [LossFunction(model).logits(collate_padded([rows[i]], [i], 0)) for i in packed.rows]
     assert zoo.relative(packed_logits, torch.cat(separate)) < 1e-5

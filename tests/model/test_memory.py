@@ -28,7 +28,7 @@ from lora_cli.model import attach_adapter, memory, select_attention
 from lora_cli.recipe.schema import AdapterSpec, TrainingSpec
 from lora_cli.training import cpu
 from lora_cli.training.loop import fit
-from lora_cli.model.activation_memory import TrainingSetup, score_width
+from lora_cli.model.activation_memory import TrainingSetup, row_tokens
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.training.optimizer import make_optimizer, state_bytes, trained_shapes
 from tests.model import zoo
@@ -43,7 +43,7 @@ select_attention.choose_attention(model, "auto", packing=True)
 peft_model = attach_adapter.attach(model, AdapterSpec(rank=16), seed=0)
 spec = TrainingSpec()
 optimizer = make_optimizer(peft_model, spec)
-setup = TrainingSetup(torch.float32, packed=True, on_cpu=True, scores=score_width([longest]))
+setup = TrainingSetup(torch.float32, packed=True, on_cpu=True, row=row_tokens([longest], packed=True))
 of_run = memory.training_memory(
     peft_model, setup, weights=weights, optimizer_bytes=state_bytes("adamw", trained_shapes(peft_model))
 )
@@ -81,14 +81,14 @@ def memory_of(
     quantization: QuantizationSpec | None = None,
     dtype: torch.dtype = torch.bfloat16,
     on_cpu: bool = False,
-    scores: int = 64,
+    row: int = 64,
     fused: bool = True,
     **adapter: Any,
 ) -> TrainingMemory:
     base = model or zoo.make("llama")
     weights = stored_weights(base, dtype=dtype, quantization=quantization)
     adapted = zoo.attached(base, **adapter)
-    setup = TrainingSetup(dtype, packed=True, on_cpu=on_cpu, scores=scores, fused=fused)
+    setup = TrainingSetup(dtype, packed=True, on_cpu=on_cpu, row=row, fused=fused)
     return training_memory(
         adapted, setup, weights=weights, optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted))
     )
@@ -130,7 +130,7 @@ QLORA = QuantizationSpec.model_validate({"bits": 4})
     [
         ({"quantization": QLORA}, {}),
         ({}, {"dtype": torch.float32}),
-        ({"on_cpu": True}, {"on_cpu": True, "scores": 128}),
+        ({"on_cpu": True}, {"on_cpu": True, "row": 128}),
         ({}, {"rank": 8}),
         ({"optimizer": "lion"}, {}),
         ({}, {"fused": False}),

@@ -30,7 +30,7 @@ def memory_of(
     dtype = torch.bfloat16  # as many bytes as float16
     weights = stored_weights(checkpoints.skeleton_of(config), dtype=dtype, quantization=quantization)
     model = attach_adapter.attach(checkpoints.skeleton_of(config), adapter, seed=0)
-    setup = TrainingSetup(dtype, packed=False, on_cpu=False, scores=0)
+    setup = TrainingSetup(dtype, packed=False, on_cpu=False, row=512)
     state = state_bytes(optimizer, trained_shapes(model))
     return training_memory(model, setup, weights=weights, optimizer_bytes=state, paged=optimizer.startswith("paged"))
 

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
 from transformers.quantizers import auto, quantizer_bnb_4bit, quantizer_bnb_8bit
@@ -108,3 +109,19 @@ def four_bit_parts() -> None:
         )  # fmt: skip
         full = bnb.functional.dequantize_4bit(codes, state).flatten()
         assert torch.equal(bnb.functional.dequantize_4bit(codes.view(-1, 1)[64:128], part).flatten(), full[128:256])
+
+
+def product_of_experts() -> None:
+    """The documented function calls it, so that a mode for functions of torch sees it."""
+    called = []
+
+    class Calls(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, weights = torch.ones(3, 8), torch.ones(2, 8, 4)
+    with Calls():
+        product = torch.nn.functional.grouped_mm(x, weights, offs=torch.tensor([1, 3], dtype=torch.int32))
+    assert torch._grouped_mm in called
+    assert torch.equal(product, x @ weights[0])
