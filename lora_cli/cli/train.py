@@ -33,7 +33,9 @@ def check(
     no_model: Annotated[bool, typer.Option("--no-model", help="Check only the recipe and the row format.")] = False,
     rows: Annotated[int, typer.Option(min=0, metavar="N", help="Rows to print token by token.")] = 2,
     gpus: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Plan the memory for N GPUs, which need not be here.")
+        int | None,
+        # The largest clusters have about as many; each process of the plan has its share of the batches.
+        typer.Option(min=1, max=100_000, metavar="N", help="Plan the memory for N GPUs, which need not be here."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of each GPU, such as 80GB; default: this machine's.")

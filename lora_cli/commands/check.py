@@ -140,6 +140,11 @@ def _print_sizes(
     for line in [*describe_quantization(recipe, inputs), *coverage.table()]:
         console.out.print(line)
     of_run = memory_of_run(recipe, inputs, adapted, optimizer=optimizer)
+    if of_run.activations.unmeasured:
+        console.out.print(
+            f"note: activations are a rough estimate, because {type(model).__name__} does not run without weights: "
+            f"{of_run.activations.unmeasured}"
+        )
     if planned:
         forms = forms_of(recipe, adapted, batches)
         needed = _print_gpu_plan(recipe, inputs, of_run, forms, planned, full=full_batch_form(forms, batches))

@@ -46,6 +46,7 @@ from lora_cli.model.select_attention import OWN_ATTENTION, set_attention, unsupp
 from lora_cli.model.varlen_attention import DTYPES, VARLEN_ATTENTION
 from lora_cli.model.weight_memory import text_layers
 from lora_cli.recipe.tasks import TaskName
+from lora_cli.run.library_warnings import silence_gpu_kernel_advice
 
 FP32 = 4  # bytes
 ROWS = (2, 3, 4)  # of the batches: some models have no mask for a single row
@@ -64,6 +65,8 @@ def activation_bytes(model: PeftModel, setup: TrainingSetup) -> ActivationBytes:
     With `setup.attention` auto, it is that of the first attention implementation that works; a run tries them on the
     weights, too.
     """
+    if setup.on_cpu:
+        silence_gpu_kernel_advice()
     copy = _copy_for_training(model, setup)
     base = copy.get_base_model()
     use_attention_interface(base)

@@ -165,6 +165,9 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
             its masks itself.
         ValueError: transformers does not support the attention in this model.
     """
+    found = model.config._attn_implementation
+    if found != name and not model._can_set_attn_implementation():  # transformers would warn, and keep it
+        raise NotImplementedError(f"{type(model).__name__} keeps {found}, which was set when it was built")
     if name == PADDED_ATTENTION:
         if not type(model).__module__.startswith("transformers."):
             raise NotImplementedError(f"{type(model).__name__} is not a class of transformers")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.suggest import all_keys
@@ -265,6 +266,21 @@ def test_a_plan_that_a_run_would_refuse_is_an_error(recipe: WriteRecipe, lora: L
     assert "ok: " not in result.out
 
 
+def test_a_model_that_does_not_run_without_weights_is_planned_roughly(
+    recipe: WriteRecipe, lora: Lora, monkeypatch: pytest.MonkeyPatch
+):
+    def forward(*_: object, **__: object) -> None:
+        raise ValueError("the first token is not a number")
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    result = lora("check", recipe(), "--gpus", "2", "--budget", "80GB")
+    assert (
+        "note: activations are a rough estimate, because LlamaForCausalLM does not run without weights: "
+        "ValueError: the first token is not a number" in " ".join(result.out.split())
+    )
+    assert "fsdp: all activations are kept" in result.out
+
+
 @pytest.mark.parametrize(
     ("options", "error", "hint"),
     [
@@ -272,6 +288,11 @@ def test_a_plan_that_a_run_would_refuse_is_an_error(recipe: WriteRecipe, lora: L
             ["--gpus", "8"],
             "--gpus 8: this machine has no GPU whose memory could be planned with",
             "give the memory of one GPU: --budget 80GB",
+        ),
+        (
+            ["--gpus", "99999999999", "--budget", "80GB"],
+            "--gpus 99999999999 is not an integer from 1 to 100000",
+            "write --gpus N, an integer from 1 to 100000; see lora check --help",
         ),
         (["--budget", "80G"], "--budget 80G is not a size", "write a number with a unit, such as 80GB"),
         (

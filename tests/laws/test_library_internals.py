@@ -38,7 +38,9 @@ PRIVATE: dict[str, Use] = {
         "setup/training_model.py",
         library_checks.attention_name,
     ),
-    "_can_set_attn_implementation": Use("model/falcon_attention.py", library_checks.falcon_layers),
+    "_can_set_attn_implementation": Use(
+        "model/falcon_attention.py model/select_attention.py", library_checks.falcon_layers
+    ),
     "_split_heads": Use("model/falcon_attention.py", library_checks.falcon_layers),
     "_can_set_experts_implementation": Use("export/onnx/model.py", library_checks.experts_models),
     "_is_stateful": Use("export/onnx/model.py model/packing_support.py", library_checks.stateful_models),
