@@ -101,7 +101,8 @@ def memory_of(name: str, *, rank: int, bits: int) -> TrainingMemory:
     quantization = None if bits == 16 else QuantizationSpec.model_validate({"bits": bits})
     weights = stored_weights(skeleton(name), dtype=dtype, quantization=quantization)
     model: PeftModel = attach_adapter.attach(skeleton(name), AdapterSpec(rank=rank), seed=0)
-    setup = TrainingSetup(dtype, packed=True, on_cpu=False, row=LONG_ROW + 1, fused=bits != 8)
+    unfused = torch.float32 if bits == 8 else None
+    setup = TrainingSetup(dtype, packed=True, on_cpu=False, row=LONG_ROW + 1, unfused=unfused)
     state = state_bytes("adamw", trained_shapes(model))
     return training_memory(model, setup, weights=weights, optimizer_bytes=state)
 

@@ -20,7 +20,9 @@ class TrainingSetup(NamedTuple):
     packed: bool  # rows are packed, not padded
     on_cpu: bool
     row: int  # of `row_tokens`
-    fused: bool = True  # layers with LoRA run as one step: not over int8 weights, or in another dtype than the model's
+    # Layers with LoRA run as one step, but not over weights that PEFT multiplies, or in another dtype than the model's:
+    # the dtype of their factors then, else None.
+    unfused: torch.dtype | None = None
     attention: str = "auto"  # `model.attention` of the recipe, or the implementation that a loaded model has
     task: TaskName = "causal-lm"
     target: int = 0  # tokens of the longest target of an encoder-decoder; 0: as many as the row has

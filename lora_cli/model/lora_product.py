@@ -35,13 +35,10 @@ def draw_dropped(x: Tensor, p: float) -> Tensor | SeededMask:
 
     Returns:
         On the CPU, int64 [dropped]: positions in the flattened x. Elsewhere a mask, with a seed from torch's default
-        generator of the CPU, so that the host does not wait. On the meta device, which stands for the CPU, as many
-        positions as are expected.
+        generator of the CPU, so that the host does not wait.
     """
     if x.device.type == "cpu":
         return draw_dropout_positions(x.numel(), p)
-    if x.is_meta:
-        return x.new_empty(int(p * x.numel()), dtype=torch.int64)
     return SeededMask(int(torch.randint(1 << 62, ())), p)
 
 

@@ -37,10 +37,11 @@ from lora_cli.model.activation_memory import ActivationBytes, Growth, TrainingSe
 from lora_cli.model.experts import expert_weights
 from lora_cli.model.falcon_attention import use_attention_interface
 from lora_cli.model.fp32_weights import upcast_trainable_params
-from lora_cli.model.fused_lora import FusedLora
+from lora_cli.model.fused_lora import FusedLora, is_fusable
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.meta_forward import MetaForward
 from lora_cli.model.packed_attention import PACKED_ATTENTION
+from lora_cli.model.packing_support import stateful_layers
 from lora_cli.model.padded_attention import PADDED_ATTENTION
 from lora_cli.model.select_attention import OWN_ATTENTION, set_attention, unsupported_layers
 from lora_cli.model.varlen_attention import DTYPES, VARLEN_ATTENTION
@@ -49,7 +50,10 @@ from lora_cli.recipe.tasks import TaskName
 from lora_cli.run.library_warnings import silence_gpu_kernel_advice
 
 FP32 = 4  # bytes
+INT64 = 8  # bytes of the position of a dropped element
 ROWS = (2, 3, 4)  # of the batches: some models have no mask for a single row
+# Tokens of the rows of models that go through a row token by token, for which a long one would take minutes.
+LOOP_LENGTHS = (256, 512, 768)
 # Tensors of the size of a layer's largest saved one that exist while it runs backward: gradients, and what is computed
 # again. And those of the size of its input.
 LARGEST_COPIES, INPUT_COPIES = 4, 2
@@ -71,13 +75,17 @@ def activation_bytes(model: PeftModel, setup: TrainingSetup) -> ActivationBytes:
     base = copy.get_base_model()
     use_attention_interface(base)
     layers = _LayersOfEachKind(list(text_layers(base).values()))
+    dropped = [_dropped_bytes(layer, setup) for layer in text_layers(model.get_base_model()).values()]
     dense = dense_expert_bytes(base, setup.dtype.itemsize)
     reason = ""
     for name in _attention_names(base, setup):
         with torch.random.fork_rng(devices=[]), MetaForward(on_cpu=setup.on_cpu):
             try:
                 set_attention(base, name)
-                return _measure(copy, layers, setup)._replace(dense=dense)
+                measured = _measure(copy, layers, setup)
+                growths = zip(measured.layers, dropped, strict=True)
+                of_layers = tuple(each._replace(linear=each.linear + more) for each, more in growths)
+                return measured._replace(layers=of_layers, dense=dense)
             except NOT_RUNNABLE as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
     return _count_modules(model, setup)._replace(dense=dense, unmeasured=reason)
@@ -105,13 +113,23 @@ def _copy_for_training(model: PeftModel, setup: TrainingSetup) -> PeftModel:
         tensors[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     copy = deepcopy(model, tensors)  # in which these take the place of the model's
     for module in copy.modules():
-        if isinstance(module, FusedLora) and not setup.fused:
+        if isinstance(module, FusedLora) and setup.unfused is not None:
             module.__class__ = LoraLinear
-        elif isinstance(module, FusedLora) and not setup.on_cpu:
-            for name in module.lora_dropout:  # which saves no more than a seed
+            module.get_base_layer().compute_dtype = setup.unfused  # which `fp32_weights.py` casts factors to
+        elif is_fusable(module):  # whose dropout is another one on each device: see `_dropped_bytes`
+            for name in module.lora_dropout:
                 module.lora_dropout[name] = nn.Identity()
     upcast_trainable_params(copy)
     return copy.train()
+
+
+def _dropped_bytes(layer: nn.Module, setup: TrainingSetup) -> float:
+    """Return the bytes per token of what dropout zeroes in fused layers: a GPU keeps a seed, see `lora_product.py`."""
+    fused: list[Any] = [
+        module for module in layer.modules() if setup.on_cpu and setup.unfused is None and is_fusable(module)
+    ]
+    dropouts = ((module.in_features, dropout) for module in fused for dropout in module.lora_dropout.values())
+    return sum(float(INT64 * dropout.p * width) for width, dropout in dropouts if isinstance(dropout, nn.Dropout))
 
 
 class _Kind(NamedTuple):
@@ -195,38 +213,59 @@ class _Pass(NamedTuple):
     layer_input: int
 
 
+class _Batches(NamedTuple):
+    """The batches of the passes."""
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each row
+    row: int  # tokens of a row that the growth is for
+
+    def growth(self, values: Iterable[float]) -> Growth:
+        """Return how bytes grow that have `values` in these batches."""
+        if len(set(self.lengths)) == 1:
+            return growth_through([(n * self.row, value) for n, value in zip(self.rows, values, strict=True)])
+        of_row = growth_through(list(zip(self.lengths, values, strict=True)))
+        return Growth(of_row.fixed, (of_row.linear + of_row.square * self.row) / self.rows[0])
+
+    def growths(self, sizes: Sequence[list[int]]) -> set[Growth]:
+        """Return the growth of each tensor of which `sizes` has the bytes in each batch."""
+        if len({len(each) for each in sizes}) > 1:  # code that saves tensors token by token
+            sizes = [sorted(each, reverse=True) for each in sizes]
+        return {self.growth(each) for each in zip(*sizes, strict=False)}
+
+
 def _measure(model: PeftModel, layers: _LayersOfEachKind, setup: TrainingSetup) -> ActivationBytes:
     loss = LossFunction(model, task=setup.task)
     chunked = loss.head is not None
     weights = {each.untyped_storage() for each in (*model.parameters(), *model.buffers())}
-    passes = [_run(loss, layers, _batch(loss.base, setup, rows), weights) for rows in ROWS]
+
+    def run(batches: _Batches) -> list[_Pass]:
+        shapes = zip(batches.rows, batches.lengths, strict=True)
+        return [_run(loss, layers, _batch(loss.base, setup, rows, length), weights) for rows, length in shapes]
+
+    batches, passes = _Batches(ROWS, (setup.row,) * 3, setup.row), []
+    if not setup.packed and setup.row > LOOP_LENGTHS[-1] and stateful_layers(loss.base.config):
+        shorter = _Batches(ROWS[:1] * 3, LOOP_LENGTHS, setup.row)
+        tried = run(shorter)
+        if max(map(len, (*tried[0].layers, tried[0].outside))) > LOOP_LENGTHS[0]:  # at least a tensor for each token
+            batches, passes = shorter, tried
+    passes = passes or run(batches)
     of_layers = list(zip(*(each.layers for each in passes), strict=True))
     of_kinds = list({id(sizes[0]): sizes for sizes in of_layers}.values())
-    growths = {id(sizes[0]): _growth(map(sum, sizes), setup.row) for sizes in of_kinds}
-    layer_input = -(-passes[0].layer_input // (ROWS[0] * setup.row))
-    largest = {each for sizes in of_kinds for each in _growths(sizes, setup.row)}
-    outside = [each.outside for each in passes]
+    of_outside = tuple(each.outside for each in passes)
+    growths = {id(sizes[0]): batches.growth(map(sum, sizes)) for sizes in of_kinds}
+    layer_input = -(-passes[0].layer_input // (batches.rows[0] * batches.lengths[0]))
+    largest = {each for sizes in of_kinds or [of_outside] for each in batches.growths(sizes)}
     temporary = [_times(LARGEST_COPIES, each, INPUT_COPIES * layer_input) for each in largest]
     if not chunked:
-        temporary += [_times(LOGITS_COPIES, each, 0) for each in _growths(outside, setup.row)]
+        temporary += [_times(LOGITS_COPIES, each, 0) for each in batches.growths(of_outside)]
     return ActivationBytes(
         layers=tuple(growths[id(sizes[0])] for sizes in of_layers),
         layer_input=layer_input,
-        outside=_growth(map(sum, outside), setup.row),
+        outside=batches.growth(map(sum, of_outside)),
         temporary=tuple(temporary),
         chunked=chunked,
     )
-
-
-def _growths(sizes: Sequence[list[int]], row: int) -> set[Growth]:
-    """Return the growth of each tensor of which `sizes` has the bytes in each pass."""
-    if len({len(each) for each in sizes}) > 1:  # code that saves tensors token by token
-        sizes = [sorted(each, reverse=True) for each in sizes]
-    return {_growth(each, row) for each in zip(*sizes, strict=False)}
-
-
-def _growth(values: Iterable[int], row: int) -> Growth:
-    return growth_through([(rows * row, value) for rows, value in zip(ROWS, values, strict=True)])
 
 
 def _times(factor: float, growth: Growth, linear: float) -> Growth:
@@ -257,11 +296,11 @@ def _run(loss: LossFunction, layers: _LayersOfEachKind, batch: Batch, weights: s
     return _Pass(sizes, of_kinds[None], layers.layer_input)
 
 
-def _batch(model: PreTrainedModel, setup: TrainingSetup, rows: int) -> Batch:
-    """Return a batch of `rows` rows, each of whose tokens has a label."""
-    ids = np.zeros(setup.row, np.int32)
+def _batch(model: PreTrainedModel, setup: TrainingSetup, rows: int, length: int) -> Batch:
+    """Return a batch of `rows` rows of `length` tokens, each of which has a label."""
+    ids = np.zeros(length, np.int32)
     classes = np.zeros(model.config.num_labels, np.float32) if _has_values(model) else np.zeros(1, np.int32)
-    labels: dict[TaskName, Any] = {"seq-cls": classes, "seq2seq-lm": np.zeros(setup.target or setup.row)}
+    labels: dict[TaskName, Any] = {"seq-cls": classes, "seq2seq-lm": np.zeros(setup.target or length)}
     row = Row(ids, labels.get(setup.task, ids), "")
     collates: dict[TaskName, Collate] = {
         "causal-lm": collate_packed if setup.packed else collate_padded,
@@ -271,7 +310,7 @@ def _batch(model: PreTrainedModel, setup: TrainingSetup, rows: int) -> Batch:
     }
     batch = collates[setup.task]([row] * rows, range(rows), 0)
     # Rows of different lengths have a mask of padding.
-    return batch if setup.packed else batch._replace(lengths=(*batch.lengths, setup.row - 1))
+    return batch if setup.packed else batch._replace(lengths=(*batch.lengths, length - 1))
 
 
 def _has_values(model: PreTrainedModel) -> bool:

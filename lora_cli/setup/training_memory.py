@@ -1,9 +1,11 @@
 """The memory of a recipe's training step: the estimates of `model/memory.py` for the model and the rows of a run."""
 
+import torch
 from peft import PeftModel
 
 from lora_cli.model.activation_memory import TrainingSetup, row_tokens
 from lora_cli.model.memory import TrainingMemory, training_memory
+from lora_cli.model.prequantized import Prequantized
 from lora_cli.model.weight_memory import stored_weights
 from lora_cli.recipe.schema import QuantizationSpec, Recipe
 from lora_cli.setup.inputs import RunInputs
@@ -28,7 +30,7 @@ def memory_of_run(
         packed=packed,
         on_cpu=inputs.device.type == "cpu",
         row=row_tokens(inputs.data.train.lengths.tolist(), packed=packed),
-        fused=len(inputs.compute_dtypes) == 1 and (recipe.quantization is None or recipe.quantization.bits == 4),
+        unfused=_unfused(recipe, inputs),
         attention=attention or recipe.model.attention,
         task=recipe.task,
         target=int(inputs.data.train.supervised.max(initial=0)) if is_seq2seq else 0,
@@ -40,6 +42,18 @@ def memory_of_run(
     )
     state = state_bytes(optimizer, trained_shapes(model))
     return training_memory(model, setup, weights=weights, optimizer_bytes=state, paged=optimizer.startswith("paged"))
+
+
+def _unfused(recipe: Recipe, inputs: RunInputs) -> torch.dtype | None:
+    """Return the dtype of the factors of LoRA layers that do not run as one step; None if they do."""
+    existing = inputs.prequantized
+    if inputs.base.source.packed:
+        return inputs.base.dtype
+    if recipe.quantization is not None and recipe.quantization.bits == 4:
+        return next(iter(inputs.compute_dtypes - {inputs.base.dtype}), None)
+    if recipe.quantization is None and existing in (None, Prequantized("bitsandbytes", 4)):
+        return None
+    return torch.float32  # PEFT multiplies int8 weights in it, and those of other libraries
 
 
 def _quantization(recipe: Recipe, inputs: RunInputs) -> QuantizationSpec | None:

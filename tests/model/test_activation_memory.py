@@ -24,9 +24,10 @@ from lora_cli.model.loss import LossFunction
 from lora_cli.model.measure_activations import activation_bytes
 from lora_cli.model.packed_attention import LONG_ROW
 from lora_cli.model.tasks import TASKS
+from lora_cli.recipe.schema import QuantizationSpec
 from tests.model import families, zoo
 from tests.model.families import FAMILIES, Family
-from tests.support.checkpoints import checkpoint
+from tests.support.checkpoints import checkpoint, load
 from tests.support.eager_varlen import eager_varlen
 from tests.support.saved_tensors import saved_bytes
 
@@ -110,11 +111,11 @@ class Case(NamedTuple):
         return estimate
 
 
-def case_of(shape: Shape, *, attention: str = "auto") -> Case:
+def case_of(shape: Shape, *, attention: str = "auto", base: PreTrainedModel | None = None) -> Case:
     family, packed = shape.family, shape.family.packs
     labels = families.LABELS if TASKS[family.task].is_classification else None
     record = checkpoint(Path("nowhere"), config=families.config_of(family), task=family.task, labels=labels, pad_id=0)
-    base = random_base(record, shape.dtype)
+    base = base or random_base(record, shape.dtype)
     if attention == "auto":
         select_attention.choose_attention(base, "auto", packing=packed, causal=family.task == "causal-lm")
     else:
@@ -192,13 +193,26 @@ def test_the_update_of_every_layer_is_counted_as_fixed_bytes(method: str):
     assert estimate.saved(8, every=1) < 0.5 * estimate.saved(8)  # recomputed layers keep none
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_layers_that_are_not_fused_save_more(fused: bool):
-    """Over int8 weights, for example: PEFT's own layers run."""
-    case = case_of(SHAPES["llama"])
-    fusing = case.estimate().saved(case.tokens)
-    plain = activation_bytes(case.skeleton, case.setup._replace(fused=False)).saved(case.tokens)
-    assert plain > 1.2 * fusing
+@pytest.mark.parametrize(
+    ("bits", "dtype", "compute", "unfused"),
+    [
+        (4, BF16, BF16, None),
+        (4, FP32, BF16, BF16),  # PEFT's own layers run, which cast
+        (8, BF16, FP32, FP32),
+    ],
+)
+def test_the_estimate_over_quantized_weights(
+    bits: int, dtype: torch.dtype, compute: torch.dtype, unfused: torch.dtype | None, tmp_path: Path
+):
+    name = str(compute).removeprefix("torch.")
+    spec = {"bits": bits, **({"compute_dtype": name} if bits == 4 else {})}
+    family = decoder("llama", sizes(256, 512, 3, 4, 2), packs=bits == 4)  # 4 bits: in blocks of 64 weights
+    shape = Shape(family, dtype=dtype)
+    folder = families.write(family, tmp_path / "base")
+    base = load(folder, dtype=dtype, quantization=QuantizationSpec.model_validate(spec))
+    case = case_of(shape, base=base)
+    case = case._replace(setup=case.setup._replace(unfused=unfused))
+    assert case.estimate().saved(case.tokens) == pytest.approx(case.measured(), rel=TOLERANCE)
 
 
 class FlashLike(torch.autograd.Function):
@@ -258,6 +272,12 @@ def test_attention_over_a_whole_pack_grows_with_the_square_of_its_tokens():
     assert all(layer.square > 0 for layer in estimate.layers)
     twice = case_of(shape._replace(rows=shape.rows * 2))
     assert estimate.saved(twice.tokens) == pytest.approx(twice.measured(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba"])
+def test_long_rows_of_models_that_go_through_them_token_by_token_are_estimated_from_shorter_ones(name: str):
+    case = case_of(Shape(FAMILIES[name], rows=(800, 790)))
+    assert case.estimate().saved(case.tokens) == pytest.approx(case.measured(), rel=TOLERANCE)
 
 
 def test_a_model_that_does_not_run_without_weights_is_counted_roughly(monkeypatch: pytest.MonkeyPatch):

@@ -82,13 +82,13 @@ def memory_of(
     dtype: torch.dtype = torch.bfloat16,
     on_cpu: bool = False,
     row: int = 64,
-    fused: bool = True,
+    unfused: torch.dtype | None = None,
     **adapter: Any,
 ) -> TrainingMemory:
     base = model or zoo.make("llama")
     weights = stored_weights(base, dtype=dtype, quantization=quantization)
     adapted = zoo.attached(base, **adapter)
-    setup = TrainingSetup(dtype, packed=True, on_cpu=on_cpu, row=row, fused=fused)
+    setup = TrainingSetup(dtype, packed=True, on_cpu=on_cpu, row=row, unfused=unfused)
     return training_memory(
         adapted, setup, weights=weights, optimizer_bytes=state_bytes(optimizer, trained_shapes(adapted))
     )
@@ -133,7 +133,7 @@ QLORA = QuantizationSpec.model_validate({"bits": 4})
         ({"on_cpu": True}, {"on_cpu": True, "row": 128}),
         ({}, {"rank": 8}),
         ({"optimizer": "lion"}, {}),
-        ({}, {"fused": False}),
+        ({}, {"unfused": torch.bfloat16}),
         ({}, {"method": "dora"}),
     ],
 )
