@@ -48,6 +48,7 @@ from lora_cli.training.process_group import shard_mesh
 Info = Callable[[str], None]
 MAX_SHARE = 0.9  # of the free memory that an estimate may take
 HEAP_SHARE = 0.5  # the same for batches that are larger than necessary: a heap leaves gaps between its tensors
+ENOUGH_STEPS = 1_000  # for AdaLoRA's schedule, which has no effect on shapes
 MAX_PADDING_EFFECT = 0.05  # relative change of a row's logits next to a longer row; rounding in bf16 is well below
 
 
@@ -134,9 +135,10 @@ def adapter_context(
 
 
 def adapted_skeleton(recipe: Recipe, inputs: RunInputs) -> PeftModel:
-    """Return the model of a run with its adapter on the meta device."""
+    """Return the model of a run with its adapter on the meta device: its shapes, whatever the steps of the run."""
     model = inputs.base.skeleton()
-    context = adapter_context(recipe, inputs, heads=task_heads(model, recipe.task), plan=None, total=1)
+    heads = task_heads(model, recipe.task)
+    context = adapter_context(recipe, inputs, heads=heads, plan=None, total=ENOUGH_STEPS)
     return attach_adapter.attach(model, recipe.adapter, seed=recipe.training.seed, context=context)
 
 
