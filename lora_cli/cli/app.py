@@ -26,6 +26,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 EXIT_CODES = """\
 Exit codes: 0 done, 1 failed, 2 wrong recipe, data, model or arguments,
   130 stopped by SIGINT, 143 by SIGTERM"""
+COMPLETION = ("--install-completion", "--show-completion")
 COMPLETE = "_LORA_COMPLETE"  # environment variable of a shell that asks for completions
 JSON = "--json"
 JSON_FILES = (".json", ".jsonl")
@@ -103,6 +104,13 @@ class _Group(TyperGroup):
 
     def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
+        if args and args[0] in COMPLETION and len(args) > 1 and not ctx.resilient_parsing:
+            # typer would print that of another shell, or write into its configuration.
+            raise HintedError(
+                f"{args[0]} is for the shell that it is typed in, and takes nothing else",
+                hint=f"start that shell, and type: lora {args[0]}",
+                ctx=ctx,
+            )
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: "Context", args: list[str]) -> Any:

@@ -58,8 +58,7 @@ LOOP_LENGTHS = (256, 512, 768)
 # again. And those of the size of its input.
 LARGEST_COPIES, INPUT_COPIES = 4, 2
 LOGITS_COPIES = 2  # gradients of logits that are not made in chunks
-# What a model may raise that asks for values which nothing answers, or does not support an attention. Code of a model's
-# repository raises anything else of these, too.
+# What a model may raise that asks for values which nothing answers, or that does not support an attention.
 NOT_RUNNABLE = (RuntimeError, ValueError, ImportError, TypeError, AttributeError, LookupError)
 
 
@@ -125,9 +124,9 @@ def _copy_for_training(model: PeftModel, setup: TrainingSetup) -> PeftModel:
 
 def _dropped_bytes(layer: nn.Module, setup: TrainingSetup) -> float:
     """Return the bytes per token of what dropout zeroes in fused layers: a GPU keeps a seed, see `lora_product.py`."""
-    fused: list[Any] = [
-        module for module in layer.modules() if setup.on_cpu and setup.unfused is None and is_fusable(module)
-    ]
+    if not setup.on_cpu or setup.unfused is not None:
+        return 0
+    fused: list[Any] = [module for module in layer.modules() if is_fusable(module)]
     dropouts = ((module.in_features, dropout) for module in fused for dropout in module.lora_dropout.values())
     return sum(float(INT64 * dropout.p * width) for width, dropout in dropouts if isinstance(dropout, nn.Dropout))
 

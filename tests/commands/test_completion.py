@@ -116,6 +116,16 @@ def test_the_script_for_a_shell_is_printed(shell: str, lora: Lora, monkeypatch: 
     assert "_LORA_COMPLETE=complete_" + shell in result.out
 
 
+@pytest.mark.parametrize("option", ["--show-completion", "--install-completion"])
+def test_the_name_of_another_shell_is_refused(option: str, lora: Lora):
+    result = lora(option, "fish")
+    assert result.code == 2
+    assert result.last_two == [
+        f"error: {option} is for the shell that it is typed in, and takes nothing else",
+        f"hint: start that shell, and type: lora {option}",
+    ]
+
+
 BASH = r"""
 eval "$SCRIPT"
 COMP_WORDS=(lora train r.yaml --set adapter.method = do); COMP_CWORD=6
