@@ -146,7 +146,8 @@ class LossFunction:
         """Return the last hidden states [units, h] of the units of `batch`, in the compute dtype."""
         label_positions = batch.label_positions.to(self.device, non_blocking=True)
         hidden: Tensor = self.base.base_model(**self.inputs(batch)).last_hidden_state
-        return hidden.flatten(0, 1)[label_positions]
+        assert self.head is not None
+        return in_head_dtype(hidden.flatten(0, 1)[label_positions], self.head.layer)
 
     def _find_head(self) -> OutputHead | None:
         """Return the head, if logits are a known function of head(last hidden state): compared exactly, on two tokens.
@@ -163,7 +164,7 @@ class LossFunction:
         try:
             with torch.no_grad():
                 logits = self.base(**inputs).logits
-                hidden = self.base.base_model(**inputs).last_hidden_state
+                hidden = in_head_dtype(self.base.base_model(**inputs).last_hidden_state, layer)
                 before = layer(hidden)
             with torch.enable_grad():
                 trained = leaves_of(layer(hidden.detach()))
@@ -174,6 +175,17 @@ class LossFunction:
                 plain = is_plain_linear(layer) and not trained and torch.equal(logits, before)
                 return OutputHead(layer, function, logits.shape[-1], plain, trained)
         return None
+
+
+def in_head_dtype(hidden: Tensor, head: nn.Module) -> Tensor:
+    """Return hidden states in the dtype of the head, if its weights have 16 bits and they have 32.
+
+    State-space models keep the sum over their layers in fp32, and convert it for the head.
+    """
+    weight = getattr(head, "weight", None)
+    if hidden.dtype == torch.float32 and isinstance(weight, Tensor) and weight.dtype in (torch.bfloat16, torch.float16):
+        return hidden.to(weight.dtype)
+    return hidden
 
 
 class NEFTuneNoise:

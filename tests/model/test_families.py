@@ -126,6 +126,17 @@ def test_one_step_changes_only_the_adapter_and_saving_and_merging_are_exact(
     assert zoo.relative(logits(loaded.merge_and_unload(), family), expected) < 1e-5
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_loss_of_a_16_bit_model_is_that_of_its_logits(family: Family, folder: Path):
+    """Some models keep the sum over their layers in fp32, and convert it for the head."""
+    model = families.load(family, folder, dtype=torch.bfloat16).model.eval()
+    (batch,) = plan_of(family, packing=False).all_batches()
+    loss_of = LossFunction(model, task=family.task)
+    expected = loss_of._loss(loss_of.logits(batch), batch.targets)[0].sum()
+    assert float(loss_of(batch).loss) == pytest.approx(float(expected), rel=1e-3)
+
+
 def test_a_layer_that_the_model_bypasses_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Mamba multiplies with the weight of dt_proj directly: an adapter on it would never learn, without an error."""
     monkeypatch.setattr(target_modules, "BYPASSED", {})  # as in an architecture that is not listed
