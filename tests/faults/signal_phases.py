@@ -29,7 +29,7 @@ class Phase(NamedTuple):
     name: str
     arguments: tuple[str, ...]
     begun: Begun
-    training: bool = False  # the first signal stops the run after the current step and saves it
+    training: bool = False  # the first signal may stop the run after the current step, which is saved
 
 
 class End(NamedTuple):
@@ -82,7 +82,8 @@ PHASES = [
     Phase("train", "start", TRAIN, started()),
     Phase("train", "encoding", (*TRAIN, "--set", "data.max_length=100"), line("encoding")),
     Phase("train", "model", TRAIN, line("of each batch is tokens")),
-    Phase("train", "base evaluation", TRAIN, line("measuring the base")),
+    # It is short, so that the signal may arrive in step 1.
+    Phase("train", "base evaluation", TRAIN, line("measuring the base"), training=True),
     Phase("train", "step", TRAIN, line("step 2/"), training=True),
     Phase("train", "evaluation", TRAIN, line("eval at step 4"), training=True),
     Phase("train", "save", TRAIN, path("runs/a/checkpoints/.tmp-*"), training=True),

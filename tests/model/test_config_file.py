@@ -115,7 +115,7 @@ def test_a_link_to_nothing_is_named(changed: Callable[..., Path]):
     folder = changed()
     (folder / "generation_config.json").unlink()
     (folder / "generation_config.json").symlink_to("nowhere")
-    with pytest.raises(LoraError, match=r"generation_config\.json does not exist"):
+    with pytest.raises(LoraError, match=r"generation_config\.json is a link to nothing"):
         load_config(ModelSource(str(folder)))
 
 
