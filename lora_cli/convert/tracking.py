@@ -1,4 +1,4 @@
-"""Trackers of other tools (W&B, TensorBoard, ...): carried to the recipe's `tracking` section, if it has one."""
+"""Trackers of other tools (W&B, TensorBoard, ...): carried to the recipe's `tracking` section."""
 
 import re
 
@@ -6,7 +6,6 @@ from lora_cli.convert.config import Config, as_list, as_switch
 from lora_cli.convert.draft import Draft
 from lora_cli.convert.secrets import hide
 from lora_cli.convert.tables import TRACKING
-from lora_cli.recipe.schema import Recipe
 from lora_cli.recipe.tracking_section import TRACKERS
 
 SAME = {"comet": "comet_ml"}  # transformers' names, and Accelerate's
@@ -40,20 +39,9 @@ OTHERS = (
 KEYS = " ".join(("report_to", *SWITCHES, *PROJECTS, *NAMES, OTHERS))
 
 
-def section_fields() -> set[str]:
-    """Return the keys of the recipe's tracking section; empty if the recipe has none."""
-    field = Recipe.model_fields.get("tracking")
-    if field is None:
-        return set()
-    schema = Recipe.model_json_schema()
-    options = schema["properties"]["tracking"].get("anyOf", [schema["properties"]["tracking"]])
-    names = [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
-    return {key for name in names for key in schema["$defs"][name]["properties"]}
-
-
 def carry_tracking(draft: Draft) -> None:
-    """Add the lines of trackers; carry them if the recipe's schema has a section for them."""
-    config, fields = draft.config, section_fields()
+    """Carry the trackers, and add their lines."""
+    config = draft.config
     named = [SAME.get(name, name) for name in map(str, as_list(config.get("report_to")))]
     wanted: list[str] = [name for name in dict.fromkeys(named) if name in TRACKERS]
     others = ", ".join(name for name in named if name not in TRACKERS and name != "none")
@@ -63,14 +51,14 @@ def carry_tracking(draft: Draft) -> None:
             wanted.append(tracker)
             used.add(key)
     wanted = [tracker for tracker in wanted if not _is_off(config, tracker)]
-    if wanted and "to" in fields:
+    if wanted:
         for key in sorted(used):
             if key == "report_to":
                 draft.carry(key, "tracking.to", wanted, f"{others}: {NO_TRACKER}" if others else "")
             elif {**SWITCHES, **PROJECTS}[key] in wanted:
                 draft.carry(key, "tracking.to", wanted)
-        _carry_names(draft, wanted, fields)
-        _carry_places(draft, wanted, fields)
+        _carry_names(draft, wanted)
+        _carry_places(draft, wanted)
     if others:
         draft.no_effect("report_to", f"{others}: {NO_TRACKER}")
     for key in KEYS.split():
@@ -82,17 +70,17 @@ def _is_off(config: Config, tracker: str) -> bool:
     return switched or any(str(config.get(key)).lower() == "disabled" for key in MODES.get(tracker, ()))
 
 
-def _carry_names(draft: Draft, wanted: list[str], fields: set[str]) -> None:
+def _carry_names(draft: Draft, wanted: list[str]) -> None:
     """Carry the project and the name of the run, of the trackers that are used."""
     for to, keys in (("project", tuple(PROJECTS)), ("name", NAMES)):
         for key in keys:
             tracker = next((name for name in TRACKERS if key.startswith(name.removesuffix("_ml"))), "")
-            if draft.config.get(key) and tracker in ("", *wanted) and to in fields:
+            if draft.config.get(key) and tracker in ("", *wanted):
                 draft.carry(key, f"tracking.{to}", str(draft.config.get(key)))
                 break
 
 
-def _carry_places(draft: Draft, wanted: list[str], fields: set[str]) -> None:
+def _carry_places(draft: Draft, wanted: list[str]) -> None:
     """Carry where runs are sent to: an account, a server, a Space, or files on this machine."""
     config = draft.config
     places = (
@@ -104,7 +92,7 @@ def _carry_places(draft: Draft, wanted: list[str], fields: set[str]) -> None:
     )
     for to, key, tracker in places:
         value = config.get(key)
-        if not value or tracker not in wanted or to not in fields or f"tracking.{to}" in draft.values:
+        if not value or tracker not in wanted or f"tracking.{to}" in draft.values:
             continue
         if hide(key, str(value)) != str(value):
             draft.no_effect(key, "has a secret in it: write the address without it, and the secret in the environment")
@@ -115,7 +103,7 @@ def _carry_places(draft: Draft, wanted: list[str], fields: set[str]) -> None:
     for tracker, keys in MODES.items():
         for key in keys:
             mode = str(config.get(key)).lower()
-            if tracker in wanted and "offline" in fields and mode in ("offline", "local", "dryrun"):
+            if tracker in wanted and mode in ("offline", "local", "dryrun"):
                 draft.carry(key, "tracking.offline", True)
-    if "comet_ml" in wanted and "offline" in fields and as_switch(config.get("comet_online")) is False:
+    if "comet_ml" in wanted and as_switch(config.get("comet_online")) is False:
         draft.carry("comet_online", "tracking.offline", True)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from lora_cli.convert import tracking
 from lora_cli.convert.config import Config
 from lora_cli.convert.convert_config import Conversion, convert_config
 from lora_cli.convert.draft import Outcome
@@ -329,11 +328,7 @@ def test_a_script_with_peft_and_bitsandbytes(tmp_path: Path):
     assert (recipe.training.learning_rate, recipe.training.epochs, recipe.output) == (1e-4, 2, "out")
 
 
-def test_trackers_are_carried_where_the_recipe_has_a_section_for_them(monkeypatch: pytest.MonkeyPatch):
-    plain = conversion("axolotl", wandb_project="p", wandb_name="n")
-    if not tracking.section_fields():
-        assert "tracking" not in plain.text
-    monkeypatch.setattr(tracking, "section_fields", lambda: {"to", "project", "name", "tags"})
+def test_trackers_are_carried():
     values = conversion("axolotl", wandb_project="p", wandb_name="n").draft.values
     assert {key: value for key, value in values.items() if key.startswith("tracking")} == {
         "tracking.to": ["wandb"],

@@ -188,7 +188,10 @@ SHARD_DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (text("[]"), "has a list in place of a JSON object"),
     "an index that is a folder": (replace(INDEX_FILE, Path.mkdir), "is a folder, not a file"),
     "an index that is a pipe": (replace(INDEX_FILE, os.mkfifo), "is a pipe, not a file"),
-    "an index that is a link to nothing": (replace(INDEX_FILE, lambda path: path.symlink_to("x")), "is a link to nothing"),
+    "an index that is a link to nothing": (
+        replace(INDEX_FILE, lambda path: path.symlink_to("x")),
+        "is a link to nothing",
+    ),
     "a shard that is a folder": (replace(FIRST, Path.mkdir), "is a folder, not a file"),
     "a shard that is a pipe": (replace(FIRST, os.mkfifo), "is a pipe, not a file"),
     "a shard that is a link to nothing": (replace(FIRST, lambda path: path.symlink_to("x")), "is a link to nothing"),
