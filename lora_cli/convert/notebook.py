@@ -157,8 +157,6 @@ def _reader(files: Mapping[str, str], read: Callable[[Path, str | None], Config]
 
 def _with_runs(config: Config, commands: Mapping[str, tuple[str, str]]) -> Config:
     """Return the config of the calls, with a key for each command that trains, too."""
-    if not commands:
-        return config
     values: dict[str, Any] = {
         **config.values,
         "further runs": {name: Unreadable(text) for name, (text, _) in commands.items()},
