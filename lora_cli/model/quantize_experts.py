@@ -3,7 +3,7 @@
 transformers' own bitsandbytes quantizer replaces linear layers only, and of these not Falcon's, which have a class of
 their own. This one also packs the stacked weights of experts, one parameter at a time: a weight in 16 bits is freed
 before the next one is read. The quantizers for 4 and 8 bits also note weights that are not finite, which their codes no
-longer show.
+longer show, and leave the heads of classifiers as they are.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
@@ -32,6 +33,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]  # no types
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any, **kwargs: Any) -> None:
         as_plain_layers(model)
+        if not self.pre_quantized:
+            self.quantization_config.llm_int8_skip_modules = unquantized_modules(model)
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         if not self.pre_quantized:
             self.packable = frozenset(packable_weights(model))
@@ -84,6 +87,8 @@ class Int8Quantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]  # no types
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         as_plain_layers(model)
+        if not self.pre_quantized:
+            self.quantization_config.llm_int8_skip_modules = unquantized_modules(model)
         super()._process_model_before_weight_loading(model, *args, **kwargs)
 
     def get_quantize_ops(self) -> "Int8OnLoad":
@@ -100,6 +105,19 @@ class Int8OnLoad(Bnb8bitQuantize):  # type: ignore[misc]  # no types
             _note_not_finite(self.hf_quantizer, name, value[0] if isinstance(value, list) else value)
         quantized: dict[str, Tensor] = super().convert(input_dict, **kwargs)
         return quantized
+
+
+def unquantized_modules(model: PreTrainedModel) -> list[str]:
+    """Return the modules that stay as they are: the output head, tied weights, and a classifier's head and pooler.
+
+    transformers leaves out the last layer of a classifier alone, or none if that has a bias. The others are new where
+    the checkpoint is of a language model: there are no weights to quantize, and they are trained in full.
+    """
+    names: list[str] = get_keys_to_not_convert(model)
+    if model.get_output_embeddings() is None:
+        names += [name for name, _ in model.named_children() if name != model.base_model_prefix]
+        names += [name for name, _ in model.named_modules() if name.endswith(".pooler")]
+    return names
 
 
 def as_plain_layers(model: nn.Module) -> None:

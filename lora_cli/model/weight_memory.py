@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_cli.model.experts import BLOCK_SIZE, expert_weights, is_packable
 from lora_cli.model.multimodal import is_inside, outside_text
+from lora_cli.model.quantize_experts import unquantized_modules
 from lora_cli.recipe.schema import QuantizationSpec
 
 SCALES_PER_SCALE = 256  # of double quantization
@@ -117,10 +117,10 @@ def _quantized_bytes(count: int, spec: QuantizationSpec, *, outputs: int) -> Wei
 def quantized_sizes(model: PreTrainedModel, quantization: QuantizationSpec) -> dict[str, int]:
     """Return the number of weights of each parameter that loading with `quantization` quantizes, by full name.
 
-    transformers leaves out the output head, tied weights, the last module, and subclasses of torch's linear layer, but
-    Falcon's are plain ones by then. With 4 bits, the stacked weights of experts are packed too.
+    Left out are those of `unquantized_modules`, and subclasses of torch's linear layer, but Falcon's are plain ones by
+    then. With 4 bits, the stacked weights of experts are packed too.
     """
-    left_out = get_keys_to_not_convert(model)
+    left_out = unquantized_modules(model)
     sizes = {
         f"{name}.weight": module.weight.numel()
         for name, module in model.named_modules()

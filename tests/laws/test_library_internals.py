@@ -226,7 +226,7 @@ IMPORTED: dict[str, Use] = {
     "transformers.quantizers.quantizer_bnb_8bit.Bnb8BitHfQuantizer": Use(
         "model/fake_quantize.py model/quantize_experts.py", moe_checks.eight_bit_loader
     ),
-    "transformers.quantizers.base.get_keys_to_not_convert": Use("model/weight_memory.py", library_checks.left_out),
+    "transformers.quantizers.base.get_keys_to_not_convert": Use("model/quantize_experts.py", library_checks.left_out),
     "transformers.quantizers.quantizers_utils.should_convert_module": Use(
         "model/weight_memory.py", library_checks.left_out
     ),

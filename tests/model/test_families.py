@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from accelerate import Accelerator
@@ -29,12 +30,14 @@ from lora_cli.model import (
 from lora_cli.model.adapter_context import AdapterContext
 from lora_cli.model.loss import LossFunction
 from lora_cli.model.packing_support import packing_obstacle
-from lora_cli.recipe.schema import TrainingSpec
+from lora_cli.model.tasks import TASKS
+from lora_cli.model.weight_memory import quantized_sizes
+from lora_cli.recipe.schema import QuantizationSpec, TrainingSpec
 from lora_cli.training.loop import fit
 from lora_cli.training.optimizer import make_optimizer
 from tests.model import families, zoo
 from tests.model.families import FAMILIES, Family
-from tests.support.checkpoints import CPU
+from tests.support.checkpoints import CPU, checkpoint
 
 LENGTHS = [12, 30, 7, 21]
 
@@ -135,6 +138,27 @@ def test_the_loss_of_a_16_bit_model_is_that_of_its_logits(family: Family, folder
     loss_of = LossFunction(model, task=family.task)
     expected = loss_of._loss(loss_of.logits(batch), batch.targets)[0].sum()
     assert float(loss_of(batch).loss) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", [name for name, each in FAMILIES.items() if TASKS[each.task].is_classification])
+def test_heads_and_poolers_of_classifiers_are_not_quantized(name: str, bits: int, tmp_path: Path):
+    """They are new where the checkpoint is of a language model: there are no weights to quantize."""
+    family = FAMILIES[name]
+    folder = families.write(family, tmp_path / "base")
+    quantization = QuantizationSpec.model_validate({"bits": bits})
+    loaded = families.load(family, folder, quantization=quantization)
+    model = loaded.model.eval()
+    (batch,) = plan_of(family, packing=False).all_batches()
+    assert math.isfinite(float(LossFunction(model, task=family.task)(batch).loss))
+    layers = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    found = {f"{layer}.weight" for layer, module in model.named_modules() if isinstance(module, layers)}
+    assert found
+    assert not [layer for layer in found if layer.startswith(loaded.heads) or "pooler" in layer]
+    skeleton = checkpoint(folder, task=family.task, labels=families.LABELS).skeleton()
+    assert found == set(quantized_sizes(skeleton, quantization))
 
 
 def test_a_layer_that_the_model_bypasses_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
