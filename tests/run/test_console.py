@@ -86,15 +86,21 @@ def test_all_other_output_goes_through_the_console():
     assert [name for name, text in texts.items() if of_rich.search(text)] == ["run/console.py"], "use console.styled"
 
 
-@pytest.mark.parametrize("width", [80, 100, 120])
-def test_no_figure_is_cut_off(width: int, monkeypatch: pytest.MonkeyPatch):
+def drawn_progress(width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what the progress of steps 1200 to 1240 of 4000 draws on a terminal of `width` columns."""
     screen = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=width))
     figures = {"loss": "6.7657", "lr": "6.82e-06", "grad": "2.45", "tok/s": "12100", "mem": "69.2 GiB"}
     with console.step_progress(4000) as progress:
         for step in range(1200, 1241):
             progress.step(step, figures, loss=float(step))
-    last = screen.getvalue().rpartition("\r")[2]
+    return screen.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_no_figure_is_cut_off(width: int, monkeypatch: pytest.MonkeyPatch):
+    screen = drawn_progress(width, monkeypatch)
+    last = screen.rpartition("\r")[2]
     assert "1240/4000" in last
     assert "mem 69.2 GiB" in last
     assert "…" not in last
@@ -113,13 +119,8 @@ def test_no_figure_is_cut_off(width: int, monkeypatch: pytest.MonkeyPatch):
 def test_a_narrow_terminal_keeps_step_loss_and_time_left(
     width: int, kept: tuple[str, ...], left_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    screen = io.StringIO()
-    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=width))
-    figures = {"loss": "6.7657", "lr": "6.82e-06", "grad": "2.45", "tok/s": "12100", "mem": "69.2 GiB"}
-    with console.step_progress(4000) as progress:
-        for step in range(1200, 1241):
-            progress.step(step, figures, loss=float(step))
-    last = screen.getvalue().rpartition("\x1b[2K")[2].partition("\n")[0]
+    screen = drawn_progress(width, monkeypatch)
+    last = screen.rpartition("\x1b[2K")[2].partition("\n")[0]
     assert last.startswith("1240/4000")
     assert len(last) <= width
     assert all(text in last for text in kept), last
